@@ -1,0 +1,196 @@
+"""The one program that makes the bundled sample: sample.jsonl, prompts.jsonl and tokenizer/, all out of facts.txt.
+
+`python examples/make_sample.py` rewrites them byte for byte; `--check` exits 1 when the files on disk differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+HERE = Path(__file__).resolve().parent
+SEED = 1024
+VOCAB_SIZE = 1024  # special tokens and the 256 bytes included; 1024 rows of embedding keep the demo model tiny
+MAX_TOKENS = 512  # what tokenizer_config.json says a row may have; the longest row of the sample has far fewer
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2: where LlamaConfig looks for bos and eos too
+
+# Asked in words that no row of the sample uses, about facts that it teaches (`rows` refuses a verbatim one).
+PROMPTS = (
+    "Please tell me what the command squeue does.",
+    "What is meant by a shard?",
+    "Which city is the capital city of Japan?",
+    "Today is Friday. Which day comes tomorrow?",
+)
+
+# `{% generation %}` marks what the assistant wrote, its end token included: there and nowhere else is the loss taken.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role not in ("system", "user", "assistant") %}
+        {{- raise_exception("role must be system, user or assistant, not " ~ message.role) }}
+    {%- endif %}
+    {{- "<|im_start|>" ~ message.role ~ "\\n" }}
+    {%- if message.role == "assistant" %}
+        {%- generation %}{{- message.content ~ "<|im_end|>" }}{%- endgeneration %}
+    {%- else %}
+        {{- message.content ~ "<|im_end|>" }}
+    {%- endif %}
+    {{- "\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+{%- endif %}
+"""
+
+Row = dict[str, str]  # instruction, input (may be empty), output
+
+
+@dataclass
+class Topic:
+    """Facts that are asked in the same ways and answered in the same form; a fact is the texts for x, y and z."""
+
+    name: str
+    asks: list[str] = field(default_factory=list)
+    say: str = ""
+    facts: list[list[str]] = field(default_factory=list)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file on disk differs")
+    check = parser.parse_args().check
+    stale = []
+    for name, content in build().items():
+        path = HERE / name
+        if path.exists() and path.read_bytes() == content:
+            continue
+        stale.append(name)
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    if check and stale:
+        print(f"examples/ is stale: {', '.join(stale)}; run `python examples/make_sample.py`", file=sys.stderr)
+        return 1
+    print(f"examples/ is up to date; {len(stale)} file(s) written")
+    return 0
+
+
+def build() -> dict[str, bytes]:
+    """Every generated file as `{path relative to examples/: content}`."""
+    sample = rows([*parse(HERE.joinpath("facts.txt").read_text(encoding="utf-8")), *compute()])
+    tokenizer = train_tokenizer(sample)
+    files = {
+        "sample.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample),
+        "prompts.jsonl": "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS),
+        "tokenizer/tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer/tokenizer_config.json": json.dumps(tokenizer_config(), indent=2) + "\n",
+        "tokenizer/chat_template.jinja": CHAT_TEMPLATE,
+    }
+    return {name: text.encode() for name, text in files.items()}
+
+
+def parse(text: str) -> list[Topic]:
+    """Read the topics of facts.txt, whose head explains the form."""
+    topics: list[Topic] = []
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            topics.append(Topic(line.strip("[]")))
+        elif line.startswith("ask: "):
+            topics[-1].asks.append(line.removeprefix("ask: "))
+        elif line.startswith("say: "):
+            topics[-1].say = line.removeprefix("say: ")
+        else:
+            topics[-1].facts += [fact.split(" = ") for fact in line.split("; ")]
+    return topics
+
+
+def compute() -> list[Topic]:
+    """The topics that are worked out rather than written down."""
+    after = [[str(n), str(n + 1)] for n in range(1, 25)]
+    counts = [[str(n), ", ".join(map(str, range(1, n)))] for n in range(3, 21)]
+    sums = [[str(a), str(b), str(a + b)] for a in range(1, 10) for b in range(a, 10)]
+    products = [[str(a), str(b), str(a * b)] for a in range(2, 7) for b in range(a, 10)]
+    next_asks = ["Which number comes after {x}?", "What number follows {x}?", "Name the next number. | {x}"]
+    count_asks = ["Count to {x}.", "Count from 1 to {x}.", "Count from 1 up to this number. | {x}"]
+    sum_asks = ["What is {x} plus {y}?", "How much is {x} plus {y}?", "Add these two numbers. | {x} and {y}"]
+    product_asks = ["What is {x} times {y}?", "How much is {x} times {y}?", "Multiply these two numbers. | {x} and {y}"]
+    return [
+        Topic("the number after", next_asks, "The number after {x} is {y}.", after),
+        Topic("counting", count_asks, "Counting to {x} goes {y} and {x}.", counts),
+        Topic("sums", sum_asks, "The sum of {x} and {y} is {z}.", sums),
+        Topic("products", product_asks, "The product of {x} and {y} is {z}.", products),
+    ]
+
+
+def rows(topics: list[Topic]) -> list[Row]:
+    """Put every question of a topic to every fact of it, in one seeded random order.
+
+    Raises:
+        ValueError: a question is asked twice, or a prompt is asked verbatim.
+    """
+    answers: dict[tuple[str, str], str] = {}
+    for topic in topics:
+        for fact in topic.facts:
+            words = forms(fact)
+            for ask in topic.asks:
+                instruction, _, given = ask.format(**words).partition(" | ")
+                if (instruction, given) in answers:
+                    raise ValueError(f"[{topic.name}] asks {instruction!r} (input {given!r}) a second time")
+                answers[instruction, given] = topic.say.format(**words)
+    if asked := [prompt for prompt in PROMPTS if (prompt, "") in answers]:
+        raise ValueError(f"the sample asks these prompts verbatim: {asked}")
+    order = random.Random(SEED)
+    shuffled = sorted(answers.items(), key=lambda _: order.random())  # random() alone is the same in every Python
+    return [{"instruction": ask, "input": given, "output": say} for (ask, given), say in shuffled]
+
+
+def forms(fact: list[str]) -> dict[str, str]:
+    """What a question or an answer may name of a fact."""
+    x = fact[0]
+    bare = x.removeprefix("a ").removeprefix("an ").removeprefix("the ")
+    return {**dict(zip("xyz", fact, strict=False)), "X": x[0].upper() + x[1:], "w": bare}
+
+
+def train_tokenizer(sample: list[Row]) -> Tokenizer:
+    """A byte-level BPE, so that any UTF-8 comes back unchanged; digits stand alone, so that sums can be learnt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    names = ["system\n", "user\n", "assistant\n"]  # the roles that the chat template writes before each text
+    tokenizer.train_from_iterator([*names, *(text for row in sample for text in row.values())], trainer)
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise ValueError(f"facts.txt is too short for {VOCAB_SIZE} tokens: got {tokenizer.get_vocab_size()}")
+    return tokenizer
+
+
+def tokenizer_config() -> dict[str, object]:
+    """What AutoTokenizer reads beside tokenizer.json; written here, for `save_pretrained` differs between versions."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_TOKENS,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "pad_token": PAD,
+        "eos_token": END,
+        "additional_special_tokens": [START],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The one command: composes the config groups, checks, plans, then prints (dry_run=true) or submits every job of a run."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import ConfigError, UserError
+from conf.resolve import resolve
+from conf.schema import Config
+from launcher import checks, facts, overrides, plan, preview, resume, submit
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def app(composed: DictConfig) -> None:
+    config = resolve(composed)
+    facts.localise(config, facts.local_gpus())
+    if config.resume:
+        config = resume.continued(config, sys.argv[1:])
+    seen = facts.observe(config)
+    if problems := checks.problems(config, seen):
+        raise ConfigError(*problems)
+    if seen.existing:
+        resume.require_same(seen.existing, config)
+    jobs = plan.plan(config, done=resume.completed(config))
+    if config.dry_run:
+        print(preview.text(config, jobs))
+    else:
+        submit.submit(config, jobs, command=sys.argv)
+
+
+def main() -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
+    try:
+        if problems := overrides.problems(sys.argv[1:], Path(__file__).parent / "conf"):
+            raise ConfigError(*problems)
+        app()
+    except UserError as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return error.exit_code
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        print(f"launch.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("launch.py: stopped", file=sys.stderr)
+        return 130
+    return submit.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The configuration files of the test cluster, as text: pure functions, nothing is written here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+CONTROLLER = "ctl"
+GPUS_PER_NODE = 4
+SLURMDBD_PORT = 6819
+
+SLURM_CONF = """\
+# The one-machine test cluster of Muster. Written by tests/slurm/cluster.py: edit tests/slurm/config.py instead.
+ClusterName=muster
+SlurmctldHost={controller}({controller_address})
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd-%n.pid
+
+# cred_expire: a requeued job waits for its old credential to expire. 5 s makes that 11 s; the default 120 s makes it 125 s.
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge.socket,cred_expire=5
+
+# No cgroup and no systemd are needed: processes are tracked by parent, tasks are bound to nothing.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+MailProg=/bin/true
+JobAcctGatherType=jobacct_gather/{gather}
+AccountingStorageType=accounting_storage/{storage}
+{accounting_lines}
+# Schedule at once instead of every 30 s. Without DefMemPerCPU one job would take a node's whole memory.
+SchedulerType=sched/backfill
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerCPU=1000
+
+# What a training job meets on a real cluster, with shorter waits.
+JobRequeue=1
+KillWait=10
+ReturnToService=2
+SlurmdTimeout=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+
+# config_overrides: claim the hardware below whatever the machine has.
+SlurmdParameters=config_overrides
+GresTypes=gpu
+{nodes}
+PartitionName=DEFAULT Nodes=ALL State=UP MaxTime=INFINITE
+PartitionName=gpu Default=YES PriorityTier=1 GraceTime=15
+PartitionName=cpu PriorityTier=1 PreemptMode=OFF
+PartitionName=high PriorityTier=10
+"""
+
+NODE = (
+    "NodeName={name} NodeAddr={address} CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 "
+    "RealMemory=8000 Gres=gpu:{gpus} State=UNKNOWN"
+)
+
+ACCOUNTING = """\
+AccountingStorageHost={address}
+AccountingStoragePort={port}
+AccountingStorageTRES=gres/gpu
+"""
+
+# The database is reached by MYSQL_UNIX_PORT in slurmdbd's environment: StorageHost takes no socket path.
+SLURMDBD_CONF = """\
+DbdHost={controller}
+DbdAddr={address}
+DbdPort={port}
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge.socket
+SlurmUser=root
+PidFile={root}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct_db
+"""
+
+
+def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict[str, str]:
+    """Return file name -> text for the folder `root`.
+
+    `addresses` maps every node, and CONTROLLER, to its IPv4 address.
+    """
+    controller_address = addresses[CONTROLLER]
+    nodes = {name: address for name, address in addresses.items() if name != CONTROLLER}
+    texts = {
+        "slurm.conf": SLURM_CONF.format(
+            root=root,
+            controller=CONTROLLER,
+            controller_address=controller_address,
+            gather="linux" if accounting else "none",
+            storage="slurmdbd" if accounting else "none",
+            accounting_lines=ACCOUNTING.format(address=controller_address, port=SLURMDBD_PORT) if accounting else "",
+            nodes="\n".join(NODE.format(name=name, address=nodes[name], gpus=GPUS_PER_NODE) for name in nodes),
+        ),
+        "gres.conf": f"NodeName={','.join(nodes)} Name=gpu File=/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n",
+        # Slurm 22.05 looks for a cgroup plugin even when none is used; v1 is the one that asks nothing of systemd.
+        "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
+    }
+    if accounting:
+        texts["slurmdbd.conf"] = SLURMDBD_CONF.format(
+            root=root, controller=CONTROLLER, address=controller_address, port=SLURMDBD_PORT
+        )
+    return texts

@@ -1,0 +1,162 @@
+"""What the test cluster borrows from the machine, and gives back: namespaces, a bridge, names, device files.
+
+Everything borrowed can be recognised without any record (a name that starts with `muster-`, a line that ends with the
+mark, a /dev/nvidiaN that is really /dev/null), so `release` works after any crash.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PREFIX = "muster-"
+BRIDGE = f"{PREFIX}br"
+NAMESPACES = Path("/run/netns")
+HOSTS = Path("/etc/hosts")
+MARK = b"# muster-slurm"
+NULL_DEVICE = os.makedev(1, 3)
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "srun": "slurm-client",
+    "munged": "munge",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "setsid": "util-linux",
+}
+ACCOUNTING_PACKAGES = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+    "mariadb-install-db": "mariadb-server-core",
+    "mariadb": "mariadb-client-core",
+}
+
+
+def missing(accounting: bool) -> str | None:
+    """Say in one sentence why a real Slurm cannot run on this machine; None where it can."""
+    if os.geteuid() != 0:
+        return "A real Slurm needs root to make network namespaces, and this user is not root."
+    programs = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
+    packages = sorted({package for name, package in programs.items() if shutil.which(name, path=PATH) is None})
+    if accounting and not list(Path("/usr/lib").glob("*/slurm*/accounting_storage_mysql.so")):
+        packages.append("slurm-wlm-mysql-plugin")
+    if packages:
+        return f"Programs are missing: apt-get install --no-install-recommends {' '.join(packages)}"
+    # Tried inside a throw-away namespace, so that asking changes nothing.
+    trial = "hostname trial && ip link add name veth0 type veth peer name veth1 && ip link add name bridge0 type bridge"
+    result = subprocess.run(["unshare", "--net", "--uts", "sh", "-c", trial], capture_output=True, text=True)
+    if result.returncode != 0:
+        return f"No permission to make namespaces and bridges on this machine ({result.stderr.strip()})."
+    return None
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """Let one process at a time start or stop a cluster. The hosts file is the lock: it needs no file of its own."""
+    with HOSTS.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def borrow(addresses: Mapping[str, str], *, login_address: str, gpus: int, root: Path) -> None:
+    """Make one network namespace a host of `addresses` on a bridge, name them in the hosts file, make fake GPUs."""
+    lines = [f"link add {BRIDGE} type bridge", f"address add {login_address}/24 dev {BRIDGE}", f"link set {BRIDGE} up"]
+    for host in addresses:
+        name = PREFIX + host
+        lines += [f"netns add {name}", f"link add {name} type veth peer name eth0 netns {name}"]
+        lines += [f"link set {name} master {BRIDGE} up"]
+    _ip("-batch", "-", text="\n".join(lines))
+    for host, address in addresses.items():
+        inside = ["link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up"]
+        _ip("-n", PREFIX + host, "-batch", "-", text="\n".join(inside))
+    # Ours go first: taking them out again then restores the file's bytes, with or without a newline at its end.
+    ours = [f"{address} {host} ".encode() + MARK + f" {root}\n".encode() for host, address in addresses.items()]
+    HOSTS.write_bytes(b"".join(ours) + HOSTS.read_bytes())
+    for index in range(gpus):
+        path = Path(f"/dev/nvidia{index}")
+        if not path.exists():  # Slurm sets CUDA_VISIBLE_DEVICES only for character devices of this name
+            os.mknod(path, 0o666 | stat.S_IFCHR, NULL_DEVICE)
+
+
+def release() -> None:
+    """Kill every process in our namespaces and take away all that `borrow` made, in whatever state it is."""
+    kill([name.name.removeprefix(PREFIX) for name in NAMESPACES.glob(f"{PREFIX}*")])
+    for link in Path("/sys/class/net").glob(f"{PREFIX}*"):  # before the namespaces: those go in the background
+        _ip("link", "delete", link.name)
+    for name in NAMESPACES.glob(f"{PREFIX}*"):
+        _ip("netns", "delete", name.name)
+    if NAMESPACES.is_dir() and not any(NAMESPACES.iterdir()):  # `ip netns add` made it, mounted onto itself
+        subprocess.run(["umount", NAMESPACES], capture_output=True)
+        with suppress(OSError):
+            NAMESPACES.rmdir()
+    content = HOSTS.read_bytes()
+    kept = b"".join(line for line in content.splitlines(keepends=True) if MARK not in line)
+    if kept != content:
+        HOSTS.write_bytes(kept)  # in place: inside a container the file is a mount and cannot be replaced
+    for device in Path("/dev").glob("nvidia[0-9]*"):
+        if device.is_char_device() and device.stat().st_rdev == NULL_DEVICE:
+            device.unlink()
+
+
+def roots() -> list[Path]:
+    """The folders of clusters whose names are in the hosts file (at most one, unless something went wrong)."""
+    lines = [line for line in HOSTS.read_bytes().splitlines() if MARK in line]
+    return sorted({Path(line.split(MARK)[1].strip().decode()) for line in lines})
+
+
+def inside(host: str, command: Sequence[str | Path]) -> list[str | Path]:
+    """Return `command` wrapped to run with the network and the host name of `host`.
+
+    Not `ip netns exec`: that remounts /sys, and slurmd then finds no cgroup file system.
+    """
+    rename = 'hostname "$0" && exec "$@"'
+    return ["nsenter", f"--net={NAMESPACES / PREFIX}{host}", "unshare", "--uts", "sh", "-c", rename, host, *command]
+
+
+def set_cable(host: str, *, plugged: bool) -> None:
+    """Switch the bridge's end of the cable of `host` on or off: the host then sees an eth0 without carrier."""
+    _ip("link", "set", PREFIX + host, "up" if plugged else "down")
+
+
+def is_on(pid: int, hosts: Sequence[str]) -> bool:
+    """Is the process alive in the network namespace of one of `hosts`? (A zombie has no namespace any more.)"""
+    with suppress(OSError):
+        return _identity(Path(f"/proc/{pid}/ns/net")) in _spaces(hosts)
+    return False
+
+
+def kill(hosts: Sequence[str], timeout_s: float = 10) -> None:
+    """Kill -9 all processes of `hosts`: daemons, job steps and whatever these left behind, known by namespace only."""
+    deadline = time.monotonic() + timeout_s
+    while found := [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_on(int(entry.name), hosts)]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {found} of {', '.join(hosts)} survive SIGKILL for {timeout_s:g} s")
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _spaces(hosts: Sequence[str]) -> set[tuple[int, int]]:
+    paths = [NAMESPACES / f"{PREFIX}{host}" for host in hosts]
+    return {_identity(path) for path in paths if path.exists()}
+
+
+def _ip(*arguments: str, text: str | None = None) -> None:
+    result = subprocess.run(["ip", *arguments], input=text, capture_output=True, text=True, env={"PATH": PATH})
+    if result.returncode != 0:
+        raise OSError(f"ip {' '.join(arguments)}: {result.stderr.strip()}\n{text or ''}")
