@@ -17,8 +17,17 @@ from launcher import checks, facts, overrides, plan, preview, resume, submit
 ConfigStore.instance().store(name="schema", node=Config)
 
 
+_composed: list[DictConfig] = []
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def app(composed: DictConfig) -> None:
+def compose(config: DictConfig) -> None:
+    """Only keep what Hydra composed: an error raised in here would be printed twice. With -m there are several."""
+    _composed.append(config)
+
+
+def launch(composed: DictConfig) -> int:
+    """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
     config = resolve(composed)
     facts.localise(config, facts.local_gpus())
     if config.resume:
@@ -31,8 +40,8 @@ def app(composed: DictConfig) -> None:
     jobs = plan.plan(config, done=resume.completed(config))
     if config.dry_run:
         print(preview.text(config, jobs))
-    else:
-        submit.submit(config, jobs, command=sys.argv)
+        return 0
+    return submit.submit(config, jobs, command=sys.argv)
 
 
 def main() -> int:
@@ -40,7 +49,8 @@ def main() -> int:
     try:
         if problems := overrides.problems(sys.argv[1:], Path(__file__).parent / "conf"):
             raise ConfigError(*problems)
-        app()
+        compose()
+        return max((launch(composed) for composed in _composed), default=0)
     except UserError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return error.exit_code
@@ -50,7 +60,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("launch.py: stopped", file=sys.stderr)
         return 130
-    return submit.exit_code()
 
 
 if __name__ == "__main__":

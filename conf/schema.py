@@ -52,6 +52,7 @@ class AdapterKind(Enum):
 
 
 class Precision(Enum):
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -199,8 +200,8 @@ class Train:
     eps: float = at_least(0, 1e-8)
     max_grad_norm: float = at_least(0, 1.0)
     """Gradients are clipped to this global norm; 0 turns clipping off."""
-    precision: Precision = Precision.bf16
-    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPU."""
+    precision: Precision = Precision.auto
+    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPUs; `auto` is bf16 on GPUs, else fp32."""
     activation_checkpointing: bool = False
     """Recompute each block in backward: about a quarter slower, a fraction of the memory."""
     seed: int = at_least(0, 0)

@@ -114,19 +114,20 @@ def parse(text: str) -> list[Topic]:
 
 def compute() -> list[Topic]:
     """The topics that are worked out rather than written down."""
-    after = [[str(n), str(n + 1)] for n in range(1, 25)]
-    counts = [[str(n), ", ".join(map(str, range(1, n)))] for n in range(3, 21)]
-    sums = [[str(a), str(b), str(a + b)] for a in range(1, 10) for b in range(a, 10)]
-    products = [[str(a), str(b), str(a * b)] for a in range(2, 7) for b in range(a, 10)]
-    next_asks = ["Which number comes after {x}?", "What number follows {x}?", "Name the next number. | {x}"]
+    sums = [[str(a), str(b), str(a + b)] for a in range(1, 7) for b in range(a, 7)]
+    counts = [[str(n), ", ".join(map(str, range(1, n)))] for n in range(3, 13)]
+    sum_asks = [
+        "What is {x} plus {y}?",
+        "How much is {x} plus {y}?",
+        "Add {x} and {y}.",
+        "Tell me the sum of {x} and {y}.",
+    ]
+    sum_asks += ["Please add {x} to {y}.", "Add these two numbers. | {x} and {y}"]
     count_asks = ["Count to {x}.", "Count from 1 to {x}.", "Count from 1 up to this number. | {x}"]
-    sum_asks = ["What is {x} plus {y}?", "How much is {x} plus {y}?", "Add these two numbers. | {x} and {y}"]
-    product_asks = ["What is {x} times {y}?", "How much is {x} times {y}?", "Multiply these two numbers. | {x} and {y}"]
+    count_asks += ["Please count up to {x}.", "Write all numbers from 1 to {x}."]
     return [
-        Topic("the number after", next_asks, "The number after {x} is {y}.", after),
-        Topic("counting", count_asks, "Counting to {x} goes {y} and {x}.", counts),
         Topic("sums", sum_asks, "The sum of {x} and {y} is {z}.", sums),
-        Topic("products", product_asks, "The product of {x} and {y} is {z}.", products),
+        Topic("counting", count_asks, "Counting to {x} goes {y} and {x}.", counts),
     ]
 
 

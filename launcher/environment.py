@@ -75,7 +75,6 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
             "MUSTER_NCCL_TIMEOUT": str(timeout_s), "AXOLOTL_NCCL_TIMEOUT": str(timeout_s),
             "DEEPSPEED_TIMEOUT": str(math.ceil(timeout_s / 60)),  # minutes, unlike all others
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_DESYNC_DEBUG": "1",
-            "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": flight,  # torch before 2.9
             "TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": flight,
             "NCCL_DEBUG": "WARN",
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf import resolve
-from conf.schema import Config, Container
+from conf.schema import Config, Container, Precision
 
 CLONE = Path(__file__).resolve().parent.parent
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -38,7 +38,7 @@ class Facts:
 
 
 def localise(config: Config, gpus: int) -> None:
-    """Make paths absolute, and decide GPU or CPU where `gpus_per_node` is null. Paths are tried here, then in the clone."""
+    """Settle what depends on this machine: absolute paths (tried here, then in the clone), interpreter, GPU or CPU, precision."""
     config.run_dir = os.path.abspath(config.run_dir)
     config.cluster.python = config.cluster.python or ("python3" if config.cluster.container is not Container.none else sys.executable)
     for section, name in ((config.data, "path"), (config.data, "validation_path"), (config.generate, "prompts"),
@@ -49,6 +49,8 @@ def localise(config: Config, gpus: int) -> None:
     for part in (config.cluster.train, config.cluster.inference):
         if part.gpus_per_node is None:
             part.gpus_per_node = part.ranks_per_node if gpus >= part.ranks_per_node else 0
+    if config.train.precision is Precision.auto:
+        config.train.precision = Precision.bf16 if config.cluster.train.gpus_per_node else Precision.fp32
 
 
 def observe(config: Config) -> Facts:

@@ -7,12 +7,14 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
 from conf.errors import Problem
 from conf.schema import Config
+
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i")
 
 
 def groups(folder: Path) -> dict[str, list[str]]:
@@ -25,29 +27,29 @@ def groups(folder: Path) -> dict[str, list[str]]:
 
 def problems(words: list[str], folder: Path) -> list[Problem]:
     """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
-    known, options, found = resolve.keys(), groups(folder), []
-    for word in words:
-        if word.startswith("-"):
+    known, options, schema, found = resolve.keys(), groups(folder), OmegaConf.structured(Config), []
+    for previous, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or previous in FLAGS_WITH_VALUE:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
             found.append(Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise"))
             continue
-        problem = _problem(override, known, options)
+        problem = _problem(override, known, options, schema)
         if problem:
             found.append(problem)
     return found
 
 
-def _problem(override: Override, known: dict[str, Any], options: dict[str, list[str]]) -> Problem | None:
+def _problem(override: Override, known: dict[str, Any], options: dict[str, list[str]], schema: DictConfig) -> Problem | None:
     key = override.key_or_group.split("@")[0].lstrip("/")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.is_sweep_override():
         return None
     if key in options and not (override.value() is None and key == "experiment"):
         return _option(key, str(override.value()), options[key])
     if key in known:
-        return _value(key, override, known)
+        return _value(key, override, known, schema)
     if any(key.startswith(f"{free}.") and str(known[free]).startswith("dict") for free in known):
         return None
     return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
@@ -59,11 +61,10 @@ def _option(group: str, value: str, options: list[str]) -> Problem | None:
     return Problem(group, value, f"no such option{nearest(value, options)}; there are {', '.join(options)}")
 
 
-def _value(key: str, override: Override, known: dict[str, Any]) -> Problem | None:
+def _value(key: str, override: Override, known: dict[str, Any], schema: DictConfig) -> Problem | None:
     """Try the value in an empty config: OmegaConf knows the types."""
     if override.is_delete():
         return Problem(key, None, "cannot be deleted; set it to null where it may be empty")
-    schema = OmegaConf.structured(Config)
     value = override.value()
     if isinstance(value, str) and "${" in value:
         return None

@@ -66,12 +66,12 @@ def sbatch_text(config: Config, job: Job, dependency: Sequence[str] = ()) -> str
     return _make_sbatch_string(command=command, folder=folder, **parameters(config, job, dependency))
 
 
-def script_text(config: Config, job: Job) -> str:
+def script_text(config: Config, job: Job, config_path: Path) -> str:
     """A whole script for `sbatch` by hand: the same directives, fragments and ranks, without submitit."""
     directives = [line for line in sbatch_text(config, job).splitlines() if line.startswith("#SBATCH")]
     stdout = str(JobPaths(job_folder(config, job)).stdout)
     srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config, job)])
-    command = f"{srun} {python_command(config)} -u -m launcher.worker {job.name} {shlex.quote(config.run_dir + '/config.yaml')}"
+    command = f"{srun} {python_command(config)} -u -m launcher.worker {job.name} {shlex.quote(str(config_path))}"
     return _template("job.sbatch.j2").render(
         name=job.name, run=config.run_dir, directives=directives, command=command, **_values(config, job)) + "\n"
 

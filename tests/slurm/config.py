@@ -64,6 +64,7 @@ NODE = (
 ACCOUNTING = """\
 AccountingStorageHost={address}
 AccountingStoragePort={port}
+AccountingStoragePass={root}/run/munge.socket
 AccountingStorageTRES=gres/gpu
 """
 
@@ -90,6 +91,7 @@ def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict
     """
     controller_address = addresses[CONTROLLER]
     nodes = {name: address for name, address in addresses.items() if name != CONTROLLER}
+    database = {"root": root, "address": controller_address, "port": SLURMDBD_PORT}
     texts = {
         "slurm.conf": SLURM_CONF.format(
             root=root,
@@ -97,7 +99,7 @@ def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict
             controller_address=controller_address,
             gather="linux" if accounting else "none",
             storage="slurmdbd" if accounting else "none",
-            accounting_lines=ACCOUNTING.format(address=controller_address, port=SLURMDBD_PORT) if accounting else "",
+            accounting_lines=ACCOUNTING.format(**database) if accounting else "",
             nodes="\n".join(NODE.format(name=name, address=nodes[name], gpus=GPUS_PER_NODE) for name in nodes),
         ),
         "gres.conf": f"NodeName={','.join(nodes)} Name=gpu File=/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n",
@@ -105,7 +107,5 @@ def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
     }
     if accounting:
-        texts["slurmdbd.conf"] = SLURMDBD_CONF.format(
-            root=root, controller=CONTROLLER, address=controller_address, port=SLURMDBD_PORT
-        )
+        texts["slurmdbd.conf"] = SLURMDBD_CONF.format(controller=CONTROLLER, **database)
     return texts

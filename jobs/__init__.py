@@ -1,0 +1,16 @@
+"""The work itself. `run` is all that the launcher knows of it; nothing heavy is imported before a job is named."""
+
+from importlib import import_module
+from pathlib import Path
+
+from conf.errors import ConfigError, Problem
+from conf.resolve import load
+
+NAMES = ("preflight", "preprocess", "train", "consolidate", "evaluate", "generate")
+
+
+def run(name: str, config_path: str) -> None:
+    """Run one job on this rank. Raises UserError for what the user can mend, Stopped when it was told to end early."""
+    if name not in NAMES:
+        raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(NAMES)}"))
+    import_module(f"jobs.{name}").run(load(Path(config_path)))

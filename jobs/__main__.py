@@ -1,0 +1,18 @@
+"""`python -m jobs train RUN/config.yaml`: one job by hand, alone or as `torchrun --nproc-per-node N -m jobs train ...`."""
+
+import argparse
+import sys
+
+from conf.errors import UserError
+from jobs import NAMES, run
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
+    parser.add_argument("job", choices=NAMES)
+    parser.add_argument("config", help="RUN/config.yaml")
+    options = parser.parse_args()
+    try:
+        run(options.job, options.config)
+    except UserError as error:
+        print(f"jobs: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

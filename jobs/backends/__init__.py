@@ -1,0 +1,33 @@
+"""Who shards. `fsdp` and `zero` have the same few functions, so that train.py reads the same for both:
+
+wrap(model, config, world) -> Engine    shard the model, make its optimizer
+backward(engine, loss, last)            one micro batch; gradients are averaged over ranks on the last
+step(engine, learning_rate) -> float    clip, update, clear; returns the gradient norm before clipping
+save(engine, folder) / load(engine, folder)    this rank's shards of trainable weights and optimizer state
+weights(engine)                         (name, whole fp32 tensor) of each trainable weight, gathered one at a time
+consolidate(folder)                     name -> whole fp32 tensor of a saved checkpoint, read by one process
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from conf.schema import Config
+
+
+@dataclass
+class Engine:
+    """A sharded model with its optimizer, as a backend made it."""
+
+    module: nn.Module
+    """Called for the forward pass."""
+    optimizer: Any
+    max_grad_norm: float
+
+
+def chosen(config: Config) -> ModuleType:
+    """The backend that the config names; only that one is imported."""
+    return import_module(f"jobs.backends.{config.parallel.backend.name}")

@@ -1,0 +1,84 @@
+"""torch FSDP2 on a (replicate, shard) mesh: plain data parallelism, full sharding, or sharding inside groups of ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from conf.schema import Config
+from jobs import optim
+from jobs.backends import Engine
+from jobs.distributed import World
+from jobs.model import blocks, compute_dtype
+
+TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+"""An adapter's checkpoint holds no base weights."""
+
+
+def wrap(model: nn.Module, config: Config, world: World) -> Engine:
+    """Shard each block, then what is left, over the mesh; masters stay fp32, compute is in the config's precision."""
+    shard = config.parallel.shard_ranks or world.size
+    mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    dtype = compute_dtype(config)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype is not torch.float32 else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.parallel.offload_parameters else OffloadPolicy()
+    options: dict[str, Any] = {"mesh": mesh if shard < world.size else mesh["shard"], "mp_policy": policy, "offload_policy": offload}
+    model.to(world.device)
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)  # its backward begins where its forward ends
+    model.train()
+    return Engine(model, optim.build(model, config), config.train.max_grad_norm)
+
+
+def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
+    """Accumulate sharded gradients; only the last micro batch is averaged between replicas."""
+    assert isinstance(engine.module, FSDPModule)
+    engine.module.set_requires_all_reduce(last)
+    engine.module.set_is_last_backward(last)
+    loss.backward()
+
+
+def step(engine: Engine, learning_rate: float) -> float:
+    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trainable, engine.max_grad_norm or float("inf"))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def save(engine: Engine, folder: Path) -> None:
+    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+
+def load(engine: Engine, folder: Path) -> None:
+    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    state = {"model": model, "optimizer": optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(engine.module, engine.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=StateDictOptions(ignore_frozen_params=True, strict=False))
+
+
+def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            yield name, whole.detach().float().cpu()
+
+
+def consolidate(folder: Path) -> dict[str, torch.Tensor]:
+    described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in described.items()
+             if key.startswith("model.") and hasattr(entry, "size")}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return {key.removeprefix("model."): value.float() for key, value in state.items()}

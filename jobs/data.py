@@ -1,0 +1,81 @@
+"""Token rows as preprocess wrote them, and which of them each rank gets at each step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conf.errors import DataError, Problem
+from conf.files import read_json
+
+IGNORED = -100
+"""Label of a token that is not trained; cross_entropy's own."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split, mapped from disk: row i is tokens[offsets[i]:offsets[i + 1]]; `counts` are its trained tokens."""
+
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+
+def read(folder: Path, split: str) -> Rows:
+    """Open a split of RUN/data. Raises DataError where preprocess has not completed."""
+    if read_json(folder / "data.json") is None:
+        raise DataError(Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)"))
+    tokens, trained, offsets = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets"))
+    return Rows(tokens, trained, np.asarray(offsets), _trained_labels(trained, np.asarray(offsets)))
+
+
+def _trained_labels(trained: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Trained tokens of each row, but for its first: nothing predicts that one."""
+    sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
+    return sums[offsets[1:]] - sums[offsets[:-1]] - trained[offsets[:-1]]
+
+
+def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest, rounded up: `input_ids` and `labels`, int64 of shape (rows, length).
+
+    Under causal attention padding on the right reaches no real token, so no mask is needed.
+    """
+    length = max(1, -(-int(rows.lengths(chosen).max(initial=1)) // multiple)) * multiple
+    ids = np.full((len(chosen), length), pad, dtype=np.int64)
+    labels = np.full((len(chosen), length), IGNORED, dtype=np.int64)
+    for line, row in enumerate(chosen):
+        tokens = rows.tokens[rows.offsets[row]:rows.offsets[row + 1]]
+        ids[line, :len(tokens)] = tokens
+        labels[line, :len(tokens)] = np.where(rows.trained[rows.offsets[row]:rows.offsets[row + 1]], tokens, IGNORED)
+    labels[:, 0] = IGNORED
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
+def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.int64]:
+    """The rows of one step's global batch, sorted by length: a function of the step alone, whatever the number of ranks.
+
+    Epochs follow each other without a gap, each a new permutation, so every row comes once an epoch.
+    """
+    positions = np.arange(step * global_batch, (step + 1) * global_batch)
+    chosen = np.empty(global_batch, dtype=np.int64)
+    for epoch in range(int(positions[0] // len(rows)), int(positions[-1] // len(rows)) + 1):
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        inside = positions // len(rows) == epoch
+        chosen[inside] = order[positions[inside] % len(rows)]
+    return chosen[np.argsort(rows.lengths(chosen), kind="stable")]
+
+
+def micro_batches(chosen: NDArray[np.int64], micro_batch: int, rank: int, world_size: int) -> Iterator[NDArray[np.int64]]:
+    """This rank's rows, one micro batch after the other; ranks hold rows of like length at the same time."""
+    for start in range(rank * micro_batch, len(chosen), micro_batch * world_size):
+        yield chosen[start:start + micro_batch]

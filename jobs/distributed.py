@@ -1,0 +1,85 @@
+"""Rank variables to process group and back: the one place of the compute side that reads them."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from conf.errors import Problem, SiteError
+from conf.schema import Config
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this rank stands, and the device it drives."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[World]:
+    """Join the ranks of this job; NCCL where the config asks for GPUs, else Gloo. A process started alone is a world of 1.
+
+    Raises SiteError when GPUs were asked for and this rank has none.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size == 1:  # a rendezvous with oneself needs no network
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    device = _device(config, local_rank)
+    timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", config.cluster.network.nccl_timeout_s)))
+    if device.type == "cuda":
+        _peer_access(local_rank, local_size)
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield World(rank, size, local_rank, local_size, device)
+        dist.barrier()  # no rank leaves while another still needs its store
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(config: Config, local_rank: int) -> torch.device:
+    if not config.cluster.train.gpus_per_node:
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= local_rank:
+        raise SiteError(Problem("cluster.train.gpus_per_node", config.cluster.train.gpus_per_node,
+                                f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs "
+                                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): ask for "
+                                "fewer, look at nvidia-smi on that node, or exclude it with cluster.train.exclude"))
+    return torch.device("cuda", local_rank)
+
+
+def _peer_access(local_rank: int, local_size: int) -> None:
+    """Consumer cards lack peer access and hang in NCCL's first collective; what the user has set stays."""
+    others = [other for other in range(min(local_size, torch.cuda.device_count())) if other != local_rank]
+    if "NCCL_P2P_DISABLE" not in os.environ and not all(torch.cuda.can_device_access_peer(local_rank, other) for other in others):
+        os.environ["NCCL_P2P_DISABLE"] = "1"
+        print("muster: no peer access between this node's GPUs: NCCL_P2P_DISABLE=1", flush=True)
+
+
+def shorten_timeout(seconds: int) -> None:
+    """From now on a collective that takes longer than this is a hang: start-up is over and steps are short."""
+    if dist.get_backend() == "nccl" or torch.cuda.is_available():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, on every rank."""
+    dist.all_reduce(value)
+    return value

@@ -1,0 +1,95 @@
+"""Starts the jobs of a run: the only module that submits. Writes the run folder first, then chains on Slurm or runs here."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from conf import deepspeed, resolve
+from conf.errors import Problem, RunError, SiteError
+from conf.files import read_json, write_json, write_text
+from conf.schema import Backend, Config, Executor, Submit
+from launcher import local, preview, render, runs, slurm, snapshot, worker
+from launcher.facts import CLONE
+from launcher.plan import Job
+
+def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
+    """Write the run folder and start `jobs`; returns the exit code. At once on Slurm; here when the last job has ended.
+
+    Raises RunError when the run is active already, SiteError when Slurm refuses a job (those before it are cancelled).
+    """
+    if not jobs:
+        print(f"run       {config.run_dir}\nnothing to do: {', '.join(config.jobs)} completed before, with this config")
+        return 0
+    if active := runs.active(Path(config.run_dir)):
+        raise RunError(Problem("run_dir", config.run_dir, f"is at work: {active}; wait, or python -m launcher cancel {config.run_dir}"))
+    print(preview.summary(config, jobs), flush=True)
+    config_path = write_run(config, jobs, command)
+    if config.submit is Submit.script:
+        print(f"\nwritten; submit with   bash {config.run_dir}/jobs/submit.sh   or each with sbatch {config.run_dir}/jobs/JOB.sbatch")
+    elif config.cluster.executor is Executor.slurm:
+        _chain(config, jobs, config_path)
+    else:
+        return local.run(config, jobs, config_path)
+    return 0
+
+
+def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Path:
+    """Everything the jobs read, each file whole or absent; the config comes last and makes the folder a run.
+
+    A launch that does not train leaves the run's own config as it is, and keeps its config beside the job.
+    Raises RunError when the folder cannot be written.
+    """
+    run = Path(config.run_dir)
+    own = run / "config.yaml"
+    config_path = own if not own.exists() or "train" in config.jobs else run / "jobs" / jobs[0].name / "config.yaml"
+    try:
+        (run / "jobs").mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            render.job_folder(config, job).mkdir(exist_ok=True)  # srun fails, and may exit 0, where its log folder is missing
+            if config.cluster.executor is Executor.slurm:
+                write_text(run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=0o700)
+        if config.cluster.executor is Executor.slurm:
+            write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
+        if config.parallel.backend is Backend.zero:
+            part = config.cluster.train
+            write_json(run / "deepspeed.json", deepspeed.plan(config, part.nodes * part.ranks_per_node))
+        snapshot.take(CLONE, run)
+        record = read_json(run / "run.json") or {"launches": []}
+        record["launches"].append({
+            "command": list(command), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "cluster": config.cluster.executor.name,
+            "python": sys.version.split()[0], **snapshot.provenance(CLONE), "jobs": {}})
+        write_json(run / "run.json", record)
+        resolve.save(config, config_path)
+    except OSError as error:
+        raise RunError(Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")) from error
+    return config_path
+
+
+def note_job(run: Path, name: str, job_id: str) -> None:
+    """Record the id of a job that has just been started, in the newest launch."""
+    record: dict[str, Any] = read_json(run / "run.json")
+    record["launches"][-1]["jobs"][name] = job_id
+    write_json(run / "run.json", record)
+
+
+def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
+    ids: dict[str, str] = {}
+    try:
+        for job in jobs:
+            executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config))
+            executor.update_parameters(**render.parameters(config, job, [ids[name] for name in job.after]))
+            ids[job.name] = executor.submit(worker.run, job.name, str(config_path)).job_id
+            note_job(Path(config.run_dir), job.name, ids[job.name])
+            print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
+    except (FailedJobError, FailedSubmissionError) as error:
+        if ids:
+            slurm.cancel(ids.values())
+        said = next((line.strip() for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
+        raise SiteError(Problem("cluster", config.cluster.name, f"Slurm refused {job.name}: {said}"
+                                + (f"; cancelled {', '.join(ids)}" if ids else ""))) from None
+    print(f"\nwatch with   make status RUN={config.run_dir}   make logs RUN={config.run_dir}")

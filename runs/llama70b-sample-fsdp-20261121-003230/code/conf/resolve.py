@@ -1,0 +1,94 @@
+"""Turns what Hydra composed into a Config, and a Config into the YAML of the run folder and back."""
+
+import hashlib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import ConfigError, Problem
+from conf.files import write_text
+from conf.schema import Config
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The typed Config of a composed one.
+
+    Raises ConfigError naming every value still missing, every key the schema does not know, and every bad value.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(*(Problem(key, None, f"needs a value: add {key}=... to the command") for key in missing))
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+        unknown = sorted(_unknown(plain, Config))
+        if unknown:
+            raise ConfigError(*(Problem(key, None, "no such key") for key in unknown))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
+    assert isinstance(config, Config)
+    return config
+
+
+LAUNCH_ONLY = ("resume", "dry_run", "submit")
+"""Keys that belong to one command, not to the run."""
+
+
+def dump(config: Config) -> str:
+    """The whole config as YAML text, in the order of the schema, without what belongs to one command."""
+    plain = OmegaConf.structured(config)
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(plain, [str(key) for key in plain if key not in LAUNCH_ONLY]))
+
+
+def digest(config: Config) -> str:
+    """What tells two configs of a run apart, whichever jobs are asked of them: 16 hexadecimal digits."""
+    plain = OmegaConf.structured(config)
+    text = OmegaConf.to_yaml(OmegaConf.masked_copy(plain, [str(key) for key in plain if key not in (*LAUNCH_ONLY, "jobs")]))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save(config: Config, path: Path) -> None:
+    """Publish the config as YAML, readable by the user alone."""
+    write_text(path, dump(config))
+
+
+def load(path: Path) -> Config:
+    """The config that `save` wrote. Raises ConfigError when the file is absent or does not fit the schema."""
+    try:
+        stored = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), None, "no such file; a run folder has a config.yaml")) from None
+    assert isinstance(stored, DictConfig)
+    return resolve(stored)
+
+
+def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the schema with its type; free-form dictionaries are one key."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        name, section = prefix + item.name, _section(hints[item.name])
+        found[name] = hints[item.name]
+        if section is not None:
+            found |= keys(section, f"{name}.")
+    return found
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass behind a field's type, also where it is optional."""
+    candidates = [hint, *get_args(hint)]
+    return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
+
+
+def _unknown(plain: Any, schema: type, prefix: str = "") -> list[str]:
+    found = []
+    hints = get_type_hints(schema)
+    for key, value in plain.items():
+        if key not in hints:
+            found.append(prefix + key)
+        elif (section := _section(hints[key])) and value is not None:
+            found += _unknown(value, section, f"{prefix}{key}.")
+    return found

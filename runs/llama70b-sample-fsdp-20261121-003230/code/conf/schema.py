@@ -1,0 +1,342 @@
+"""What can be configured: one dataclass a section, a sentence under each field with its unit and why that default.
+
+Values that belong to one choice (a model, a layout, a cluster) stand in the YAML files beside this one;
+values that nearly everybody wants stand here as defaults. No value stands in both.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def at_least(minimum: float, default: Any = MISSING) -> Any:
+    """A field whose number must be at least `minimum`; `launcher.checks` and `jobs` read it from the metadata."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
+class Init(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Attention(Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Format(Enum):
+    auto = "auto"
+    alpaca = "alpaca"
+    messages = "messages"
+    text = "text"
+
+
+class Overlong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+    error = "error"
+
+
+class Backend(Enum):
+    fsdp = "fsdp"
+    zero = "zero"
+
+
+class AdapterKind(Enum):
+    none = "none"
+    lora = "lora"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class OutputDtype(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Executor(Enum):
+    local = "local"
+    slurm = "slurm"
+
+
+class Container(Enum):
+    none = "none"
+    apptainer = "apptainer"
+    pyxis = "pyxis"
+
+
+class Submit(Enum):
+    submitit = "submitit"
+    script = "script"
+
+
+class Tracker(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+@dataclass
+class Architecture:
+    """The fields of a Hugging Face config.json that fix a model's shape: enough to build it, and to estimate its memory."""
+
+    model_type: str = MISSING
+    """Transformers' name of the family, such as `llama` or `qwen2`."""
+    vocab_size: int = at_least(1)
+    hidden_size: int = at_least(1)
+    intermediate_size: int = at_least(1)
+    num_hidden_layers: int = at_least(1)
+    num_attention_heads: int = at_least(1)
+    num_key_value_heads: int = at_least(1)
+    max_position_embeddings: int = at_least(1)
+    tie_word_embeddings: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any further fields of config.json, passed on as they are (rope parameters, head_dim, biases)."""
+
+
+@dataclass
+class Model:
+    name: str = MISSING
+    """Short name, used in the run's name."""
+    source: str = MISSING
+    """Hub id, or folder, of the weights, config and tokenizer."""
+    revision: str | None = None
+    """Hub commit, tag or branch; pin a commit where a run must be repeatable."""
+    tokenizer: str | None = None
+    """Hub id or folder of another tokenizer than the one in `source`."""
+    init: Init = Init.pretrained
+    """`pretrained` reads weights from `source`; `random` builds `architecture` with fresh weights (demo, benchmarks)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+    attention: Attention = Attention.auto
+    """Attention kernel; `auto` takes torch's scaled-dot-product attention, which needs no further package."""
+    architecture: Architecture | None = None
+    """Shape of the model; needed for `init: random`, and for checks and estimates without the network."""
+
+
+@dataclass
+class Data:
+    name: str = MISSING
+    path: str = MISSING
+    """JSON or JSONL file, or Hub id, of the training rows."""
+    format: Format = Format.auto
+    """Shape of a row; `auto` recognises it from the columns and says which it took."""
+    validation_path: str | None = None
+    """File of held-out rows; without it `validation_fraction` of the rows is held out."""
+    validation_fraction: float = at_least(0, 0.05)
+    """Share of rows (0 to 0.5) held out when there is no `validation_path`; chosen by `seed`, the same in every run."""
+    max_length: int = at_least(2, 2048)
+    """Longest row, in tokens."""
+    overlong: Overlong = Overlong.truncate
+    """What happens to a row longer than `max_length`; every case is counted in the report."""
+    max_rows: int | None = at_least(1, None)
+    """Use only the first rows: a quick look before the whole set."""
+    seed: int = at_least(0, 0)
+    """Fixes the held-out rows and the order of training."""
+
+
+@dataclass
+class Parallel:
+    name: str = MISSING
+    backend: Backend = MISSING
+    """Who shards: torch FSDP2 or DeepSpeed ZeRO."""
+    shard_ranks: int | None = at_least(1, None)
+    """FSDP: ranks that share one sharded copy of the model. Null is all of them; 1 is plain data parallelism;
+    the ranks of a node is HSDP, which keeps parameter traffic inside the node."""
+    zero_stage: int = at_least(0, 0)
+    """ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and its step in host memory: slower, for models that do not fit."""
+    offload_parameters: bool = False
+    """Keep sharded parameters in host memory between uses."""
+    reshard_after_forward: bool = True
+    """FSDP: free gathered parameters after forward. False spends memory to gather once instead of twice a step."""
+    bucket_elements: int = at_least(1, 200_000_000)
+    """ZeRO: elements a bucket of reduction and prefetch. 2e8 reached the raw loop's speed on H200; DeepSpeed's default did not."""
+
+
+@dataclass
+class Adapter:
+    kind: AdapterKind = AdapterKind.none
+    r: int = at_least(1, 16)
+    """Rank of the update B @ A."""
+    alpha: float = at_least(0, 32.0)
+    """The update is scaled by alpha / r."""
+    dropout: float = at_least(0, 0.0)
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get an adapter; `all-linear` is every one but the output head."""
+
+
+@dataclass
+class Train:
+    steps: int | None = at_least(1, None)
+    """Optimizer steps; give this or `epochs`."""
+    epochs: float | None = at_least(0, None)
+    """Passes over the training rows; give this or `steps`."""
+    global_batch: int = at_least(1, 64)
+    """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
+    micro_batch: int = at_least(1, 1)
+    """Rows a rank holds at once; the rest of `global_batch` is accumulated."""
+    learning_rate: float = at_least(0)
+    """Peak, after warmup."""
+    min_lr_ratio: float = at_least(0, 0.1)
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = at_least(0, 0)
+    """Steps of linear warmup."""
+    weight_decay: float = at_least(0, 0.0)
+    """AdamW's, on matrices only."""
+    beta1: float = at_least(0, 0.9)
+    beta2: float = at_least(0, 0.95)
+    eps: float = at_least(0, 1e-8)
+    max_grad_norm: float = at_least(0, 1.0)
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    precision: Precision = Precision.bf16
+    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward: about a quarter slower, a fraction of the memory."""
+    seed: int = at_least(0, 0)
+    """Fixes initial weights and dropout."""
+    log_every: int = at_least(1, 10)
+    """Steps between lines in the log; metrics.jsonl has every step."""
+    eval_every: int = at_least(0, 100)
+    """Steps between evaluations on held-out rows; 0 evaluates only before the first and after the last step."""
+    save_every: int = at_least(0, 500)
+    """Steps between checkpoints; 0 saves only at the end or when stopped."""
+    keep_checkpoints: int = at_least(1, 2)
+    """Newest complete checkpoints kept; two, because the last may be the one a disk failure hits."""
+    fingerprint: bool = False
+    """Record each final weight's SHA-256 beside the last checkpoint, gathered one at a time, so that consolidation
+    can prove its output equal to the live weights. Costs one more gather of the model."""
+
+
+@dataclass
+class Consolidate:
+    dtype: OutputDtype = OutputDtype.auto
+    """Of the merged weights; `auto` is the precision trained in."""
+    shard_gib: float = at_least(0.001, 5.0)
+    """Largest safetensors file, in GiB."""
+
+
+@dataclass
+class Generate:
+    prompts: str = MISSING
+    """JSONL file with a `prompt` in each row."""
+    max_new_tokens: int = at_least(1, 128)
+    temperature: float = at_least(0, 0.0)
+    """0 always takes the likeliest token, so that two runs can be compared."""
+
+
+@dataclass
+class Resources:
+    """What one kind of job asks of the scheduler."""
+
+    nodes: int = at_least(1, 1)
+    ranks_per_node: int = at_least(1, 1)
+    """Processes a node; one a GPU where there are GPUs."""
+    gpus_per_node: int | None = at_least(0, 0)
+    """Null, on `cluster=local` only: use GPUs if this machine has one for every rank, else the CPU."""
+    cpus_per_rank: int = at_least(1, 1)
+    memory_gib: int | None = at_least(0, None)
+    """Host memory a node; 0 is all of it, null the partition's default."""
+    time_min: int = at_least(1, 60)
+    """Time limit, in minutes."""
+    partition: str | None = None
+    """Null is the cluster's default partition."""
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes not to use, in Slurm's notation."""
+    exclusive: bool = False
+    """Take whole nodes."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Any further sbatch options by long name, without dashes, such as `{reservation: night, gres: gpu:a100:8}`."""
+
+
+@dataclass
+class Network:
+    interface: str = "auto"
+    """Network interface of sockets. `auto` is, found on each node, the one that routes to MASTER_ADDR."""
+    master_port: int | None = at_least(1024, None)
+    """Null derives a free port below the ephemeral range from the job id, and reserves it for the job's life."""
+    nccl_timeout_s: int = at_least(1, 1800)
+    """MUSTER_NCCL_TIMEOUT: the one timeout of start-up, loading and saving, in seconds, passed on to every library."""
+    step_timeout_s: int = at_least(1, 600)
+    """Timeout of collectives once training steps run, in seconds; shorter, because a step that hangs wastes every GPU."""
+
+
+@dataclass
+class Cluster:
+    name: str = MISSING
+    executor: Executor = MISSING
+    train: Resources = field(default_factory=Resources)
+    """Preflight and training."""
+    cpu: Resources = field(default_factory=Resources)
+    """Preprocess and consolidate: no GPU waits for them."""
+    inference: Resources = field(default_factory=Resources)
+    """Evaluate and generate: one process that may spread the model over several GPUs."""
+    account: str | None = None
+    python: str | None = None
+    """Interpreter on the compute nodes; null is the one that runs launch.py."""
+    modules: list[str] = field(default_factory=list)
+    """`module load` these first."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run on the first node before the ranks start."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for every rank; they win over Muster's own. No secrets here: see `secrets`."""
+    secrets: list[str] = field(default_factory=list)
+    """Names of variables, such as HF_TOKEN, that the job needs. Only names are written down; a value comes from the
+    environment of `launch.py`, or from `secrets_file`, and is read inside the job."""
+    secrets_file: str = "~/.config/muster/secrets"
+    """`NAME=value` lines, readable by you alone, for secrets that the job's environment lacks."""
+    scratch: str = "/tmp"
+    """Folder on each node's own disk for compiler caches; shared file systems corrupt them."""
+    hf_home: str | None = None
+    """HF_HOME of the jobs; null leaves it as it is."""
+    offline: bool = False
+    """Compute nodes cannot reach the Hub: sets HF_HUB_OFFLINE=1, so that nothing waits for a time-out."""
+    signal_s: int = at_least(1, 120)
+    """Seconds before the time limit at which Slurm tells the ranks to save and stop. Slurm may be 60 s early."""
+    network: Network = field(default_factory=Network)
+    container: Container = Container.none
+    """Runtime that wraps every rank; `container_image` says which image."""
+    container_image: str | None = None
+    container_mounts: list[str] = field(default_factory=list)
+    """Paths bound into the container; the run folder always is."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun, such as `--mpi=none`."""
+
+
+@dataclass
+class Config:
+    """The whole run, as saved in RUN/config.yaml."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    """Folder of the run, created once. Relative paths start where launch.py was started."""
+    jobs: list[str] = field(default_factory=list)
+    """What this command runs, in order: the pipeline group sets it."""
+    resume: str | None = None
+    """Continue the run in this folder: jobs that have completed are skipped, training starts at its newest checkpoint."""
+    dry_run: bool = False
+    """Print every job's sbatch text and environment; write and submit nothing."""
+    submit: Submit = Submit.submitit
+    """`script` writes RUN/jobs/<job>.sbatch files for `sbatch` by hand, and submits nothing."""
+    tracker: Tracker = Tracker.none
+    """Where metrics go besides metrics.jsonl."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    adapter: Adapter = field(default_factory=Adapter)
+    train: Train = field(default_factory=Train)
+    consolidate: Consolidate = field(default_factory=Consolidate)
+    generate: Generate = field(default_factory=Generate)
+    cluster: Cluster = field(default_factory=Cluster)

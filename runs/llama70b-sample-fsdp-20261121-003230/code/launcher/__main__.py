@@ -1,0 +1,93 @@
+"""`python -m launcher status|logs|why|cancel|resume|merge RUN`: everything one asks of a run once it has been started."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conf.errors import UserError
+from launcher import report, runs, slurm
+from launcher.facts import CLONE
+
+
+def status(options: argparse.Namespace) -> int:
+    """Every job with its state, step and verdict; exit code 1 when a job has failed."""
+    report.status(runs.job_states(options.run))
+    return 1 if any(job.verdict and job.verdict["status"] != "completed" for job in runs.job_states(options.run)) else 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """The log of one rank; --follow goes on until interrupted."""
+    path = runs.logs(options.run, options.job, options.rank)
+    print(f"==> {path}", flush=True)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            print(file.read(), end="", flush=True)
+            if not options.follow:
+                return 0
+            time.sleep(0.5)
+
+
+def why(options: argparse.Namespace) -> int:
+    """Why each job waits, or how it failed."""
+    for job in runs.job_states(options.run):
+        if job.state == "PENDING":
+            reason, start = slurm.pending_reason(job.job_id)
+            print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
+        elif job.verdict and job.verdict["status"] != "completed":
+            print(f"{job.name} {job.job_id} {job.verdict['status']}: {job.verdict['reason']}\n{job.verdict.get('error', '')}".rstrip())
+        else:
+            print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Cancel every job of the run that waits or runs on Slurm."""
+    live = [job.job_id for job in runs.job_states(options.run) if job.state in slurm.LIVE and job.state != "ENDED"]
+    if live:
+        slurm.cancel(live)
+    print(f"cancelled {len(live)} jobs")
+    return 0
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Start what is left of the run."""
+    return _launch(options, [])
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Consolidate the newest checkpoint into RUN/model."""
+    return _launch(options, ["pipeline=consolidate"])
+
+
+def _launch(options: argparse.Namespace, words: list[str]) -> int:
+    return subprocess.call([sys.executable, str(CLONE / "launch.py"), f"resume={options.run}", *words, *options.overrides])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (status, logs, why, cancel, resume, merge):
+        sub = commands.add_parser(command.__name__, help=command.__doc__)
+        sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+        sub.set_defaults(command=command)
+        if command is logs:
+            sub.add_argument("--job", default="train")
+            sub.add_argument("--rank", type=int, default=0)
+            sub.add_argument("--follow", "-f", action="store_true")
+        if command in (resume, merge):
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch.py")
+    options = parser.parse_args()
+    options.run = options.run.resolve()
+    try:
+        return int(options.command(options))
+    except (UserError, slurm.SlurmError) as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The rules that a whole config must keep; pure. Every rule yields problems, and all of them are reported at once."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from conf.errors import Problem
+from conf.schema import AdapterKind, Backend, Config, Container, Executor, Format, Init, Submit
+from launcher.facts import Facts
+from launcher.plan import AFTER, resources
+
+COLUMNS = {
+    Format.alpaca: [{"instruction", "output"}],
+    Format.messages: [{"messages"}],
+    Format.text: [{"text"}],
+}
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)", re.IGNORECASE)
+
+
+def problems(config: Config, facts: Facts) -> list[Problem]:
+    """Everything wrong with the config on this site; empty when the run can be submitted."""
+    if not_ready := list(_minimums(config)):
+        return not_ready  # the other rules divide by these numbers
+    rules = (_names, _steps, _batch, _layout, _devices, _model, _data, _site, _secrets, _run_folder)
+    return [problem for rule in rules for problem in rule(config, facts)]
+
+
+def _minimums(section: Any, prefix: str = "") -> Iterator[Problem]:
+    for item in fields(section):
+        value, minimum = getattr(section, item.name), item.metadata.get("minimum")
+        if is_dataclass(value):
+            yield from _minimums(value, f"{prefix}{item.name}.")
+        elif minimum is not None and value is not None and value < minimum:
+            yield Problem(prefix + item.name, value, f"must be at least {minimum:g}")
+
+
+def _names(config: Config, _: Facts) -> Iterator[Problem]:
+    if not re.fullmatch(r"[\w.+-]+", config.name):
+        yield Problem("name", config.name, "may have letters, digits, '.', '_', '+' and '-' only: it names jobs and folders")
+    for job in config.jobs:
+        if job not in AFTER:
+            yield Problem("jobs", job, f"no such job; there are {', '.join(AFTER)}")
+    if not config.jobs:
+        yield Problem("jobs", "[]", "name at least one job, or take a pipeline, such as pipeline=finetune")
+
+
+def _steps(config: Config, _: Facts) -> Iterator[Problem]:
+    if (config.train.steps is None) == (config.train.epochs is None):
+        yield Problem("train.steps", config.train.steps, "give either train.steps or train.epochs, and set the other to null")
+    if config.train.steps is not None and config.train.warmup_steps >= config.train.steps:
+        yield Problem("train.warmup_steps", config.train.warmup_steps, f"must be below train.steps={config.train.steps}")
+
+
+def _batch(config: Config, _: Facts) -> Iterator[Problem]:
+    part, train = config.cluster.train, config.train
+    world, rows = part.nodes * part.ranks_per_node, train.micro_batch * part.nodes * part.ranks_per_node
+    if train.global_batch % rows:
+        lower, upper = train.global_batch // rows * rows, (train.global_batch // rows + 1) * rows
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        yield Problem("train.global_batch", train.global_batch,
+                      f"is not divisible by {train.micro_batch} rows x {world} ranks = {rows}: take {nearest}, "
+                      "or change train.micro_batch or the number of ranks")
+
+
+def _layout(config: Config, _: Facts) -> Iterator[Problem]:
+    parallel, part = config.parallel, config.cluster.train
+    world = part.nodes * part.ranks_per_node
+    if parallel.backend is Backend.zero:
+        if parallel.zero_stage not in (1, 2, 3):
+            yield Problem("parallel.zero_stage", parallel.zero_stage, "must be 1, 2 or 3; parallel=ddp does not shard")
+        if parallel.offload_parameters and parallel.zero_stage != 3:
+            yield Problem("parallel.offload_parameters", True, "needs parallel.zero_stage=3: only there are parameters sharded")
+        if parallel.shard_ranks is not None:
+            yield Problem("parallel.shard_ranks", parallel.shard_ranks, "is for FSDP; ZeRO always shards over all ranks")
+    elif world % (parallel.shard_ranks or world):
+        yield Problem("parallel.shard_ranks", parallel.shard_ranks, f"does not divide the {world} ranks of cluster.train")
+    elif parallel.offload_optimizer != parallel.offload_parameters:
+        yield Problem("parallel.offload_optimizer", parallel.offload_optimizer,
+                      "FSDP keeps optimizer state where the parameters are: set both offload_* to the same")
+
+
+def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
+    local = config.cluster.executor is Executor.local
+    for name in ("train", "cpu", "inference"):
+        part = getattr(config.cluster, name)
+        key = f"cluster.{name}"
+        if local and part.nodes > 1:
+            yield Problem(f"{key}.nodes", part.nodes, "cluster=local has one node; take cluster=slurm for more")
+        if part.gpus_per_node is None:
+            yield Problem(f"{key}.gpus_per_node", "null", "give a number: only cluster=local can look for GPUs by itself")
+        elif local and part.gpus_per_node > facts.gpus:
+            yield Problem(f"{key}.gpus_per_node", part.gpus_per_node, f"this machine has {facts.gpus}: "
+                          "set it to 0 to run on the CPU")
+        elif name == "train" and part.gpus_per_node and part.gpus_per_node != part.ranks_per_node:
+            yield Problem(f"{key}.ranks_per_node", part.ranks_per_node,
+                          f"must equal cluster.train.gpus_per_node={part.gpus_per_node}: one rank drives one GPU")
+    for name in config.jobs:
+        if name in AFTER and name not in ("preflight", "train"):
+            part = resources(config, name)
+            if part.nodes * part.ranks_per_node > 1:
+                yield Problem(f"cluster of {name}", part.nodes * part.ranks_per_node, f"{name} is one process: one node, one rank")
+
+
+def _model(config: Config, _: Facts) -> Iterator[Problem]:
+    if config.model.init is Init.random and config.model.architecture is None:
+        yield Problem("model.architecture", None, "is needed to build model.init=random")
+    if config.adapter.kind is AdapterKind.lora and config.model.init is Init.random and "consolidate" in config.jobs:
+        yield Problem("adapter.kind", "lora", "an adapter of random weights has no base to be merged into: "
+                      "name a model folder or Hub id with model.init=pretrained, or leave consolidate out of jobs")
+
+
+def _data(config: Config, facts: Facts) -> Iterator[Problem]:
+    for key, value in facts.files_missing:
+        yield Problem(key, value, "no such file or folder, here or in Muster's own folder")
+    if config.data.validation_fraction > 0.5:
+        yield Problem("data.validation_fraction", config.data.validation_fraction, "must be at most 0.5")
+    if facts.row_error:
+        yield Problem("data.path", config.data.path, facts.row_error)
+    if facts.columns is not None:
+        shapes = COLUMNS.get(config.data.format) or [shape for group in COLUMNS.values() for shape in group]
+        if not any(shape <= set(facts.columns) for shape in shapes):
+            wanted = " or ".join("{" + ", ".join(sorted(shape)) + "}" for shape in shapes)
+            yield Problem("data.path", config.data.path,
+                          f"has the columns {{{', '.join(facts.columns)}}}; data.format={config.data.format.name} needs {wanted}")
+
+
+def _site(config: Config, facts: Facts) -> Iterator[Problem]:
+    if config.cluster.executor is Executor.slurm and not config.dry_run and config.submit is Submit.submitit and facts.slurm_missing:
+        yield Problem("cluster", config.cluster.name, f"Slurm's {facts.slurm_missing[0]} is not on PATH: run this on a login node, "
+                      "look with dry_run=true, write scripts with submit=script, or take cluster=local")
+    if config.cluster.executor is Executor.local and config.submit is Submit.script:
+        yield Problem("submit", "script", "writes sbatch scripts: take cluster=slurm")
+    if (config.cluster.container is Container.none) != (config.cluster.container_image is None):
+        yield Problem("cluster.container_image", config.cluster.container_image, "goes with cluster.container=apptainer or pyxis")
+    if config.cluster.network.master_port is not None and config.cluster.network.master_port > 65535:
+        yield Problem("cluster.network.master_port", config.cluster.network.master_port, "must be at most 65535")
+
+
+def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
+    for key, value in config.cluster.environment.items():
+        if SECRET.search(key) and value:
+            yield Problem(f"cluster.environment.{key}", "(hidden)", f"would be written to files: name it in cluster.secrets=[{key}] instead")
+    if not config.dry_run:
+        for name in facts.secrets_missing:
+            yield Problem("cluster.secrets", name, f"export {name} first, or put it into {config.cluster.secrets_file}")
+
+
+def _run_folder(config: Config, facts: Facts) -> Iterator[Problem]:
+    if facts.run_dir_error:
+        yield Problem("run_dir", config.run_dir, facts.run_dir_error)

@@ -1,0 +1,128 @@
+"""Looks at the world the checks need to know: files, GPUs, commands and the run folder; decides nothing."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from conf import resolve
+from conf.schema import Config, Container
+
+CLONE = Path(__file__).resolve().parent.parent
+SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was seen on the login node when the command was given."""
+
+    gpus: int = 0
+    """GPUs of this machine, within CUDA_VISIBLE_DEVICES."""
+    slurm_missing: tuple[str, ...] = ()
+    """Slurm commands that are not on PATH."""
+    files_missing: tuple[tuple[str, str], ...] = ()
+    """(key, value) of paths in the config at which there is nothing."""
+    columns: tuple[str, ...] | None = None
+    """Of the first training row, where it could be read here."""
+    row_error: str | None = None
+    """Why the first training row could not be read."""
+    existing: Config | None = None
+    """The config that `run_dir` already holds."""
+    run_dir_error: str | None = None
+    """Why `run_dir` cannot be used."""
+    secrets_missing: tuple[str, ...] = field(default=())
+    """Names in `cluster.secrets` found neither in the environment nor in `cluster.secrets_file`."""
+
+
+def localise(config: Config, gpus: int) -> None:
+    """Make paths absolute, and decide GPU or CPU where `gpus_per_node` is null. Paths are tried here, then in the clone."""
+    config.run_dir = os.path.abspath(config.run_dir)
+    config.cluster.python = config.cluster.python or ("python3" if config.cluster.container is not Container.none else sys.executable)
+    for section, name in ((config.data, "path"), (config.data, "validation_path"), (config.generate, "prompts"),
+                          (config.model, "source"), (config.model, "tokenizer")):
+        value = getattr(section, name)
+        candidates = (Path(value).expanduser(), CLONE / value) if value else ()
+        setattr(section, name, next((str(path.resolve()) for path in candidates if path.exists()), value))
+    for part in (config.cluster.train, config.cluster.inference):
+        if part.gpus_per_node is None:
+            part.gpus_per_node = part.ranks_per_node if gpus >= part.ranks_per_node else 0
+
+
+def observe(config: Config) -> Facts:
+    """Look at everything the checks ask about. `localise` must have run."""
+    facts = Facts(gpus=local_gpus(), files_missing=tuple(_missing_files(config)))
+    columns, row_error = _first_row(Path(config.data.path))
+    existing, run_dir_error = _run_dir(Path(config.run_dir))
+    return replace(
+        facts, columns=columns, row_error=row_error, existing=existing, run_dir_error=run_dir_error,
+        slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
+        secrets_missing=tuple(_missing_secrets(config)),
+    )
+
+
+def local_gpus() -> int:
+    """GPUs that a process started here would see; counted from device files, because torch is never imported here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+    if not Path("/proc/driver/nvidia/version").exists():
+        found = 0
+    return found if visible is None else min(found, len([item for item in visible.split(",") if item.strip()]))
+
+
+def looks_like_file(value: str) -> bool:
+    """Whether a value means a path and not a Hub id (`owner/name`)."""
+    return value.startswith(("/", ".", "~")) or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv", ".txt")
+
+
+def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
+    named = {"data.path": config.data.path, "data.validation_path": config.data.validation_path,
+             "model.source": config.model.source, "model.tokenizer": config.model.tokenizer}
+    if "generate" in config.jobs:
+        named["generate.prompts"] = config.generate.prompts
+    for key, value in named.items():
+        if value and (looks_like_file(value) or key == "generate.prompts") and not Path(value).exists():
+            yield key, value
+
+
+def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    """Columns of the first row of a JSON or JSONL file, or why there are none; (None, None) for what is no such file."""
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None, None
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = next((line for line in file if line.strip()), "")
+            if first.lstrip().startswith("["):
+                file.seek(0)
+                rows = json.load(file)
+                row = rows[0] if rows else None
+            else:
+                row = json.loads(first) if first else None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return None, f"the first row is not valid JSON in UTF-8 ({error})"
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    if not isinstance(row, dict):
+        return None, "has no rows" if row is None else "the first row is not an object with named columns"
+    return tuple(row), None
+
+
+def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
+    if (folder / "config.yaml").exists():
+        return resolve.load(folder / "config.yaml"), None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return None, "is there already and is not a run; choose another run_dir"
+    parent = next(item for item in (folder, *folder.parents) if item.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        return None, f"{parent} is not a folder you can write to; choose another run_dir"
+    return None, None
+
+
+def _missing_secrets(config: Config) -> Iterator[str]:
+    path = Path(config.cluster.secrets_file).expanduser()
+    written = path.read_text(encoding="utf-8") if path.is_file() else ""
+    names = {line.split("=", 1)[0].strip() for line in written.splitlines()}
+    yield from (name for name in config.cluster.secrets if name not in os.environ and name not in names)
+

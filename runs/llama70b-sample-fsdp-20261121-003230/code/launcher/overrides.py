@@ -1,0 +1,96 @@
+"""Checks the words of a command line against the schema and the config groups, all at once, before Hydra stops at the first."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf import resolve
+from conf.errors import Problem
+from conf.schema import Config
+
+
+def groups(folder: Path) -> dict[str, list[str]]:
+    """Every config group below `folder` with its options, sorted."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, []).append(path.stem)
+    return found
+
+
+def problems(words: list[str], folder: Path) -> list[Problem]:
+    """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
+    known, options, found = resolve.keys(), groups(folder), []
+    for word in words:
+        if word.startswith("-"):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            found.append(Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise"))
+            continue
+        problem = _problem(override, known, options)
+        if problem:
+            found.append(problem)
+    return found
+
+
+def _problem(override: Override, known: dict[str, Any], options: dict[str, list[str]]) -> Problem | None:
+    key = override.key_or_group.split("@")[0].lstrip("/")
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.is_sweep_override():
+        return None
+    if key in options and not (override.value() is None and key == "experiment"):
+        return _option(key, str(override.value()), options[key])
+    if key in known:
+        return _value(key, override, known)
+    if any(key.startswith(f"{free}.") and str(known[free]).startswith("dict") for free in known):
+        return None
+    return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
+
+
+def _option(group: str, value: str, options: list[str]) -> Problem | None:
+    if value in options:
+        return None
+    return Problem(group, value, f"no such option{nearest(value, options)}; there are {', '.join(options)}")
+
+
+def _value(key: str, override: Override, known: dict[str, Any]) -> Problem | None:
+    """Try the value in an empty config: OmegaConf knows the types."""
+    if override.is_delete():
+        return Problem(key, None, "cannot be deleted; set it to null where it may be empty")
+    schema = OmegaConf.structured(Config)
+    value = override.value()
+    if isinstance(value, str) and "${" in value:
+        return None
+    try:
+        OmegaConf.update(schema, key, value)
+    except OmegaConfBaseException:
+        return Problem(key, value, f"is not {_describe(known[key])}")
+    return None
+
+
+def _describe(hint: Any) -> str:
+    """A type in words: `a whole number`, `one of a, b`."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if isinstance(hint, type) and hasattr(hint, "__members__"):
+        return "one of " + ", ".join(hint.__members__)
+    for kind, text in words.items():
+        if hint is kind:
+            return text
+        if str(hint) == f"{kind.__name__} | None":
+            return f"{text}, or null"
+    return f"of type {getattr(hint, '__name__', hint)}"
+
+
+def nearest(word: str, candidates: list[str]) -> str:
+    """`: did you mean 'x'?`, or nothing where no candidate is near; a key is also compared by its last part."""
+    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not found:
+        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+        found = [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)]
+    return f": did you mean '{found[0]}'?" if found else ""

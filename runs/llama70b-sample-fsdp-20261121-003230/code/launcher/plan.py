@@ -1,0 +1,49 @@
+"""Decides which jobs a run has, what each asks of the scheduler, and which waits for which; pure."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from conf.schema import Config, Resources
+
+AFTER = {
+    "preflight": (),
+    "preprocess": (),
+    "train": ("preflight", "preprocess"),
+    "consolidate": ("train",),
+    "evaluate": ("preprocess", "consolidate"),
+    "generate": ("consolidate",),
+}
+"""Every job with the jobs whose results it reads. The order is the order of submission."""
+
+DISTRIBUTED = ("preflight", "train")
+"""Jobs of more than one rank: they need a rendezvous."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: a name that `jobs.run` knows, resources, and the jobs that must complete before it."""
+
+    name: str
+    resources: Resources
+    after: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.resources.nodes * self.resources.ranks_per_node
+
+    @property
+    def distributed(self) -> bool:
+        return self.name in DISTRIBUTED
+
+
+def resources(config: Config, name: str) -> Resources:
+    """The section of `cluster` that a job's resources come from."""
+    if name in DISTRIBUTED:
+        return config.cluster.train
+    return config.cluster.inference if name in ("evaluate", "generate") else config.cluster.cpu
+
+
+def plan(config: Config, done: Collection[str] = ()) -> list[Job]:
+    """The jobs to start, each after those it reads from; jobs in `done` have completed and are left out."""
+    names = [name for name in AFTER if name in config.jobs and name not in done]
+    return [Job(name, resources(config, name), tuple(item for item in AFTER[name] if item in names)) for name in names]

@@ -1,0 +1,53 @@
+"""What dry_run=true prints: the run in short, then each job's very sbatch text and environment; pure."""
+
+from collections.abc import Sequence
+
+from conf import resolve
+from conf.schema import Config, Executor
+from launcher import environment, render
+from launcher.plan import Job
+
+ON_EACH_RANK = """\
+MASTER_ADDR=<first host of the allocation>  MASTER_PORT=<{port}>
+RANK LOCAL_RANK WORLD_SIZE={world} LOCAL_WORLD_SIZE={local} NODE_RANK NODE_WORLD_SIZE={local}
+NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=<{interface}>"""
+
+
+def text(config: Config, jobs: Sequence[Job]) -> str:
+    """All that would be submitted; a dependency's id is not known yet and shows as the job's name in angle brackets."""
+    parts = [summary(config, jobs)]
+    for job in jobs:
+        parts.append(_heading(f"{job.name}: sbatch") if config.cluster.executor is Executor.slurm else _heading(f"{job.name}: local"))
+        if config.cluster.executor is Executor.slurm:
+            parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
+        parts.append(_heading(f"{job.name}: environment"))
+        parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
+        if job.distributed:
+            network = config.cluster.network
+            parts.append(ON_EACH_RANK.format(
+                world=job.world_size, local=job.resources.ranks_per_node, port=network.master_port or "a free port, reserved on that host",
+                interface="found on each node" if network.interface == "auto" else network.interface))
+    return "\n".join(parts)
+
+
+def summary(config: Config, jobs: Sequence[Job]) -> str:
+    """The run in a few lines: what is trained, how it is laid out, and the jobs with their resources."""
+    train = config.train
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    lines = [
+        f"run       {config.run_dir}",
+        f"model     {config.model.name} ({config.model.source}), adapter {config.adapter.kind.name}",
+        f"data      {config.data.path}",
+        f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}; config {resolve.digest(config)}",
+    ]
+    for job in jobs:
+        part = job.resources
+        gpus = f" x {part.gpus_per_node} GPUs" if part.gpus_per_node else ""
+        after = f"  after {', '.join(job.after)}" if job.after else ""
+        lines.append(f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
+                     f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}")
+    return "\n".join(lines)
+
+
+def _heading(title: str) -> str:
+    return f"\n==== {title} {'=' * max(4, 100 - len(title))}"

@@ -1,0 +1,73 @@
+"""Prints tables about a run for people to read: the states of its jobs, and what came of it at the end."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from conf.files import read_json
+from launcher.runs import JobState
+
+
+def status(jobs: Iterable[JobState]) -> None:
+    """One row a job: state, verdict with rank and host, and the last error line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("job", "id", "state", "verdict", "step", "where", "reason"):
+        table.add_column(heading, overflow="fold")
+    for job in jobs:
+        verdict = job.verdict or {}
+        where = "" if verdict.get("rank") is None or not verdict.get("reason") else f"rank {verdict['rank']} on {verdict['host']}"
+        step = verdict.get("step")
+        table.add_row(job.name, job.job_id, job.state.lower(), verdict.get("status", ""), "" if step is None else str(step),
+                      where, verdict.get("reason", ""))
+    Console(soft_wrap=True).print(table)
+
+
+def show(run: Path) -> None:
+    """What came of the run: losses, speed, sizes, where the model is, and a sample of its answers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{run.name}", title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows(run):
+        table.add_row(name, value)
+    Console(soft_wrap=True).print("", table)
+
+
+def rows(run: Path) -> list[tuple[str, str]]:
+    """The lines of the final table; a job that did not run has none."""
+    found: list[tuple[str, str]] = []
+    metrics = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
+    steps = [item for item in metrics if "loss" in item]
+    held_out = [item["eval_loss"] for item in metrics if "eval_loss" in item]
+    if steps:
+        rates = sorted(item["tokens_per_s"] for item in steps)
+        found += [("steps", str(steps[-1]["step"])), ("training loss", f"{steps[0]['loss']:.4f} first, {steps[-1]['loss']:.4f} last"),
+                  ("tokens/s", f"{rates[len(rates) // 2]:,.0f} (median step, all ranks)")]
+    if held_out:
+        found.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
+    if merged := read_json(run / "evaluate.json"):
+        found.append(("merged model", f"held-out loss {merged['loss']:.4f}, perplexity {merged['perplexity']:.2f}"))
+    for name in ("data", "checkpoints", "model"):
+        if (run / name).is_dir():
+            found.append((f"{name}/", f"{_size(run / name) / 2**20:,.1f} MiB"))
+    found.append(("run", str(run)))
+    if (run / "model").is_dir():
+        found.append(("model", str(run / "model")))
+    answers: list[dict[str, Any]] = read_json(run / "generate.json") or []
+    if answers:
+        found.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

@@ -1,0 +1,74 @@
+"""Continues a run: its own config, with the few things that may change while a run lives."""
+
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from conf import resolve
+from conf.errors import Problem, RunError
+from conf.schema import Config
+from launcher.attempt import COMPLETED, last_verdict
+
+CHANGEABLE = ("cluster", "jobs", "pipeline", "consolidate", "generate", "tracker", "resume", "dry_run", "submit",
+              "train.steps", "train.epochs", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+              "train.micro_batch", "train.activation_checkpointing", "train.fingerprint")
+"""What a resumed run may be given anew: where and how long it runs, never what is computed."""
+
+
+def continued(composed: Config, words: list[str]) -> Config:
+    """The config stored in `composed.resume`, with what the command line changes of it.
+
+    Raises RunError for a folder that is no run, and for every change that would make it another run.
+    """
+    folder = Path(str(composed.resume)).resolve()
+    if not (folder / "config.yaml").exists():
+        raise RunError(Problem("resume", composed.resume, "is no run folder: it has no config.yaml"))
+    config = resolve.load(folder / "config.yaml")
+    given = [word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith("-")]
+    fixed = [key for key in given if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
+    if fixed:
+        raise RunError(*(Problem(key, None, "cannot change in a run; start a new one (model.source=RUN/model begins from this one's weights)")
+                         for key in fixed))
+    for key in sorted(given):
+        _copy(composed, config, "jobs" if key == "pipeline" else key)
+    config.run_dir, config.resume = str(folder), str(folder)
+    return config
+
+
+def require_same(stored: Config, asked: Config) -> None:
+    """Raise RunError when `run_dir` holds a run of another config, naming what differs; `resume=` has made it the same."""
+    if asked.resume:
+        return
+    before, now = _flat(stored), _flat(asked)
+    differing = sorted(key for key in before | now if before.get(key) != now.get(key))
+    if differing:
+        shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise RunError(Problem("run_dir", asked.run_dir, f"holds a run with {shown}{more}; "
+                               f"take another run_dir, or continue that one with resume={asked.run_dir}"))
+
+
+def completed(config: Config) -> set[str]:
+    """Jobs of the run whose newest attempt completed under this very config."""
+    jobs = Path(config.run_dir) / "jobs"
+    verdicts = {name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir()}
+    digest = resolve.digest(config)
+    return {name for name, verdict in verdicts.items()
+            if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest}
+
+
+def _copy(source: Config, target: Config, key: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        source, target = getattr(source, section), getattr(target, section)
+    setattr(target, name, getattr(source, name))
+
+
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in vars(section).items():
+        if is_dataclass(value):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif prefix or name not in resolve.LAUNCH_ONLY:
+            found[prefix + name] = value
+    return found

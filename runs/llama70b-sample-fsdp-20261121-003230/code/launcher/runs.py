@@ -1,0 +1,76 @@
+"""Reads a run folder back: its jobs with their states, logs and verdicts. `python -m launcher` shows what this returns."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Problem, RunError
+from conf.files import read_json
+from launcher import slurm
+from launcher.attempt import last_verdict
+from launcher.plan import AFTER
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job of a run as it stands: what the scheduler says, and what the last attempt left behind."""
+
+    name: str
+    job_id: str
+    state: str
+    verdict: dict[str, Any] | None
+
+
+def opened(run: Path) -> dict[str, Any]:
+    """RUN/run.json. Raises RunError where `run` is no run folder."""
+    record = read_json(run / "run.json")
+    if not isinstance(record, dict):
+        raise RunError(Problem("RUN", run, "is no run folder: it has no run.json"))
+    return record
+
+
+def job_states(run: Path) -> list[JobState]:
+    """The newest start of each job, in the order of the pipeline."""
+    newest: dict[str, tuple[str, str]] = {}
+    for launch in opened(run)["launches"]:
+        newest |= {name: (job_id, launch["cluster"]) for name, job_id in launch["jobs"].items()}
+    on_slurm = slurm.states(job_id for job_id, cluster in newest.values() if cluster == "slurm")
+    found = []
+    for name in (name for name in AFTER if name in newest):
+        job_id, cluster = newest[name]
+        verdict = last_verdict(run / "jobs" / name)
+        if verdict and str(verdict.get("job_id")) != job_id and cluster == "slurm":
+            verdict = None  # an older start's
+        state = on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
+        found.append(JobState(name, job_id, state, verdict))
+    return found
+
+
+def active(run: Path) -> str | None:
+    """Names the jobs of a run that wait or run, or None; a folder that is no run is not active."""
+    if not (run / "run.json").exists():
+        return None
+    names = [f"{job.name} {job.job_id} is {job.state}" for job in job_states(run) if job.state in slurm.LIVE]
+    return ", ".join(names) or None
+
+
+def logs(run: Path, job: str, rank: int) -> Path:
+    """The newest log of one rank. Raises RunError naming the ranks there are."""
+    folder = run / "jobs" / job
+    found = sorted(folder.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        ranks = sorted({int(match[1]) for path in folder.glob("*_log.out") if (match := re.search(r"_(\d+)_log\.out$", path.name))})
+        there = f"there are ranks {ranks[0]} to {ranks[-1]}" if ranks else f"the job has not written any; make status RUN={run}"
+        raise RunError(Problem("RANK", rank, f"no log of {job}: {there}"))
+    return found[-1]
+
+
+def _alive(process_id: str, run: Path) -> bool:
+    """Whether a local job's controller still runs, and is this run's."""
+    try:
+        words = Path(f"/proc/{int(process_id)}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return False
+    return any(os.fsencode(str(run)) in word for word in words)

@@ -1,0 +1,59 @@
+"""What every rank runs: sets its environment, runs the job, and records how it ended. submitit pickles `run` with two strings."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from conf import resolve
+from conf.errors import Stopped, UserError
+from launcher import attempt, environment, network
+from launcher.verdict import classify
+
+SHOWN = ("MASTER_", "RANK", "LOCAL_", "WORLD_", "NODE_", "NCCL_", "GLOO_", "MUSTER_", "AXOLOTL_", "DEEPSPEED_", "ACCELERATE_",
+         "FSDP_", "PARALLELISM_", "TORCH", "TRITON_", "PYTORCH_", "OMP_", "HF_HUB", "HF_HOME", "SRUN_CPUS", "CUDA_VISIBLE")
+"""Prefixes of the variables that a rank's log shows; no secret has one of them."""
+
+
+def run(job: str, config_path: str) -> None:
+    """Run one rank of `job`. Leaves with exit code 2, without a traceback, for what the user can mend."""
+    config = resolve.load(Path(config_path))
+    where = environment.ranks(os.environ)
+    number = int(os.environ.get("MUSTER_ATTEMPT", "1"))
+    folder = Path(config.run_dir) / "jobs" / job
+    values = where.variables() | environment.cache_variables(config, os.getuid())
+    reason = "not needed"
+    if where.world_size > 1:
+        found = network.interface_to(os.environ["MASTER_ADDR"])
+        interface, reason = environment.network_variables(config, found, os.environ)
+        values |= interface
+    secrets = Path(config.cluster.secrets_file).expanduser()
+    values |= environment.secrets(config, os.environ, secrets.read_text(encoding="utf-8") if secrets.is_file() else "")
+    environment.apply(values)
+    shown = {key: value for key, value in sorted(os.environ.items()) if key.startswith(SHOWN) and key not in config.cluster.secrets}
+    print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
+    started = time.time()
+    try:
+        from jobs import run as run_job  # here, so that the login node can pickle this function without the jobs' packages
+
+        run_job(job, config_path)
+    except Stopped as error:
+        attempt.record(folder, number, where.rank, error.status, str(error))
+        print(f"muster: {error}", flush=True)
+        sys.exit(3)
+    except UserError as error:
+        attempt.record(folder, number, where.rank, "user_error", str(error))
+        print(f"muster: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        attempt.record(folder, number, where.rank, classify(error), f"{type(error).__name__}: {error}".splitlines()[0],
+                       traceback.format_exc())
+        raise
+    if where.rank == 0:
+        attempt.record(folder, number, 0, attempt.COMPLETED, seconds=round(time.time() - started, 2))
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""The daemons of the test cluster: their command lines, and the start, end and log of one of them."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import config, machine
+
+
+class ClusterError(Exception):
+    """The cluster could not be started or used; the text ends with the logs of the daemons at fault."""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A daemon on one host. It writes its process id to ROOT/run/NAME.pid, and all it says goes to ROOT/log/NAME.log."""
+
+    name: str
+    host: str
+    command: Sequence[str]
+    root: Path
+
+    def pid(self) -> int | None:
+        """The process id; None where it does not run (a stale pid file counts for nothing)."""
+        with suppress(OSError, ValueError):
+            pid = int((self.root / "run" / f"{self.name}.pid").read_text())
+            return pid if machine.is_on(pid, [self.host]) else None
+        return None
+
+    def start(self) -> None:
+        """Start it detached from this process. It may not be ready yet: see `wait`.
+
+        Its environment is made here, so that nothing of the caller's reaches the jobs through it.
+        """
+        env = {"PATH": machine.PATH, "SLURM_CONF": f"{self.root}/slurm.conf"}
+        env["MYSQL_UNIX_PORT"] = f"{self.root}/run/mariadb.socket"  # for slurmdbd, whose own options have no socket
+        command = machine.inside(self.host, ["setsid", "--fork", *self.command])
+        with (self.root / "log" / f"{self.name}.log").open("ab") as log:
+            subprocess.run(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send it a signal and wait until it is gone. What it started lives on."""
+        pid = self.pid()
+        if pid is None:
+            raise ClusterError(f"{self.name} is not running")
+        os.kill(pid, number)
+        wait(lambda: not machine.is_on(pid, [self.host]), lambda: [self])
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of its log."""
+        with suppress(OSError):
+            text = (self.root / "log" / f"{self.name}.log").read_text(errors="replace")
+            return "\n".join(text.splitlines()[-lines:])
+        return "(no log)"
+
+
+def wait(ready: Callable[[], bool], suspects: Callable[[], Iterable[Daemon]], timeout_s: float = 20) -> None:
+    """Return as soon as `ready()` holds. Raises ClusterError with the logs of the `suspects()` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        if time.monotonic() > deadline:
+            tails = [f"--- {daemon.name} (end of its log)\n{daemon.tail()}" for daemon in suspects()]
+            raise ClusterError("\n".join([f"The cluster is not ready after {timeout_s:g} s.", *tails]))
+        time.sleep(0.05)
+
+
+def daemons(*, root: Path, nodes: Sequence[str], accounting: bool) -> dict[str, Daemon]:
+    """Every daemon by name, in starting order."""
+    run = root / "run"
+    commands = {
+        "munged": [
+            "munged", "--foreground", f"--key-file={root}/munge.key", f"--socket={run}/munge.socket",
+            f"--pid-file={run}/munged.pid", f"--seed-file={run}/munged.seed",
+        ]
+    }  # fmt: skip
+    if accounting:
+        # nosync: the database dies with the cluster, so nothing in it needs to reach the disk.
+        commands["mariadbd"] = [
+            "mariadbd", "--no-defaults", "--user=root", f"--datadir={root}/database", "--skip-networking",
+            f"--socket={run}/mariadb.socket", f"--pid-file={run}/mariadbd.pid", "--innodb-flush-method=nosync",
+        ]  # fmt: skip
+        commands["slurmdbd"] = ["slurmdbd", "-D"]
+    commands["slurmctld"] = ["slurmctld", "-D", "-f", f"{root}/slurm.conf"]
+    found = {name: Daemon(name, config.CONTROLLER, command, root) for name, command in commands.items()}
+    for node in nodes:
+        name, command = f"slurmd-{node}", ["slurmd", "-D", "-f", f"{root}/slurm.conf", "-N", node]
+        found[name] = Daemon(name, node, command, root)
+    return found
+
+
+def install_database(root: Path) -> None:
+    """Make the empty database that mariadbd serves (1 s)."""
+    command = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={root}/database", "--skip-test-db"]
+    command.append("--auth-root-authentication-method=normal")
+    result = subprocess.run(command, env={"PATH": machine.PATH}, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ClusterError(f"mariadb-install-db: exit {result.returncode}\n{result.stdout}{result.stderr}")
