@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from conf.files import partial, sync_tree
+from conf.files import partial, sync_tree, write_text
 
 PARTS = ("conf", "launcher", "jobs", "slurm_templates")
 
@@ -26,8 +26,8 @@ def take(clone: Path, run: Path) -> None:
     beside.rename(target)
 
 
-def provenance(clone: Path) -> dict[str, Any]:
-    """Commit of the clone and what differs from it; empty where there is no git."""
+def provenance(clone: Path, run: Path) -> dict[str, Any]:
+    """Commit of the clone; what differs from it goes into RUN/code.diff. Empty where there is no git."""
 
     def git(*words: str) -> str | None:
         try:
@@ -36,5 +36,6 @@ def provenance(clone: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "diff": git("diff", "HEAD")} if commit else {}
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    write_text(run / "code.diff", diff or "")
+    return {"commit": commit, "modified": bool(diff)} if commit else {}

@@ -62,7 +62,7 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
         record = read_json(run / "run.json") or {"launches": []}
         record["launches"].append({
             "command": list(command), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "cluster": config.cluster.executor.name,
-            "python": sys.version.split()[0], **snapshot.provenance(CLONE), "jobs": {}})
+            "python": sys.version.split()[0], **snapshot.provenance(CLONE, run), "jobs": {}})
         write_json(run / "run.json", record)
         resolve.save(config, config_path)
     except OSError as error:

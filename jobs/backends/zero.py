@@ -63,4 +63,4 @@ def consolidate(folder: Path) -> dict[str, torch.Tensor]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
+    return {name: value.detach() for name, value in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG).items()}

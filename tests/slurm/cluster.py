@@ -93,14 +93,21 @@ class Cluster:
         self.daemons[f"slurmd-{node}"].stop(signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
-        """Start the node's slurmd after `kill_slurmd` or `crash`."""
-        slurmd = self.daemons[f"slurmd-{node}"]
-        slurmd.start()
-        wait(lambda: slurmd.pid() is not None, lambda: [slurmd])
+        """Start the node's slurmd after `kill_slurmd`. It finds the job steps that live on."""
+        self._start_slurmd(node)
 
     def crash(self, node: str) -> None:
-        """Cut the node's power: kill -9 all that runs on it."""
+        """Cut the node's power: kill -9 all that runs on it. Slurm finds out after SlurmdTimeout, or by `boot`."""
         machine.kill([node])
+
+    def boot(self, node: str) -> None:
+        """Start a node that crashed. Slurm then ends the jobs that it had there, as NODE_FAIL, or requeues them."""
+        self._start_slurmd(node, "-b")
+
+    def _start_slurmd(self, node: str, *options: str) -> None:
+        slurmd = self.daemons[f"slurmd-{node}"]
+        slurmd.start(*options)
+        wait(lambda: slurmd.pid() is not None, lambda: [slurmd])
 
     def stop_controller(self) -> None:
         """Stop slurmctld in good order. Jobs run on."""
@@ -143,7 +150,7 @@ def up(nodes: int = 4, accounting: bool = False, root: Path = ROOT) -> Cluster:
         raise ClusterError(reason)
     if not 1 <= nodes <= MAX_NODES:
         raise ClusterError(f"nodes={nodes}: ask for 1 to {MAX_NODES}")
-    cluster = Cluster(root.absolute(), [f"n{number}" for number in range(1, nodes + 1)], accounting)
+    cluster = _planned(nodes, accounting, root)
     with machine.lock():
         if _is_up(cluster):
             return cluster
@@ -160,6 +167,10 @@ def down(root: Path = ROOT) -> None:
     """Leave nothing behind of the machine's cluster, whether it is up, half up or gone."""
     with machine.lock():
         _take_down(root.absolute())
+
+
+def _planned(nodes: int, accounting: bool, root: Path) -> Cluster:
+    return Cluster(root.absolute(), [f"n{number}" for number in range(1, nodes + 1)], accounting)
 
 
 def _files(cluster: Cluster) -> dict[str, str]:
@@ -184,9 +195,10 @@ def _recorded(root: Path) -> Cluster | None:
 
 def _start(cluster: Cluster) -> None:
     root, by_name = cluster.root, cluster.daemons
+    root.mkdir(parents=True, exist_ok=True)
+    (root / OWNED).touch()
     for folder in ("state", "log", "run", *(f"spool/{node}" for node in cluster.nodes)):
         (root / folder).mkdir(parents=True)
-        (root / OWNED).touch()
     (root / "munge.key").touch(mode=0o600)
     (root / "munge.key").write_bytes(os.urandom(128))
     for name, text in _files(cluster).items():
@@ -222,6 +234,11 @@ def _take_down(root: Path) -> None:
     machine.release()
     for folder in roots:
         if folder.exists():
+            for entry in folder.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != OWNED:  # last, so that an interrupted `down` can be repeated
+                    entry.unlink()
             shutil.rmtree(folder)
 
 
@@ -252,7 +269,10 @@ def main() -> int:
         if arguments.command == "down":
             down(arguments.root)
         else:
-            print(f"export SLURM_CONF={up(arguments.nodes, arguments.accounting, arguments.root).conf}")
+            settings = (arguments.nodes, arguments.accounting, arguments.root)
+            if _is_up(_planned(*settings)):
+                print("already up with these settings")
+            print(f"export SLURM_CONF={up(*settings).conf}")
     except (ClusterError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd-%n.pid
 
-# cred_expire: a requeued job waits for its old credential to expire. 5 s makes that 11 s; the default 120 s makes it 125 s.
+# cred_expire: a requeued job waits for its old credential to expire. 5 s makes that 11 s; the default makes it 125 s.
 AuthType=auth/munge
 AuthInfo=socket={root}/run/munge.socket,cred_expire=5
 
