@@ -44,7 +44,11 @@ def save(config: Config, step: int, world: World, write: Callable[[Path], None],
 
 def latest(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and what is recorded of it; None in a run that has none."""
-    found = [path for path in folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and (path / "checkpoint.json").exists()]
+    found = [
+        path
+        for path in folder(config).glob("step-*")
+        if re.fullmatch(r"step-\d+", path.name) and (path / "checkpoint.json").exists()
+    ]
     if not found:
         return None
     newest = max(found, key=lambda path: int(path.name.removeprefix("step-")))
@@ -61,8 +65,13 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
         return 0
     path, about = found
     if about["layout"] != config.parallel.name or about["world_size"] != world.size:
-        raise RunError(Problem("parallel", f"{config.parallel.name} on {world.size} ranks", f"cannot read {path}, written by "
-                               f"{about['layout']} on {about['world_size']} ranks: resume with those"))
+        raise RunError(
+            Problem(
+                "parallel",
+                f"{config.parallel.name} on {world.size} ranks",
+                f"cannot read {path}, written by {about['layout']} on {about['world_size']} ranks: resume with those",
+            )
+        )
     read(path)
     if world.is_main:
         print(f"resumed from {path}", flush=True)
@@ -72,7 +81,7 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
 def _prune(config: Config) -> None:
     """Delete all but the newest; a name that starts with a dot first, so that a half deleted one is never taken for whole."""
     kept = sorted(folder(config).glob("step-*"))
-    for path in kept[:-config.train.keep_checkpoints]:
+    for path in kept[: -config.train.keep_checkpoints]:
         hidden = path.with_name(f".{path.name}.old")
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)

@@ -22,7 +22,9 @@ def run(config: Config) -> None:
         raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
     path, about = found
     target = Path(config.run_dir) / "model"
-    dtype = config.train.precision.name if config.consolidate.dtype is OutputDtype.auto else config.consolidate.dtype.name
+    dtype = (
+        config.train.precision.name if config.consolidate.dtype is OutputDtype.auto else config.consolidate.dtype.name
+    )
     made = {"checkpoint": path.name, "dtype": dtype, "digest": about["config"]}
     if read_json(target / "muster.json") == made:
         print(f"model is there already: {target}")
@@ -44,11 +46,20 @@ def _verify(weights: dict[str, torch.Tensor], path: Path) -> None:
     prints = read_json(path / "fingerprint.json")
     if prints is None:
         return
-    wrong = [name for name, expected in prints.items()
-             if name not in weights or hashlib.sha256(weights[name].contiguous().numpy().tobytes()).hexdigest() != expected]
+    wrong = [
+        name
+        for name, expected in prints.items()
+        if name not in weights or hashlib.sha256(weights[name].contiguous().numpy().tobytes()).hexdigest() != expected
+    ]
     if wrong:
-        raise RunError(Problem("checkpoint", path, f"{len(wrong)} of {len(prints)} weights differ from those in training, {wrong[0]} first: "
-                               "the files have changed or been damaged; delete this checkpoint to go back to the one before"))
+        raise RunError(
+            Problem(
+                "checkpoint",
+                path,
+                f"{len(wrong)} of {len(prints)} weights differ from those in training, {wrong[0]} first: "
+                "the files have changed or been damaged; delete this checkpoint to go back to the one before",
+            )
+        )
     print(f"{len(prints)} weights equal those in training, bit for bit", flush=True)
 
 
@@ -59,7 +70,11 @@ def _assemble(config: Config, weights: dict[str, torch.Tensor]) -> PreTrainedMod
     expected = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
     missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - built.state_dict().keys())
     if missing or unexpected:
-        raise RunError(Problem("checkpoint", config.run_dir, f"does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}"))
+        raise RunError(
+            Problem(
+                "checkpoint", config.run_dir, f"does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}"
+            )
+        )
     built.load_state_dict(weights, strict=False)
     whole = built.merge_and_unload() if adapter else built
     whole.config.use_cache = True

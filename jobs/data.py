@@ -34,8 +34,12 @@ class Rows:
 def read(folder: Path, split: str) -> Rows:
     """Open a split of RUN/data. Raises DataError where preprocess has not completed."""
     if read_json(folder / "data.json") is None:
-        raise DataError(Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)"))
-    tokens, trained, offsets = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets"))
+        raise DataError(
+            Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)")
+        )
+    tokens, trained, offsets = (
+        np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets")
+    )
     return Rows(tokens, trained, np.asarray(offsets), _trained_labels(trained, np.asarray(offsets)))
 
 
@@ -54,9 +58,9 @@ def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) ->
     ids = np.full((len(chosen), length), pad, dtype=np.int64)
     labels = np.full((len(chosen), length), IGNORED, dtype=np.int64)
     for line, row in enumerate(chosen):
-        tokens = rows.tokens[rows.offsets[row]:rows.offsets[row + 1]]
-        ids[line, :len(tokens)] = tokens
-        labels[line, :len(tokens)] = np.where(rows.trained[rows.offsets[row]:rows.offsets[row + 1]], tokens, IGNORED)
+        tokens = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]]
+        ids[line, : len(tokens)] = tokens
+        labels[line, : len(tokens)] = np.where(rows.trained[rows.offsets[row] : rows.offsets[row + 1]], tokens, IGNORED)
     labels[:, 0] = IGNORED
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
@@ -75,7 +79,9 @@ def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.i
     return chosen[np.argsort(rows.lengths(chosen), kind="stable")]
 
 
-def micro_batches(chosen: NDArray[np.int64], micro_batch: int, rank: int, world_size: int) -> Iterator[NDArray[np.int64]]:
+def micro_batches(
+    chosen: NDArray[np.int64], micro_batch: int, rank: int, world_size: int
+) -> Iterator[NDArray[np.int64]]:
     """This rank's rows, one micro batch after the other; ranks hold rows of like length at the same time."""
     for start in range(rank * micro_batch, len(chosen), micro_batch * world_size):
-        yield chosen[start:start + micro_batch]
+        yield chosen[start : start + micro_batch]

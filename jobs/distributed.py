@@ -58,17 +58,24 @@ def _device(config: Config, local_rank: int) -> torch.device:
     if not config.cluster.train.gpus_per_node:
         return torch.device("cpu")
     if torch.cuda.device_count() <= local_rank:
-        raise SiteError(Problem("cluster.train.gpus_per_node", config.cluster.train.gpus_per_node,
-                                f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs "
-                                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): ask for "
-                                "fewer, look at nvidia-smi on that node, or exclude it with cluster.train.exclude"))
+        raise SiteError(
+            Problem(
+                "cluster.train.gpus_per_node",
+                config.cluster.train.gpus_per_node,
+                f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): ask for "
+                "fewer, look at nvidia-smi on that node, or exclude it with cluster.train.exclude",
+            )
+        )
     return torch.device("cuda", local_rank)
 
 
 def _peer_access(local_rank: int, local_size: int) -> None:
     """Consumer cards lack peer access and hang in NCCL's first collective; what the user has set stays."""
     others = [other for other in range(min(local_size, torch.cuda.device_count())) if other != local_rank]
-    if "NCCL_P2P_DISABLE" not in os.environ and not all(torch.cuda.can_device_access_peer(local_rank, other) for other in others):
+    if "NCCL_P2P_DISABLE" not in os.environ and not all(
+        torch.cuda.can_device_access_peer(local_rank, other) for other in others
+    ):
         os.environ["NCCL_P2P_DISABLE"] = "1"
         print("muster: no peer access between this node's GPUs: NCCL_P2P_DISABLE=1", flush=True)
 

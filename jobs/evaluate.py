@@ -17,10 +17,15 @@ def run(config: Config) -> None:
     """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, tokens."""
     whole = load(config)
     rows = data.read(Path(config.run_dir) / "data", "validation")
-    summed, tokens = loss.held_out(whole, rows, config.train.micro_batch, tokenizer(config).pad_token_id, whole.device).tolist()
+    summed, tokens = loss.held_out(
+        whole, rows, config.train.micro_batch, tokenizer(config).pad_token_id, whole.device
+    ).tolist()
     found = {"loss": summed / tokens, "perplexity": math.exp(min(summed / tokens, 700)), "tokens": int(tokens)}
     write_json(Path(config.run_dir) / "evaluate.json", found)
-    print(f"held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f} over {found['tokens']} tokens", flush=True)
+    print(
+        f"held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f} over {found['tokens']} tokens",
+        flush=True,
+    )
 
 
 def load(config: Config) -> PreTrainedModel:

@@ -32,7 +32,9 @@ def prompts(path: Path) -> list[str]:
             try:
                 found.append(str(json.loads(line)["prompt"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(Problem("generate.prompts", f"{path}:{number}", 'is not of the form {"prompt": "..."}')) from error
+                raise DataError(
+                    Problem("generate.prompts", f"{path}:{number}", 'is not of the form {"prompt": "..."}')
+                ) from error
     return found
 
 
@@ -40,12 +42,27 @@ def prompts(path: Path) -> list[str]:
 def answer(prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
     """One answer, up to the end of turn or `max_new_tokens`. `ended` says which."""
     if words.chat_template:
-        ids = words.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        ids = words.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
     else:
         ids = words(prompt, return_tensors="pt")
     ids = ids.to(whole.device)
-    sampling = {"do_sample": True, "temperature": config.generate.temperature} if config.generate.temperature else {"do_sample": False}
-    out = whole.generate(**ids, max_new_tokens=config.generate.max_new_tokens, pad_token_id=words.pad_token_id,
-                         eos_token_id=words.eos_token_id, **sampling)
-    new = out[0, ids["input_ids"].shape[1]:]
-    return {"answer": words.decode(new, skip_special_tokens=True), "tokens": len(new), "ended": bool(new[-1] == words.eos_token_id)}
+    sampling = (
+        {"do_sample": True, "temperature": config.generate.temperature}
+        if config.generate.temperature
+        else {"do_sample": False}
+    )
+    out = whole.generate(
+        **ids,
+        max_new_tokens=config.generate.max_new_tokens,
+        pad_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id,
+        **sampling,
+    )
+    new = out[0, ids["input_ids"].shape[1] :]
+    return {
+        "answer": words.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "ended": bool(new[-1] == words.eos_token_id),
+    }

@@ -14,7 +14,13 @@ class Metrics:
     """Rank 0's record; on other ranks every call does nothing. Continues the file of a resumed run after `step`."""
 
     def __init__(self, config: Config, world: World, steps: int, step: int) -> None:
-        self.config, self.steps, self.is_main, self.started, self.first = config, steps, world.is_main, time.monotonic(), step
+        self.config, self.steps, self.is_main, self.started, self.first = (
+            config,
+            steps,
+            world.is_main,
+            time.monotonic(),
+            step,
+        )
         self.path = Path(config.run_dir) / "metrics.jsonl"
         self.tracker = None
         if self.is_main:
@@ -69,7 +75,9 @@ def _tracker(config: Config) -> Any:
         tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir)
     else:
         name = Path(config.run_dir).name
-        tracker = WandBTracker(config.name, id=name, resume="allow", dir=config.run_dir)  # one id: a resumed run is one curve
+        tracker = WandBTracker(
+            config.name, id=name, resume="allow", dir=config.run_dir
+        )  # one id: a resumed run is one curve
     tracker.start()
     return tracker
 

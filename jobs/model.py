@@ -16,7 +16,9 @@ def tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Raises DataError when there is no tokenizer in `model.tokenizer` or `model.source`, or it cannot pad."""
     source = config.model.tokenizer or config.model.source
     try:
-        found = AutoTokenizer.from_pretrained(source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code)
+        found = AutoTokenizer.from_pretrained(
+            source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {_first_line(error)}")) from error
     if found.pad_token_id is None:
@@ -45,7 +47,13 @@ def adapted(config: Config, model: PreTrainedModel) -> Any:
 
     adapter = config.adapter
     targets = "all-linear" if adapter.targets == ["all-linear"] else list(adapter.targets)
-    plan = LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    plan = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     try:
         wrapped = get_peft_model(model, plan)
     except ValueError as error:
@@ -60,7 +68,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:
-        raise ConfigError(Problem("model.source", type(model).__name__, "does not name its blocks (_no_split_modules), so it cannot be sharded"))
+        raise ConfigError(
+            Problem(
+                "model.source",
+                type(model).__name__,
+                "does not name its blocks (_no_split_modules), so it cannot be sharded",
+            )
+        )
     return found
 
 
@@ -74,17 +88,27 @@ def _fresh(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
     described = AutoConfig.for_model(shape.model_type, **fields, **shape.extra)
     special = tokenizer(config)
-    described.bos_token_id, described.eos_token_id, described.pad_token_id = special.bos_token_id, special.eos_token_id, special.pad_token_id
+    described.bos_token_id, described.eos_token_id, described.pad_token_id = (
+        special.bos_token_id,
+        special.eos_token_id,
+        special.pad_token_id,
+    )
     return AutoModelForCausalLM.from_config(described, dtype=dtype, attn_implementation=_attention(config))
 
 
 def _pretrained(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            config.model.source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code,
-            dtype=dtype, attn_implementation=_attention(config))
+            config.model.source,
+            revision=_revision(config),
+            trust_remote_code=config.model.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {_first_line(error)}")) from error
+        raise ConfigError(
+            Problem("model.source", config.model.source, f"cannot be loaded: {_first_line(error)}")
+        ) from error
 
 
 def _attention(config: Config) -> str:

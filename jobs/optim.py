@@ -12,12 +12,19 @@ def build(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; only matrices decay. Fused where the parameters are on a GPU."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.train.weight_decay},
+        {
+            "params": [parameter for parameter in trainable if parameter.ndim >= 2],
+            "weight_decay": config.train.weight_decay,
+        },
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.train.learning_rate, betas=(config.train.beta1, config.train.beta2),
-        eps=config.train.eps, fused=trainable[0].is_cuda)
+        [group for group in groups if group["params"]],
+        lr=config.train.learning_rate,
+        betas=(config.train.beta1, config.train.beta2),
+        eps=config.train.eps,
+        fused=trainable[0].is_cuda,
+    )
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:

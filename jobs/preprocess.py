@@ -37,8 +37,14 @@ def run(config: Config) -> None:
         for split, part in (("train", rows), ("validation", validation)):
             encoded = list(encode(part, shape, words, config, counts, split))
             if not encoded:
-                raise DataError(Problem("data.path", config.data.path, f"leaves no rows to {'train on' if split == 'train' else 'hold out'} "
-                                        f"({dict(counts)}); see data.max_length and data.validation_fraction"))
+                raise DataError(
+                    Problem(
+                        "data.path",
+                        config.data.path,
+                        f"leaves no rows to {'train on' if split == 'train' else 'hold out'} "
+                        f"({dict(counts)}); see data.max_length and data.validation_fraction",
+                    )
+                )
             write(beside, split, encoded)
             if split == "train":
                 preview(encoded[0], words)
@@ -54,12 +60,16 @@ def load_rows(path: str, limit: int | None) -> list[Row]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(Problem("data.path", path, f"is not UTF-8 at byte {error.start}: convert it, e.g. with iconv")) from error
+        raise DataError(
+            Problem("data.path", path, f"is not UTF-8 at byte {error.start}: convert it, e.g. with iconv")
+        ) from error
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(Problem("data.path", f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}")) from error
+            raise DataError(
+                Problem("data.path", f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}")
+            ) from error
     else:
         rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
@@ -79,8 +89,14 @@ def recognise(row: Row, config: Config) -> Format:
         return found[0]
     if config.data.format in found:
         return config.data.format
-    raise DataError(Problem("data.format", config.data.format.name, f"does not fit the columns {sorted(row)} of {config.data.path}: "
-                            "alpaca needs instruction and output, messages a list `messages`, text a column `text`"))
+    raise DataError(
+        Problem(
+            "data.format",
+            config.data.format.name,
+            f"does not fit the columns {sorted(row)} of {config.data.path}: "
+            "alpaca needs instruction and output, messages a list `messages`, text a column `text`",
+        )
+    )
 
 
 def hold_out(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
@@ -90,22 +106,34 @@ def hold_out(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
 
-def encode(rows: list[Row], shape: Format, words: PreTrainedTokenizerBase, config: Config, counts: Counter[str],
-           split: str) -> Iterator[tuple[list[int], list[int]]]:
+def encode(
+    rows: list[Row], shape: Format, words: PreTrainedTokenizerBase, config: Config, counts: Counter[str], split: str
+) -> Iterator[tuple[list[int], list[int]]]:
     """(token ids, 1 where trained) of each row that fits. Counts what is dropped or cut. Raises DataError naming the row."""
     for number, row in enumerate(tqdm(rows, desc=f"tokenise {split}", unit=" rows", mininterval=1), 1):
         try:
-            ids, trained = _encode_text(row, words) if shape is Format.text else _encode_chat(_messages(row, shape), words)
+            ids, trained = (
+                _encode_text(row, words) if shape is Format.text else _encode_chat(_messages(row, shape), words)
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(Problem(f"row {number} of {split}", config.data.path, f"cannot be rendered: {type(error).__name__} {error}")) from error
+            raise DataError(
+                Problem(
+                    f"row {number} of {split}", config.data.path, f"cannot be rendered: {type(error).__name__} {error}"
+                )
+            ) from error
         if len(ids) > config.data.max_length:
             counts[f"{split} overlong"] += 1
             if config.data.overlong is Overlong.error:
-                raise DataError(Problem(f"row {number} of {split}", config.data.path, f"has {len(ids)} tokens, over data.max_length="
-                                        f"{config.data.max_length}; see data.overlong"))
+                raise DataError(
+                    Problem(
+                        f"row {number} of {split}",
+                        config.data.path,
+                        f"has {len(ids)} tokens, over data.max_length={config.data.max_length}; see data.overlong",
+                    )
+                )
             if config.data.overlong is Overlong.drop:
                 continue
-            ids, trained = ids[:config.data.max_length], trained[:config.data.max_length]
+            ids, trained = ids[: config.data.max_length], trained[: config.data.max_length]
         if not any(trained[1:]):
             counts[f"{split} without a trained token"] += 1
             continue
@@ -137,7 +165,9 @@ def _from_hub(path: str, limit: int | None) -> list[Row]:
     try:
         found = load_dataset(path, split="train")
     except Exception as error:  # whatever the Hub client raises: offline, no such set, a gated one
-        raise DataError(Problem("data.path", path, f"is no file, and the Hub says: {str(error).splitlines()[0]}")) from error
+        raise DataError(
+            Problem("data.path", path, f"is no file, and the Hub says: {str(error).splitlines()[0]}")
+        ) from error
     return list(found if limit is None else found.select(range(min(limit, len(found)))))
 
 
@@ -145,7 +175,9 @@ def _parse(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(Problem("data.path", where, f"is not valid JSON: {error.msg} at column {error.colno}")) from error
+        raise DataError(
+            Problem("data.path", where, f"is not valid JSON: {error.msg} at column {error.colno}")
+        ) from error
     if not isinstance(row, dict):
         raise DataError(Problem("data.path", where, "is not an object with named columns"))
     return row
@@ -166,7 +198,13 @@ def _encode_text(row: Row, words: PreTrainedTokenizerBase) -> tuple[list[int], l
 def _encode_chat(messages: list[dict[str, str]], words: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Assistant turns are trained. Their bounds are the template's: its generation marks, or where it stops without the turn."""
     if not words.chat_template:
-        raise DataError(Problem("model.tokenizer", words.name_or_path, "has no chat template; use rows with a `text` column, or a chat model's tokenizer"))
+        raise DataError(
+            Problem(
+                "model.tokenizer",
+                words.name_or_path,
+                "has no chat template; use rows with a `text` column, or a chat model's tokenizer",
+            )
+        )
     if "{% generation %}" in words.chat_template or "{%- generation" in words.chat_template:
         found = words.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         return list(found["input_ids"]), list(found["assistant_masks"])
@@ -174,10 +212,13 @@ def _encode_chat(messages: list[dict[str, str]], words: PreTrainedTokenizerBase)
     trained = [0] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = _render(messages[:turn], words, add_generation_prompt=True), _render(messages[:turn + 1], words)
-            if ids[:len(before)] != before or ids[:len(after)] != after:
+            before, after = (
+                _render(messages[:turn], words, add_generation_prompt=True),
+                _render(messages[: turn + 1], words),
+            )
+            if ids[: len(before)] != before or ids[: len(after)] != after:
                 raise ValueError("the chat template rewrites earlier turns, so the bounds of the answer cannot be told")
-            trained[len(before):len(after)] = [1] * (len(after) - len(before))
+            trained[len(before) : len(after)] = [1] * (len(after) - len(before))
     return ids, trained
 
 

@@ -23,7 +23,9 @@ def run(config: Config) -> None:
     with process_group(config) as world, signals.watched() as stop:
         folder = Path(config.run_dir) / "data"
         rows, validation = data.read(folder, "train"), data.read(folder, "validation")
-        steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
+        steps = config.train.steps or max(
+            1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch)
+        )
         pad = model.tokenizer(config).pad_token_id
         backend = backends.chosen(config)
         engine = backend.wrap(model.build(config), config, world)
@@ -42,11 +44,24 @@ def run(config: Config) -> None:
                 _save(backend, engine, step, steps, config, world)
         metrics.close()
     if step < steps:
-        raise Stopped("preempted", f"told to stop by {stop.signal.name if stop.signal else 'another rank'}; saved at step {step} of {steps}")
+        raise Stopped(
+            "preempted",
+            f"told to stop by {stop.signal.name if stop.signal else 'another rank'}; saved at step {step} of {steps}",
+        )
 
 
-def _step(backend: ModuleType, engine: Engine, rows: data.Rows, step: int, steps: int, pad: int, config: Config, world: World,
-          metrics: Metrics, stop: bool) -> bool:
+def _step(
+    backend: ModuleType,
+    engine: Engine,
+    rows: data.Rows,
+    step: int,
+    steps: int,
+    pad: int,
+    config: Config,
+    world: World,
+    metrics: Metrics,
+    stop: bool,
+) -> bool:
     """One optimizer step over the global batch; returns whether any rank was told to stop.
 
     The loss is the mean over all trained tokens of the global batch, whatever ranks and micro batches they fall into:
@@ -68,21 +83,40 @@ def _step(backend: ModuleType, engine: Engine, rows: data.Rows, step: int, steps
     agreed = total(torch.stack([summed, torch.tensor(float(stop), dtype=torch.float64, device=world.device)])).tolist()
     seconds = time.perf_counter() - began
     mean, speed = agreed[0] / tokens, int(rows.lengths(chosen).sum()) / seconds
-    metrics.write(step + 1, loss=mean, grad_norm=norm, learning_rate=rate, tokens=tokens, tokens_per_s=round(speed, 1), seconds=round(seconds, 4))
+    metrics.write(
+        step + 1,
+        loss=mean,
+        grad_norm=norm,
+        learning_rate=rate,
+        tokens=tokens,
+        tokens_per_s=round(speed, 1),
+        seconds=round(seconds, 4),
+    )
     if step + 1 == steps or _due(config.train.log_every, step + 1):
-        metrics.show(step + 1, loss=f"{mean:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **{"tokens/s": f"{speed:,.0f}"})
+        metrics.show(
+            step + 1, loss=f"{mean:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **{"tokens/s": f"{speed:,.0f}"}
+        )
     return agreed[1] > 0
 
 
-def _evaluate(engine: Engine, validation: data.Rows, step: int, pad: int, config: Config, world: World, metrics: Metrics) -> None:
+def _evaluate(
+    engine: Engine, validation: data.Rows, step: int, pad: int, config: Config, world: World, metrics: Metrics
+) -> None:
     """Mean loss over all held-out tokens."""
-    found = total(loss.held_out(engine.module, validation, config.train.micro_batch, pad, world.device, world.rank, world.size)).tolist()
+    found = total(
+        loss.held_out(engine.module, validation, config.train.micro_batch, pad, world.device, world.rank, world.size)
+    ).tolist()
     metrics.write(step, eval_loss=found[0] / found[1])
     metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
 
 
 def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Config, world: World) -> None:
-    about = {"layout": config.parallel.name, "backend": config.parallel.backend.name, "config": digest(config), "torch": torch.__version__}
+    about = {
+        "layout": config.parallel.name,
+        "backend": config.parallel.backend.name,
+        "config": digest(config),
+        "torch": torch.__version__,
+    }
     path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about)
     if step == steps and config.train.fingerprint:
         prints = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in backend.weights(engine)}

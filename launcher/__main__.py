@@ -36,7 +36,9 @@ def why(options: argparse.Namespace) -> int:
             reason, start = slurm.pending_reason(job.job_id)
             print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
         elif job.verdict and job.verdict["status"] != "completed":
-            print(f"{job.name} {job.job_id} {job.verdict['status']}: {job.verdict['reason']}\n{job.verdict.get('error', '')}".rstrip())
+            print(
+                f"{job.name} {job.job_id} {job.verdict['status']}: {job.verdict['reason']}\n{job.verdict.get('error', '')}".rstrip()
+            )
         else:
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
     return 0
@@ -62,7 +64,9 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace, words: list[str]) -> int:
-    return subprocess.call([sys.executable, str(CLONE / "launch.py"), f"resume={options.run}", *words, *options.overrides])
+    return subprocess.call(
+        [sys.executable, str(CLONE / "launch.py"), f"resume={options.run}", *words, *options.overrides]
+    )
 
 
 def main() -> int:

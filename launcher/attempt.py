@@ -17,7 +17,15 @@ from conf.files import read_json, write_json
 from launcher import network, slurm
 
 COMPLETED, PREEMPTED, FAILED = "completed", "preempted", "failed"
-VICTIM = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket timeout", "timed out waiting", "recv failed")
+VICTIM = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "socket timeout",
+    "timed out waiting",
+    "recv failed",
+)
 """What the other ranks say when one has died: never the cause while any rank says something else."""
 
 
@@ -35,9 +43,15 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         except FileExistsError:
             number += 1
     values = {"MUSTER_ATTEMPT": str(number)}
-    write_json(folder / f"attempt-{number}" / "begin.json", {
-        "host": socket.gethostname(), "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())), "started": time.time(),
-        "config": os.environ.get("MUSTER_CONFIG")})
+    write_json(
+        folder / f"attempt-{number}" / "begin.json",
+        {
+            "host": socket.gethostname(),
+            "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
+            "started": time.time(),
+            "config": os.environ.get("MUSTER_CONFIG"),
+        },
+    )
     if port is None:
         return values, None
     held = network.reserve_port(port or _first_port(), only=port != 0)
@@ -53,16 +67,33 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
     opened = read_json(attempt / "begin.json") or {}
     records = [record for path in sorted(attempt.glob("rank-*.json")) if (record := read_json(path))]
     verdict = _judge(records, code, world_size)
-    verdict |= {"step": _last_step(folder), "exit": code, "attempt": number, "job_id": opened.get("job_id"), "config": opened.get("config"),
-                "started": opened.get("started"), "ended": time.time()}
+    verdict |= {
+        "step": _last_step(folder),
+        "exit": code,
+        "attempt": number,
+        "job_id": opened.get("job_id"),
+        "config": opened.get("config"),
+        "started": opened.get("started"),
+        "ended": time.time(),
+    }
     write_json(folder / f"attempt-{number}.json", verdict)
     return verdict
 
 
 def record(folder: Path, number: int, rank: int, status: str, reason: str = "", error: str = "", **more: Any) -> None:
     """What one rank has to say at its end; only rank 0 speaks when all went well."""
-    write_json(folder / f"attempt-{number}" / f"rank-{rank}.json", {
-        "status": status, "reason": reason, "error": error, "rank": rank, "host": socket.gethostname(), "time": time.time(), **more})
+    write_json(
+        folder / f"attempt-{number}" / f"rank-{rank}.json",
+        {
+            "status": status,
+            "reason": reason,
+            "error": error,
+            "rank": rank,
+            "host": socket.gethostname(),
+            "time": time.time(),
+            **more,
+        },
+    )
 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
@@ -103,7 +134,9 @@ def _last_step(folder: Path) -> int | None:
 
 
 def _first_port() -> int:
-    return network.first_port(int(os.environ.get("SLURM_JOB_ID", os.getpid())), int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+    return network.first_port(
+        int(os.environ.get("SLURM_JOB_ID", os.getpid())), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    )
 
 
 def _head() -> str:
@@ -151,7 +184,13 @@ def _refuse(folder: Path, port: int | None, error: Exception) -> int:
     number = max(int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
     taken = f"cluster.network.master_port={port}: " if port else ""
     remedy = "; leave it null, so that a free one is found" if port else ""
-    record(folder, number, 0, "user_error" if port else FAILED, f"{taken}{getattr(error, 'strerror', None) or error} on {socket.gethostname()}{remedy}")
+    record(
+        folder,
+        number,
+        0,
+        "user_error" if port else FAILED,
+        f"{taken}{getattr(error, 'strerror', None) or error} on {socket.gethostname()}{remedy}",
+    )
     verdict = finish(folder, number, 2, 1)
     print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
     return 2

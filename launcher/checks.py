@@ -37,7 +37,9 @@ def _minimums(section: Any, prefix: str = "") -> Iterator[Problem]:
 
 def _names(config: Config, _: Facts) -> Iterator[Problem]:
     if not re.fullmatch(r"[\w.+-]+", config.name):
-        yield Problem("name", config.name, "may have letters, digits, '.', '_', '+' and '-' only: it names jobs and folders")
+        yield Problem(
+            "name", config.name, "may have letters, digits, '.', '_', '+' and '-' only: it names jobs and folders"
+        )
     for job in config.jobs:
         if job not in AFTER:
             yield Problem("jobs", job, f"no such job; there are {', '.join(AFTER)}")
@@ -47,9 +49,13 @@ def _names(config: Config, _: Facts) -> Iterator[Problem]:
 
 def _steps(config: Config, _: Facts) -> Iterator[Problem]:
     if (config.train.steps is None) == (config.train.epochs is None):
-        yield Problem("train.steps", config.train.steps, "give either train.steps or train.epochs, and set the other to null")
+        yield Problem(
+            "train.steps", config.train.steps, "give either train.steps or train.epochs, and set the other to null"
+        )
     if config.train.steps is not None and config.train.warmup_steps >= config.train.steps:
-        yield Problem("train.warmup_steps", config.train.warmup_steps, f"must be below train.steps={config.train.steps}")
+        yield Problem(
+            "train.warmup_steps", config.train.warmup_steps, f"must be below train.steps={config.train.steps}"
+        )
 
 
 def _batch(config: Config, _: Facts) -> Iterator[Problem]:
@@ -58,9 +64,12 @@ def _batch(config: Config, _: Facts) -> Iterator[Problem]:
     if train.global_batch % rows:
         lower, upper = train.global_batch // rows * rows, (train.global_batch // rows + 1) * rows
         nearest = f"{lower} or {upper}" if lower else f"{upper}"
-        yield Problem("train.global_batch", train.global_batch,
-                      f"is not divisible by {train.micro_batch} rows x {world} ranks = {rows}: take {nearest}, "
-                      "or change train.micro_batch or the number of ranks")
+        yield Problem(
+            "train.global_batch",
+            train.global_batch,
+            f"is not divisible by {train.micro_batch} rows x {world} ranks = {rows}: take {nearest}, "
+            "or change train.micro_batch or the number of ranks",
+        )
 
 
 def _layout(config: Config, _: Facts) -> Iterator[Problem]:
@@ -70,14 +79,23 @@ def _layout(config: Config, _: Facts) -> Iterator[Problem]:
         if parallel.zero_stage not in (1, 2, 3):
             yield Problem("parallel.zero_stage", parallel.zero_stage, "must be 1, 2 or 3; parallel=ddp does not shard")
         if parallel.offload_parameters and parallel.zero_stage != 3:
-            yield Problem("parallel.offload_parameters", True, "needs parallel.zero_stage=3: only there are parameters sharded")
+            yield Problem(
+                "parallel.offload_parameters", True, "needs parallel.zero_stage=3: only there are parameters sharded"
+            )
         if parallel.shard_ranks is not None:
-            yield Problem("parallel.shard_ranks", parallel.shard_ranks, "is for FSDP; ZeRO always shards over all ranks")
+            yield Problem(
+                "parallel.shard_ranks", parallel.shard_ranks, "is for FSDP; ZeRO always shards over all ranks"
+            )
     elif world % (parallel.shard_ranks or world):
-        yield Problem("parallel.shard_ranks", parallel.shard_ranks, f"does not divide the {world} ranks of cluster.train")
+        yield Problem(
+            "parallel.shard_ranks", parallel.shard_ranks, f"does not divide the {world} ranks of cluster.train"
+        )
     elif parallel.offload_optimizer != parallel.offload_parameters:
-        yield Problem("parallel.offload_optimizer", parallel.offload_optimizer,
-                      "FSDP keeps optimizer state where the parameters are: set both offload_* to the same")
+        yield Problem(
+            "parallel.offload_optimizer",
+            parallel.offload_optimizer,
+            "FSDP keeps optimizer state where the parameters are: set both offload_* to the same",
+        )
 
 
 def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -88,26 +106,40 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
         if local and part.nodes > 1:
             yield Problem(f"{key}.nodes", part.nodes, "cluster=local has one node; take cluster=slurm for more")
         if part.gpus_per_node is None:
-            yield Problem(f"{key}.gpus_per_node", "null", "give a number: only cluster=local can look for GPUs by itself")
+            yield Problem(
+                f"{key}.gpus_per_node", "null", "give a number: only cluster=local can look for GPUs by itself"
+            )
         elif local and part.gpus_per_node > facts.gpus:
-            yield Problem(f"{key}.gpus_per_node", part.gpus_per_node, f"this machine has {facts.gpus}: "
-                          "set it to 0 to run on the CPU")
+            yield Problem(
+                f"{key}.gpus_per_node",
+                part.gpus_per_node,
+                f"this machine has {facts.gpus}: set it to 0 to run on the CPU",
+            )
         elif name == "train" and part.gpus_per_node and part.gpus_per_node != part.ranks_per_node:
-            yield Problem(f"{key}.ranks_per_node", part.ranks_per_node,
-                          f"must equal cluster.train.gpus_per_node={part.gpus_per_node}: one rank drives one GPU")
+            yield Problem(
+                f"{key}.ranks_per_node",
+                part.ranks_per_node,
+                f"must equal cluster.train.gpus_per_node={part.gpus_per_node}: one rank drives one GPU",
+            )
     for name in config.jobs:
         if name in AFTER and name not in ("preflight", "train"):
             part = resources(config, name)
             if part.nodes * part.ranks_per_node > 1:
-                yield Problem(f"cluster of {name}", part.nodes * part.ranks_per_node, f"{name} is one process: one node, one rank")
+                yield Problem(
+                    f"cluster of {name}", part.nodes * part.ranks_per_node, f"{name} is one process: one node, one rank"
+                )
 
 
 def _model(config: Config, _: Facts) -> Iterator[Problem]:
     if config.model.init is Init.random and config.model.architecture is None:
         yield Problem("model.architecture", None, "is needed to build model.init=random")
     if config.adapter.kind is AdapterKind.lora and config.model.init is Init.random and "consolidate" in config.jobs:
-        yield Problem("adapter.kind", "lora", "an adapter of random weights has no base to be merged into: "
-                      "name a model folder or Hub id with model.init=pretrained, or leave consolidate out of jobs")
+        yield Problem(
+            "adapter.kind",
+            "lora",
+            "an adapter of random weights has no base to be merged into: "
+            "name a model folder or Hub id with model.init=pretrained, or leave consolidate out of jobs",
+        )
 
 
 def _data(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -121,18 +153,32 @@ def _data(config: Config, facts: Facts) -> Iterator[Problem]:
         shapes = COLUMNS.get(config.data.format) or [shape for group in COLUMNS.values() for shape in group]
         if not any(shape <= set(facts.columns) for shape in shapes):
             wanted = " or ".join("{" + ", ".join(sorted(shape)) + "}" for shape in shapes)
-            yield Problem("data.path", config.data.path,
-                          f"has the columns {{{', '.join(facts.columns)}}}; data.format={config.data.format.name} needs {wanted}")
+            yield Problem(
+                "data.path",
+                config.data.path,
+                f"has the columns {{{', '.join(facts.columns)}}}; data.format={config.data.format.name} needs {wanted}",
+            )
 
 
 def _site(config: Config, facts: Facts) -> Iterator[Problem]:
-    if config.cluster.executor is Executor.slurm and not config.dry_run and config.submit is Submit.submitit and facts.slurm_missing:
-        yield Problem("cluster", config.cluster.name, f"Slurm's {facts.slurm_missing[0]} is not on PATH: run this on a login node, "
-                      "look with dry_run=true, write scripts with submit=script, or take cluster=local")
+    if (
+        config.cluster.executor is Executor.slurm
+        and not config.dry_run
+        and config.submit is Submit.submitit
+        and facts.slurm_missing
+    ):
+        yield Problem(
+            "cluster",
+            config.cluster.name,
+            f"Slurm's {facts.slurm_missing[0]} is not on PATH: run this on a login node, "
+            "look with dry_run=true, write scripts with submit=script, or take cluster=local",
+        )
     if config.cluster.executor is Executor.local and config.submit is Submit.script:
         yield Problem("submit", "script", "writes sbatch scripts: take cluster=slurm")
     if (config.cluster.container is Container.none) != (config.cluster.container_image is None):
-        yield Problem("cluster.container_image", config.cluster.container_image, "goes with cluster.container=apptainer or pyxis")
+        yield Problem(
+            "cluster.container_image", config.cluster.container_image, "goes with cluster.container=apptainer or pyxis"
+        )
     if config.cluster.network.master_port is not None and config.cluster.network.master_port > 65535:
         yield Problem("cluster.network.master_port", config.cluster.network.master_port, "must be at most 65535")
 
@@ -140,7 +186,11 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
 def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
     for key, value in config.cluster.environment.items():
         if SECRET.search(key) and value:
-            yield Problem(f"cluster.environment.{key}", "(hidden)", f"would be written to files: name it in cluster.secrets=[{key}] instead")
+            yield Problem(
+                f"cluster.environment.{key}",
+                "(hidden)",
+                f"would be written to files: name it in cluster.secrets=[{key}] instead",
+            )
     if not config.dry_run:
         for name in facts.secrets_missing:
             yield Problem("cluster.secrets", name, f"export {name} first, or put it into {config.cluster.secrets_file}")

@@ -11,7 +11,12 @@ from conf.resolve import digest
 from conf.schema import Backend, Config, Precision
 from launcher.plan import Job
 
-BLOCKS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer", "qwen3": "Qwen3DecoderLayer"}
+BLOCKS = {
+    "llama": "LlamaDecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "qwen2": "Qwen2DecoderLayer",
+    "qwen3": "Qwen3DecoderLayer",
+}
 """Class of a decoder block by model type; another model's own list is used by Accelerate where none is named."""
 
 
@@ -27,8 +32,11 @@ class Ranks:
 
     def variables(self) -> dict[str, str]:
         return {
-            "RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size), "NODE_RANK": str(self.node_rank),
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "NODE_RANK": str(self.node_rank),
             "NODE_WORLD_SIZE": str(self.local_world_size),
         }
 
@@ -42,8 +50,11 @@ def ranks(environ: Mapping[str, str]) -> Ranks:
         return Ranks(0, 0, 1, 1, 0)
     node = int(environ["SLURM_NODEID"])
     return Ranks(
-        int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), int(environ["SLURM_NTASKS"]),
-        _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ["SLURM_TASKS_PER_NODE"])[node], node,
+        int(environ["SLURM_PROCID"]),
+        int(environ["SLURM_LOCALID"]),
+        int(environ["SLURM_NTASKS"]),
+        _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ["SLURM_TASKS_PER_NODE"])[node],
+        node,
     )
 
 
@@ -60,9 +71,15 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
     """What is the same on every rank and known before the job starts: exported by the batch script, shown by dry_run."""
     run, timeout_s = Path(config.run_dir), config.cluster.network.nccl_timeout_s
     values = {
-        "MUSTER_RUN": str(run), "MUSTER_JOB": job.name, "MUSTER_CONFIG": digest(config),
-        "PYTHONPATH": str(run / "code"), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(job.resources.cpus_per_rank), "SRUN_CPUS_PER_TASK": str(job.resources.cpus_per_rank),
+        "MUSTER_RUN": str(run),
+        "MUSTER_JOB": job.name,
+        "MUSTER_CONFIG": digest(config),
+        "PYTHONPATH": str(run / "code"),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(job.resources.cpus_per_rank),
+        "SRUN_CPUS_PER_TASK": str(job.resources.cpus_per_rank),
         "SLURM_EXPORT_ENV": "ALL",  # a site's --export=NONE would keep all of this from the ranks
     }
     if config.cluster.hf_home:
@@ -72,10 +89,13 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
     if job.distributed:
         flight = str(run / "jobs" / job.name / "flight_rank_")
         values |= {
-            "MUSTER_NCCL_TIMEOUT": str(timeout_s), "AXOLOTL_NCCL_TIMEOUT": str(timeout_s),
+            "MUSTER_NCCL_TIMEOUT": str(timeout_s),
+            "AXOLOTL_NCCL_TIMEOUT": str(timeout_s),
             "DEEPSPEED_TIMEOUT": str(math.ceil(timeout_s / 60)),  # minutes, unlike all others
-            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_DESYNC_DEBUG": "1",
-            "TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": flight,
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_NCCL_DESYNC_DEBUG": "1",
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_FR_DUMP_TEMP_FILE": flight,
             "NCCL_DEBUG": "WARN",
         }
         values |= _accelerate(config, job)
@@ -101,11 +121,15 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
     shard = parallel.shard_ranks or world
     if shard > 1:
         values |= {
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
             "FSDP_ACTIVATION_CHECKPOINTING": _flag(train.activation_checkpointing),
             "FSDP_OFFLOAD_PARAMS": _flag(parallel.offload_parameters),
-            "FSDP_SYNC_MODULE_STATES": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_USE_ORIG_PARAMS": "true",
-            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_SYNC_MODULE_STATES": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+            "FSDP_USE_ORIG_PARAMS": "true",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward),
         }
         block = BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
@@ -114,8 +138,10 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
     if 1 < shard < world:
         values |= {
             "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-            "PARALLELISM_CONFIG_TP_SIZE": "1", "PARALLELISM_CONFIG_CP_SIZE": "1",
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard), "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(world // shard),
+            "PARALLELISM_CONFIG_TP_SIZE": "1",
+            "PARALLELISM_CONFIG_CP_SIZE": "1",
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(world // shard),
         }
     return values
 

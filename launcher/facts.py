@@ -40,9 +40,16 @@ class Facts:
 def localise(config: Config, gpus: int) -> None:
     """Settle what depends on this machine: absolute paths (tried here, then in the clone), interpreter, GPU or CPU, precision."""
     config.run_dir = os.path.abspath(config.run_dir)
-    config.cluster.python = config.cluster.python or ("python3" if config.cluster.container is not Container.none else sys.executable)
-    for section, name in ((config.data, "path"), (config.data, "validation_path"), (config.generate, "prompts"),
-                          (config.model, "source"), (config.model, "tokenizer")):
+    config.cluster.python = config.cluster.python or (
+        "python3" if config.cluster.container is not Container.none else sys.executable
+    )
+    for section, name in (
+        (config.data, "path"),
+        (config.data, "validation_path"),
+        (config.generate, "prompts"),
+        (config.model, "source"),
+        (config.model, "tokenizer"),
+    ):
         value = getattr(section, name)
         candidates = (Path(value).expanduser(), CLONE / value) if value else ()
         setattr(section, name, next((str(path.resolve()) for path in candidates if path.exists()), value))
@@ -59,7 +66,11 @@ def observe(config: Config) -> Facts:
     columns, row_error = _first_row(Path(config.data.path))
     existing, run_dir_error = _run_dir(Path(config.run_dir))
     return replace(
-        facts, columns=columns, row_error=row_error, existing=existing, run_dir_error=run_dir_error,
+        facts,
+        columns=columns,
+        row_error=row_error,
+        existing=existing,
+        run_dir_error=run_dir_error,
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         secrets_missing=tuple(_missing_secrets(config)),
     )
@@ -80,8 +91,12 @@ def looks_like_file(value: str) -> bool:
 
 
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
-    named = {"data.path": config.data.path, "data.validation_path": config.data.validation_path,
-             "model.source": config.model.source, "model.tokenizer": config.model.tokenizer}
+    named = {
+        "data.path": config.data.path,
+        "data.validation_path": config.data.validation_path,
+        "model.source": config.model.source,
+        "model.tokenizer": config.model.tokenizer,
+    }
     if "generate" in config.jobs:
         named["generate.prompts"] = config.generate.prompts
     for key, value in named.items():
@@ -127,4 +142,3 @@ def _missing_secrets(config: Config) -> Iterator[str]:
     written = path.read_text(encoding="utf-8") if path.is_file() else ""
     names = {line.split("=", 1)[0].strip() for line in written.splitlines()}
     yield from (name for name in config.cluster.secrets if name not in os.environ and name not in names)
-

@@ -4,44 +4,52 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from submitit import LocalExecutor
 
 from conf.schema import Config
-from launcher import attempt, environment, render, report, submit, worker
+from launcher import attempt, environment, render, report, worker
 from launcher.plan import Job
 
 GRACE_S = 15
 """How long the other ranks of a failed job may go on; nothing else ends ranks that wait for a dead one."""
 
 
-def run(config: Config, jobs: Sequence[Job], config_path: Path) -> int:
-    """Run the jobs in order; a failed one ends the run. Returns the exit code of the whole command."""
+def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[str, str], None]) -> int:
+    """Run the jobs in order, telling `note` each name and id; a failed one ends the run. Returns the command's exit code."""
     for job in jobs:
-        verdict = _run_job(config, job, config_path)
+        verdict = _run_job(config, job, config_path, note)
         if verdict["status"] != attempt.COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
-            print(f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                  f"go on     python launch.py resume={config.run_dir}", file=sys.stderr)
+            print(
+                f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
+                f"go on     python launch.py resume={config.run_dir}",
+                file=sys.stderr,
+            )
             return 2 if verdict["status"] == "user_error" else 1
     report.show(Path(config.run_dir))
     return 0
 
 
-def _run_job(config: Config, job: Job, config_path: Path) -> dict[str, Any]:
+def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, str], None]) -> dict[str, Any]:
     folder, part = render.job_folder(config, job), job.resources
     print(f"\n==== {job.name}", flush=True)
     with environment.applied(environment.job_variables(config, job)):
         opened, held = attempt.begin(folder, (config.cluster.network.master_port or 0) if job.distributed else None)
         executor = LocalExecutor(folder, python=render.python_command(config))
-        executor.update_parameters(tasks_per_node=part.ranks_per_node, timeout_min=part.time_min, stderr_to_stdout=True,
-                                   signal_delay_s=config.cluster.signal_s, **_gpus(part.gpus_per_node or 0))
+        executor.update_parameters(
+            tasks_per_node=part.ranks_per_node,
+            timeout_min=part.time_min,
+            stderr_to_stdout=True,
+            signal_delay_s=config.cluster.signal_s,
+            **_gpus(part.gpus_per_node or 0),
+        )
         with environment.applied(opened):
             started = executor.submit(worker.run, job.name, str(config_path))
-        submit.note_job(Path(config.run_dir), job.name, started.job_id)
+        note(job.name, started.job_id)
         number = int(opened["MUSTER_ATTEMPT"])
         try:
             _follow(started, folder / f"attempt-{number}", show=sys.stdout)

@@ -23,7 +23,9 @@ def reserve_port(first: int, only: bool = False) -> socket.socket:
     and listen, but no second reservation can, so two jobs on one node never pick the same port.
     Raises OSError (EADDRINUSE) when `only` that port may be taken and it is in use, or when no port is free.
     """
-    candidates = [first] if only else [PORTS.start + (first - PORTS.start + step) % len(PORTS) for step in range(len(PORTS))]
+    candidates = (
+        [first] if only else [PORTS.start + (first - PORTS.start + step) % len(PORTS) for step in range(len(PORTS))]
+    )
     for port in candidates:
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:

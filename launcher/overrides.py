@@ -14,7 +14,20 @@ from conf import resolve
 from conf.errors import Problem
 from conf.schema import Config
 
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i")
+FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--info",
+    "-i",
+)
 
 
 def groups(folder: Path) -> dict[str, list[str]]:
@@ -34,7 +47,9 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            found.append(Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise"))
+            found.append(
+                Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise")
+            )
             continue
         problem = _problem(override, known, options, schema)
         if problem:
@@ -42,7 +57,9 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
     return found
 
 
-def _problem(override: Override, known: dict[str, Any], options: dict[str, list[str]], schema: DictConfig) -> Problem | None:
+def _problem(
+    override: Override, known: dict[str, Any], options: dict[str, list[str]], schema: DictConfig
+) -> Problem | None:
     key = override.key_or_group.split("@")[0].lstrip("/")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.is_sweep_override():
         return None
@@ -93,5 +110,7 @@ def nearest(word: str, candidates: list[str]) -> str:
     found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     if not found:
         by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-        found = [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)]
+        found = [
+            by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
+        ]
     return f": did you mean '{found[0]}'?" if found else ""

@@ -17,16 +17,25 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
     """All that would be submitted; a dependency's id is not known yet and shows as the job's name in angle brackets."""
     parts = [summary(config, jobs)]
     for job in jobs:
-        parts.append(_heading(f"{job.name}: sbatch") if config.cluster.executor is Executor.slurm else _heading(f"{job.name}: local"))
+        parts.append(
+            _heading(f"{job.name}: sbatch")
+            if config.cluster.executor is Executor.slurm
+            else _heading(f"{job.name}: local")
+        )
         if config.cluster.executor is Executor.slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
         parts.append(_heading(f"{job.name}: environment"))
         parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
         if job.distributed:
             network = config.cluster.network
-            parts.append(ON_EACH_RANK.format(
-                world=job.world_size, local=job.resources.ranks_per_node, port=network.master_port or "a free port, reserved on that host",
-                interface="found on each node" if network.interface == "auto" else network.interface))
+            parts.append(
+                ON_EACH_RANK.format(
+                    world=job.world_size,
+                    local=job.resources.ranks_per_node,
+                    port=network.master_port or "a free port, reserved on that host",
+                    interface="found on each node" if network.interface == "auto" else network.interface,
+                )
+            )
     return "\n".join(parts)
 
 
@@ -44,8 +53,10 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         part = job.resources
         gpus = f" x {part.gpus_per_node} GPUs" if part.gpus_per_node else ""
         after = f"  after {', '.join(job.after)}" if job.after else ""
-        lines.append(f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
-                     f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}")
+        lines.append(
+            f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
+            f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}"
+        )
     return "\n".join(lines)
 
 

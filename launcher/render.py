@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from submitit.core.utils import JobPaths
-from submitit.slurm.slurm import _make_sbatch_string  # private: what SlurmExecutor.submit itself calls; test_render pins it
+from submitit.slurm.slurm import (
+    _make_sbatch_string,
+)  # private: what SlurmExecutor.submit itself calls; test_render pins it
 
 from conf.schema import Config, Container
 from launcher.environment import job_variables
@@ -26,11 +28,19 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
     """What SlurmExecutor.update_parameters is given; `dependency` are the ids of the jobs that must end well before."""
     part = job.resources
     named = {
-        "job_name": f"{config.name}/{job.name}", "nodes": part.nodes, "ntasks_per_node": part.ranks_per_node,
-        "cpus_per_task": part.cpus_per_rank, "gpus_per_node": part.gpus_per_node or None, "time": part.time_min,
+        "job_name": f"{config.name}/{job.name}",
+        "nodes": part.nodes,
+        "ntasks_per_node": part.ranks_per_node,
+        "cpus_per_task": part.cpus_per_rank,
+        "gpus_per_node": part.gpus_per_node or None,
+        "time": part.time_min,
         "mem": None if part.memory_gib is None else f"{part.memory_gib}G" if part.memory_gib else "0",
-        "partition": part.partition, "qos": part.qos, "account": config.cluster.account, "constraint": part.constraint,
-        "exclude": part.exclude, "exclusive": part.exclusive or None,
+        "partition": part.partition,
+        "qos": part.qos,
+        "account": config.cluster.account,
+        "constraint": part.constraint,
+        "exclude": part.exclude,
+        "exclusive": part.exclusive or None,
         "dependency": "afterok:" + ":".join(dependency) if dependency else None,
     }
     return {
@@ -63,7 +73,7 @@ def sbatch_text(config: Config, job: Job, dependency: Sequence[str] = ()) -> str
     """The very text that submitit gives to sbatch for this job."""
     folder = job_folder(config, job)
     command = f"{python_command(config)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    return _make_sbatch_string(command=command, folder=folder, **parameters(config, job, dependency))
+    return str(_make_sbatch_string(command=command, folder=folder, **parameters(config, job, dependency)))
 
 
 def script_text(config: Config, job: Job, config_path: Path) -> str:
@@ -72,8 +82,12 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
     stdout = str(JobPaths(job_folder(config, job)).stdout)
     srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config, job)])
     command = f"{srun} {python_command(config)} -u -m launcher.worker {job.name} {shlex.quote(str(config_path))}"
-    return _template("job.sbatch.j2").render(
-        name=job.name, run=config.run_dir, directives=directives, command=command, **_values(config, job)) + "\n"
+    return (
+        _template("job.sbatch.j2").render(
+            name=job.name, run=config.run_dir, directives=directives, command=command, **_values(config, job)
+        )
+        + "\n"
+    )
 
 
 def chain_text(config: Config, jobs: Sequence[Job]) -> str:
@@ -84,9 +98,14 @@ def chain_text(config: Config, jobs: Sequence[Job]) -> str:
 def _srun_args(config: Config, job: Job) -> list[str]:
     arguments = ["--kill-on-bad-exit=1", "--wait=60"]
     if config.cluster.container is Container.pyxis:
-        mounts = ",".join(f"{path}:{path}" if ":" not in path else path for path in [config.run_dir, *config.cluster.container_mounts])
-        arguments += [f"--container-image={config.cluster.container_image}", f"--container-mounts={mounts}",
-                      f"--container-workdir={config.run_dir}/code"]
+        mounts = ",".join(
+            f"{path}:{path}" if ":" not in path else path for path in [config.run_dir, *config.cluster.container_mounts]
+        )
+        arguments += [
+            f"--container-image={config.cluster.container_image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={config.run_dir}/code",
+        ]
     return [*arguments, *config.cluster.srun_args]
 
 
@@ -97,9 +116,13 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
     if job.distributed:
         port = config.cluster.network.master_port or 0
     return {
-        "modules": config.cluster.modules, "setup": config.cluster.setup, "variables": job_variables(config, job),
+        "modules": config.cluster.modules,
+        "setup": config.cluster.setup,
+        "variables": job_variables(config, job),
         "python": "python3" if inside else config.cluster.python or "python3",
-        "folder": str(job_folder(config, job)), "port": port, "world_size": job.world_size,
+        "folder": str(job_folder(config, job)),
+        "port": port,
+        "world_size": job.world_size,
     }
 
 
@@ -108,8 +131,13 @@ def _fragment(name: str, config: Config, job: Job) -> str:
 
 
 @cache
-def _template(name: str) -> Any:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
-                              undefined=StrictUndefined, autoescape=False)
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        autoescape=False,
+    )
     environment.filters["q"] = shlex.quote
     return environment.get_template(name)

@@ -19,10 +19,21 @@ def status(jobs: Iterable[JobState]) -> None:
         table.add_column(heading, overflow="fold")
     for job in jobs:
         verdict = job.verdict or {}
-        where = "" if verdict.get("rank") is None or not verdict.get("reason") else f"rank {verdict['rank']} on {verdict['host']}"
+        where = (
+            ""
+            if verdict.get("rank") is None or not verdict.get("reason")
+            else f"rank {verdict['rank']} on {verdict['host']}"
+        )
         step = verdict.get("step")
-        table.add_row(job.name, job.job_id, job.state.lower(), verdict.get("status", ""), "" if step is None else str(step),
-                      where, verdict.get("reason", ""))
+        table.add_row(
+            job.name,
+            job.job_id,
+            job.state.lower(),
+            verdict.get("status", ""),
+            "" if step is None else str(step),
+            where,
+            verdict.get("reason", ""),
+        )
     Console(soft_wrap=True).print(table)
 
 
@@ -47,8 +58,11 @@ def rows(run: Path) -> list[tuple[str, str]]:
     held_out = [item["eval_loss"] for item in metrics if "eval_loss" in item]
     if steps:
         rates = sorted(item["tokens_per_s"] for item in steps)
-        found += [("steps", str(steps[-1]["step"])), ("training loss", f"{steps[0]['loss']:.4f} first, {steps[-1]['loss']:.4f} last"),
-                  ("tokens/s", f"{rates[len(rates) // 2]:,.0f} (median step, all ranks)")]
+        found += [
+            ("steps", str(steps[-1]["step"])),
+            ("training loss", f"{steps[0]['loss']:.4f} first, {steps[-1]['loss']:.4f} last"),
+            ("tokens/s", f"{rates[len(rates) // 2]:,.0f} (median step, all ranks)"),
+        ]
     if held_out:
         found.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
     if merged := read_json(run / "evaluate.json"):

@@ -9,9 +9,26 @@ from conf.errors import Problem, RunError
 from conf.schema import Config
 from launcher.attempt import COMPLETED, last_verdict
 
-CHANGEABLE = ("cluster", "jobs", "pipeline", "consolidate", "generate", "tracker", "resume", "dry_run", "submit",
-              "train.steps", "train.epochs", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-              "train.micro_batch", "train.activation_checkpointing", "train.fingerprint")
+CHANGEABLE = (
+    "cluster",
+    "jobs",
+    "pipeline",
+    "consolidate",
+    "generate",
+    "tracker",
+    "resume",
+    "dry_run",
+    "submit",
+    "train.steps",
+    "train.epochs",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.fingerprint",
+)
 """What a resumed run may be given anew: where and how long it runs, never what is computed."""
 
 
@@ -27,8 +44,16 @@ def continued(composed: Config, words: list[str]) -> Config:
     given = [word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith("-")]
     fixed = [key for key in given if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
-        raise RunError(*(Problem(key, None, "cannot change in a run; start a new one (model.source=RUN/model begins from this one's weights)")
-                         for key in fixed))
+        raise RunError(
+            *(
+                Problem(
+                    key,
+                    None,
+                    "cannot change in a run; start a new one (model.source=RUN/model begins from this one's weights)",
+                )
+                for key in fixed
+            )
+        )
     for key in sorted(given):
         _copy(composed, config, "jobs" if key == "pipeline" else key)
     config.run_dir, config.resume = str(folder), str(folder)
@@ -44,8 +69,14 @@ def require_same(stored: Config, asked: Config) -> None:
     if differing:
         shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise RunError(Problem("run_dir", asked.run_dir, f"holds a run with {shown}{more}; "
-                               f"take another run_dir, or continue that one with resume={asked.run_dir}"))
+        raise RunError(
+            Problem(
+                "run_dir",
+                asked.run_dir,
+                f"holds a run with {shown}{more}; "
+                f"take another run_dir, or continue that one with resume={asked.run_dir}",
+            )
+        )
 
 
 def completed(config: Config) -> set[str]:
@@ -53,8 +84,11 @@ def completed(config: Config) -> set[str]:
     jobs = Path(config.run_dir) / "jobs"
     verdicts = {name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir()}
     digest = resolve.digest(config)
-    return {name for name, verdict in verdicts.items()
-            if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest}
+    return {
+        name
+        for name, verdict in verdicts.items()
+        if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
+    }
 
 
 def _copy(source: Config, target: Config, key: str) -> None:

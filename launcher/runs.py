@@ -43,7 +43,9 @@ def job_states(run: Path) -> list[JobState]:
         verdict = last_verdict(run / "jobs" / name)
         if verdict and str(verdict.get("job_id")) != job_id and cluster == "slurm":
             verdict = None  # an older start's
-        state = on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
+        state = (
+            on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
+        )
         found.append(JobState(name, job_id, state, verdict))
     return found
 
@@ -61,8 +63,14 @@ def logs(run: Path, job: str, rank: int) -> Path:
     folder = run / "jobs" / job
     found = sorted(folder.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
     if not found:
-        ranks = sorted({int(match[1]) for path in folder.glob("*_log.out") if (match := re.search(r"_(\d+)_log\.out$", path.name))})
-        there = f"there are ranks {ranks[0]} to {ranks[-1]}" if ranks else f"the job has not written any; make status RUN={run}"
+        ranks = sorted(
+            {int(match[1]) for path in folder.glob("*_log.out") if (match := re.search(r"_(\d+)_log\.out$", path.name))}
+        )
+        there = (
+            f"there are ranks {ranks[0]} to {ranks[-1]}"
+            if ranks
+            else f"the job has not written any; make status RUN={run}"
+        )
         raise RunError(Problem("RANK", rank, f"no log of {job}: {there}"))
     return found[-1]
 

@@ -6,7 +6,17 @@ import subprocess
 from collections.abc import Iterable
 
 ENDED_WELL = "COMPLETED"
-LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED"}
+LIVE = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "STOPPED",
+}
 
 
 class SlurmError(Exception):
@@ -41,7 +51,8 @@ def node_address(node: str) -> str | None:
 def states(job_ids: Iterable[str]) -> dict[str, str]:
     """State of each job by id. squeue knows the live ones, then sacct; without accounting scontrol remembers for
     MinJobAge (5 min). A job that none of them knows is absent."""
-    wanted, found = list(job_ids), {}
+    wanted = list(job_ids)
+    found: dict[str, str] = {}
     for command in (_squeue, _sacct, _scontrol):
         rest = [item for item in wanted if item not in found]
         if rest:
@@ -65,12 +76,17 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 def _squeue(job_ids: list[str]) -> dict[str, str]:
     # one unknown id fails a whole --jobs list on old versions, so ask for all of the user's and pick
-    rows = (line.split("|") for line in call("squeue", "--noheader", "--me", "--states=all", "--format", "%i|%T").splitlines())
+    rows = (
+        line.split("|")
+        for line in call("squeue", "--noheader", "--me", "--states=all", "--format", "%i|%T").splitlines()
+    )
     return {row[0]: row[1] for row in rows if row[0] in job_ids}
 
 
 def _sacct(job_ids: list[str]) -> dict[str, str]:
-    out = call("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", "--jobs", ",".join(job_ids))
+    out = call(
+        "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", "--jobs", ",".join(job_ids)
+    )
     rows = (line.split("|") for line in out.splitlines() if "|" in line)
     return {job_id: state.split()[0] for job_id, state in rows if job_id in job_ids}
 

@@ -31,7 +31,9 @@ def provenance(clone: Path, run: Path) -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(clone), *words], capture_output=True, text=True, timeout=30, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(clone), *words], capture_output=True, text=True, timeout=30, check=False
+            )
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

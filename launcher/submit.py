@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launcher import local, preview, render, runs, slurm, snapshot, worker
 from launcher.facts import CLONE
 from launcher.plan import Job
 
+
 def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
     """Write the run folder and start `jobs`; returns the exit code. At once on Slurm; here when the last job has ended.
 
@@ -26,15 +28,21 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
         print(f"run       {config.run_dir}\nnothing to do: {', '.join(config.jobs)} completed before, with this config")
         return 0
     if active := runs.active(Path(config.run_dir)):
-        raise RunError(Problem("run_dir", config.run_dir, f"is at work: {active}; wait, or python -m launcher cancel {config.run_dir}"))
+        raise RunError(
+            Problem(
+                "run_dir", config.run_dir, f"is at work: {active}; wait, or python -m launcher cancel {config.run_dir}"
+            )
+        )
     print(preview.summary(config, jobs), flush=True)
     config_path = write_run(config, jobs, command)
     if config.submit is Submit.script:
-        print(f"\nwritten; submit with   bash {config.run_dir}/jobs/submit.sh   or each with sbatch {config.run_dir}/jobs/JOB.sbatch")
+        print(
+            f"\nwritten; submit with   bash {config.run_dir}/jobs/submit.sh   or each with sbatch {config.run_dir}/jobs/JOB.sbatch"
+        )
     elif config.cluster.executor is Executor.slurm:
         _chain(config, jobs, config_path)
     else:
-        return local.run(config, jobs, config_path)
+        return local.run(config, jobs, config_path, partial(_note, Path(config.run_dir)))
     return 0
 
 
@@ -50,9 +58,13 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
     try:
         (run / "jobs").mkdir(parents=True, exist_ok=True)
         for job in jobs:
-            render.job_folder(config, job).mkdir(exist_ok=True)  # srun fails, and may exit 0, where its log folder is missing
+            render.job_folder(config, job).mkdir(
+                exist_ok=True
+            )  # srun fails, and may exit 0, where its log folder is missing
             if config.cluster.executor is Executor.slurm:
-                write_text(run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=0o700)
+                write_text(
+                    run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=0o700
+                )
         if config.cluster.executor is Executor.slurm:
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
         if config.parallel.backend is Backend.zero:
@@ -60,17 +72,26 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
             write_json(run / "deepspeed.json", deepspeed.plan(config, part.nodes * part.ranks_per_node))
         snapshot.take(CLONE, run)
         record = read_json(run / "run.json") or {"launches": []}
-        record["launches"].append({
-            "command": list(command), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "cluster": config.cluster.executor.name,
-            "python": sys.version.split()[0], **snapshot.provenance(CLONE, run), "jobs": {}})
+        record["launches"].append(
+            {
+                "command": list(command),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "cluster": config.cluster.executor.name,
+                "python": sys.version.split()[0],
+                **snapshot.provenance(CLONE, run),
+                "jobs": {},
+            }
+        )
         write_json(run / "run.json", record)
         resolve.save(config, config_path)
     except OSError as error:
-        raise RunError(Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")) from error
+        raise RunError(
+            Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")
+        ) from error
     return config_path
 
 
-def note_job(run: Path, name: str, job_id: str) -> None:
+def _note(run: Path, name: str, job_id: str) -> None:
     """Record the id of a job that has just been started, in the newest launch."""
     record: dict[str, Any] = read_json(run / "run.json")
     record["launches"][-1]["jobs"][name] = job_id
@@ -84,12 +105,17 @@ def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
             executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config))
             executor.update_parameters(**render.parameters(config, job, [ids[name] for name in job.after]))
             ids[job.name] = executor.submit(worker.run, job.name, str(config_path)).job_id
-            note_job(Path(config.run_dir), job.name, ids[job.name])
+            _note(Path(config.run_dir), job.name, ids[job.name])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except (FailedJobError, FailedSubmissionError) as error:
         if ids:
             slurm.cancel(ids.values())
         said = next((line.strip() for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
-        raise SiteError(Problem("cluster", config.cluster.name, f"Slurm refused {job.name}: {said}"
-                                + (f"; cancelled {', '.join(ids)}" if ids else ""))) from None
+        raise SiteError(
+            Problem(
+                "cluster",
+                config.cluster.name,
+                f"Slurm refused {job.name}: {said}" + (f"; cancelled {', '.join(ids)}" if ids else ""),
+            )
+        ) from None
     print(f"\nwatch with   make status RUN={config.run_dir}   make logs RUN={config.run_dir}")

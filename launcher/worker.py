@@ -12,8 +12,29 @@ from conf.errors import Stopped, UserError
 from launcher import attempt, environment, network
 from launcher.verdict import classify
 
-SHOWN = ("MASTER_", "RANK", "LOCAL_", "WORLD_", "NODE_", "NCCL_", "GLOO_", "MUSTER_", "AXOLOTL_", "DEEPSPEED_", "ACCELERATE_",
-         "FSDP_", "PARALLELISM_", "TORCH", "TRITON_", "PYTORCH_", "OMP_", "HF_HUB", "HF_HOME", "SRUN_CPUS", "CUDA_VISIBLE")
+SHOWN = (
+    "MASTER_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_",
+    "NODE_",
+    "NCCL_",
+    "GLOO_",
+    "MUSTER_",
+    "AXOLOTL_",
+    "DEEPSPEED_",
+    "ACCELERATE_",
+    "FSDP_",
+    "PARALLELISM_",
+    "TORCH",
+    "TRITON_",
+    "PYTORCH_",
+    "OMP_",
+    "HF_HUB",
+    "HF_HOME",
+    "SRUN_CPUS",
+    "CUDA_VISIBLE",
+)
 """Prefixes of the variables that a rank's log shows; no secret has one of them."""
 
 
@@ -32,11 +53,17 @@ def run(job: str, config_path: str) -> None:
     secrets = Path(config.cluster.secrets_file).expanduser()
     values |= environment.secrets(config, os.environ, secrets.read_text(encoding="utf-8") if secrets.is_file() else "")
     environment.apply(values)
-    shown = {key: value for key, value in sorted(os.environ.items()) if key.startswith(SHOWN) and key not in config.cluster.secrets}
+    shown = {
+        key: value
+        for key, value in sorted(os.environ.items())
+        if key.startswith(SHOWN) and key not in config.cluster.secrets
+    }
     print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
     started = time.time()
     try:
-        from jobs import run as run_job  # here, so that the login node can pickle this function without the jobs' packages
+        from jobs import (
+            run as run_job,
+        )  # here, so that the login node can pickle this function without the jobs' packages
 
         run_job(job, config_path)
     except Stopped as error:
@@ -48,8 +75,14 @@ def run(job: str, config_path: str) -> None:
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except BaseException as error:
-        attempt.record(folder, number, where.rank, classify(error), f"{type(error).__name__}: {error}".splitlines()[0],
-                       traceback.format_exc())
+        attempt.record(
+            folder,
+            number,
+            where.rank,
+            classify(error),
+            f"{type(error).__name__}: {error}".splitlines()[0],
+            traceback.format_exc(),
+        )
         raise
     if where.rank == 0:
         attempt.record(folder, number, 0, attempt.COMPLETED, seconds=round(time.time() - started, 2))

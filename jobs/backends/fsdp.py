@@ -27,9 +27,21 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     shard = config.parallel.shard_ranks or world.size
     mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
     dtype = compute_dtype(config)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype is not torch.float32 else MixedPrecisionPolicy()
-    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.parallel.offload_parameters else OffloadPolicy()
-    options: dict[str, Any] = {"mesh": mesh if shard < world.size else mesh["shard"], "mp_policy": policy, "offload_policy": offload}
+    policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        if dtype is not torch.float32
+        else MixedPrecisionPolicy()
+    )
+    offload = (
+        CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if config.parallel.offload_parameters
+        else OffloadPolicy()
+    )
+    options: dict[str, Any] = {
+        "mesh": mesh if shard < world.size else mesh["shard"],
+        "mp_policy": policy,
+        "offload_policy": offload,
+    }
     model.to(world.device)
     for block in blocks(model):
         fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
@@ -65,8 +77,13 @@ def load(engine: Engine, folder: Path) -> None:
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(engine.module, engine.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(ignore_frozen_params=True, strict=False))
+    set_state_dict(
+        engine.module,
+        engine.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,7 +95,10 @@ def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 def consolidate(folder: Path) -> dict[str, torch.Tensor]:
     described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in described.items()
-             if key.startswith("model.") and hasattr(entry, "size")}
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if key.startswith("model.") and hasattr(entry, "size")
+    }
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return {key.removeprefix("model."): value.float() for key, value in state.items()}

@@ -22,10 +22,14 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses, and warns
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     model.to(compute_dtype(config))
     model.train()
-    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size))
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
+    )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
     return Engine(engine, optimizer, config.train.max_grad_norm)
 
@@ -63,4 +67,6 @@ def consolidate(folder: Path) -> dict[str, torch.Tensor]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return {name: value.detach() for name, value in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG).items()}
+    return {
+        name: value.detach() for name, value in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG).items()
+    }

@@ -93,21 +93,17 @@ class Cluster:
         self.daemons[f"slurmd-{node}"].stop(signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
-        """Start the node's slurmd after `kill_slurmd`. It finds the job steps that live on."""
-        self._start_slurmd(node)
+        """Start the node's slurmd after `kill_slurmd` or `crash`."""
+        slurmd = self.daemons[f"slurmd-{node}"]
+        slurmd.start()
+        wait(lambda: slurmd.pid() is not None, lambda: [slurmd])
 
     def crash(self, node: str) -> None:
-        """Cut the node's power: kill -9 all that runs on it. Slurm finds out after SlurmdTimeout, or by `boot`."""
+        """Cut the node's power: kill -9 all that runs on it. Slurm calls it down after SlurmdTimeout, 30 s.
+
+        Wait for that before `start_slurmd`: with ReturnToService=2, Slurm overlooks the jobs lost in a quick reboot.
+        """
         machine.kill([node])
-
-    def boot(self, node: str) -> None:
-        """Start a node that crashed. Slurm then ends the jobs that it had there, as NODE_FAIL, or requeues them."""
-        self._start_slurmd(node, "-b")
-
-    def _start_slurmd(self, node: str, *options: str) -> None:
-        slurmd = self.daemons[f"slurmd-{node}"]
-        slurmd.start(*options)
-        wait(lambda: slurmd.pid() is not None, lambda: [slurmd])
 
     def stop_controller(self) -> None:
         """Stop slurmctld in good order. Jobs run on."""

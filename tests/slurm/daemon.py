@@ -32,14 +32,14 @@ class Daemon:
             return pid if machine.is_on(pid, [self.host]) else None
         return None
 
-    def start(self, *options: str) -> None:
+    def start(self) -> None:
         """Start it detached from this process. It may not be ready yet: see `wait`.
 
         Its environment is made here, so that nothing of the caller's reaches the jobs through it.
         """
         env = {"PATH": machine.PATH, "SLURM_CONF": f"{self.root}/slurm.conf"}
         env["MYSQL_UNIX_PORT"] = f"{self.root}/run/mariadb.socket"  # for slurmdbd, whose own options have no socket
-        command = machine.inside(self.host, ["setsid", "--fork", *self.command, *options])
+        command = machine.inside(self.host, ["setsid", "--fork", *self.command])
         with (self.root / "log" / f"{self.name}.log").open("ab") as log:
             subprocess.run(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
 
