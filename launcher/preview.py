@@ -47,7 +47,8 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         f"run       {config.run_dir}",
         f"model     {config.model.name} ({config.model.source}), adapter {config.adapter.kind.name}",
         f"data      {config.data.path}",
-        f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}; config {resolve.digest(config)}",
+        f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}",
+        f"config    {resolve.digest(config)}",
     ]
     for job in jobs:
         part = job.resources
