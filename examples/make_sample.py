@@ -1,4 +1,4 @@
-"""The one program that makes the bundled sample: sample.jsonl, prompts.jsonl and tokenizer/, all out of facts.txt.
+"""Makes the bundled sample, and is the only file that does: sample.jsonl, prompts.jsonl and tokenizer/ from facts.txt.
 
 `python examples/make_sample.py` rewrites them byte for byte; `--check` exits 1 when the files on disk differ.
 """
@@ -17,16 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 HERE = Path(__file__).resolve().parent
 SEED = 1024
 VOCAB_SIZE = 1024  # special tokens and the 256 bytes included; 1024 rows of embedding keep the demo model tiny
-MAX_TOKENS = 512  # what tokenizer_config.json says a row may have; the longest row of the sample has far fewer
+MAX_TOKENS = 512  # the longest row of the sample has about 80
 
-PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2: where LlamaConfig looks for bos and eos too
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2; Llama has its eos at 2, too
 
-# Asked in words that no row of the sample uses, about facts that it teaches (`rows` refuses a verbatim one).
+# About facts that the sample teaches, in a wording that none of its rows has (`rows` refuses one that is there).
 PROMPTS = (
     "Please tell me what the command squeue does.",
     "What is meant by a shard?",
     "Which city is the capital city of Japan?",
-    "Today is Friday. Which day comes tomorrow?",
+    "Could you tell me how to cancel a job?",
 )
 
 # `{% generation %}` marks what the assistant wrote, its end token included: there and nowhere else is the loss taken.
@@ -53,7 +53,7 @@ Row = dict[str, str]  # instruction, input (may be empty), output
 
 @dataclass
 class Topic:
-    """Facts that are asked in the same ways and answered in the same form; a fact is the texts for x, y and z."""
+    """Facts that are asked in the same ways and answered in the same form; a fact is its texts for x, y and z."""
 
     name: str
     asks: list[str] = field(default_factory=list)
@@ -116,13 +116,8 @@ def compute() -> list[Topic]:
     """The topics that are worked out rather than written down."""
     sums = [[str(a), str(b), str(a + b)] for a in range(1, 6) for b in range(a, 6)]
     counts = [[str(n), ", ".join(map(str, range(1, n)))] for n in range(3, 11)]
-    sum_asks = [
-        "What is {x} plus {y}?",
-        "How much is {x} plus {y}?",
-        "Add {x} and {y}.",
-        "Tell me the sum of {x} and {y}.",
-    ]
-    sum_asks += ["Please add {x} to {y}.", "Add these two numbers. | {x} and {y}"]
+    sum_asks = ["What is {x} plus {y}?", "How much is {x} plus {y}?", "Tell me the sum of {x} and {y}."]
+    sum_asks += ["Add {x} and {y}.", "Please add {x} to {y}.", "Add these two numbers. | {x} and {y}"]
     count_asks = ["Count to {x}.", "Count from 1 to {x}.", "Count from 1 up to this number. | {x}"]
     count_asks += ["Please count up to {x}.", "Write all numbers from 1 to {x}."]
     return [

@@ -23,6 +23,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    interface: str = "?"
+    """Network interface of Gloo, where it is known."""
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +50,7 @@ def process_group(config: Config) -> Iterator[World]:
     else:
         dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield World(rank, size, local_rank, local_size, device)
+        yield World(rank, size, local_rank, local_size, device, os.environ.get("GLOO_SOCKET_IFNAME", "?"))
         dist.barrier()  # no rank leaves while another still needs its store
     finally:
         dist.destroy_process_group()

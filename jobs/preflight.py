@@ -1,6 +1,5 @@
 """Looks at every rank of an allocation before hours are spent on it: device, memory, disk, arithmetic and all-reduce."""
 
-import os
 import shutil
 import socket
 import time
@@ -48,7 +47,7 @@ def look(config: Config, world: World) -> dict[str, Any]:
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "interface": os.environ.get("GLOO_SOCKET_IFNAME", "?"),
+        "interface": world.interface,
         "run_free_gib": _free_gib(config.run_dir),
         "scratch_free_gib": _free_gib(config.cluster.scratch),
         "matmul_tflops": 2 * size**3 / seconds / 1e12,

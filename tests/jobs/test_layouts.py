@@ -16,7 +16,8 @@ LAYOUTS = {
 COMMON = [
     "cluster.train.ranks_per_node=4", "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}", "train.epochs=null",
     "train.warmup_steps=5", "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true",
-    "cluster.train.gpus_per_node=0", "cluster.inference.gpus_per_node=0", "data.max_rows=240", "train.eval_every=0", "train.log_every=5",
+    "cluster.train.gpus_per_node=0", "cluster.inference.gpus_per_node=0", "data.max_rows=240",
+    "train.eval_every=0", "train.log_every=5",
     "jobs=[preprocess,train,consolidate,evaluate]",
 ]  # fmt: skip
 
