@@ -24,7 +24,7 @@ PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2; Llama 
 # About facts that the sample teaches, in a wording that none of its rows has (`rows` refuses one that is there).
 PROMPTS = (
     "Please tell me what the command squeue does.",
-    "What is meant by a shard?",
+    "Please explain what a shard is.",
     "Which city is the capital city of Japan?",
     "Could you tell me how to cancel a job?",
 )

@@ -32,7 +32,7 @@ AccountingStorageType=accounting_storage/{storage}
 {accounting_lines}
 # Schedule at once instead of every 30 s. Without DefMemPerCPU one job would take a node's whole memory.
 SchedulerType=sched/backfill
-SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=1000

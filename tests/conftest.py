@@ -1,0 +1,133 @@
+"""What the login-node tests share: composing a config, running launch.py and small programs that stand for Slurm's."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from conf.resolve import resolve
+from conf.schema import Config
+from launcher import facts
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_DIR = "/runs/golden"
+"""The run folder of every composed config that names none: nothing is written there."""
+
+Compose = Callable[..., Config]
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+Programs = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
+    )
+
+
+@cache
+def _composed(words: tuple[str, ...], gpus: int) -> Config:
+    ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        config = resolve(hydra.compose("config", overrides=[f"run_dir={RUN_DIR}", *words]))
+    facts.localise(config, gpus)
+    return config
+
+
+@pytest.fixture(scope="session")
+def compose() -> Compose:
+    """`compose("cluster=slurm", ...)`: the config that launch.py checks, on a machine of `gpus` GPUs. Yours to change."""
+
+    def composed(*words: str, gpus: int = 0) -> Config:
+        return deepcopy(_composed(words, gpus))
+
+    return composed
+
+
+def put(config: Config, values: Mapping[str, object]) -> Config:
+    """Set dotted keys of a config, and return it."""
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        target: object = config
+        for section in sections:
+            target = getattr(target, section)
+        assert hasattr(target, name), f"{key} is no key"
+        setattr(target, name, value)
+    return config
+
+
+@pytest.fixture
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a bare login node: a home, no GPU, and a PATH on which there is nothing yet."""
+    base = tmp_path_factory.mktemp("machine")
+    for name in ("home", "bin"):
+        (base / name).mkdir()
+    return {
+        "HOME": str(base / "home"),
+        "PATH": str(base / "bin"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "LANG": "C.UTF-8",
+        "PYTHONWARNINGS": "error",
+    }
+
+
+@pytest.fixture
+def launch(tmp_path: Path, surroundings: dict[str, str]) -> Launch:
+    """`launch("model=tiny", ...)` runs `python launch.py model=tiny ...` in `cwd`, in bare surroundings plus `env`."""
+
+    def run(
+        *words: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(ROOT / "launch.py"), *words],
+            cwd=cwd,
+            env=surroundings | dict(env or {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def module(name: str, *words: object, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m name words...` from the root of the project."""
+    return subprocess.run(
+        [sys.executable, "-m", name, *map(str, words)],
+        cwd=ROOT,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def programs(surroundings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """`programs(squeue="echo '7|RUNNING'")` writes shell programs, makes them all that is on PATH, and returns their folder.
+
+    Each also appends its arguments to NAME.calls beside it.
+    """
+    folder = Path(surroundings["PATH"])
+    monkeypatch.setenv("PATH", str(folder))
+
+    def write(**scripts: str) -> Path:
+        for name, script in scripts.items():
+            path = folder / name
+            path.write_text(f'#!/bin/sh\necho "$*" >> "{path}.calls"\n{script}\n')
+            path.chmod(0o755)
+        return folder
+
+    return write
+
+
+def tool(name: str) -> str:
+    """A program beside the interpreter or on PATH; skips the test where there is none."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or pytest.skip(f"no {name}")

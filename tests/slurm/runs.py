@@ -1,0 +1,79 @@
+"""Starts Muster runs on the test cluster, and waits for them: what the tests on a real Slurm share."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import runs, slurm
+
+CLONE = Path(__file__).resolve().parents[2]
+TWO_BY_TWO = [
+    "cluster=slurm", "cluster.train.nodes=2", "cluster.train.ranks_per_node=2", "cluster.train.gpus_per_node=0",
+    "cluster.train.cpus_per_rank=1", "cluster.train.memory_gib=null", "cluster.train.time_min=20", "cluster.train.exclusive=false",
+    "cluster.cpu.cpus_per_rank=1", "cluster.cpu.memory_gib=null", "cluster.cpu.time_min=20", "cluster.inference.gpus_per_node=0",
+    "cluster.inference.cpus_per_rank=1", "cluster.inference.memory_gib=null", "cluster.inference.time_min=20",
+]  # fmt: skip
+"""Two nodes of two ranks, on CPUs: what the cluster of the tests has."""
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """launch.py on the test cluster."""
+    return subprocess.run(
+        [sys.executable, CLONE / "launch.py", *TWO_BY_TWO, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def start(run: Path, *words: str) -> None:
+    """Submit; a refusal fails the test with what was said."""
+    done = launch(f"run_dir={run}", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def finish(run: Path, timeout_s: float = 240) -> dict[str, runs.JobState]:
+    """Wait until no job of the run waits or runs; the states by job."""
+    deadline = time.monotonic() + timeout_s
+    while runs.active(run) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not runs.active(run), "\n".join(
+        [str(runs.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*_0_log.out"))]
+    )
+    return {job.name: job for job in runs.job_states(run)}
+
+
+def complete(run: Path, *words: str) -> None:
+    """Submit, wait, and insist that every job completed."""
+    start(run, *words)
+    for name, job in finish(run).items():
+        assert job.verdict and job.verdict["status"] == "completed", (name, job, (run / "jobs" / name).glob("*"))
+
+
+def logs(run: Path, job: str) -> dict[int, str]:
+    """What each rank of a job has printed."""
+    found = {
+        int(re.search(r"_(\d+)_log", path.name)[1]): path for path in sorted((run / "jobs" / job).glob("*_log.out"))
+    }
+    return {rank: path.read_text() for rank, path in sorted(found.items())}
+
+
+def environments(run: Path, job: str) -> list[dict[str, str]]:
+    """The environment of each rank, as its own log shows it."""
+    return [
+        json.loads(re.search(r"^muster: environment (.*)$", text, re.MULTILINE)[1]) for text in logs(run, job).values()
+    ]
+
+
+def queue() -> list[str]:
+    """Ids of all jobs that wait or run."""
+    return slurm.call("squeue", "--noheader", "--format", "%i").split()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

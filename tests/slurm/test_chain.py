@@ -1,0 +1,98 @@
+"""The whole chain on two nodes of a real Slurm, for every layout; and what is left when a job of it fails."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conf import resolve
+from tests.jobs import reference
+from tests.jobs.test_layouts import STEPS, check
+from tests.slurm import runs
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+TRAINING = [
+    "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}", "train.epochs=null", "train.warmup_steps=5",
+    "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true", "train.eval_every=0",
+    "data.max_rows=240", "jobs=[preprocess,train,consolidate,evaluate]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def curve(slurm, tmp_path_factory):
+    run = tmp_path_factory.mktemp("reference") / "run"
+    runs.complete(run, *TRAINING, "jobs=[preprocess]")
+    return reference.curve(resolve.load(run / "config.yaml"), run, STEPS)
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp", "hsdp", "ddp"])
+def test_chain_equals_the_reference(layout, curve, slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.complete(run, *TRAINING, f"parallel={layout}")
+    check(run, curve)
+
+
+def test_traffic_goes_over_eth0(slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.start(
+        run, *TRAINING, "train.steps=200", "cluster.train.sbatch={nodelist: 'n[1-2]'}", "jobs=[preprocess,train]"
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    own = f"{slurm.addresses['n1']}:"
+    seen = subprocess.run(
+        ["nsenter", "--net=/var/run/netns/n1", "ss", "-Htn", "state", "established"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    subprocess.run([sys.executable, "-m", "launcher", "cancel", run], check=True, cwd=runs.CLONE)
+    ends = [line.split()[-2:] for line in seen.splitlines()]
+    assert ends
+    assert not [end for end in ends if any(side.startswith("127.") for side in end)], seen
+    assert [end for end in ends if end[0].startswith(own) and end[1].startswith(f"{slurm.addresses['n2']}:")], seen
+
+
+def test_a_failed_training_leaves_no_dependant_and_says_why(slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.start(run, *TRAINING, "model.source=examples/tokenizer", "model.init=pretrained")
+    jobs = runs.finish(run)
+    assert not runs.queue()
+    verdict = jobs["train"].verdict
+    assert verdict["status"] == "user_error"
+    assert "model.source" in verdict["reason"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "launcher", "status", run], capture_output=True, text=True, cwd=runs.CLONE, check=False
+    )
+    assert shown.returncode == 1
+    assert re.search(r"train .*user_error .*rank \d on n\d .*model\.source", shown.stdout)
+
+
+def test_gpus_that_torch_cannot_see_are_a_users_error(slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.start(run, "pipeline=preflight", "cluster.train.gpus_per_node=2")
+    verdict = runs.finish(run)["preflight"].verdict
+    assert verdict["status"] == "user_error"
+    assert "cluster.train.gpus_per_node=2" in verdict["reason"]
+    assert {item["CUDA_VISIBLE_DEVICES"] for item in runs.environments(run, "preflight")} == {"0,1"}
+
+
+def test_a_killed_rank_fails_the_job(slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.start(run, *TRAINING, "train.steps=2000")
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    victims = subprocess.run(
+        ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
+    verdict = runs.finish(run)["train"].verdict
+    assert verdict["status"] in ("failed", "nccl")
+    assert verdict["exit"] != 0
+    assert not runs.queue()

@@ -1,0 +1,97 @@
+"""The environment contract on every rank of real two-node jobs: both ways onto Slurm, and two runs at once."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.slurm import runs
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def preflight(slurm, tmp_path_factory):
+    """A preflight run of 2 x 2 ranks under parallel=zero3."""
+    run = tmp_path_factory.mktemp("submitit") / "run"
+    runs.complete(run, "pipeline=preflight", "parallel=zero3")
+    return run
+
+
+def test_every_rank_has_the_contract(preflight, slurm):
+    found = runs.environments(preflight, "preflight")
+    assert [item["RANK"] for item in found] == ["0", "1", "2", "3"]
+    assert [item["LOCAL_RANK"] for item in found] == ["0", "1", "0", "1"]
+    assert [item["NODE_RANK"] for item in found] == ["0", "0", "1", "1"]
+    for item in found:
+        assert item["WORLD_SIZE"] == "4"
+        assert item["LOCAL_WORLD_SIZE"] == item["NODE_WORLD_SIZE"] == "2"
+        assert item["MASTER_ADDR"] in slurm.nodes
+        assert 20_000 <= int(item["MASTER_PORT"]) < 32_768
+        assert item["NCCL_SOCKET_IFNAME"] == item["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert item["MUSTER_NCCL_TIMEOUT"] == item["AXOLOTL_NCCL_TIMEOUT"] == "1800"
+        assert item["DEEPSPEED_TIMEOUT"] == "30"
+        assert item["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert item["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+        assert item["OMP_NUM_THREADS"] == item["SRUN_CPUS_PER_TASK"] == "1"
+        assert item["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
+    assert len({(item["MASTER_ADDR"], item["MASTER_PORT"]) for item in found}) == 1
+
+
+def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.start(run, "pipeline=preflight", "parallel=zero3", "submit=script")
+    assert not runs.queue()
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--wait", run / "jobs/preflight.sbatch"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    changing = {"MASTER_ADDR", "MASTER_PORT", "MUSTER_RUN", "MUSTER_CONFIG"}
+    for submitted, by_hand in zip(
+        runs.environments(preflight, "preflight"), runs.environments(run, "preflight"), strict=True
+    ):
+        differing = {key for key in submitted.keys() | by_hand.keys() if submitted.get(key) != by_hand.get(key)}
+        own = {
+            key for key in differing if str(preflight) in submitted.get(key, "") and str(run) in by_hand.get(key, "")
+        }
+        assert differing - own <= changing, differing
+
+
+def test_two_runs_on_the_same_nodes_do_not_collide(slurm, tmp_path):
+    words = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
+    both = [tmp_path / "one", tmp_path / "two"]
+    for run in both:
+        runs.start(run, *words)
+    for run in both:
+        assert runs.finish(run)["preflight"].verdict["status"] == "completed"
+    ends = [runs.environments(run, "preflight")[0] for run in both]
+    assert [end["MASTER_ADDR"] for end in ends] == ["n1", "n1"]
+    assert ends[0]["MASTER_PORT"] != ends[1]["MASTER_PORT"]
+
+
+def test_export_none_does_not_empty_the_ranks(slurm, tmp_path):
+    run = tmp_path / "run"
+    runs.complete(run, "pipeline=preflight", "cluster.train.sbatch={export: NONE}")
+    assert len(runs.environments(run, "preflight")) == 4
+
+
+def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
+    listen = "import socket, time; held = socket.create_server(('', 21999)); print('up', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        ["nsenter", "--net=/var/run/netns/n1", "python3", "-c", listen], stdout=subprocess.PIPE
+    ) as blocker:
+        try:
+            assert blocker.stdout.readline() == b"up\n"
+            run = tmp_path / "run"
+            runs.start(
+                run,
+                "pipeline=preflight",
+                "cluster.network.master_port=21999",
+                "cluster.train.sbatch={nodelist: 'n[1-2]'}",
+            )
+            verdict = runs.finish(run)["preflight"].verdict
+        finally:
+            blocker.kill()
+    assert verdict["status"] == "user_error"
+    assert re.search(r"cluster.network.master_port=21999: .*in use.* on n1", verdict["reason"])
