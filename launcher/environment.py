@@ -166,7 +166,11 @@ def network_variables(config: Config, found: str | None, environ: Mapping[str, s
 def cache_variables(config: Config, user_id: int) -> dict[str, str]:
     """Compiler caches on the node's own disk: on a shared file system they go stale, and another user's are unreadable."""
     base = f"{config.cluster.scratch}/muster-{user_id}"
-    return {"TRITON_CACHE_DIR": f"{base}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{base}/inductor"}
+    return {
+        "TRITON_CACHE_DIR": f"{base}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{base}/inductor",
+        "TORCH_EXTENSIONS_DIR": f"{base}/extensions",
+    }
 
 
 def secrets(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:

@@ -22,6 +22,8 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses, and warns
     import deepspeed
 
+    # Gloo needs no such kernel. Building it takes 20 s, and a rank killed meanwhile leaves a lock all later ones wait for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
