@@ -180,9 +180,9 @@ class Adapter:
 @dataclass
 class Train:
     steps: int | None = at_least(1, None)
-    """Optimizer steps; give this or `epochs`."""
+    """Optimizer steps; null is as many as `epochs` takes."""
     epochs: float | None = at_least(0, None)
-    """Passes over the training rows; give this or `steps`."""
+    """Passes over the training rows, where `steps` is null."""
     global_batch: int = at_least(1, 64)
     """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
     micro_batch: int = at_least(1, 1)

@@ -48,10 +48,8 @@ def _names(config: Config, _: Facts) -> Iterator[Problem]:
 
 
 def _steps(config: Config, _: Facts) -> Iterator[Problem]:
-    if (config.train.steps is None) == (config.train.epochs is None):
-        yield Problem(
-            "train.steps", config.train.steps, "give either train.steps or train.epochs, and set the other to null"
-        )
+    if config.train.steps is None and config.train.epochs is None:
+        yield Problem("train.steps", "null", "give train.steps or train.epochs")
     if config.train.steps is not None and config.train.warmup_steps >= config.train.steps:
         yield Problem(
             "train.warmup_steps", config.train.warmup_steps, f"must be below train.steps={config.train.steps}"

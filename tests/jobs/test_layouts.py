@@ -14,7 +14,7 @@ LAYOUTS = {
     "zero3_offload": [], "fsdp_offload": [],
 }  # fmt: skip
 COMMON = [
-    "cluster.train.ranks_per_node=4", "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}", "train.epochs=null",
+    "cluster.train.ranks_per_node=4", "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}",
     "train.warmup_steps=5", "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true",
     "cluster.train.gpus_per_node=0", "cluster.inference.gpus_per_node=0", "data.max_rows=240",
     "train.eval_every=0", "train.log_every=5",

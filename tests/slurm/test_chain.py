@@ -16,7 +16,7 @@ from tests.slurm import runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 TRAINING = [
-    "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}", "train.epochs=null", "train.warmup_steps=5",
+    "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}", "train.warmup_steps=5",
     "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true", "train.eval_every=0",
     "data.max_rows=240", "jobs=[preprocess,train,consolidate,evaluate]",
 ]  # fmt: skip
