@@ -245,6 +245,8 @@ class Resources:
     """Processes a node; one a GPU where there are GPUs."""
     gpus_per_node: int | None = at_least(0, 0)
     """Null, on `cluster=local` only: use GPUs if this machine has one for every rank, else the CPU."""
+    gpu_type: str | None = None
+    """Slurm's name of the GPUs to ask for, where nodes have several."""
     cpus_per_rank: int = at_least(1, 1)
     memory_gib: int | None = at_least(0, None)
     """Host memory a node; 0 is all of it, null the partition's default."""
@@ -258,8 +260,9 @@ class Resources:
     """Nodes not to use, in Slurm's notation."""
     exclusive: bool = False
     """Take whole nodes."""
-    sbatch: dict[str, str] = field(default_factory=dict)
-    """Any further sbatch options by long name, without dashes, such as `{reservation: night, gres: gpu:a100:8}`."""
+    sbatch: dict[str, str | None] = field(default_factory=dict)
+    """Any further sbatch options by long name, such as `{reservation: night}`; null leaves out one that Muster would set,
+    as in `{gpus-per-node: null, gres: "gpu:8"}`."""
 
 
 @dataclass

@@ -27,12 +27,13 @@ def job_folder(config: Config, job: Job) -> Path:
 def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict[str, Any]:
     """What SlurmExecutor.update_parameters is given; `dependency` are the ids of the jobs that must end well before."""
     part = job.resources
+    gpus = f"{part.gpu_type}:{part.gpus_per_node}" if part.gpu_type else part.gpus_per_node
     named = {
         "job_name": f"{config.name}/{job.name}",
         "nodes": part.nodes,
         "ntasks_per_node": part.ranks_per_node,
         "cpus_per_task": part.cpus_per_rank,
-        "gpus_per_node": part.gpus_per_node or None,
+        "gpus_per_node": gpus if part.gpus_per_node else None,
         "time": part.time_min,
         "mem": None if part.memory_gib is None else f"{part.memory_gib}G" if part.memory_gib else "0",
         "partition": part.partition,
@@ -43,20 +44,21 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
         "exclusive": part.exclusive or None,
         "dependency": "afterok:" + ":".join(dependency) if dependency else None,
     }
+    extra = {
+        "chdir": str(Path(config.run_dir) / "code"),
+        "kill-on-invalid-dep": "yes",  # else a failed parent leaves its dependants pending for ever
+        "requeue": True,
+    } | part.sbatch
+    left_out = {key.replace("-", "_") for key, value in part.sbatch.items() if value is None}
     return {
-        **{key: value for key, value in named.items() if value is not None},
+        **{key: value for key, value in named.items() if value is not None and key not in left_out},
         "wckey": None,  # submitit's default is refused on clusters that track workload keys
         "signal_delay_s": config.cluster.signal_s,
         "stderr_to_stdout": True,
         "setup": _fragment("setup", config, job).splitlines(),
         "teardown": _fragment("teardown", config, job).splitlines(),
         "srun_args": _srun_args(config, job),
-        "additional_parameters": {
-            "chdir": str(Path(config.run_dir) / "code"),
-            "kill-on-invalid-dep": "yes",  # else a failed parent leaves its dependants pending for ever
-            "requeue": True,
-            **part.sbatch,
-        },
+        "additional_parameters": {key: value for key, value in extra.items() if value is not None},
     }
 
 
