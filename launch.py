@@ -49,13 +49,15 @@ def main() -> int:
     try:
         if problems := overrides.problems(sys.argv[1:], Path(__file__).parent / "conf"):
             raise ConfigError(*problems)
+        sys.argv[1:] = overrides.opened(sys.argv[1:])
         compose()
         return max((launch(composed) for composed in _composed), default=0)
     except UserError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
-        print(f"launch.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
+        print(f"launch.py: {': '.join(causes)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("launch.py: stopped", file=sys.stderr)

@@ -57,6 +57,12 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
     return found
 
 
+def opened(words: list[str]) -> list[str]:
+    """The same words, with Hydra's `++` before those that add to a free-form dictionary: nobody should have to know."""
+    free = [key for key, hint in resolve.keys().items() if str(hint).startswith("dict")]
+    return [f"++{word}" if any(word.startswith((f"{key}=", f"{key}.")) for key in free) else word for word in words]
+
+
 def _problem(
     override: Override, known: dict[str, Any], options: dict[str, list[str]], schema: DictConfig
 ) -> Problem | None:
@@ -67,7 +73,7 @@ def _problem(
         return _option(key, str(override.value()), options[key])
     if key in known:
         return _value(key, override, known, schema)
-    if any(key.startswith(f"{free}.") and str(known[free]).startswith("dict") for free in known):
+    if any(key.startswith(f"{free}.") for free, hint in known.items() if str(hint).startswith("dict")):
         return None
     return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
 
