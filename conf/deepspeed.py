@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from conf.batch import split
 from conf.schema import Config, Precision
 
 
@@ -11,6 +12,7 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
     Gradients are reduced and accumulated in fp32 under either precision, as FSDP's are.
     """
     parallel, train = config.parallel, config.train
+    micro, accumulated = split(config, world_size)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": True,
@@ -33,8 +35,8 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulated,
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision is Precision.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -186,7 +186,7 @@ class Train:
     global_batch: int = at_least(1, 64)
     """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
     micro_batch: int = at_least(1, 1)
-    """Rows a rank holds at once; the rest of `global_batch` is accumulated."""
+    """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated."""
     learning_rate: float = at_least(0)
     """Peak, after warmup."""
     min_lr_ratio: float = at_least(0, 0.1)

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from conf.batch import split
 from conf.errors import Stopped
 from conf.files import write_json
 from conf.resolve import digest
@@ -71,7 +72,7 @@ def _step(
     torch.manual_seed(hash((config.train.seed, step, world.rank)) % 2**63)  # dropout needs no saved state to be resumed
     chosen = data.at_step(rows, step, config.train.global_batch, config.data.seed)
     tokens = int(rows.counts[chosen].sum())
-    mine = list(data.micro_batches(chosen, config.train.micro_batch, world.rank, world.size))
+    mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.rank, world.size))
     summed = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, part in enumerate(mine, 1):
         batch = {name: value.to(world.device, non_blocking=True) for name, value in data.batch(rows, part, pad).items()}

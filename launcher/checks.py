@@ -57,16 +57,11 @@ def _steps(config: Config, _: Facts) -> Iterator[Problem]:
 
 
 def _batch(config: Config, _: Facts) -> Iterator[Problem]:
-    part, train = config.cluster.train, config.train
-    world, rows = part.nodes * part.ranks_per_node, train.micro_batch * part.nodes * part.ranks_per_node
-    if train.global_batch % rows:
-        lower, upper = train.global_batch // rows * rows, (train.global_batch // rows + 1) * rows
-        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+    world, rows = config.cluster.train.nodes * config.cluster.train.ranks_per_node, config.train.global_batch
+    if rows % world:
+        nearest = " or ".join(str(count * world) for count in (rows // world, rows // world + 1) if count)
         yield Problem(
-            "train.global_batch",
-            train.global_batch,
-            f"is not divisible by {train.micro_batch} rows x {world} ranks = {rows}: take {nearest}, "
-            "or change train.micro_batch or the number of ranks",
+            "train.global_batch", rows, f"is not divisible by the {world} ranks of cluster.train: take {nearest}"
         )
 
 

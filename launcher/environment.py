@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.batch import split
 from conf.resolve import digest
 from conf.schema import Backend, Config, Precision
 from launcher.plan import Job
@@ -108,7 +109,7 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
     """The plan in Accelerate's words, so that any Accelerate or Trainer program started in the job sees the same one."""
     parallel, train, world = config.parallel, config.train, job.world_size
     values = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(train.global_batch // (train.micro_batch * world)),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, world)[1]),
         "ACCELERATE_MIXED_PRECISION": "bf16" if train.precision is Precision.bf16 else "no",
     }
     if parallel.backend is Backend.zero:
