@@ -26,9 +26,10 @@ def compose(config: DictConfig) -> None:
     _composed.append(config)
 
 
-def launch(composed: DictConfig) -> int:
+def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
     config = resolve(composed)
+    config.run_dir += suffix
     facts.localise(config, facts.local_gpus())
     if config.resume:
         config = resume.continued(config, sys.argv[1:])
@@ -51,7 +52,8 @@ def main() -> int:
             raise ConfigError(*problems)
         sys.argv[1:] = overrides.opened(sys.argv[1:])
         compose()
-        return max((launch(composed) for composed in _composed), default=0)
+        suffixes = [f"-{number}" for number, _ in enumerate(_composed)] if len(_composed) > 1 else [""]
+        return max((launch(*each) for each in zip(_composed, suffixes, strict=False)), default=0)
     except UserError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return error.exit_code

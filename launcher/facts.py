@@ -12,6 +12,8 @@ from conf import resolve
 from conf.schema import Config, Container, Precision
 
 CLONE = Path(__file__).resolve().parent.parent
+FIRST_ROW_CHARACTERS = 2**20
+"""How much of a file is read to see its columns: the file may be huge, and this is a login node."""
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
 
@@ -108,16 +110,14 @@ def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
     """Columns of the first row of a JSON or JSONL file, or why there are none; (None, None) for what is no such file."""
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         return None, None
+    text = ""
     try:
         with path.open(encoding="utf-8") as file:
-            first = next((line for line in file if line.strip()), "")
-            if first.lstrip().startswith("["):
-                file.seek(0)
-                rows = json.load(file)
-                row = rows[0] if rows else None
-            else:
-                row = json.loads(first) if first else None
+            text = file.read(FIRST_ROW_CHARACTERS).lstrip().removeprefix("[").lstrip()
+        row = json.JSONDecoder().raw_decode(text)[0] if text and text != "]" else None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if len(text) > FIRST_ROW_CHARACTERS // 2:
+            return None, None  # a row too long to judge from here
         return None, f"the first row is not valid JSON in UTF-8 ({error})"
     except OSError as error:
         return None, f"cannot be read ({error.strerror})"

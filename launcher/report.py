@@ -11,7 +11,6 @@ from launcher.runs import JobState
 
 def status(jobs: Iterable[JobState]) -> None:
     """One row a job: state, verdict with rank and host, and the last error line."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -34,12 +33,11 @@ def status(jobs: Iterable[JobState]) -> None:
             where,
             verdict.get("reason", ""),
         )
-    Console(soft_wrap=True).print(table)
+    _console().print(table)
 
 
 def show(run: Path) -> None:
     """What came of the run: losses, speed, sizes, where the model is, and a sample of its answers."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{run.name}", title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -47,7 +45,7 @@ def show(run: Path) -> None:
     table.add_column(overflow="fold")
     for name, value in rows(run):
         table.add_row(name, value)
-    Console(soft_wrap=True).print("", table)
+    _console().print("", table)
 
 
 def rows(run: Path) -> list[tuple[str, str]]:
@@ -77,6 +75,14 @@ def rows(run: Path) -> list[tuple[str, str]]:
     if answers:
         found.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
     return found
+
+
+def _console() -> Any:
+    """Where there is no terminal to fit into, lines are long rather than folded: people grep them."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
 
 
 def _lines(path: Path) -> list[str]:
