@@ -75,7 +75,6 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         "MUSTER_RUN": str(run),
         "MUSTER_JOB": job.name,
         "MUSTER_CONFIG": digest(config),
-        "PYTHONPATH": str(run / "code"),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -103,6 +102,11 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
     if job.resources.gpus_per_node:
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
+
+
+def python_path(config: Config, environ: Mapping[str, str]) -> str:
+    """The run's own code before whatever PYTHONPATH already holds; PYTHONSAFEPATH keeps the working folder out of it."""
+    return ":".join(item for item in (f"{config.run_dir}/code", environ.get("PYTHONPATH")) if item)
 
 
 def _accelerate(config: Config, job: Job) -> dict[str, str]:

@@ -25,6 +25,7 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
         if config.cluster.executor is Executor.slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
         parts.append(_heading(f"{job.name}: environment"))
+        parts.append(f"PYTHONPATH={config.run_dir}/code, then what it was")
         parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
         if job.distributed:
             network = config.cluster.network

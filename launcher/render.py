@@ -123,6 +123,7 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
         "variables": job_variables(config, job),
         "python": "python3" if inside else config.cluster.python or "python3",
         "folder": str(job_folder(config, job)),
+        "code": f"{config.run_dir}/code",
         "port": port,
         "world_size": job.world_size,
     }
