@@ -35,8 +35,8 @@ def run(config: Config) -> None:
 
 def look(config: Config, world: World) -> dict[str, Any]:
     """What this rank has: host, device, versions, free GiB of the run's disk and of scratch, and two short measurements."""
-    size = 4096 if world.device.type == "cuda" else 256
-    values = torch.randn(size, size, device=world.device, dtype=torch.float32)
+    size, dtype = (8192, torch.bfloat16) if world.device.type == "cuda" else (256, torch.float32)
+    values = torch.randn(size, size, device=world.device, dtype=dtype)
     seconds = _timed(lambda: values @ values, world)
     payload = torch.full((PAYLOAD_BYTES[world.device.type] // 4,), float(world.rank + 1), device=world.device)
     dist.all_reduce(payload)

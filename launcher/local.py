@@ -37,8 +37,8 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[
 def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, str], None]) -> dict[str, Any]:
     folder, part = render.job_folder(config, job), job.resources
     print(f"\n==== {job.name}", flush=True)
-    code = {"PYTHONPATH": environment.python_path(config, os.environ)}
-    with environment.applied(environment.job_variables(config, job) | code):
+    own_code = {"PYTHONPATH": environment.python_path(config, os.environ)}
+    with environment.applied(environment.job_variables(config, job) | own_code):
         opened, held = attempt.begin(folder, (config.cluster.network.master_port or 0) if job.distributed else None)
         executor = LocalExecutor(folder, python=render.python_command(config))
         executor.update_parameters(

@@ -110,7 +110,7 @@ class Cluster:
         self.daemons["slurmctld"].stop(signal.SIGTERM)
 
     def start_controller(self) -> None:
-        """Start slurmctld from its saved state and wait until it answers."""
+        """Start slurmctld from its saved state and wait until it answers. Nodes are `idle*` until their first answer."""
         slurmctld = self.daemons["slurmctld"]
         slurmctld.start()
         wait(lambda: bool(self.node_states()), lambda: [slurmctld])
@@ -200,9 +200,9 @@ def _start(cluster: Cluster) -> None:
     for name, text in _files(cluster).items():
         (root / name).write_text(text)
         (root / name).chmod(0o600 if name == "slurmdbd.conf" else 0o644)  # slurmdbd refuses to start otherwise
+    machine.borrow(cluster.addresses, login_address=f"{NETWORK}.254", gpus=config.GPUS_PER_NODE, root=root)
     if cluster.accounting:
         install_database(root)
-    machine.borrow(cluster.addresses, login_address=f"{NETWORK}.254", gpus=config.GPUS_PER_NODE, root=root)
     # Each of these dies, or sleeps for seconds, where the one before it does not answer yet.
     answers = {
         "munged": (root / "run" / "munge.socket").exists,

@@ -94,9 +94,10 @@ def daemons(*, root: Path, nodes: Sequence[str], accounting: bool) -> dict[str, 
 
 
 def install_database(root: Path) -> None:
-    """Make the empty database that mariadbd serves (1 s)."""
+    """Make the empty database that mariadbd serves (1 s). On the controller's host, so that `release` ends it too."""
     command = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={root}/database", "--skip-test-db"]
     command.append("--auth-root-authentication-method=normal")
-    result = subprocess.run(command, env={"PATH": machine.PATH}, capture_output=True, text=True, check=False)
+    wrapped = machine.inside(config.CONTROLLER, command)
+    result = subprocess.run(wrapped, env={"PATH": machine.PATH}, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise ClusterError(f"mariadb-install-db: exit {result.returncode}\n{result.stdout}{result.stderr}")

@@ -1,7 +1,7 @@
 """What the test cluster borrows from the machine, and gives back: namespaces, a bridge, names, device files.
 
-Everything borrowed can be recognised without any record (a name that starts with `muster-`, a line that ends with the
-mark, a /dev/nvidiaN that is really /dev/null), so `release` works after any crash.
+Everything borrowed can be told from what is not ours by itself, so that `release` works after any crash: our links are
+called `muster-HOST`, our lines of the hosts file are marked and name our namespaces, our GPUs are really /dev/null.
 """
 
 import fcntl
@@ -69,18 +69,21 @@ def lock() -> Iterator[None]:
 
 def borrow(addresses: Mapping[str, str], *, login_address: str, gpus: int, root: Path) -> None:
     """Make one network namespace a host of `addresses` on a bridge, name them in the hosts file, make fake GPUs."""
+    if taken := [host for host in addresses if (NAMESPACES / host).exists()]:
+        raise FileExistsError(f"there are network namespaces called {', '.join(taken)} that are not the cluster's")
+    # The names go first, since they say which namespaces are ours. And to the file's beginning: taking them out again
+    # then restores its bytes, with or without a newline at its end.
+    ours = [f"{address} {host} ".encode() + MARK + f" {root}\n".encode() for host, address in addresses.items()]
+    HOSTS.write_bytes(b"".join(ours) + HOSTS.read_bytes())
     lines = [f"link add {BRIDGE} type bridge", f"address add {login_address}/24 dev {BRIDGE}", f"link set {BRIDGE} up"]
     for host in addresses:
-        name = PREFIX + host
-        lines += [f"netns add {name}", f"link add {name} type veth peer name eth0 netns {name}"]
-        lines += [f"link set {name} master {BRIDGE} up"]
+        link = PREFIX + host
+        lines += [f"netns add {host}", f"link add {link} type veth peer name eth0 netns {host}"]
+        lines += [f"link set {link} master {BRIDGE} up"]
     _ip("-batch", "-", text="\n".join(lines))
     for host, address in addresses.items():
         inside = ["link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up"]
-        _ip("-n", PREFIX + host, "-batch", "-", text="\n".join(inside))
-    # Ours go first: taking them out again then restores the file's bytes, with or without a newline at its end.
-    ours = [f"{address} {host} ".encode() + MARK + f" {root}\n".encode() for host, address in addresses.items()]
-    HOSTS.write_bytes(b"".join(ours) + HOSTS.read_bytes())
+        _ip("-n", host, "-batch", "-", text="\n".join(inside))
     for index in range(gpus):
         path = Path(f"/dev/nvidia{index}")
         if not path.exists():  # Slurm sets CUDA_VISIBLE_DEVICES only for character devices of this name
@@ -89,28 +92,28 @@ def borrow(addresses: Mapping[str, str], *, login_address: str, gpus: int, root:
 
 def release() -> None:
     """Kill every process in our namespaces and take away all that `borrow` made, in whatever state it is."""
-    kill([name.name.removeprefix(PREFIX) for name in NAMESPACES.glob(f"{PREFIX}*")])
+    hosts = [line.split()[1].decode() for line in _our_lines()]
+    kill(hosts)
     for link in Path("/sys/class/net").glob(f"{PREFIX}*"):  # before the namespaces: those go in the background
         _ip("link", "delete", link.name)
-    for name in NAMESPACES.glob(f"{PREFIX}*"):
-        _ip("netns", "delete", name.name)
+    for host in hosts:
+        if (NAMESPACES / host).exists():
+            _ip("netns", "delete", host)
     if NAMESPACES.is_dir() and not any(NAMESPACES.iterdir()):  # `ip netns add` made it, mounted onto itself
-        subprocess.run(["umount", NAMESPACES], capture_output=True)
+        subprocess.run(["umount", NAMESPACES], capture_output=True, check=False)
         with suppress(OSError):
             NAMESPACES.rmdir()
-    content = HOSTS.read_bytes()
-    kept = b"".join(line for line in content.splitlines(keepends=True) if MARK not in line)
-    if kept != content:
-        HOSTS.write_bytes(kept)  # in place: inside a container the file is a mount and cannot be replaced
     for device in Path("/dev").glob("nvidia[0-9]*"):
         if device.is_char_device() and device.stat().st_rdev == NULL_DEVICE:
             device.unlink()
+    if hosts:  # in place: inside a container the file is a mount and cannot be replaced
+        lines = HOSTS.read_bytes().splitlines(keepends=True)
+        HOSTS.write_bytes(b"".join(line for line in lines if MARK not in line))
 
 
 def roots() -> list[Path]:
     """The folders of clusters whose names are in the hosts file (at most one, unless something went wrong)."""
-    lines = [line for line in HOSTS.read_bytes().splitlines() if MARK in line]
-    return sorted({Path(line.split(MARK)[1].strip().decode()) for line in lines})
+    return sorted({Path(line.split(MARK)[1].strip().decode()) for line in _our_lines()})
 
 
 def inside(host: str, command: Sequence[str | Path]) -> list[str | Path]:
@@ -119,7 +122,7 @@ def inside(host: str, command: Sequence[str | Path]) -> list[str | Path]:
     Not `ip netns exec`: that remounts /sys, and slurmd then finds no cgroup file system.
     """
     rename = 'hostname "$0" && exec "$@"'
-    return ["nsenter", f"--net={NAMESPACES / PREFIX}{host}", "unshare", "--uts", "sh", "-c", rename, host, *command]
+    return ["nsenter", f"--net={NAMESPACES / host}", "unshare", "--uts", "sh", "-c", rename, host, *command]
 
 
 def set_cable(host: str, *, plugged: bool) -> None:
@@ -146,13 +149,17 @@ def kill(hosts: Sequence[str], timeout_s: float = 10) -> None:
         time.sleep(0.02)
 
 
+def _our_lines() -> list[bytes]:
+    return [line for line in HOSTS.read_bytes().splitlines() if MARK in line]
+
+
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 def _spaces(hosts: Sequence[str]) -> set[tuple[int, int]]:
-    paths = [NAMESPACES / f"{PREFIX}{host}" for host in hosts]
+    paths = [NAMESPACES / host for host in hosts]
     return {_identity(path) for path in paths if path.exists()}
 
 

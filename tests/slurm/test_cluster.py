@@ -131,7 +131,7 @@ def test_nodes_and_controller_can_be_broken_and_repaired() -> None:
     started.crash("n1")
     assert not any(machine.is_on(int(entry.name), ["n1"]) for entry in Path("/proc").glob("[0-9]*"))
     started.start_slurmd("n1")
-    assert started.problems() == []
+    assert eventually(lambda: not started.problems()), started.node_states()
 
 
 def test_nothing_is_left_behind_whatever_state_it_was_in() -> None:
