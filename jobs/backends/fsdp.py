@@ -44,10 +44,23 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     }
     model.to(world.device)
     for block in blocks(model):
+        if adapters := _adapters(
+            block
+        ):  # a group of its own: torch 2.11 gathers wrong values where dtypes differ in one
+            fully_shard(adapters, reshard_after_forward=config.parallel.reshard_after_forward, **options)
         fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # its backward begins where its forward ends
     model.train()
     return Engine(model, optim.build(model, config), config.train.max_grad_norm)
+
+
+def _adapters(block: nn.Module) -> list[nn.Module]:
+    """The modules of a frozen block that hold trained parameters; none where the whole block is trained."""
+    if all(parameter.requires_grad for parameter in block.parameters()):
+        return []
+    return [
+        module for module in block.modules() if any(item.requires_grad for item in module.parameters(recurse=False))
+    ]
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
