@@ -129,5 +129,6 @@ def programs(surroundings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def tool(name: str) -> str:
-    """A program beside the interpreter or on PATH; skips the test where there is none."""
-    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or pytest.skip(f"no {name}")
+    """A program beside the interpreter, on PATH or where every Linux has it; skips the test where there is none."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:{os.defpath}"
+    return shutil.which(name, path=path) or pytest.skip(f"no {name}")

@@ -1,11 +1,25 @@
-"""Runs a function on several real ranks over Gloo, each a process of its own."""
+"""Runs real ranks: a function on several processes over Gloo, or a whole run through launch.py on this machine."""
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+
+CLONE = Path(__file__).resolve().parents[2]
+
+
+def run(*words: str) -> str:
+    """`python launch.py words...` on this machine; what it printed. A failure fails the test with all of it."""
+    done = subprocess.run(
+        [sys.executable, CLONE / "launch.py", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> None:

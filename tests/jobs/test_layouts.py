@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conf import resolve
-from tests.jobs import reference
+from tests.jobs import ranks, reference
 
 STEPS = 20
 LAYOUTS = {
@@ -22,22 +22,67 @@ COMMON = [
 ]  # fmt: skip
 
 
+LORA = ["adapter=lora", "model=hub", "train.learning_rate=1e-2"]
+
+
+def _reference(folder, *words):
+    """The reference curve of a config, on rows that the preprocess job wrote."""
+    ranks.run(f"run_dir={folder}", *COMMON, *words, "jobs=[preprocess]")
+    return reference.curve(resolve.load(folder / "config.yaml"), folder, STEPS)
+
+
 @pytest.fixture(scope="module")
-def curve(tmp_path_factory, launch):
-    """The reference curve, and the rows it was computed on."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = launch(f"run_dir={run}", *COMMON, "jobs=[preprocess]")
-    assert done.returncode == 0, done.stderr
-    return reference.curve(resolve.load(run / "config.yaml"), run, STEPS)
+def curve(tmp_path_factory):
+    return _reference(tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small model that has learnt something, as a Hugging Face folder."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    ranks.run(f"run_dir={run}", *COMMON, "jobs=[preprocess,train,consolidate]")
+    return run / "model"
+
+
+@pytest.fixture(scope="module")
+def lora_curve(base, tmp_path_factory):
+    return _reference(tmp_path_factory.mktemp("lora") / "run", *LORA, f"model.source={base}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_the_reference(layout, curve, tmp_path, launch):
+def test_layout_equals_the_reference(layout, curve, tmp_path):
+    ranks.run(f"run_dir={tmp_path}/run", *COMMON, f"parallel={layout}", *LAYOUTS[layout])
+    check(tmp_path / "run", curve)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "zero2", "zero3"])
+def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path):
     run = tmp_path / "run"
-    done = launch(f"run_dir={run}", *COMMON, f"parallel={layout}", *LAYOUTS[layout])
-    assert done.returncode == 0, done.stdout + done.stderr
-    check(run, curve)
+    ranks.run(f"run_dir={run}", *COMMON, *LORA, f"model.source={base}", f"parallel={layout}", *LAYOUTS[layout])
+    check(run, lora_curve)
+    assert _size(run / "checkpoints") < _size(base) * 3  # the base is in no checkpoint, only adapters and their moments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "zero3"])
+def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_path):
+    """A frozen bf16 base and fp32 adapters in one group were once gathered wrongly, without a word (torch 2.11)."""
+    run = tmp_path / "run"
+    words = [*COMMON, *LORA, f"model.source={base}", "train.precision=bf16", "train.steps=1", "train.warmup_steps=0"]
+    ranks.run(f"run_dir={run}", *words, f"parallel={layout}", "jobs=[preprocess,train]")
+    before = [
+        json.loads(line)["eval_loss"]
+        for line in (base.parent / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" in line
+    ]
+    after = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["eval_loss"]
+    assert after == pytest.approx(before[-1], rel=0.02)
+
+
+def _size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check(run, curve):
@@ -49,7 +94,7 @@ def check(run, curve):
         assert line["loss"] == pytest.approx(loss, rel=2e-3)
         assert line["grad_norm"] == pytest.approx(norm, rel=2e-3)
     fingerprint = json.loads((run / f"checkpoints/step-{STEPS:08d}/fingerprint.json").read_text())
-    assert len(fingerprint) >= 38
+    assert len(fingerprint) >= 38  # every weight of the tiny model, or both matrices of every adapter
     assert (
         "weights equal those in training, bit for bit"
         in next((run / "jobs/consolidate").glob("*_0_log.out")).read_text()

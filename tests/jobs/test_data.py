@@ -1,0 +1,58 @@
+"""Which rows a step trains on, and how they become batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from conf.errors import DataError
+from jobs import data
+
+
+@pytest.fixture
+def rows():
+    """Ten rows of lengths 1 to 10; row i is i + 1 tokens of value i, all but the first trained."""
+    lengths = np.arange(1, 11)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.repeat(np.arange(10, dtype=np.int32), lengths)
+    trained = np.ones(len(tokens), dtype=np.uint8)
+    trained[offsets[:-1]] = 0
+    return data.Rows(tokens, trained, offsets, lengths - 1)
+
+
+@pytest.mark.parametrize("global_batch", [1, 3, 4, 10, 17])
+def test_every_row_comes_once_an_epoch(rows, global_batch):
+    steps = 10 * global_batch  # whole epochs, whatever the batch
+    seen = np.concatenate([data.at_step(rows, step, global_batch, seed=1) for step in range(steps)])
+    assert np.bincount(seen, minlength=10).tolist() == [steps * global_batch // 10] * 10
+
+
+def test_epochs_differ_in_order_and_seeds_in_epochs(rows):
+    orders = {tuple(np.random.default_rng([seed, epoch]).permutation(10)) for seed in (0, 1) for epoch in (0, 1)}
+    first = [tuple(data.at_step(rows, step, 5, seed) for step in (0, 2)) for seed in (0, 1)]
+    assert len(orders) == 4
+    assert not np.array_equal(first[0][0], first[0][1]) or not np.array_equal(first[1][0], first[1][1])
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (1, 5), (2, 3), (3, 1), (4, 3)])
+def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch):
+    chosen = data.at_step(rows, 0, 12, seed=0)
+    parts = [part for rank in range(world_size) for part in data.micro_batches(chosen, micro_batch, rank, world_size)]
+    assert sorted(np.concatenate(parts)) == sorted(chosen)
+    assert max(len(part) for part in parts) <= micro_batch
+
+
+def test_a_batch_is_padded_on_the_right_and_masked(rows):
+    made = data.batch(rows, np.array([1, 2]), pad=99, multiple=4)
+    assert made["input_ids"].tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
+    assert made["labels"].tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
+    assert made["input_ids"].dtype is torch.int64
+
+
+def test_counts_leave_out_a_trained_first_token():
+    trained, offsets = np.array([1, 1, 0, 1], dtype=np.uint8), np.array([0, 2, 4])
+    assert data._trained_labels(trained, offsets).tolist() == [1, 1]
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path):
+    with pytest.raises(DataError, match="preprocess"):
+        data.read(tmp_path, "train")

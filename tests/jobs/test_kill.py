@@ -1,0 +1,46 @@
+"""Killed at any moment, a job leaves its result whole or absent, and its next start completes."""
+
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conf.files import read_json
+from tests.jobs import ranks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("job", "result"), [("preprocess", "data/data.json"), ("consolidate", "model/muster.json")])
+def test_a_killed_job_leaves_nothing_half(job, result, tmp_path):
+    run = tmp_path / "run"
+    ranks.run(
+        f"run_dir={run}",
+        "train.steps=1",
+        "train.warmup_steps=0",
+        "data.max_rows=300",
+        "jobs=[preprocess,train,consolidate]",
+    )
+    folder = run / result.split("/")[0]
+    whole = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "jobs", job, run / "config.yaml"]
+    began = time.monotonic()
+    _clear(folder)
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    chance = random.Random(0)
+    for _ in range(6):
+        _clear(folder)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+            time.sleep(seconds * chance.uniform(0.6, 1.0))
+            started.kill()
+        assert read_json(run / result) is not None or not folder.exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+
+
+def _clear(folder):
+    if folder.exists():
+        subprocess.run(["rm", "-rf", folder], check=True)

@@ -1,0 +1,93 @@
+"""What may import what: no torch on the login node, nothing of the launcher in a job, bare Python outside containers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "numpy", "bitsandbytes", "triton"}
+LAUNCHER = sorted(f"launcher.{path.stem}" for path in (ROOT / "launcher").glob("*.py") if path.stem != "__init__")
+BARE = ("conf.files", "launcher.attempt", "launcher.network", "launcher.slurm")
+"""These run on the node's own Python, outside the container."""
+
+
+def loaded(program: str, *words: str, flags: tuple[str, ...] = ()) -> set[str]:
+    """Top-level modules that are loaded once `program` has run with `words` as its arguments."""
+    code = f"{program}\nimport sys\nprint('LOADED', *{{name.split('.')[0] for name in sys.modules}})"
+    command = [sys.executable, *flags, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("LOADED ")[2].split())
+
+
+def test_the_launcher_never_imports_torch() -> None:
+    program = "import launch\nassert launch.main() == 0"
+    found = loaded(program, "cluster=slurm", "model=llama70b", "parallel=zero3", "dry_run=true")
+    assert {"hydra", "submitit", "launcher"} <= found
+    assert not found & HEAVY
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_no_module_of_the_launcher_imports_torch(name: str) -> None:
+    found = loaded(f"import {name}")
+    assert "launcher" in found
+    assert not found & HEAVY
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_what_runs_outside_a_container_needs_only_python(name: str) -> None:
+    found = loaded(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {name}", flags=("-S", "-I"))
+    assert name.split(".")[0] in found
+    assert found - {"conf", "launcher", "__main__", "sys"} <= set(sys.stdlib_module_names)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function, with the package of a relative one spelled out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources("jobs"), ids=name_of)
+def test_jobs_know_nothing_of_the_launcher(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & {"launcher", "launch", "hydra", "submitit"}
+
+
+@pytest.mark.parametrize("path", sources("conf"), ids=name_of)
+def test_conf_imports_only_omegaconf(path: Path) -> None:
+    assert {name.split(".")[0] for name in imports(path)} <= sys.stdlib_module_names | {"conf", "omegaconf"}
+
+
+PURE = ("checks", "plan", "render", "preview", "verdict", "overrides")
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_neither_runs_programs_nor_reads_the_environment(name: str) -> None:
+    assert not imports(ROOT / f"launcher/{name}.py") & {"os", "subprocess", "socket", "shutil", "tempfile"}
+
+
+def test_only_the_worker_starts_a_job() -> None:
+    users = [path.stem for path in sources("launcher") if any(name.split(".")[0] == "jobs" for name in imports(path))]
+    assert users == ["worker"]
+
+
+def test_only_one_module_runs_slurms_commands() -> None:
+    users = {path.stem for path in sources("launcher") if "subprocess" in imports(path)}
+    assert users == {"slurm", "snapshot", "__main__"}
