@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -70,6 +71,8 @@ def load_rows(path: str, limit: int | None) -> list[Row]:
             raise DataError(
                 Problem("data.path", f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}")
             ) from error
+        if strange := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+            raise DataError(Problem("data.path", path, f"row {strange} is not an object with named columns"))
     else:
         rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
@@ -115,7 +118,7 @@ def encode(
             ids, trained = (
                 _encode_text(row, words) if shape is Format.text else _encode_chat(_messages(row, shape), words)
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, TemplateError) as error:
             raise DataError(
                 Problem(
                     f"row {number} of {split}", config.data.path, f"cannot be rendered: {type(error).__name__} {error}"
