@@ -1,7 +1,7 @@
 """The fixture `slurm`: one real Slurm cluster for the whole test session.
 
-test_cluster.py starts and stops clusters of its own, and a machine has room for one. So its tests run before all
-others, when this fixture has started nothing yet, and they are skipped where a cluster is up already.
+test_cluster.py and test_accounting.py start and stop clusters of their own, and a machine has room for one. So their tests
+run before all others, when this fixture has started nothing yet, and they are skipped where a cluster is up already.
 """
 
 import os
@@ -13,13 +13,9 @@ import pytest
 from .cluster import Cluster, available, running, up
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slurm: needs a real Slurm, which root can start on one machine")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first = Path(__file__).with_name("test_cluster.py")
-    items.sort(key=lambda item: item.path != first)
+    first = [Path(__file__).with_name(name) for name in ("test_cluster.py", "test_accounting.py")]
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,59 @@
+"""What the README says: its commands run, what it shows is what they print, and its table names every option."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher import overrides
+
+CLONE = Path(__file__).resolve().parents[1]
+README = (CLONE / "README.md").read_text(encoding="utf-8")
+
+
+def block(mark: str) -> list[str]:
+    """The lines of the code block that follows `<!-- mark -->`."""
+    return re.search(rf"<!-- {mark} -->\n```\n(.*?)```", README, re.DOTALL)[1].splitlines()
+
+
+def test_the_preview_is_what_dry_run_prints():
+    command, *shown = block("preview")
+    words = shlex.split(command.removeprefix("$ python "))
+    printed = subprocess.run(
+        [sys.executable, *words], cwd=CLONE, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    missing = [line for line in shown if line != "..." and line not in printed]
+    assert not missing
+
+
+def test_the_table_names_every_option_of_every_group():
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
+    for group, options in overrides.groups(CLONE / "conf").items():
+        assert set(options) <= set(re.findall(r"\w+", table[group])), group
+
+
+def test_make_targets_exist_and_make_alone_lists_them():
+    listed = subprocess.run(["make"], cwd=CLONE, capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"make ([a-z-]+)", README)) | {
+        "help",
+        "setup",
+        "lint",
+        "format",
+        "check",
+        "slurm-up",
+        "slurm-down",
+        "clean",
+    }
+    assert not [target for target in named if not re.search(rf"^{target}\s", listed, re.MULTILINE)]
+
+
+def test_links_lead_somewhere():
+    pages = [CLONE / "README.md", *CLONE.glob("docs/*.md")]
+    dead = [
+        link
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert not dead
