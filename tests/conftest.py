@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import hydra
@@ -63,12 +63,10 @@ def put(config: Config, values: Mapping[str, object]) -> Config:
     return config
 
 
-@pytest.fixture
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a bare login node: a home, no GPU, and a PATH on which there is nothing yet."""
-    base = tmp_path_factory.mktemp("machine")
+def bare(base: Path) -> dict[str, str]:
+    """The environment of a bare login node below `base`: a home, no GPU, and a PATH on which there is nothing yet."""
     for name in ("home", "bin"):
-        (base / name).mkdir()
+        (base / name).mkdir(parents=True)
     return {
         "HOME": str(base / "home"),
         "PATH": str(base / "bin"),
@@ -78,6 +76,32 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+def python(*words: object, cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run this Python with `words`, in an environment of which nothing is inherited."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=60)
+
+
+def module(name: str, *words: object, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m name words...` from the root of the project."""
+    return python("-m", name, *words, cwd=ROOT, env=env)
+
+
+def write_programs(folder: Path, **scripts: str) -> Path:
+    """Write shell programs into a folder, and return it. Each also appends its arguments to NAME.calls beside it."""
+    for name, script in scripts.items():
+        path = folder / name
+        path.write_text(f'#!/bin/sh\necho "$*" >> "{path}.calls"\n{script}\n')
+        path.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A bare login node for this test alone."""
+    return bare(tmp_path_factory.mktemp("machine"))
+
+
 @pytest.fixture
 def launch(tmp_path: Path, surroundings: dict[str, str]) -> Launch:
     """`launch("model=tiny", ...)` runs `python launch.py model=tiny ...` in `cwd`, in bare surroundings plus `env`."""
@@ -85,47 +109,17 @@ def launch(tmp_path: Path, surroundings: dict[str, str]) -> Launch:
     def run(
         *words: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, str(ROOT / "launch.py"), *words],
-            cwd=cwd,
-            env=surroundings | dict(env or {}),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return python(ROOT / "launch.py", *words, cwd=cwd, env=surroundings | dict(env or {}))
 
     return run
 
 
-def module(name: str, *words: object, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m name words...` from the root of the project."""
-    return subprocess.run(
-        [sys.executable, "-m", name, *map(str, words)],
-        cwd=ROOT,
-        env=dict(env),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
 @pytest.fixture
 def programs(surroundings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """`programs(squeue="echo '7|RUNNING'")` writes shell programs, makes them all that is on PATH, and returns their folder.
-
-    Each also appends its arguments to NAME.calls beside it.
-    """
+    """`programs(squeue="echo '7|RUNNING'")` writes shell programs, and makes them all that is on PATH; see write_programs."""
     folder = Path(surroundings["PATH"])
     monkeypatch.setenv("PATH", str(folder))
-
-    def write(**scripts: str) -> Path:
-        for name, script in scripts.items():
-            path = folder / name
-            path.write_text(f'#!/bin/sh\necho "$*" >> "{path}.calls"\n{script}\n')
-            path.chmod(0o755)
-        return folder
-
-    return write
+    return partial(write_programs, folder)
 
 
 def tool(name: str) -> str:

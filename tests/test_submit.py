@@ -2,16 +2,19 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from conf import resolve
 from conf.files import read_json
+from conf.schema import Config
 from launcher import preview, render
 from launcher.plan import plan
 
-from .conftest import ROOT, Compose, Launch, Programs, put, tool
+from .conftest import ROOT, Launch, Programs, bare, put, python, tool, write_programs
 
 WORDS = ("cluster=slurm", "model=llama8b", "parallel=zero3", "pipeline=checked")
 JOBS = ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"]
@@ -29,79 +32,97 @@ echo "Submitted batch job $number"
 """
 
 
-@pytest.fixture
-def slurm(programs: Programs) -> Path:
-    """A Slurm that takes every script and keeps it beside its commands; it refuses those whose path names what `refuse` says."""
-    return programs(sbatch=SBATCH, srun="exit 1", squeue=":", scontrol="exit 1", scancel=":")
+SLURM = {"sbatch": SBATCH, "srun": "exit 1", "squeue": ":", "scontrol": "exit 1", "scancel": ":"}
+"""A Slurm that takes every script and keeps it beside its commands; it refuses those whose path has what `refuse` says."""
 
 
-def test_every_job_is_submitted_after_those_it_waits_for(launch: Launch, slurm: Path, tmp_path: Path) -> None:
-    done = launch(*WORDS, "run_dir=run")
-    record = read_json(tmp_path / "run/run.json")["launches"]
-    ids = {job: str(101 + number) for number, job in enumerate(JOBS)}
+class Submitted(NamedTuple):
+    """What a launch printed, the run folder that it wrote, and the folder of the commands it called."""
+
+    done: "subprocess.CompletedProcess[str]"
+    run: Path
+    slurm: Path
+    config: Config
+
+    def script(self, job: str) -> str:
+        """What sbatch was given for a job."""
+        return (self.slurm / f"script.{101 + JOBS.index(job)}").read_text().rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """One launch of every job on Slurm, to be looked at from all sides."""
+    base = tmp_path_factory.mktemp("submitted")
+    env = bare(base)
+    slurm, run = write_programs(base / "bin", **SLURM), base / "run"
+    (slurm / "git").symlink_to(tool("git"))
+    done = python(ROOT / "launch.py", *WORDS, f"run_dir={run}", cwd=base, env=env)
     assert done.returncode == 0, done.stderr
-    assert [item["jobs"] for item in record] == [ids]
-    assert [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("submitted")] == [
-        [*item] for item in ids.items()
-    ]
+    return Submitted(done, run, slurm, resolve.load(run / "config.yaml"))
 
 
-def test_what_was_previewed_is_what_sbatch_gets(launch: Launch, slurm: Path, compose: Compose, tmp_path: Path) -> None:
-    launch(*WORDS, "run_dir=run")
-    config = resolve.load(tmp_path / "run/config.yaml")
-    shown = preview.text(config, plan(config))
-    for number, job in enumerate(JOBS):
-        script = (slurm / f"script.{101 + number}").read_text()
-        for other, parent in enumerate(JOBS):
-            script = script.replace(f":{101 + other}", f":<{parent}>")
-        waits = [line for line in script.splitlines() if "dependency" in line]
-        quoted = script.replace(*2 * [""]) if not waits else script.replace(waits[0], _quoted(waits[0]))
-        assert quoted.strip() in shown, job
+def test_every_job_is_submitted_and_its_id_written_down(submitted: Submitted) -> None:
+    ids = {job: str(101 + number) for number, job in enumerate(JOBS)}
+    assert [item["jobs"] for item in read_json(submitted.run / "run.json")["launches"]] == [ids]
+    said = [line.split()[1:] for line in submitted.done.stdout.splitlines() if line.startswith("submitted")]
+    assert said == [[*item] for item in ids.items()]
 
 
-def _quoted(directive: str) -> str:
-    """Angle brackets are what makes shlex quote the value of --dependency."""
-    option, _, value = directive.partition("=")
-    return f"{option}='{value}'"
+@pytest.mark.parametrize("name", JOBS)
+def test_what_was_previewed_is_what_sbatch_gets(submitted: Submitted, name: str) -> None:
+    job = next(job for job in plan(submitted.config) if job.name == name)
+    ids = [str(101 + JOBS.index(parent)) for parent in job.after]
+    assert submitted.script(name) == render.sbatch_text(submitted.config, job, ids).rstrip("\n")
+    shown = preview.text(submitted.config, [job])
+    assert render.sbatch_text(submitted.config, job, [f"<{parent}>" for parent in job.after]) in shown
 
 
-def test_the_run_folder_has_what_the_jobs_read(launch: Launch, slurm: Path, tmp_path: Path) -> None:
-    launch(*WORDS, "run_dir=run")
-    run = tmp_path / "run"
-    found = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= found
+def test_the_run_folder_has_what_the_jobs_read(submitted: Submitted) -> None:
+    run = submitted.run
+    assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= {path.name for path in run.iterdir()}
     assert {path.name for path in (run / "code").iterdir()} == {"conf", "launcher", "jobs", "slurm_templates"}
     assert all((run / "jobs" / job).is_dir() for job in JOBS)
-    assert resolve.load(run / "config.yaml").run_dir == str(run)
+    assert submitted.config.run_dir == str(run)
 
 
-def test_the_command_and_where_it_came_from_are_recorded(launch: Launch, slurm: Path, tmp_path: Path) -> None:
-    (slurm / "git").symlink_to(tool("git"))
-    launch(*WORDS, "run_dir=run")
-    [record] = read_json(tmp_path / "run/run.json")["launches"]
-    assert record["command"] == [str(ROOT / "launch.py"), *WORDS, "run_dir=run"]
-    assert record["cluster"] == "slurm"
-    assert set(record) >= {"time", "python"}
+def test_the_copied_code_is_the_clones_without_its_caches(submitted: Submitted) -> None:
+    copied = {
+        path.relative_to(submitted.run / "code") for path in (submitted.run / "code").rglob("*") if path.is_file()
+    }
+    assert Path("jobs/backends/zero.py") in copied
+    assert not [path for path in copied if "__pycache__" in path.parts or path.name.startswith(".")]
+    assert all((submitted.run / "code" / path).read_bytes() == (ROOT / path).read_bytes() for path in copied)
+
+
+def test_the_command_and_where_it_came_from_are_recorded(submitted: Submitted) -> None:
+    [record] = read_json(submitted.run / "run.json")["launches"]
+    assert record["command"] == [str(ROOT / "launch.py"), *WORDS, f"run_dir={submitted.run}"]
+    assert (record["cluster"], record["python"]) == ("slurm", sys.version.split()[0])
     if (ROOT / ".git").exists():
         assert len(record["commit"]) == 40
+        assert record["modified"] is bool((submitted.run / "code.diff").read_text())
 
 
-def test_what_submitit_pickles_are_two_words(launch: Launch, slurm: Path, tmp_path: Path) -> None:
-    launch(*WORDS, "run_dir=run")
-    for path in (tmp_path / "run").rglob("*.pkl"):
-        assert path.stat().st_size < 1_000
-        assert b"learning_rate" not in path.read_bytes()
-    assert len(list((tmp_path / "run").rglob("*.pkl"))) == len(JOBS)
+def test_what_submitit_pickles_are_two_words(submitted: Submitted) -> None:
+    pickles = [path.read_bytes() for path in submitted.run.rglob("*.pkl")]
+    assert len(pickles) == len(JOBS)
+    assert all(len(text) < 1_000 and b"learning_rate" not in text for text in pickles)
+
+
+@pytest.fixture
+def slurm(programs: Programs) -> Path:
+    """That Slurm for one test alone."""
+    return programs(**SLURM)
 
 
 def test_when_slurm_refuses_a_job_those_before_it_are_cancelled(launch: Launch, slurm: Path) -> None:
     (slurm / "refuse").write_text("/jobs/train/\n")
     done = launch(*WORDS, "run_dir=run")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    assert done.stderr.splitlines()[-1] == (
         "launch.py: cluster=slurm: Slurm refused train: "
         "sbatch: error: Batch job submission failed: Invalid partition; cancelled preflight, preprocess"
-    ]
+    )
     assert (slurm / "scancel.calls").read_text() == "101 102\n"
 
 
@@ -121,14 +142,10 @@ def test_a_run_that_is_at_work_is_not_started_twice(launch: Launch, slurm: Path,
     assert done.returncode == 2
     assert "is at work: train 103 is RUNNING" in done.stderr
     assert "python -m launcher cancel" in done.stderr
-    assert read_last(slurm) == "106"
+    assert (slurm / "last").read_text() == "106\n"
 
 
-def read_last(slurm: Path) -> str:
-    return (slurm / "last").read_text().strip()
-
-
-def test_a_resumed_run_submits_what_is_left(launch: Launch, slurm: Path, compose: Compose, tmp_path: Path) -> None:
+def test_a_resumed_run_submits_what_is_left(launch: Launch, slurm: Path, tmp_path: Path) -> None:
     launch(*WORDS, "run_dir=run")
     config = resolve.load(tmp_path / "run/config.yaml")
     for job in ("preflight", "preprocess"):
@@ -154,11 +171,13 @@ def test_a_launch_that_does_not_train_keeps_the_runs_config(launch: Launch, slur
     assert "#SBATCH --mem=7G" in (slurm / "script.107").read_text()
 
 
-@pytest.fixture
-def written(launch: Launch, tmp_path: Path) -> Path:
-    """RUN/jobs of `submit=script`, in a folder whose name a shell would like to read."""
-    run = tmp_path / "it's $HOME"
-    done = launch(*WORDS, "submit=script", f"run_dir='{run}'".replace("it's", "it\\'s"))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN/jobs of `submit=script` on a machine without Slurm, in a folder whose name a shell would like to read."""
+    base = tmp_path_factory.mktemp("written")
+    env, run = bare(base), base / "it's $HOME"
+    word = "run_dir='{}'".format(str(run).replace("'", "\\'"))
+    done = python(ROOT / "launch.py", *WORDS, "submit=script", word, cwd=base, env=env)
     assert done.returncode == 0, done.stderr
     return run / "jobs"
 
@@ -170,9 +189,10 @@ def test_scripts_by_hand_are_written_for_every_job_and_submit_nothing(written: P
 
 
 def test_scripts_by_hand_are_clean(written: Path) -> None:
-    for path in written.glob("*.*"):
+    scripts = [*written.glob("*.sbatch"), written / "submit.sh"]
+    for path in scripts:
         subprocess.run([tool("bash"), "-n", str(path)], check=True, timeout=20)
-    command = [tool("shellcheck"), "--exclude=SC2016", *map(str, written.glob("*.sbatch")), str(written / "submit.sh")]
+    command = [tool("shellcheck"), "--exclude=SC2016", *map(str, scripts)]  # SC2016: a $ in single quotes is the point
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (checked.stdout, checked.returncode) == ("", 0)
 
