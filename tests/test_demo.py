@@ -59,7 +59,7 @@ def test_the_model_loads_alone_and_has_the_loss_of_training(demo):
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, words = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-chat = words.apply_chat_template([dict(role="user", content="Hi")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+chat = words.apply_chat_template([dict(role="user", content="Hi")], return_dict=True, return_tensors="pt")
 print(model.generate(**chat, max_new_tokens=4, do_sample=False).shape[0], next(model.parameters()).dtype)
 """
     done = subprocess.run(
