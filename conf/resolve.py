@@ -55,6 +55,12 @@ def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
     def convert(value: Any) -> Any:
         if is_dataclass(value):
             return {name: convert(item) for name, item in vars(value).items()}
+        if isinstance(value, dict):
+            return {name: convert(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        if isinstance(value, str):
+            return value.replace("${", "\\${")  # what is resolved already must not be taken for an interpolation again
         return value.name if isinstance(value, Enum) else value
 
     return {name: convert(value) for name, value in vars(config).items() if name not in without}

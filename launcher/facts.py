@@ -129,7 +129,7 @@ def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
 def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
     if (folder / "config.yaml").exists():
         return resolve.load(folder / "config.yaml"), None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         return None, "is there already and is not a run; choose another run_dir"
     parent = next(item for item in (folder, *folder.parents) if item.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():

@@ -47,7 +47,8 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
 
 
 def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Path:
-    """Everything the jobs read, each file whole or absent; the config comes last and makes the folder a run.
+    """Everything the jobs read, each file whole or absent. The config comes first: whatever else is missing,
+    the same command given again writes it.
 
     A launch that does not train leaves the run's own config as it is, and keeps its config beside the job.
     Raises RunError when the folder cannot be written.
@@ -56,7 +57,7 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
     own = run / "config.yaml"
     config_path = own if not own.exists() or "train" in config.jobs else run / "jobs" / jobs[0].name / "config.yaml"
     try:
-        (run / "jobs").mkdir(parents=True, exist_ok=True)
+        resolve.save(config, config_path)
         for job in jobs:
             render.job_folder(config, job).mkdir(
                 exist_ok=True
@@ -83,7 +84,6 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
             }
         )
         write_json(run / "run.json", record)
-        resolve.save(config, config_path)
     except OSError as error:
         raise RunError(
             Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")

@@ -22,7 +22,7 @@ def test_a_killed_launch_can_be_given_again(tmp_path):
             time.sleep(seconds * chance.uniform(0.4, 1.0))
             started.kill()
         for name in files(run):
-            assert is_whole(run / name, expected[name]), name
+            assert is_whole(run, name, expected[name]), name
         launch(run)
         assert files(run).keys() == expected.keys()
 
@@ -44,8 +44,9 @@ def files(run):
     }
 
 
-def is_whole(path, size):
-    if path.name == "config.yaml":
+def is_whole(run, name, size):
+    path = run / name
+    if name == "config.yaml":
         return resolve.load(path) is not None
     if path.suffix == ".json":
         return json.loads(path.read_text()) is not None
