@@ -59,9 +59,8 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
     try:
         resolve.save(config, config_path)
         for job in jobs:
-            render.job_folder(config, job).mkdir(
-                exist_ok=True
-            )  # srun fails, and may exit 0, where its log folder is missing
+            # srun fails, and may exit 0 for all that, where the folder of its logs is missing
+            render.job_folder(config, job).mkdir(parents=True, exist_ok=True)
             if config.cluster.executor is Executor.slurm:
                 write_text(
                     run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=0o700
