@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 
 from conf import resolve
 from launcher import overrides
-from launcher.plan import AFTER
 
 from .conftest import ROOT, Launch, bare, python
 
@@ -38,12 +38,9 @@ def refused(done: "subprocess.CompletedProcess[str]") -> list[str]:
 
 MISTAKES = {
     "model=llama7b": "model=llama7b: no such option: did you mean 'llama70b'?; there are",
-    "modle=tiny": "modle: no such key: did you mean 'model'?",
     "trian.steps=7": "trian.steps: no such key: did you mean 'train.steps'?",
     "+train.stepz=7": "train.stepz: no such key: did you mean 'train.steps'?",
-    "train.steps=many": "train.steps=many: is not a whole number, or null",
     "cluster.train.nodes=-1": "cluster.train.nodes=-1: must be at least 1",
-    "train.micro_batch=0": "train.micro_batch=0: must be at least 1",
     "data.path=nowhere.jsonl": "data.path=nowhere.jsonl: no such file or folder",
     "data=jsonl": "data.path: needs a value: add data.path=... to the command",
     "model=hub": "model.source: needs a value: add model.source=... to the command",
@@ -55,10 +52,6 @@ MISTAKES = {
     "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH: run this on a login node",
     "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: export MY_TOKEN first, or put it into ~/.config",
     "resume=thesis": "resume=thesis: is no run folder: it has no config.yaml",
-    "resume=nowhere": "resume=nowhere: is no run folder: it has no config.yaml",
-    "submit=script": "submit=script: writes sbatch scripts: take cluster=slurm",
-    "jobs=[]": "jobs=[]: name at least one job",
-    "nonsense": "nonsense: is not of the form key=value",
     "--config-name nowhere": "Cannot find primary config 'nowhere'",
     "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns {question, reply}; data.format=auto needs {instruction",
 }
@@ -103,17 +96,20 @@ def test_a_folder_whose_name_is_too_long_is_refused(launch: Launch) -> None:
     refused(launch(f"run_dir={'a' * 300}"))
 
 
-@pytest.fixture
-def stored(launch: Launch, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was written and not started."""
-    done = launch("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run")
+    base = tmp_path_factory.mktemp("stored")
+    words = ("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run")
+    done = python(ROOT / "launch.py", *words, cwd=base, env=bare(base))
     assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
+    return base / "run"
 
 
 def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path) -> None:
     before = (stored / "config.yaml").read_text()
-    [line] = refused(launch("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run", "train.seed=7"))
+    words = ("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run", "train.seed=7")
+    [line] = refused(launch(*words, cwd=stored.parent))
     assert line.startswith(
         f"run_dir={stored}: holds a run with train.seed=0 (now 7); take another run_dir, or continue"
     )
@@ -121,20 +117,21 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
 
 
 def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path) -> None:
-    [line] = refused(launch("resume=run", "train.learning_rate=0.5", "submit=script"))
+    [line] = refused(launch(f"resume={stored}", "train.learning_rate=0.5", "submit=script"))
     assert line.startswith("train.learning_rate: cannot change in a run; start a new one")
 
 
-def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path) -> None:
+def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "run")
     done = launch("resume=run", "train.steps=70", "submit=script")
     assert done.returncode == 0, done.stderr
-    assert resolve.load(stored / "config.yaml").train.steps == 70
+    assert resolve.load(tmp_path / "run/config.yaml").train.steps == 70
 
 
 @pytest.mark.xfail(strict=True, reason="_copy() looks for an attribute of a free-form dictionary")
 def test_a_resumed_run_takes_another_variable(launch: Launch, stored: Path) -> None:
-    done = launch("resume=run", "cluster.environment.NCCL_DEBUG=INFO", "submit=script")
-    assert done.returncode == 0, done.stderr
+    done = launch(f"resume={stored}", "cluster.environment.NCCL_DEBUG=INFO", "dry_run=true")
+    assert "export NCCL_DEBUG=INFO" in done.stdout
 
 
 def contents(folder: Path) -> set[str]:
@@ -221,8 +218,3 @@ def test_a_preview_can_be_cut_short(surroundings: dict[str, str], tmp_path: Path
         assert process.stderr
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
-
-
-def test_a_name_of_a_job_is_refused_with_all_there_are(launch: Launch) -> None:
-    [line] = refused(launch("jobs=[trian]"))
-    assert line == f"jobs=trian: no such job; there are {', '.join(AFTER)}"
