@@ -40,6 +40,8 @@ def _names(config: Config, _: Facts) -> Iterator[Problem]:
         yield Problem(
             "name", config.name, "may have letters, digits, '.', '_', '+' and '-' only: it names jobs and folders"
         )
+    if not config.run_dir.isprintable():
+        yield Problem("run_dir", repr(config.run_dir), "may not have line breaks or other control characters")
     for job in config.jobs:
         if job not in AFTER:
             yield Problem("jobs", job, f"no such job; there are {', '.join(AFTER)}")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RunError
-from conf.files import read_json
-from launcher import slurm
+from launcher import record, slurm
 from launcher.attempt import last_verdict
 from launcher.plan import AFTER
 
@@ -23,19 +22,9 @@ class JobState:
     verdict: dict[str, Any] | None
 
 
-def opened(run: Path) -> dict[str, Any]:
-    """RUN/run.json. Raises RunError where `run` is no run folder."""
-    record = read_json(run / "run.json")
-    if not isinstance(record, dict):
-        raise RunError(Problem("RUN", run, "is no run folder: it has no run.json"))
-    return record
-
-
 def job_states(run: Path) -> list[JobState]:
     """The newest start of each job, in the order of the pipeline."""
-    newest: dict[str, tuple[str, str]] = {}
-    for launch in opened(run)["launches"]:
-        newest |= {name: (job_id, launch["cluster"]) for name, job_id in launch["jobs"].items()}
+    newest = record.newest_jobs(run)
     on_slurm = slurm.states(job_id for job_id, cluster in newest.values() if cluster == "slurm")
     found = []
     for name in (name for name in AFTER if name in newest):

@@ -1,20 +1,17 @@
 """Starts the jobs of a run: the only module that submits. Writes the run folder first, then chains on Slurm or runs here."""
 
-import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from conf import deepspeed, resolve
 from conf.errors import Problem, RunError, SiteError
-from conf.files import read_json, write_json, write_text
+from conf.files import write_json, write_text
 from conf.schema import Backend, Config, Executor, Submit
-from launcher import local, preview, render, runs, slurm, snapshot, worker
+from launcher import local, preview, record, render, runs, slurm, snapshot, worker
 from launcher.facts import CLONE
 from launcher.plan import Job
 
@@ -42,7 +39,7 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
     elif config.cluster.executor is Executor.slurm:
         _chain(config, jobs, config_path)
     else:
-        return local.run(config, jobs, config_path, partial(_note, Path(config.run_dir)))
+        return local.run(config, jobs, config_path, partial(record.add_job, Path(config.run_dir)))
     return 0
 
 
@@ -71,30 +68,12 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
             part = config.cluster.train
             write_json(run / "deepspeed.json", deepspeed.plan(config, part.nodes * part.ranks_per_node))
         snapshot.take(CLONE, run)
-        record = read_json(run / "run.json") or {"launches": []}
-        record["launches"].append(
-            {
-                "command": list(command),
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "cluster": config.cluster.executor.name,
-                "python": sys.version.split()[0],
-                **snapshot.provenance(CLONE, run),
-                "jobs": {},
-            }
-        )
-        write_json(run / "run.json", record)
+        record.add_launch(run, command, config.cluster.executor.name, snapshot.provenance(CLONE, run))
     except OSError as error:
         raise RunError(
             Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")
         ) from error
     return config_path
-
-
-def _note(run: Path, name: str, job_id: str) -> None:
-    """Record the id of a job that has just been started, in the newest launch."""
-    record: dict[str, Any] = read_json(run / "run.json")
-    record["launches"][-1]["jobs"][name] = job_id
-    write_json(run / "run.json", record)
 
 
 def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
@@ -104,7 +83,7 @@ def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
             executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config))
             executor.update_parameters(**render.parameters(config, job, [ids[name] for name in job.after]))
             ids[job.name] = executor.submit(worker.run, job.name, str(config_path)).job_id
-            _note(Path(config.run_dir), job.name, ids[job.name])
+            record.add_job(Path(config.run_dir), job.name, ids[job.name])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except (FailedJobError, FailedSubmissionError) as error:
         if ids:

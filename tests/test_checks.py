@@ -21,7 +21,7 @@ def said(config: Config, facts: Facts | None = None) -> list[str]:
     return [str(problem) for problem in problems(config, facts or Facts())]
 
 
-@pytest.mark.parametrize("words", [LOCAL, SLURM], ids=["local", "slurm"])
+@pytest.mark.parametrize("words", [LOCAL, SLURM], ids=["here", "on Slurm"])
 def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) -> None:
     assert said(compose(*words)) == []
 

@@ -25,8 +25,8 @@ def run(compose: Compose, tmp_path: Path) -> Path:
 
 def continued(compose: Compose, run: Path, *words: str) -> Config:
     """The config of `launch.py resume=RUN words...`."""
-    given = [f"resume={run}", *words]
-    return resume.continued(compose(*given), given)
+    composed = put(compose(*words), {"resume": str(run)})
+    return resume.continued(composed, [f"resume={run}", *words])
 
 
 def test_a_run_goes_on_with_its_own_config(compose: Compose, run: Path) -> None:

@@ -129,10 +129,10 @@ def log(run: Path, name: str, age_s: float = 0, text: str = "") -> Path:
 
 
 def test_the_log_of_a_rank_is_its_newest(tmp_path: Path) -> None:
-    newest = log(tmp_path, "9_0_log.out", age_s=1)
-    for name in ("10_0_log.out", "8_0_log.out"):
+    newest = log(tmp_path, "10_0_log.out", age_s=1)
+    for name in ("9_0_log.out", "8_0_log.out"):
         log(tmp_path, name, age_s=60)
-    for name in ("9_1_log.out", "9_10_log.out", "9_0_log.err"):
+    for name in ("10_1_log.out", "10_10_log.out", "10_0_log.err"):
         log(tmp_path, name)
     assert runs.logs(tmp_path, "train", 0) == newest
 
