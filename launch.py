@@ -40,7 +40,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
         resume.require_same(seen.existing, config)
     jobs = plan.plan(config, done=resume.completed(config))
     if config.dry_run:
-        print(preview.text(config, jobs))
+        print(preview.text(config, jobs), flush=True)
         return 0
     return submit.submit(config, jobs, command=sys.argv)
 
@@ -61,6 +61,9 @@ def main() -> int:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
         print(f"launch.py: {': '.join(causes)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `... dry_run=true | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("launch.py: stopped", file=sys.stderr)
         return 130

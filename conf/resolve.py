@@ -20,14 +20,12 @@ def resolve(composed: DictConfig) -> Config:
 
     Raises ConfigError naming every value still missing, every key the schema does not know, and every bad value.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(*(Problem(key, None, f"needs a value: add {key}=... to the command") for key in missing))
     try:
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            raise ConfigError(*(Problem(key, None, f"needs a value: add {key}=... to the command") for key in missing))
         plain = OmegaConf.to_container(composed, resolve=True)
-        unknown = sorted(_unknown(plain, Config))
-        if unknown:
-            raise ConfigError(*(Problem(key, None, "no such key") for key in unknown))
+        if misfits := _misfits(plain, Config):
+            raise ConfigError(*misfits)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
@@ -99,12 +97,15 @@ def _section(hint: Any) -> type | None:
     return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
 
 
-def _unknown(plain: Any, schema: type, prefix: str = "") -> list[str]:
+def _misfits(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
+    """Keys the schema does not know, and dictionaries where it has a list: OmegaConf names neither by its key."""
     found = []
     hints = get_type_hints(schema)
     for key, value in plain.items():
         if key not in hints:
-            found.append(prefix + key)
+            found.append(Problem(prefix + key, None, "no such key"))
+        elif isinstance(value, dict) and str(hints[key]).startswith("list"):
+            found.append(Problem(prefix + key, value, "is not a list"))
         elif (section := _section(hints[key])) and value is not None:
-            found += _unknown(value, section, f"{prefix}{key}.")
+            found += _misfits(value, section, f"{prefix}{key}.")
     return found

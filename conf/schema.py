@@ -6,14 +6,15 @@ values that nearly everybody wants stand here as defaults. No value stands in bo
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import Any
 
 from omegaconf import MISSING
 
 
-def at_least(minimum: float, default: Any = MISSING) -> Any:
-    """A field whose number must be at least `minimum`; `launcher.checks` and `jobs` read it from the metadata."""
-    return field(default=default, metadata={"minimum": minimum})
+def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) -> Any:
+    """A field whose number has bounds; `launcher.checks` reads them from the metadata."""
+    return field(default=default, metadata={"minimum": minimum, "maximum": at_most})
 
 
 class Init(Enum):
@@ -133,8 +134,8 @@ class Data:
     """Shape of a row; `auto` recognises it from the columns and says which it took."""
     validation_path: str | None = None
     """File of held-out rows; without it `validation_fraction` of the rows is held out."""
-    validation_fraction: float = at_least(0, 0.05)
-    """Share of rows (0 to 0.5) held out when there is no `validation_path`; chosen by `seed`, the same in every run."""
+    validation_fraction: float = at_least(0, 0.05, at_most=0.5)
+    """Share of rows held out when there is no `validation_path`; chosen by `seed`, the same in every run."""
     max_length: int = at_least(2, 2048)
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate
@@ -172,7 +173,7 @@ class Adapter:
     """Rank of the update B @ A."""
     alpha: float = at_least(0, 32.0)
     """The update is scaled by alpha / r."""
-    dropout: float = at_least(0, 0.0)
+    dropout: float = at_least(0, 0.0, at_most=0.99)
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an adapter; `all-linear` is every one but the output head."""
 
@@ -181,7 +182,7 @@ class Adapter:
 class Train:
     steps: int | None = at_least(1, None)
     """Optimizer steps; null is as many as `epochs` takes."""
-    epochs: float | None = at_least(0, None)
+    epochs: float | None = at_least(0.001, None)
     """Passes over the training rows, where `steps` is null."""
     global_batch: int = at_least(1, 64)
     """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
@@ -189,14 +190,14 @@ class Train:
     """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated."""
     learning_rate: float = at_least(0)
     """Peak, after warmup."""
-    min_lr_ratio: float = at_least(0, 0.1)
+    min_lr_ratio: float = at_least(0, 0.1, at_most=1)
     """The cosine ends at this share of the peak."""
     warmup_steps: int = at_least(0, 0)
     """Steps of linear warmup."""
     weight_decay: float = at_least(0, 0.0)
     """AdamW's, on matrices only."""
-    beta1: float = at_least(0, 0.9)
-    beta2: float = at_least(0, 0.95)
+    beta1: float = at_least(0, 0.9, at_most=0.99999)
+    beta2: float = at_least(0, 0.95, at_most=0.99999)
     eps: float = at_least(0, 1e-8)
     max_grad_norm: float = at_least(0, 1.0)
     """Gradients are clipped to this global norm; 0 turns clipping off."""
@@ -269,7 +270,7 @@ class Resources:
 class Network:
     interface: str = "auto"
     """Network interface of sockets. `auto` is, found on each node, the one that routes to MASTER_ADDR."""
-    master_port: int | None = at_least(1024, None)
+    master_port: int | None = at_least(1024, None, at_most=65535)
     """Null derives a free port below the ephemeral range from the job id, and reserves it for the job's life."""
     nccl_timeout_s: int = at_least(1, 1800)
     """MUSTER_NCCL_TIMEOUT: the one timeout of start-up, loading and saving, in seconds, passed on to every library."""

@@ -45,11 +45,8 @@ def why(options: argparse.Namespace) -> int:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """Cancel every job of the run that waits or runs on Slurm."""
-    live = [job.job_id for job in runs.job_states(options.run) if job.state in slurm.LIVE and job.state != "ENDED"]
-    if live:
-        slurm.cancel(live)
-    print(f"cancelled {len(live)} jobs")
+    """End every job of the run that waits or runs."""
+    print(f"cancelled {len(runs.cancel(options.run))} jobs")
     return 0
 
 

@@ -120,17 +120,20 @@ def _judge(records: list[dict[str, Any]], code: int, world_size: int) -> dict[st
     return {"status": FAILED, "reason": reason, "host": socket.gethostname(), "rank": None, "error": ""}
 
 
-def _last_step(folder: Path) -> int | None:
-    """The step of the newest line of RUN/metrics.jsonl; a line that is being written is passed over."""
-    metrics = folder.parent.parent / "metrics.jsonl"
-    if folder.name != "train" or not metrics.exists():
-        return None
-    for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; one that is being written is passed over."""
+    found, path = [], run / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
+            found.append(json.loads(line))
+        except ValueError:
             continue
-    return None
+    return found
+
+
+def _last_step(folder: Path) -> int | None:
+    lines = metrics(folder.parent.parent) if folder.name == "train" else []
+    return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
 
 
 def _first_port() -> int:
@@ -174,14 +177,18 @@ def main(words: list[str] | None = None) -> int:
         return _refuse(options.folder, options.port, error)
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if held:
-        sys.stdout.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the batch script has read all there is
         _hold(held)
     return 0
 
 
 def _refuse(folder: Path, port: int | None, error: Exception) -> int:
     """The job cannot start: say so in a verdict, as for any other failure."""
-    number = max(int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
+    numbers = [int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir()]
+    if not numbers:
+        print(f"muster: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
+        return 2
+    number = max(numbers)
     taken = f"cluster.network.master_port={port}: " if port else ""
     remedy = "; leave it null, so that a free one is found" if port else ""
     record(

@@ -1,5 +1,6 @@
 """The rules that a whole config must keep; pure. Every rule yields problems, and all of them are reported at once."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -15,33 +16,41 @@ COLUMNS = {
     Format.messages: [{"messages"}],
     Format.text: [{"text"}],
 }
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY)$", re.IGNORECASE)
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
     """Everything wrong with the config on this site; empty when the run can be submitted."""
-    if not_ready := list(_minimums(config)):
-        return not_ready  # the other rules divide by these numbers
-    rules = (_names, _steps, _batch, _layout, _devices, _model, _data, _site, _secrets, _run_folder)
-    return [problem for rule in rules for problem in rule(config, facts)]
+    found = list(_values(config))
+    sizes = () if found else (_batch, _layout, _devices)  # they divide by numbers that may be 0
+    rules = (_names, _steps, *sizes, _model, _data, _site, _secrets, _run_folder)
+    return found + [problem for rule in rules for problem in rule(config, facts)]
 
 
-def _minimums(section: Any, prefix: str = "") -> Iterator[Problem]:
+def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """Each value by itself: numbers within their bounds, no text empty."""
     for item in fields(section):
-        value, minimum = getattr(section, item.name), item.metadata.get("minimum")
+        key, value = prefix + item.name, getattr(section, item.name)
         if is_dataclass(value):
-            yield from _minimums(value, f"{prefix}{item.name}.")
-        elif minimum is not None and value is not None and value < minimum:
-            yield Problem(prefix + item.name, value, f"must be at least {minimum:g}")
+            yield from _values(value, f"{key}.")
+        elif value == "":
+            yield Problem(key, "''", "is empty; null leaves an optional value out")
+        elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
+            bound = f"at least {item.metadata['minimum']:g}"
+            if item.metadata["maximum"] < math.inf:
+                bound += f" and at most {item.metadata['maximum']:g}"
+            yield Problem(key, value, f"must be {bound}")
 
 
 def _names(config: Config, _: Facts) -> Iterator[Problem]:
-    if not re.fullmatch(r"[\w.+-]+", config.name):
+    if not re.fullmatch(r"[\w.+-]*", config.name):
         yield Problem(
             "name", config.name, "may have letters, digits, '.', '_', '+' and '-' only: it names jobs and folders"
         )
-    if not config.run_dir.isprintable():
-        yield Problem("run_dir", repr(config.run_dir), "may not have line breaks or other control characters")
+    if not config.run_dir.isprintable() or "%" in config.run_dir:
+        yield Problem(
+            "run_dir", repr(config.run_dir), "may not have control characters, nor %, which Slurm would expand"
+        )
     for job in config.jobs:
         if job not in AFTER:
             yield Problem("jobs", job, f"no such job; there are {', '.join(AFTER)}")
@@ -140,8 +149,6 @@ def _model(config: Config, _: Facts) -> Iterator[Problem]:
 def _data(config: Config, facts: Facts) -> Iterator[Problem]:
     for key, value in facts.files_missing:
         yield Problem(key, value, "no such file or folder, here or in Muster's own folder")
-    if config.data.validation_fraction > 0.5:
-        yield Problem("data.validation_fraction", config.data.validation_fraction, "must be at most 0.5")
     if facts.row_error:
         yield Problem("data.path", config.data.path, facts.row_error)
     if facts.columns is not None:
@@ -174,12 +181,12 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "cluster.container_image", config.cluster.container_image, "goes with cluster.container=apptainer or pyxis"
         )
-    if config.cluster.network.master_port is not None and config.cluster.network.master_port > 65535:
-        yield Problem("cluster.network.master_port", config.cluster.network.master_port, "must be at most 65535")
 
 
 def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
     for key, value in config.cluster.environment.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", key):
+            yield Problem(f"cluster.environment.{key}", None, "is no name of a variable: letters, digits and _ only")
         if SECRET.search(key) and value:
             yield Problem(
                 f"cluster.environment.{key}",

@@ -66,7 +66,10 @@ def observe(config: Config) -> Facts:
     """Look at everything the checks ask about. `localise` must have run."""
     facts = Facts(gpus=local_gpus(), files_missing=tuple(_missing_files(config)))
     columns, row_error = _first_row(Path(config.data.path))
-    existing, run_dir_error = _run_dir(Path(config.run_dir))
+    try:
+        existing, run_dir_error = _run_dir(Path(config.run_dir))
+    except OSError as error:
+        existing, run_dir_error = None, f"cannot be used: {error.strerror}"
     return replace(
         facts,
         columns=columns,

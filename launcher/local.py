@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from submitit import LocalExecutor
 
+from conf.errors import Problem, SiteError
 from conf.schema import Config
 from launcher import attempt, environment, render, report, worker
 from launcher.plan import Job
@@ -39,7 +40,12 @@ def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, s
     print(f"\n==== {job.name}", flush=True)
     own_code = {"PYTHONPATH": environment.python_path(config, os.environ)}
     with environment.applied(environment.job_variables(config, job) | own_code):
-        opened, held = attempt.begin(folder, (config.cluster.network.master_port or 0) if job.distributed else None)
+        port = config.cluster.network.master_port
+        try:
+            opened, held = attempt.begin(folder, (port or 0) if job.distributed else None)
+        except OSError as error:
+            remedy = f"{error.strerror}: leave it null, so that a free one is found"
+            raise SiteError(Problem("cluster.network.master_port", port, remedy)) from error
         executor = LocalExecutor(folder, python=render.python_command(config))
         executor.update_parameters(
             tasks_per_node=part.ranks_per_node,

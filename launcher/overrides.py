@@ -69,7 +69,9 @@ def _problem(
     key = override.key_or_group.split("@")[0].lstrip("/")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.is_sweep_override():
         return None
-    if key in options and not (override.value() is None and key == "experiment"):
+    if key == "experiment" and override.value() is None:
+        return None
+    if key in options:
         return _option(key, str(override.value()), options[key])
     if key in known:
         return _value(key, override, known, schema)

@@ -28,7 +28,7 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
     """What SlurmExecutor.update_parameters is given; `dependency` are the ids of the jobs that must end well before."""
     part = job.resources
     gpus = f"{part.gpu_type}:{part.gpus_per_node}" if part.gpu_type else part.gpus_per_node
-    named = {
+    named: dict[str, Any] = {
         "job_name": f"{config.name}/{job.name}",
         "nodes": part.nodes,
         "ntasks_per_node": part.ranks_per_node,
@@ -44,14 +44,19 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
         "exclusive": part.exclusive or None,
         "dependency": "afterok:" + ":".join(dependency) if dependency else None,
     }
-    extra = {
+    extra: dict[str, Any] = {
         "chdir": str(Path(config.run_dir) / "code"),
         "kill-on-invalid-dep": "yes",  # else a failed parent leaves its dependants pending for ever
         "requeue": True,
-    } | part.sbatch
-    left_out = {key.replace("-", "_") for key, value in part.sbatch.items() if value is None}
+    }
+    for (
+        key,
+        value,
+    ) in part.sbatch.items():  # submitit spells its own with _, and of two spellings the last line would win
+        where, name = (named, key.replace("-", "_")) if key.replace("-", "_") in named else (extra, key)
+        where[name] = value
     return {
-        **{key: value for key, value in named.items() if value is not None and key not in left_out},
+        **{key: value for key, value in named.items() if value is not None},
         "wckey": None,  # submitit's default is refused on clusters that track workload keys
         "signal_delay_s": config.cluster.signal_s,
         "stderr_to_stdout": True,

@@ -1,11 +1,11 @@
 """Prints tables about a run for people to read: the states of its jobs, and what came of it at the end."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
+from launcher.attempt import metrics
 from launcher.runs import JobState
 
 
@@ -51,9 +51,9 @@ def show(run: Path) -> None:
 def rows(run: Path) -> list[tuple[str, str]]:
     """The lines of the final table; a job that did not run has none."""
     found: list[tuple[str, str]] = []
-    metrics = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    steps = [item for item in metrics if "loss" in item]
-    held_out = [item["eval_loss"] for item in metrics if "eval_loss" in item]
+    lines = metrics(run)
+    steps = [item for item in lines if "loss" in item]
+    held_out = [item["eval_loss"] for item in lines if "eval_loss" in item]
     if steps:
         rates = sorted(item["tokens_per_s"] for item in steps)
         found += [
@@ -83,10 +83,6 @@ def _console() -> Any:
 
     console = Console()
     return console if console.is_terminal else Console(width=240)
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _size(folder: Path) -> int:

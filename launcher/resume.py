@@ -41,7 +41,9 @@ def continued(composed: Config, words: list[str]) -> Config:
     if not (folder / "config.yaml").exists():
         raise RunError(Problem("resume", composed.resume, "is no run folder: it has no config.yaml"))
     config = resolve.load(folder / "config.yaml")
-    given = [word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith("-")]
+    given = [
+        word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))
+    ]
     fixed = [key for key in given if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
         raise RunError(
@@ -65,7 +67,8 @@ def require_same(stored: Config, asked: Config) -> None:
     if asked.resume:
         return
     before, now = _flat(stored), _flat(asked)
-    differing = sorted(key for key in before | now if before.get(key) != now.get(key))
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    differing.sort(key=lambda key: (key.count("."), key))  # the name of a model before the numbers of its shape
     if differing:
         shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -91,11 +94,13 @@ def completed(config: Config) -> set[str]:
     }
 
 
-def _copy(source: Config, target: Config, key: str) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        source, target = getattr(source, section), getattr(target, section)
-    setattr(target, name, getattr(source, name))
+def _copy(source: Any, target: Any, key: str) -> None:
+    """Set a dotted key of `target` to what it is in `source`; inside a free-form dictionary the whole of it is copied."""
+    name, _, rest = key.partition(".")
+    if rest and is_dataclass(getattr(source, name)):
+        _copy(getattr(source, name), getattr(target, name), rest)
+    else:
+        setattr(target, name, getattr(source, name))
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

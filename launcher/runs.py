@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def active(run: Path) -> str | None:
         return None
     names = [f"{job.name} {job.job_id} is {job.state}" for job in job_states(run) if job.state in slurm.LIVE]
     return ", ".join(names) or None
+
+
+def cancel(run: Path) -> list[str]:
+    """End the jobs of a run that wait or run, wherever they are; their names."""
+    live = [job for job in job_states(run) if job.state in slurm.LIVE]
+    on_slurm = [job.job_id for job in live if record.newest_jobs(run)[job.name][1] == "slurm"]
+    if on_slurm:
+        slurm.cancel(on_slurm)
+    for job in live:
+        if job.job_id not in on_slurm:
+            os.kill(int(job.job_id), signal.SIGINT)  # submitit's local controller then ends its ranks
+    return [job.name for job in live]
 
 
 def logs(run: Path, job: str, rank: int) -> Path:

@@ -86,14 +86,24 @@ def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
             record.add_job(Path(config.run_dir), job.name, ids[job.name])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except (FailedJobError, FailedSubmissionError) as error:
-        if ids:
-            slurm.cancel(ids.values())
+        undone = _undo(ids)
         said = next((line.strip() for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
         raise SiteError(
             Problem(
                 "cluster",
                 config.cluster.name,
-                f"Slurm refused {job.name}: {said}" + (f"; cancelled {', '.join(ids)}" if ids else ""),
+                f"Slurm refused {job.name}: {said}{undone}",
             )
         ) from None
     print(f"\nwatch with   make status RUN={config.run_dir}   make logs RUN={config.run_dir}")
+
+
+def _undo(ids: dict[str, str]) -> str:
+    """Cancel the jobs submitted before one was refused; says what became of them."""
+    if not ids:
+        return ""
+    try:
+        slurm.cancel(ids.values())
+    except slurm.SlurmError as error:
+        return f"; cancel these by hand: {' '.join(ids.values())} ({error})"
+    return f"; cancelled {', '.join(ids)}"

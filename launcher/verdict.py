@@ -1,7 +1,8 @@
 """Tells kinds of failure apart by an exception's type and message; pure, and without torch."""
 
 NCCL = ("DistBackendError", "NCCL", "ProcessGroupNCCL")
-DEVICE = ("uncorrectable ECC", "device-side assert", "Xid", "CUDA error: an illegal", "unspecified launch failure")
+HARDWARE = ("uncorrectable ECC", "Xid", "unspecified launch failure", "fallen off the bus")
+"""What only a broken GPU says; a device-side assert or an illegal access is a program's."""
 
 
 def classify(error: BaseException) -> str:
@@ -9,7 +10,7 @@ def classify(error: BaseException) -> str:
     name, text = type(error).__name__, str(error)
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "out of memory" in text.lower():
         return "out_of_memory"
-    if "uncorrectable ECC" in text or "Xid" in text:
+    if any(word in text for word in HARDWARE):
         return "bad_node"
     if name in NCCL or any(word in text for word in NCCL):
         return "nccl"

@@ -40,11 +40,16 @@ SHOWN = (
 
 def run(job: str, config_path: str) -> None:
     """Run one rank of `job`. Leaves with exit code 2, without a traceback, for what the user can mend."""
-    config = resolve.load(Path(config_path))
+    try:
+        config = resolve.load(Path(config_path))
+    except UserError as error:  # the run folder is not known, so there is no place for a verdict
+        print(f"muster: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     where = environment.ranks(os.environ)
     number = int(os.environ.get("MUSTER_ATTEMPT", "1"))
     folder = Path(config.run_dir) / "jobs" / job
-    values = where.variables() | environment.cache_variables(config, os.getuid())
+    caches = environment.cache_variables(config, os.getuid())
+    values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
     reason = "not needed"
     if where.world_size > 1:
         found = network.interface_to(os.environ["MASTER_ADDR"])

@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many tests ran against a real Slurm; where they did not, the reason stands above in the list of skips."""
     ran, skipped = (
-        sum("slurm" in report.keywords for kind in kinds for report in terminalreporter.stats.get(kind, []))
+        sum(
+            report.nodeid.startswith("tests/slurm") for kind in kinds for report in terminalreporter.stats.get(kind, [])
+        )
         for kinds in (("passed", "failed"), ("skipped",))
     )
     if ran or skipped:

@@ -252,7 +252,6 @@ def test_begin_with_a_port_that_is_taken_says_so_in_a_verdict(tmp_path: Path, su
         assert "Traceback" not in text
 
 
-@pytest.mark.xfail(strict=True, reason="_refuse() writes its verdict into the folder that could not be made")
 def test_begin_in_a_folder_that_cannot_be_made_has_no_traceback(surroundings: dict[str, str]) -> None:
     done = module("launcher.attempt", "begin", "/dev/null/train", "--port", 0, env=surroundings)
     assert done.returncode == 2

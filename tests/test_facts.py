@@ -169,7 +169,6 @@ def test_a_run_folder_without_permission_is_seen(compose: Compose, here: Path) -
     assert "not a folder you can write to" in str(seen.run_dir_error)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="a name that is too long raises where the folder is looked at")
 def test_a_run_folder_whose_name_is_too_long_is_seen(compose: Compose, here: Path) -> None:
     assert facts.observe(put(compose(), {"run_dir": str(here / ("a" * 300))})).run_dir_error
 

@@ -134,9 +134,6 @@ def test_an_option_is_given_to_sbatch_once(sample: Config, values: dict[str, obj
     "option",
     ["cpus-per-task", "gpus-per-node", "ntasks-per-node", "job-name"],
 )
-@pytest.mark.xfail(
-    strict=True, reason="submitit's own line, spelled with _, comes after the user's, and the last one wins"
-)
 def test_an_option_of_two_words_can_be_given_anew(sample: Config, option: str) -> None:
     found = directives(put(sample, {"cluster.train.sbatch": {option: "7"}}), "train")
     assert [line for line in found if line.startswith(option)] == [f"{option}=7"]

@@ -11,14 +11,14 @@ import pytest
 
 from conf.errors import RunError
 from conf.files import write_json
-from launcher import attempt, runs
+from launcher import attempt, record, runs
 
 from .conftest import Programs, module
 
 
 def launched(run: Path, cluster: str, **jobs: str) -> None:
     """Add a launch to RUN/run.json."""
-    launches = runs.opened(run)["launches"] if (run / "run.json").exists() else []
+    launches = record.read(run) if (run / "run.json").exists() else []
     write_json(run / "run.json", {"launches": [*launches, {"cluster": cluster, "jobs": jobs}]})
 
 
@@ -199,9 +199,6 @@ def test_cancel_ends_what_waits_or_runs(run: Path, programs: Programs, surroundi
     assert (folder / "scancel.calls").read_text() == "102 103\n"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a local job's id is a process, and scancel would end the Slurm job of that number"
-)
 def test_cancel_never_gives_a_local_process_to_scancel(
     local_run: Path, programs: Programs, surroundings: dict[str, str]
 ) -> None:

@@ -133,14 +133,12 @@ def test_a_process_started_alone_is_rank_0_of_1(rank: Rank, tmp_path: Path) -> N
     assert read_json(tmp_path / "jobs/train/attempt-1/rank-0.json")["status"] == "completed"
 
 
-@pytest.mark.xfail(strict=True, reason="the worker sets compiler caches over what cluster.environment has exported")
 @pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
 def test_what_the_user_sets_wins_over_what_the_worker_finds(rank: Rank, name: str) -> None:
     values = {"cluster.environment": {name: "/mine"}}
     assert seen(rank("pass", values, **TASK, **{name: "/mine"}))[name] == "/mine"
 
 
-@pytest.mark.xfail(strict=True, reason="the config is loaded before the try block")
 def test_a_config_that_is_not_there_has_no_traceback(surroundings: dict[str, str]) -> None:
     command = [sys.executable, "-m", "launcher.worker", "train", "/nowhere/config.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=30)
