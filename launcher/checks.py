@@ -34,7 +34,7 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
         if is_dataclass(value):
             yield from _values(value, f"{key}.")
         elif value == "":
-            yield Problem(key, "''", "is empty; null leaves an optional value out")
+            yield Problem(key, value, "is empty; null leaves an optional value out")
         elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
             bound = f"at least {item.metadata['minimum']:g}"
             if item.metadata["maximum"] < math.inf:
