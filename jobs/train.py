@@ -21,7 +21,7 @@ from jobs.metrics import Metrics
 
 def run(config: Config) -> None:
     """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when a signal asked for it."""
-    with process_group(config) as world, signals.watched() as stop:
+    with signals.watched() as stop, process_group(config) as world:
         folder = Path(config.run_dir) / "data"
         rows, validation = data.read(folder, "train"), data.read(folder, "validation")
         steps = config.train.steps or max(
