@@ -75,7 +75,7 @@ def _gpus(count: int) -> dict[str, Any]:
 
 def _follow(job: Any, folder: Path, show: IO[str]) -> None:
     """Copy rank 0's log to `show` until the job has ended; end the job once a rank has failed and the others go on."""
-    log, position, failed_at = Path(job.paths.stdout), 0, None
+    log, position, begun, failed_at = Path(job.paths.stdout), 0, "", None
     while True:
         ended = job.done()
         if log.exists():
@@ -83,7 +83,8 @@ def _follow(job: Any, folder: Path, show: IO[str]) -> None:
                 file.seek(position)
                 text = file.read()
                 position = file.tell()
-            for line in text.splitlines():
+            *lines, begun = (begun + text).split("\n")
+            for line in lines + [begun] * ended:
                 if not line.startswith(("submitit ", "muster: environment")):
                     print(line, file=show, flush=True)
         if ended:

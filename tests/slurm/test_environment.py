@@ -76,6 +76,10 @@ def test_export_none_does_not_empty_the_ranks(slurm, tmp_path):
     assert len(runs.environments(run, "preflight")) == 4
 
 
+def test_a_run_folder_may_have_any_printable_name(slurm, tmp_path):
+    runs.complete(tmp_path / 'it\'s a $HOME of "runs"', "pipeline=preflight")
+
+
 def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
     listen = "import socket, time; held = socket.create_server(('', 21999)); print('up', flush=True); time.sleep(60)"
     with subprocess.Popen(
