@@ -8,6 +8,7 @@ from typing import Any
 
 from conf.errors import Problem
 from conf.schema import AdapterKind, Backend, Config, Container, Executor, Format, Init, Submit
+from launcher.environment import is_secret
 from launcher.facts import Facts
 from launcher.plan import AFTER, resources
 
@@ -16,7 +17,6 @@ COLUMNS = {
     Format.messages: [{"messages"}],
     Format.text: [{"text"}],
 }
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY)$", re.IGNORECASE)
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -187,7 +187,7 @@ def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
     for key, value in config.cluster.environment.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", key):
             yield Problem(f"cluster.environment.{key}", None, "is no name of a variable: letters, digits and _ only")
-        if SECRET.search(key) and value:
+        if is_secret(key) and value:
             yield Problem(
                 f"cluster.environment.{key}",
                 "(hidden)",

@@ -61,7 +61,7 @@ def run(job: str, config_path: str) -> None:
     shown = {
         key: value
         for key, value in sorted(os.environ.items())
-        if key.startswith(SHOWN) and key not in config.cluster.secrets
+        if key.startswith(SHOWN) and key not in config.cluster.secrets and not environment.is_secret(key)
     }
     print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
     started = time.time()
