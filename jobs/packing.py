@@ -100,7 +100,8 @@ def spread(costs: NDArray[np.float64], assignment: NDArray[np.int64]) -> NDArray
     `costs` of shape (rows,), `assignment` as `balance` returns it; float64 of shape (steps, per_rank), 0.02 is 2 %.
     """
     found = np.asarray(costs, dtype=np.float64)[assignment]
-    return (found.max(axis=1) - found.min(axis=1)) / found.mean(axis=1)
+    apart: NDArray[np.float64] = (found.max(axis=1) - found.min(axis=1)) / found.mean(axis=1)
+    return apart
 
 
 def _refuse_misfits(lengths: NDArray[np.int64], capacity: int) -> None:

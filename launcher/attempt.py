@@ -7,6 +7,7 @@ library only: in a container job this runs outside, with whatever python3 the no
 import argparse
 import json
 import os
+import select
 import socket
 import sys
 import time
@@ -152,10 +153,10 @@ def _head() -> str:
 
 
 def _hold(held: socket.socket) -> None:
-    """Keep the port until the batch script is gone, however it ends."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
+    """Keep the port until the batch script is gone, however it ends: until nobody can read this process's pipe any more."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)  # errors and hang-ups only
+    watch.poll()
     held.close()
 
 
@@ -177,7 +178,6 @@ def main(words: list[str] | None = None) -> int:
         return _refuse(options.folder, options.port, error)
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if held:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the batch script has read all there is
         _hold(held)
     return 0
 
