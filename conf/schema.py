@@ -140,6 +140,9 @@ class Data:
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate
     """What happens to a row longer than `max_length`; every case is counted in the report."""
+    packing: bool = False
+    """Put several samples into one row of `max_length` tokens, each attending only to itself; a row is then full, and
+    `train.global_batch` counts rows. Off until attention over packed rows has a kernel of its own."""
     max_rows: int | None = at_least(1, None)
     """Use only the first rows: a quick look before the whole set."""
     seed: int = at_least(0, 0)

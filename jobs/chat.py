@@ -57,7 +57,6 @@ def ends_well(ids: list[int], trained: list[int], tokenizer: PreTrainedTokenizer
     return bool(learnt) and learnt[-1] in {tokenizer.convert_tokens_to_ids(end) for end in ends(tokenizer)}
 
 
-@lru_cache
 def _encode_text(
     parts: tuple[tuple[str, bool], ...], tokenizer: PreTrainedTokenizerBase, mask: str
 ) -> tuple[list[int], list[int]]:
@@ -86,6 +85,7 @@ def _learnt(
     assistant = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
     wanted = {"assistant": assistant, "last": assistant[-1:], "all": []}[mask]
     yes = [i for i, turn in enumerate(sample.turns) if turn.train or (turn.train is None and i in wanted)]
+    yes = [] if mask == "all" else yes
     no = [i for i, turn in enumerate(sample.turns) if turn.train is False] if mask == "all" else []
     text, marks = _render_marked(sample, tokenizer, source)
     if MARK.search(source) and mask == "assistant" and yes == assistant:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from conf.errors import DataError, Problem
 from conf.files import read_json
+from jobs.packing import Packs, pack
 
 IGNORED = -100
 """Label of a token that is not trained; cross_entropy's own."""
@@ -17,34 +18,50 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """One split, mapped from disk: row i is tokens[offsets[i]:offsets[i + 1]]; `counts` are its trained tokens."""
+    """One split, mapped from disk: sample i is tokens[offsets[i]:offsets[i + 1]], and a row holds the samples of one pack.
+
+    `lengths` and `counts` are the tokens and the trained tokens of each row, int64 of shape (rows,).
+    """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+    packs: Packs
+    lengths: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.offsets[rows + 1] - self.offsets[rows]
+        return len(self.packs)
 
 
-def read(folder: Path, split: str) -> Rows:
-    """Open a split of RUN/data. Raises DataError where preprocess has not completed."""
+def read(folder: Path, split: str, pack_into: int | None = None) -> Rows:
+    """Open a split of RUN/data: a sample a row, or packed into rows of at most `pack_into` tokens.
+
+    Raises DataError where preprocess has not completed.
+    """
     if read_json(folder / "data.json") is None:
         raise DataError(
             Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)")
         )
-    tokens, trained, offsets = (
-        np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets")
+    arrays = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets"))
+    return arrange(*arrays, pack_into)
+
+
+def arrange(
+    tokens: NDArray[np.int32], trained: NDArray[np.uint8], offsets: NDArray[np.int64], pack_into: int | None = None
+) -> Rows:
+    """Rows over these samples; what is packed together depends on their lengths alone."""
+    offsets = np.asarray(offsets, dtype=np.int64)
+    lengths, alone = np.diff(offsets), np.arange(len(offsets))
+    packs = Packs(alone[:-1], alone) if pack_into is None else pack(lengths, pack_into)
+    counts = _trained_labels(trained, offsets)
+    return Rows(
+        tokens, trained, offsets, packs, packs.sums(lengths).astype(np.int64), packs.sums(counts).astype(np.int64)
     )
-    return Rows(tokens, trained, np.asarray(offsets), _trained_labels(trained, np.asarray(offsets)))
 
 
 def _trained_labels(trained: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Trained tokens of each row, but for its first: nothing predicts that one."""
+    """Trained tokens of each sample, but for its first: nothing predicts that one."""
     sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
     return sums[offsets[1:]] - sums[offsets[:-1]] - trained[offsets[:-1]]
 
@@ -52,17 +69,28 @@ def _trained_labels(trained: NDArray[np.uint8], offsets: NDArray[np.int64]) -> N
 def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest, rounded up: `input_ids` and `labels`, int64 of shape (rows, length).
 
-    Under causal attention padding on the right reaches no real token, so no mask is needed.
+    Under causal attention padding on the right reaches no real token, so no mask is needed. Where a row holds several
+    samples there are also `position_ids`, which begin again at each: transformers keeps attention inside them.
     """
-    length = max(1, -(-int(rows.lengths(chosen).max(initial=1)) // multiple)) * multiple
+    length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
     ids = np.full((len(chosen), length), pad, dtype=np.int64)
     labels = np.full((len(chosen), length), IGNORED, dtype=np.int64)
+    positions = np.tile(np.arange(length), (len(chosen), 1))
+    packed = False
     for line, row in enumerate(chosen):
-        tokens = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]]
-        ids[line, : len(tokens)] = tokens
-        labels[line, : len(tokens)] = np.where(rows.trained[rows.offsets[row] : rows.offsets[row + 1]], tokens, IGNORED)
-    labels[:, 0] = IGNORED
-    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        at, samples = 0, rows.packs.row(row)
+        packed |= len(samples) > 1
+        for sample in samples:
+            span = slice(rows.offsets[sample], rows.offsets[sample + 1])
+            end = at + span.stop - span.start
+            ids[line, at:end] = rows.tokens[span]
+            labels[line, at:end] = np.where(rows.trained[span], rows.tokens[span], IGNORED)
+            labels[line, at] = IGNORED
+            positions[line, at:] = np.arange(length - at)
+            at = end
+        positions[line, at:] = np.arange(length - at)  # padding is a sample of its own
+    made = {"input_ids": ids, "labels": labels} | ({"position_ids": positions} if packed else {})
+    return {name: torch.from_numpy(value) for name, value in made.items()}
 
 
 def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.int64]:
@@ -76,7 +104,7 @@ def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.i
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         inside = positions // len(rows) == epoch
         chosen[inside] = order[positions[inside] % len(rows)]
-    return chosen[np.argsort(rows.lengths(chosen), kind="stable")]
+    return chosen[np.argsort(rows.lengths[chosen], kind="stable")]
 
 
 def micro_batches(

@@ -132,7 +132,7 @@ def _chat(row: Row, turns: list[Turn]) -> Sample:
 
 
 def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
-    """Only the completion is learnt. Two strings are plain text, joined as they are; a list of turns on either side makes a chat."""
+    """Only the completion is learnt. Two strings are plain text, joined as they are; turns on either side make a chat."""
     prompt, completion = (row[_need(row, (name,), "prompt_completion")] for name in ("prompt", "completion"))
     if isinstance(completion, str) and not completion.strip():
         raise ValueError("completion is empty: there is nothing to learn; drop the row")

@@ -10,7 +10,8 @@ from jobs import data
 
 def summed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's."""
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
     return F.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum"
     )
@@ -31,7 +32,7 @@ def held_out(
     Every rank runs the same number of batches, as sharded models need; one that has no row left runs an empty one.
     """
     model.eval()
-    order = np.argsort(rows.lengths(np.arange(len(rows))), kind="stable")
+    order = np.argsort(rows.lengths, kind="stable")
     found = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(order), micro_batch * world_size):
         first = start + rank * micro_batch

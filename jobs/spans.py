@@ -43,6 +43,8 @@ def mark(bounds: list[Span], spans: list[Span], trained: list[int], *, value: in
     """Set the tokens that hold any character of the spans."""
     starts, ends = [start for start, _ in bounds], [end for _, end in bounds]
     for start, end in spans:
+        if start == end:
+            continue
         first, last = bisect_right(ends, start), bisect_left(starts, end)
         trained[first:last] = [value] * (last - first)
     return trained

@@ -34,6 +34,7 @@ def template_text(template: str | None, tokenizer: PreTrainedTokenizerBase, tool
     return tokenizer.get_chat_template(None, tools)
 
 
+@lru_cache
 def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     absent = [
         token for token in NAMED[name] if tokenizer.encode(token, add_special_tokens=False) != [_id(token, tokenizer)]

@@ -23,7 +23,8 @@ def run(config: Config) -> None:
     """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when a signal asked for it."""
     with signals.watched() as stop, process_group(config) as world:
         folder = Path(config.run_dir) / "data"
-        rows, validation = data.read(folder, "train"), data.read(folder, "validation")
+        rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
+        validation = data.read(folder, "validation")
         steps = config.train.steps or max(
             1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch)
         )
@@ -83,7 +84,7 @@ def _step(
     norm = backend.step(engine, rate)
     agreed = total(torch.stack([summed, torch.tensor(float(stop), dtype=torch.float64, device=world.device)])).tolist()
     seconds = time.perf_counter() - began
-    mean, speed = agreed[0] / tokens, int(rows.lengths(chosen).sum()) / seconds
+    mean, speed = agreed[0] / tokens, int(rows.lengths[chosen].sum()) / seconds
     metrics.write(
         step + 1,
         loss=mean,

@@ -12,7 +12,7 @@ from jobs import data, model
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
-    rows = data.read(run / "data", "train")
+    rows = data.read(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = model.build(config).train()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
@@ -26,7 +26,7 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     found = []
     for step in range(steps):
         batch = data.batch(rows, data.at_step(rows, step, config.train.global_batch, config.data.seed), pad=0)
-        logits = network(input_ids=batch["input_ids"]).logits
+        logits = network(**{name: value for name, value in batch.items() if name != "labels"}).logits
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED
         )

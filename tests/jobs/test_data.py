@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conf.errors import DataError
-from jobs import data
+from jobs import data, loss, model
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def rows():
     tokens = np.repeat(np.arange(10, dtype=np.int32), lengths)
     trained = np.ones(len(tokens), dtype=np.uint8)
     trained[offsets[:-1]] = 0
-    return data.Rows(tokens, trained, offsets, lengths - 1)
+    return data.arrange(tokens, trained, offsets)
 
 
 @pytest.mark.parametrize("global_batch", [1, 3, 4, 10, 17])
@@ -46,6 +46,44 @@ def test_a_batch_is_padded_on_the_right_and_masked(rows):
     assert made["input_ids"].tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
     assert made["labels"].tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
     assert made["input_ids"].dtype is torch.int64
+
+
+def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(rows):
+    packed = data.arrange(rows.tokens, rows.trained, rows.offsets, pack_into=10)
+    (row,) = (number for number in range(len(packed)) if set(packed.packs.row(number)) == {0, 8})  # of 1 and 9 tokens
+    made = data.batch(packed, np.array([row]), pad=99, multiple=4)
+    assert made["input_ids"].tolist() == [[8] * 9 + [0] + [99, 99]]
+    assert made["position_ids"].tolist() == [[*range(9), 0, 0, 1]]
+    assert made["labels"].tolist() == [[-100] + [8] * 8 + [-100] * 3]
+    assert packed.counts.sum() == rows.counts.sum()
+    assert packed.lengths.max() == 10
+
+
+def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
+    """The mean over samples in any arrangement; float32, so what differs is the order of sums."""
+    config = compose("data.max_length=64")
+    chance = np.random.default_rng(0)
+    lengths = chance.integers(3, 40, size=24)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens, trained = (
+        chance.integers(3, 1000, size=offsets[-1]).astype(np.int32),
+        chance.integers(0, 2, size=offsets[-1]),
+    )
+    network = model.build(config)
+    sums = []
+    for pack_into in (None, 64):
+        arranged = data.arrange(tokens, trained.astype(np.uint8), offsets, pack_into)
+        gradient = torch.zeros(())
+        total = 0.0
+        network.zero_grad()
+        for row in range(len(arranged)):
+            value = loss.summed(network, data.batch(arranged, np.array([row]), pad=0))
+            value.backward()
+            total += value.item()
+        gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+        sums.append((total, gradient.item(), len(arranged)))
+    assert sums[1][2] < sums[0][2]
+    assert sums[1][:2] == pytest.approx(sums[0][:2], rel=1e-5)
 
 
 def test_counts_leave_out_a_trained_first_token():

@@ -57,6 +57,14 @@ def test_layout_equals_the_reference(layout, curve, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "zero3"])
+def test_packed_rows_equal_the_reference(layout, tmp_path):
+    words = ["data.packing=true", "data.max_length=128"]
+    ranks.run(f"run_dir={tmp_path}/run", *COMMON, *words, f"parallel={layout}")
+    check(tmp_path / "run", _reference(tmp_path / "reference", *words))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "zero2", "zero3"])
 def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path):
     run = tmp_path / "run"
