@@ -32,8 +32,18 @@ class Attention(Enum):
 class Format(Enum):
     auto = "auto"
     alpaca = "alpaca"
+    sharegpt = "sharegpt"
     messages = "messages"
+    prompt_completion = "prompt_completion"
+    segments = "segments"
     text = "text"
+    tokenised = "tokenised"
+
+
+class Mask(Enum):
+    assistant = "assistant"
+    last = "last"
+    all = "all"
 
 
 class Overlong(Enum):
@@ -129,9 +139,18 @@ class Model:
 class Data:
     name: str = MISSING
     path: str = MISSING
-    """JSON or JSONL file, or Hub id, of the training rows."""
+    """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or a glob of
+    such files, or a Hub id, `owner/name` or `owner/name:train[:100]`."""
     format: Format = Format.auto
     """Shape of a row; `auto` recognises it from the columns and says which it took."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """For columns of other names: the format's column to yours, or to a Jinja text over the row ("{{ title }}: {{ body }}")."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """For speakers of other names: yours to system, user, assistant or tool."""
+    chat_template: str | None = None
+    """Null is the tokenizer's own; else chatml, gemma, llama3, mistral, qwen, or a Jinja file. Goes into the merged model."""
+    mask: Mask = Mask.assistant
+    """What is trained of a chat: every assistant turn, the last one, or all; a turn's own `train` wins over it."""
     validation_path: str | None = None
     """File of held-out rows; without it `validation_fraction` of the rows is held out."""
     validation_fraction: float = at_least(0, 0.05, at_most=0.5)

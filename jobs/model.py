@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from conf.errors import ConfigError, DataError, Problem
 from conf.schema import AdapterKind, Attention, Config, Init, Precision
+from jobs.templates import template_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,6 +22,11 @@ def tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {_first_line(error)}")) from error
+    if config.data.chat_template:
+        try:
+            found.chat_template = template_text(config.data.chat_template, found)
+        except ValueError as error:
+            raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
     if found.pad_token_id is None:
         found.pad_token = found.eos_token
     return found

@@ -1,37 +1,38 @@
-"""Turns raw rows into token rows on disk: reads, renders with the chat template, masks, splits, and shows a decoded sample."""
+"""Turns raw rows into token rows on disk: reads, converts, renders with the chat template, masks, and holds some rows out."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem
 from conf.files import new_folder, read_json, write_json
 from conf.schema import Config, Format, Overlong
+from jobs import chat, formats, sources
 from jobs.model import tokenizer
 
-Row = dict[str, Any]
+Placed = tuple[str, sources.Row]
+"""A raw row, after the place it came from."""
+SHOWN = 10
+"""Bad rows that a message names; all are counted."""
 
 
 def run(config: Config) -> None:
-    """Write RUN/data, unless it is there already for the same data and tokenizer settings."""
+    """Write RUN/data, unless it is there already. Raises DataError naming the bad rows by file and line."""
     folder = Path(config.run_dir) / "data"
     if read_json(folder / "data.json"):
         print(f"data is there already: {folder}")
         return
-    rows = load_rows(config.data.path, config.data.max_rows)
-    shape = recognise(rows[0], config)
-    print(f"{len(rows)} rows of format {shape.name} from {config.data.path}", flush=True)
+    rows = list(islice(sources.rows(config.data.path), config.data.max_rows))
+    shape = choose_format(rows[0], config)
     words = tokenizer(config)
-    validation = load_rows(config.data.validation_path, None) if config.data.validation_path else None
-    if validation is None:
+    if config.data.validation_path:
+        validation = list(sources.rows(config.data.validation_path))
+    else:
         rows, validation = hold_out(rows, config)
     counts: Counter[str] = Counter()
     with new_folder(folder) as beside:
@@ -50,93 +51,52 @@ def run(config: Config) -> None:
             if split == "train":
                 preview(encoded[0], words)
         words.save_pretrained(beside / "tokenizer")
-        write_json(beside / "data.json", {"format": shape.name, "source": config.data.path, **counts})
+        write_json(beside / "data.json", {"format": shape, "source": config.data.path, **counts})
     print(f"data      {dict(counts)}", flush=True)
 
 
-def load_rows(path: str, limit: int | None) -> list[Row]:
-    """Rows of a JSON array, a JSONL file, or a Hub data set's train split. Raises DataError naming file and line."""
-    if not Path(path).exists():
-        return _from_hub(path, limit)
+def choose_format(first: Placed, config: Config) -> str:
+    """The format asked for, or the one that the first row's columns show; says which, and why."""
+    where, row = first
+    if config.data.format is not Format.auto:
+        return config.data.format.name
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            Problem("data.path", path, f"is not UTF-8 at byte {error.start}: convert it, e.g. with iconv")
-        ) from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                Problem("data.path", f"{path}:{error.lineno}", f"is not valid JSON: {error.msg}")
-            ) from error
-        if strange := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
-            raise DataError(Problem("data.path", path, f"row {strange} is not an object with named columns"))
-    else:
-        rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not rows:
-        raise DataError(Problem("data.path", path, "has no rows"))
-    return rows[:limit]
+        shape, why = formats.recognise(row, config.data.fields)
+    except ValueError as error:
+        raise DataError(Problem("data.format", "auto", f"{error} ({where})")) from error
+    print(f"format    {shape}: {why}", flush=True)
+    return shape
 
 
-def recognise(row: Row, config: Config) -> Format:
-    """The format of rows with these columns. Raises DataError when it is not the one asked for, or none we know."""
-    fits = {
-        Format.messages: isinstance(row.get("messages"), list),
-        Format.alpaca: {"instruction", "output"} <= row.keys(),
-        Format.text: isinstance(row.get("text"), str),
-    }
-    found = [shape for shape, fit in fits.items() if fit]
-    if config.data.format is Format.auto and found:
-        return found[0]
-    if config.data.format in found:
-        return config.data.format
-    raise DataError(
-        Problem(
-            "data.format",
-            config.data.format.name,
-            f"does not fit the columns {sorted(row)} of {config.data.path}: "
-            "alpaca needs instruction and output, messages a list `messages`, text a column `text`",
-        )
-    )
-
-
-def hold_out(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
-    """Split off a random share of the rows, at least one, by seed; both parts keep the file's order."""
+def hold_out(rows: list[Placed], config: Config) -> tuple[list[Placed], list[Placed]]:
+    """Split off a random share of the rows, at least one, by seed; both parts keep their order."""
     count = max(1, round(len(rows) * config.data.validation_fraction))
     chosen = set(np.random.default_rng(config.data.seed).permutation(len(rows))[:count].tolist())
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
 
 def encode(
-    rows: list[Row], shape: Format, words: PreTrainedTokenizerBase, config: Config, counts: Counter[str], split: str
+    rows: list[Placed], shape: str, words: PreTrainedTokenizerBase, config: Config, counts: Counter[str], split: str
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, 1 where trained) of each row that fits. Counts what is dropped or cut. Raises DataError naming the row."""
-    for number, row in enumerate(tqdm(rows, desc=f"tokenise {split}", unit=" rows", mininterval=1), 1):
+    """(token ids, 1 where trained) of each row that fits. Counts what is dropped or cut.
+
+    Raises DataError, after all rows have been seen, naming the first that cannot be used.
+    """
+    data, bad = config.data, []
+    for where, row in tqdm(rows, desc=f"tokenise {split}", unit=" rows", mininterval=1):
         try:
-            ids, trained = (
-                _encode_text(row, words) if shape is Format.text else _encode_chat(_messages(row, shape), words)
-            )
-        except (KeyError, TypeError, ValueError, TemplateError) as error:
-            raise DataError(
-                Problem(
-                    f"row {number} of {split}", config.data.path, f"cannot be rendered: {type(error).__name__} {error}"
-                )
-            ) from error
-        if len(ids) > config.data.max_length:
+            sample = formats.convert(row, shape, data.fields, data.roles)
+            ids, trained = chat.encode(sample, words, mask=data.mask.name)
+            if len(ids) > data.max_length and data.overlong is Overlong.error:
+                raise ValueError(f"has {len(ids)} tokens, over data.max_length={data.max_length}; see data.overlong")
+        except ValueError as error:
+            bad.append(Problem(where, None, str(error)))
+            continue
+        if len(ids) > data.max_length:
             counts[f"{split} overlong"] += 1
-            if config.data.overlong is Overlong.error:
-                raise DataError(
-                    Problem(
-                        f"row {number} of {split}",
-                        config.data.path,
-                        f"has {len(ids)} tokens, over data.max_length={config.data.max_length}; see data.overlong",
-                    )
-                )
-            if config.data.overlong is Overlong.drop:
+            if data.overlong is Overlong.drop:
                 continue
-            ids, trained = ids[: config.data.max_length], trained[: config.data.max_length]
+            ids, trained = ids[: data.max_length], trained[: data.max_length]
         if not any(trained[1:]):
             counts[f"{split} without a trained token"] += 1
             continue
@@ -144,6 +104,9 @@ def encode(
         counts[f"{split} tokens"] += len(ids)
         counts[f"{split} trained tokens"] += sum(trained[1:])
         yield ids, trained
+    if bad:
+        more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        raise DataError(f"{len(bad)} of {len(rows)} rows cannot be used as {shape}:", *bad[:SHOWN], *more)
 
 
 def write(folder: Path, split: str, rows: list[tuple[list[int], list[int]]]) -> None:
@@ -160,70 +123,3 @@ def preview(row: tuple[list[int], list[int]], words: PreTrainedTokenizerBase) ->
         text = words.decode([token for token, _ in part])
         shown.append(f"\033[32m{text}\033[0m" if trained else text)
     print("first training row, trained tokens in green:\n" + "".join(shown).rstrip(), flush=True)
-
-
-def _from_hub(path: str, limit: int | None) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(path, split="train")
-    except Exception as error:  # whatever the Hub client raises: offline, no such set, a gated one
-        raise DataError(
-            Problem("data.path", path, f"is no file, and the Hub says: {str(error).splitlines()[0]}")
-        ) from error
-    return list(found if limit is None else found.select(range(min(limit, len(found)))))
-
-
-def _parse(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            Problem("data.path", where, f"is not valid JSON: {error.msg} at column {error.colno}")
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(Problem("data.path", where, "is not an object with named columns"))
-    return row
-
-
-def _messages(row: Row, shape: Format) -> list[dict[str, str]]:
-    if shape is Format.messages:
-        return list(row["messages"])
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-
-
-def _encode_text(row: Row, words: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    ids = [*words(row["text"]).input_ids, words.eos_token_id]
-    return ids, [1] * len(ids)
-
-
-def _encode_chat(messages: list[dict[str, str]], words: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Assistant turns are trained. Their bounds are the template's: its generation marks, or where it stops without the turn."""
-    if not words.chat_template:
-        raise DataError(
-            Problem(
-                "model.tokenizer",
-                words.name_or_path,
-                "has no chat template; use rows with a `text` column, or a chat model's tokenizer",
-            )
-        )
-    if "{% generation %}" in words.chat_template or "{%- generation" in words.chat_template:
-        found = words.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return list(found["input_ids"]), list(found["assistant_masks"])
-    ids = _render(messages, words)
-    trained = [0] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = (
-                _render(messages[:turn], words, add_generation_prompt=True),
-                _render(messages[: turn + 1], words),
-            )
-            if ids[: len(before)] != before or ids[: len(after)] != after:
-                raise ValueError("the chat template rewrites earlier turns, so the bounds of the answer cannot be told")
-            trained[len(before) : len(after)] = [1] * (len(after) - len(before))
-    return ids, trained
-
-
-def _render(messages: list[dict[str, str]], words: PreTrainedTokenizerBase, **options: bool) -> list[int]:
-    return list(words.apply_chat_template(messages, return_dict=True, **options)["input_ids"])

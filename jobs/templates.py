@@ -18,7 +18,7 @@ NAMED = {
 
 ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
-    *("</s>", "<eos>", "<|eot|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|user|>"),
+    *("</s>", "<eos>", "<|eot|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),
 )
 """Tokens that end a turn in the families of models we know."""
 

@@ -12,11 +12,20 @@ from launcher.environment import is_secret
 from launcher.facts import Facts
 from launcher.plan import AFTER, resources
 
+ASKED, ANSWERED = (
+    ("instruction", "question", "query", "prompt", "input"),
+    ("output", "response", "answer", "generation"),
+)
 COLUMNS = {
-    Format.alpaca: [{"instruction", "output"}],
-    Format.messages: [{"messages"}],
+    Format.alpaca: [{asked, answered} for asked in ASKED for answered in ANSWERED],
+    Format.sharegpt: [{"conversations"}, {"conversation"}, {"messages"}],
+    Format.messages: [{"messages"}, {"conversations"}, {"conversation"}],
+    Format.prompt_completion: [{"prompt", "completion"}],
+    Format.segments: [{"segments"}],
     Format.text: [{"text"}],
+    Format.tokenised: [{"input_ids"}],
 }
+"""What each format may look like: looked at here so that a wrong file is refused before anything is queued."""
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -151,14 +160,14 @@ def _data(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem(key, value, "no such file or folder, here or in Muster's own folder")
     if facts.row_error:
         yield Problem("data.path", config.data.path, facts.row_error)
-    if facts.columns is not None:
-        shapes = COLUMNS.get(config.data.format) or [shape for group in COLUMNS.values() for shape in group]
-        if not any(shape <= set(facts.columns) for shape in shapes):
-            wanted = " or ".join("{" + ", ".join(sorted(shape)) + "}" for shape in shapes)
+    if facts.columns is not None and not config.data.fields:
+        asked = [config.data.format] if config.data.format is not Format.auto else list(COLUMNS)
+        if not any(shape <= set(facts.columns) for format in asked for shape in COLUMNS[format]):
+            wanted = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in asked)
             yield Problem(
                 "data.path",
                 config.data.path,
-                f"has the columns {{{', '.join(facts.columns)}}}; data.format={config.data.format.name} needs {wanted}",
+                f"has the columns {', '.join(facts.columns)}, but {wanted}: map them with data.fields",
             )
 
 

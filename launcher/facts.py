@@ -1,5 +1,6 @@
 """Looks at the world the checks need to know: files, GPUs, commands and the run folder; decides nothing."""
 
+import glob
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ def localise(config: Config, gpus: int) -> None:
     for section, name in (
         (config.data, "path"),
         (config.data, "validation_path"),
+        (config.data, "chat_template"),
         (config.generate, "prompts"),
         (config.model, "source"),
         (config.model, "tokenizer"),
@@ -105,8 +107,13 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     if "generate" in config.jobs:
         named["generate.prompts"] = config.generate.prompts
     for key, value in named.items():
-        if value and (looks_like_file(value) or key == "generate.prompts") and not Path(value).exists():
+        if value and (looks_like_file(value) or key == "generate.prompts") and not _matches(value):
             yield key, value
+
+
+def _matches(value: str) -> bool:
+    """Whether there is a file or folder at a path, or one that fits a pattern."""
+    return bool(Path(value).exists() or glob.glob(value, recursive=True))
 
 
 def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:

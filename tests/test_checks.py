@@ -79,7 +79,7 @@ def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
         (LOCAL, Facts(files_missing=(("data.path", "a.jsonl"),)), "data.path=a.jsonl", "no such file"),
         (LOCAL, Facts(files_missing=(("generate.prompts", "p"),)), "generate.prompts=p", "no such file"),
         (LOCAL, Facts(row_error="has no rows"), "data.path=", "has no rows"),
-        (LOCAL, Facts(columns=("question", "reply")), "data.path=", "{instruction, output} or {messages} or {text}"),
+        (LOCAL, Facts(columns=("question", "reply")), "data.path=", "alpaca needs instruction and output"),
         (LOCAL, Facts(run_dir_error="is there already"), "run_dir=", "is there already"),
         (LOCAL, Facts(secrets_missing=("HF_TOKEN",)), "cluster.secrets=HF_TOKEN", "export HF_TOKEN first"),
         (SLURM, Facts(slurm_missing=("sbatch", "srun")), "cluster=slurm", "sbatch is not on PATH"),

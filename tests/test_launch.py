@@ -44,7 +44,7 @@ MISTAKES = {
     "data.path=nowhere.jsonl": "data.path=nowhere.jsonl: no such file or folder",
     "data=jsonl": "data.path: needs a value: add data.path=... to the command",
     "model=hub": "model.source: needs a value: add model.source=... to the command",
-    "data.path=messages.jsonl data.format=alpaca": "data.format=alpaca needs {instruction, output}",
+    "data.path=messages.jsonl data.format=alpaca": "but alpaca needs instruction and output",
     "run_dir=file/run": "run_dir={here}/file/run: {here}/file is not a folder you can write to; choose another",
     "run_dir=thesis": "run_dir={here}/thesis: is there already and is not a run; choose another run_dir",
     "cluster.train.gpus_per_node=2": "cluster.train.gpus_per_node=2: this machine has 0: set it to 0",
@@ -53,7 +53,7 @@ MISTAKES = {
     "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: export MY_TOKEN first, or put it into ~/.config",
     "resume=thesis": "resume=thesis: is no run folder: it has no config.yaml",
     "--config-name nowhere": "Cannot find primary config 'nowhere'",
-    "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns {question, reply}; data.format=auto needs {instruction",
+    "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns question, reply, but alpaca needs instruction",
 }
 
 

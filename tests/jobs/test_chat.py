@@ -268,6 +268,24 @@ def test_only_the_completion_is_learnt(trims, words):
     assert not ends_well(ids, trained, words)
 
 
+PARTS = {
+    "a blank before an end": ([("yes ", True), ("<|im_end|>", False)], ["yes "]),
+    "a blank that the next word takes": ([("yes ", True), ("no", False)], ["yes no"]),
+    "a blank that the word before takes": ([("a-", False), (" ", True), ("<|im_end|>", False)], ["- "]),
+    "nothing inside a word": ([("It i", False), ("", True), ("s", False)], []),
+}
+
+
+@pytest.mark.parametrize(("parts", "expected"), PARTS.values(), ids=PARTS)
+def test_tokens_whose_blanks_have_no_offsets(parts, expected, words):
+    words.add_tokens(["- "])
+    sample = Sample(parts=tuple(parts))
+    plain = encode(sample, words)
+    assert learnt(*plain, words) == expected
+    words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(sample, words) == plain
+
+
 def test_text_begins_once(words):
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|im_end|>",
@@ -277,6 +295,10 @@ def test_text_begins_once(words):
         ids, trained = encode(Sample(parts=((text, True),)), words)
         assert words.decode(ids) == "<s>So<|im_end|>"
         assert trained[1:] == [1] * (len(ids) - 1)
+    ids, trained = encode(Sample(parts=(("So", True), (" it", False))), words)
+    assert learnt(ids, trained, words) == ["So"]
+    ids, trained = encode(Sample(parts=(("So", False), (" it", True))), words)
+    assert learnt(ids, trained, words) == [" it<|im_end|>"]
     assert words.decode(encode(Sample(turns=CHAT), words)[0]) == TEXTS[None, False]
 
 
@@ -301,7 +323,8 @@ def test_templates_that_rewrite_are_refused_only_where_it_matters(words):
         encode(Sample(turns=CHAT), words)
     assert learnt(*encode(Sample(turns=CHAT[:2]), words), words) == ["<think></think>Hello!<|im_end|>"]
     assert learnt(*encode(Sample(turns=CHAT), words, mask="last"), words) == ["<think></think>So long.<|im_end|>"]
-    assert all(encode(Sample(turns=CHAT), words, mask="all")[1])
+    taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
+    assert all(encode(taught, words, mask="all")[1])
 
 
 def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(words):

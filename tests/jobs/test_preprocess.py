@@ -1,13 +1,14 @@
 """Rows to tokens: formats, masks, splits, and messages that name the file and the line."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
 
 from conf.errors import DataError
 from conf.files import read_json
-from jobs import data, preprocess
+from jobs import data, model, preprocess
 from tests.jobs.ranks import CLONE
 
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(20)]
@@ -31,39 +32,38 @@ def run(compose, tmp_path):
     return preprocessed
 
 
+CHAT = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("row", "shape"),
     [
-        pytest.param({"instruction": "Say hi.", "input": "", "output": "Hi."}, id="alpaca"),
-        pytest.param(
-            {"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]},
-            id="messages",
-        ),
+        ({"instruction": "Say hi.", "input": "", "output": "Hi."}, "alpaca"),
+        ({"messages": CHAT}, "messages"),
+        ({"conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi."}]}, "sharegpt"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt_completion"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "row",
 )
-def test_only_the_answer_and_its_end_are_trained(row, words, compose):
-    shape = preprocess.recognise(row, compose())
-    ids, trained = preprocess._encode_chat(preprocess._messages(row, shape), words)
-    assert words.decode(ids).startswith("<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n")
-    assert words.decode([token for token, mask in zip(ids, trained, strict=True) if mask]) == "Hi.<|im_end|>"
+def test_every_chat_shape_becomes_the_same_tokens(row, shape, run, words):
+    folder = run([row] * 4)
+    split = data.read(folder, "train")
+    ids, trained = split.tokens[: split.offsets[1]], split.trained[: split.offsets[1]]
+    assert read_json(folder / "data.json")["format"] == shape
+    assert words.decode(ids) == "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n"
+    assert words.decode(ids[trained == 1]) == "Hi.<|im_end|>"
 
 
-def test_a_template_without_marks_gives_the_same_mask(words):
-    plain = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    plain.chat_template = words.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    turns = [("user", "Say hi."), ("assistant", "Hi."), ("user", "Again."), ("assistant", "Hi again.")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    marked, counted = preprocess._encode_chat(messages, words), preprocess._encode_chat(messages, plain)
-    assert marked[0] == counted[0]
-    shown = [words.decode([t for t, m in zip(ids, mask, strict=True) if m]) for ids, mask in (marked, counted)]
-    assert shown[0] == "Hi.<|im_end|>Hi again.<|im_end|>"
-    assert shown[1].replace("\n", "") == shown[0]  # a template may end a turn with a newline that has no mark
+def test_fields_reach_any_other_schema(run, words):
+    rows = [{"q": "Say hi.", "a": "Hi."}] * 4
+    split = data.read(run(rows, "data.format=alpaca", "+data.fields={instruction: q, output: a}"), "train")
+    assert "Say hi." in words.decode(split.tokens[: split.offsets[1]])
 
 
-def test_text_rows_are_trained_whole_and_end(words):
-    ids, trained = preprocess._encode_text({"text": "The queue is empty."}, words)
-    assert ids[-1] == words.eos_token_id
-    assert all(trained)
+def test_text_is_trained_whole_and_ends(run, words):
+    split = data.read(run([{"text": "The queue is empty."}] * 4), "train")
+    assert words.decode(split.tokens[: split.offsets[1]]) == "The queue is empty.<|im_end|>"
+    assert split.trained.all()
 
 
 def test_the_split_is_fixed_by_the_seed_and_loses_no_row(run):
@@ -94,8 +94,10 @@ def test_overlong_rows_are_counted(policy, rows, run, words):
         pytest.param(b"[1, 2]", "object", id="not objects"),
         pytest.param(b"\n\n", "has no rows", id="empty"),
         pytest.param(b'{"instruction": "\xff", "output": "b"}', "not UTF-8", id="latin"),
-        pytest.param(b'{"question": "a", "answer": "b"}', "does not fit the columns", id="columns"),
-        pytest.param(b'[{"instruction": "a", "output": "b"},\n]', r"rows\.jsonl:2.*not valid JSON", id="array"),
+        pytest.param(b'{"a": "b", "c": "d"}', "no known format has the columns a, c", id="columns"),
+        pytest.param(
+            b'[{"instruction": "a", "output": "b"},\n{"instruction": ]', r"rows\.jsonl:2.*not valid JSON", id="array"
+        ),
     ],
 )
 def test_bad_input_names_file_and_line_and_leaves_nothing(content, said, compose, tmp_path):
@@ -106,8 +108,18 @@ def test_bad_input_names_file_and_line_and_leaves_nothing(content, said, compose
     assert not (tmp_path / "run/data").exists()
 
 
-def test_a_row_that_cannot_be_rendered_is_named(run):
-    good, bad = {"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}
-    answer = {"role": "assistant", "content": "y"}
-    with pytest.raises(DataError, match="row [123] of (train|validation).*cannot be rendered"):
-        run([{"messages": [good, answer]}] * 2 + [{"messages": [bad, answer]}])
+def test_all_rows_that_cannot_be_used_are_named(run):
+    bad = {"messages": [{"role": "wizard", "content": "x"}, *CHAT]}
+    with pytest.raises(DataError) as caught:
+        run([{"messages": CHAT}] * 2 + [bad, {"messages": None}, *[bad] * 20], "data.validation_fraction=0")
+    said = str(caught.value).splitlines()
+    assert re.fullmatch(r"2\d of 2\d rows cannot be used as messages:", said[0])
+    assert re.search(r"rows\.jsonl:\d+: .*wizard", said[1])
+    assert said[-1].endswith("more")
+
+
+def test_a_named_template_goes_with_the_tokenizer(compose):
+    own, named = (model.tokenizer(compose(*words)).chat_template for words in ([], ["data.chat_template=chatml"]))
+    assert own != named
+    with pytest.raises(DataError, match="llama3.*no token of this tokenizer"):
+        model.tokenizer(compose("data.chat_template=llama3"))
