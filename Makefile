@@ -6,6 +6,7 @@ V := .venv/bin
 JOB ?= train
 RANK ?= 0
 CLUSTER ?= local
+need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
 .PHONY: help setup demo test test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
 
@@ -53,13 +54,13 @@ preview: setup ## print what the mission command would submit
 	$(V)/python launch.py cluster=slurm model=llama70b parallel=zero3 dry_run=true $(ARGS)
 
 merge: setup ## consolidate a run's newest checkpoint: RUN=... [DTYPE=bf16] [CLUSTER=slurm]
-	$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
+	$(need_run)$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
 
 status: ## the jobs of a run: RUN=...
-	@$(V)/python -m launcher status $(RUN)
+	@$(need_run)$(V)/python -m launcher status $(RUN) || [ $$? -eq 1 ] # 1: a job has failed, as shown
 
 logs: ## a rank's log: RUN=... [JOB=train RANK=0]
-	@$(V)/python -m launcher logs $(RUN) --job $(JOB) --rank $(RANK) $(ARGS)
+	@$(need_run)$(V)/python -m launcher logs $(RUN) --job $(JOB) --rank $(RANK) $(ARGS)
 
 constraints: setup ## write constraints.txt from .venv
 	@{ grep '^#' constraints.txt; $(V)/pip list --format=freeze | grep -viE '^(pip|setuptools|muster)=' | sed 's/+cpu//'; } > .constraints && mv .constraints constraints.txt

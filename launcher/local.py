@@ -38,8 +38,8 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[
 def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, str], None]) -> dict[str, Any]:
     folder, part = render.job_folder(config, job), job.resources
     print(f"\n==== {job.name}", flush=True)
-    own_code = {"PYTHONPATH": environment.python_path(config, os.environ)}
-    with environment.applied(environment.job_variables(config, job) | own_code):
+    here = {"PYTHONPATH": environment.python_path(config, os.environ), "SUBMITIT_EXECUTOR": "local"}
+    with environment.applied(environment.job_variables(config, job) | here):
         port = config.cluster.network.master_port
         try:
             opened, held = attempt.begin(folder, (port or 0) if job.distributed else None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -9,33 +10,15 @@ from pathlib import Path
 
 from conf import resolve
 from conf.errors import Stopped, UserError
+from conf.schema import Config
 from launcher import attempt, environment, network
 from launcher.verdict import classify
 
-SHOWN = (
-    "MASTER_",
-    "RANK",
-    "LOCAL_",
-    "WORLD_",
-    "NODE_",
-    "NCCL_",
-    "GLOO_",
-    "MUSTER_",
-    "AXOLOTL_",
-    "DEEPSPEED_",
-    "ACCELERATE_",
-    "FSDP_",
-    "PARALLELISM_",
-    "TORCH",
-    "TRITON_",
-    "PYTORCH_",
-    "OMP_",
-    "HF_HUB",
-    "HF_HOME",
-    "SRUN_CPUS",
-    "CUDA_VISIBLE",
+SHOWN = re.compile(
+    "MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$|NODE_(RANK|WORLD_SIZE)$|NCCL_|GLOO_|MUSTER_|AXOLOTL_|DEEPSPEED_|ACCELERATE_|FSDP_|PARALLELISM_"
+    "|TORCH|TRITON_|PYTORCH_|OMP_|HF_HUB|HF_HOME|SRUN_CPUS|CUDA_VISIBLE"
 )
-"""Prefixes of the variables that a rank's log shows; no secret has one of them."""
+"""The variables that a rank's log shows."""
 
 
 def run(job: str, config_path: str) -> None:
@@ -45,30 +28,13 @@ def run(job: str, config_path: str) -> None:
     except UserError as error:  # the run folder is not known, so there is no place for a verdict
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    where = environment.ranks(os.environ)
+    where = _prepare(config)
     number = int(os.environ.get("MUSTER_ATTEMPT", "1"))
     folder = Path(config.run_dir) / "jobs" / job
-    caches = environment.cache_variables(config, os.getuid())
-    values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
-    reason = "not needed"
-    if where.world_size > 1:
-        found = network.interface_to(os.environ["MASTER_ADDR"])
-        interface, reason = environment.network_variables(config, found, os.environ)
-        values |= interface
-    secrets = Path(config.cluster.secrets_file).expanduser()
-    values |= environment.secrets(config, os.environ, secrets.read_text(encoding="utf-8") if secrets.is_file() else "")
-    environment.apply(values)
-    shown = {
-        key: value
-        for key, value in sorted(os.environ.items())
-        if key.startswith(SHOWN) and key not in config.cluster.secrets and not environment.is_secret(key)
-    }
-    print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
     started = time.time()
     try:
-        from jobs import (
-            run as run_job,
-        )  # here, so that the login node can pickle this function without the jobs' packages
+        # imported here, so that the login node can pickle this function without the packages of the jobs
+        from jobs import run as run_job
 
         run_job(job, config_path)
     except Stopped as error:
@@ -91,6 +57,25 @@ def run(job: str, config_path: str) -> None:
         raise
     if where.rank == 0:
         attempt.record(folder, number, 0, attempt.COMPLETED, seconds=round(time.time() - started, 2))
+
+
+def _prepare(config: Config) -> environment.Ranks:
+    """Set this rank's variables, and show them in its log, but for secrets. What is set already stays."""
+    where = environment.ranks(os.environ)
+    caches = environment.cache_variables(config, os.getuid())
+    values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
+    reason = "not needed"
+    if where.world_size > 1:
+        found = network.interface_to(os.environ["MASTER_ADDR"])
+        interface, reason = environment.network_variables(config, found, os.environ)
+        values |= interface
+    path = Path(config.cluster.secrets_file).expanduser()
+    values |= environment.secrets(config, os.environ, path.read_text(encoding="utf-8") if path.is_file() else "")
+    environment.apply(values)
+    hidden = {name for name in os.environ if name in config.cluster.secrets or environment.is_secret(name)}
+    shown = {name: value for name, value in sorted(os.environ.items()) if SHOWN.match(name) and name not in hidden}
+    print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
+    return where
 
 
 if __name__ == "__main__":
