@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,14 @@ def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.i
     positions = np.arange(step * global_batch, (step + 1) * global_batch)
     chosen = np.empty(global_batch, dtype=np.int64)
     for epoch in range(int(positions[0] // len(rows)), int(positions[-1] // len(rows)) + 1):
-        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         inside = positions // len(rows) == epoch
-        chosen[inside] = order[positions[inside] % len(rows)]
+        chosen[inside] = _order(len(rows), seed, epoch)[positions[inside] % len(rows)]
     return chosen[np.argsort(rows.lengths[chosen], kind="stable")]
+
+
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def micro_batches(
