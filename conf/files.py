@@ -1,5 +1,7 @@
 """Writes files and folders that are complete or absent: written beside, synced, then renamed into place."""
 
+from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+
 import json
 import os
 import shutil

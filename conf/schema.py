@@ -316,7 +316,7 @@ class Cluster:
     modules: list[str] = field(default_factory=list)
     """`module load` these first."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines run on the first node before the ranks start."""
+    """Shell lines run on the first node before the ranks start; one that must succeed ends in `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for every rank; they win over Muster's own. No secrets here: see `secrets`."""
     secrets: list[str] = field(default_factory=list)

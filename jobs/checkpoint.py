@@ -23,7 +23,7 @@ def save(config: Config, step: int, world: World, write: Callable[[Path], None],
     """Publish the checkpoint of `step`: `write` puts this rank's shards into a folder. All ranks call this together."""
     target = folder(config) / f"step-{step:08d}"
     beside = partial(target)
-    if target.exists():
+    if _agreed(target.exists(), world):
         return target
     if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)
@@ -37,8 +37,9 @@ def save(config: Config, step: int, world: World, write: Callable[[Path], None],
         write_json(beside / "checkpoint.json", {"step": step, "world_size": world.size, **about})
         publish(target)
         write_text(folder(config) / "latest", target.name + "\n")
-        _prune(config)
     dist.barrier()
+    if world.is_main:
+        _prune(config)  # nobody waits for this
     return target
 
 
@@ -60,7 +61,7 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
 
     Raises RunError when it was written under another layout, which this backend cannot read.
     """
-    found = latest(config)
+    found = _agreed(latest(config), world)
     if found is None:
         return 0
     path, about = found
@@ -76,6 +77,13 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
     if world.is_main:
         print(f"resumed from {path}", flush=True)
     return int(about["step"])
+
+
+def _agreed(value: Any, world: World) -> Any:
+    """What rank 0 sees: on a shared file system another node may still see the folder as it was a minute ago."""
+    box = [value if world.is_main else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _prune(config: Config) -> None:

@@ -63,8 +63,9 @@ def arrange(
 
 def _trained_labels(trained: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Trained tokens of each sample, but for its first: nothing predicts that one."""
-    sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
-    return sums[offsets[1:]] - sums[offsets[:-1]] - trained[offsets[:-1]]
+    if len(offsets) == 1:
+        return np.zeros(0, dtype=np.int64)
+    return np.add.reduceat(trained, offsets[:-1], dtype=np.int64) - trained[offsets[:-1]]
 
 
 def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) -> dict[str, torch.Tensor]:

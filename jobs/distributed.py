@@ -49,11 +49,12 @@ def process_group(config: Config) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    try:
-        yield World(rank, size, local_rank, local_size, device, os.environ.get("GLOO_SOCKET_IFNAME", "?"))
-        dist.barrier()  # no rank leaves while another still needs its store
-    finally:
-        dist.destroy_process_group()
+    # transformers would leave weights out on all ranks but the first; Muster's ranks read for themselves
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    yield World(rank, size, local_rank, local_size, device, os.environ.get("GLOO_SOCKET_IFNAME", "?"))
+    # On the good path only: a rank that fails must say why, not wait in here for ranks that wait for it
+    dist.barrier()  # no rank leaves while another still needs its store
+    dist.destroy_process_group()
 
 
 def _device(config: Config, local_rank: int) -> torch.device:
@@ -82,9 +83,9 @@ def _peer_access(local_rank: int, local_size: int) -> None:
         print("muster: no peer access between this node's GPUs: NCCL_P2P_DISABLE=1", flush=True)
 
 
-def shorten_timeout(seconds: int) -> None:
-    """From now on a collective that takes longer than this is a hang: start-up is over and steps are short."""
-    if dist.get_backend() == "nccl" or torch.cuda.is_available():
+def set_timeout(seconds: int) -> None:
+    """From now on a collective of all ranks that takes longer than this is a hang. Gloo's stays as it was made."""
+    if "nccl" in dist.get_backend_config():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 

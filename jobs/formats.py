@@ -7,13 +7,10 @@ any other schema is reached with `fields`. What cannot be learnt from a row is s
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.fields import Names, Row, mapped
 from jobs.turns import Sample, Turn, content_text, tool_list, turn
 
-MESSAGES = ("messages", "conversations", "conversation")
-INSTRUCTION = ("instruction", "INSTRUCTION", "question", "query", "prompt")
-INPUT = ("input", "context")
-OUTPUT = ("output", "response", "RESPONSE", "answer", "generation")
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 MEDIA = ("images", "image", "videos", "audios")

@@ -9,7 +9,7 @@ from conf.schema import Config
 
 
 def build(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices decay. Fused where the parameters are on a GPU."""
+    """AdamW over the trainable parameters; only matrices decay. Fused where the parameters are on a GPU by now, as FSDP's are."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {

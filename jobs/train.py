@@ -15,7 +15,7 @@ from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends, checkpoint, data, loss, model, optim, signals
 from jobs.backends import Engine
-from jobs.distributed import World, process_group, shorten_timeout, total
+from jobs.distributed import World, process_group, set_timeout, total
 from jobs.metrics import Metrics
 
 
@@ -35,15 +35,15 @@ def run(config: Config) -> None:
         metrics = Metrics(config, world, steps, step)
         if step == 0:
             _evaluate(engine, validation, step, pad, config, world, metrics)
-        shorten_timeout(config.cluster.network.step_timeout_s)
+        set_timeout(config.cluster.network.step_timeout_s)
         stopped = False
         while step < steps and not stopped:
             stopped = _step(backend, engine, rows, step, steps, pad, config, world, metrics, bool(stop))
             step += 1
-            if step == steps or _due(config.train.eval_every, step):
-                _evaluate(engine, validation, step, pad, config, world, metrics)
-            if step == steps or stopped or _due(config.train.save_every, step):
+            if step == steps or stopped or _due(config.train.save_every, step):  # first: time may be short
                 _save(backend, engine, step, steps, config, world)
+            if step == steps or (_due(config.train.eval_every, step) and not stopped):
+                _evaluate(engine, validation, step, pad, config, world, metrics)
         metrics.close()
     if step < steps:
         raise Stopped(
@@ -85,6 +85,10 @@ def _step(
     agreed = total(torch.stack([summed, torch.tensor(float(stop), dtype=torch.float64, device=world.device)])).tolist()
     seconds = time.perf_counter() - began
     mean, speed = agreed[0] / tokens, int(rows.lengths[chosen].sum()) / seconds
+    if not (math.isfinite(mean) and math.isfinite(norm)):  # equal on all ranks, and nothing of it is saved
+        raise FloatingPointError(
+            f"step {step + 1}: loss {mean}, gradient norm {norm}; go back with a smaller learning rate"
+        )
     metrics.write(
         step + 1,
         loss=mean,
@@ -119,11 +123,13 @@ def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Co
         "config": digest(config),
         "torch": torch.__version__,
     }
+    set_timeout(config.cluster.network.nccl_timeout_s)
     path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about)
     if step == steps and config.train.fingerprint:
         prints = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in backend.weights(engine)}
         if world.is_main:
             write_json(path / "fingerprint.json", prints)
+    set_timeout(config.cluster.network.step_timeout_s)
 
 
 def _due(every: int, step: int) -> bool:

@@ -4,6 +4,8 @@ Called by the batch script (`python -m launcher.attempt begin|finish JOB_FOLDER 
 library only: in a container job this runs outside, with whatever python3 the node has.
 """
 
+from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+
 import argparse
 import json
 import os
@@ -26,6 +28,8 @@ VICTIM = (
     "socket timeout",
     "timed out waiting",
     "recv failed",
+    "remote process exit",
+    "ncclremoteerror",
 )
 """What the other ranks say when one has died: never the cause while any rank says something else."""
 
@@ -109,7 +113,7 @@ def _judge(records: list[dict[str, Any]], code: int, world_size: int) -> dict[st
     if errors:
         first = min(errors, key=lambda item: (any(word in item["reason"].lower() for word in VICTIM), item["time"]))
         return {key: first[key] for key in ("status", "reason", "host", "rank", "error")}
-    head = next((item for item in records if item["rank"] == 0), None)
+    head = next((item for item in records if item["rank"] == 0 or item["status"] == PREEMPTED), None)
     if head and (code == 0 or head["status"] == PREEMPTED):
         return {key: head[key] for key in ("status", "reason", "host", "rank", "error")}
     if head:

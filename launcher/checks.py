@@ -6,20 +6,17 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.errors import Problem
-from conf.schema import AdapterKind, Backend, Config, Container, Executor, Format, Init, Submit
+from conf.schema import AdapterKind, Attention, Backend, Config, Container, Executor, Format, Init, Submit
 from launcher.environment import is_secret
 from launcher.facts import Facts
 from launcher.plan import AFTER, resources
 
-ASKED, ANSWERED = (
-    ("instruction", "question", "query", "prompt", "input"),
-    ("output", "response", "answer", "generation"),
-)
 COLUMNS = {
-    Format.alpaca: [{asked, answered} for asked in ASKED for answered in ANSWERED],
-    Format.sharegpt: [{"conversations"}, {"conversation"}, {"messages"}],
-    Format.messages: [{"messages"}, {"conversations"}, {"conversation"}],
+    Format.alpaca: [{asked, answered} for asked in (*INSTRUCTION, *INPUT) for answered in OUTPUT],
+    Format.sharegpt: [{name} for name in reversed(MESSAGES)],
+    Format.messages: [{name} for name in MESSAGES],
     Format.prompt_completion: [{"prompt", "completion"}],
     Format.segments: [{"segments"}],
     Format.text: [{"text"}],
@@ -146,6 +143,9 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
 def _model(config: Config, _: Facts) -> Iterator[Problem]:
     if config.model.init is Init.random and config.model.architecture is None:
         yield Problem("model.architecture", None, "is needed to build model.init=random")
+    if config.data.packing and config.model.attention is Attention.flash_attention_2 and config.train.micro_batch > 1:
+        yield Problem("train.micro_batch", config.train.micro_batch, "must be 1 for packed rows under flash_attention_2: "
+                      "transformers tells samples apart only in batches of one row")  # fmt: skip
     if config.adapter.kind is AdapterKind.lora and config.model.init is Init.random and "consolidate" in config.jobs:
         yield Problem(
             "adapter.kind",

@@ -172,7 +172,8 @@ def network_variables(config: Config, found: str | None, environ: Mapping[str, s
     if name == "lo":
         values, reason = {"GLOO_SOCKET_IFNAME": "lo"}, "MASTER_ADDR is this host itself: NCCL's left unset"
     else:
-        values = {"NCCL_SOCKET_IFNAME": name, "GLOO_SOCKET_IFNAME": name}
+        exact = f"={name}" if wanted == "auto" else name  # NCCL takes a bare name for the beginning of several
+        values = {"NCCL_SOCKET_IFNAME": exact, "GLOO_SOCKET_IFNAME": name}
         reason = "routes to MASTER_ADDR" if wanted == "auto" else "cluster.network.interface"
     return {key: value for key, value in values.items() if key not in environ}, f"{name}: {reason}"
 

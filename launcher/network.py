@@ -1,5 +1,7 @@
 """Finds the address, the port and the network interface over which ranks meet. Standard library only."""
 
+from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+
 import errno
 import fcntl
 import socket

@@ -44,6 +44,10 @@ def resources(config: Config, name: str) -> Resources:
 
 
 def plan(config: Config, done: Collection[str] = ()) -> list[Job]:
-    """The jobs to start, each after those it reads from; jobs in `done` have completed and are left out."""
-    names = [name for name in AFTER if name in config.jobs and name not in done]
+    """The jobs to start, each after those it reads from. Jobs in `done` are left out, unless what they read is made anew."""
+    names: list[str] = []
+    for name in AFTER:
+        again = any(item in names for item in AFTER[name])  # what it reads will change
+        if name in config.jobs and (name not in done or again):
+            names.append(name)
     return [Job(name, resources(config, name), tuple(item for item in AFTER[name] if item in names)) for name in names]

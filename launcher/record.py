@@ -41,5 +41,10 @@ def add_job(run: Path, name: str, job_id: str) -> None:
 
 
 def newest_jobs(run: Path) -> dict[str, tuple[str, str]]:
-    """Id and cluster of the newest start of each job."""
-    return {name: (job_id, launch["cluster"]) for launch in read(run) for name, job_id in launch["jobs"].items()}
+    """Id and cluster of the newest start of each job; scripts submitted by hand are known by the attempts they opened."""
+    by_hand: dict[str, tuple[str, str]] = {}
+    for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
+        by_hand[path.parent.parent.name] = (str((read_json(path) or {}).get("job_id")), "slurm")
+    return by_hand | {
+        name: (job_id, launch["cluster"]) for launch in read(run) for name, job_id in launch["jobs"].items()
+    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import Problem, RunError
+from conf.errors import Problem, RunError, SiteError
 from launcher import record, slurm
 from launcher.attempt import last_verdict
 from launcher.plan import AFTER
@@ -23,10 +23,10 @@ class JobState:
     verdict: dict[str, Any] | None
 
 
-def job_states(run: Path) -> list[JobState]:
-    """The newest start of each job, in the order of the pipeline."""
+def job_states(run: Path, strict: bool = False) -> list[JobState]:
+    """The newest start of each job, in the order of the pipeline; `strict` as in `slurm.states`."""
     newest = record.newest_jobs(run)
-    on_slurm = slurm.states(job_id for job_id, cluster in newest.values() if cluster == "slurm")
+    on_slurm = slurm.states((job_id for job_id, cluster in newest.values() if cluster == "slurm"), strict)
     found = []
     for name in (name for name in AFTER if name in newest):
         job_id, cluster = newest[name]
@@ -41,10 +41,19 @@ def job_states(run: Path) -> list[JobState]:
 
 
 def active(run: Path) -> str | None:
-    """Names the jobs of a run that wait or run, or None; a folder that is no run is not active."""
+    """Names the jobs of a run that wait or run, or None; a folder that is no run is not active.
+
+    Raises SiteError when Slurm does not answer: to start a run twice would damage it.
+    """
     if not (run / "run.json").exists():
         return None
-    names = [f"{job.name} {job.job_id} is {job.state}" for job in job_states(run) if job.state in slurm.LIVE]
+    try:
+        jobs = job_states(run, strict=True)
+    except slurm.SlurmError as error:
+        raise SiteError(
+            Problem("run_dir", run, f"may be at work, and Slurm does not answer ({error}); try again")
+        ) from error
+    names = [f"{job.name} {job.job_id} is {job.state}" for job in jobs if job.state in slurm.LIVE]
     return ", ".join(names) or None
 
 

@@ -1,6 +1,8 @@
 """Runs Slurm's commands, and reads what they print; the only module that does. Standard library only: it also runs on the
 compute node, outside the container, before any environment is set up."""
 
+from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+
 import re
 import subprocess
 from collections.abc import Iterable
@@ -23,12 +25,16 @@ class SlurmError(Exception):
     """Raised when a Slurm command fails or is not there; the message is its own first line."""
 
 
+class NoSlurmError(SlurmError):
+    """Raised when a Slurm command is not installed here."""
+
+
 def call(*words: str, timeout_s: float = 60) -> str:
     """What a Slurm command prints. Raises SlurmError with its first error line."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
     except FileNotFoundError:
-        raise SlurmError(f"{words[0]} is not on PATH") from None
+        raise NoSlurmError(f"{words[0]} is not on PATH") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]} gave no answer in {timeout_s:.0f} s") from None
     if done.returncode:
@@ -48,9 +54,12 @@ def node_address(node: str) -> str | None:
     return found.group(1) if found else None
 
 
-def states(job_ids: Iterable[str]) -> dict[str, str]:
+def states(job_ids: Iterable[str], strict: bool = False) -> dict[str, str]:
     """State of each job by id. squeue knows the live ones, then sacct; without accounting scontrol remembers for
-    MinJobAge (5 min). A job that none of them knows is absent."""
+    MinJobAge (5 min). A job that none of them knows is absent.
+
+    With `strict`, raises SlurmError when there is a squeue and it gives no answer: a live job must not be taken for an ended one.
+    """
     wanted = list(job_ids)
     found: dict[str, str] = {}
     for command in (_squeue, _sacct, _scontrol):
@@ -58,8 +67,11 @@ def states(job_ids: Iterable[str]) -> dict[str, str]:
         if rest:
             try:
                 found |= command(rest)
-            except SlurmError:
+            except NoSlurmError:
                 continue
+            except SlurmError:
+                if strict and command is _squeue:
+                    raise
     return found
 
 

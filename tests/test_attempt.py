@@ -112,7 +112,7 @@ def test_completed_needs_the_word_of_rank_0(folder: Path) -> None:
         ([(0, "completed", "")], 137, "failed", None, "srun exited with 137"),
         ([], 0, "failed", None, "none of 4 ranks"),
         ([], 137, "failed", None, "exit code 137"),
-        ([(1, "preempted", "saved at step 7")], 9, "failed", None, "exit code 9"),
+        ([(1, "preempted", "saved at step 7")], 9, "preempted", 1, "saved at step 7"),  # it stopped after all had saved
     ],
     ids=[
         "one rank failed",

@@ -221,13 +221,13 @@ BOTH = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
 @pytest.mark.parametrize(
     ("interface", "found", "environ", "expected", "reason"),
     [
-        ("auto", "ib0", {}, BOTH, "ib0: routes to MASTER_ADDR"),
+        ("auto", "ib0", {}, BOTH | {"NCCL_SOCKET_IFNAME": "=ib0"}, "ib0: routes to MASTER_ADDR"),
         ("auto", "lo", {}, {"GLOO_SOCKET_IFNAME": "lo"}, "NCCL's left unset"),
         ("auto", None, {}, {}, "no interface routes to MASTER_ADDR"),
         ("ib0", "eth0", {}, BOTH, "ib0: cluster.network.interface"),
         ("ib0", None, {}, BOTH, "ib0: cluster.network.interface"),
         ("auto", "ib0", {"NCCL_SOCKET_IFNAME": "eth1"}, {"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
-        ("auto", "ib0", {"GLOO_SOCKET_IFNAME": "eth1"}, {"NCCL_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ("auto", "ib0", {"GLOO_SOCKET_IFNAME": "eth1"}, {"NCCL_SOCKET_IFNAME": "=ib0"}, "ib0"),
         ("ib0", "ib0", {"NCCL_SOCKET_IFNAME": "=eth1", "GLOO_SOCKET_IFNAME": "eth1"}, {}, "ib0"),
     ],
     ids=["auto", "this host", "no route", "named", "named without route", "NCCL's set", "Gloo's set", "both set"],

@@ -75,3 +75,8 @@ def test_a_job_is_distributed_also_with_one_rank(compose: Compose) -> None:
     part = put(compose(), {"cluster.train.ranks_per_node": 1}).cluster.train
     assert Job("train", part).distributed
     assert Job("train", part).world_size == 1
+
+
+def test_a_completed_job_is_done_again_when_what_it_reads_is_made_anew(compose: Compose) -> None:
+    names = [job.name for job in plan(compose(), done={"preprocess", "consolidate"})]
+    assert names == ["train", "consolidate", "evaluate", "generate"]

@@ -12,7 +12,6 @@ from conf.schema import AdapterKind, Config
 from jobs import optim
 from jobs.backends import Engine
 from jobs.distributed import World
-from jobs.model import compute_dtype
 
 TAG = "zero"
 """DeepSpeed's name for the folder inside a checkpoint; ours is the step."""
@@ -27,8 +26,7 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    model.to(compute_dtype(config))
-    model.train()
+    model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
         model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
     )

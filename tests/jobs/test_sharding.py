@@ -1,6 +1,7 @@
 """That each layout really shards what it says: looked at on four ranks, not inferred from a loss."""
 
 import pytest
+import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conf.schema import Config
@@ -45,6 +46,9 @@ def _zero(_rank: int, config: Config) -> None:
     with process_group(config) as world:
         engine = backends.chosen(config).wrap(model.build(config), config, world)
         network = engine.module.module
+        rotary = dict(network.named_buffers())["model.rotary_emb.inv_freq"]
+        assert rotary.dtype is torch.float32  # in bf16 the angles of far positions are wrong by a tenth of a turn
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
         if config.parallel.zero_stage == 3:
             for name, parameter in network.named_parameters():
                 if not parameter.ds_persist:
@@ -63,5 +67,5 @@ def test_zero_partitions_what_its_stage_says(compose, stage):
     spawn(
         _zero,
         WORLD,
-        compose(f"parallel=zero{stage}", "cluster.train.ranks_per_node=4", "cluster.train.gpus_per_node=0"),
+        compose(f"parallel=zero{stage}", "cluster.train.ranks_per_node=4", "train.precision=bf16"),
     )

@@ -29,7 +29,8 @@ def test_every_rank_has_the_contract(preflight, slurm):
         assert item["LOCAL_WORLD_SIZE"] == item["NODE_WORLD_SIZE"] == "2"
         assert item["MASTER_ADDR"] in slurm.nodes
         assert 20_000 <= int(item["MASTER_PORT"]) < 32_768
-        assert item["NCCL_SOCKET_IFNAME"] == item["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert item["NCCL_SOCKET_IFNAME"] == "=eth0"
+        assert item["GLOO_SOCKET_IFNAME"] == "eth0"
         assert item["MUSTER_NCCL_TIMEOUT"] == item["AXOLOTL_NCCL_TIMEOUT"] == "1800"
         assert item["DEEPSPEED_TIMEOUT"] == "30"
         assert item["ACCELERATE_USE_DEEPSPEED"] == "true"
@@ -76,8 +77,11 @@ def test_export_none_does_not_empty_the_ranks(slurm, tmp_path):
     assert len(runs.environments(run, "preflight")) == 4
 
 
-def test_a_run_folder_may_have_any_printable_name(slurm, tmp_path):
-    runs.complete(tmp_path / 'it\'s a $HOME of "runs"', "pipeline=preflight")
+def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm, tmp_path):
+    run = tmp_path / "it's a $HOME run"
+    done = runs.launch(f'run_dir="{run}"', "pipeline=preflight")
+    assert done.returncode == 0, done.stderr
+    assert runs.finish(run)["preflight"].verdict["status"] == "completed"
 
 
 def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
