@@ -9,7 +9,8 @@ from conf.schema import Config, Precision
 def plan(config: Config, world_size: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given; also written to RUN/deepspeed.json for Accelerate programs in the job.
 
-    Gradients are reduced and accumulated in fp32 under either precision, as FSDP's are.
+    Gradients are reduced and accumulated in fp32 under either precision, as FSDP's are; but ZeRO-1 accumulates in bf16 under
+    bf16: with fp32 DeepSpeed would take another optimizer, whose checkpoints its own consolidation cannot read (0.19.8).
     """
     parallel, train = config.parallel, config.train
     micro, accumulated = split(config, world_size)
@@ -33,13 +34,14 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if parallel.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    bf16 = train.precision is Precision.bf16
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulated,
         "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.precision is Precision.bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and parallel.zero_stage == 1 else "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

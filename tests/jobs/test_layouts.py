@@ -89,6 +89,14 @@ def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_
     assert after == pytest.approx(before[-1], rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp"])
+def test_fp32_masters_of_bf16_training_are_consolidated_bit_for_bit(layout, tmp_path):
+    words = [*COMMON, "train.precision=bf16", "train.steps=4", "train.warmup_steps=1", f"parallel={layout}"]
+    shown = ranks.run(f"run_dir={tmp_path}/run", *words, "jobs=[preprocess,train,consolidate]")
+    assert "38 weights equal those in training, bit for bit" in shown
+
+
 def _size(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
