@@ -1,5 +1,6 @@
 """What every rank runs: sets its environment, runs the job, and records how it ended. submitit pickles `run` with two strings."""
 
+import atexit
 import json
 import os
 import re
@@ -57,6 +58,16 @@ def run(job: str, config_path: str) -> None:
         raise
     if where.rank == 0:
         attempt.record(folder, number, 0, attempt.COMPLETED, seconds=round(time.time() - started, 2))
+    if where.world_size > 1:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End a rank whose work is done before torch's threads are taken apart: now and then one aborts in that, srun then kills
+    the other ranks, and a job that has done all it should ends as a failure (seen with Gloo: `terminate called`)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _prepare(config: Config) -> environment.Ranks:
