@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: written beside, published by rename once every rank has written, then pruned."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from conf.errors import Problem, RunError
@@ -77,6 +79,11 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
     if world.is_main:
         print(f"resumed from {path}", flush=True)
     return int(about["step"])
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """SHA-256 of a weight's values: what training records, and consolidation must find again."""
+    return hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _agreed(value: Any, world: World) -> Any:

@@ -1,6 +1,5 @@
 """Makes one Hugging Face folder of the newest sharded checkpoint: whole weights, merged adapters, config and tokenizer."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -49,7 +48,7 @@ def _verify(weights: dict[str, torch.Tensor], path: Path) -> None:
     wrong = [
         name
         for name, expected in prints.items()
-        if name not in weights or hashlib.sha256(weights[name].contiguous().numpy().tobytes()).hexdigest() != expected
+        if name not in weights or checkpoint.fingerprint(weights[name]) != expected
     ]
     if wrong:
         raise RunError(

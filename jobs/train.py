@@ -1,6 +1,5 @@
 """Training, read from top to bottom: build, shard, resume, then steps until they are done or someone says stop."""
 
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -126,7 +125,7 @@ def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Co
     set_timeout(config.cluster.network.nccl_timeout_s)
     path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about)
     if step == steps and config.train.fingerprint:
-        prints = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in backend.weights(engine)}
+        prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
         if world.is_main:
             write_json(path / "fingerprint.json", prints)
     set_timeout(config.cluster.network.step_timeout_s)

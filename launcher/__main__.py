@@ -13,8 +13,9 @@ from launcher.facts import CLONE
 
 def status(options: argparse.Namespace) -> int:
     """Every job with its state, step and verdict; exit code 1 when a job has failed."""
-    report.status(runs.job_states(options.run))
-    return 1 if any(job.verdict and job.verdict["status"] != "completed" for job in runs.job_states(options.run)) else 0
+    jobs = runs.job_states(options.run)
+    report.status(jobs)
+    return 1 if any(job.verdict and job.verdict["status"] != "completed" for job in jobs) else 0
 
 
 def logs(options: argparse.Namespace) -> int:

@@ -103,9 +103,15 @@ def record(folder: Path, number: int, rank: int, status: str, reason: str = "", 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
     """The verdict of a job's newest attempt; None when there was none, or it ended without one."""
-    numbers = [int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir()]
-    found = read_json(folder / f"attempt-{max(numbers)}.json") if numbers else None
+    number = _newest(folder)
+    found = read_json(folder / f"attempt-{number}.json") if number else None
     return found if isinstance(found, dict) else None
+
+
+def _newest(folder: Path) -> int | None:
+    """Number of the newest attempt of a job; None before the first."""
+    numbers = (int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
+    return max(numbers, default=None)
 
 
 def _judge(records: list[dict[str, Any]], code: int, world_size: int) -> dict[str, Any]:
@@ -188,11 +194,10 @@ def main(words: list[str] | None = None) -> int:
 
 def _refuse(folder: Path, port: int | None, error: Exception) -> int:
     """The job cannot start: say so in a verdict, as for any other failure."""
-    numbers = [int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir()]
-    if not numbers:
+    number = _newest(folder)
+    if number is None:
         print(f"muster: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
         return 2
-    number = max(numbers)
     taken = f"cluster.network.master_port={port}: " if port else ""
     remedy = "; leave it null, so that a free one is found" if port else ""
     record(

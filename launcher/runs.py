@@ -60,7 +60,8 @@ def active(run: Path) -> str | None:
 def cancel(run: Path) -> list[str]:
     """End the jobs of a run that wait or run, wherever they are; their names."""
     live = [job for job in job_states(run) if job.state in slurm.LIVE]
-    on_slurm = [job.job_id for job in live if record.newest_jobs(run)[job.name][1] == "slurm"]
+    newest = record.newest_jobs(run)
+    on_slurm = [job.job_id for job in live if newest[job.name][1] == "slurm"]
     if on_slurm:
         slurm.cancel(on_slurm)
     for job in live:

@@ -7,7 +7,6 @@ import re
 import subprocess
 from collections.abc import Iterable
 
-ENDED_WELL = "COMPLETED"
 LIVE = {
     "PENDING",
     "CONFIGURING",
