@@ -66,10 +66,15 @@ def partial(folder: Path) -> Path:
 
 def publish(folder: Path) -> None:
     """Rename the finished `partial(folder)` to `folder`. Raises FileExistsError rather than replace a whole one."""
+    publish_as(partial(folder), folder)
+
+
+def publish_as(beside: Path, folder: Path) -> None:
+    """Rename the finished folder `beside` to `folder`. Raises FileExistsError rather than replace a whole one."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already")
-    sync_tree(partial(folder))
-    os.rename(partial(folder), folder)
+    sync_tree(beside)
+    os.rename(beside, folder)
     sync(folder.parent)
 
 

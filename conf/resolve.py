@@ -30,6 +30,7 @@ def resolve(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
     assert isinstance(config, Config)
+    _sectioned(config)
     return config
 
 
@@ -80,7 +81,7 @@ def load(path: Path) -> Config:
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type; free-form dictionaries are one key."""
+    """Every dotted key of the schema with its type; dictionaries, whose keys are the user's, are one key."""
     found: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
@@ -97,15 +98,63 @@ def _section(hint: Any) -> type | None:
     return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
 
 
+def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
+    """Dotted keys of the dictionaries whose entries are sections, each with what an entry is."""
+    found: dict[str, type] = {}
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        if "section" in item.metadata:
+            found[prefix + item.name] = item.metadata["section"]
+        elif section := _section(hints[item.name]):
+            found |= named_sections(section, f"{prefix}{item.name}.")
+    return found
+
+
 def _misfits(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
     """Keys the schema does not know, and dictionaries where it has a list: OmegaConf names neither by its key."""
     found = []
     hints = get_type_hints(schema)
+    named = {item.name: item.metadata["section"] for item in fields(schema) if "section" in item.metadata}
     for key, value in plain.items():
+        path = prefix + key
         if key not in hints:
-            found.append(Problem(prefix + key, None, "no such key"))
+            found.append(Problem(path, None, "no such key"))
         elif isinstance(value, dict) and str(hints[key]).startswith("list"):
-            found.append(Problem(prefix + key, value, "is not a list"))
+            found.append(Problem(path, value, "is not a list"))
+        elif key in named:
+            for name, entry in value.items():
+                found += _entry_misfits(entry, named[key], f"{path}.{name}")
         elif (section := _section(hints[key])) and value is not None:
-            found += _misfits(value, section, f"{prefix}{key}.")
+            found += _misfits(value, section, f"{path}.")
     return found
+
+
+def _entry_misfits(entry: Any, section: type, path: str) -> list[Problem]:
+    """What is wrong with one entry of a dictionary of sections: its keys, its types, what it lacks."""
+    if not isinstance(entry, dict):
+        return [Problem(path, entry, "is a section of its own: set keys inside it")]
+    if found := _misfits(entry, section, f"{path}."):
+        return found
+    try:
+        made = OmegaConf.merge(OmegaConf.structured(section), entry)
+    except OmegaConfBaseException as error:
+        return [Problem(f"{path}.{error.full_key}", None, str(error.msg).splitlines()[0])]
+    return [Problem(f"{path}.{key}", None, "needs a value") for key in sorted(OmegaConf.missing_keys(made))]
+
+
+def _sectioned(config: Config) -> None:
+    """Make typed entries of the dictionaries whose entries are sections: OmegaConf refuses such a type in `++key=value`."""
+    for key, section in named_sections().items():
+        parent, name = config, key
+        while "." in name:
+            head, name = name.split(".", 1)
+            parent = getattr(parent, head)
+        plain = getattr(parent, name)
+        setattr(
+            parent,
+            name,
+            {
+                entry: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), value))
+                for entry, value in plain.items()
+            },
+        )

@@ -17,6 +17,11 @@ def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) ->
     return field(default=default, metadata={"minimum": minimum, "maximum": at_most})
 
 
+def entries(section: type) -> Any:
+    """A dictionary of sections under names that the user chooses; `conf.resolve` makes them what `section` says."""
+    return field(default_factory=dict, metadata={"section": section})
+
+
 class Init(Enum):
     pretrained = "pretrained"
     random = "random"
@@ -24,9 +29,14 @@ class Init(Enum):
 
 class Attention(Enum):
     auto = "auto"
+    cudnn = "cudnn"
+    varlen = "varlen"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flash_attention_4 = "flash_attention_4"
+    flex = "flex"
     sdpa = "sdpa"
     eager = "eager"
-    flash_attention_2 = "flash_attention_2"
 
 
 class Format(Enum):
@@ -48,8 +58,16 @@ class Mask(Enum):
 
 class Overlong(Enum):
     truncate = "truncate"
+    split = "split"
     drop = "drop"
     error = "error"
+
+
+class Order(Enum):
+    auto = "auto"
+    balanced = "balanced"
+    random = "random"
+    file = "file"
 
 
 class Backend(Enum):
@@ -68,11 +86,22 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Checkpointing(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+    offload = "offload"
+
+    def __bool__(self) -> bool:
+        return self is not Checkpointing.none
+
+
 class OutputDtype(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    original = "original"
 
 
 class Executor(Enum):
@@ -130,17 +159,71 @@ class Model:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your rights."""
     attention: Attention = Attention.auto
-    """Attention kernel; `auto` takes torch's scaled-dot-product attention, which needs no further package."""
+    """Attention kernel. `auto` takes the fastest that the model, the GPU and `data.packing` allow, of torch's own, and says
+    which: `cudnn` for a sample a row on Hopper and later, `varlen` for packed rows. flash_attention_* need their package."""
     architecture: Architecture | None = None
     """Shape of the model; needed for `init: random`, and for checks and estimates without the network."""
 
 
 @dataclass
+class DataSet:
+    """One of several sets of training rows, as in `data.sets.NAME.path=...`."""
+
+    path: str = MISSING
+    """Like `data.path`."""
+    split: str | None = None
+    """Like `data.split`."""
+    format: Format | None = None
+    """Null is `data.format`; `fields` and `roles` are likewise the set's own, or else those of `data`."""
+    fields: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    weight: float = at_least(0.0001, 1.0)
+    """How often a row comes in an epoch: 2 is twice, 0.5 a random half of the rows, chosen by `data.seed`."""
+    num_samples: int | None = at_least(1, None)
+    """Rows an epoch, in place of `weight`: a random part of the set, or the set as often as it takes."""
+
+
+@dataclass
+class Gates:
+    """Share of the rows, from 0 to 1, above which preprocess stops; below it what was found is counted, shown and kept going.
+
+    1 never stops. Rows that cannot be used are left out where their gate lets the others pass.
+    """
+
+    unreadable: float = at_least(0, 0.0, at_most=1)
+    """Lines that are not JSON, not UTF-8, or no object with named columns."""
+    unusable: float = at_least(0, 0.0, at_most=1)
+    """Rows that do not fit the format: columns missing or null, a text that is none, a template that refuses the turns."""
+    roles: float = at_least(0, 0.0, at_most=1)
+    """Rows with a speaker that is not known; see `data.roles`."""
+    empty: float = at_least(0, 0.0, at_most=1)
+    """Rows whose question or answer is empty."""
+    overlong: float = at_least(0, 0.2, at_most=1)
+    """Rows over `data.max_length` that are cut or dropped; where `data.overlong` splits them nothing is lost, or stopped."""
+    untrained: float = at_least(0, 0.05, at_most=1)
+    """Rows in which no token is trained (say, because the answer was cut off); they are left out."""
+    endless: float = at_least(0, 0.05, at_most=1)
+    """Rows, not cut, whose last trained token does not end a turn or the text: a model that sees no end never stops."""
+    placeholders: float = at_least(0, 0.02, at_most=1)
+    """Rows with a template's hole left open, such as {instruction} or {{ name }}."""
+    vocabulary: float = at_least(0, 0.0, at_most=1)
+    """Rows of finished tokens with an id that the tokenizer does not have; they are left out."""
+    duplicates: float = at_least(0, 0.2, at_most=1)
+    """Training rows that are equal to one before, token for token; see `data.drop_duplicates`."""
+    overlap: float = at_least(0, 0.01, at_most=1)
+    """Held-out rows that are trained on too: their loss says little."""
+
+
+@dataclass
 class Data:
     name: str = MISSING
-    path: str = MISSING
+    path: str | None = MISSING
     """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or a glob of
     such files, or a Hub id, `owner/name` or `owner/name:train[:100]`."""
+    split: str | None = None
+    """Part of the rows, in Python's and the Hub's notation: `[:1000]`, `[10%:]`, `[-100:]`."""
+    sets: dict[str, Any] = entries(DataSet)
+    """Several sets in place of `path`: each by a name, with a path and a weight of its own."""
     format: Format = Format.auto
     """Shape of a row; `auto` recognises it from the columns and says which it took."""
     fields: dict[str, str] = field(default_factory=dict)
@@ -151,21 +234,43 @@ class Data:
     """Null is the tokenizer's own; else chatml, gemma, llama3, mistral, qwen, or a Jinja file. Goes into the merged model."""
     mask: Mask = Mask.assistant
     """What is trained of a chat: every assistant turn, the last one, or all; a turn's own `train` wins over it."""
+    eos_token: str | None = None
+    """Token that ends a text, in place of the tokenizer's; also where generation stops."""
+    pad_token: str | None = None
+    """Token that fills rows up; null is the tokenizer's own, or else its end-of-text token."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Further tokens that are never split, such as `<|im_start|>`; the embedding grows where the model lacks rows for them."""
     validation_path: str | None = None
-    """File of held-out rows; without it `validation_fraction` of the rows is held out."""
+    """Held-out rows, named as in `path`; without it `validation_fraction` of the rows is held out."""
+    validation_split: str | None = None
+    """Part of `validation_path`, as in `split`; it may be another part of the training file."""
     validation_fraction: float = at_least(0, 0.05, at_most=0.5)
-    """Share of rows held out when there is no `validation_path`; chosen by `seed`, the same in every run."""
+    """Share of rows held out where there is no `validation_path`: chosen by their content and `seed`, so that equal rows
+    stay together and a longer file keeps the choice."""
     max_length: int = at_least(2, 2048)
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate
-    """What happens to a row longer than `max_length`; every case is counted in the report."""
+    """What happens to a sample longer than `max_length`; `split` goes on in a further one. Every case is counted."""
     packing: bool = False
     """Put several samples into one row of `max_length` tokens, each attending only to itself; a row is then full, and
     `train.global_batch` counts rows. Off until attention over packed rows has a kernel of its own."""
+    order: Order = Order.auto
+    """Of the rows in an epoch. `balanced` is random, but the rows of a step cost the same, so that no rank waits for
+    another; `random` draws freely; `file` keeps the order of the input, for a curriculum. `auto` balances packed rows, and
+    draws others freely, for steps of short samples alone would weigh their tokens more."""
+    drop_duplicates: bool = False
+    """Keep only the first of training rows that are equal token for token."""
     max_rows: int | None = at_least(1, None)
-    """Use only the first rows: a quick look before the whole set."""
+    """Use only the first rows of each set: a quick look before the whole of it."""
+    preview: int = at_least(0, 1)
+    """Samples shown in the log as the model will see them; RUN/data/preview.html has more."""
+    workers: int | None = at_least(1, None)
+    """Processes that tokenise; null is one a core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
+    cache: str | None = None
+    """Folder of tokenised sets, shared between runs and named by their content; null is `.data` beside the run's folder."""
     seed: int = at_least(0, 0)
-    """Fixes the held-out rows and the order of training."""
+    """Fixes the held-out rows, the parts taken of sets, and the order of training."""
+    gates: Gates = field(default_factory=Gates)
 
 
 @dataclass
@@ -225,8 +330,12 @@ class Train:
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     precision: Precision = Precision.auto
     """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPUs; `auto` is bf16 on GPUs, else fp32."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: about a quarter slower, a fraction of the memory."""
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    """What of a block is computed again in backward instead of kept. `selective` keeps attention and every second matrix product
+    (8 % slower than `none` on H200), `full` only the block's input (a quarter slower), `offload` moves that to host memory."""
+    compile: bool | None = None
+    """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not under ZeRO-3, whose hooks
+    inside a block cut it into pieces."""
     seed: int = at_least(0, 0)
     """Fixes initial weights and dropout."""
     log_every: int = at_least(1, 10)
@@ -245,9 +354,11 @@ class Train:
 @dataclass
 class Consolidate:
     dtype: OutputDtype = OutputDtype.auto
-    """Of the merged weights; `auto` is the precision trained in."""
+    """Of the merged weights; `auto` is the precision trained in, `original` each weight's own in `model.source`."""
     shard_gib: float = at_least(0.001, 5.0)
     """Largest safetensors file, in GiB."""
+    adapter_only: bool = False
+    """Write the adapter alone, as a PEFT folder, and leave the base as it is."""
 
 
 @dataclass
@@ -270,6 +381,9 @@ class Resources:
     """Null, on `cluster=local` only: use GPUs if this machine has one for every rank, else the CPU."""
     gpu_type: str | None = None
     """Slurm's name of the GPUs to ask for, where nodes have several."""
+    gpu_memory_gib: float | None = at_least(1, None)
+    """Memory of one GPU, in GiB (80 GB cards have 79, an H200 has 139): a run that is estimated to need more is refused before
+    it is queued. Null does not compare, because a login node cannot see the GPUs of others."""
     cpus_per_rank: int = at_least(1, 1)
     memory_gib: int | None = at_least(0, None)
     """Host memory a node; 0 is all of it, null the partition's default."""
@@ -331,7 +445,12 @@ class Cluster:
     offline: bool = False
     """Compute nodes cannot reach the Hub: sets HF_HUB_OFFLINE=1, so that nothing waits for a time-out."""
     signal_s: int = at_least(1, 120)
-    """Seconds before the time limit at which Slurm tells the ranks to save and stop. Slurm may be 60 s early."""
+    """Seconds before the time limit at which the ranks save and stop; long enough for a checkpoint. Slurm may be 60 s early."""
+    requeue: bool = True
+    """Start a job again that was preempted, ran into its time limit or failed, on the same id, so that what depends on it
+    waits. Never after a user's error. False leaves that to `python launch.py resume=RUN`."""
+    max_restarts: int = at_least(0, 3)
+    """Restarts of a failing job since its last new checkpoint. Being preempted or out of time does not count."""
     network: Network = field(default_factory=Network)
     container: Container = Container.none
     """Runtime that wraps every rank; `container_image` says which image."""

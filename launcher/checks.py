@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
+from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
+from conf.datasets import training
 from conf.errors import Problem
-from conf.schema import AdapterKind, Attention, Backend, Config, Container, Executor, Format, Init, Submit
+from conf.schema import AdapterKind, Attention, Backend, Config, Container, DataSet, Executor, Format, Init, Submit
+from launcher import footprint, memory, remedy
 from launcher.environment import is_secret
-from launcher.facts import Facts
+from launcher.facts import Facts, FirstRow
 from launcher.plan import AFTER, resources
 
 COLUMNS = {
@@ -28,7 +30,7 @@ COLUMNS = {
 def problems(config: Config, facts: Facts) -> list[Problem]:
     """Everything wrong with the config on this site; empty when the run can be submitted."""
     found = list(_values(config))
-    sizes = () if found else (_batch, _layout, _devices)  # they divide by numbers that may be 0
+    sizes = () if found else (_batch, _layout, _devices, _memory)  # they divide by numbers that may be 0
     rules = (_names, _steps, *sizes, _model, _data, _site, _secrets, _run_folder)
     return found + [problem for rule in rules for problem in rule(config, facts)]
 
@@ -39,6 +41,9 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
         key, value = prefix + item.name, getattr(section, item.name)
         if is_dataclass(value):
             yield from _values(value, f"{key}.")
+        elif "section" in item.metadata:
+            for name, entry in value.items():
+                yield from _values(entry, f"{key}.{name}.")
         elif value == "":
             yield Problem(key, value, "is empty; null leaves an optional value out")
         elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
@@ -140,6 +145,19 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
                 )
 
 
+def _memory(config: Config, facts: Facts) -> Iterator[Problem]:
+    """An estimate, so it speaks only where the site says what its GPUs have; and of nothing that is wrong already."""
+    capacity = config.cluster.train.gpu_memory_gib
+    if capacity is None or "train" not in config.jobs:
+        return
+    if any(True for rule in (_batch, _layout) for _ in rule(config, facts)):
+        return
+    found = memory.estimate(config)
+    if found and found.on_gpu and found.device.total > capacity * footprint.GIB:
+        other = remedy.that_fits(config, capacity) or "no layout, batch or number of nodes near yours would do"
+        yield Problem("cluster.train.gpu_memory_gib", capacity, f"train needs {footprint.device_line(found)}: {other}")
+
+
 def _model(config: Config, _: Facts) -> Iterator[Problem]:
     if config.model.init is Init.random and config.model.architecture is None:
         yield Problem("model.architecture", None, "is needed to build model.init=random")
@@ -158,17 +176,34 @@ def _model(config: Config, _: Facts) -> Iterator[Problem]:
 def _data(config: Config, facts: Facts) -> Iterator[Problem]:
     for key, value in facts.files_missing:
         yield Problem(key, value, "no such file or folder, here or in Muster's own folder")
-    if facts.row_error:
-        yield Problem("data.path", config.data.path, facts.row_error)
-    if facts.columns is not None and not config.data.fields:
-        asked = [config.data.format] if config.data.format is not Format.auto else list(COLUMNS)
-        if not any(shape <= set(facts.columns) for format in asked for shape in COLUMNS[format]):
-            wanted = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in asked)
-            yield Problem(
-                "data.path",
-                config.data.path,
-                f"has the columns {', '.join(facts.columns)}, but {wanted}: map them with data.fields",
-            )
+    if (config.data.path is None) == (not config.data.sets):
+        yield Problem("data.path", config.data.path, "name the rows: data.path=..., or several data.sets.NAME.path=...")
+        return
+    for name in config.data.sets:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            yield Problem(f"data.sets.{name}", None, "its name may have letters, digits, '.', '_' and '-' only")
+    splits = {"data.split": config.data.split, "data.validation_split": config.data.validation_split}
+    for key, split in (
+        splits | {f"data.sets.{name}.split": one.split for name, one in config.data.sets.items()}
+    ).items():
+        if split is not None and not SPLIT.fullmatch(split):
+            yield Problem(key, split, "is not a part of rows: write [:1000], [10%:] or [-100:]")
+    for seen, one in zip(facts.first_rows, training(config.data).values(), strict=False):
+        if seen.error:
+            yield Problem(seen.key, one.path, seen.error)
+        if seen.columns is not None and not one.fields:
+            yield from _columns(seen, one)
+
+
+def _columns(seen: FirstRow, one: DataSet) -> Iterator[Problem]:
+    """Whether a set's first row can be of its format."""
+    assert seen.columns is not None
+    asked = [one.format] if one.format not in (None, Format.auto) else list(COLUMNS)
+    if not any(shape <= set(seen.columns) for format in asked for shape in COLUMNS[format]):
+        wanted = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in asked)
+        yield Problem(
+            seen.key, one.path, f"has the columns {', '.join(seen.columns)}, but {wanted}: map them with data.fields"
+        )
 
 
 def _site(config: Config, facts: Facts) -> Iterator[Problem]:

@@ -10,12 +10,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf import resolve
+from conf.datasets import training_paths
 from conf.schema import Config, Container, Precision
 
 CLONE = Path(__file__).resolve().parent.parent
 FIRST_ROW_CHARACTERS = 2**20
 """How much of a file is read to see its columns: the file may be huge, and this is a login node."""
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
+
+
+@dataclass(frozen=True)
+class FirstRow:
+    """What was seen of a training set: its first row's columns, where that could be read here, or why it could not."""
+
+    key: str
+    """Of the set's path in the config."""
+    columns: tuple[str, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,8 @@ class Facts:
     """Slurm commands that are not on PATH."""
     files_missing: tuple[tuple[str, str], ...] = ()
     """(key, value) of paths in the config at which there is nothing."""
-    columns: tuple[str, ...] | None = None
-    """Of the first training row, where it could be read here."""
-    row_error: str | None = None
-    """Why the first training row could not be read."""
+    first_rows: tuple["FirstRow", ...] = ()
+    """Of each training set."""
     existing: Config | None = None
     """The config that `run_dir` already holds."""
     run_dir_error: str | None = None
@@ -48,6 +57,7 @@ def localise(config: Config, gpus: int) -> None:
     )
     for section, name in (
         (config.data, "path"),
+        *((one, "path") for one in config.data.sets.values()),
         (config.data, "validation_path"),
         (config.data, "chat_template"),
         (config.generate, "prompts"),
@@ -67,15 +77,13 @@ def localise(config: Config, gpus: int) -> None:
 def observe(config: Config) -> Facts:
     """Look at everything the checks ask about. `localise` must have run."""
     facts = Facts(gpus=local_gpus(), files_missing=tuple(_missing_files(config)))
-    columns, row_error = _first_row(Path(config.data.path))
     try:
         existing, run_dir_error = _run_dir(Path(config.run_dir))
     except OSError as error:
         existing, run_dir_error = None, f"cannot be used: {error.strerror}"
     return replace(
         facts,
-        columns=columns,
-        row_error=row_error,
+        first_rows=tuple(FirstRow(key, *_first_row(Path(path))) for key, path in training_paths(config.data)),
         existing=existing,
         run_dir_error=run_dir_error,
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
@@ -99,7 +107,7 @@ def looks_like_file(value: str) -> bool:
 
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     named = {
-        "data.path": config.data.path,
+        **dict(training_paths(config.data)),
         "data.validation_path": config.data.validation_path,
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,

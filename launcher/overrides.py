@@ -1,6 +1,7 @@
 """Checks the words of a command line against the schema and the config groups, all at once, before Hydra stops at the first."""
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,19 @@ def _problem(
         return _option(key, str(override.value()), options[key])
     if key in known:
         return _value(key, override, known, schema)
-    if any(key.startswith(f"{free}.") for free, hint in known.items() if str(hint).startswith("dict")):
-        return None
+    for free, hint in known.items():
+        if str(hint).startswith("dict") and key.startswith(f"{free}."):
+            return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
     return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
+
+
+def _entry(key: str, rest: list[str], section: type | None) -> Problem | None:
+    """A key inside a dictionary of sections: what stands after the name that the user chose."""
+    entries = [item.name for item in fields(section)] if section else []
+    leaf = rest[0].split(".")[0] if rest else None
+    if not entries or leaf is None or leaf in entries:
+        return None
+    return Problem(key, None, f"no such key{nearest(leaf, entries)}; there are {', '.join(entries)}")
 
 
 def _option(group: str, value: str, options: list[str]) -> Problem | None:

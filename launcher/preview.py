@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from conf import resolve
+from conf.datasets import training_paths
 from conf.schema import Config, Executor
-from launcher import environment, render
+from launcher import environment, footprint, memory, render
 from launcher.plan import Job
 
 ON_EACH_RANK = """\
@@ -22,6 +23,8 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
             if config.cluster.executor is Executor.slurm
             else _heading(f"{job.name}: local")
         )
+        if job.name == "train" and (found := memory.estimate(config)):
+            parts[-1:-1] = [_heading("train: memory"), *footprint.table(found)]
         if config.cluster.executor is Executor.slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
         parts.append(_heading(f"{job.name}: environment"))
@@ -47,7 +50,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
     lines = [
         f"run       {config.run_dir}",
         f"model     {config.model.name} ({config.model.source}), adapter {config.adapter.kind.name}",
-        f"data      {config.data.path}",
+        f"data      {', '.join(path for _, path in training_paths(config.data))}",
         f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}",
         f"config    {resolve.digest(config)}",
     ]
@@ -59,6 +62,11 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
             f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
             f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}"
         )
+    if any(job.name == "train" for job in jobs):
+        found = memory.estimate(config)
+        capacity = config.cluster.train.gpu_memory_gib
+        said = footprint.line(found, capacity) if found else "not estimated without model.architecture"
+        lines.append(f"memory    train: {said}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from conf.schema import AdapterKind, Config, Container, Format, Submit
 from launcher.checks import problems
-from launcher.facts import Facts
+from launcher.facts import Facts, FirstRow
 
 from .conftest import Compose, put
 
@@ -60,6 +60,9 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (SLURM, {"cluster.container": Container.apptainer}, "cluster.container_image", "cluster.container"),
         (SLURM, {"cluster.container_image": "/a.sif"}, "cluster.container_image=/a.sif", "cluster.container=apptainer"),
         (SLURM, {"cluster.network.master_port": 65536}, "cluster.network.master_port=65536", "at most 65535"),
+        (SLURM, {"cluster.train.gpu_memory_gib": 17.5}, "cluster.train.gpu_memory_gib=17.5", "with cluster.train.nodes=8 it"),
+        ((*SLURM, "parallel=ddp"), {"cluster.train.gpu_memory_gib": 79.0}, "cluster.train.gpu_memory_gib=79.0", "parallel=fsdp"),
+        (SLURM, {"cluster.train.gpu_memory_gib": 5.0}, "cluster.train.gpu_memory_gib=5.0", "no layout, batch or number"),
         (SLURM, {"cluster.environment": {"HF_TOKEN": "hf_x"}}, "cluster.environment.HF_TOKEN=(hidden)", "secrets=[HF_TOKEN]"),
         (SLURM, {"cluster.environment": {"my_api_key": "x"}}, "cluster.environment.my_api_key=(hidden)", "secrets"),
         (SLURM, {"cluster.environment": {"DB_PASSWORD": "x"}}, "cluster.environment.DB_PASSWORD=(hidden)", "secrets"),
@@ -78,8 +81,8 @@ def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
     [
         (LOCAL, Facts(files_missing=(("data.path", "a.jsonl"),)), "data.path=a.jsonl", "no such file"),
         (LOCAL, Facts(files_missing=(("generate.prompts", "p"),)), "generate.prompts=p", "no such file"),
-        (LOCAL, Facts(row_error="has no rows"), "data.path=", "has no rows"),
-        (LOCAL, Facts(columns=("question", "reply")), "data.path=", "alpaca needs instruction and output"),
+        (LOCAL, Facts(first_rows=(FirstRow("data.path", error="has no rows"),)), "data.path=", "has no rows"),
+        (LOCAL, Facts(first_rows=(FirstRow("data.path", ("question", "reply")),)), "data.path=", "alpaca needs instruction and output"),
         (LOCAL, Facts(run_dir_error="is there already"), "run_dir=", "is there already"),
         (LOCAL, Facts(secrets_missing=("HF_TOKEN",)), "cluster.secrets=HF_TOKEN", "export HF_TOKEN first"),
         (SLURM, Facts(slurm_missing=("sbatch", "srun")), "cluster=slurm", "sbatch is not on PATH"),
@@ -112,7 +115,7 @@ def test_a_site_that_lacks_something_is_named_by_key_with_a_remedy(
 )
 def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Format, columns: str, fits: bool) -> None:
     config = put(compose(), {"data.format": format})
-    assert (said(config, Facts(columns=tuple(columns.split()))) == []) is fits
+    assert (said(config, Facts(first_rows=(FirstRow("data.path", tuple(columns.split())),))) == []) is fits
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,10 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         (SLURM, {"parallel.shard_ranks": 32}, Facts()),
         (SLURM, {"train.global_batch": 32, "train.micro_batch": 7}, Facts()),
         (LOCAL, {"train.steps": 20, "train.epochs": 3.0}, Facts()),
+        (SLURM, {"cluster.train.gpu_memory_gib": 79.0}, Facts()),
+        (SLURM, {"cluster.train.gpu_memory_gib": 1.0, "jobs": ["preprocess"]}, Facts()),
+        (SLURM, {"cluster.train.gpu_memory_gib": 1.0, "model.architecture": None}, Facts()),
+        (LOCAL, {"cluster.train.gpu_memory_gib": 1.0}, Facts()),
     ],
     ids=[
         "look without Slurm and secrets",
@@ -144,6 +151,10 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         "one shard group",
         "a micro batch that does not divide",
         "steps win over epochs",
+        "a model that fits into the GPUs",
+        "GPUs too small for a job that is not run",
+        "a model of unknown shape",
+        "GPUs of which none is used",
     ],
 )
 def test_what_is_allowed(compose: Compose, words: tuple[str, ...], values: dict[str, Any], facts: Facts) -> None:

@@ -21,6 +21,7 @@ NEEDS = {
     "model=hub": ["model.source=owner/name"],
     "model=tiny": ["train.global_batch=512"],
     "data=jsonl": ["data.path=owner/name"],
+    "data=mix": ["+data.sets.a.path=owner/name", "+data.sets.b.path=owner/other", "+data.sets.b.weight=2"],
     "train=smoke": ["cluster.train.nodes=2"],
     "cluster=local": ["train.micro_batch=1"],
 }
@@ -118,6 +119,10 @@ def test_the_digest_does_not_depend_on_the_process(compose: Compose, tmp_path: P
         ("cluster.network.port", 7, "cluster.network.port: no such key"),
         ("train.learning_rate", "???", "train.learning_rate: needs a value"),
         ("data.path", "???", "data.path: needs a value"),
+        ("data.sets", {"a": {"path": "x", "wait": 2}}, "data.sets.a.wait: no such key"),
+        ("data.sets", {"a": {"weight": 2}}, "data.sets.a.path: needs a value"),
+        ("data.sets", {"a": {"path": "x", "weight": "two"}}, "data.sets.a.weight: .*two"),
+        ("data.sets", {"a": 3}, "data.sets.a=3: is a section"),
         ("train.steps", "many", "train.steps: .*many"),
         ("train.activation_checkpointing", "maybe", "train.activation_checkpointing: .*maybe"),
         ("parallel.backend", "horovod", "parallel.backend: .*horovod"),

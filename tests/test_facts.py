@@ -105,15 +105,15 @@ def test_the_columns_are_those_of_the_first_row(
     path = here / "rows.jsonl"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     seen = facts.observe(put(compose(), {"data.path": str(path)}))
-    assert seen.columns == columns
-    assert (error or "None") in str(seen.row_error)
+    assert [row.columns for row in seen.first_rows] == [columns]
+    assert (error or "None") in str(seen.first_rows[0].error)
 
 
 @pytest.mark.parametrize("value", ["owner/name", "rows.parquet", "folder"])
 def test_what_is_no_json_file_is_left_to_the_job(compose: Compose, here: Path, value: str) -> None:
     (here / "folder").mkdir()
     seen = facts.observe(put(compose(), {"data.path": value}))
-    assert (seen.columns, seen.row_error) == (None, None)
+    assert seen.first_rows == (facts.FirstRow("data.path"),)
 
 
 @pytest.mark.parametrize(

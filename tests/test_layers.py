@@ -75,12 +75,19 @@ def test_conf_imports_only_omegaconf(path: Path) -> None:
     assert {name.split(".")[0] for name in imports(path)} <= sys.stdlib_module_names | {"conf", "omegaconf"}
 
 
-PURE = ("checks", "plan", "render", "preview", "verdict", "overrides")
+MEMORY = ("counting", "activations", "footprint", "memory", "remedy")
+PURE = ("checks", "plan", "render", "preview", "verdict", "overrides", *MEMORY)
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_neither_runs_programs_nor_reads_the_environment(name: str) -> None:
     assert not imports(ROOT / f"launcher/{name}.py") & {"os", "subprocess", "socket", "shutil", "tempfile"}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_an_estimate_reads_nothing_but_the_config(name: str) -> None:
+    known = {"conf.batch", "conf.schema", "collections.abc", "copy", "dataclasses", "typing"}
+    assert imports(ROOT / f"launcher/{name}.py") <= known | {f"launcher.{other}" for other in MEMORY}
 
 
 def test_only_the_worker_starts_a_job() -> None:

@@ -1,0 +1,115 @@
+"""launcher/activations.py: what a block saves equal to what autograd saves, logits to what the loss holds."""
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conf.schema import AdapterKind, Architecture, Precision
+from launcher import activations
+from launcher.counting import count
+
+from .conftest import Compose, put
+from .shapes import FAMILIES, adapted, built, small
+
+
+def saved_bytes(model: Any, shape: Architecture, tokens: int) -> int:
+    """What a forward pass of one row keeps for backward, parameters aside."""
+    import torch
+
+    weights = {item.untyped_storage().data_ptr() for item in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(input_ids=torch.randint(0, shape.vocab_size, (1, tokens)))
+        size = sum(storage.nbytes() for storage in kept.values())
+    del out
+    return size
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32], ids=lambda item: item.name)
+@pytest.mark.parametrize("targets", [None, ["all-linear"], ["q_proj", "v_proj"]], ids=["full", "lora", "lora on q, v"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "biases" not in name and name != "mixtral"])
+def test_a_block_saves_what_autograd_saves(
+    compose: Compose, family: str, targets: list[str] | None, precision: Precision
+) -> None:
+    config = put(compose("cluster=slurm", "model=llama8b"), {"train.precision": precision, "adapter.r": 8})
+    if targets:
+        put(config, {"adapter.kind": AdapterKind.lora, "adapter.targets": targets})
+    tokens, found = 64, []
+    for layers in (2, 3):
+        config.model.architecture = small(family, layers=layers)
+        dtype = "float32" if precision is Precision.fp32 else "bfloat16"
+        model = built(config.model.architecture, "cpu", dtype).train()
+        if targets:
+            model = adapted(model, targets)
+            model.enable_input_require_grads()
+        found.append(saved_bytes(model, config.model.architecture, tokens))
+    assert activations.saved_by_block(config, fused_kernels=False) == (found[1] - found[0]) / tokens
+
+
+def peak_bytes(work: Any) -> int:
+    """The most that tensors made by `work` held at once."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        now = peak = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def gone(self, size: int) -> None:
+            self.now -= size
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            inputs = {id(item.untyped_storage()) for item in tree_leaves(args) if isinstance(item, torch.Tensor)}
+            for item in tree_leaves(out):
+                storage = item.untyped_storage() if isinstance(item, torch.Tensor) else None
+                if storage is not None and id(storage) not in inputs and storage not in self.known:
+                    self.known.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.gone, storage.nbytes())
+            self.peak = max(self.peak, self.now)
+            return out
+
+    with Live() as live:
+        work()
+    return live.peak
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32], ids=lambda item: item.name)
+def test_logits_are_held_as_the_loss_really_holds_them(compose: Compose, precision: Precision) -> None:
+    torch = pytest.importorskip("torch")
+    from jobs import loss
+
+    rows, length, vocabulary, hidden = 2, 64, 4096, 4
+    dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
+    head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=dtype)
+    states = torch.randn(rows, length, hidden, dtype=dtype)
+    batch = {"labels": torch.randint(0, vocabulary, (rows, length))}
+    peak = peak_bytes(lambda: loss.summed(lambda **_: SimpleNamespace(logits=head(states)), batch).backward())
+    config = put(
+        compose("cluster=slurm", "model=llama8b"),
+        {
+            "train.precision": precision,
+            "train.micro_batch": rows,
+            "data.max_length": length,
+            "model.architecture.vocab_size": vocabulary,
+            "model.architecture.hidden_size": hidden,
+        },
+    )
+    assert config.model.architecture
+    counts = count(config.model.architecture, config.adapter)
+    assert counts
+    assert activations.logit_bytes(config, counts, fused_loss=False) == pytest.approx(peak, rel=0.05)
