@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.fields import Names, Row, mapped
-from jobs.turns import Sample, Turn, content_text, tool_list, turn
+from jobs.turns import Empty, Sample, Turn, content_text, tool_list, turn
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -87,7 +87,7 @@ def _text_of(row: Row, names: Sequence[str], format: str) -> str:
     column = _need(row, names, format)
     text = content_text(row[column], column)
     if not text.strip():
-        raise ValueError(f"{column} is empty: there is nothing to learn; drop the row")
+        raise Empty(f"{column} is empty: there is nothing to learn; drop the row")
     return text
 
 
@@ -97,7 +97,7 @@ def _alpaca(row: Row, fields: Names, roles: Names) -> Sample:
     question = "\n".join(part for part in asked if part)
     if not question.strip():
         _need(row, INSTRUCTION, "alpaca")
-        raise ValueError("instruction and input are both empty: there is no question; drop the row")
+        raise Empty("instruction and input are both empty: there is no question; drop the row")
     turns = []
     for number, pair in enumerate(row.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
@@ -132,7 +132,7 @@ def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
     """Only the completion is learnt. Two strings are plain text, joined as they are; turns on either side make a chat."""
     prompt, completion = (row[_need(row, (name,), "prompt_completion")] for name in ("prompt", "completion"))
     if isinstance(completion, str) and not completion.strip():
-        raise ValueError("completion is empty: there is nothing to learn; drop the row")
+        raise Empty("completion is empty: there is nothing to learn; drop the row")
     if isinstance(prompt, str) and isinstance(completion, str):
         return Sample(parts=((prompt, False), (completion, True)))
     asked = [Turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", fields, roles)
@@ -169,7 +169,7 @@ def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
             f"a label is {strange[1]} where the token is {strange[0]}: labels are the token or -100, not shifted"
         )
     if not kept:
-        raise ValueError("input_ids is empty: drop the row")
+        raise Empty("input_ids is empty: drop the row")
     return Sample(ids=tuple(token for token, _ in kept), labels=tuple(label for _, label in kept))
 
 

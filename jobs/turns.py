@@ -30,6 +30,14 @@ TRAIN_KEYS = ("train", "training", "weight", "loss")
 """Axolotl's two, OpenAI's, ms-swift's: whether a turn is learnt."""
 
 
+class UnknownRole(ValueError):
+    """A speaker that nobody has named."""
+
+
+class Empty(ValueError):
+    """A question or an answer without text."""
+
+
 @dataclass(frozen=True)
 class Turn:
     role: str
@@ -75,7 +83,7 @@ def turn(message: object, where: str, fields: Mapping[str, str], roles: Mapping[
     content = content_text(raw, f"{where}.{key}") if raw is not None else ""
     thought = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
     if role == "assistant" and not (content.strip() or calls or thought):
-        raise ValueError(f"{where}.{key or 'content'} is empty: there is nothing to learn; drop the row")
+        raise Empty(f"{where}.{key or 'content'} is empty: there is nothing to learn; drop the row")
     return Turn(role, content, calls, message.get("name"), _train(message, where), message.get("tool_call_id"), thought)
 
 
@@ -133,7 +141,7 @@ def _role(
     role = ROLES.get(speaker.lower())
     if role is None:
         known = ", ".join(sorted(set(ROLES) | set(roles)))
-        raise ValueError(f"{where}.{key} is {message[key]!r}, an unknown role: map it to one of {known}")
+        raise UnknownRole(f"{where}.{key} is {message[key]!r}, an unknown role: map it to one of {known}")
     return role, speaker.lower()
 
 
