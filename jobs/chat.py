@@ -5,7 +5,7 @@ A learnt stretch of text becomes the tokens that hold any of its characters.
 """
 
 import re
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,19 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = f"use a template with generation marks, such as one of {', '.join(NAMED)}"
 
 
+class Renderer(Protocol):
+    """A chat template at work."""
+
+    marked: bool
+    """Whether the template has generation marks."""
+
+    def whole(self, sample: Sample) -> tuple[str, list[Span]]:
+        """All turns as text, and the stretches between the template's generation marks, in order."""
+
+    def first(self, sample: Sample, turns: int, prompt: bool) -> str:
+        """The first turns as text."""
+
+
 def encode(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, template: str | None = None, mask: str = "assistant"
 ) -> tuple[list[int], list[int]]:
@@ -28,17 +41,21 @@ def encode(
     template: None is the tokenizer's own, else a name of `NAMED` or a file. mask: `assistant` learns every assistant
     turn, `last` the last one, `all` the whole text; a turn's own `train` wins over it. Finished tokens keep their labels.
     """
-    if mask not in MASKS:
-        raise ValueError(f"mask {mask!r} is unknown: use one of {', '.join(MASKS)}")
+    check_mask(mask)
     if sample.ids is not None:
         return list(sample.ids), [int(label != -100) for label in sample.labels or sample.ids]
     if sample.parts:
         return _encode_text(sample.parts, tokenizer, mask)
-    source = template_text(template, tokenizer, sample.tools)
-    text, spans, cut = _learnt(sample, tokenizer, source, mask)
+    renderer = Transformers(tokenizer, template_text(template, tokenizer, sample.tools))
+    text, spans, cut = learnt(sample, renderer, mask, ends(tokenizer))
     ids, bounds = tokenise(text, tokenizer, add_special_tokens=False)
     trained = mark(bounds, spans, [0] * len(ids))
     return ids, mark(bounds, cut, trained, value=0)
+
+
+def check_mask(mask: str) -> None:
+    if mask not in MASKS:
+        raise ValueError(f"mask {mask!r} is unknown: use one of {', '.join(MASKS)}")
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
@@ -57,96 +74,108 @@ def ends_well(ids: list[int], trained: list[int], tokenizer: PreTrainedTokenizer
     return bool(learnt) and learnt[-1] in {tokenizer.convert_tokens_to_ids(end) for end in ends(tokenizer)}
 
 
-def _encode_text(
-    parts: tuple[tuple[str, bool], ...], tokenizer: PreTrainedTokenizerBase, mask: str
-) -> tuple[list[int], list[int]]:
-    """Plain text with the tokenizer's own beginning, and the end-of-text token once."""
+def joined(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, list[Span]]:
+    """(the text of the parts, what is learnt of it)."""
     text, spans = "", []
     for part, learnt in parts:
         if learnt or mask == "all":
             spans.append((len(text), len(text) + len(part)))
         text += part
+    return text, spans
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token, so a model would never stop: set its eos_token")
+    return tokenizer.eos_token_id
+
+
+def _encode_text(
+    parts: tuple[tuple[str, bool], ...], tokenizer: PreTrainedTokenizerBase, mask: str
+) -> tuple[list[int], list[int]]:
+    """Plain text with the tokenizer's own beginning, and the end-of-text token once."""
+    text, spans = joined(parts, mask)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids, bounds = tokenise(text, tokenizer, add_special_tokens=not begun)
     trained = mark(bounds, spans, [0] * len(ids))
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, so a model would never stop: set its eos_token")
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids, trained, bounds = [*ids, tokenizer.eos_token_id], [*trained, 0], [*bounds, (len(text), len(text))]
+    eos = eos_of(tokenizer)
+    if ids[-1:] != [eos]:
+        ids, trained, bounds = [*ids, eos], [*trained, 0], [*bounds, (len(text), len(text))]
     if bounds[-1] == (len(text), len(text)):  # not written in the text, so it belongs to the last part
         trained[-1] = int(parts[-1][1] or mask == "all")
     return ids, trained
 
 
-def _learnt(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, source: str, mask: str
-) -> tuple[str, list[Span], list[Span]]:
-    """(rendered text, what is learnt of it, what is taken out of that again)."""
+def learnt(sample: Sample, renderer: Renderer, mask: str, ends: tuple[str, ...]) -> tuple[str, list[Span], list[Span]]:
+    """(rendered text, what is learnt of it, what is taken out of that again). ends: the tokens that end a turn."""
     assistant = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
     wanted = {"assistant": assistant, "last": assistant[-1:], "all": []}[mask]
     yes = [i for i, turn in enumerate(sample.turns) if turn.train or (turn.train is None and i in wanted)]
     yes = [] if mask == "all" else yes
     no = [i for i, turn in enumerate(sample.turns) if turn.train is False] if mask == "all" else []
-    text, marks = _render_marked(sample, tokenizer, source)
-    if MARK.search(source) and mask == "assistant" and yes == assistant:
+    text, marks = renderer.whole(sample)
+    if renderer.marked and mask == "assistant" and yes == assistant:
         return text, marks, []
     found: dict[int, Span] = {}
-    if MARK.search(source) and set(assistant) & {*yes, *no}:
+    if renderer.marked and set(assistant) & {*yes, *no}:
         if len(marks) != len(assistant):
             raise ValueError(
                 f"the chat template marks {len(marks)} stretches for {len(assistant)} assistant turns, "
                 f"so which is whose cannot be told: {REMEDY}"
             )
         found = dict(zip(assistant, marks, strict=True))
-    spans = {i: found.get(i) or _prefix_span(sample, i, text, tokenizer, source) for i in {*yes, *no}}
+    spans = {i: found.get(i) or _prefix_span(sample, i, text, renderer, ends) for i in {*yes, *no}}
     return text, [(0, len(text))] if mask == "all" else [spans[i] for i in yes], [spans[i] for i in no]
 
 
-def _prefix_span(sample: Sample, number: int, text: str, tokenizer: PreTrainedTokenizerBase, source: str) -> Span:
+def _prefix_span(sample: Sample, number: int, text: str, renderer: Renderer, ends: tuple[str, ...]) -> Span:
     """Where a turn stands in the text: between what the template writes without it, and with it, when nothing follows."""
     answer = sample.turns[number].role == "assistant"
     if number == 0 and answer:
         raise ValueError(
             f"the first turn is the assistant's, and the template has no marks: begin with a user turn, or {REMEDY}"
         )
-    before = _render(sample, number, tokenizer, source, answer) if number else ""
-    after = _render(sample, number + 1, tokenizer, source, False)
+    before = renderer.first(sample, number, answer) if number else ""
+    after = text if number + 1 == len(sample.turns) else renderer.first(sample, number + 1, False)
     if not (text.startswith(after) and after.startswith(before)):
         raise ValueError(
             f"the chat template rewrites earlier turns, so the bounds of turn {number} cannot be told: {REMEDY}"
         )
     if answer:  # the line end that ChatML writes after <|im_end|> is the template's, not the model's
         bare = after.rstrip()
-        after = bare if len(bare) > len(before) and bare.endswith(ends(tokenizer)) else after
+        after = bare if len(bare) > len(before) and bare.endswith(ends) else after
     return len(before), len(after)
 
 
-def _render(sample: Sample, turns: int, tokenizer: PreTrainedTokenizerBase, source: str, prompt: bool) -> str:
-    """The first turns as text."""
-    try:
-        return tokenizer.apply_chat_template(
-            messages(sample)[:turns],
-            tools=sample.tools,
-            chat_template=source,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the turns: {error}") from error
+class Transformers:
+    """The renderer of `apply_chat_template`, which other renderers are held to."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+        self.tokenizer, self.source, self.marked = tokenizer, source, bool(MARK.search(source))
 
-def _render_marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[str, list[Span]]:
-    """All turns as text, and the stretches between the template's generation marks, in order."""
-    if not MARK.search(source):
-        return _render(sample, len(sample.turns), tokenizer, source, False), []
-    try:
-        texts, marks = render_jinja_template(
-            [messages(sample)],
-            tools=sample.tools,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the turns: {error}") from error
-    return texts[0], list(marks[0])
+    def whole(self, sample: Sample) -> tuple[str, list[Span]]:
+        if not self.marked:
+            return self.first(sample, len(sample.turns), False), []
+        try:
+            texts, marks = render_jinja_template(
+                [messages(sample)],
+                tools=sample.tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the turns: {error}") from error
+        return texts[0], list(marks[0])
+
+    def first(self, sample: Sample, turns: int, prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages(sample)[:turns],
+                tools=sample.tools,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the turns: {error}") from error

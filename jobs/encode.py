@@ -1,0 +1,192 @@
+"""Turns samples into token ids and what is learnt of them, by the fastest way that gives the same as `chat.encode`.
+
+Chats are rendered by a template that is compiled once (rendering.py), texts tokenised by tiktoken (bytelevel.py); where one
+of the two cannot promise the same, for a tokenizer or for a sample, the slow way takes its place.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from jobs import chat
+from jobs.bytelevel import ByteLevel
+from jobs.rendering import Rendering
+from jobs.spans import Span, Unfit, mark, whole
+from jobs.templates import ends, template_text
+from jobs.turns import Sample
+
+Encoded = tuple[NDArray[np.int32], NDArray[np.uint8]]
+"""(token ids, 1 where learnt)."""
+UNLEARNT = np.zeros(1, dtype=np.uint8)
+
+
+class Tokens(Protocol):
+    """A fast way from text to tokens."""
+
+    name: str
+
+    def __call__(
+        self, text: str, spans: list[Span], cut: list[Span], *, add_special_tokens: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
+        """(ids, 1 where a token holds a character of the spans and none of `cut`, whether the last token is not in the text)."""
+
+
+class Encoder:
+    """Samples to token ids and what is learnt of them, by the fastest way that gives the same as the slow one.
+
+    template, mask: as for `chat.encode`. fast: whether to take a fast way where there is one.
+    """
+
+    ways: str
+    """How, in one short sentence for the log."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        mask: str = "assistant",
+        fast: bool = True,
+    ) -> None:
+        chat.check_mask(mask)
+        self._slow = partial(chat.encode, tokenizer=tokenizer, template=template, mask=mask)
+        self._tokenizer, self._template, self._mask = tokenizer, template, mask
+        self._ends = ends(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
+        self._renderers: dict[bool, chat.Renderer] = {}
+        self._tokens: Tokens | None = None
+        self.ways = "tokens and chats by transformers"
+        if not fast:
+            return
+        self._tokens, why = _tokens(tokenizer)
+        self.ways = f"tokens by {self._tokens.name if self._tokens else 'transformers'}{why}"
+        if template is not None or tokenizer.chat_template:
+            direct = isinstance(self._renderer(False), Rendering)
+            self.ways += f", chats rendered {'directly' if direct else 'by transformers'}"
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Raises ValueError, as `chat.encode` does, with a sentence that names the cause and the remedy."""
+        if sample.ids is not None:
+            return _finished(sample)
+        if self._tokens is not None and (sample.parts or sample.turns):
+            with suppress(Exception):  # the slow way says what is wrong with the sample, or that nothing is
+                return self._text(sample, self._tokens) if sample.parts else self._chat(sample, self._tokens)
+        ids, trained = self._slow(sample)
+        return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8)
+
+    def _chat(self, sample: Sample, tokens: Tokens) -> Encoded:
+        text, spans, cut = chat.learnt(sample, self._renderer(sample.tools is not None), self._mask, self._ends)
+        ids, trained, _ = tokens(text, spans, cut, add_special_tokens=False)
+        return ids, trained
+
+    def _text(self, sample: Sample, tokens: Tokens) -> Encoded:
+        """As `chat.encode`: the tokenizer's own beginning, and the end-of-text token once."""
+        text, spans = chat.joined(sample.parts, self._mask)
+        begun = bool(self._bos) and text.startswith(self._bos)
+        ids, trained, unwritten = tokens(text, spans, [], add_special_tokens=not begun)
+        eos = chat.eos_of(self._tokenizer)
+        if not len(ids) or ids[-1] != eos:
+            ids, trained = np.concatenate((ids, np.array([eos], np.int32))), np.concatenate((trained, UNLEARNT))
+            unwritten = True
+        if unwritten:
+            trained[-1] = sample.parts[-1][1] or self._mask == "all"
+        return ids, trained
+
+    def _renderer(self, tools: bool) -> chat.Renderer:
+        """The chat template at work; a tokenizer may have another one for samples with tools."""
+        if tools not in self._renderers:
+            source = template_text(self._template, self._tokenizer, [] if tools else None)
+            try:
+                self._renderers[tools] = Rendering(source, self._tokenizer.special_tokens_map)
+            except Unfit:
+                self._renderers[tools] = chat.Transformers(self._tokenizer, source)
+        return self._renderers[tools]
+
+
+class Direct:
+    """Texts to tokens without the layers of transformers between: for every fast tokenizer."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast or type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+            raise Unfit("the tokenizer has a way of its own")
+        tokenizer(
+            "", add_special_tokens=False
+        )  # takes padding and truncation, which a file may ask for, out of the backend
+        self._tokenizer, self._encode = tokenizer, tokenizer.backend_tokenizer.encode
+
+    def __call__(
+        self, text: str, spans: list[Span], cut: list[Span], *, add_special_tokens: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
+        found = self._encode(text, add_special_tokens=add_special_tokens)
+        ids = found.ids
+        bounds = whole(ids, found.offsets, text, self._tokenizer)
+        trained = mark(bounds, cut, mark(bounds, spans, [0] * len(ids)), value=0)
+        unwritten = bounds[-1:] == [(len(text), len(text))]
+        return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8), unwritten
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens | None, str]:
+    """(the fastest way for this tokenizer, why it is none of the faster ones); found once, for it takes half a second."""
+    return _found(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=2)
+def _found(tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[Tokens | None, str]:
+    why = ""
+    for way in (ByteLevel, Direct):
+        try:
+            return way(tokenizer), why
+        except Exception as error:  # Unfit, or what a library says of a file unlike those it knows: the next way may do
+            why = f" ({error})"
+    return None, why
+
+
+def _finished(sample: Sample) -> Encoded:
+    ids = np.array(sample.ids, dtype=np.int32)
+    labels = np.array(sample.labels or sample.ids)
+    return ids, (labels != -100).astype(np.uint8)
+
+
+def same(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Iterable[Sample],
+    *,
+    template: str | None = None,
+    mask: str = "assistant",
+) -> str | None:
+    """None where the fast way gives what `chat.encode` gives on these samples, or where there is none; else what differs first."""
+    fast = Encoder(tokenizer, template=template, mask=mask)
+    slow = Encoder(tokenizer, template=template, mask=mask, fast=False)
+    for number, sample in enumerate(samples):
+        if difference := _difference(_attempt(fast, sample), _attempt(slow, sample)):
+            return f"sample {number}: {difference}"
+    return None
+
+
+def _attempt(encoder: Encoder, sample: Sample) -> Encoded | str:
+    try:
+        return encoder(sample)
+    except ValueError as error:
+        return str(error)
+
+
+def _difference(fast: Encoded | str, slow: Encoded | str) -> str | None:
+    if isinstance(fast, str) or isinstance(slow, str):
+        told = [way if isinstance(way, str) else f"{len(way[0])} tokens" for way in (fast, slow)]
+        return (
+            None if fast is slow or (isinstance(fast, str) and fast == slow) else f"{told[0]}, but should be: {told[1]}"
+        )
+    for what, found, expected in zip(("ids", "learnt"), fast, slow, strict=True):
+        if len(found) != len(expected):
+            return f"{len(found)} {what}, but should be {len(expected)}"
+        if len(unlike := np.flatnonzero(found != expected)):
+            at = unlike[0]
+            return f"{what}[{at}] is {found[at]}, but should be {expected[at]}"
+    return None
