@@ -1,12 +1,16 @@
-"""The packer beside TRL's on the same lengths in turn, and how long ranks wait for each other with and without balance.
+"""The packer beside TRL's on the same lengths in turn, and how long ranks wait for each other beside a random sampler.
 
     python benchmarks/packing.py [samples] [rounds]
 
 Three laws of sample lengths: lognormal, clipped to the row. Ours is `pack`, index arrays and all. TRL's is what its user
 calls, `pack_dataset(dataset, row, strategy="bfd")`, on a datasets.Dataset of int32 `input_ids`: it copies the tokens,
 too, and packs each thousand samples on their own. Its rounds take 10 GB of memory for a million samples; without TRL
-they are left out. The last line is RESULT: the median of the ratios, pair by pair, of the first law; of the other
-figures that of the worst law. Spread is (max - min) / mean of the cost of the rows that 8 ranks run at the same time.
+they are left out. Spread is (max - min) / mean of the cost of what ranks run at the same time, at the 95th percentile
+over an epoch of steps of 64 rows, one row at a time: 8 ranks, and 64 (`widest`, where each holds one row of the step).
+Ours is `Order` as `micro_batches` deals it; naive is a random permutation dealt as torch's DistributedSampler does, which
+the Trainer's default comes to. Each for packed rows and for a sample a row (`unpacked`).
+The last line is RESULT: the median of the ratios, pair by pair, of the first law; of the other figures that of the law
+worst for it.
 """
 
 import importlib.util
@@ -21,11 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jobs import packing
+from jobs import data, packing
+from jobs.order import Order, spread
 
 LAWS = [("mean 643", 5.9964, 1.0, 4096), ("mean 1619", 7.1982, 0.7, 4096), ("mean 1274", 6.5957, 1.1, 8192)]
 """Name, mean and deviation of the logarithm, row: as long as chats, as long documents, and twice as long a tail."""
-RANKS = 8
+RANKS, WIDEST = 8, 64
+GLOBAL_BATCH = 64
 LLAMA_8B = 53_248
 
 
@@ -41,11 +47,29 @@ def ours_s(lengths: NDArray[np.int64], row: int) -> float:
     return time.perf_counter() - began
 
 
-def p95_of_spread(costs: NDArray[np.float64]) -> tuple[float, float]:
-    """Dealt by `balance`, and shuffled as a sampler would."""
-    dealt = packing.balance(costs, RANKS, 4, seed=0)
-    naive = np.random.default_rng(0).permutation(len(costs))[: dealt.size].reshape(dealt.shape)
-    return tuple(float(np.percentile(packing.spread(costs, one), 95)) for one in (dealt, naive))
+def p95_of_spread(costs: NDArray[np.float64], ranks: int) -> tuple[float, float]:
+    """Ours, and a random sampler's."""
+    order = Order(costs, GLOBAL_BATCH, seed=0, kind="balanced")
+    steps = len(costs) // GLOBAL_BATCH
+    ours = []
+    for step in range(steps):
+        chosen = order.rows_of(step)
+        parts = [list(data.micro_batches(chosen, 1, rank, ranks)) for rank in range(ranks)]
+        ours.append(np.array(parts).transpose(1, 0, 2))
+    # A DistributedSampler gives rank r every ranks-th row, from the r-th on: at any time they hold neighbours.
+    naive = np.random.default_rng(0).permutation(len(costs))[: steps * GLOBAL_BATCH].reshape(-1, ranks, 1)
+    found = [float(np.percentile(spread(costs, dealt), 95)) for dealt in (np.concatenate(ours), naive)]
+    return found[0], found[1]
+
+
+def spreads(lengths: NDArray[np.int64], packs: packing.Packs) -> dict[str, float]:
+    alone = packing.attention_cost(lengths, LLAMA_8B)
+    rows = {"": packs.sums(alone), "unpacked_": alone}
+    found = {}
+    for name, costs in rows.items():
+        found[f"{name}spread_p95"], found[f"{name}naive_spread_p95"] = p95_of_spread(costs, RANKS)
+        found[f"{name}widest_spread_p95"], found[f"{name}widest_naive_spread_p95"] = p95_of_spread(costs, WIDEST)
+    return found
 
 
 def beside_trl(lengths: NDArray[np.int64], row: int, rounds: int) -> dict[str, float]:
@@ -76,24 +100,25 @@ def beside_trl(lengths: NDArray[np.int64], row: int, rounds: int) -> dict[str, f
 
 def main() -> None:
     samples, rounds = ([int(word) for word in sys.argv[1:]] + [1_000_000, 3][len(sys.argv) - 1 :])[:2]
-    print(f"{samples} samples; law, row: fill, million samples/s, p95 of spread over {RANKS} ranks, the same shuffled")
-    found: list[dict[str, Any]] = []
+    print(f"{samples} samples; law, row: fill, million samples/s; p95 of spread, ours / naive")
+    found: list[dict[str, float]] = []
     for law in LAWS:
         name, *_, row = law
         lengths = lengths_of(law, samples)
         packs = packing.pack(lengths, row)
         speed = samples / statistics.median(ours_s(lengths, row) for _ in range(7))
-        even, naive = p95_of_spread(packs.sums(packing.attention_cost(lengths, LLAMA_8B)))
         fill = float(lengths.sum() / (len(packs) * row))
-        print(f"{name:<10} {row:>5}  {fill:.4%}  {speed / 1e6:5.1f}  {even:.5f}  {naive:.5f}", flush=True)
-        found.append({"fill": fill, "samples_per_s": speed, "even": even, "naive": naive})
+        print(f"{name:<10} {row:>5}  {fill:.4%}  {speed / 1e6:5.1f}", flush=True)
+        found.append(spreads(lengths, packs) | {"fill": fill, "samples_per_s": speed})
+        for kind in ("", "widest_", "unpacked_", "unpacked_widest_"):
+            ours, naive = (found[-1][f"{kind}{which}spread_p95"] for which in ("", "naive_"))
+            print(f"  {kind.replace('_', ' ') or 'packed':<16} {ours:.5f} / {naive:.4f}", flush=True)
     figures: dict[str, Any] = {
         "samples": samples,
         "fill": round(min(one["fill"] for one in found), 5),
         "samples_per_s": round(min(one["samples_per_s"] for one in found)),
-        "spread_p95": round(max(one["even"] for one in found), 6),
-        "naive_spread_p95": round(max(one["naive"] for one in found), 4),
     }
+    figures |= {key: round(max(one[key] for one in found), 6) for key in found[0] if "spread" in key}
     if importlib.util.find_spec("trl"):
         figures |= beside_trl(lengths_of(LAWS[0], samples), LAWS[0][-1], rounds)
     else:

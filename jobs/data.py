@@ -1,9 +1,9 @@
-"""Token rows as preprocess wrote them, and which of them each rank gets at each step."""
+"""Token rows as preprocess chose them: what a row holds, and the batches that a rank gets of a step's rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from conf.errors import DataError, Problem
 from conf.files import read_json
-from jobs.packing import Packs, pack
+from conf.schema import Config
+from jobs import samples
+from jobs.order import Order
+from jobs.packing import Packs, attention_cost, pack
+from jobs.samples import Samples
 
 IGNORED = -100
 """Label of a token that is not trained; cross_entropy's own."""
@@ -19,14 +23,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """One split, mapped from disk: sample i is tokens[offsets[i]:offsets[i + 1]], and a row holds the samples of one pack.
+    """One split: row i holds the samples chosen[packs.row(i)], one or several.
 
-    `lengths` and `counts` are the tokens and the trained tokens of each row, int64 of shape (rows,).
+    `chosen` are sample numbers, int64 of shape (samples of the split,); `lengths` and `counts` are the tokens and the
+    trained labels of each row, int64 of shape (rows,).
     """
 
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
+    samples: Samples
+    chosen: NDArray[np.int64]
     packs: Packs
     lengths: NDArray[np.int64]
     counts: NDArray[np.int64]
@@ -34,45 +38,58 @@ class Rows:
     def __len__(self) -> int:
         return len(self.packs)
 
+    def costs(self, hidden_factor: float) -> NDArray[np.float64]:
+        """What each row takes to train, in tokens without attention: float64 of shape (rows,); see `attention_cost`."""
+        return self.packs.sums(attention_cost(self.samples.lengths[self.chosen], hidden_factor))
+
 
 def read(folder: Path, split: str, pack_into: int | None = None) -> Rows:
     """Open a split of RUN/data: a sample a row, or packed into rows of at most `pack_into` tokens.
 
-    Raises DataError where preprocess has not completed.
+    Raises DataError where preprocess has not completed, or its tokens have been deleted.
     """
-    if read_json(folder / "data.json") is None:
+    about = read_json(folder / "data.json")
+    if about is None:
         raise DataError(
             Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)")
         )
-    arrays = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "offsets"))
-    return arrange(*arrays, pack_into)
+    sets = [folder / "sets" / name for name in about["splits"][split]]
+    for one in sets:
+        if not (one / "set.json").exists():
+            raise DataError(
+                Problem("data", one, f"its tokens at {one.resolve()} are gone: delete {folder}, and preprocess again")
+            )
+    return arrange(samples.read(sets), np.load(folder / f"{split}.npy"), pack_into)
 
 
-def arrange(
-    tokens: NDArray[np.int32], trained: NDArray[np.uint8], offsets: NDArray[np.int64], pack_into: int | None = None
-) -> Rows:
+def arrange(found: Samples, chosen: NDArray[np.int64], pack_into: int | None = None) -> Rows:
     """Rows over these samples; what is packed together depends on their lengths alone."""
-    offsets = np.asarray(offsets, dtype=np.int64)
-    lengths, alone = np.diff(offsets), np.arange(len(offsets))
+    lengths, alone = found.lengths[chosen], np.arange(len(chosen) + 1)
     packs = Packs(alone[:-1], alone) if pack_into is None else pack(lengths, pack_into)
-    counts = _trained_labels(trained, offsets)
-    return Rows(
-        tokens, trained, offsets, packs, packs.sums(lengths).astype(np.int64), packs.sums(counts).astype(np.int64)
-    )
+    sums = (packs.sums(values).astype(np.int64) for values in (lengths, found.labels[chosen]))
+    return Rows(found, chosen, packs, *sums)
 
 
-def _trained_labels(trained: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Trained tokens of each sample, but for its first: nothing predicts that one."""
-    if len(offsets) == 1:
-        return np.zeros(0, dtype=np.int64)
-    return np.add.reduceat(trained, offsets[:-1], dtype=np.int64) - trained[offsets[:-1]]
+def ordered(rows: Rows, config: Config, hidden_factor: float) -> Order:
+    """The order of training that the config asks for; a function of rows, seed and global batch, not of the ranks."""
+    asked = config.data.order.name
+    kind = asked if asked != "auto" else "balanced" if config.data.packing else "random"
+    return Order(rows.costs(hidden_factor), config.train.global_batch, config.data.seed, kind)
 
 
-def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) -> dict[str, torch.Tensor]:
+def batch(
+    rows: Rows,
+    chosen: NDArray[np.int64],
+    pad: int,
+    multiple: int = 8,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     """Rows padded on the right to the longest, rounded up: `input_ids` and `labels`, int64 of shape (rows, length).
 
+    `trained` are the places, all rows laid end to end, whose next token is trained: int64 of shape (trained tokens,).
     Under causal attention padding on the right reaches no real token, so no mask is needed. Where a row holds several
-    samples there are also `position_ids`, which begin again at each: transformers keeps attention inside them.
+    samples, attention is kept inside them by `position_ids`, which begin again at each, or by `cu_seqlens` and `max_length`:
+    their borders, rows end to end, int32 of shape (samples + 1,), and the longest, an int, so that no GPU is waited for.
     """
     length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
     ids = np.full((len(chosen), length), pad, dtype=np.int64)
@@ -80,37 +97,32 @@ def batch(rows: Rows, chosen: NDArray[np.int64], pad: int, multiple: int = 8) ->
     positions = np.tile(np.arange(length), (len(chosen), 1))
     packed = False
     for line, row in enumerate(chosen):
-        at, samples = 0, rows.packs.row(row)
-        packed |= len(samples) > 1
-        for sample in samples:
-            span = slice(rows.offsets[sample], rows.offsets[sample + 1])
-            end = at + span.stop - span.start
-            ids[line, at:end] = rows.tokens[span]
-            labels[line, at:end] = np.where(rows.trained[span], rows.tokens[span], IGNORED)
+        at, inside = 0, rows.packs.row(row)
+        packed |= len(inside) > 1
+        for sample in rows.chosen[inside].tolist():
+            tokens, trained = rows.samples[sample]
+            end = at + len(tokens)
+            ids[line, at:end] = tokens
+            labels[line, at:end] = np.where(trained, tokens, IGNORED)
             labels[line, at] = IGNORED
             positions[line, at:] = np.arange(length - at)
             at = end
         positions[line, at:] = np.arange(length - at)  # padding is a sample of its own
-    made = {"input_ids": ids, "labels": labels} | ({"position_ids": positions} if packed else {})
-    return {name: torch.from_numpy(value) for name, value in made.items()}
+    made: dict[str, Any] = {"input_ids": ids, "labels": labels, "trained": _trained(labels)}
+    longest = {}
+    if packed:
+        borders = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
+        made |= {"position_ids": positions, "cu_seqlens": borders}
+        longest = {"max_length": int(np.diff(borders).max())}
+    return {name: _moved(torch.from_numpy(value), torch.device(device)) for name, value in made.items()} | longest
 
 
-def at_step(rows: Rows, step: int, global_batch: int, seed: int) -> NDArray[np.int64]:
-    """The rows of one step's global batch, sorted by length: a function of the step alone, whatever the number of ranks.
-
-    Epochs follow each other without a gap, each a new permutation, so every row comes once an epoch.
-    """
-    positions = np.arange(step * global_batch, (step + 1) * global_batch)
-    chosen = np.empty(global_batch, dtype=np.int64)
-    for epoch in range(int(positions[0] // len(rows)), int(positions[-1] // len(rows)) + 1):
-        inside = positions // len(rows) == epoch
-        chosen[inside] = _order(len(rows), seed, epoch)[positions[inside] % len(rows)]
-    return chosen[np.argsort(rows.lengths[chosen], kind="stable")]
+def _trained(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.flatnonzero(np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED) != IGNORED)
 
 
-@lru_cache(maxsize=2)  # a step may lie in two epochs
-def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def micro_batches(

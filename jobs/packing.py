@@ -1,12 +1,12 @@
-"""Packs samples into rows of a fixed number of tokens, and deals rows to ranks so that all of them finish together.
+"""Packs samples into rows of a fixed number of tokens, and says what a row costs to train.
 
-Only indices move here: tokens stay where preprocess wrote them. The two decisions are apart, because packing evens out
-tokens and memory, not time: attention costs the square of each sample's length, so rows of equal tokens differ.
+Only indices move here: tokens stay where preprocess wrote them. Packing evens out tokens and memory, not time: attention
+costs the square of each sample's length, so rows of equal tokens differ, and `order.Order` brings like ones together.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def pack(lengths: NDArray[np.int64], capacity: int, seed: int | None = None) -> 
     `lengths` (tokens, shape (samples,)) become as few rows of at most `capacity` tokens as best fit decreasing gives,
     e.g. Johnson et al. 1974, doi:10.1137/0203025 (at most 11/9 of the fewest, plus a constant). The same arguments give
     the same rows; a seed trades samples of equal length, so that an epoch may have other neighbours in as many rows.
-    Rows come nearly sorted by length, and `balance` shuffles them.
+    Rows come nearly sorted by length, and `order.Order` shuffles them.
     Raises ValueError naming the first sample shorter than one token or longer than a row.
     """
     lengths = np.asarray(lengths)
@@ -70,38 +70,17 @@ def attention_cost(lengths: NDArray[np.int64], hidden_factor: float) -> NDArray[
     return tokens + tokens * tokens / hidden_factor
 
 
-def balance(
-    costs: NDArray[np.float64], ranks: int, per_rank: int, *, seed: int | Sequence[int] = 0
-) -> NDArray[np.int64]:
-    """Deal rows to ranks in random steps, such that the rows all ranks run at the same time cost nearly the same.
+def hidden_factor(described: Any) -> float:
+    """`attention_cost`'s factor of a Hugging Face config: a block's linear weights over its width of attention.
 
-    `costs` is one number a row, shape (rows,). Returns row numbers, int64 of shape (steps, ranks, per_rank): in step s
-    rank r runs rows [s, r, 0], [s, r, 1], ... one after the other or in micro batches. Neighbours in the order of cost
-    share a [s, :, j]; which of these meet in a step, when, and which rank gets which row are drawn by seed (with the
-    epoch in it: [seed, epoch]). What holds for each j bounds the sum of a whole step, too.
-    Each row comes once at most; rows % (ranks * per_rank) rows, drawn by seed, are DROPPED, so another epoch has them.
-    Raises ValueError when there are fewer rows than one step takes.
+    Experts count as far as a token passes them. Depends on the shape alone, so that a resumed run has the same order.
     """
-    if min(ranks, per_rank) < 1:
-        raise ValueError(f"ranks={ranks}, per_rank={per_rank}: both must be at least 1")
-    steps = len(costs) // (ranks * per_rank)
-    if steps == 0:
-        raise ValueError(f"{len(costs)} rows: one step of {ranks} ranks with {per_rank} each needs {ranks * per_rank}")
-    random = np.random.default_rng(seed)
-    kept = random.permutation(len(costs))[: steps * ranks * per_rank]
-    alike = kept[np.argsort(np.asarray(costs)[kept], kind="stable")].reshape(-1, ranks)
-    dealt = random.permuted(random.permutation(alike), axis=1)
-    return np.ascontiguousarray(dealt.reshape(steps, per_rank, ranks).transpose(0, 2, 1))
-
-
-def spread(costs: NDArray[np.float64], assignment: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(max - min) / mean over ranks of what they run at the same time: the share of it that the fastest rank waits.
-
-    `costs` of shape (rows,), `assignment` as `balance` returns it; float64 of shape (steps, per_rank), 0.02 is 2 %.
-    """
-    found = np.asarray(costs, dtype=np.float64)[assignment]
-    apart: NDArray[np.float64] = (found.max(axis=1) - found.min(axis=1)) / found.mean(axis=1)
-    return apart
+    of = described.get_text_config()
+    hidden, heads = of.hidden_size, of.num_attention_heads
+    width = heads * (getattr(of, "head_dim", None) or hidden // heads)
+    shared = width * (getattr(of, "num_key_value_heads", None) or heads) // heads
+    inner = (getattr(of, "intermediate_size", None) or 4 * hidden) * (getattr(of, "num_experts_per_tok", None) or 1)
+    return hidden * (2 * width + 2 * shared + 3 * inner) / width
 
 
 def _refuse_misfits(lengths: NDArray[np.int64], capacity: int) -> None:

@@ -5,7 +5,19 @@ import pytest
 import torch
 
 from conf.errors import DataError
-from jobs import data, loss, model
+from jobs import data, loss, model, samples
+from jobs.samples import Part
+
+
+def arranged(tokens, trained, offsets, pack_into=None):
+    """All samples of two parts, cut after the first third."""
+    cut = len(offsets) // 3
+    at = offsets[cut]
+    parts = [
+        Part(tokens[:at], trained[:at], offsets[: cut + 1]),
+        Part(tokens[at:], trained[at:], offsets[cut:] - at),
+    ]
+    return data.arrange(samples.of(parts), np.arange(len(offsets) - 1), pack_into)
 
 
 @pytest.fixture
@@ -16,26 +28,12 @@ def rows():
     tokens = np.repeat(np.arange(10, dtype=np.int32), lengths)
     trained = np.ones(len(tokens), dtype=np.uint8)
     trained[offsets[:-1]] = 0
-    return data.arrange(tokens, trained, offsets)
-
-
-@pytest.mark.parametrize("global_batch", [1, 3, 4, 10, 17])
-def test_every_row_comes_once_an_epoch(rows, global_batch):
-    steps = 10 * global_batch  # whole epochs, whatever the batch
-    seen = np.concatenate([data.at_step(rows, step, global_batch, seed=1) for step in range(steps)])
-    assert np.bincount(seen, minlength=10).tolist() == [steps * global_batch // 10] * 10
-
-
-def test_epochs_differ_in_order_and_seeds_in_epochs(rows):
-    orders = {tuple(np.random.default_rng([seed, epoch]).permutation(10)) for seed in (0, 1) for epoch in (0, 1)}
-    first = [tuple(data.at_step(rows, step, 5, seed) for step in (0, 2)) for seed in (0, 1)]
-    assert len(orders) == 4
-    assert not np.array_equal(first[0][0], first[0][1]) or not np.array_equal(first[1][0], first[1][1])
+    return arranged(tokens, trained, offsets)
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (1, 5), (2, 3), (3, 1), (4, 3)])
 def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch):
-    chosen = data.at_step(rows, 0, 12, seed=0)
+    chosen = np.arange(12) % 10
     parts = [part for rank in range(world_size) for part in data.micro_batches(chosen, micro_batch, rank, world_size)]
     assert sorted(np.concatenate(parts)) == sorted(chosen)
     assert max(len(part) for part in parts) <= micro_batch
@@ -46,17 +44,33 @@ def test_a_batch_is_padded_on_the_right_and_masked(rows):
     assert made["input_ids"].tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
     assert made["labels"].tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
     assert made["input_ids"].dtype is torch.int64
+    assert made["trained"].tolist() == [0, 4, 5]
+    assert "cu_seqlens" not in made  # a sample a row: causal attention alone keeps them apart
 
 
 def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(rows):
-    packed = data.arrange(rows.tokens, rows.trained, rows.offsets, pack_into=10)
+    packed = data.arrange(rows.samples, rows.chosen, pack_into=10)
     (row,) = (number for number in range(len(packed)) if set(packed.packs.row(number)) == {0, 8})  # of 1 and 9 tokens
     made = data.batch(packed, np.array([row]), pad=99, multiple=4)
     assert made["input_ids"].tolist() == [[8] * 9 + [0] + [99, 99]]
     assert made["position_ids"].tolist() == [[*range(9), 0, 0, 1]]
     assert made["labels"].tolist() == [[-100] + [8] * 8 + [-100] * 3]
+    assert made["trained"].tolist() == list(range(8))
     assert packed.counts.sum() == rows.counts.sum()
     assert packed.lengths.max() == 10
+
+
+def test_borders_of_packed_samples_go_over_all_rows_and_padding_is_a_sample_of_its_own(rows):
+    packed = data.arrange(rows.samples, rows.chosen, pack_into=10)
+    first, full = (
+        next(number for number in range(len(packed)) if set(packed.packs.row(number)) == wanted)
+        for wanted in ({0, 8}, {9})
+    )
+    made = data.batch(packed, np.array([first, full]), pad=99, multiple=4)
+    assert made["cu_seqlens"].tolist() == [0, 9, 10, 12, 22, 24]
+    assert made["cu_seqlens"].dtype is torch.int32
+    assert made["max_length"] == 10
+    assert type(made["max_length"]) is int
 
 
 def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
@@ -72,23 +86,24 @@ def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
     network = model.build(config)
     sums = []
     for pack_into in (None, 64):
-        arranged = data.arrange(tokens, trained.astype(np.uint8), offsets, pack_into)
+        packed = arranged(tokens, trained.astype(np.uint8), offsets, pack_into)
         gradient = torch.zeros(())
         total = 0.0
         network.zero_grad()
-        for row in range(len(arranged)):
-            value = loss.summed(network, data.batch(arranged, np.array([row]), pad=0))
+        for row in range(len(packed)):
+            value = loss.summed(network, data.batch(packed, np.array([row]), pad=0))
             value.backward()
             total += value.item()
         gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
-        sums.append((total, gradient.item(), len(arranged)))
+        sums.append((total, gradient.item(), len(packed)))
     assert sums[1][2] < sums[0][2]
     assert sums[1][:2] == pytest.approx(sums[0][:2], rel=1e-5)
 
 
 def test_counts_leave_out_a_trained_first_token():
     trained, offsets = np.array([1, 1, 0, 1], dtype=np.uint8), np.array([0, 2, 4])
-    assert data._trained_labels(trained, offsets).tolist() == [1, 1]
+    found = samples.of([Part(np.arange(4, dtype=np.int32), trained, offsets)])
+    assert found.labels.tolist() == [1, 1]
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""How samples share rows, and how rows are dealt to ranks."""
+"""How samples share rows, and what they cost."""
 
 import bisect
 
@@ -8,8 +8,6 @@ import pytest
 from jobs import packing
 
 LAWS = {"mean 643": (5.9964, 1.0, 4096), "mean 1619": (7.1982, 0.7, 4096), "mean 1274": (6.5957, 1.1, 8192)}
-LLAMA_8B = 53_248
-"""Linear weights of a layer of Llama 3 8B, over its attention's width: `attention_cost`'s factor."""
 
 
 def drawn(law, samples, seed=0):
@@ -89,6 +87,11 @@ def test_a_row_is_its_samples_longest_first():
     assert [packs.row(number).tolist() for number in range(len(packs))] == [[1, 3], [0, 2]]
 
 
+def test_what_a_row_costs_is_its_samples_added_up():
+    packs = packing.pack(np.array([2, 5, 1, 3]), 8)
+    assert packs.sums(packing.attention_cost(np.array([2, 5, 1, 3]), 10)).tolist() == [11.4, 3.5]
+
+
 @pytest.mark.parametrize(
     ("lengths", "capacity", "message"),
     [
@@ -109,50 +112,3 @@ def test_cost_is_linear_for_short_samples_and_double_at_the_factor():
     assert cost.tolist() == [1.001, 2000.0]
     with pytest.raises(ValueError, match="hidden_factor=0"):
         packing.attention_cost(np.array([1]), 0)
-
-
-def costs_of(law, factor=LLAMA_8B):
-    lengths, capacity = drawn(law, 30_000)
-    return packing.pack(lengths, capacity).sums(packing.attention_cost(lengths, factor))
-
-
-@pytest.mark.parametrize("per_rank", [1, 4])
-@pytest.mark.parametrize("law", LAWS)
-def test_ranks_finish_together_where_a_shuffle_lets_them_wait(law, per_rank):
-    costs = costs_of(law, factor=8192)  # as where attention is slow: a long row costs half as much again
-    dealt = packing.balance(costs, 8, per_rank, seed=0)
-    naive = np.random.default_rng(0).permutation(len(costs))[: dealt.size].reshape(dealt.shape)
-    assert np.percentile(packing.spread(costs, dealt), 95) <= 0.02
-    assert np.percentile(packing.spread(costs, naive), 95) > 0.1
-    whole = costs[dealt].sum(axis=2)
-    assert np.percentile((whole.max(axis=1) - whole.min(axis=1)) / whole.mean(axis=1), 95) <= 0.02
-
-
-@pytest.mark.parametrize(("rows", "ranks", "per_rank"), [(64, 8, 2), (65, 8, 1), (7, 1, 1), (100, 3, 7), (8, 8, 1)])
-def test_every_row_is_dealt_once_but_for_an_incomplete_step(rows, ranks, per_rank):
-    dealt = packing.balance(np.random.default_rng(0).random(rows), ranks, per_rank, seed=3)
-    assert dealt.shape == (rows // (ranks * per_rank), ranks, per_rank)
-    assert len(np.unique(dealt)) == dealt.size
-    assert dealt.min() >= 0
-    assert dealt.max() < rows
-
-
-def test_steps_and_the_rows_left_out_are_drawn_by_seed():
-    costs = np.arange(1000.0)
-    first, again, other = (packing.balance(costs, 4, 3, seed=[7, epoch]) for epoch in (0, 0, 1))
-    assert np.array_equal(first, again)
-    assert set(first.ravel()) != set(other.ravel())
-    for mean in (costs[first].mean(axis=(1, 2)), costs[first][:, 0].mean(axis=1)):
-        assert abs(np.corrcoef(mean, np.arange(len(mean)))[0, 1]) < 0.3, "steps must not be sorted by cost"
-    assert abs(costs[first].mean(axis=(0, 2)) - costs[first].mean()).max() < 2, "no rank is always the one that waits"
-
-
-def test_spread_is_the_share_that_the_fastest_rank_waits():
-    costs = np.array([9.0, 10.0, 11.0, 5.0])
-    assert packing.spread(costs, np.array([[[0], [2]], [[3], [3]]])).tolist() == [[0.2], [0.0]]
-
-
-@pytest.mark.parametrize(("rows", "ranks", "message"), [(15, 8, "15 rows: .* 16"), (15, 0, "ranks=0")])
-def test_too_few_rows_for_one_step_are_refused(rows, ranks, message):
-    with pytest.raises(ValueError, match=message):
-        packing.balance(np.ones(rows), ranks, 2)
