@@ -1,24 +1,31 @@
-"""Turns raw rows into token rows on disk: reads, converts, renders with the chat template, masks, and holds some rows out."""
+"""Turns raw rows into what training reads: tokenised sets, built once for all runs, and this run's choice of their samples."""
 
-from collections import Counter
-from collections.abc import Iterator
-from itertools import groupby, islice
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from conf import datasets
 from conf.errors import DataError, Problem
-from conf.files import new_folder, read_json, write_json
-from conf.schema import Config, Format, Overlong
-from jobs import chat, formats, sources
+from conf.files import new_folder, read_json, write_json, write_text
+from conf.schema import Config, DataSet, Executor, Format, Overlong
+from jobs import data, encode, formats, gates, identity, page, samples, selection, sources, store
+from jobs.gates import Findings
 from jobs.model import tokenizer
+from jobs.selection import Samples, Sets
+from jobs.tokenise import Recipe
 
-Placed = tuple[str, sources.Row]
-"""A raw row, after the place it came from."""
-SHOWN = 10
-"""Bad rows that a message names; all are counted."""
+TRIED = 300
+"""Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
+HELD_OUT = "validation"
+Built = Mapping[str, Path]
 
 
 def run(config: Config) -> None:
@@ -27,99 +34,212 @@ def run(config: Config) -> None:
     if read_json(folder / "data.json"):
         print(f"data is there already: {folder}")
         return
-    rows = list(islice(sources.rows(config.data.path), config.data.max_rows))
-    shape = choose_format(rows[0], config)
     words = tokenizer(config)
-    if config.data.validation_path:
-        validation = list(sources.rows(config.data.validation_path))
-    else:
-        rows, validation = hold_out(rows, config)
-    counts: Counter[str] = Counter()
-    with new_folder(folder) as beside:
-        for split, part in (("train", rows), ("validation", validation)):
-            encoded = list(encode(part, shape, words, config, counts, split))
-            if not encoded:
-                raise DataError(
-                    Problem(
-                        "data.path",
-                        config.data.path,
-                        f"leaves no rows to {'train on' if split == 'train' else 'hold out'} "
-                        f"({dict(counts)}); see data.max_length and data.validation_fraction",
-                    )
+    described = datasets.training(config.data)
+    built = {name: tokenised(name, one, config, words) for name, one in described.items()}
+    held = datasets.held_out(config.data)
+    apart = {HELD_OUT: tokenised(HELD_OUT, held, config, words)} if held else {}
+    sets, described = built | apart, described | ({HELD_OUT: held} if held else {})
+    findings = _findings(sets, described)
+    chosen = choose(built, apart, config, findings)
+    about = _about(sets, described, {"train": list(built), HELD_OUT: list(apart or built)}, chosen)
+    rows = sum(one["rows"] for one in about["sets"].values())
+    limits = config.data.gates
+    if config.data.overlong is Overlong.split:  # nothing is lost
+        limits = replace(limits, overlong=1.0)
+    verdicts = gates.judged(findings, rows, limits)
+    _judge(verdicts, about, rows, findings)
+    _write(folder, sets, about, chosen, words, verdicts, config)
+
+
+def _judge(verdicts: list[gates.Verdict], about: dict[str, Any], rows: int, findings: Findings) -> None:
+    """Say what the gates found. Raises DataError with all that stops the run, or where a split is left without samples."""
+    for verdict in verdicts:
+        if not verdict.stops:
+            print(f"warning   {verdict}", flush=True)
+    if stops := [verdict.problem for verdict in verdicts if verdict.stops]:
+        raise DataError(*stops)
+    for split in about["splits"]:
+        if not about[split]["samples"]:
+            raise DataError(
+                Problem(
+                    "data.path",
+                    ", ".join(one["source"] for one in about["sets"].values()),
+                    f"leaves no samples for {split} ({rows:,} rows; {findings.counts}); see data.max_length, "
+                    "data.overlong and data.validation_fraction",
                 )
-            write(beside, split, encoded)
-            if split == "train":
-                preview(encoded[0], words)
-        words.save_pretrained(beside / "tokenizer")
-        write_json(beside / "data.json", {"format": shape, "source": config.data.path, **counts})
-    print(f"data      {dict(counts)}", flush=True)
+            )
 
 
-def choose_format(first: Placed, config: Config) -> str:
+def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Path:
+    """The folder of a tokenised set: found in the cache, or built. Raises DataError for rows that cannot be read."""
+    asked = config.data
+    cache = Path(asked.cache) if asked.cache else Path(config.run_dir).parent / ".data"
+    blocks = partial(sources.blocks, one.path, one.split, asked.max_rows)
+    first = list(islice(_readable(blocks()), TRIED))
+    if not first and not any(True for block in blocks() for _ in block.parsed()):
+        raise DataError(Problem("data.path", one.path, "has no rows"))
+    shape = _shape(name, first[0], one) if first else one.format.name
+    key = identity.key(one, asked, words, shape, cache)
+    if found := store.built(cache, key):
+        print(f"tokens    {name}: there already, {found}", flush=True)
+        return found
+    recipe = Recipe(words, shape, one.fields, one.roles, asked.mask, asked.max_length, asked.overlong)
+    recipe = _tried(recipe, first)
+    size = sources.size(one.path)
+    total = (size, "B") if size is not None else (len(sources.hub(one.path)), " rows")
+    return store.build(cache, key, recipe, one.path, blocks, workers=_workers(config), total=total)
+
+
+def choose(built: Built, apart: Built, config: Config, findings: Findings) -> dict[str, Samples]:
+    """The sample numbers of each split; what is found on the way is noted."""
+    hashes = [samples.hashes(one) for one in built.values()]
+    sets = Sets(np.concatenate(hashes), [0, *accumulate(map(len, hashes))])
+    if apart:
+        train, held_hashes = np.arange(len(sets.hashes)), samples.hashes(apart[HELD_OUT])
+        held = np.arange(len(held_hashes))
+    else:
+        train, held = selection.held_out(sets, config.data.validation_fraction, config.data.seed)
+    kept, doubles = selection.without_duplicates(train, sets.hashes)
+    if config.data.drop_duplicates:
+        train = kept
+        print(f"dropped   {len(doubles):,} samples that are equal to one before", flush=True)
+    else:
+        findings.note(
+            "duplicates", _places(list(built.values()), doubles[: gates.FIRST].tolist()), len(doubles), of=len(train)
+        )
+    if apart:
+        common = selection.overlap(held_hashes, sets.hashes[train])
+        findings.note("overlap", samples.places(apart[HELD_OUT], common[: gates.FIRST]), len(common), of=len(held))
+    return {"train": selection.weighted(train, sets, datasets.training(config.data), config.data.seed), HELD_OUT: held}
+
+
+def _readable(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sources.Row]]:
+    for block in blocks:
+        for number, row in block.parsed():
+            if not isinstance(row, sources.Unreadable):
+                yield f"{block.place}{number}", row
+
+
+def _shape(name: str, first: tuple[str, sources.Row], one: DataSet) -> str:
     """The format asked for, or the one that the first row's columns show; says which, and why."""
     where, row = first
-    if config.data.format is not Format.auto:
-        return config.data.format.name
+    assert one.format is not None
+    if one.format is not Format.auto:
+        return one.format.name
     try:
-        shape, why = formats.recognise(row, config.data.fields)
+        shape, why = formats.recognise(row, one.fields)
     except ValueError as error:
         raise DataError(Problem("data.format", "auto", f"{error} ({where})")) from error
-    print(f"format    {shape}: {why}", flush=True)
+    print(f"format    {name}: {shape}, because {why}", flush=True)
     return shape
 
 
-def hold_out(rows: list[Placed], config: Config) -> tuple[list[Placed], list[Placed]]:
-    """Split off a random share of the rows, at least one, by seed; both parts keep their order."""
-    count = max(1, round(len(rows) * config.data.validation_fraction))
-    chosen = set(np.random.default_rng(config.data.seed).permutation(len(rows))[:count].tolist())
-    return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
-
-
-def encode(
-    rows: list[Placed], shape: str, words: PreTrainedTokenizerBase, config: Config, counts: Counter[str], split: str
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, 1 where trained) of each row that fits. Counts what is dropped or cut.
-
-    Raises DataError, after all rows have been seen, naming the first that cannot be used.
-    """
-    data, bad = config.data, []
-    for where, row in tqdm(rows, desc=f"tokenise {split}", unit=" rows", mininterval=1):
+def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
+    """The recipe with the encoder's fast ways, unless they differ from the slow one on any of these rows."""
+    found = []
+    for _, row in rows:
         try:
-            sample = formats.convert(row, shape, data.fields, data.roles)
-            ids, trained = chat.encode(sample, words, mask=data.mask.name)
-            if len(ids) > data.max_length and data.overlong is Overlong.error:
-                raise ValueError(f"has {len(ids)} tokens, over data.max_length={data.max_length}; see data.overlong")
-        except ValueError as error:
-            bad.append(Problem(where, None, str(error)))
-            continue
-        if len(ids) > data.max_length:
-            counts[f"{split} overlong"] += 1
-            if data.overlong is Overlong.drop:
-                continue
-            ids, trained = ids[: data.max_length], trained[: data.max_length]
-        if not any(trained[1:]):
-            counts[f"{split} without a trained token"] += 1
-            continue
-        counts[f"{split} rows"] += 1
-        counts[f"{split} tokens"] += len(ids)
-        counts[f"{split} trained tokens"] += sum(trained[1:])
-        yield ids, trained
-    if bad:
-        more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        raise DataError(f"{len(bad)} of {len(rows)} rows cannot be used as {shape}:", *bad[:SHOWN], *more)
+            found.append(formats.convert(row, recipe.shape, recipe.fields, recipe.roles))
+        except ValueError:
+            continue  # the gates will say so
+    difference = encode.same(recipe.tokenizer, found, mask=recipe.mask.name)
+    ways = encode.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
+    print(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""), flush=True)
+    return replace(recipe, fast=difference is None)
 
 
-def write(folder: Path, split: str, rows: list[tuple[list[int], list[int]]]) -> None:
-    """Three arrays: all tokens (int32), which are trained (uint8), and where each row begins (int64, one more than rows)."""
-    np.save(folder / f"{split}.tokens.npy", np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in rows]))
-    np.save(folder / f"{split}.trained.npy", np.concatenate([np.asarray(mask, dtype=np.uint8) for _, mask in rows]))
-    np.save(folder / f"{split}.offsets.npy", np.cumsum([0] + [len(ids) for ids, _ in rows], dtype=np.int64))
+def _workers(config: Config) -> int:
+    if config.data.workers:
+        return config.data.workers
+    return (
+        len(os.sched_getaffinity(0)) if config.cluster.executor is Executor.local else config.cluster.cpu.cpus_per_rank
+    )
 
 
-def preview(row: tuple[list[int], list[int]], words: PreTrainedTokenizerBase) -> None:
-    """Print one decoded row, the trained tokens in green: what the model will see, and learn to say."""
-    shown = []
-    for trained, part in groupby(zip(*row, strict=True), key=lambda item: item[1]):
-        text = words.decode([token for token, _ in part])
-        shown.append(f"\033[32m{text}\033[0m" if trained else text)
-    print("first training row, trained tokens in green:\n" + "".join(shown).rstrip(), flush=True)
+def _findings(built: Built, described: Mapping[str, DataSet]) -> Findings:
+    """What the gates found when the sets were built; a set may have been built from the same rows at another place."""
+    found = Findings()
+    for name, one in built.items():
+        about = read_json(one / "set.json")
+        for examples in about["findings"]["first"].values():
+            examples[:] = [
+                (place.replace(about["path"], described[name].path, 1), detail) for place, detail in examples
+            ]
+        found.merge(Findings(**about["findings"]))
+    return found
+
+
+def _place(sets: Sequence[Path], number: int) -> str:
+    return _places(sets, [number])[0]
+
+
+def _places(sets: Sequence[Path], numbers: Sequence[int]) -> list[str]:
+    """`file:line` of samples, numbered through these sets."""
+    found, first = [], [0, *accumulate(read_json(one / "set.json")["samples"] for one in sets)]
+    for number in numbers:
+        which = bisect_right(first, number) - 1
+        found += samples.places(sets[which], [number - first[which]])
+    return found
+
+
+def _write(
+    folder: Path,
+    sets: Built,
+    about: dict[str, Any],
+    chosen: dict[str, Samples],
+    words: PreTrainedTokenizerBase,
+    verdicts: list[gates.Verdict],
+    config: Config,
+) -> None:
+    """Publish RUN/data: the choice, links to the sets, the tokenizer, and the page to look at."""
+    with new_folder(folder) as beside:
+        (beside / "sets").mkdir()
+        for name, one in sets.items():
+            (beside / "sets" / name).symlink_to(os.path.relpath(one, folder / "sets"))
+        for split, numbers in chosen.items():
+            np.save(beside / f"{split}.npy", numbers)
+        words.save_pretrained(beside / "tokenizer")
+        write_json(beside / "data.json", about)
+        packed = config.data.packing
+        splits = {
+            "train": data.read(beside, "train", config.data.max_length if packed else None),
+            HELD_OUT: data.read(beside, HELD_OUT),
+        }
+        places = {split: partial(_place, [sets[name] for name in about["splits"][split]]) for split in splits}
+        text = page.html(
+            about,
+            splits,
+            places,
+            words,
+            max_length=config.data.max_length,
+            packed=packed,
+            found=verdicts,
+            seed=config.data.seed,
+        )
+        write_text(beside / "preview.html", text)
+        print(page.terminal(splits["train"], words, places["train"], count=config.data.preview, colour=True))
+    print(f"data      {folder}, and what it looks like in preview.html", flush=True)
+
+
+def _about(
+    sets: Built, described: Mapping[str, DataSet], splits: dict[str, list[str]], chosen: dict[str, Samples]
+) -> dict[str, Any]:
+    """What RUN/data/data.json says: each set, and each split's sets and sizes."""
+    about: dict[str, Any] = {"sets": {}, "splits": splits}
+    for name, one in sets.items():
+        known = read_json(one / "set.json")
+        counts = {key: known[key] for key in ("rows", "samples", "tokens", "trained_tokens")}
+        about["sets"][name] = {"source": described[name].path, "format": known["shape"], **counts, "epoch": 0}
+    for split, numbers in chosen.items():
+        found = samples.read([sets[name] for name in splits[split]])
+        about[split] = {
+            "samples": len(numbers),
+            "tokens": int(found.lengths[numbers].sum()),
+            "trained_tokens": int(found.labels[numbers].sum()),
+        }
+    ends = np.cumsum([about["sets"][name]["samples"] for name in splits["train"]])
+    counts = np.bincount(np.searchsorted(ends, chosen["train"], side="right"), minlength=len(ends))
+    for name, count in zip(splits["train"], counts.tolist(), strict=True):
+        about["sets"][name]["epoch"] = count
+    return about

@@ -1,0 +1,239 @@
+"""Tokenised sets on disk: built once for all runs that ask for the same, part by part, so that an interrupted build goes on.
+
+CACHE/KEY/set.json            what the set is: its shape, counts, and what the gates found
+CACHE/KEY/part-00000/*.npy    the samples: tokens (int32), trained (uint8), offsets (int64, one more than samples), and of
+                              each sample its trained labels (int32), hash (uint64), file and row (int32, int64)
+CACHE/.KEY.OWNER/             a build that goes on, or was interrupted; its whole parts are taken over by the next
+"""
+
+import os
+import shutil
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from conf.errors import Problem, SiteError
+from conf.files import new_folder, publish_as, read_json, write_json
+from jobs import tokenise
+from jobs.gates import Findings
+from jobs.sources import Block
+from jobs.tokenise import Recipe, Tokenised, Tokeniser
+
+PART_TOKENS = 2**23
+"""Tokens of a part: 42 MB in memory while it fills, and what an interruption can cost."""
+ALONE = 8
+"""Blocks that are tokenised in this process before others are worth their start."""
+
+
+@dataclass
+class Tally:
+    """What a set holds so far; `blocks` of its source have gone into its parts."""
+
+    blocks: int = 0
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    findings: Findings = field(default_factory=Findings)
+    places: list[str] = field(default_factory=list)
+    """What comes before a row's number, of each file."""
+
+    def plain(self) -> dict[str, Any]:
+        return vars(self) | {"findings": self.findings.plain()}
+
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> "Tally":
+        return cls(**(plain | {"findings": Findings(**plain["findings"])}))
+
+
+def built(cache: Path, key: str) -> Path | None:
+    """The folder of a set that is whole."""
+    return cache / key if (cache / key / "set.json").exists() else None
+
+
+def build(
+    cache: Path,
+    key: str,
+    recipe: Recipe,
+    path: str,
+    blocks: Callable[[], Iterator[Block]],
+    *,
+    workers: int,
+    total: tuple[int, str],
+) -> Path:
+    """Tokenise a set unless it is there already; of several runs that ask for the same one, one builds and the others wait.
+
+    `blocks` begins the source anew at each call; `total` is what its last block will have read, and the unit of that.
+    Raises what `blocks` raises.
+    """
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(cache / f".{key}.lock", key) as locked:
+        if built(cache, key):
+            return cache / key
+        folder = _own_folder(cache, key, adopt=locked)
+        tally = _tally(folder)
+        _fill(folder, tally, recipe, blocks, workers, total)
+        write_json(folder / "set.json", tally.plain() | {"shape": recipe.shape, "path": path})
+        try:
+            publish_as(folder, cache / key)
+        except OSError:  # only where the file system has no locks: another run was first, with the same bytes
+            if not built(cache, key):
+                raise
+            shutil.rmtree(folder)
+        return cache / key
+
+
+@contextmanager
+def _alone(path: Path, key: str) -> Iterator[bool]:
+    """Hold the lock of a build; yields whether the file system has locks. It is the kernel's, so it goes with its process.
+
+    Without locks two runs may build the same set side by side, each in a folder of its own: the first to end publishes.
+    """
+    lock = FileLock(path, mode=0o600)
+    try:
+        try:
+            lock.acquire(timeout=0.1)
+        except Timeout:
+            print(f"another run is building the same set ({key}); waiting for it", flush=True)
+            lock.acquire()
+        locked = True
+    except (NotImplementedError, OSError):
+        locked = False
+    try:
+        yield locked
+    finally:
+        if locked:
+            lock.release()
+
+
+def _own_folder(cache: Path, key: str, *, adopt: bool) -> Path:
+    """A folder to build in, with the parts of one that was interrupted: nobody else can be at work there."""
+    own = cache / f".{key}.{socket.gethostname()}-{os.getpid()}"
+    left = sorted(cache.glob(f".{key}.*-*"), key=lambda path: len(list(path.glob("part-*")))) if adopt else []
+    if left:
+        os.rename(left[-1], own)
+    own.mkdir(exist_ok=True, mode=0o700)
+    return own
+
+
+def _tally(folder: Path) -> Tally:
+    """Where a build stands: what its newest part says."""
+    parts = sorted(folder.glob("part-*"))
+    return Tally.read(read_json(parts[-1] / "part.json")) if parts else Tally()
+
+
+def _fill(
+    folder: Path,
+    tally: Tally,
+    recipe: Recipe,
+    blocks: Callable[[], Iterator[Block]],
+    workers: int,
+    total: tuple[int, str],
+) -> None:
+    """Write the parts that are missing."""
+    if tally.blocks:
+        print(f"going on with {tally.samples:,} samples of an interrupted build", flush=True)
+    open_part = _Part(folder, tally)
+    with tqdm(total=total[0], unit=total[1], unit_scale=True, desc="tokenise", mininterval=1) as bar:
+        for block, done in _tokenised(islice(blocks(), tally.blocks, None), recipe, workers):
+            open_part.add(block, done)
+            bar.update(block.read - bar.n)
+            seconds = max(bar.format_dict["elapsed"], 1e-9)
+            speeds = open_part.rows / seconds, open_part.new_tokens / seconds
+            bar.set_postfix_str(f"{speeds[0]:,.0f} rows/s, {speeds[1]:,.0f} tokens/s", refresh=False)
+    open_part.close()
+
+
+def _tokenised(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[tuple[Block, Tokenised]]:
+    """Blocks with their tokens, in order, whoever made them; few are in flight, so memory does not grow."""
+    first = list(islice(blocks, ALONE + 1))
+    if workers == 1 or len(first) <= ALONE:
+        tokeniser = Tokeniser(recipe)
+        yield from ((block, tokeniser(block)) for block in chain(first, blocks))
+        return
+    context = get_context("forkserver")  # a fork of this process would copy threads that hold locks
+    context.set_forkserver_preload(["jobs.tokenise"])
+    with ProcessPoolExecutor(workers, context, tokenise.begin, (recipe,)) as pool:
+        waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+        try:
+            for block in chain(first, blocks):
+                waiting.append((block, pool.submit(tokenise.work, block)))
+                if len(waiting) > 2 * workers:
+                    yield waiting[0][0], waiting.popleft()[1].result()
+            while waiting:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        except BrokenProcessPool as error:
+            raise SiteError(
+                Problem("data.workers", workers, "a process was killed, most likely for memory: use fewer")
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Part:
+    """The part that is being filled, written when it is full and when all is read."""
+
+    def __init__(self, folder: Path, tally: Tally) -> None:
+        self.folder, self.tally = folder, tally
+        self.rows = self.new_tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.waiting = Tokenised()
+        self.files: list[int] = []
+        self.size = 0
+
+    def add(self, block: Block, done: Tokenised) -> None:
+        tally = self.tally
+        if block.place not in tally.places[-1:]:
+            tally.places.append(block.place)
+        self.files += [len(tally.places) - 1] * len(done.tokens)
+        for name in ("tokens", "trained", "hashes", "places"):
+            getattr(self.waiting, name).extend(getattr(done, name))
+        tally.findings.merge(done.findings)
+        tally.blocks += 1
+        tally.rows += done.rows
+        self.rows += done.rows
+        grown = sum(map(len, done.tokens))
+        self.size += grown
+        self.new_tokens += grown
+        if self.size >= PART_TOKENS:
+            self.close()
+
+    def close(self) -> None:
+        """Publish the part, with the tally as it stands behind it; an interruption before loses the part alone."""
+        number = len(list(self.folder.glob("part-*")))
+        samples, tally = self.waiting, self.tally
+        if number and not samples.tokens:
+            return
+        lengths = np.fromiter(map(len, samples.tokens), dtype=np.int64, count=len(samples.tokens))
+        labels = np.fromiter((int(mask[1:].sum()) for mask in samples.trained), dtype=np.int32, count=len(lengths))
+        tally.samples += len(lengths)
+        tally.tokens += int(lengths.sum())
+        tally.trained_tokens += int(labels.sum())
+        with new_folder(self.folder / f"part-{number:05d}") as beside:
+            np.save(beside / "tokens.npy", _joined(samples.tokens, np.int32))
+            np.save(beside / "trained.npy", _joined(samples.trained, np.uint8))
+            np.save(beside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+            np.save(beside / "labels.npy", labels)
+            np.save(beside / "hashes.npy", np.asarray(samples.hashes, dtype=np.uint64))
+            np.save(beside / "files.npy", np.asarray(self.files, dtype=np.int32))
+            np.save(beside / "places.npy", np.asarray(samples.places, dtype=np.int64))
+            write_json(beside / "part.json", tally.plain())
+        self._clear()
+
+
+def _joined(arrays: list[Any], dtype: Any) -> Any:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
