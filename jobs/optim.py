@@ -13,10 +13,10 @@ def build(model: nn.Module, config: Config) -> torch.optim.AdamW:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {
-            "params": [parameter for parameter in trainable if parameter.ndim >= 2],
+            "params": [parameter for parameter in trainable if _ndim(parameter) >= 2],
             "weight_decay": config.train.weight_decay,
         },
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trainable if _ndim(parameter) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -25,6 +25,11 @@ def build(model: nn.Module, config: Config) -> torch.optim.AdamW:
         eps=config.train.eps,
         fused=trainable[0].is_cuda,
     )
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    """Of the whole weight: one that ZeRO-3 has partitioned calls itself an empty vector, and would not decay."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
