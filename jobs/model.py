@@ -1,13 +1,24 @@
-"""Builds tokenizer and model from the config: pretrained or with fresh weights, with or without adapters."""
+"""Builds tokenizer and model from the config: with or without weights, with or without adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from conf.errors import ConfigError, DataError, Problem
-from conf.schema import AdapterKind, Attention, Config, Init, Precision
+from conf.schema import AdapterKind, Config, Init, Precision
+from jobs import attention, startup, vocabulary
 from jobs.templates import template_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,29 +33,39 @@ def tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {_first_line(error)}")) from error
+    vocabulary.extend(found, config.data)
     if config.data.chat_template:
         try:
             found.chat_template = template_text(config.data.chat_template, found)
         except ValueError as error:
             raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
-    if found.pad_token_id is None:
-        found.pad_token = found.eos_token
     return found
 
 
-def build(config: Config) -> PreTrainedModel:
-    """The model to train, on the CPU: fp32 master weights, or under an adapter a frozen base in the precision of compute.
+def build(config: Config) -> Any:
+    """The whole model on the CPU: fp32 master weights, or under an adapter a frozen base in the precision of compute.
 
     Raises ConfigError when the source cannot be loaded.
     """
+    model = skeleton(config)
+    startup.materialise(model, lambda parameter: torch.empty_like(parameter, device="cpu"), torch.device("cpu"))
+    held = startup.parts(model, lambda parameter: (parameter.shape, 0, parameter))
+    startup.fill(model, skeleton, held, config)
+    return model
+
+
+def skeleton(config: Config, adapters: bool = True) -> Any:
+    """The model of `build` without weights: parameters on the meta device, buffers with their values, with its adapters or not.
+
+    Its embedding has a row for every token of the tokenizer; rows that are in no file get the mean of the others.
+    Raises ConfigError when the source has no usable config.json.
+    """
     frozen = config.adapter.kind is not AdapterKind.none
     dtype = DTYPES[config.train.precision.name] if frozen else torch.float32
-    torch.manual_seed(config.train.seed)
-    model = _fresh(config, dtype) if config.model.init is Init.random else _pretrained(config, dtype)
-    model.config.use_cache = False
-    if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return adapted(config, model) if frozen else model
+    with _weightless():
+        model = _described(config, dtype)
+        model.config.use_cache = False
+        return adapted(config, model) if frozen and adapters else model
 
 
 def adapted(config: Config, model: PreTrainedModel) -> Any:
@@ -64,8 +85,6 @@ def adapted(config: Config, model: PreTrainedModel) -> Any:
         wrapped = get_peft_model(model, plan)
     except ValueError as error:
         raise ConfigError(Problem("adapter.targets", adapter.targets, _first_line(error))) from error
-    if config.train.activation_checkpointing:
-        wrapped.enable_input_require_grads()
     return wrapped
 
 
@@ -88,37 +107,63 @@ def compute_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
 
 
-def _fresh(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Modules made meanwhile have parameters without data. Under `torch.device("meta")` buffers would lose theirs as well,
+    and what a rotary embedding computed when it was made could only be guessed at afterwards."""
+    register = nn.Module.register_parameter
+
+    def onto_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = onto_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _described(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    shape = _shape(config) if config.model.init is Init.random else _stored_shape(config)
+    before = vocabulary.grow(shape, tokenizer(config), config)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            shape,
+            dtype=dtype,
+            attn_implementation=attention.chosen(config, shape),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(config, error) from error
+    if config.model.init is Init.pretrained:
+        model.rows_before = before
+        with suppress(OSError):  # most models have no generation_config.json
+            model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=_revision(config))
+    return model
+
+
+def _shape(config: Config) -> PreTrainedConfig:
     shape = config.model.architecture
     assert shape is not None  # launcher.checks
     fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
-    described = AutoConfig.for_model(shape.model_type, **fields, **shape.extra)
     special = tokenizer(config)
-    described.bos_token_id, described.eos_token_id, described.pad_token_id = (
-        special.bos_token_id,
-        special.eos_token_id,
-        special.pad_token_id,
-    )
-    return AutoModelForCausalLM.from_config(described, dtype=dtype, attn_implementation=_attention(config))
+    ids = {name: getattr(special, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
 
 
-def _pretrained(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+def _stored_shape(config: Config) -> PreTrainedConfig:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            config.model.source,
-            revision=_revision(config),
-            trust_remote_code=config.model.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=_attention(config),
+        return AutoConfig.from_pretrained(
+            config.model.source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem("model.source", config.model.source, f"cannot be loaded: {_first_line(error)}")
-        ) from error
+        raise _unloadable(config, error) from error
 
 
-def _attention(config: Config) -> str:
-    return "sdpa" if config.model.attention is Attention.auto else config.model.attention.name
+def _unloadable(config: Config, error: Exception) -> ConfigError:
+    return ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {_first_line(error)}"))
 
 
 def _revision(config: Config) -> str:

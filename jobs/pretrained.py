@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs import weights
+from jobs import vocabulary, weights
 from jobs.agreement import everywhere, first
 from jobs.distributed import World
 from jobs.weights import Part, Stored
@@ -46,10 +46,13 @@ def load(base: PreTrainedModel, held: Mapping[str, Part], config: Config, world:
         count = len({place.file for place in plan.stored.values()})
         print(f"weights   {folder}: {count} safetensors files, each rank reads what it holds", flush=True)
     names = _names(base)
-    wanted = [
-        (next(plan.stored[name] for name in names[key] if name in plan.stored), part) for key, part in held.items()
-    ]
-    return everywhere(lambda: _read(folder, wanted, config, main))
+    places = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in held}
+
+    def filled() -> int:
+        left = vocabulary.fill(base, held, places, lambda place, part: _read(folder, [(place, part)], config, False))
+        return _read(folder, [(places[key], part) for key, part in left.items()], config, main)
+
+    return everywhere(filled)
 
 
 def _folder(config: Config, world: World | None) -> Path | None:
@@ -76,9 +79,13 @@ def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
         return Plan({}, f"{source} names its files in config.json (transformers_weights)")
     stored = weights.catalogue(folder, "model.source", source)
     if converted := _converted(base, stored):
+        if getattr(base, "rows_before", None) is not None:
+            raise ConfigError(
+                Problem("data.special_tokens", len(stored), f"cannot be added where transformers converts {converted}")
+            )
         return Plan({}, f"transformers converts {converted} for {base.config.model_type}")
     names = _names(base)
-    shapes = {key: tuple(value.shape) for key, value in _expected(base).items()}
+    shapes = vocabulary.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     stored = {name: place for name, place in stored.items() if not _ignored(base, name)}
     found = weights.misfits(stored, names, shapes) or _untied(folder, stored, names)
     if found:
