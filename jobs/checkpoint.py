@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, sync_tree, write_json, write_text
-from conf.schema import Config
+from conf.schema import Backend, Config
 from jobs.distributed import World
 
 
@@ -61,13 +61,15 @@ def latest(config: Config) -> tuple[Path, dict[str, Any]] | None:
 def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
     """Load the newest whole checkpoint with `read`; returns its step, 0 where there is none.
 
-    Raises RunError when it was written under another layout, which this backend cannot read.
+    FSDP reads what it wrote on any number of ranks and in any of its layouts: shards are found by weight, not by rank.
+    Raises RunError when the checkpoint was written in a way that this backend cannot read.
     """
     found = _agreed(latest(config), world)
     if found is None:
         return 0
     path, about = found
-    if about["layout"] != config.parallel.name or about["world_size"] != world.size:
+    fsdp = config.parallel.backend is Backend.fsdp and about["backend"] == Backend.fsdp.name
+    if not fsdp and (about["layout"] != config.parallel.name or about["world_size"] != world.size):
         raise RunError(
             Problem(
                 "parallel",
@@ -77,8 +79,13 @@ def resume(config: Config, world: World, read: Callable[[Path], None]) -> int:
         )
     read(path)
     if world.is_main:
-        print(f"resumed from {path}", flush=True)
+        same = about["layout"] == config.parallel.name and about["world_size"] == world.size
+        print(f"resumed from {path}" + ("" if same else _moved(about, config, world)), flush=True)
     return int(about["step"])
+
+
+def _moved(about: dict[str, Any], config: Config, world: World) -> str:
+    return f", from {about['layout']} on {about['world_size']} ranks to {config.parallel.name} on {world.size}"
 
 
 def fingerprint(weight: torch.Tensor) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 from conf import resolve
 from conf.errors import Problem, RunError
 from conf.schema import Config
-from launcher.attempt import COMPLETED, last_verdict
+from launcher.history import last_verdict
+from launcher.verdict import COMPLETED
 
 CHANGEABLE = (
     "cluster",
+    "parallel",
     "jobs",
     "pipeline",
     "consolidate",

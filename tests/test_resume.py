@@ -86,7 +86,6 @@ def test_a_change_leaves_the_rest_as_it_was(compose: Compose, run: Path) -> None
         "model.source=owner/name",
         "data=alpaca",
         "data.max_rows=7",
-        "parallel=fsdp",
         "adapter=lora",
         "experiment=llama8b_fsdp",
         "name=other",
