@@ -1,92 +1,129 @@
-"""Makes one Hugging Face folder of the newest sharded checkpoint: whole weights, merged adapters, config and tokenizer."""
+"""Makes one Hugging Face folder of a sharded checkpoint, as a stream: whole weights, merged adapters, config and tokenizer.
 
+python -m jobs consolidate RUN/config.yaml                          of a run
+python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     of anybody's FSDP or DeepSpeed checkpoint
+"""
+
+import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
-
-from conf.errors import Problem, RunError
-from conf.files import new_folder, read_json, write_json
-from conf.schema import AdapterKind, Config, OutputDtype
-from jobs import backends, checkpoint, model
+from conf.errors import Problem, RunError, UserError
+from conf.files import read_json
+from conf.schema import AdapterKind, Config, Init, OutputDtype
+from jobs import checkpoint, weights
+from jobs.consolidation import describe, foreign, hf, merge, names, sources
+from jobs.consolidation.make import make, workers
+from jobs.consolidation.merge import Merge, Settings
+from jobs.consolidation.names import NotViews
+from jobs.consolidation.plan import plan
+from jobs.consolidation.sources import Source
 
 
 def run(config: Config) -> None:
     """Write RUN/model from the newest checkpoint; does nothing when it was made from that one in that dtype.
 
-    Raises RunError when there is no whole checkpoint, or a weight is not what training recorded of it.
+    Raises RunError when there is no whole checkpoint, a weight is not what training recorded of it, or there is no room;
+    DataError when the checkpoint and the model do not fit.
     """
     found = checkpoint.latest(config)
     if found is None:
         raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
     path, about = found
     target = Path(config.run_dir) / "model"
-    dtype = (
-        config.train.precision.name if config.consolidate.dtype is OutputDtype.auto else config.consolidate.dtype.name
-    )
-    made = {"checkpoint": path.name, "dtype": dtype, "digest": about["config"]}
-    if read_json(target / "muster.json") == made:
+    made = _identity(config, path, about)
+    if (read_json(target / "muster.json") or {}) | made | {"verified": True} == read_json(target / "muster.json"):
         print(f"model is there already: {target}")
         return
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
-    weights = backends.chosen(config).consolidate(path)
-    _verify(weights, path)
-    whole = _assemble(config, weights).to(model.DTYPES[dtype])
-    _retire(target)
-    with new_folder(target) as beside:
-        whole.save_pretrained(beside, max_shard_size=int(config.consolidate.shard_gib * 2**30))
-        model.tokenizer(config).save_pretrained(beside)
-        write_json(beside / "muster.json", made)
+    source = sources.source(path)
+    empty = describe.of_run(config)
+    prints = _prints(path)
+    try:
+        merged = _merge(config, source, empty, made["dtype"])
+    except NotViews as error:
+        print(f"{type(empty).__name__} cannot be streamed ({error}): it is merged in memory", flush=True)
+        from jobs.consolidation import whole  # imports transformers
+
+        whole.run(config, source, target, made, prints)
+        return
+    if missing := sorted(prints.keys() - merged.sources.keys()):
+        said = f"lacks {len(missing)} of {len(prints)} weights that training recorded, {missing[0]} first"
+        raise RunError(Problem("checkpoint", path, f"{said}: delete it to go back to the one before"))
+    todo = plan(
+        merged.outputs,
+        merged.sources,
+        int(config.consolidate.shard_gib * 2**30),
+        prints,
+        merged.updates,
+        made | {"files": sources.manifest(merged.sources)},
+        "adapter_model" if config.consolidate.adapter_only else "model",
+    )
+    threads = workers(config.cluster.cpu.cpus_per_rank)
+    make(todo, target, threads, path, lambda at: _describe(config, at, empty, merged, about), made)
     print(f"model     {target}", flush=True)
 
 
-def _verify(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Compare with the SHA-256 of the live weights, where training left them."""
-    prints = read_json(path / "fingerprint.json")
-    if prints is None:
-        return
-    wrong = [
-        name
-        for name, expected in prints.items()
-        if name not in weights or checkpoint.fingerprint(weights[name]) != expected
-    ]
-    if wrong:
-        raise RunError(
-            Problem(
-                "checkpoint",
-                path,
-                f"{len(wrong)} of {len(prints)} weights differ from those in training, {wrong[0]} first: "
-                "the files have changed or been damaged; delete this checkpoint to go back to the one before",
-            )
+def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What tells one result of a run from another."""
+    asked = config.consolidate.dtype
+    return {
+        "checkpoint": path.name,
+        "dtype": config.train.precision.name if asked is OutputDtype.auto else asked.name,
+        "digest": about["config"],
+        "adapter_only": config.consolidate.adapter_only,
+    }
+
+
+def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
+    """What goes into the result. Raises NotViews for a model that cannot be streamed."""
+    dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
+    found = names.plain(source.tensors, empty.state_dict())
+    if config.consolidate.adapter_only:
+        return merge.adapter_alone(found, dtype)
+    base = {}
+    if config.model.init is Init.pretrained and (adapter or dtype is None):
+        folder = weights.find(config.model.source, config.model.revision)
+        if folder is None and adapter:
+            raise NotViews(f"{config.model.source} has no safetensors files")
+        base = hf.tensors(folder) if folder else {}
+    settings = Settings(alpha=config.adapter.alpha) if adapter else None
+    return merge.merged(names.blueprint(empty), found, base, dtype, settings)
+
+
+def _prints(path: Path) -> dict[str, str]:
+    """SHA-256 of the live weights, where training left them."""
+    found = read_json(path / "fingerprint.json") or {}
+    return {names.WRAPPERS.sub("", name): value for name, value in found.items()}
+
+
+def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: dict[str, Any]) -> None:
+    """Everything beside the weights."""
+    adapter = config.adapter
+    source = config.model.source if config.model.init is Init.pretrained else None
+    if config.consolidate.adapter_only:
+        describe.write_adapter(
+            folder, {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}, merged, config.model.source
         )
-    print(f"{len(prints)} weights equal those in training, bit for bit", flush=True)
+    else:
+        describe.write_model(folder, empty, merged)
+    describe.write_tokenizer(folder, config)
+    rows = {
+        "base model": source,
+        "data": config.data.path or ", ".join(config.data.sets),
+        "steps": about["step"],
+        "layout": f"{about['layout']} on {about['world_size']} ranks",
+        "adapter": f"LoRA, r {adapter.r}, alpha {adapter.alpha:g}" if adapter.kind is not AdapterKind.none else None,
+        "config": about["config"],
+    }
+    describe.write_card(
+        folder, config.name, rows, source, "peft" if config.consolidate.adapter_only else "transformers"
+    )
 
 
-def _assemble(config: Config, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The model with these weights; adapters are added into the base. Raises RunError when a weight has no place or is missing."""
-    built = model.build(config)
-    adapter = config.adapter.kind is not AdapterKind.none
-    expected = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
-    missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - built.state_dict().keys())
-    if missing or unexpected:
-        raise RunError(
-            Problem(
-                "checkpoint", config.run_dir, f"does not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}"
-            )
-        )
-    built.load_state_dict(weights, strict=False)
-    whole = built.merge_and_unload() if adapter else built
-    whole.config.use_cache = True
-    if whole.generation_config is None:
-        whole.generation_config = GenerationConfig.from_model_config(whole.config)
-    return whole
-
-
-def _retire(target: Path) -> None:
-    """Move a model of an older checkpoint aside, so that the new one can be published by rename."""
-    if target.exists():
-        number = 1
-        while (aside := target.with_name(f"model.{number}")).exists():
-            number += 1
-        target.rename(aside)
-        print(f"the model that was there is now {aside}")
+if __name__ == "__main__":
+    try:
+        foreign.main()
+    except UserError as error:
+        print(f"consolidate: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,11 +1,10 @@
 """Who shards. `fsdp` and `zero` have the same few functions, so that train.py reads the same for both:
 
-wrap(model, config, world) -> Engine    shard the model, make its optimizer
+wrap(model, config, world, resumed) -> Engine    shard the model, fill it if it has no weights, make its optimizer
 backward(engine, loss, last)            one micro batch; gradients are averaged over ranks on the last
 step(engine, learning_rate) -> float    clip, update, clear; returns the gradient norm before clipping
 save(engine, folder) / load(engine, folder)    this rank's shards of trainable weights and optimizer state
 weights(engine)                         (name, whole fp32 tensor) of each trainable weight, gathered one at a time
-consolidate(folder)                     name -> whole fp32 tensor of a saved checkpoint, read by one process
 """
 
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ class Engine:
     """Called for the forward pass."""
     optimizer: Any
     max_grad_norm: float
+    read_bytes: int = 0
+    """What this rank read of the model's files."""
 
 
 def chosen(config: Config) -> ModuleType:

@@ -11,19 +11,23 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from conf.schema import Config
-from jobs import optim
+from jobs import kernels, optim, startup
 from jobs.backends import Engine
 from jobs.distributed import World
-from jobs.model import blocks, compute_dtype
+from jobs.model import blocks, compute_dtype, skeleton
 
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 """An adapter's checkpoint holds no base weights."""
 
 
-def wrap(model: nn.Module, config: Config, world: World) -> Engine:
-    """Shard each block, then what is left, over the mesh; masters stay fp32, compute is in the config's precision."""
+def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
+    """Shard each block, then what is left, over the mesh; masters stay fp32, compute is in the config's precision.
+
+    A model without weights gets them once it is sharded; `resumed` leaves out what a checkpoint is going to overwrite.
+    """
     shard = config.parallel.shard_ranks or world.size
     mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
     dtype = compute_dtype(config)
@@ -42,7 +46,9 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
         "mp_policy": policy,
         "offload_policy": offload,
     }
-    model.to(world.device)
+    kernels.install(model, config, world)
+    if not startup.is_empty(model):
+        model.to(world.device)
     for block in blocks(model):
         if adapters := _adapters(
             block
@@ -50,8 +56,20 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
             fully_shard(adapters, reshard_after_forward=config.parallel.reshard_after_forward, **options)
         fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # its backward begins where its forward ends
+    read = 0
+    if startup.is_empty(model):
+        home = torch.device("cpu") if config.parallel.offload_parameters else world.device
+        startup.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
+        read = startup.fill(model, skeleton, startup.parts(model, _held), config, world, resumed)
     model.train()
-    return Engine(model, optim.build(model, config), config.train.max_grad_norm)
+    return Engine(model, optim.build(model, config), config.train.max_grad_norm, read)
+
+
+def _held(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
+    """Whole shape, first element and local tensor of a parameter sharded by rows: they lie in one piece."""
+    assert isinstance(parameter, DTensor)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.shape, offset[0] * parameter.shape[1:].numel(), parameter._local_tensor
 
 
 def _adapters(block: nn.Module) -> list[nn.Module]:
@@ -104,14 +122,3 @@ def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         if parameter.requires_grad:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             yield name, whole.detach().float().cpu()
-
-
-def consolidate(folder: Path) -> dict[str, torch.Tensor]:
-    described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in described.items()
-        if key.startswith("model.") and hasattr(entry, "size")
-    }
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return {key.removeprefix("model."): value.float() for key, value in state.items()}

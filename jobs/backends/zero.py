@@ -9,15 +9,39 @@ from torch import nn
 
 from conf import deepspeed as derived
 from conf.schema import AdapterKind, Config
-from jobs import optim
+from jobs import kernels, optim, startup
 from jobs.backends import Engine
 from jobs.distributed import World
+from jobs.model import compute_dtype, skeleton
+from jobs.weights import Part
 
 TAG = "zero"
 """DeepSpeed's name for the folder inside a checkpoint; ours is the step."""
 
 
-def wrap(model: nn.Module, config: Config, world: World) -> Engine:
+def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
+    """Hand the model to DeepSpeed; one without weights gets them before, on ZeRO-3 once it is partitioned.
+
+    `resumed` leaves out what a checkpoint is going to overwrite.
+    """
+    start(world)
+    import deepspeed
+
+    kernels.install(model, config, world)
+    read = 0
+    if startup.is_empty(model):
+        load = _partitioned if config.parallel.zero_stage == 3 else _whole
+        read = startup.fill(model, skeleton, load(model, config, world), config, world, resumed)
+    model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
+    )
+    engine.adapter_only = config.adapter.kind is not AdapterKind.none
+    return Engine(engine, optimizer, config.train.max_grad_norm, read)
+
+
+def start(world: World) -> None:
+    """Let DeepSpeed find the process group and the device of this rank."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses, and warns
     import deepspeed
 
@@ -26,12 +50,39 @@ def wrap(model: nn.Module, config: Config, world: World) -> Engine:
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
-    engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
-    )
-    engine.adapter_only = config.adapter.kind is not AdapterKind.none
-    return Engine(engine, optimizer, config.train.max_grad_norm)
+
+
+def _whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+    """Room for every parameter on every rank, in the precision of compute: DeepSpeed makes its masters from that."""
+    dtype = compute_dtype(config)
+    startup.materialise(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
+    return startup.parts(model, lambda item: (item.shape, 0, item))
+
+
+def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+    """Room for this rank's partition of every parameter: a run of its elements, padded to equal length over the ranks.
+
+    `zero.Init` as a context would make each parameter whole on every rank and broadcast it; its parts make empty partitions.
+    """
+    import deepspeed
+
+    dtype, context = compute_dtype(config), deepspeed.zero.Init(config_dict_or_path=derived.plan(config, world.size))
+    if context.mem_efficient_linear:
+        context._enable_mem_efficient_linear()  # else every linear layer keeps its gathered weight until its backward
+
+    def partition(parameter: nn.Parameter) -> nn.Parameter:
+        made = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=world.device), parameter.requires_grad)
+        context._convert_to_deepspeed_param(made)
+        made.partition()
+        made.ds_tensor.zero_()  # the padding, too
+        return made
+
+    def held(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
+        begin = min(parameter.ds_tensor.ds_numel * world.rank, parameter.ds_numel)
+        return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
+
+    startup.materialise(model, partition, world.device)
+    return startup.parts(model, held)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
@@ -61,12 +112,3 @@ def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in engine.module.module.named_parameters():
         if parameter.requires_grad:
             yield name, safe_get_full_fp32_param(parameter).detach().float().cpu()
-
-
-def consolidate(folder: Path) -> dict[str, torch.Tensor]:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    return {
-        name: value.detach() for name, value in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG).items()
-    }

@@ -1,0 +1,355 @@
+"""Consolidation beside what others offer, on the same random checkpoints of four ranks, cold and warm.
+
+    python benchmarks/consolidate.py [--size 1.5b|0.5b|6b|tiny] [--folder DIR] [--rounds N] [--skip zero,torch,...]
+
+Every side runs in a process of its own and is timed from its start until its bytes are on the disk (`sync`), so that none
+leaves its writes to the next. Peak memory is anonymous memory (RssAnon), sampled every 10 ms: pages of files are the
+kernel's to take back. Like is compared with like: accelerate, torch and zero_to_fp32 write fp32, so ours does too;
+axolotl's way (the whole state in memory, cast, saved in 5 GB files) writes bf16. `copy` reads the same bytes, writes as
+many as the bf16 model has and flushes them, with as many threads as ours has: what the disk allows. disk_share is copy's time as
+a share of ours in bf16, both without interpreter start and imports; ours reads its result back on top of it
+(disk_share_verified), and disk_share_whole is from process start to process end. ZeRO's files also hold two moments,
+three times the bytes: who maps or loads them pays for it. torch's HF consolidation reads shards that
+HuggingFaceStorageWriter made of the same weights. Ratios are medians over rounds of the slower of cold and warm.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RANKS = 4
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 1003),
+    "0.5b": (1024, 4096, 12, 16, 8, 128_256),
+    "1.5b": (2048, 8192, 16, 32, 8, 128_256),
+    "6b": (4096, 14_336, 23, 32, 8, 128_256),
+}
+SIDES = ("copy", "ours_bf16", "axolotl", "ours_fp32", "accelerate", "torch", "ours_zero", "zero_to_fp32")
+SOURCES = {"torch": "hf", "ours_zero": "zero", "zero_to_fp32": "zero"}
+
+
+def described(size: str) -> Any:
+    from transformers import LlamaConfig
+
+    hidden, inner, layers, heads, groups, words = SHAPES[size]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=words,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return {
+            name: tuple(value.shape)
+            for name, value in AutoModelForCausalLM.from_config(described(size)).state_dict().items()
+        }
+
+
+def write_sources(folder: Path, size: str, zero: bool, hf: bool) -> None:
+    from tests.jobs.ranks import spawn
+
+    folder.mkdir(parents=True)
+    write_base(folder / "base", size)
+    spawn(write_rank, RANKS, folder, size, zero, hf)
+
+
+def write_base(folder: Path, size: str) -> None:
+    """The model folder that a user names: its config, and its headers; nobody reads the weights behind these."""
+    import torch
+
+    from jobs.consolidation import hf
+
+    described(size).save_pretrained(folder)
+    every = shapes(size)
+    first, _, length = hf.head([(name, shape, torch.bfloat16) for name, shape in every.items()])
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(first)
+        file.truncate(length)
+    (folder / "names.json").write_text(json.dumps(list(every)))
+
+
+def write_rank(rank: int, folder: Path, size: str, zero: bool, hf: bool) -> None:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(rank)
+    state, every = {}, shapes(size)
+    for name, shape in every.items():
+        rows = -(-shape[0] // RANKS)
+        mine = max(0, min(rows, shape[0] - rank * rows))
+        local = torch.empty(mine, *shape[1:]).normal_(std=0.02)
+        state[name] = DTensor.from_local(
+            local,
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+    dcp.save({"model": state}, checkpoint_id=folder / "dcp")
+    if hf:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+        dcp.save(
+            state, storage_writer=HuggingFaceStorageWriter(str(folder / "hf"), save_distributed=True, thread_count=1)
+        )
+    del state
+    if zero:
+        write_zero(rank, folder / "zero", every)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write_zero(rank: int, folder: Path, every: dict[str, tuple[int, ...]]) -> None:
+    """DeepSpeed's layout of ZeRO-3: real training of this size would not fit into this memory."""
+    import torch
+
+    place = folder / "global_step1"
+    place.mkdir(parents=True, exist_ok=True)
+    numel = sum(-(-prod(shape) // RANKS) for shape in every.values())
+    flat, mean, square = (torch.empty(numel).normal_(std=0.02) for _ in range(3))
+    state = {0: {"step": torch.tensor(1.0), "exp_avg": mean, "exp_avg_sq": square}}
+    optimizer = {
+        "zero_stage": 3,
+        "partition_count": RANKS,
+        "optimizer_state_dict": {"state": state, "param_groups": [{"params": [0]}]},
+        "fp32_flat_groups": [flat],
+    }
+    about = {
+        "module": OrderedDict(), "buffer_names": [], "shared_params": {}, "frozen_param_shapes": None,
+        "frozen_param_fragments": None, "ds_version": "0.19.8",
+        "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in every.items())],
+    }  # fmt: skip
+    stem = f"zero_pp_rank_{rank}_mp_rank_00_"
+    torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.19.8"}, place / f"{stem}optim_states.pt")
+    torch.save(about, place / f"{stem}model_states.pt")
+    (folder / "latest").write_text("global_step1")
+
+
+def side(name: str, folder: Path, out: Path, workers: int) -> None:
+    """One side, in this process."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if name.startswith("ours"):
+        from jobs.consolidation import foreign
+
+        kind, dtype = ("zero", "fp32") if name == "ours_zero" else ("dcp", name.removeprefix("ours_"))
+        words = [folder / kind, "--out", out, "--base", folder / "base", "--dtype", dtype, "--workers", workers]
+        foreign.main([str(word) for word in words])
+    else:
+        {"copy": copy, "axolotl": axolotl, "accelerate": accelerate, "torch": torch_hf, "zero_to_fp32": zero_to_fp32}[
+            name
+        ](folder, out)
+
+
+def copy(folder: Path, out: Path) -> None:
+    """Read all, write half of it, flush; big chunks, two threads."""
+    out.mkdir()
+    began = time.perf_counter()
+
+    def one(path: Path) -> None:
+        buffer = bytearray(16 * 2**20)
+        with path.open("rb", buffering=0) as source, (out / path.name).open("wb", buffering=0) as target:
+            while count := source.readinto(buffer):
+                target.write(memoryview(buffer)[: count // 2])
+            os.fsync(target.fileno())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, sorted((folder / "dcp").glob("*.distcp"))))
+    print(f"moved in {time.perf_counter() - began:.3f} s")
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """As accelerate and axolotl read: the whole state, by torch's reader."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, storage_reader=dcp.FileSystemReader(folder / "dcp"), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return state["model"]
+
+
+def axolotl(folder: Path, out: Path) -> None:
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    out.mkdir()
+    state = {name: value.to(torch.bfloat16) for name, value in _whole(folder).items()}
+    save_torch_state_dict(state, out, max_shard_size="5GB")
+
+
+def accelerate(folder: Path, out: Path) -> None:
+    from accelerate.utils import merge_fsdp_weights
+
+    merge_fsdp_weights(str(folder / "dcp"), str(out))
+
+
+def torch_hf(folder: Path, out: Path) -> None:
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    out.mkdir()
+    names = json.loads((folder / "base/names.json").read_text())
+    half = len(names) // 2
+    index = {name: 1 + (number >= half) for number, name in enumerate(names)}
+    consolidate_safetensors_files(str(folder / "hf"), str(out), fqn_to_index_mapping=index, num_threads=2)
+
+
+def zero_to_fp32(folder: Path, out: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    convert_zero_checkpoint_to_fp32_state_dict(str(folder / "zero"), str(out), safe_serialization=True)
+
+
+def cold(folder: Path) -> None:
+    """Take the sources out of the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def warm(folder: Path) -> None:
+    """Put them in, as far as memory goes."""
+    os.sync()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                buffer = bytearray(2**24)
+                while file.readinto(buffer):
+                    pass
+
+
+def measured(name: str, folder: Path, out: Path, workers: int) -> dict[str, float]:
+    """Seconds until all is on disk, the peak of anonymous memory, and what the side itself says of its seconds."""
+    shutil.rmtree(out, ignore_errors=True)
+    with tempfile.TemporaryFile("w+") as log:
+        began = time.perf_counter()
+        command = [sys.executable, __file__, "--side", name, "--folder", str(folder), "--out", str(out)]
+        with subprocess.Popen([*command, "--workers", str(workers)], stdout=log, stderr=log, cwd=ROOT) as run:
+            peak = 0
+            while run.poll() is None:
+                peak = max(peak, anonymous(run.pid))
+                time.sleep(0.01)
+        os.sync()
+        seconds = time.perf_counter() - began
+        log.seek(0)
+        text = log.read()
+    if run.returncode:
+        raise RuntimeError(f"{name}: {text[-2000:]}")
+    words = text.replace(",", " ").split()
+    own = [float(words[at + 1]) for at, word in enumerate(words[:-2]) if word == "in" and words[at + 2] in ("s", "s\n")]
+    shutil.rmtree(out, ignore_errors=True)
+    return {"s": seconds, "mib": peak / 1024, "own_s": own[0] if own else seconds, "checked_s": sum(own[:2])}
+
+
+def anonymous(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def beside(folder: Path, rounds: int, sides: list[str], workers: int) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for number in range(rounds):
+        for state in (cold, warm):
+            for name in sides:
+                state(folder / SOURCES.get(name, "dcp"))
+                one = measured(name, folder, folder / "out", workers)
+                found.setdefault(f"{name} {state.__name__}", []).append(one)
+                shown = f"{one['s']:7.2f} s  {one['own_s']:7.2f} s inside  {one['mib']:7.0f} MiB"
+                print(f"{number + 1} {name:<12} {state.__name__:<4} {shown}", flush=True)
+    return found
+
+
+def ratio(
+    found: dict[str, list[dict[str, float]]], other: str, ours: str, key: str = "s", own: str = "s"
+) -> float | None:
+    """The smaller of the cold and the warm ratio, each a median over rounds."""
+    if f"{other} cold" not in found:
+        return None
+    return round(
+        min(
+            statistics.median(
+                theirs[key] / mine[own]
+                for theirs, mine in zip(found[f"{other} {state}"], found[f"{ours} {state}"], strict=True)
+            )
+            for state in ("cold", "warm")
+        ),
+        2,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SHAPES, default="1.5b")
+    parser.add_argument(
+        "--folder", type=Path, help="where checkpoints are written (needs 12 bytes a parameter, 28 with ZeRO)"
+    )
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--skip", default="", help=f"sides to leave out, of {','.join(SIDES)}")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side(options.side, options.folder, options.out, options.workers)
+        return
+    sides = [name for name in SIDES if name not in options.skip.split(",")]
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="consolidate-") as scratch:
+        folder = Path(scratch) / "checkpoints"
+        write_sources(folder, options.size, any("zero" in name for name in sides), "torch" in sides)
+        found = beside(folder, options.rounds, sides, options.workers)
+    peaks = [one["mib"] for name, every in found.items() if name.startswith("ours") for one in every]
+    result = {
+        "size": options.size,
+        "vs_accelerate": ratio(found, "accelerate", "ours_fp32"),
+        "vs_accelerate_bf16": ratio(found, "accelerate", "ours_bf16"),
+        "vs_axolotl": ratio(found, "axolotl", "ours_bf16"),
+        "vs_torch": ratio(found, "torch", "ours_fp32"),
+        "vs_zero_to_fp32": ratio(found, "zero_to_fp32", "ours_zero"),
+        "disk_share": ratio(found, "copy", "ours_bf16", "own_s", "own_s"),
+        "disk_share_verified": ratio(found, "copy", "ours_bf16", "own_s", "checked_s"),
+        "disk_share_whole": ratio(found, "copy", "ours_bf16"),
+        "peak_mib": round(max(peaks)),
+        "seconds": {name: round(statistics.median(one["s"] for one in every), 2) for name, every in found.items()},
+        "mib": {name: round(max(one["mib"] for one in every)) for name, every in found.items()},
+    }
+    print("RESULT", json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The workers: each takes a source tensor, reads it block by block, casts, adds and writes. Memory is workers x a few chunks."""
+
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.errors import Problem, RunError
+from jobs.consolidation import adapter, pickles
+from jobs.consolidation.extents import Extent, Piece, Stored, blocks, pieces
+from jobs.consolidation.plan import Placed, Plan, Task
+
+CHUNK = 16 * 2**20
+"""Bytes a read, at most. Explicit reads, never mmap: on network file systems a page fault at a time takes hours."""
+
+
+class Files:
+    """Open descriptors by path, shared by the workers: opening is a round trip on a network file system."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, int], int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str, flags: int = os.O_RDONLY) -> int:
+        with self._lock:
+            if (path, flags) not in self._open:
+                try:
+                    self._open[path, flags] = os.open(path, flags)
+                except OSError as error:
+                    raise RunError(Problem("file", path, f"cannot be opened: {error.strerror}")) from error
+            return self._open[path, flags]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+class Reader:
+    """One worker's way to blocks of stored tensors."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._begins: dict[tuple[str, int], int] = {}
+
+    def fill(self, stored: Stored, start: int, block: torch.Tensor) -> None:
+        """Read the flat elements from `start` on into `block`, one-dimensional, of the dtype stored."""
+        for piece in pieces(stored, start, start + block.numel()):
+            count = piece.rows * piece.columns
+            if piece.rows == 1 or piece.columns == stored.width:
+                self._read(stored, piece, block[piece.start : piece.start + count])
+            else:
+                part = self._space(count * stored.dtype.itemsize).view(stored.dtype)
+                self._read(stored, piece, part)
+                shape, strides = (piece.rows, piece.columns), (stored.width, 1)
+                block.as_strided(shape, strides, block.storage_offset() + piece.start).copy_(part.view(shape))
+
+    def _read(self, stored: Stored, piece: Piece, part: torch.Tensor) -> None:
+        extent = piece.extent
+        begin = self._begin(stored, extent) if extent.archive else extent.offset
+        read(self.files(extent.path), extent.path, begin + piece.element * stored.dtype.itemsize, part)
+
+    def _begin(self, stored: Stored, extent: Extent) -> int:
+        """Where the elements of an archive lie; kept, for blocks of a tensor come to the same archives again."""
+        key = extent.path, extent.offset
+        if key not in self._begins:
+            saved = pickles.archive(self.files(extent.path), extent.path, extent.offset, extent.archive)
+            if (
+                not isinstance(saved, pickles.Saved)
+                or saved.dtype is not stored.dtype
+                or saved.numel < extent.skip + extent.rows * extent.columns
+                or not saved.contiguous
+            ):
+                raise RunError(Problem("checkpoint", extent.path, "holds other tensors than its metadata says"))
+            if len(self._begins) > 10_000:
+                self._begins.clear()
+            self._begins[key] = saved.offset
+        return self._begins[key]
+
+    def _space(self, size: int) -> torch.Tensor:
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size]
+
+
+def read(descriptor: int, path: str, offset: int, part: torch.Tensor) -> None:
+    """Fill a tensor with the bytes at `offset`. Raises RunError where the file ends before."""
+    view = memoryview(part.view(torch.uint8).numpy())
+    while view:
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise RunError(Problem("file", path, f"cannot be read at byte {offset}: {error.strerror}")) from error
+        if count == 0:
+            said = f"is cut short: nothing at byte {offset}; copy it again, or merge another step"
+            raise RunError(Problem("checkpoint", path, said))
+        view, offset = view[count:], offset + count
+
+
+def write(descriptor: int, offset: int, view: memoryview) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class Worker:
+    """Buffers of one thread."""
+
+    def __init__(self, files: Files, folder: Path, moved: Callable[[int], None], stop: threading.Event) -> None:
+        self.files, self.folder, self.moved, self.stop = files, folder, moved, stop
+        self.reader = Reader(files)
+        self.spaces = [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(3)]
+
+    def run(self, task: Task, skip: set[str]) -> dict[str, int]:
+        """Carry a task out; returns the CRC-32 of each output written. Files in `skip` are there already.
+
+        Raises Differs where what passed is not what training recorded.
+        """
+        if task.placed and all(item.file in skip for item in task.placed):
+            return {}
+        seen = hashlib.sha256() if task.sha256 else None
+        goals = {item.output.start: item for item in task.placed if item.output.numel and item.file not in skip}
+        sums: dict[str, int] = {}
+        for begin, end in self._spans(task):
+            goal = goals.get(begin)
+            if goal is None and seen is None:
+                continue
+            total = self._span(task, begin, end, goal, seen)
+            if goal is not None:
+                sums[goal.output.name] = total
+        if seen is not None and not self.stop.is_set() and seen.hexdigest() != task.sha256:
+            raise Differs(task.name)
+        return sums
+
+    def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any) -> int:
+        """Move the elements of one output, or just look at them; returns the CRC-32 of what was written."""
+        stored, total = task.stored, 0
+        width = task.update.a.shape[1] if task.update else stored.width
+        limit = CHUNK // max(stored.dtype.itemsize, 4, goal.output.dtype.itemsize if goal else 0)
+        for start, stop in blocks(begin, end, width, limit):
+            if self.stop.is_set():
+                break
+            block = self._space(0, stop - start, stored.dtype)
+            self.reader.fill(stored, start, block)
+            if seen is not None:
+                seen.update(block.float().view(torch.uint8).numpy())
+            if goal is not None:
+                made = self._made(task, block, start, goal.output.dtype)
+                view = memoryview(made.view(torch.uint8).numpy())
+                total = zlib.crc32(view, total)
+                at = goal.offset + (start - begin) * goal.output.dtype.itemsize
+                write(self.files(str(self.folder / goal.file), os.O_RDWR), at, view)
+            self.moved((stop - start) * stored.dtype.itemsize)
+        return total
+
+    def _spans(self, task: Task) -> list[tuple[int, int]]:
+        """The outputs of the task and what lies between them, which only a fingerprint needs."""
+        edges = {0, task.stored.numel}
+        for item in task.placed:
+            edges |= {item.output.start, item.output.start + item.output.numel}
+        ordered = sorted(edges)
+        return list(zip(ordered, ordered[1:], strict=False))
+
+    def _made(self, task: Task, block: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
+        """The block as it is written."""
+        if task.update is not None:
+            width = task.update.a.shape[1]
+            wide = self._space(1, block.numel(), torch.float32)
+            wide.copy_(block)
+            adapter.add(wide.view(-1, width), task.update, start // width)
+            block = wide
+        if block.dtype is dtype:
+            return block
+        made = self._space(2, block.numel(), dtype)
+        made.copy_(block)
+        return made
+
+    def _space(self, number: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        size = count * dtype.itemsize
+        if self.spaces[number].numel() < size:  # a row of a merged weight that is longer than a chunk
+            self.spaces[number] = torch.empty(size, dtype=torch.uint8)
+        return self.spaces[number][:size].view(dtype)
+
+
+class Differs(Exception):
+    """Raised for a weight that is not what training recorded; its name is the argument."""
+
+
+class Ledger:
+    """Which outputs of each file are written; a file is flushed and recorded by the worker that wrote its last one."""
+
+    def __init__(
+        self, plan: Plan, folder: Path, skip: set[str], finished: Callable[[str, dict[str, int]], None]
+    ) -> None:
+        self.folder, self.finished, self.lock = folder, finished, threading.Lock()
+        self.sums: dict[str, dict[str, int]] = {file: {} for file in plan.sizes if file not in skip}
+        self.left = {file: 0 for file in self.sums}
+        for task in plan.tasks:
+            for file in self._files(task):
+                self.left[file] += 1
+
+    def _files(self, task: Task) -> set[str]:
+        return {item.file for item in task.placed} & self.sums.keys()
+
+    def done(self, task: Task, sums: dict[str, int], files: Files) -> None:
+        """A task is carried out, and what it wrote is what training recorded."""
+        for file in self._files(task):
+            with self.lock:
+                for item in task.placed:
+                    if item.file == file:
+                        self.sums[file][item.output.name] = sums.get(item.output.name, 0)
+                self.left[file] -= 1
+                last = self.left[file] == 0
+            if last:
+                os.fsync(files(str(self.folder / file), os.O_RDWR))
+                self.finished(file, self.sums[file])
+
+
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    workers: int,
+    skip: set[str],
+    moved: Callable[[int], None],
+    finished: Callable[[str, dict[str, int]], None],
+) -> None:
+    """Run every task on `workers` threads; `finished(file, checksums)` as soon as a file is written and flushed."""
+    files, stop, own = Files(), threading.Event(), threading.local()
+    ledger = Ledger(plan, folder, skip, finished)
+
+    def one(task: Task) -> None:
+        if not hasattr(own, "worker"):
+            own.worker = Worker(files, folder, moved, stop)
+        try:
+            found = own.worker.run(task, skip)
+            if not stop.is_set():
+                ledger.done(task, found, files)
+        except BaseException:
+            stop.set()
+            raise
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the parallelism
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(one, task) for task in plan.tasks]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if stop.is_set():
+                pool.shutdown(cancel_futures=True)
+            for future in futures:
+                if not future.cancelled():
+                    future.result()
+    finally:
+        stop.set()
+        torch.set_num_threads(threads)
+        files.close()
