@@ -161,9 +161,8 @@ def _memory(config: Config, facts: Facts) -> Iterator[Problem]:
 def _model(config: Config, _: Facts) -> Iterator[Problem]:
     if config.model.init is Init.random and config.model.architecture is None:
         yield Problem("model.architecture", None, "is needed to build model.init=random")
-    if config.data.packing and config.model.attention is Attention.flash_attention_2 and config.train.micro_batch > 1:
-        yield Problem("train.micro_batch", config.train.micro_batch, "must be 1 for packed rows under flash_attention_2: "
-                      "transformers tells samples apart only in batches of one row")  # fmt: skip
+    if config.data.packing and config.model.attention is Attention.cudnn:
+        yield Problem("model.attention", "cudnn", "does not keep the samples of packed rows apart: take auto or varlen")
     if config.adapter.kind is AdapterKind.lora and config.model.init is Init.random and "consolidate" in config.jobs:
         yield Problem(
             "adapter.kind",
@@ -180,8 +179,9 @@ def _data(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("data.path", config.data.path, "name the rows: data.path=..., or several data.sets.NAME.path=...")
         return
     for name in config.data.sets:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            yield Problem(f"data.sets.{name}", None, "its name may have letters, digits, '.', '_' and '-' only")
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == "validation":
+            wanted = "take another name, of letters, digits, '.', '_' and '-'; validation is the held-out set's"
+            yield Problem(f"data.sets.{name}", None, wanted)
     splits = {"data.split": config.data.split, "data.validation_split": config.data.validation_split}
     for key, split in (
         splits | {f"data.sets.{name}.split": one.split for name, one in config.data.sets.items()}

@@ -52,6 +52,8 @@ class Facts:
 def localise(config: Config, gpus: int) -> None:
     """Settle what depends on this machine: absolute paths (tried here, then in the clone), interpreter, GPU or CPU, precision."""
     config.run_dir = os.path.abspath(config.run_dir)
+    if config.data.cache:
+        config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
     config.cluster.python = config.cluster.python or (
         "python3" if config.cluster.container is not Container.none else sys.executable
     )
