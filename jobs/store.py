@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from conf.errors import Problem, SiteError
@@ -187,53 +188,43 @@ class _Part:
 
     def __init__(self, folder: Path, tally: Tally) -> None:
         self.folder, self.tally = folder, tally
-        self.rows = self.new_tokens = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self.waiting = Tokenised()
+        self.waiting: list[Tokenised] = []
         self.files: list[int] = []
-        self.size = 0
+        self.size = self.rows = self.new_tokens = 0
 
     def add(self, block: Block, done: Tokenised) -> None:
         tally = self.tally
         if block.place not in tally.places[-1:]:
             tally.places.append(block.place)
-        self.files += [len(tally.places) - 1] * len(done.tokens)
-        for name in ("tokens", "trained", "hashes", "places"):
-            getattr(self.waiting, name).extend(getattr(done, name))
+        self.waiting.append(done)
+        self.files.append(len(tally.places) - 1)
         tally.findings.merge(done.findings)
         tally.blocks += 1
         tally.rows += done.rows
+        tally.samples += len(done.lengths)
+        tally.tokens += len(done.tokens)
+        tally.trained_tokens += int(done.labels.sum())
         self.rows += done.rows
-        grown = sum(map(len, done.tokens))
-        self.size += grown
-        self.new_tokens += grown
+        self.size += len(done.tokens)
+        self.new_tokens += len(done.tokens)
         if self.size >= PART_TOKENS:
             self.close()
 
     def close(self) -> None:
         """Publish the part, with the tally as it stands behind it; an interruption before loses the part alone."""
         number = len(list(self.folder.glob("part-*")))
-        samples, tally = self.waiting, self.tally
-        if number and not samples.tokens:
+        if number and not self.size:
             return
-        lengths = np.fromiter(map(len, samples.tokens), dtype=np.int64, count=len(samples.tokens))
-        labels = np.fromiter((int(mask[1:].sum()) for mask in samples.trained), dtype=np.int32, count=len(lengths))
-        tally.samples += len(lengths)
-        tally.tokens += int(lengths.sum())
-        tally.trained_tokens += int(labels.sum())
+        counts = [len(done.lengths) for done in self.waiting]
+        lengths = self._joined("lengths")
+        arrays = {name: self._joined(name) for name in ("tokens", "trained", "labels", "hashes", "places")}
+        arrays["offsets"] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        arrays["files"] = np.repeat(np.asarray(self.files, dtype=np.int32), counts)
         with new_folder(self.folder / f"part-{number:05d}") as beside:
-            np.save(beside / "tokens.npy", _joined(samples.tokens, np.int32))
-            np.save(beside / "trained.npy", _joined(samples.trained, np.uint8))
-            np.save(beside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-            np.save(beside / "labels.npy", labels)
-            np.save(beside / "hashes.npy", np.asarray(samples.hashes, dtype=np.uint64))
-            np.save(beside / "files.npy", np.asarray(self.files, dtype=np.int32))
-            np.save(beside / "places.npy", np.asarray(samples.places, dtype=np.int64))
-            write_json(beside / "part.json", tally.plain())
-        self._clear()
+            for name, array in arrays.items():
+                np.save(beside / f"{name}.npy", array)
+            write_json(beside / "part.json", self.tally.plain())
+        self.waiting, self.files, self.size = [], [], 0
 
-
-def _joined(arrays: list[Any], dtype: Any) -> Any:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+    def _joined(self, name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(done, name) for done in self.waiting])

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from typing import Any
 
@@ -35,19 +35,24 @@ class Recipe:
     """Whether the encoder may take its fast ways; the parent has compared them with the slow one."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tokenised:
-    """The samples of some rows, one after the other; arrays of one number a token, or one a sample."""
+    """The samples of a block, one after the other; arrays, because thousands of small ones take long between processes."""
 
-    tokens: list[NDArray[np.int32]] = field(default_factory=list)
-    trained: list[NDArray[np.uint8]] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    """Of a sample's tokens and mask, 64 bits."""
-    places: list[int] = field(default_factory=list)
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.uint8]
+    """Of each token."""
+    lengths: NDArray[np.int64]
+    """Of each sample, in tokens."""
+    labels: NDArray[np.int32]
+    """Trained tokens of each sample, but for its first: nothing predicts that one."""
+    hashes: NDArray[np.uint64]
+    """Of a sample's tokens and mask."""
+    places: NDArray[np.int64]
     """The number of its row in its file."""
-    findings: Findings = field(default_factory=Findings)
-    rows: int = 0
+    rows: int
     """Rows read, of which some may have been left out."""
+    findings: Findings
 
 
 class Tokeniser:
@@ -61,9 +66,9 @@ class Tokeniser:
         self.ends = {words.convert_tokens_to_ids(end) for end in ends(words)}
 
     def __call__(self, block: Block) -> Tokenised:
-        done = Tokenised()
+        findings, samples, places, rows = Findings(), [], [], 0
         for number, row in block.parsed():
-            done.rows += 1
+            rows += 1
             place = f"{block.place}{number}"
             try:
                 if isinstance(row, Unreadable):
@@ -71,14 +76,12 @@ class Tokeniser:
                 sample = formats.convert(row, self.recipe.shape, self.recipe.fields, self.recipe.roles)
                 ids, trained = self.encode(sample)
             except ValueError as error:
-                done.findings.add(gates.of_error(error), place, str(error))
+                findings.add(gates.of_error(error), place, str(error))
                 continue
-            for tokens, mask in self._fitted(sample, ids, trained, done.findings, place):
-                done.tokens.append(tokens)
-                done.trained.append(mask)
-                done.hashes.append(_hash(tokens, mask))
-                done.places.append(number)
-        return done
+            kept = self._fitted(sample, ids, trained, findings, place)
+            samples += kept
+            places += [number] * len(kept)
+        return _joined(samples, places, rows, findings)
 
     def _fitted(
         self, sample: Sample, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, place: str
@@ -113,13 +116,29 @@ class Tokeniser:
         return [(ids[:size], trained[:size])] if policy is Overlong.truncate else []
 
     def _ends(self, ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> bool:
-        """Whether the last trained token, blanks aside, ends a turn or the text."""
-        for token in ids[np.flatnonzero(trained)][::-1].tolist():
+        """Whether the last trained token, some blanks aside, ends a turn or the text."""
+        for token in ids[np.flatnonzero(trained)[-16:]][::-1].tolist():
             if token in self.ends:
                 return True
             if not self.recipe.tokenizer.decode([token]).isspace():
                 return False
         return False
+
+
+def _joined(
+    samples: list[tuple[NDArray[np.int32], NDArray[np.uint8]]], places: list[int], rows: int, findings: Findings
+) -> Tokenised:
+    count = len(samples)
+    return Tokenised(
+        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in samples)]),
+        trained=np.concatenate([np.zeros(0, dtype=np.uint8), *(mask for _, mask in samples)]),
+        lengths=np.fromiter((len(ids) for ids, _ in samples), dtype=np.int64, count=count),
+        labels=np.fromiter((int(mask[1:].sum()) for _, mask in samples), dtype=np.int32, count=count),
+        hashes=np.fromiter((_hash(*sample) for sample in samples), dtype=np.uint64, count=count),
+        places=np.asarray(places, dtype=np.int64),
+        rows=rows,
+        findings=findings,
+    )
 
 
 def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:

@@ -52,9 +52,7 @@ def small(monkeypatch):
 def contents(folder):
     """Every file of the only set in a cache, by name."""
     (one,) = (path for path in folder.iterdir() if (path / "set.json").exists())
-    return {
-        str(path.relative_to(one)): path.read_bytes() for path in sorted(one.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(one)): path.read_bytes() for path in sorted(one.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -67,17 +65,22 @@ def program(tmp_path, config):
     def started(run, *words):
         made = config(*words, run=run)
         save(made, tmp_path / f"{run}.yaml")
-        return subprocess.Popen(
-            [sys.executable, tmp_path / "program.py", tmp_path / f"{run}.yaml"],
-            cwd=CLONE,
-            env=os.environ | {"PYTHONPATH": str(CLONE)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with (tmp_path / f"{run}.log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, tmp_path / "program.py", tmp_path / f"{run}.yaml"],
+                cwd=CLONE,
+                env=os.environ | {"PYTHONPATH": str(CLONE)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     return started
+
+
+@pytest.fixture
+def said(tmp_path):
+    return lambda run: (tmp_path / f"{run}.log").read_text()
 
 
 def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, small, tmp_path, monkeypatch):
@@ -105,8 +108,8 @@ def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, s
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes(program, tmp_path):
-    assert program("whole", "data.workers=1", f"data.cache={tmp_path}/whole").wait(120) == 0
+def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes(program, said, tmp_path):
+    assert program("whole", "data.workers=1", f"data.cache={tmp_path}/whole").wait(120) == 0, said("whole")
     chance, killed = random.Random(1), 0
     for _ in range(6):
         process = program("run", "data.workers=2", f"data.cache={tmp_path}/broken")
@@ -115,17 +118,16 @@ def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     process = program("run", "data.workers=2", f"data.cache={tmp_path}/broken")
-    assert process.wait(120) == 0, process.stdout.read()
+    assert process.wait(120) == 0, said("run")
     assert killed > 0
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_runs_started_together_build_once(program, tmp_path):
+def test_two_runs_started_together_build_once(program, said, tmp_path):
     both = [program(run, "data.workers=1", f"data.cache={tmp_path}/cache") for run in ("one", "two")]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("tokenise: 100%" in text for text in said) == 1
+    assert [process.wait(120) for process in both] == [0, 0], said("one") + said("two")
+    assert sum("tokenise: 100%" in said(run) for run in ("one", "two")) == 1
     assert [path.name for path in (tmp_path / "cache").glob(".*.*-*")] == []
     assert len({(tmp_path / run / "data/sets/sample").resolve() for run in ("one", "two")}) == 1
 
