@@ -179,7 +179,7 @@ class DataSet:
     roles: dict[str, str] = field(default_factory=dict)
     weight: float = at_least(0.0001, 1.0)
     """How often a row comes in an epoch: 2 is twice, 0.5 a random half of the rows, chosen by `data.seed`."""
-    num_samples: int | None = at_least(1, None)
+    num_samples: int | None = at_least(1, None, at_most=1e9)
     """Rows an epoch, in place of `weight`: a random part of the set, or the set as often as it takes."""
 
 
@@ -253,7 +253,7 @@ class Data:
     """What happens to a sample longer than `max_length`; `split` goes on in a further one. Every case is counted."""
     packing: bool = False
     """Put several samples into one row of `max_length` tokens, each attending only to itself; a row is then full, and
-    `train.global_batch` counts rows. Off until attention over packed rows has a kernel of its own."""
+    `train.global_batch` counts rows."""
     order: Order = Order.auto
     """Of the rows in an epoch. `balanced` is random, but the rows of a step cost the same, so that no rank waits for
     another; `random` draws freely; `file` keeps the order of the input, for a curriculum. `auto` balances packed rows, and
@@ -346,6 +346,8 @@ class Train:
     """Steps between checkpoints; 0 saves only at the end or when stopped."""
     keep_checkpoints: int = at_least(1, 2)
     """Newest complete checkpoints kept; two, because the last may be the one a disk failure hits."""
+    keep_every: int = at_least(0, 0)
+    """Checkpoints at multiples of this many steps are kept for good, beside the newest; 0 keeps none of them."""
     fingerprint: bool = False
     """Record each final weight's SHA-256 beside the last checkpoint, gathered one at a time, so that consolidation
     can prove its output equal to the live weights. Costs one more gather of the model."""

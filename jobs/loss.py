@@ -1,20 +1,42 @@
 """The training objective, and its mean over the held-out rows: the same code in training and in evaluation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs import data
+from jobs import data, head
 
 
-def summed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum"
-    )
+def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's.
+
+    A model with a fused head (`jobs.head.fuse`) returns it itself, for only inside its forward are sharded weights whole.
+    """
+    inside = head.causal(model)
+    inputs = _inputs(batch, inside.config._attn_implementation)
+    if not head.is_fused(inside):
+        logits = model(**inputs).logits[:, :-1]
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum"
+        )
+    following = F.pad(batch["labels"][:, 1:], (0, 1), value=data.IGNORED).flatten()
+    trained = batch.get("trained")
+    if trained is None:  # waits for the GPU, so `data.batch` says it
+        trained = following.ne(data.IGNORED).nonzero().squeeze(1)
+    return model(**inputs, trained=trained, targets=following[trained])
+
+
+def _inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
+    """What the model's forward takes; the borders of packed samples under transformers' names, for attention that needs them."""
+    found = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    if "cu_seqlens" in batch and ("flash" in attention or "varlen" in attention):
+        for side in "qk":
+            found |= {f"cu_seq_lens_{side}": batch["cu_seqlens"], f"max_length_{side}": batch["max_length"]}
+    return found | {"use_cache": False}
 
 
 @torch.no_grad()
@@ -26,8 +48,11 @@ def held_out(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-) -> torch.Tensor:
+    stop: Callable[[], bool] = lambda: False,
+) -> torch.Tensor | None:
     """This rank's share of (summed loss, tokens) over all rows, float64 of shape (2,): add over ranks, then divide.
+
+    None where `stop`, asked before each batch and of one mind on all ranks, said so.
 
     Every rank runs the same number of batches, as sharded models need; one that has no row left runs an empty one.
     """
@@ -35,14 +60,16 @@ def held_out(
     order = np.argsort(rows.lengths, kind="stable")
     found = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(order), micro_batch * world_size):
+        if stop():
+            model.train()
+            return None
         first = start + rank * micro_batch
         mine = order[first : first + micro_batch]
-        batch = {
-            name: value.to(device) for name, value in data.batch(rows, mine if len(mine) else order[:1], pad).items()
-        }
+        batch = data.batch(rows, mine if len(mine) else order[:1], pad, device=device)
         if not len(mine):
             batch["labels"].fill_(data.IGNORED)
+            batch["trained"] = batch["trained"][:0]
         found[0] += summed(model, batch).double()
-        found[1] += (batch["labels"][:, 1:] != data.IGNORED).sum()
+        found[1] += len(batch["trained"])
     model.train()
     return found

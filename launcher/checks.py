@@ -178,10 +178,10 @@ def _data(config: Config, facts: Facts) -> Iterator[Problem]:
     if (config.data.path is None) == (not config.data.sets):
         yield Problem("data.path", config.data.path, "name the rows: data.path=..., or several data.sets.NAME.path=...")
         return
-    for name in config.data.sets:
-        if not re.fullmatch(r"\w[\w.-]*", name) or name == "validation":
-            wanted = "take another name, of letters, digits, '.', '_' and '-'; validation is the held-out set's"
-            yield Problem(f"data.sets.{name}", None, wanted)
+    for name in training(config.data):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            key = f"data.sets.{name}" if config.data.path is None else "data.name"
+            yield Problem(key, name, "may have letters, digits, '.', '_' and '-' only: it names a folder")
     splits = {"data.split": config.data.split, "data.validation_split": config.data.validation_split}
     for key, split in (
         splits | {f"data.sets.{name}.split": one.split for name, one in config.data.sets.items()}

@@ -16,6 +16,7 @@ from conf.schema import Config, Container, Precision
 CLONE = Path(__file__).resolve().parent.parent
 FIRST_ROW_CHARACTERS = 2**20
 """How much of a file is read to see its columns: the file may be huge, and this is a login node."""
+FILES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz"}
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
 
@@ -68,7 +69,10 @@ def localise(config: Config, gpus: int) -> None:
     ):
         value = getattr(section, name)
         candidates = (Path(value).expanduser(), CLONE / value) if value else ()
-        setattr(section, name, next((str(path.resolve()) for path in candidates if path.exists()), value))
+        found = next((str(path.resolve()) for path in candidates if path.exists()), value)
+        if found and any(sign in found for sign in "*?[") and _matches(found):
+            found = os.path.abspath(Path(found).expanduser())  # jobs start elsewhere
+        setattr(section, name, found)
     for part in (config.cluster.train, config.cluster.inference):
         if part.gpus_per_node is None:
             part.gpus_per_node = part.ranks_per_node if gpus >= part.ranks_per_node else 0
@@ -104,7 +108,7 @@ def local_gpus() -> int:
 
 def looks_like_file(value: str) -> bool:
     """Whether a value means a path and not a Hub id (`owner/name`)."""
-    return value.startswith(("/", ".", "~")) or Path(value).suffix in (".json", ".jsonl", ".parquet", ".csv", ".txt")
+    return value.startswith(("/", ".", "~")) or bool(set(Path(value).suffixes) & FILES)
 
 
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
@@ -123,7 +127,7 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
 
 def _matches(value: str) -> bool:
     """Whether there is a file or folder at a path, or one that fits a pattern."""
-    return bool(Path(value).exists() or glob.glob(value, recursive=True))
+    return bool(Path(value).exists() or glob.glob(str(Path(value).expanduser()), recursive=True))
 
 
 def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
@@ -132,13 +136,13 @@ def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
         return None, None
     text = ""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:  # later rows are the gates' to judge
             text = file.read(FIRST_ROW_CHARACTERS).lstrip().removeprefix("[").lstrip()
         row = json.JSONDecoder().raw_decode(text)[0] if text and text != "]" else None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         if len(text) > FIRST_ROW_CHARACTERS // 2:
             return None, None  # a row too long to judge from here
-        return None, f"the first row is not valid JSON in UTF-8 ({error})"
+        return None, f"the first row is not valid JSON ({error})"
     except OSError as error:
         return None, f"cannot be read ({error.strerror})"
     if not isinstance(row, dict):

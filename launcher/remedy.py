@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-from conf.schema import Backend, Config
+from conf.schema import Backend, Checkpointing, Config
 from launcher.footprint import GIB, gib
 from launcher.memory import Loop, estimate
 
@@ -40,7 +40,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Values]]:
             yield f"cluster.train.nodes={more}", {"cluster.train.nodes": more}
     best = layouts[-1:]
     if not config.train.activation_checkpointing:
-        best.append(("train.activation_checkpointing=true", {"train.activation_checkpointing": True}))
+        best.append(("train.activation_checkpointing=full", {"train.activation_checkpointing": Checkpointing.full}))
         yield best[-1]
     batches = list(_halved("train.micro_batch", config.train.micro_batch, least=1))
     lengths = list(_halved("data.max_length", config.data.max_length, least=512))

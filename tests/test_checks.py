@@ -32,6 +32,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (LOCAL, {"name": ""}, "name=", "is empty"),
         (LOCAL, {"jobs": ["train", "trian"]}, "jobs=trian", "there are preflight, preprocess, train"),
         (LOCAL, {"jobs": []}, "jobs=[]", "pipeline=finetune"),
+        ((*LOCAL, "data.packing=true", "model.attention=cudnn"), {}, "model.attention=cudnn", "auto or varlen"),
         (LOCAL, {"train.steps": None, "train.epochs": None}, "train.steps=null", "train.epochs"),
         (LOCAL, {"train.steps": 10, "train.warmup_steps": 10}, "train.warmup_steps=10", "below train.steps=10"),
         (LOCAL, {"train.global_batch": 7}, "train.global_batch=7", "2 ranks of cluster.train: take 6 or 8"),

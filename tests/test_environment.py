@@ -67,7 +67,7 @@ DDP = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_MIXED_PRECISIO
         (["parallel=zero3"], ZERO3),
         (["parallel=fsdp_offload"], FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}),
         (["parallel=fsdp", "parallel.reshard_after_forward=false"], FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
-        (["train.activation_checkpointing=true"], FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (["train.activation_checkpointing=full"], FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
         (["model=qwen72b"], FSDP | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer"}),
         (["model=mistral7b"], FSDP | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "MistralDecoderLayer"}),
         (["train.precision=fp32"], FSDP | {"ACCELERATE_MIXED_PRECISION": "no"}),

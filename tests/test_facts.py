@@ -92,7 +92,7 @@ def test_ranks_run_on_gpus_where_there_is_one_for_each(
         ("7\n", None, "not an object"),
         ("instruction,output\na,b\n", None, "not valid JSON"),
         ('{"instruction": "a"', None, "not valid JSON"),
-        (b'{"text": "\xff"}\n', None, "not valid JSON in UTF-8"),
+        (b'{"text": "\xff"}\n', ("text",), None),  # the gates' to judge, row by row
     ],
     ids=[
         *("a row", "blank lines before", "an array", "an indented array", "an indented row"),

@@ -7,13 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from conf.schema import Config
-from jobs import data, model
+from jobs import data, head, model
+from jobs.packing import hidden_factor
 
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
     rows = data.read(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = model.build(config).train()
+    head.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
@@ -23,10 +25,11 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
         betas=(config.train.beta1, config.train.beta2),
         eps=config.train.eps,
     )
+    order = data.ordered(rows, config, hidden_factor(network.config))
     found = []
     for step in range(steps):
-        batch = data.batch(rows, data.at_step(rows, step, config.train.global_batch, config.data.seed), pad=0)
-        logits = network(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        batch = data.batch(rows, order.rows_of(step), pad=0)
+        logits = network(**{name: batch[name] for name in ("input_ids", "position_ids") if name in batch}).logits
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED
         )
