@@ -1,5 +1,7 @@
 """What all ranks must see alike: one rank's answer for all, or one rank's error on all, so that none waits for a rank that left."""
 
+import errno
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +10,10 @@ import torch.distributed as dist
 from conf.errors import UserError
 
 T = TypeVar("T")
+
+
+class OtherRankError(OSError):
+    """An OSError that another rank met; that rank has it with its traceback."""
 
 
 def first(work: Callable[[], T]) -> T:
@@ -27,6 +33,33 @@ def everywhere(work: Callable[[], T]) -> T:
         dist.all_gather_object(errors, error)
         error = next((found for found in errors if found), None)
     return _got(value, error)
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on each rank, once it went well on all. The first UserError of any rank is raised on all of them;
+    an OSError on the rank that it hit, and as OtherRankError, with that rank's name, on the others.
+    """
+    failed: OSError | None = None
+    value, error = None, None
+    try:
+        value, error = _tried(work)
+    except OSError as found:
+        failed = found
+    if not dist.is_initialized():
+        if failed:
+            raise failed
+        return [_got(value, error)]
+    told = failed and (failed.errno or errno.EIO, f"rank {dist.get_rank()} on {socket.gethostname()}: {failed}")
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, (value, error, told))
+    if failed:
+        raise failed
+    for _, problem, _ in box:
+        _got(None, problem)
+    for _, _, said in box:
+        if said:
+            raise OtherRankError(*said)
+    return [value for value, _, _ in box]
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, UserError | None]:

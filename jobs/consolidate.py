@@ -11,7 +11,7 @@ from typing import Any
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import AdapterKind, Config, Init, OutputDtype
-from jobs import checkpoint, weights
+from jobs import checkpoint, manifest, weights
 from jobs.consolidation import describe, foreign, hf, merge, names, sources
 from jobs.consolidation.make import make, workers
 from jobs.consolidation.merge import Merge, Settings
@@ -23,10 +23,10 @@ from jobs.consolidation.sources import Source
 def run(config: Config) -> None:
     """Write RUN/model from the newest checkpoint; does nothing when it was made from that one in that dtype.
 
-    Raises RunError when there is no whole checkpoint, a weight is not what training recorded of it, or there is no room;
-    DataError when the checkpoint and the model do not fit.
+    Raises RunError when there is no checkpoint, the newest is damaged, a weight is not what training recorded of it, or
+    there is no room; DataError when the checkpoint and the model do not fit.
     """
-    found = checkpoint.latest(config)
+    found = checkpoint.newest(config)
     if found is None:
         raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
     path, about = found
@@ -36,9 +36,11 @@ def run(config: Config) -> None:
         print(f"model is there already: {target}")
         return
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
+    prints = _prints(path)
+    if not prints:  # else each weight is compared with what training had
+        manifest.check(path, workers(config.cluster.cpu.cpus_per_rank))
     source = sources.source(path)
     empty = describe.of_run(config)
-    prints = _prints(path)
     try:
         merged = _merge(config, source, empty, made["dtype"])
     except NotViews as error:

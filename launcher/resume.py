@@ -27,8 +27,10 @@ CHANGEABLE = (
     "train.eval_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.compile",
     "train.fingerprint",
 )
 """What a resumed run may be given anew: where and how long it runs, never what is computed."""

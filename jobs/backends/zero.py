@@ -1,10 +1,13 @@
 """DeepSpeed ZeRO-1, 2 and 3, through `deepspeed.initialize`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from conf import deepspeed as derived
@@ -12,7 +15,7 @@ from conf.schema import AdapterKind, Config
 from jobs import kernels, optim, startup
 from jobs.backends import Engine
 from jobs.distributed import World
-from jobs.model import compute_dtype, skeleton
+from jobs.model import blocks, compute_dtype, skeleton
 from jobs.weights import Part
 
 TAG = "zero"
@@ -28,6 +31,14 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     import deepspeed
 
     kernels.install(model, config, world)
+    if (
+        config.parallel.zero_stage == 3
+        and config.adapter.kind is AdapterKind.none
+        and kernels.is_compiled(config, world)
+    ):
+        # Each block is gathered as one: hooks inside it would cut its compiled code into dozens of pieces. Not under an
+        # adapter, where DeepSpeed 0.19.8 then gives backward a weight that it has partitioned already.
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
     if startup.is_empty(model):
         load = _partitioned if config.parallel.zero_stage == 3 else _whole
@@ -99,7 +110,35 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    engine.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=engine.module.adapter_only)
+    module = engine.module
+    with _errors_last(module):
+        module.save_checkpoint(str(folder), TAG, save_latest=False, exclude_frozen_parameters=module.adapter_only)
+    if dist.get_rank() == 0:
+        (folder / "latest").write_text(TAG, encoding="utf-8")  # DeepSpeed's own programs look for it
+
+
+@contextmanager
+def _errors_last(module: Any) -> Iterator[None]:
+    """What fails to be written is raised at the end: DeepSpeed's other ranks wait in its barriers until then."""
+    failed: list[Exception] = []
+
+    def caught(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return work(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failed.append(error)
+
+        return call
+
+    files = module.checkpoint_engine
+    files.save, module._copy_recovery_script = caught(files.save), caught(module._copy_recovery_script)
+    try:
+        yield
+    finally:
+        del files.save, module._copy_recovery_script
+    if failed:
+        raise failed[0]
 
 
 def load(engine: Engine, folder: Path) -> None:
