@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import json
 import time
+from contextlib import suppress
+from datetime import date
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,43 +27,69 @@ def key(one: DataSet, data: Data, words: PreTrainedTokenizerBase, shape: str, ca
     """20 hexadecimal digits: of the rows' bytes, the tokenizer, its template, and the settings that shape a sample."""
     settings = {name: getattr(data, name) for name in ("mask", "max_length", "overlong", "max_rows")}
     described = {
-        "format": FORMAT,
+        "format": [FORMAT, sources.CHUNK, sources.ROWS],
         "rows": _content(one.path, cache),
         "part": one.split,
         "shape": [shape, one.fields, one.roles],
         "tokenizer": tokenizer(words),
         "settings": settings,
-        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")},
+        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
     }
+    if "strftime_now" in str(words.chat_template):
+        described["today"] = date.today().isoformat()
+        print("the chat template writes today's date: the same rows are tokenised anew every day", flush=True)
     return _digest(described)[:20]
 
 
 def tokenizer(words: PreTrainedTokenizerBase) -> str:
     """Of everything in a tokenizer that decides ids: its merges and rules, its named tokens, its template."""
     backend = getattr(words, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else words.get_vocab()
-    return _digest([type(words).__name__, rules, words.special_tokens_map, words.chat_template])
+    rules = words.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        rules |= {"truncation": None, "padding": None}  # left behind by its last use, and set anew at each
+    named = {name: token for name, token in words.special_tokens_map.items() if name != "pad_token"}
+    return _digest([type(words).__name__, rules, named, words.chat_template, bool(words.split_special_tokens)])
+
+
+def states(path: str) -> Any:
+    """What changes with the files of a source: size, times and inode of each; of a Hub set nothing, for it is a snapshot."""
+    files = sources.files(path)
+    return None if files is None else [_state(file) for file in files]
+
+
+def _state(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _content(path: str, cache: Path) -> Any:
-    """The hash of each file by its order, whatever it is called; of a Hub set, the fingerprint that `datasets` keeps."""
+    """The hash and kind of each file by its order, whatever it is called; of a Hub set, the fingerprint `datasets` keeps.
+
+    A hash is remembered for as long as a file's state stays.
+    """
     files = sources.files(path)
     if files is None:
         return sources.hub(path)._fingerprint
-    return [(sources.kind(file), _file_hash(file, cache / ".hashes.json")) for file in files]
+    memory, found = cache / ".hashes.json", []
+    known = _remembered(memory)
+    fresh = {}
+    for file in files:
+        name, state = str(file.resolve()), _state(file)
+        digest = known[name]["sha256"] if known.get(name, {}).get("state") == state else _sha256(file)
+        settled = time.time() - max(state[1], state[2]) / 1e9 > SETTLED_S
+        if settled and known.get(name, {}).get("state") != state:
+            fresh[name] = {"state": state, "sha256": digest}
+        found.append([sources.kind(file), file.suffix if file.suffix in sources.OPENERS else "", digest])
+    if fresh:
+        with suppress(OSError):  # a cache that may only be read
+            write_json(memory, _remembered(memory) | fresh)
+    return found
 
 
-def _file_hash(file: Path, memory: Path) -> str:
-    """SHA-256 of a file, remembered for as long as its size, its times and its inode stay."""
-    found = file.stat()
-    state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    known = read_json(memory) or {}
-    if (before := known.get(str(file.resolve()))) and before["state"] == state:
-        return str(before["sha256"])
-    found_hash = _sha256(file)
-    if time.time() - max(found.st_mtime, found.st_ctime) > SETTLED_S:
-        write_json(memory, known | {str(file.resolve()): {"state": state, "sha256": found_hash}})
-    return found_hash
+def _remembered(memory: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return read_json(memory) or {}
+    return {}
 
 
 def _sha256(file: Path) -> str:

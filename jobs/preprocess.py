@@ -24,7 +24,9 @@ from jobs.tokenise import Recipe
 
 TRIED = 300
 """Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
-HELD_OUT = "validation"
+VALIDATION = "validation"
+HELD_OUT = "held out"
+"""Name of the set at `data.validation_path`: no training set can have it."""
 Built = Mapping[str, Path]
 
 
@@ -42,7 +44,7 @@ def run(config: Config) -> None:
     sets, described = built | apart, described | ({HELD_OUT: held} if held else {})
     findings = _findings(sets, described)
     chosen = choose(built, apart, config, findings)
-    about = _about(sets, described, {"train": list(built), HELD_OUT: list(apart or built)}, chosen)
+    about = _about(sets, described, {"train": list(built), VALIDATION: list(apart or built)}, chosen)
     rows = sum(one["rows"] for one in about["sets"].values())
     limits = config.data.gates
     if config.data.overlong is Overlong.split:  # nothing is lost
@@ -65,10 +67,14 @@ def _judge(verdicts: list[gates.Verdict], about: dict[str, Any], rows: int, find
                 Problem(
                     "data.path",
                     ", ".join(one["source"] for one in about["sets"].values()),
-                    f"leaves no samples for {split} ({rows:,} rows; {findings.counts}); see data.max_length, "
-                    "data.overlong and data.validation_fraction",
+                    f"leaves no samples for {split}: {rows:,} rows{_lost(findings)}; see data.max_length, data.overlong, "
+                    "data.validation_fraction and the weights of data.sets",
                 )
             )
+
+
+def _lost(findings: Findings) -> str:
+    return "".join(f", {count:,} {gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
 
 
 def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Path:
@@ -76,10 +82,17 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     asked = config.data
     cache = Path(asked.cache) if asked.cache else Path(config.run_dir).parent / ".data"
     blocks = partial(sources.blocks, one.path, one.split, asked.max_rows)
+
+    def unchanged() -> None:
+        if identity.states(one.path) != before:
+            said = "has changed while it was read: start again when nothing writes to it"
+            raise DataError(Problem("data.path", one.path, said))
+
     first = list(islice(_readable(blocks()), TRIED))
     if not first and not any(True for block in blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", one.path, "has no rows"))
-    shape = _shape(name, first[0], one) if first else one.format.name
+    shape = _shape(name, first, one) if first else one.format.name
+    before = identity.states(one.path)
     key = identity.key(one, asked, words, shape, cache)
     if found := store.built(cache, key):
         print(f"tokens    {name}: there already, {found}", flush=True)
@@ -88,13 +101,14 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     recipe = _tried(recipe, first)
     size = sources.size(one.path)
     total = (size, "B") if size is not None else (len(sources.hub(one.path)), " rows")
-    return store.build(cache, key, recipe, one.path, blocks, workers=_workers(config), total=total)
+    return store.build(cache, key, recipe, one.path, blocks, unchanged, workers=_workers(config), total=total)
 
 
 def choose(built: Built, apart: Built, config: Config, findings: Findings) -> dict[str, Samples]:
     """The sample numbers of each split; what is found on the way is noted."""
-    hashes = [samples.hashes(one) for one in built.values()]
-    sets = Sets(np.concatenate(hashes), [0, *accumulate(map(len, hashes))])
+    described = datasets.training(config.data)
+    hashes, origins = ([samples.hashes(one, of) for one in built.values()] for of in ("hashes", "origins"))
+    sets = Sets(np.concatenate(hashes), np.concatenate(origins), [0, *accumulate(map(len, hashes))])
     if apart:
         train, held_hashes = np.arange(len(sets.hashes)), samples.hashes(apart[HELD_OUT])
         held = np.arange(len(held_hashes))
@@ -105,13 +119,14 @@ def choose(built: Built, apart: Built, config: Config, findings: Findings) -> di
         train = kept
         print(f"dropped   {len(doubles):,} samples that are equal to one before", flush=True)
     else:
-        findings.note(
-            "duplicates", _places(list(built.values()), doubles[: gates.FIRST].tolist()), len(doubles), of=len(train)
-        )
+        located = [(one.path, folder) for one, folder in zip(described.values(), built.values(), strict=True)]
+        places = _places(located, doubles[: gates.FIRST].tolist())
+        findings.note("duplicates", places, len(doubles), of=len(train))
     if apart:
         common = selection.overlap(held_hashes, sets.hashes[train])
-        findings.note("overlap", samples.places(apart[HELD_OUT], common[: gates.FIRST]), len(common), of=len(held))
-    return {"train": selection.weighted(train, sets, datasets.training(config.data), config.data.seed), HELD_OUT: held}
+        located = [(str(config.data.validation_path), apart[HELD_OUT])]
+        findings.note("overlap", _places(located, common[: gates.FIRST].tolist()), len(common), of=len(held))
+    return {"train": selection.weighted(train, sets, described, config.data.seed), VALIDATION: held}
 
 
 def _readable(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sources.Row]]:
@@ -121,18 +136,21 @@ def _readable(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sources.Ro
                 yield f"{block.place}{number}", row
 
 
-def _shape(name: str, first: tuple[str, sources.Row], one: DataSet) -> str:
-    """The format asked for, or the one that the first row's columns show; says which, and why."""
-    where, row = first
+def _shape(name: str, rows: list[tuple[str, sources.Row]], one: DataSet) -> str:
+    """The format asked for, or the one that the first row's columns show, or else the next one's; says which, and why."""
     assert one.format is not None
     if one.format is not Format.auto:
         return one.format.name
-    try:
-        shape, why = formats.recognise(row, one.fields)
-    except ValueError as error:
-        raise DataError(Problem("data.format", "auto", f"{error} ({where})")) from error
-    print(f"format    {name}: {shape}, because {why}", flush=True)
-    return shape
+    errors = []
+    for where, row in rows:
+        try:
+            shape, why = formats.recognise(row, one.fields)
+        except ValueError as error:
+            errors.append(Problem("data.format", "auto", f"{error} ({where})"))
+            continue
+        print(f"format    {name}: {shape}, because {why}", flush=True)
+        return shape
+    raise DataError(errors[0])
 
 
 def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
@@ -170,16 +188,18 @@ def _findings(built: Built, described: Mapping[str, DataSet]) -> Findings:
     return found
 
 
-def _place(sets: Sequence[Path], number: int) -> str:
+def _place(sets: Sequence[tuple[str, Path]], number: int) -> str:
     return _places(sets, [number])[0]
 
 
-def _places(sets: Sequence[Path], numbers: Sequence[int]) -> list[str]:
-    """`file:line` of samples, numbered through these sets."""
-    found, first = [], [0, *accumulate(read_json(one / "set.json")["samples"] for one in sets)]
+def _places(sets: Sequence[tuple[str, Path]], numbers: Sequence[int]) -> list[str]:
+    """`file:line` of samples, numbered through these sets, each given with the path that it has now."""
+    known = [read_json(one / "set.json") for _, one in sets]
+    found, first = [], [0, *accumulate(about["samples"] for about in known)]
     for number in numbers:
         which = bisect_right(first, number) - 1
-        found += samples.places(sets[which], [number - first[which]])
+        (place,) = samples.places(sets[which][1], [number - first[which]])
+        found.append(place.replace(known[which]["path"], sets[which][0], 1))
     return found
 
 
@@ -196,7 +216,7 @@ def _write(
     with new_folder(folder) as beside:
         (beside / "sets").mkdir()
         for name, one in sets.items():
-            (beside / "sets" / name).symlink_to(os.path.relpath(one, folder / "sets"))
+            (beside / "sets" / name).symlink_to(os.path.relpath(one.resolve(), folder.parent.resolve() / "data/sets"))
         for split, numbers in chosen.items():
             np.save(beside / f"{split}.npy", numbers)
         words.save_pretrained(beside / "tokenizer")
@@ -204,9 +224,12 @@ def _write(
         packed = config.data.packing
         splits = {
             "train": data.read(beside, "train", config.data.max_length if packed else None),
-            HELD_OUT: data.read(beside, HELD_OUT),
+            VALIDATION: data.read(beside, VALIDATION),
         }
-        places = {split: partial(_place, [sets[name] for name in about["splits"][split]]) for split in splits}
+        places = {
+            split: partial(_place, [(about["sets"][name]["source"], sets[name]) for name in about["splits"][split]])
+            for split in splits
+        }
         text = page.html(
             about,
             splits,

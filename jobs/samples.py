@@ -1,7 +1,9 @@
 """Reads tokenised sets: any sample's tokens by its number, mapped from disk, and what is known of all of them."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +63,33 @@ def read(sets: Sequence[Path]) -> Samples:
     return of(parts, [np.load(folder / "labels.npy") for folder in folders])
 
 
-def hashes(one: Path) -> NDArray[np.uint64]:
-    """Of each sample of a set, 64 bits of its tokens and mask."""
-    return _joined([np.load(folder / "hashes.npy") for folder in _folders([one])], np.uint64)
+def is_whole(one: Path) -> bool:
+    """Whether a set is there with all its parts: what cleans a scratch disk deletes single files."""
+    about = read_json(one / "set.json")
+    return about is not None and all(
+        (one / f"part-{number:05d}" / f"{name}.npy").exists()
+        for number in range(about["parts"])
+        for name in ("tokens", "trained", "offsets", "labels")
+    )
+
+
+def hashes(one: Path, of: str = "hashes") -> NDArray[np.uint64]:
+    """Of each sample of a set, 64 bits of its tokens and mask; `origins` are those of the first sample of its row."""
+    return _joined([np.load(folder / f"{of}.npy") for folder in _folders([one])], np.uint64)
 
 
 def places(one: Path, numbers: Sequence[int]) -> list[str]:
     """`file:line` of samples of a set, by their numbers in it."""
-    names = read_json(one / "set.json")["places"]
-    files, rows = (
-        _joined([np.load(folder / f"{array}.npy", mmap_mode="r") for folder in _folders([one])])
-        for array in ("files", "places")
-    )
-    return [f"{names[files[number]]}{rows[number]}" for number in numbers]
+    names, folders = read_json(one / "set.json")["places"], _folders([one])
+    first = [0, *accumulate(len(np.load(folder / "labels.npy", mmap_mode="r")) for folder in folders)]
+    found = []
+    for number in numbers:
+        which = bisect_right(first, number) - 1
+        file, row = (
+            np.load(folders[which] / f"{name}.npy", mmap_mode="r")[number - first[which]] for name in ("files", "places")
+        )
+        found.append(f"{names[file]}{row}")
+    return found
 
 
 def _folders(sets: Sequence[Path]) -> list[Path]:

@@ -16,23 +16,25 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Sets:
-    """All training sets: of each sample its hash, and of each set the number of its first sample (one more than sets)."""
+    """All training sets: of each sample its hash and its row's, and of each set the number of its first sample (one more)."""
 
     hashes: NDArray[np.uint64]
+    origins: NDArray[np.uint64]
     first: list[int]
 
 
 def held_out(sets: Sets, fraction: float, seed: int) -> tuple[Samples, Samples]:
-    """(training, held out): about `fraction` of the samples, at least one, by a hash of their content and the seed.
+    """(training, held out): about `fraction` of the rows, at least one, by a hash of their tokens and the seed.
 
-    Equal samples stay on one side, so none is held out and trained on too; a row keeps its side when others are added.
+    Equal rows stay on one side, as do the samples of one row, so none is held out and trained on too; a row keeps its side
+    when others are added.
     """
-    drawn = _mixed(sets.hashes, seed)
+    drawn = _mixed(sets.origins, seed)
     below = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
     out = drawn < below
     if len(drawn) and not out.any():
         out = drawn == drawn.min()
-    if out.all():  # all alike, as in a trial of one row
+    if out.all():  # all rows alike
         out = np.arange(len(drawn)) == 0
     return np.flatnonzero(~out), np.flatnonzero(out)
 

@@ -2,13 +2,16 @@
 
 CACHE/KEY/set.json            what the set is: its shape, counts, and what the gates found
 CACHE/KEY/part-00000/*.npy    the samples: tokens (int32), trained (uint8), offsets (int64, one more than samples), and of
-                              each sample its trained labels (int32), hash (uint64), file and row (int32, int64)
+                              each sample its trained labels (int32), hash and its row's (uint64), file and row (int32, int64)
 CACHE/.KEY.OWNER/             a build that goes on, or was interrupted; its whole parts are taken over by the next
 """
 
+import fcntl
 import os
+import secrets
 import shutil
 import socket
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,19 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from conf.errors import Problem, SiteError
 from conf.files import new_folder, publish_as, read_json, write_json
-from jobs import tokenise
+from jobs import samples, tokenise
 from jobs.gates import Findings
 from jobs.sources import Block
 from jobs.tokenise import Recipe, Tokenised, Tokeniser
 
 PART_TOKENS = 2**23
 """Tokens of a part: 42 MB in memory while it fills, and what an interruption can cost."""
+SILENT_S = 300
+"""Seconds after which a build that has published no part is taken for dead; one takes seconds."""
 ALONE = 8
 """Blocks that are tokenised in this process before others are worth their start."""
 
@@ -42,6 +46,7 @@ ALONE = 8
 class Tally:
     """What a set holds so far; `blocks` of its source have gone into its parts."""
 
+    parts: int = 0
     blocks: int = 0
     rows: int = 0
     samples: int = 0
@@ -61,7 +66,7 @@ class Tally:
 
 def built(cache: Path, key: str) -> Path | None:
     """The folder of a set that is whole."""
-    return cache / key if (cache / key / "set.json").exists() else None
+    return cache / key if samples.is_whole(cache / key) else None
 
 
 def build(
@@ -70,6 +75,7 @@ def build(
     recipe: Recipe,
     path: str,
     blocks: Callable[[], Iterator[Block]],
+    unchanged: Callable[[], None],
     *,
     workers: int,
     total: tuple[int, str],
@@ -77,22 +83,27 @@ def build(
     """Tokenise a set unless it is there already; of several runs that ask for the same one, one builds and the others wait.
 
     `blocks` begins the source anew at each call; `total` is what its last block will have read, and the unit of that.
-    Raises what `blocks` raises.
+    `unchanged` raises where the source is no longer what the key was made of. Raises what these two raise.
     """
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(cache / f".{key}.lock", key) as locked:
         if built(cache, key):
             return cache / key
+        if (cache / key).exists():  # files of it have been deleted
+            _remove(cache / key)
         folder = _own_folder(cache, key, adopt=locked)
         tally = _tally(folder)
         _fill(folder, tally, recipe, blocks, workers, total)
+        unchanged()
         write_json(folder / "set.json", tally.plain() | {"shape": recipe.shape, "path": path})
         try:
             publish_as(folder, cache / key)
         except OSError:  # only where the file system has no locks: another run was first, with the same bytes
             if not built(cache, key):
                 raise
-            shutil.rmtree(folder)
+            _remove(folder)
+        for left in _abandoned(cache, key):
+            _remove(left)
         return cache / key
 
 
@@ -102,31 +113,57 @@ def _alone(path: Path, key: str) -> Iterator[bool]:
 
     Without locks two runs may build the same set side by side, each in a folder of its own: the first to end publishes.
     """
-    lock = FileLock(path, mode=0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            lock.acquire(timeout=0.1)
-        except Timeout:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
             print(f"another run is building the same set ({key}); waiting for it", flush=True)
-            lock.acquire()
-        locked = True
-    except (NotImplementedError, OSError):
-        locked = False
-    try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
         yield locked
     finally:
-        if locked:
-            lock.release()
+        os.close(descriptor)
 
 
 def _own_folder(cache: Path, key: str, *, adopt: bool) -> Path:
-    """A folder to build in, with the parts of one that was interrupted: nobody else can be at work there."""
-    own = cache / f".{key}.{socket.gethostname()}-{os.getpid()}"
-    left = sorted(cache.glob(f".{key}.*-*"), key=lambda path: len(list(path.glob("part-*")))) if adopt else []
+    """A folder to build in, with the parts of one that was interrupted."""
+    own = cache / f".{key}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    left = _abandoned(cache, key) if adopt else []
     if left:
-        os.rename(left[-1], own)
+        os.rename(max(left, key=_parts), own)
     own.mkdir(exist_ok=True, mode=0o700)
     return own
+
+
+def _abandoned(cache: Path, key: str) -> list[Path]:
+    """Folders of builds that nobody goes on with: their process is gone, or has long written nothing.
+
+    The lock would say so too, but not on file systems where each node locks for itself (Lustre's localflock, NFS's nolock).
+    """
+    found = []
+    with tempfile.NamedTemporaryFile(dir=cache) as fresh:
+        now = Path(fresh.name).stat().st_mtime  # the file system's clock, not this node's
+    for path in cache.glob(f".{key}.*-*-*"):
+        host, pid = path.name.removeprefix(f".{key}.").rsplit("-", 1)[0].rsplit("-", 1)
+        here = host == socket.gethostname()
+        if (here and not Path(f"/proc/{pid}").exists()) or now - path.stat().st_mtime > SILENT_S:
+            found.append(path)
+    return found
+
+
+def _remove(folder: Path) -> None:
+    """Hide a folder first, so that half of it is never taken for whole."""
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}.old")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _parts(folder: Path) -> int:
+    return len(list(folder.glob("part-*")))
 
 
 def _tally(folder: Path) -> Tally:
@@ -212,18 +249,28 @@ class _Part:
 
     def close(self) -> None:
         """Publish the part, with the tally as it stands behind it; an interruption before loses the part alone."""
-        number = len(list(self.folder.glob("part-*")))
-        if number and not self.size:
+        tally = self.tally
+        if tally.parts and not self.size:
             return
+        if not self.folder.exists() or _parts(self.folder) != tally.parts:
+            raise SiteError(
+                Problem(
+                    "data.cache",
+                    self.folder.parent,
+                    "another node has taken this build over, so locks do not hold here between nodes: start again when it "
+                    "is done, or name a folder on a file system with locks (Lustre: mount with flock)",
+                )
+            )
+        number, tally.parts = tally.parts, tally.parts + 1
         counts = [len(done.lengths) for done in self.waiting]
         lengths = self._joined("lengths")
-        arrays = {name: self._joined(name) for name in ("tokens", "trained", "labels", "hashes", "places")}
+        arrays = {name: self._joined(name) for name in ("tokens", "trained", "labels", "hashes", "origins", "places")}
         arrays["offsets"] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         arrays["files"] = np.repeat(np.asarray(self.files, dtype=np.int32), counts)
         with new_folder(self.folder / f"part-{number:05d}") as beside:
             for name, array in arrays.items():
                 np.save(beside / f"{name}.npy", array)
-            write_json(beside / "part.json", self.tally.plain())
+            write_json(beside / "part.json", tally.plain())
         self.waiting, self.files, self.size = [], [], 0
 
     def _joined(self, name: str) -> NDArray[Any]:

@@ -48,6 +48,8 @@ class Tokenised:
     """Trained tokens of each sample, but for its first: nothing predicts that one."""
     hashes: NDArray[np.uint64]
     """Of a sample's tokens and mask."""
+    origins: NDArray[np.uint64]
+    """The hash of the first sample of the same row: parts of a long text are held out together."""
     places: NDArray[np.int64]
     """The number of its row in its file."""
     rows: int
@@ -66,7 +68,7 @@ class Tokeniser:
         self.ends = {words.convert_tokens_to_ids(end) for end in ends(words)}
 
     def __call__(self, block: Block) -> Tokenised:
-        findings, samples, places, rows = Findings(), [], [], 0
+        findings, samples, places, firsts, rows = Findings(), [], [], [], 0
         for number, row in block.parsed():
             rows += 1
             place = f"{block.place}{number}"
@@ -78,10 +80,15 @@ class Tokeniser:
             except ValueError as error:
                 findings.add(gates.of_error(error), place, str(error))
                 continue
+            except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+                said = f"has a value of an unexpected kind ({type(error).__name__}: {error}): look at it, or drop the row"
+                findings.add("unusable", place, said)
+                continue
             kept = self._fitted(sample, ids, trained, findings, place)
+            firsts += [len(samples)] * len(kept)
             samples += kept
             places += [number] * len(kept)
-        return _joined(samples, places, rows, findings)
+        return _joined(samples, firsts, places, rows, findings)
 
     def _fitted(
         self, sample: Sample, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, place: str
@@ -126,15 +133,21 @@ class Tokeniser:
 
 
 def _joined(
-    samples: list[tuple[NDArray[np.int32], NDArray[np.uint8]]], places: list[int], rows: int, findings: Findings
+    samples: list[tuple[NDArray[np.int32], NDArray[np.uint8]]],
+    firsts: list[int],
+    places: list[int],
+    rows: int,
+    findings: Findings,
 ) -> Tokenised:
     count = len(samples)
+    hashes = np.fromiter((_hash(*sample) for sample in samples), dtype=np.uint64, count=count)
     return Tokenised(
         tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in samples)]),
         trained=np.concatenate([np.zeros(0, dtype=np.uint8), *(mask for _, mask in samples)]),
         lengths=np.fromiter((len(ids) for ids, _ in samples), dtype=np.int64, count=count),
         labels=np.fromiter((int(mask[1:].sum()) for _, mask in samples), dtype=np.int32, count=count),
-        hashes=np.fromiter((_hash(*sample) for sample in samples), dtype=np.uint64, count=count),
+        hashes=hashes,
+        origins=hashes[np.asarray(firsts, dtype=np.int64)],
         places=np.asarray(places, dtype=np.int64),
         rows=rows,
         findings=findings,
