@@ -2,10 +2,11 @@
 
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from conf.files import write_text
+from conf.files import read_json, write_json, write_text
 from conf.schema import Config, Tracker
 from jobs.distributed import World
 
@@ -23,10 +24,13 @@ class Metrics:
         )
         self.path = Path(config.run_dir) / "metrics.jsonl"
         self.tracker = None
+        self.evaluated: set[int] = set()
+        """Steps whose held-out loss is on record already; known to rank 0."""
         if self.is_main:
-            _truncate(self.path, step)
+            kept = _truncate(self.path, step)
+            self.evaluated = {int(line["step"]) for line in kept if "eval_loss" in line}
             self.file = self.path.open("a", encoding="utf-8")
-            self.tracker = _tracker(config)
+            self.tracker = _tracker(config, step)
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line, whole: a killed job leaves no half of it."""
@@ -52,32 +56,41 @@ class Metrics:
                 self.tracker.finish()
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop what a killed attempt wrote after the checkpoint it is resumed from, and any torn last line."""
+def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what a killed attempt wrote after the checkpoint it is resumed from, and any torn last line; what is kept."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, lines = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step and step:
-                kept.append(line + "\n")
+            found = json.loads(line)
+            if found["step"] <= step and step:
+                kept.append(found)
+                lines.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    write_text(path, "".join(kept))
+    write_text(path, "".join(lines))
+    return kept
 
 
-def _tracker(config: Config) -> Any:
+def _tracker_id(config: Config) -> str:
+    """One id for all attempts of a run, kept in its folder; a run folder's name alone may be that of another project's run."""
+    path = Path(config.run_dir) / "tracker.json"
+    if not path.exists():
+        write_json(path, {"id": uuid.uuid4().hex[:12]})
+    return str(read_json(path)["id"])
+
+
+def _tracker(config: Config, step: int) -> Any:
     if config.tracker is Tracker.none:
         return None
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     if config.tracker is Tracker.tensorboard:
-        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir)
+        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir, purge_step=step + 1 if step else None)
     else:
         name = Path(config.run_dir).name
-        tracker = WandBTracker(
-            config.name, id=name, resume="allow", dir=config.run_dir
-        )  # one id: a resumed run is one curve
+        tracker = WandBTracker(config.name, id=_tracker_id(config), name=name, resume="allow", dir=config.run_dir)
     tracker.start()
     return tracker
 

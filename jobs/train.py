@@ -8,19 +8,21 @@ from types import ModuleType
 import torch
 
 from conf.batch import split
-from conf.errors import Stopped
 from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends, checkpoint, data, loss, model, optim, signals
+from jobs.agreement import first
 from jobs.backends import Engine
 from jobs.distributed import World, process_group, set_timeout, total
 from jobs.metrics import Metrics
+from jobs.order import Order
+from jobs.packing import hidden_factor
 
 
 def run(config: Config) -> None:
-    """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when a signal asked for it."""
-    with signals.watched() as stop, process_group(config) as world:
+    """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when one asked for it."""
+    with signals.watched(config) as stop, process_group(config) as world:
         folder = Path(config.run_dir) / "data"
         rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
         validation = data.read(folder, "validation")
@@ -29,32 +31,36 @@ def run(config: Config) -> None:
         )
         pad = model.tokenizer(config).pad_token_id
         backend = backends.chosen(config)
-        engine = backend.wrap(model.build(config), config, world)
-        step = checkpoint.resume(config, world, lambda path: backend.load(engine, path))
+        found = checkpoint.find(config, world)
+        skeleton = model.skeleton(config)
+        order = data.ordered(rows, config, hidden_factor(skeleton.config))
+        engine = backend.wrap(skeleton, config, world, found is not None)
+        step = checkpoint.resume(config, world, lambda path: backend.load(engine, path), found)
         metrics = Metrics(config, world, steps, step)
-        if step == 0:
-            _evaluate(engine, validation, step, pad, config, world, metrics)
+        stopped, due = False, step in (0, steps) or _due(config.train.eval_every, step)
+        if due and not first(lambda: step in metrics.evaluated):  # the first one, or one that a stop cut short
+            stopped = not _evaluate(engine, validation, step, pad, config, world, metrics, stop)
         set_timeout(config.cluster.network.step_timeout_s)
-        stopped = False
         while step < steps and not stopped:
-            stopped = _step(backend, engine, rows, step, steps, pad, config, world, metrics, bool(stop))
+            stopped = _step(backend, engine, rows, order, step, steps, pad, config, world, metrics, bool(stop))
             step += 1
             if step == steps or stopped or _due(config.train.save_every, step):  # first: time may be short
                 _save(backend, engine, step, steps, config, world)
-            if step == steps or (_due(config.train.eval_every, step) and not stopped):
-                _evaluate(engine, validation, step, pad, config, world, metrics)
+            if (step == steps or _due(config.train.eval_every, step)) and not stopped:
+                stopped = not _evaluate(engine, validation, step, pad, config, world, metrics, stop)
+                if stopped and step < steps:
+                    _save(backend, engine, step, steps, config, world)  # done before where it was due
+        told = stop.agreed() if stopped else None
         metrics.close()
-    if step < steps:
-        raise Stopped(
-            "preempted",
-            f"told to stop by {stop.signal.name if stop.signal else 'another rank'}; saved at step {step} of {steps}",
-        )
+    if told:
+        stop.raise_stopped(told, step, steps)
 
 
 def _step(
     backend: ModuleType,
     engine: Engine,
     rows: data.Rows,
+    order: Order,
     step: int,
     steps: int,
     pad: int,
@@ -70,12 +76,12 @@ def _step(
     """
     began = time.perf_counter()
     torch.manual_seed(hash((config.train.seed, step, world.rank)) % 2**63)  # dropout needs no saved state to be resumed
-    chosen = data.at_step(rows, step, config.train.global_batch, config.data.seed)
+    chosen = order.rows_of(step)
     tokens = int(rows.counts[chosen].sum())
     mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.rank, world.size))
     summed = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, part in enumerate(mine, 1):
-        batch = {name: value.to(world.device, non_blocking=True) for name, value in data.batch(rows, part, pad).items()}
+        batch = data.batch(rows, part, pad, device=world.device)
         value = loss.summed(engine.module, batch)
         backend.backward(engine, value * (world.size / tokens), last=number == len(mine))
         summed += value.detach().double()
@@ -105,14 +111,29 @@ def _step(
 
 
 def _evaluate(
-    engine: Engine, validation: data.Rows, step: int, pad: int, config: Config, world: World, metrics: Metrics
-) -> None:
-    """Mean loss over all held-out tokens."""
-    found = total(
-        loss.held_out(engine.module, validation, config.train.micro_batch, pad, world.device, world.rank, world.size)
-    ).tolist()
+    engine: Engine,
+    validation: data.Rows,
+    step: int,
+    pad: int,
+    config: Config,
+    world: World,
+    metrics: Metrics,
+    stop: signals.Stop,
+) -> bool:
+    """Mean loss over all held-out tokens; False, and nothing written, where any rank was told to stop meanwhile."""
+
+    def told() -> bool:
+        return total(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
+
+    mine = loss.held_out(
+        engine.module, validation, config.train.micro_batch, pad, world.device, world.rank, world.size, told
+    )
+    if mine is None:
+        return False
+    found = total(mine).tolist()
     metrics.write(step, eval_loss=found[0] / found[1])
     metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
+    return True
 
 
 def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Config, world: World) -> None:
@@ -121,9 +142,11 @@ def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Co
         "backend": config.parallel.backend.name,
         "config": digest(config),
         "torch": torch.__version__,
+        "rows_seen": step * config.train.global_batch,
     }
     set_timeout(config.cluster.network.nccl_timeout_s)
-    path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about)
+    room = checkpoint.expected_bytes(engine.module)
+    path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about, room)
     if step == steps and config.train.fingerprint:
         prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
         if world.is_main:

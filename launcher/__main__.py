@@ -1,4 +1,4 @@
-"""`python -m launcher status|logs|why|cancel|resume|merge RUN`: everything one asks of a run once it has been started."""
+"""`python -m launcher status|logs|why|stop|cancel|resume|merge RUN`: everything one asks of a run once it has been started."""
 
 import argparse
 import subprocess
@@ -15,7 +15,7 @@ def status(options: argparse.Namespace) -> int:
     """Every job with its state, step and verdict; exit code 1 when a job has failed."""
     jobs = runs.job_states(options.run)
     report.status(jobs)
-    return 1 if any(job.verdict and job.verdict["status"] != "completed" for job in jobs) else 0
+    return 1 if any(job.failed for job in jobs) else 0
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -31,17 +31,21 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def why(options: argparse.Namespace) -> int:
-    """Why each job waits, or how it failed."""
+    """Why each job waits, or how it failed: the first rank's words, what helps, and what comes next."""
     for job in runs.job_states(options.run):
         if job.state == "PENDING":
             reason, start = slurm.pending_reason(job.job_id)
             print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
-        elif job.verdict and job.verdict["status"] != "completed":
-            print(
-                f"{job.name} {job.job_id} {job.verdict['status']}: {job.verdict['reason']}\n{job.verdict.get('error', '')}".rstrip()
-            )
-        else:
+        elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
+        report.attempts(job)
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Let training save and end at its next step; it does not start again until `resume`."""
+    runs.stop(options.run)
+    print("training will save at its next step and end; python -m launcher status shows when it has")
     return 0
 
 
@@ -70,7 +74,7 @@ def _launch(options: argparse.Namespace, words: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (status, logs, why, cancel, resume, merge):
+    for command in (status, logs, why, stop, cancel, resume, merge):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
         sub.set_defaults(command=command)

@@ -7,7 +7,6 @@ library only: in a container job this runs outside, with whatever python3 the no
 from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
 
 import argparse
-import json
 import os
 import select
 import socket
@@ -16,22 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf.files import read_json, write_json
-from launcher import network, slurm
-
-COMPLETED, PREEMPTED, FAILED = "completed", "preempted", "failed"
-VICTIM = (
-    "connection closed",
-    "connection reset",
-    "connection refused",
-    "broken pipe",
-    "socket timeout",
-    "timed out waiting",
-    "recv failed",
-    "remote process exit",
-    "ncclremoteerror",
-)
-"""What the other ranks say when one has died: never the cause while any rank says something else."""
+from conf.files import write_json
+from launcher import history, network, requeue, slurm
+from launcher.judge import judge
+from launcher.verdict import COMPLETED, FAILED, USER_ERROR
 
 
 def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket.socket | None]:
@@ -48,15 +35,15 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         except FileExistsError:
             number += 1
     values = {"MUSTER_ATTEMPT": str(number)}
-    write_json(
-        folder / f"attempt-{number}" / "begin.json",
-        {
-            "host": socket.gethostname(),
-            "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
-            "started": time.time(),
-            "config": os.environ.get("MUSTER_CONFIG"),
-        },
-    )
+    opened = {
+        "host": _host(),
+        "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
+        "started": time.time(),
+        "config": os.environ.get("MUSTER_CONFIG"),
+        "resumed": history.last_saved(folder),
+    }
+    write_json(folder / f"attempt-{number}" / "begin.json", opened)
+    _tidy(folder, number, opened)
     if port is None:
         return values, None
     held = network.reserve_port(port or _first_port(), only=port != 0)
@@ -69,20 +56,30 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
     `completed` needs rank 0's word that all ranks were done: srun alone can exit 0 though nothing ran (Slurm < 23.11.4).
     """
     attempt = folder / f"attempt-{number}"
-    opened = read_json(attempt / "begin.json") or {}
-    records = [record for path in sorted(attempt.glob("rank-*.json")) if (record := read_json(path))]
-    verdict = _judge(records, code, world_size)
+    opened = history.opened(folder, number)
+    verdict = judge(attempt, code, world_size)
     verdict |= {
-        "step": _last_step(folder),
+        "host": verdict["host"] or _host(),
+        "step": history.last_step(folder),
+        "saved": history.last_saved(folder),
         "exit": code,
         "attempt": number,
-        "job_id": opened.get("job_id"),
-        "config": opened.get("config"),
-        "started": opened.get("started"),
         "ended": time.time(),
+        **{key: opened.get(key) for key in ("job_id", "config", "started", "resumed")},
     }
     write_json(folder / f"attempt-{number}.json", verdict)
     return verdict
+
+
+def adopt(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
+    """What rank 0 does once its work is saved: where the batch script was killed, the verdict and the requeue in its place."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    try:
+        if requeue.standing(os.environ["SLURM_JOB_ID"], restarts) != requeue.ORPHANED:
+            return
+    except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container: nobody to ask
+        return
+    requeue.settle(folder, finish(folder, number, 137, world_size), max_restarts, restarts)
 
 
 def record(folder: Path, number: int, rank: int, status: str, reason: str = "", error: str = "", **more: Any) -> None:
@@ -94,57 +91,40 @@ def record(folder: Path, number: int, rank: int, status: str, reason: str = "", 
             "reason": reason,
             "error": error,
             "rank": rank,
-            "host": socket.gethostname(),
+            "host": _host(),
             "time": time.time(),
             **more,
         },
     )
 
 
-def last_verdict(folder: Path) -> dict[str, Any] | None:
-    """The verdict of a job's newest attempt; None when there was none, or it ended without one."""
-    number = _newest(folder)
-    found = read_json(folder / f"attempt-{number}.json") if number else None
-    return found if isinstance(found, dict) else None
+def _tidy(folder: Path, number: int, opened: dict[str, Any]) -> None:
+    """Leave nothing of the attempt before that would mislead this one: its verdict is written where it could not."""
+    (folder / "stop").unlink(missing_ok=True)
+    for path in folder.glob("*.save_tmp"):
+        path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
+    before = history.opened(folder, number - 1)
+    if before.get("job_id") != opened["job_id"] or (folder / f"attempt-{number - 1}.json").exists():
+        return
+    reason = "Slurm ended it before the ranks had saved: a lost node, preemption without enough grace, or a killed batch script"
+    verdict = {
+        "status": FAILED,
+        "reason": reason,
+        "remedy": "",
+        "host": before.get("host"),
+        "rank": None,
+        "error": "",
+        "log": "",
+    }
+    verdict |= {"step": history.last_step(folder), "saved": opened["resumed"], "exit": None, "attempt": number - 1}
+    verdict |= {"ended": opened["started"], "requeued": True, "next": requeue.BY_SLURM}
+    verdict |= {key: before.get(key) for key in ("job_id", "config", "started", "resumed")}
+    write_json(folder / f"attempt-{number - 1}.json", verdict)
 
 
-def _newest(folder: Path) -> int | None:
-    """Number of the newest attempt of a job; None before the first."""
-    numbers = (int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
-    return max(numbers, default=None)
-
-
-def _judge(records: list[dict[str, Any]], code: int, world_size: int) -> dict[str, Any]:
-    errors = [item for item in records if item["status"] not in (COMPLETED, PREEMPTED)]
-    if errors:
-        first = min(errors, key=lambda item: (any(word in item["reason"].lower() for word in VICTIM), item["time"]))
-        return {key: first[key] for key in ("status", "reason", "host", "rank", "error")}
-    head = next((item for item in records if item["rank"] == 0 or item["status"] == PREEMPTED), None)
-    if head and (code == 0 or head["status"] == PREEMPTED):
-        return {key: head[key] for key in ("status", "reason", "host", "rank", "error")}
-    if head:
-        reason = f"all ranks were done, but srun exited with {code}: one was killed on its way out"
-    elif code == 0:
-        reason = f"srun exited with 0, but none of {world_size} ranks ran to its end: could srun open its log files?"
-    else:
-        reason = f"the ranks were killed before they could say why (exit code {code}): out of host memory, or cancelled"
-    return {"status": FAILED, "reason": reason, "host": socket.gethostname(), "rank": None, "error": ""}
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; one that is being written is passed over."""
-    found, path = [], run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def _last_step(folder: Path) -> int | None:
-    lines = metrics(folder.parent.parent) if folder.name == "train" else []
-    return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
+def _host() -> str:
+    """This node as Slurm calls it, so that it can be excluded by that name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _first_port() -> int:
@@ -170,31 +150,55 @@ def _hold(held: socket.socket) -> None:
     held.close()
 
 
+def _stop_at(before_s: float) -> dict[str, str]:
+    """MUSTER_STOP_AT, the time at which the ranks save and stop by themselves, whether or not Slurm's signal reaches them.
+
+    Not before half of the time is over: a limit shorter than the warning would leave no time for a single step.
+    """
+    try:
+        left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
+    except (KeyError, slurm.SlurmError):
+        return {}
+    return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.attempt", description=__doc__)
     parser.add_argument("action", choices=["begin", "finish"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, help="begin: reserve this port for MASTER_PORT, or with 0 a free one")
+    parser.add_argument("--stop-before", type=float, help="begin: seconds before the time limit at which ranks stop")
     parser.add_argument("--code", type=int, default=0, help="finish: exit code of srun")
     parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--max-restarts", type=int, help="finish: of a failing job; without it there is none of any")
     options = parser.parse_args(words)
     if options.action == "finish":
-        verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
-        print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip(), flush=True)
-        return 0 if verdict["status"] == COMPLETED else 1
+        return _finish(options)
     try:
         values, held = begin(options.folder, options.port)
     except (OSError, slurm.SlurmError) as error:
-        return _refuse(options.folder, options.port, error)
+        return _refuse(options, error)
+    if options.stop_before is not None:
+        values |= _stop_at(options.stop_before)
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if held:
         _hold(held)
     return 0
 
 
-def _refuse(folder: Path, port: int | None, error: Exception) -> int:
+def _finish(options: argparse.Namespace) -> int:
+    verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
+    if verdict["status"] != COMPLETED and "SLURM_JOB_ID" in os.environ:
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        verdict = requeue.settle(options.folder, verdict, options.max_restarts, restarts)
+    then = f"; {verdict['next']}" if verdict.get("next") else ""
+    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + then, flush=True)
+    return 0 if verdict["status"] == COMPLETED else 1
+
+
+def _refuse(options: argparse.Namespace, error: Exception) -> int:
     """The job cannot start: say so in a verdict, as for any other failure."""
-    number = _newest(folder)
+    folder, port, number = options.folder, options.port, history.newest(options.folder)
     if number is None:
         print(f"muster: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
         return 2
@@ -204,7 +208,7 @@ def _refuse(folder: Path, port: int | None, error: Exception) -> int:
         folder,
         number,
         0,
-        "user_error" if port else FAILED,
+        USER_ERROR if port else FAILED,
         f"{taken}{getattr(error, 'strerror', None) or error} on {socket.gethostname()}{remedy}",
     )
     verdict = finish(folder, number, 2, 1)

@@ -14,6 +14,7 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from launcher import attempt, environment, render, report, worker
 from launcher.plan import Job
+from launcher.verdict import COMPLETED
 
 GRACE_S = 15
 """How long the other ranks of a failed job may go on; nothing else ends ranks that wait for a dead one."""
@@ -23,7 +24,7 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[
     """Run the jobs in order, telling `note` each name and id; a failed one ends the run. Returns the command's exit code."""
     for job in jobs:
         verdict = _run_job(config, job, config_path, note)
-        if verdict["status"] != attempt.COMPLETED:
+        if verdict["status"] != COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
             print(
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"

@@ -47,7 +47,7 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
     extra: dict[str, Any] = {
         "chdir": str(Path(config.run_dir) / "code"),
         "kill-on-invalid-dep": "yes",  # else a failed parent leaves its dependants pending for ever
-        "requeue": True,
+        "requeue" if config.cluster.requeue else "no-requeue": True,
     }
     for (
         key,
@@ -131,6 +131,8 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
         "code": f"{config.run_dir}/code",
         "port": port,
         "world_size": job.world_size,
+        "signal_s": config.cluster.signal_s,
+        "max_restarts": config.cluster.max_restarts if config.cluster.requeue else None,
     }
 
 

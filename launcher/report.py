@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
-from launcher.attempt import metrics
+from launcher.history import metrics
 from launcher.runs import JobState
 
 
 def status(jobs: Iterable[JobState]) -> None:
-    """One row a job: state, verdict with rank and host, and the last error line."""
+    """One row a job: state, verdict of the newest attempt with rank and host, why it ended and what comes next."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("job", "id", "state", "verdict", "step", "where", "reason"):
+    for heading in ("job", "id", "state", "attempt", "verdict", "step", "where", "reason"):
         table.add_column(heading, overflow="fold")
     for job in jobs:
         verdict = job.verdict or {}
@@ -28,12 +28,37 @@ def status(jobs: Iterable[JobState]) -> None:
             job.name,
             job.job_id,
             job.state.lower(),
+            "" if job.attempt is None else str(job.attempt),
             verdict.get("status", ""),
             "" if step is None else str(step),
             where,
-            verdict.get("reason", ""),
+            _line(verdict),
         )
     _console().print(table)
+
+
+def attempts(job: JobState) -> None:
+    """How each attempt of a job ended: a line for those before, and all that is known of the newest."""
+    for verdict in job.before:
+        print(f"  attempt {verdict['attempt']} {verdict['status']}: {_line(verdict)}")
+    newest = job.verdict
+    if newest is None or newest["status"] == "completed":
+        return
+    where = "" if newest.get("rank") is None else f" (rank {newest['rank']} on {newest['host']})"
+    print(f"{job.name} {job.job_id} {newest['status']}{where}: {_line(newest)}")
+    for title in ("remedy", "error", "log"):
+        if text := newest.get(title):
+            print(
+                text
+                if title == "error"
+                else f"{title}: {text}"
+                if title == "remedy"
+                else f"last lines of its log:\n{text}"
+            )
+
+
+def _line(verdict: dict[str, Any]) -> str:
+    return "; ".join(item for item in (verdict.get("reason"), verdict.get("next")) if item)
 
 
 def show(run: Path) -> None:

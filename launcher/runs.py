@@ -1,26 +1,38 @@
 """Reads a run folder back: its jobs with their states, logs and verdicts. `python -m launcher` shows what this returns."""
 
 import os
-import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RunError, SiteError
-from launcher import record, slurm
-from launcher.attempt import last_verdict
+from conf.files import write_text
+from launcher import history, record, slurm
 from launcher.plan import AFTER
+from launcher.verdict import COMPLETED
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job of a run as it stands: what the scheduler says, and what the last attempt left behind."""
+    """One job of a run as it stands: what the scheduler says, and what its attempts left behind."""
 
     name: str
     job_id: str
     state: str
     verdict: dict[str, Any] | None
+    """Of the newest attempt; None while that one runs."""
+    attempt: int | None = None
+    """Number of the newest attempt; None before the first."""
+    before: list[dict[str, Any]] = field(default_factory=list)
+    """Verdicts of the attempts before the newest, oldest first."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than well, and does not start again by itself."""
+        if self.verdict is None or self.verdict["status"] == COMPLETED:
+            return False
+        return not (self.verdict.get("requeued") and self.state in slurm.LIVE)
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
@@ -30,14 +42,26 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
     found = []
     for name in (name for name in AFTER if name in newest):
         job_id, cluster = newest[name]
-        verdict = last_verdict(run / "jobs" / name)
-        if verdict and str(verdict.get("job_id")) != job_id and cluster == "slurm":
-            verdict = None  # an older start's
+        own = _own(run / "jobs" / name, job_id if cluster == "slurm" else None)
         state = (
             on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
         )
-        found.append(JobState(name, job_id, state, verdict))
+        found.append(JobState(name, job_id, state, *own))
     return found
+
+
+def _own(folder: Path, job_id: str | None) -> tuple[dict[str, Any] | None, int | None, list[dict[str, Any]]]:
+    """Verdict and number of the newest attempt that this start of the job has made, and the verdicts of those before.
+
+    `job_id` null takes the attempts of all starts: here every attempt is a start.
+    """
+    number, verdict = history.newest(folder), history.last_verdict(folder)
+    older = [item for item in history.verdicts(folder) if item["attempt"] != number]
+    if job_id is None:
+        return verdict, number, older
+    begun = history.opened(folder, number) if number else {}
+    older = [item for item in older if str(item.get("job_id")) == job_id]
+    return (verdict, number, older) if str(begun.get("job_id")) == job_id else (None, None, older)
 
 
 def active(run: Path) -> str | None:
@@ -70,14 +94,25 @@ def cancel(run: Path) -> list[str]:
     return [job.name for job in live]
 
 
-def logs(run: Path, job: str, rank: int) -> Path:
-    """The newest log of one rank. Raises RunError naming the ranks there are."""
-    folder = run / "jobs" / job
-    found = sorted(folder.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        ranks = sorted(
-            {int(match[1]) for path in folder.glob("*_log.out") if (match := re.search(r"_(\d+)_log\.out$", path.name))}
+def stop(run: Path) -> Path:
+    """Ask the run's training to save and end, without Slurm: it looks for a file. Raises RunError where none runs."""
+    job = next((job for job in job_states(run) if job.name == "train"), None)
+    if job is None or job.state != "RUNNING":
+        state = "no job" if job is None else job.state.lower()
+        raise RunError(
+            Problem("RUN", run, f"its training does not run ({state}); python -m launcher cancel {run} ends what waits")
         )
+    path = run / "jobs" / "train" / "stop"
+    write_text(path, "")
+    return path
+
+
+def logs(run: Path, job: str, rank: int) -> Path:
+    """The log of one rank's newest attempt. Raises RunError naming the ranks there are."""
+    folder = run / "jobs" / job
+    found = sorted(_logs(folder, str(rank)), key=lambda path: path.stat().st_mtime)
+    if not found:
+        ranks = sorted({_rank(path) for path in _logs(folder, "*")})
         there = (
             f"there are ranks {ranks[0]} to {ranks[-1]}"
             if ranks
@@ -85,6 +120,20 @@ def logs(run: Path, job: str, rank: int) -> Path:
         )
         raise RunError(Problem("RANK", rank, f"no log of {job}: {there}"))
     return found[-1]
+
+
+def _logs(folder: Path, rank: str) -> list[Path]:
+    """Logs of a rank, or with `*` of all: attempt-N/rank-R.log on Slurm, where ID_0_log.out is only the batch script's."""
+    attempts = [*folder.glob(f"attempt-*/rank-{rank}.log")]
+    batches = {
+        str(history.opened(folder, path.parent.name.removeprefix("attempt-")).get("job_id")) for path in attempts
+    }
+    others = folder.glob(f"*_{rank}_log.out")
+    return [*attempts, *(path for path in others if path.name.split("_")[0] not in batches)]
+
+
+def _rank(log: Path) -> int:
+    return int(log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.split("_")[1])
 
 
 def _alive(process_id: str, run: Path) -> bool:

@@ -74,6 +74,31 @@ def states(job_ids: Iterable[str], strict: bool = False) -> dict[str, str]:
     return found
 
 
+def job(job_id: str) -> dict[str, str]:
+    """What the controller holds of a job, such as JobState, Reason, Restarts and ExcNodeList."""
+    return dict(re.findall(r"(\w+)=(\S+)", call("scontrol", "--oneliner", "show", "job", job_id)))
+
+
+def seconds_left(job_id: str) -> float | None:
+    """Until the job's time limit; None where it has none. Asked for as a span, because clocks and formats of dates differ."""
+    text = call("squeue", "--noheader", "--jobs", job_id, "--format", "%L").strip()
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def requeue(job_id: str) -> None:
+    """Put a job back into the queue. Slurm ends its batch script at once."""
+    call("scontrol", "requeue", job_id)
+
+
+def exclude(job_id: str, nodes: Iterable[str]) -> None:
+    """Keep a waiting job from nodes; these replace those it was kept from before."""
+    call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+
 def pending_reason(job_id: str) -> tuple[str, str]:
     """Why a job waits, and when Slurm thinks it will start (`N/A` where it does not know)."""
     out = call("squeue", "--noheader", "--jobs", job_id, "--format", "%r|%S").strip()

@@ -7,13 +7,15 @@ import re
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from conf import resolve
 from conf.errors import Stopped, UserError
 from conf.schema import Config
 from launcher import attempt, environment, network
-from launcher.verdict import classify
+from launcher.history import SAVES
+from launcher.verdict import COMPLETED, USER_ERROR, classify
 
 SHOWN = re.compile(
     "MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$|NODE_(RANK|WORLD_SIZE)$|NCCL_|GLOO_|MUSTER_|AXOLOTL_|DEEPSPEED_|ACCELERATE_|FSDP_|PARALLELISM_"
@@ -24,40 +26,41 @@ SHOWN = re.compile(
 
 def run(job: str, config_path: str) -> None:
     """Run one rank of `job`. Leaves with exit code 2, without a traceback, for what the user can mend."""
+    # imported here, so that the login node can pickle this function without the packages of the jobs
+    from jobs import run as run_job
+    from jobs import signals
+
+    signals.listen()  # first of all: submitit's own handler would requeue the job before it is saved
     try:
         config = resolve.load(Path(config_path))
     except UserError as error:  # the run folder is not known, so there is no place for a verdict
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     where = _prepare(config)
-    number = int(os.environ.get("MUSTER_ATTEMPT", "1"))
-    folder = Path(config.run_dir) / "jobs" / job
+    folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
+    note = partial(attempt.record, folder, number, where.rank)
     started = time.time()
+    if job not in SAVES:
+        signals.leave_at_once(note)
     try:
-        # imported here, so that the login node can pickle this function without the packages of the jobs
-        from jobs import run as run_job
-
         run_job(job, config_path)
     except Stopped as error:
-        attempt.record(folder, number, where.rank, error.status, str(error))
+        note(error.status, str(error))
         print(f"muster: {error}", flush=True)
+        if where.rank == 0:
+            cluster = config.cluster
+            attempt.adopt(folder, number, where.world_size, cluster.max_restarts if cluster.requeue else None)
         sys.exit(3)
     except UserError as error:
-        attempt.record(folder, number, where.rank, "user_error", str(error))
+        note(USER_ERROR, str(error))
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except BaseException as error:
-        attempt.record(
-            folder,
-            number,
-            where.rank,
-            classify(error),
-            f"{type(error).__name__}: {error}".splitlines()[0],
-            traceback.format_exc(),
-        )
+        status, remedy = classify(error)
+        note(status, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc(), remedy=remedy)
         raise
     if where.rank == 0:
-        attempt.record(folder, number, 0, attempt.COMPLETED, seconds=round(time.time() - started, 2))
+        note(COMPLETED, seconds=round(time.time() - started, 2))
     if where.world_size > 1:
         atexit.register(_leave)
 

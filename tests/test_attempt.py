@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conf.files import read_json, write_json
-from launcher import attempt
+from launcher import attempt, history
 from launcher.network import first_port, reserve_port
 
 from .conftest import ROOT, Programs, module
@@ -25,7 +25,14 @@ BEGIN = [sys.executable, "-m", "launcher.attempt", "begin"]
 @pytest.fixture(autouse=True)
 def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs these tests inside a job gets the same."""
-    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SUBMITIT_EXECUTOR", "MUSTER_CONFIG"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_JOB_NODELIST",
+        "SLURM_RESTART_COUNT",
+        "SUBMITIT_EXECUTOR",
+        "MUSTER_CONFIG",
+        "SLURMD_NODENAME",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,7 +76,7 @@ def test_an_attempt_records_where_and_for_which_config_it_began(
     attempt.begin(tmp_path / "train")
     opened = read_json(tmp_path / "train/attempt-1/begin.json")
     assert opened.pop("started") >= before
-    assert opened == {"host": socket.gethostname(), "job_id": "4711", "config": "0123456789abcdef"}
+    assert opened == {"host": socket.gethostname(), "job_id": "4711", "config": "0123456789abcdef", "resumed": None}
 
 
 def test_the_port_comes_from_the_job_id_and_the_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +177,7 @@ def test_the_verdict_says_how_far_training_came(tmp_path: Path, job: str, text: 
 def test_half_written_files_are_never_taken_for_whole(folder: Path) -> None:
     (folder / "attempt-1/.rank-0.json.k2j3").write_text('{"status": "comp')
     (folder / ".attempt-1.json.x8s7").write_text('{"status": "comp')
-    assert attempt.last_verdict(folder) is None
+    assert history.last_verdict(folder) is None
     assert "none of 4 ranks" in finish(folder, code=0)["reason"]
 
 
@@ -179,21 +186,21 @@ def test_the_last_verdict_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
         attempt.begin(tmp_path)
         attempt.record(tmp_path, number, 0, "failed", f"attempt {number}")
         attempt.finish(tmp_path, number, 1, 1)
-    verdict = attempt.last_verdict(tmp_path)
+    verdict = history.last_verdict(tmp_path)
     assert verdict
     assert verdict["reason"] == "attempt 11"
 
 
 def test_there_is_no_last_verdict_while_the_newest_attempt_has_none(folder: Path) -> None:
     finish(folder)
-    assert attempt.last_verdict(folder)
+    assert history.last_verdict(folder)
     attempt.begin(folder)
-    assert attempt.last_verdict(folder) is None
+    assert history.last_verdict(folder) is None
 
 
 def test_there_is_no_last_verdict_without_attempts(tmp_path: Path) -> None:
-    assert attempt.last_verdict(tmp_path) is None
-    assert attempt.last_verdict(tmp_path / "nowhere") is None
+    assert history.last_verdict(tmp_path) is None
+    assert history.last_verdict(tmp_path / "nowhere") is None
 
 
 def exports(process: "subprocess.Popen[str]") -> dict[str, str]:
@@ -242,7 +249,7 @@ def test_begin_with_a_port_that_is_taken_says_so_in_a_verdict(tmp_path: Path, su
     with reserve_port(21_000) as held:
         port = held.getsockname()[1]
         done = module("launcher.attempt", "begin", tmp_path / "train", "--port", port, env=surroundings)
-    verdict = attempt.last_verdict(tmp_path / "train")
+    verdict = history.last_verdict(tmp_path / "train")
     assert (done.returncode, done.stdout) == (2, "")
     assert verdict
     assert verdict["status"] == "user_error"
@@ -282,7 +289,7 @@ def test_a_nodelist_that_slurm_cannot_read_is_a_verdict(tmp_path: Path, programs
     path = programs(scontrol="echo 'scontrol: error: bad nodelist' >&2; exit 1")
     env = {"PATH": str(path), "SLURM_JOB_NODELIST": "n[1-"}
     done = module("launcher.attempt", "begin", tmp_path / "train", "--port", 0, env=env)
-    verdict = attempt.last_verdict(tmp_path / "train")
+    verdict = history.last_verdict(tmp_path / "train")
     assert done.returncode == 2
     assert verdict
     assert (verdict["status"], "bad nodelist" in verdict["reason"]) == ("failed", True)
@@ -297,3 +304,72 @@ def test_finish_exits_with_0_for_a_completed_attempt_only(
     done = module("launcher.attempt", "finish", folder, "--code", 0, "--world-size", 4, env=env)
     assert (done.returncode, done.stdout) == (code, f"muster: train {status} because\n")
     assert json.loads((folder / "attempt-1.json").read_text())["status"] == status
+
+
+def test_an_attempt_begins_where_the_one_before_left_off(folder: Path) -> None:
+    for step in (3, 12):
+        (folder.parents[1] / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    (folder.parents[1] / "checkpoints/.step-00000020.partial").mkdir()
+    number = attempt.begin(folder)[0]["MUSTER_ATTEMPT"]
+    (folder.parents[1] / "checkpoints/step-00000015").mkdir()
+    verdict = attempt.finish(folder, int(number), 1, 4)
+    assert (verdict["resumed"], verdict["saved"]) == (12, 15)
+
+
+def test_what_would_mislead_the_next_attempt_is_removed(folder: Path) -> None:
+    for name in ("stop", "7_0_result.pkl.save_tmp"):
+        (folder / name).touch()
+    attempt.begin(folder)
+    assert not (folder / "stop").exists()
+    assert not (folder / "7_0_result.pkl.save_tmp").exists()
+
+
+@pytest.mark.parametrize(("then", "status"), [("7", "failed"), ("8", None)], ids=["requeued", "another submission"])
+def test_an_attempt_that_slurm_ended_without_a_word_gets_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, status: str | None
+) -> None:
+    for job_id in ("7", then):
+        monkeypatch.setenv("SLURM_JOB_ID", job_id)
+        attempt.begin(tmp_path / "train")
+    first = read_json(tmp_path / "train/attempt-1.json")
+    assert (first and first["status"]) == status
+    if first:
+        assert (first["requeued"], first["attempt"], first["job_id"]) == (True, 1, "7")
+        assert history.verdicts(tmp_path / "train") == [first]
+
+
+@pytest.mark.parametrize(
+    ("left", "before_s", "expected_s"),
+    [("10:00", 120, 480), ("1:00", 120, 30), ("UNLIMITED", 120, None)],
+    ids=["before the limit", "not before half of it", "no limit"],
+)
+def test_begin_says_when_to_stop(
+    tmp_path: Path, surroundings: dict[str, str], programs: Programs, left: str, before_s: int, expected_s: int | None
+) -> None:
+    programs(squeue=f"echo {left}")
+    env = surroundings | {"SLURM_JOB_ID": "7"}
+    done = module("launcher.attempt", "begin", tmp_path / "train", "--stop-before", before_s, env=env)
+    values = dict(line.split("=", 1) for line in done.stdout.split() if "=" in line)
+    assert (done.returncode, "MUSTER_STOP_AT" in values) == (0, expected_s is not None)
+    if expected_s is not None:
+        assert float(values["MUSTER_STOP_AT"]) == pytest.approx(time.time() + expected_s, abs=5)
+
+
+def test_a_job_on_slurm_is_requeued_by_finish(folder: Path, surroundings: dict[str, str], programs: Programs) -> None:
+    path = programs(scontrol='case "$*" in *show*) echo "JobState=RUNNING Restarts=0";; esac')
+    say(folder, 0, "preempted", "saved at step 7")
+    env = surroundings | {"MUSTER_ATTEMPT": "1", "SLURM_JOB_ID": "7"}
+    words = ("--code", 3, "--world-size", 4, "--max-restarts", 3)
+    done = module("launcher.attempt", "finish", folder, *words, env=env)
+    assert (done.returncode, done.stdout) == (
+        1,
+        "muster: train preempted saved at step 7; goes on from its checkpoint\n",
+    )
+    assert "requeue" in (path / "scontrol.calls").read_text()
+
+
+def test_a_job_outside_slurm_is_never_requeued(folder: Path, surroundings: dict[str, str], programs: Programs) -> None:
+    path = programs(scontrol="exit 0")
+    say(folder, 0, "preempted", "saved at step 7")
+    module("launcher.attempt", "finish", folder, "--max-restarts", 3, env=surroundings | {"MUSTER_ATTEMPT": "1"})
+    assert not (path / "scontrol.calls").exists()

@@ -44,15 +44,25 @@ def config(compose: Compose, tmp_path: Path, request: pytest.FixtureRequest) -> 
     return config
 
 
-def batch(config: Config, name: str, *, by_hand: bool = False) -> tuple[int, str]:
+def batch(
+    config: Config, name: str, *, by_hand: bool = False, environ: dict[str, str] | None = None
+) -> tuple[int, str]:
     """Run the script of a job as slurmd would: its exit code and what it says. What holds the port may outlive it by a second."""
     job = next(job for job in plan(config) if job.name == name)
     path = Path(config.run_dir) / "config.yaml"
     script = render.script_text(config, job, path) if by_hand else render.sbatch_text(config, job)
-    environ, log = {"PATH": os.environ["PATH"]}, Path(config.run_dir) / "said"
+    log = Path(config.run_dir) / "said"
+    surroundings = {"PATH": os.environ["PATH"]} | (environ or {})
     with log.open("w") as said:
         done = subprocess.run(
-            [tool("bash"), "-s"], input=script, env=environ, cwd="/", stdout=said, stderr=said, text=True, timeout=30
+            [tool("bash"), "-s"],
+            input=script,
+            env=surroundings,
+            cwd="/",
+            stdout=said,
+            stderr=said,
+            text=True,
+            timeout=30,
         )
     return done.returncode, log.read_text()
 
@@ -111,11 +121,41 @@ def test_nothing_is_started_where_the_attempt_cannot_begin(config: Config, progr
     assert f"cluster.network.master_port={port}" in str(verdict(config, "train")["reason"])
 
 
+@pytest.mark.parametrize(("name", "passed"), [("USR1", "USR1"), ("USR2", "USR2"), ("TERM", "USR1")])
+def test_a_signal_to_the_script_reaches_the_ranks_and_the_verdict_is_written(
+    config: Config, programs: Programs, name: str, passed: str
+) -> None:
+    told = "import os, signal, sys, time; signal.signal(signal.SIG" + passed + ", lambda *_: sys.exit(42))"
+    told += f"; os.kill(os.getppid(), signal.SIG{name}); time.sleep(20)"
+    programs(srun=f'exec "{sys.executable}" -c "{told}"')
+    assert batch(config, "train")[0] == 1
+    assert verdict(config, "train")["exit"] == 42
+
+
+def test_what_srun_says_is_kept_and_shown(config: Config, programs: Programs) -> None:
+    programs(srun='echo "srun: error: n2: task 3: Killed" >&2; exit 137')
+    assert "srun: error: n2: task 3: Killed\n" in batch(config, "train")[1]
+    found = verdict(config, "train")
+    assert (found["host"], found["rank"], found["log"]) == ("n2", 3, "")
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_job_is_requeued_where_that_is_wanted(config: Config, programs: Programs, requeue: bool) -> None:
+    show = "echo JobState=RUNNING Restarts=0"
+    folder = programs(srun="exit 1", scontrol=f'case "$*" in *"show job"*) {show};; *hostnames*) echo n1;; esac')
+    put(config, {"cluster.requeue": requeue})
+    batch(config, "train", environ={"SLURM_JOB_ID": "7"})
+    assert ("requeue 7" in (folder / "scontrol.calls").read_text()) is requeue
+    assert verdict(config, "train")["requeued"] is requeue
+
+
 def test_the_ranks_of_a_script_by_hand_are_the_worker(config: Config, programs: Programs) -> None:
     folder = programs(srun="exit 0")
     batch(config, "train", by_hand=True)
     called = (folder / "srun.calls").read_text()
-    assert f"--output {config.run_dir}/jobs/train/%j_%t_log.out" in called
+    assert called.startswith(
+        f"--unbuffered --output {config.run_dir}/jobs/train/attempt-1/rank-%t.log --kill-on-bad-exit=1 "
+    )
     assert called.endswith(f" {sys.executable} -u -m launcher.worker train {config.run_dir}/config.yaml\n")
 
 

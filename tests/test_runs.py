@@ -1,6 +1,7 @@
 """launcher/runs.py and `python -m launcher`: a run folder made by hand, read back."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import RunError
-from conf.files import write_json
+from conf.files import read_json, write_json
 from launcher import attempt, record, runs
 
 from .conftest import Programs, module
@@ -154,9 +155,9 @@ def test_status_shows_every_job(run: Path, programs: Programs, surroundings: dic
     done = module("launcher", "status", run, env=surroundings)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert rows[0] == ["job", "id", "state", "verdict", "step", "where", "reason"]
+    assert rows[0] == ["job", "id", "state", "attempt", "verdict", "step", "where", "reason"]
     assert rows[1:] == [
-        ["preprocess", "101", "completed", "completed"],
+        ["preprocess", "101", "completed", "1", "completed"],
         ["train", "102", "running"],
         ["consolidate", "103", "pending"],
     ]
@@ -179,7 +180,7 @@ def test_why_says_what_each_job_waits_for_or_how_it_failed(
     done = module("launcher", "why", run, env=surroundings)
     assert done.stdout.splitlines() == [
         "preprocess 101 completed",
-        "train 102 failed: loss is nan",
+        f"train 102 failed (rank 0 on {socket.gethostname()}): loss is nan",
         "Traceback of loss is nan",
         "consolidate 103 waits: Dependency; may start N/A",
         "evaluate 104 unknown",
@@ -219,3 +220,75 @@ def test_what_is_no_run_is_named_without_a_traceback(
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_stop_asks_training_by_a_file(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+    programs(squeue=SQUEUE)
+    done = module("launcher", "stop", run, env=surroundings)
+    assert (done.returncode, "will save" in done.stdout) == (0, True)
+    assert (run / "jobs/train/stop").exists()
+
+
+@pytest.mark.parametrize("state", ["PENDING", "COMPLETED"])
+def test_only_a_training_that_runs_can_be_stopped(
+    run: Path, programs: Programs, surroundings: dict[str, str], state: str
+) -> None:
+    programs(squeue=f"echo '102|{state}'")
+    done = module("launcher", "stop", run, env=surroundings)
+    assert done.returncode == 2
+    assert f"its training does not run ({state.lower()}); python -m launcher cancel" in done.stderr
+    assert not (run / "jobs/train/stop").exists()
+
+
+def requeued(run: Path, number: int, **verdict: object) -> None:
+    """An attempt of `train`, job 102, that Slurm was asked to start again."""
+    folder = run / "jobs/train"
+    ended(run, "train", "102", "preempted", "saved at step 7")
+    path = folder / f"attempt-{number}.json"
+    write_json(path, read_json(path) | {"requeued": True, "next": "goes on from its checkpoint"} | verdict)
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("PENDING", 0), ("CANCELLED", 1)],
+    ids=["it starts again", "it was cancelled meanwhile"],
+)
+def test_a_job_that_starts_again_has_not_failed(
+    run: Path, programs: Programs, surroundings: dict[str, str], state: str, code: int
+) -> None:
+    programs(squeue=f'case "$*" in *--jobs*) echo "BeginTime|N/A";; *) echo "102|{state}";; esac')
+    requeued(run, 1)
+    done = module("launcher", "status", run, env=surroundings)
+    assert done.returncode == code
+    assert "saved at step 7; goes on from its checkpoint" in done.stdout
+
+
+def test_why_tells_every_attempt(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+    programs(sacct="echo '102|FAILED'")
+    requeued(run, 1)
+    ended(run, "train", "102", "failed", "loss is nan")
+    path = run / "jobs/train/attempt-2.json"
+    write_json(path, read_json(path) | {"remedy": "less of it", "log": "step 8\nstep 9"})
+    done = module("launcher", "why", run, env=surroundings)
+    assert done.stdout.splitlines()[1:8] == [
+        "  attempt 1 preempted: saved at step 7; goes on from its checkpoint",
+        f"train 102 failed (rank 0 on {socket.gethostname()}): loss is nan",
+        "remedy: less of it",
+        "Traceback of loss is nan",
+        "last lines of its log:",
+        "step 8",
+        "step 9",
+    ]
+
+
+def test_the_log_of_a_rank_is_that_of_its_newest_attempt(tmp_path: Path) -> None:
+    for number, job_id in ((1, "7"), (2, "7"), (3, "123")):
+        write_json(tmp_path / f"jobs/train/attempt-{number}/begin.json", {"job_id": job_id})
+    log(tmp_path, "attempt-1/rank-0.log", age_s=60)
+    newest = log(tmp_path, "attempt-2/rank-0.log", age_s=30)
+    log(tmp_path, "7_0_log.out")  # the batch script's
+    assert runs.logs(tmp_path, "train", 0) == newest
+    with pytest.raises(RunError, match="ranks 0 to 0"):
+        runs.logs(tmp_path, "train", 1)
+    here = log(tmp_path, "123_0_log.out")  # a later start on this machine
+    assert runs.logs(tmp_path, "train", 0) == here

@@ -120,3 +120,36 @@ def test_all_jobs_are_cancelled_at_once(programs: Programs) -> None:
     folder = programs(scancel="exit 0")
     slurm.cancel(["7", "8"])
     assert (folder / "scancel.calls").read_text() == "7 8\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("0:07", 7),
+        ("59:00", 3540),
+        ("1:00:01", 3601),
+        ("2-01:00:00", 176_400),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_the_time_that_a_job_has_left(programs: Programs, said: str, seconds: float | None) -> None:
+    programs(squeue=f"echo ' {said}'")
+    assert slurm.seconds_left("7") == seconds
+
+
+def test_what_the_controller_holds_of_a_job(programs: Programs) -> None:
+    programs(
+        scontrol="echo 'JobId=7 JobName=a/train JobState=RUNNING Reason=None Restarts=2 ExcNodeList=n[1-2],n4 Comment=a=b'"
+    )
+    found = slurm.job("7")
+    assert [found[name] for name in ("JobState", "Restarts", "ExcNodeList")] == ["RUNNING", "2", "n[1-2],n4"]
+
+
+def test_a_job_is_requeued_and_kept_from_nodes(programs: Programs) -> None:
+    folder = programs(scontrol="exit 0")
+    slurm.requeue("7")
+    slurm.exclude("7", ["n[1-2]", "n4"])
+    assert (folder / "scontrol.calls").read_text() == "requeue 7\nupdate JobId=7 ExcNodeList=n[1-2],n4\n"

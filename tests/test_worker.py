@@ -34,6 +34,7 @@ def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank
             (tmp_path / "code").mkdir(exist_ok=True)
             (tmp_path / "code" / package).symlink_to(ROOT / package)
         (tmp_path / "code/jobs").mkdir()
+        (tmp_path / "code/jobs/signals.py").symlink_to(ROOT / "jobs/signals.py")
         (tmp_path / "code/jobs/__init__.py").write_text(JOBS.format(body=body))
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")

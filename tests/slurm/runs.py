@@ -1,14 +1,17 @@
 """Starts Muster runs on the test cluster, and waits for them: what the tests on a real Slurm share."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher import runs, slurm
+from launcher import history, runs, slurm
 
 CLONE = Path(__file__).resolve().parents[2]
 TWO_BY_TWO = [
@@ -43,7 +46,7 @@ def finish(run: Path, timeout_s: float = 240) -> dict[str, runs.JobState]:
     while runs.active(run) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not runs.active(run), "\n".join(
-        [str(runs.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*_0_log.out"))]
+        [str(runs.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*/rank-0.log"))]
     )
     return {job.name: job for job in runs.job_states(run)}
 
@@ -56,11 +59,10 @@ def complete(run: Path, *words: str) -> None:
 
 
 def logs(run: Path, job: str) -> dict[int, str]:
-    """What each rank of a job has printed."""
-    found = {
-        int(re.search(r"_(\d+)_log", path.name)[1]): path for path in sorted((run / "jobs" / job).glob("*_log.out"))
-    }
-    return {rank: path.read_text() for rank, path in sorted(found.items())}
+    """What each rank of a job's newest attempt has printed."""
+    number = history.newest(run / "jobs" / job)
+    found = (run / "jobs" / job / f"attempt-{number}").glob("rank-*.log")
+    return {int(path.stem.removeprefix("rank-")): path.read_text() for path in sorted(found)}
 
 
 def environments(run: Path, job: str) -> list[dict[str, str]]:
@@ -77,3 +79,42 @@ def queue() -> list[str]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def until(true: Callable[[], object], timeout_s: float = 120) -> None:
+    """Wait for something; the test fails with its name when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"{true.__name__} not after {timeout_s:g} s"
+        time.sleep(0.1)
+
+
+def step(run: Path) -> int:
+    """The last step that training has written down; 0 before the first."""
+    return max((line["step"] for line in history.metrics(run)), default=0)
+
+
+def job_id(run: Path, job: str) -> str:
+    return str(json.loads((run / "run.json").read_text())["launches"][-1]["jobs"][job])
+
+
+def kill_a_rank(run: Path) -> None:
+    """SIGKILL the rank of training that started last."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    """SHA-256 of each weight of the last checkpoint."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    found: dict[str, str] = json.loads((newest / "fingerprint.json").read_text())
+    return found
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    """`python -m launcher words...`"""
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *map(str, words)], capture_output=True, text=True, cwd=CLONE, check=False
+    )

@@ -84,7 +84,7 @@ def test_gpus_that_torch_cannot_see_are_a_users_error(slurm, tmp_path):
 
 def test_a_killed_rank_fails_the_job(slurm, tmp_path):
     run = tmp_path / "run"
-    runs.start(run, *TRAINING, "train.steps=2000")
+    runs.start(run, *TRAINING, "train.steps=2000", "cluster.max_restarts=0")
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -10,7 +10,7 @@ from tests.slurm import runs
 from tests.slurm.test_chain import TRAINING
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-WORDS = [*TRAINING, "train.steps=60", "jobs=[preprocess,train]"]
+WORDS = [*TRAINING, "train.steps=60", "jobs=[preprocess,train]", "cluster.requeue=false"]
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero2"])
