@@ -8,7 +8,7 @@ RANK ?= 0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,7 +26,10 @@ demo: setup ## fine-tune the bundled model here, from rows to a merged model tha
 	$(V)/python launch.py $(ARGS)
 
 test: setup test-system ## all tests, on a real Slurm where this machine can start one
-	$(V)/python -m pytest $(ARGS)
+	$(V)/python -m pytest -m 'not proof' $(ARGS)
+
+proof: setup test-system ## the slower proof: every kill, layout and world size (an hour or two)
+	$(V)/python -m pytest -m proof $(ARGS)
 
 test-system: # Slurm for the tests, where we may install it
 	@tests/install_slurm.sh
@@ -42,7 +45,7 @@ format: setup ## let ruff format and sort
 	$(V)/ruff check --fix .
 
 check: lint ## lint, then the tests that need neither Slurm nor many seconds
-	$(V)/python -m pytest -m 'not slurm and not slow'
+	$(V)/python -m pytest -m 'not slurm and not slow and not proof'
 
 slurm-up: test-system ## start a real Slurm of four nodes on this machine (ACCOUNTING=1 for sacct)
 	@$(PYTHON) tests/slurm/cluster.py up $(if $(ACCOUNTING),--accounting)

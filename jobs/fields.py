@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 Row = Mapping[str, Any]
@@ -22,7 +22,7 @@ def _value(row: Row, name: str, source: str) -> Any:
     if "{{" in source or "{%" in source:
         try:
             return _template(source).render(row)
-        except TemplateError as error:
+        except Exception as error:  # Jinja's own, and whatever the expressions raise on this row's values
             raise ValueError(
                 f"the template of {name} cannot be rendered: {error}; columns: {', '.join(row)}"
             ) from error

@@ -4,8 +4,10 @@ The formats are those that LLaMA-Factory, Axolotl and TRL document, so that thei
 any other schema is reached with `fields`. What cannot be learnt from a row is said, never guessed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.fields import Names, Row, mapped
@@ -15,6 +17,8 @@ SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 MEDIA = ("images", "image", "videos", "audios")
 PREFERENCE = ("chosen", "rejected", "kto_tag")
+HIGHEST = 2**31 - 1
+"""Of the token ids that can be stored; which of them the tokenizer has, a gate asks."""
 
 
 def recognise(row: Row, fields: Names | None = None) -> tuple[str, str]:
@@ -52,7 +56,40 @@ def convert(row: Row, format: str, fields: Names | None = None, roles: Names | N
         raise ValueError(f"format {format!r} is unknown: use one of {', '.join(CONVERT)}")
     row = mapped(row, fields)
     _refuse(row)
-    return CONVERT[format](row, fields or {}, roles or {})
+    sample = CONVERT[format](row, fields or {}, roles or {})
+    if any(map(_halved, _texts(sample))):
+        column = next((name for name, value in row.items() if _halved(_plain(value))), "the row")
+        raise ValueError(
+            f"{column} holds half a character (a surrogate such as \\ud83d without its other half): "
+            "mend the text, which was cut inside an emoji, or drop the row"
+        )
+    return sample
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    """All texts that may become tokens."""
+    yield from (text for text, _ in sample.parts)
+    if sample.tools:
+        yield _plain(sample.tools)
+    for each in sample.turns:
+        yield each.content
+        more = (each.tool_calls, each.reasoning_content, each.name, each.tool_call_id)
+        yield from (value if isinstance(value, str) else _plain(value) for value in more if value)
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _halved(text: str) -> bool:
+    """Whether a character is half of a pair, which UTF-8 cannot write."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _refuse(row: Row) -> None:
@@ -83,6 +120,18 @@ def _need(row: Row, names: Sequence[str], format: str) -> str:
     )
 
 
+def _list(row: Row, column: str, what: str) -> list[Any]:
+    """The column's list, empty where there is none."""
+    found = row.get(column)
+    if found is not None and not isinstance(found, list | tuple):
+        raise ValueError(f"{column} is {_short(found)}, not a list: give a list of {what}, or drop the row")
+    return list(found or [])
+
+
+def _short(value: object) -> str:
+    return "null" if value is None else repr(value)[:60]
+
+
 def _text_of(row: Row, names: Sequence[str], format: str) -> str:
     column = _need(row, names, format)
     text = content_text(row[column], column)
@@ -99,7 +148,7 @@ def _alpaca(row: Row, fields: Names, roles: Names) -> Sample:
         _need(row, INSTRUCTION, "alpaca")
         raise Empty("instruction and input are both empty: there is no question; drop the row")
     turns = []
-    for number, pair in enumerate(row.get("history") or []):
+    for number, pair in enumerate(_list(row, "history", "pairs of texts")):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
             raise ValueError(f"history[{number}] is not a pair of texts: give [question, answer]")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -144,7 +193,7 @@ def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
 
 def _segments(row: Row, fields: Names, roles: Names) -> Sample:
     """Axolotl's input_output: texts in order, `label` says which are learnt."""
-    parts = row[_need(row, ("segments",), "segments")]
+    parts = _list(row, _need(row, ("segments",), "segments"), "objects with `text` and `label`")
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) and "label" in part for part in parts):
         raise ValueError("segments wants a list of objects with `text` and `label`")
     return Sample(parts=tuple((part["text"], bool(part["label"])) for part in parts))
@@ -156,17 +205,22 @@ def _text(row: Row, fields: Names, roles: Names) -> Sample:
 
 def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
     """Finished tokens; padding (attention_mask 0) is cut off. Without labels every token is learnt."""
-    ids = list(row[_need(row, ("input_ids",), "tokenised")])
-    labels = list(ids if row.get("labels") is None else row["labels"])
-    seen = [1] * len(ids) if row.get("attention_mask") is None else list(row["attention_mask"])
+    ids = _list(row, _need(row, ("input_ids",), "tokenised"), "token ids")
+    strange = next((at for at, token in enumerate(ids) if type(token) is not int or abs(token) > HIGHEST), None)
+    if strange is not None:
+        raise ValueError(
+            f"input_ids[{strange}] is {_short(ids[strange])}, not a token id: give integers, or drop the row"
+        )
+    labels = ids if row.get("labels") is None else _list(row, "labels", "token ids and -100")
+    seen = [1] * len(ids) if row.get("attention_mask") is None else _list(row, "attention_mask", "0 and 1")
     if not len(ids) == len(labels) == len(seen):
         raise ValueError(
             f"input_ids has {len(ids)} tokens, labels {len(labels)}, attention_mask {len(seen)}: make them equal"
         )
     kept = [(token, label) for token, label, real in zip(ids, labels, seen, strict=True) if real]
-    if strange := next((pair for pair in kept if pair[1] not in (-100, pair[0])), None):
+    if unlike := next((pair for pair in kept if pair[1] not in (-100, pair[0])), None):
         raise ValueError(
-            f"a label is {strange[1]} where the token is {strange[0]}: labels are the token or -100, not shifted"
+            f"a label is {_short(unlike[1])} where the token is {unlike[0]}: labels are the token or -100, not shifted"
         )
     if not kept:
         raise Empty("input_ids is empty: drop the row")

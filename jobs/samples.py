@@ -86,7 +86,8 @@ def places(one: Path, numbers: Sequence[int]) -> list[str]:
     for number in numbers:
         which = bisect_right(first, number) - 1
         file, row = (
-            np.load(folders[which] / f"{name}.npy", mmap_mode="r")[number - first[which]] for name in ("files", "places")
+            np.load(folders[which] / f"{name}.npy", mmap_mode="r")[number - first[which]]
+            for name in ("files", "places")
         )
         found.append(f"{names[file]}{row}")
     return found

@@ -1,7 +1,6 @@
 """Reads raw rows from files and the Hub, block by block, each with the place it came from: memory does not grow with the input."""
 
 import bz2
-import csv
 import glob
 import gzip
 import io
@@ -10,28 +9,23 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from conf.columns import SPLIT
 from conf.errors import DataError, Problem
+from jobs.readers import CHUNK, LONGEST, READERS, ROWS, Unreadable
 
 Row = dict[str, Any]
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BOM = b"\xef\xbb\xbf"
-CHUNK = 2**20
-"""Characters of a JSON array, or bytes of whole lines, that are read at a time."""
-LONGEST = 2**28
-"""Characters or bytes of one row: a file without ends must not fill the memory."""
-ROWS = 256
-"""Rows of a block, where a file has no lines to cut it at."""
-
-
-class Unreadable(ValueError):
-    """A line that holds no row."""
+LINES = (".jsonl", ".json", ".txt")
+"""Endings of files that are read line by line."""
+ENDINGS = tuple(dict.fromkeys((*LINES, *READERS)))
+ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What `save_to_disk` and LLaMA-Factory keep beside the rows."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +67,9 @@ def rows(path: str, split: str | None = None, limit: int | None = None) -> Itera
 
 def blocks(path: str, split: str | None = None, limit: int | None = None) -> Iterator[Block]:
     """The same rows as blocks, in the same order. `split` is a part such as [10%:], `limit` the most rows of that."""
-    files = _files(path)
-    found = _hub(path) if files is None else _of_files(files)
+    found = _all(path)
     if split is not None or limit is not None:
-        start, stop = _bounds(split, lambda: sum(1 for _ in rows(path)))
+        start, stop = _bounds(split, lambda: _count(path))
         stop = min(stop, start + limit) if limit is not None else stop
         found = _cut(found, start, stop)
     empty = True
@@ -90,13 +83,36 @@ def blocks(path: str, split: str | None = None, limit: int | None = None) -> Ite
 
 def size(path: str) -> int | None:
     """Bytes of all files of a source; None for the Hub's, whose rows are counted instead."""
-    files = _files(path)
-    return None if files is None else sum(file.stat().st_size for file in files)
+    found = files(path)
+    return None if found is None else sum(file.stat().st_size for file in found)
 
 
 def files(path: str) -> list[Path] | None:
-    """The files of a source, in the order in which they are read; None for the Hub's."""
-    return _files(path)
+    """The files of a source, in the order in which they are read; None where it names none and can only mean the Hub."""
+    named = Path(path).expanduser()
+    if named.exists() and not named.is_dir():
+        return [named]
+    matched = (
+        sorted(named.rglob("*")) if named.is_dir() else [*map(Path, sorted(glob.glob(str(named), recursive=True)))]
+    )
+    found = [item for item in matched if item.is_file() and kind(item) in ENDINGS and item.name not in ABOUT]
+    if found:
+        return found
+    if matched or named.is_dir():
+        raise DataError(Problem("data.path", path, f"has no file ending in {', '.join(ENDINGS)}"))
+    if path.startswith(("/", ".", "~")) or any(sign in path for sign in "*?["):
+        raise DataError(Problem("data.path", path, "no such file"))
+    return None
+
+
+def _all(path: str) -> Iterator[Block]:
+    found = files(path)
+    return _hub(path) if found is None else _of_files(found)
+
+
+def _count(path: str) -> int:
+    """Rows, those that cannot be read too."""
+    return len(hub(path)) if files(path) is None else sum(1 for block in _all(path) for _ in block.parsed())
 
 
 def _bounds(split: str | None, count: Callable[[], int]) -> tuple[int, int]:
@@ -131,6 +147,8 @@ def _of_files(found: list[Path]) -> Iterator[Block]:
 
 
 def _object(row: Any) -> Row | Unreadable:
+    if isinstance(row, list):
+        return Unreadable('is a list, not an object with named columns: write each row as {"messages": [...]}')
     return row if isinstance(row, dict | Unreadable) else Unreadable("is not an object with named columns")
 
 
@@ -144,37 +162,24 @@ def _line(line: bytes, plain: bool) -> Row | Unreadable:
         return Unreadable(f"is not valid JSON: {error.msg}")
     except RecursionError:
         return Unreadable("is not valid JSON: nested too deeply")
-
-
-def _files(path: str) -> list[Path] | None:
-    """The files that a path names, sorted; None where it names none and can only mean the Hub."""
-    if Path(path).is_dir():
-        found = sorted(item for item in Path(path).rglob("*") if item.is_file() and kind(item) in READERS)
-        if not found:
-            raise DataError(Problem("data.path", path, f"has no file ending in {', '.join(READERS)}"))
-        return found
-    if Path(path).exists():
-        return [Path(path)]
-    if found := sorted(glob.glob(str(Path(path).expanduser()), recursive=True)):
-        return [Path(item) for item in found]
-    if path.startswith(("/", ".", "~")) or any(sign in path for sign in "*?["):
-        raise DataError(Problem("data.path", path, "no such file"))
-    return None
+    except ValueError as error:  # Python's limit on the digits of a number
+        return Unreadable(f"is not valid JSON: {error}")
 
 
 def kind(file: Path) -> str:
     """The ending that says how rows stand in a file, under any compression."""
-    return (file.with_suffix("") if file.suffix in OPENERS else file).suffix.lower()
+    return (file.with_suffix("") if file.suffix.lower() in OPENERS else file).suffix.lower()
 
 
 def _file(file: Path) -> Iterator[Block]:
     """One file's blocks; `read` counts its own bytes."""
     ending = kind(file)
-    if ending not in READERS:
-        raise DataError(Problem("data.path", file, f"ends in none of {', '.join(READERS)}"))
+    if ending not in ENDINGS:
+        raise DataError(Problem("data.path", file, f"ends in none of {', '.join(ENDINGS)}"))
     try:
         with file.open("rb") as raw:
-            opened = OPENERS[file.suffix](raw, "rb") if file.suffix in OPENERS else raw
+            compressed = OPENERS.get(file.suffix.lower())
+            opened = compressed(raw, "rb") if compressed else raw
             for first, lines, found in _parts(ending, opened, file):
                 yield Block(f"{file}:", raw.tell(), first, lines, ending == ".txt", found)
     except UnicodeDecodeError as error:
@@ -198,7 +203,8 @@ def _parts(
             Problem("data.path", file, "is UTF-16, not UTF-8: convert it, e.g. with iconv -f UTF-16 -t UTF-8")
         )
     array = ending in (".json", ".jsonl") and begin.removeprefix(BOM).lstrip().startswith(b"[")
-    if ending in (".txt", ".json", ".jsonl") and not array:
+    array = array and not (ending == ".jsonl" and _lists(begin))
+    if ending in LINES and not array:
         yield from ((first, lines, ()) for first, lines in _lines(opened, file))
         return
     read = iter(READERS[".json" if array else ending](opened, file))
@@ -206,8 +212,14 @@ def _parts(
         yield 0, None, part
 
 
+def _lists(begin: bytes) -> bool:
+    """Whether each line is a list, as far as the first two show."""
+    first, _, after = begin.removeprefix(BOM).lstrip().partition(b"\n")
+    return first.rstrip().endswith(b"]") and after.lstrip().startswith(b"[")
+
+
 def _peek(opened: Any) -> bytes:
-    """The first bytes, past blank lines, without moving on."""
+    """The first bytes, without moving on."""
     begin: bytes = opened.read(64 * 2**10)
     opened.seek(0)
     return begin
@@ -216,7 +228,8 @@ def _peek(opened: Any) -> bytes:
 def _lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
     """(number of the first, whole lines), each time about CHUNK bytes."""
     first, rest = 1, io.BytesIO()
-    opened.read(len(BOM)) if _peek(opened).startswith(BOM) else None
+    if _peek(opened).startswith(BOM):
+        opened.read(len(BOM))
     while chunk := opened.read(CHUNK):
         lines, end, after = chunk.rpartition(b"\n")
         if end:
@@ -231,101 +244,14 @@ def _lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
         yield first, rest.getvalue()
 
 
-@contextmanager
-def _text(opened: BinaryIO) -> Iterator[IO[str]]:
-    """The file as text; it stays open, for its position is asked for afterwards."""
-    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-    try:
-        yield text
-    finally:
-        with suppress(ValueError):  # closed already, where rows were read in part only
-            text.detach()
-
-
-def _json(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """The items of one array, decoded one by one as the file is read."""
-    decoder = json.JSONDecoder()
-    with _text(opened) as source:
-        text = source.read(CHUNK)
-        while "[" not in text:
-            text += source.read(CHUNK)
-        at = text.index("[") + 1
-        line = 1 + text.count("\n", 0, at)
-        while True:
-            at, line = _skip(text, at, line)
-            if at < len(text) and text[at] == "]":
-                return
-            problem = json.JSONDecodeError("the array does not end", text, len(text))
-            try:
-                row, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                row, end, problem = None, len(text), error
-            if end == len(text):  # the row may go on in the next chunk
-                more = source.read(max(CHUNK, len(text) - at)) if len(text) - at < LONGEST else ""
-                if not more:
-                    raise _not_json(file, line + text.count("\n", at, problem.pos), problem)
-                text, at = text[at:] + more, 0
-                continue
-            yield line, row
-            line, at = line + text.count("\n", at, end), end
-
-
-def _skip(text: str, at: int, line: int) -> tuple[int, int]:
-    """Over white space and commas."""
-    while at < len(text) and text[at] in " \t\r\n,":
-        line += text[at] == "\n"
-        at += 1
-    return at, line
-
-
-def _csv(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a CSV (or TSV) file with a heading."""
-    with _text(opened) as lines:
-        reader = csv.DictReader(lines, dialect="excel-tab" if kind(file) == ".tsv" else "excel", strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    yield reader.line_num, Unreadable("has another number of columns than its heading")
-                else:
-                    yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(Problem("data.path", f"{file}:{reader.line_num}", f"is not valid CSV: {error}")) from error
-
-
-def _parquet(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet as parquet
-
-    yield from _batches(file, lambda: parquet.ParquetFile(opened).iter_batches(batch_size=ROWS))
-
-
-def _arrow(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """An Arrow file, or the stream format that `datasets` writes."""
-    import pyarrow as arrow
-
-    def batches() -> Any:
-        try:
-            found = arrow.ipc.open_file(opened)
-            return (found.get_batch(number) for number in range(found.num_record_batches))
-        except arrow.ArrowInvalid:
-            opened.seek(0)
-            return arrow.ipc.open_stream(opened)
-
-    yield from _batches(file, batches)
-
-
-def _batches(file: Path, opened: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
-    import pyarrow as arrow
-
-    try:
-        yield from enumerate((row for batch in opened() for row in batch.to_pylist()), 1)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(Problem("data.path", file, f"is damaged, or not of its kind: {error}")) from error
-
-
 def _hub(path: str) -> Iterator[Block]:
-    found = enumerate(hub(path), 1)
-    while part := tuple((number, dict(row)) for number, row in islice(found, ROWS)):
-        yield Block(f"{path} row ", part[-1][0], rows=part)
+    found, behind = enumerate(hub(path), 1), 0
+    try:
+        while part := tuple((number, dict(row)) for number, row in islice(found, ROWS)):
+            behind = part[-1][0]
+            yield Block(f"{path} row ", behind, rows=part)
+    except Exception as error:  # whatever `datasets` raises: a damaged or missing file of its cache, a full disk
+        raise DataError(Problem("data.path", path, f"cannot be read after row {behind}: {_said(error)}")) from error
 
 
 def hub(path: str) -> Any:
@@ -338,21 +264,9 @@ def hub(path: str) -> Any:
         return load_dataset(name, split=split or "train")
     except Exception as error:  # whatever the Hub's client raises: offline, no such set, a gated one
         offline = " (HF_HUB_OFFLINE is set: fill HF_HOME where there is a network)" if HF_HUB_OFFLINE else ""
-        raise DataError(
-            Problem("data.path", path, f"is no file, and the Hub says: {str(error).splitlines()[0]}{offline}")
-        ) from error
+        raise DataError(Problem("data.path", path, f"is no file, and the Hub says: {_said(error)}{offline}")) from error
 
 
-def _not_json(file: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(Problem("data.path", f"{file}:{line}", f"is not valid JSON: {error.msg}"))
-
-
-READERS: dict[str, Callable[[BinaryIO, Path], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _json,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".txt": _json,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
+def _said(error: Exception) -> str:
+    """The first line of what it says; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -81,7 +81,9 @@ class Tokeniser:
                 findings.add(gates.of_error(error), place, str(error))
                 continue
             except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
-                said = f"has a value of an unexpected kind ({type(error).__name__}: {error}): look at it, or drop the row"
+                said = (
+                    f"has a value of an unexpected kind ({type(error).__name__}: {error}): look at it, or drop the row"
+                )
                 findings.add("unusable", place, said)
                 continue
             kept = self._fitted(sample, ids, trained, findings, place)

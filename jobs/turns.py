@@ -95,7 +95,7 @@ def content_text(raw: object, where: str) -> str:
         return "".join(_part(part, f"{where}[{number}]") for number, part in enumerate(raw))
     if isinstance(raw, list | Mapping | int | float):
         return json.dumps(raw, ensure_ascii=False)
-    raise ValueError(f"{where} is {type(raw).__name__}, not text: give a string or a list of text parts")
+    raise ValueError(f"{where} is {_kind(raw)}, not text: give a string or a list of text parts")
 
 
 def tool_list(raw: object) -> list[dict[str, Any]] | None:
@@ -120,9 +120,15 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and part.get("type") in ("text", "input_text", "output_text"):
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}.text is {_kind(part.get('text'))}, not text: give its text, or drop the part")
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
     raise ValueError(f"{where} is of type {kind}: only text is trained on; drop the row, or the part")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _key(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -191,3 +197,7 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): {text[:60]!r}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not valid JSON (nested too deeply): {text[:60]!r}") from error
+    except ValueError as error:  # Python's limit on the digits of a number
+        raise ValueError(f"{where} is not valid JSON ({error}): {text[:60]!r}") from error

@@ -83,7 +83,12 @@ def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
         (LOCAL, Facts(files_missing=(("data.path", "a.jsonl"),)), "data.path=a.jsonl", "no such file"),
         (LOCAL, Facts(files_missing=(("generate.prompts", "p"),)), "generate.prompts=p", "no such file"),
         (LOCAL, Facts(first_rows=(FirstRow("data.path", error="has no rows"),)), "data.path=", "has no rows"),
-        (LOCAL, Facts(first_rows=(FirstRow("data.path", ("question", "reply")),)), "data.path=", "alpaca needs instruction"),
+        (
+            LOCAL,
+            Facts(first_rows=(FirstRow("data.path", ("question", "reply")),)),
+            "data.path=",
+            "alpaca needs instruction",
+        ),
         (LOCAL, Facts(run_dir_error="is there already"), "run_dir=", "is there already"),
         (LOCAL, Facts(secrets_missing=("HF_TOKEN",)), "cluster.secrets=HF_TOKEN", "export HF_TOKEN first"),
         (SLURM, Facts(slurm_missing=("sbatch", "srun")), "cluster=slurm", "sbatch is not on PATH"),

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import UserError
-from jobs import preprocess, sources
+from jobs import preprocess, readers, sources
 from tests.jobs.ranks import CLONE
 
 GOOD = {"instruction": "Say hi.", "output": "Hi."}
@@ -52,7 +52,10 @@ FILES = [
     ("array not closed", "a.json", json.dumps([GOOD]).encode()[:-1], r"a\.json:1.*the array does not end"),
     ("array broken inside", "a.json", b'[{"text": "a"},\n{"text": ]', r"a\.json:2.*not valid JSON"),
     ("array of numbers", "a.json", b"[1, 2]", r"a\.json:1: is not an object"),
-    ("array of arrays", "a.json", b'[["a", "b"]]', r"a\.json:1: is not an object"),
+    ("array of arrays", "a.json", b'[["a", "b"]]', r"a\.json:1: is a list, not an object"),
+    ("lines of lists", "a.jsonl", b'["a", "b"]\n["c", "d"]\n', r"a\.jsonl:1: is a list, not an object"),
+    ("garbage behind an array", "a.json", json.dumps([GOOD]).encode() + b"\n}", r"a\.json:2: is not valid JSON"),
+    ("number of 5000 digits", "a.jsonl", lines(GOOD) + b'{"a": ' + b"1" * 5000 + b"}\n", r"a\.jsonl:2: is not valid JSON"),
     ("lines of strings", "a.jsonl", b'"a"\n"b"\n', r"a\.jsonl:1: is not an object"),
     ("one object over many lines", "a.json", json.dumps(GOOD, indent=2).encode(), r"a\.json:1: is not valid JSON"),
     ("nested without end", "a.jsonl", lines(GOOD) + b'{"a":' * 20000, r"a\.jsonl:2: is not valid JSON"),
@@ -92,6 +95,8 @@ ROWS = [
     ("empty answer", {"instruction": "a", "output": "  "}, [], r"gates\.empty=0.*\n.*a\.jsonl:3: output is empty"),
     ("empty question", {"instruction": "", "input": "", "output": "b"}, [], r"a\.jsonl:3: .* both empty"),
     ("odd history", {**GOOD, "history": [["a"]]}, [], r"a\.jsonl:3: history\[0\] is not a pair"),
+    ("half a character", {"instruction": "a", "output": "\ud83d"}, [], r"a\.jsonl:3: output holds half a character"),
+    ("half a token", {"input_ids": [5, 6.5]}, [], r"a\.jsonl:3: input_ids\[1\] is 6\.5, not a token id"),
     ("preferences", {**GOOD, "chosen": "a", "rejected": "b"}, [], r"a\.jsonl:3: .*marks preferences"),
     ("pictures", {**GOOD, "images": ["a.png"]}, [], r"a\.jsonl:3: the column images is not text"),
     ("no turns", {"messages": []}, [], r"a\.jsonl:3: messages is empty"),
@@ -152,7 +157,9 @@ def test_a_broken_row_is_named_with_its_line(row, words, expected, refused):
 
 def test_a_row_without_an_end_does_not_fill_the_memory(refused, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST", 2**16)
-    monkeypatch.setattr(sources, "CHUNK", 2**12)
+    for module in (readers, sources):
+        monkeypatch.setattr(module, "LONGEST", 2**16)
+        monkeypatch.setattr(module, "CHUNK", 2**12)
     assert "a.jsonl:3: has no end of line" in refused("a.jsonl", lines(GOOD, GOOD) + b'{"text": "' + b"x" * 2**18)
     assert "a.json:1: is not valid JSON" in refused("a.json", b'[{"text": "' + b"x" * 2**18)
 

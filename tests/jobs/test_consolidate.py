@@ -500,7 +500,7 @@ foreign.main({words!r})
     assert contents(tmp_path / "out") == whole
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_killed_at_any_moment_the_next_start_gives_the_same_bytes(checkpoint, base, tmp_path):
     command = [
         sys.executable,

@@ -18,7 +18,9 @@ KINDS = ("fsdp", "both", "app", "slices", "zero1", "zero2", "zero3", "bf16_zero1
 
 
 @pytest.fixture(
-    scope="module", params=[1, 2, 3, 4, pytest.param(7, marks=pytest.mark.slow)], ids=lambda size: f"on{size}"
+    scope="module",
+    params=[2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4, 7))],
+    ids=lambda size: f"on{size}",
 )
 def checkpoints(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")

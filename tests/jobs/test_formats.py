@@ -325,6 +325,26 @@ WRONG = {
     "empty completion": ({"prompt": "Hi", "completion": ""}, "completion is empty"),
     "empty text": ({"text": " \n"}, "text is empty"),
     "unequal lengths": ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens, labels 1"),
+    "half a character": ({"text": "Hi \ud83d"}, "text holds half a character"),
+    "half a character in a turn": (turns(USER, SAID | {"content": "\ude00"}), "messages holds half a character"),
+    "half a character in tools": (turns(USER, SAID) | {"tools": [ADD | {"a": "\ud83d"}]}, "tools holds half a"),
+    "a part without text": (
+        turns(USER, SAID | {"content": [{"type": "text"}]}),
+        r"messages\[1\].content\[0\].text is null, not text: give its text",
+    ),
+    "a part with null": (turns(USER, SAID | {"content": [{"type": "text", "text": None}]}), r"\[0\].text is null"),
+    "a part with a number": (turns(USER, SAID | {"content": [{"type": "text", "text": 5}]}), r"\[0\].text is int"),
+    "tools nested too deeply": (turns(USER, SAID) | {"tools": "[" * 200_000}, r"tools is not valid JSON \(nested"),
+    "tools with too long a number": (turns(USER, SAID) | {"tools": "1" * 5000}, r"tools is not valid JSON \(Exceeds"),
+    "a history of no pairs": ({"instruction": "Hi", "output": "x", "history": 5}, "history is 5, not a list"),
+    "token ids of no list": ({"input_ids": 7}, "input_ids is 7, not a list: give a list of token ids"),
+    "labels of no list": ({"input_ids": [7], "labels": 3}, "labels is 3, not a list"),
+    "a mask of no list": ({"input_ids": [7], "attention_mask": 1}, "attention_mask is 1, not a list"),
+    **{
+        f"a token that is {token!r}": ({"input_ids": [1, token]}, rf"input_ids\[1\] is {says}, not a token id")
+        for token, says in [(2**40, 2**40), (None, "null"), ([5], r"\[5\]"), (6.5, "6.5"), ("6", "'6'"), (True, True)]
+    },
+    "a label that is null": ({"input_ids": [1], "labels": [None]}, "a label is null where the token is 1"),
     "shifted labels": ({"input_ids": [1, 2], "labels": [2, -100]}, "a label is 2 where the token is 1"),
 }
 
@@ -363,6 +383,8 @@ def test_rows_that_must_not_be_learnt_are_refused(row, says):
         ({"instruction": "x", "output": None}, "alpaca", None, "output is null: give its text"),
         ({"text": "x"}, "messages", None, "messages needs a column messages or"),
         ({"text": "x"}, "csv", None, "format 'csv' is unknown: use one of alpaca"),
+        ({"segments": 5}, "segments", None, "segments is 5, not a list: give a list of objects with `text`"),
+        ({"a": 1, "b": 0}, "text", {"text": "{{ a / b }}"}, "text cannot be rendered: division by zero; columns: a, b"),
         ({"a": "x"}, "text", {"text": "b"}, "there is no column b for text; the columns are a"),
         (
             {"a": "x"},

@@ -48,7 +48,7 @@ def test_recomputation_changes_no_gradient(compose, kind, wrap, pack_into):
     check_same(compose, wrap, pack_into, f"train.activation_checkpointing={kind}")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("wrap", "pack_into"), [("whole", None), ("lora", 40)])
 def test_compilation_changes_no_gradient(compose, kind, wrap, pack_into):
@@ -153,7 +153,7 @@ COMBINED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("words", COMBINED, ids=" ".join)
 def test_sharded_models_compute_the_same(compose, words):
     config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
@@ -161,7 +161,7 @@ def test_sharded_models_compute_the_same(compose, words):
     spawn(_sharded, 2, words, config)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_sharded_models_may_be_compiled(compose, layout, adapter):

@@ -102,7 +102,9 @@ def test_held_out_rows_are_fixed_by_content_and_seed_and_none_is_lost(run, words
     assert not train & held
     assert 15 <= len(held) <= 35
     (tmp_path / "run").rename(tmp_path / "before")
-    longer = run([*ROWS[::-1], *({**ROWS[0], "output": f"No, {n}."} for n in range(50))], "data.validation_fraction=0.25")
+    longer = run(
+        [*ROWS[::-1], *({**ROWS[0], "output": f"No, {n}."} for n in range(50))], "data.validation_fraction=0.25"
+    )
     assert held <= set(texts(longer, "validation", words)), "a row changed sides because others were added"
 
 
@@ -186,7 +188,12 @@ def test_rows_that_a_gate_lets_through_are_left_out_and_said(run, capsys, words)
 
 
 def test_all_gates_that_stop_speak_at_once(run):
-    rows = [*ROWS, {"instruction": "a", "output": ""}, {"a": 1}, *[{"messages": [{"role": "wizard", "content": "x"}, *CHAT]}] * 20]
+    rows = [
+        *ROWS,
+        {"instruction": "a", "output": ""},
+        {"a": 1},
+        *[{"messages": [{"role": "wizard", "content": "x"}, *CHAT]}] * 20,
+    ]
     with pytest.raises(DataError) as caught:
         run(rows, "data.format=messages")
     said = str(caught.value)

@@ -11,7 +11,7 @@ from conf.files import read_json
 from launcher.history import metrics
 from tests.jobs import ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 WORDS = [
     "cluster.train.ranks_per_node=2", "cluster.train.gpus_per_node=0", "train.steps=6", "train.eval_every=3", "train.save_every=0",
     "train.global_batch=8", "train.precision=fp32", "train.fingerprint=true", "train.warmup_steps=0", "data.max_rows=120",

@@ -89,7 +89,7 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4))])
 def test_every_layout_starts_with_the_stored_weights(stored, compose, world):
     configs = {
         name: compose("model=hub", f"model.source={stored}", *COMMON, f"parallel={name}", *words)
@@ -108,7 +108,7 @@ def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.proof)])
 def test_drawn_weights_are_equal_in_every_layout(compose, world):
     configs = {name: compose(*COMMON, f"parallel={name}") for name in LAYOUTS if name != "hsdp"}
     spawn(_like_the_whole, world, configs)

@@ -64,6 +64,7 @@ def ends_as(run: Path, whole: Path) -> None:
     assert runs.fingerprints(run) == runs.fingerprints(whole)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "words", [["--signal=USR1"], ["--signal=USR1", "--batch"]], ids=["to the ranks", "to the script"]
 )
@@ -101,6 +102,7 @@ time.perf_counter = slow
 """Each step, which looks at the clock twice, takes 0.6 s longer."""
 
 
+@pytest.mark.proof
 def test_a_training_at_its_time_limit_goes_on(whole, start, tmp_path):
     run = start("cluster.train.time_min=1", "cluster.signal_s=25", with_hook(tmp_path, SLOW))
     ends_as(run, whole)
@@ -121,6 +123,7 @@ def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, star
     assert first["saved"] >= 10
 
 
+@pytest.mark.proof
 def test_a_training_that_fails_again_and_again_ends(start):
     run = start("cluster.max_restarts=1", "jobs=[train,consolidate]")
     for number in (1, 2):
@@ -144,6 +147,7 @@ def test_a_users_error_is_not_repeated(start):
     assert "mend it" in jobs["train"].verdict["next"]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("how", ["stop", "cancel"])
 def test_a_training_that_the_user_stops_is_saved_and_stays_ended(start, how):
     run = start("train.steps=4000")
@@ -159,6 +163,7 @@ def test_a_training_that_the_user_stops_is_saved_and_stays_ended(start, how):
     assert "asked for" in shown.stdout
 
 
+@pytest.mark.proof
 def test_a_stopped_training_is_resumed_by_hand(whole, start):
     run = start()
     trained(run, 3)
@@ -188,6 +193,7 @@ builtins.__import__ = fails
 """What Python runs first, so that every rank on n2 fails as on a broken GPU."""
 
 
+@pytest.mark.proof
 def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
     runs.until(lambda: any("without n2" in item.get("next", "") for item in history.verdicts(run / "jobs/train")))
@@ -199,6 +205,7 @@ def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
     assert "without n2" in first["next"]
 
 
+@pytest.mark.proof
 def test_a_job_that_may_not_be_requeued_says_so(start):
     run = start("cluster.requeue=false")
     trained(run, 3)
@@ -207,6 +214,7 @@ def test_a_job_that_may_not_be_requeued_says_so(start):
     assert verdicts(run) == [("preempted", False)]
 
 
+@pytest.mark.proof
 def test_a_training_whose_batch_script_is_killed_goes_on(whole, start):
     run = start("jobs=[train,consolidate]")
     trained(run, 5)
@@ -221,6 +229,7 @@ def test_a_training_whose_batch_script_is_killed_goes_on(whole, start):
     assert history.last_verdict(run / "jobs/consolidate")["status"] == "completed"
 
 
+@pytest.mark.proof
 def test_a_training_whose_node_is_lost_goes_on_elsewhere(whole, start, slurm):
     run = start("train.save_every=5")
     trained(run, 8)
@@ -235,6 +244,7 @@ def test_a_training_whose_node_is_lost_goes_on_elsewhere(whole, start, slurm):
     assert (first["status"], first["host"], first["next"]) == ("bad_node", "n2", requeue.BY_SLURM)
 
 
+@pytest.mark.proof
 def test_what_slurm_ends_without_a_word_has_a_verdict_too(whole, start):
     run = start("train.save_every=5")
     trained(run, 7)
@@ -243,6 +253,7 @@ def test_what_slurm_ends_without_a_word_has_a_verdict_too(whole, start):
     assert verdicts(run)[0] == ("preempted", True)
 
 
+@pytest.mark.proof
 def test_requeue_needs_nothing_but_python(whole, start):
     """`sbatch` by hand of the script that was written gives the same job."""
     run = start("submit=script")
