@@ -47,5 +47,5 @@ def test_a_run_is_followed_with_and_without_accounting(own_cluster, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "preprocess" in shown.stdout
     assert "completed" in shown.stdout
-    assert "format    alpaca" in _muster("logs", run, "--job", "preprocess").stdout
+    assert "sample: alpaca, because" in _muster("logs", run, "--job", "preprocess").stdout
     assert "no log of train" in _muster("logs", run).stderr
