@@ -155,7 +155,7 @@ def one_side(side: str, rows: str, words: str) -> None:
 
 def measured(side: str, rows: Path, words: Path) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, __file__, "--side", side, str(rows), str(words)],
+        [sys.executable, str(Path(__file__).resolve()), "--side", side, str(rows), str(words)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
