@@ -14,6 +14,8 @@ LAYOUTS = {
     "ddp": [], "zero1": [], "zero2": [], "zero3": [], "fsdp": [], "hsdp": ["parallel.shard_ranks=2"],
     "zero3_offload": [], "fsdp_offload": [],
 }  # fmt: skip
+ON_SLURM = ("ddp", "zero1", "hsdp")
+"""Held against the reference in tests/slurm/test_chain.py as well."""
 COMMON = [
     "cluster.train.ranks_per_node=4", "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}",
     "train.warmup_steps=5", "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true",
@@ -51,7 +53,9 @@ def lora_curve(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.proof) if name in ON_SLURM else name for name in LAYOUTS]
+)
 def test_layout_equals_the_reference(layout, curve, tmp_path):
     ranks.run(f"run_dir={tmp_path}/run", *COMMON, f"parallel={layout}", *LAYOUTS[layout])
     check(tmp_path / "run", curve)
