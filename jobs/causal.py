@@ -23,30 +23,7 @@ FASTEST = [
 HALF = (torch.float16, torch.bfloat16)
 
 
-def cudnn(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row, by cuDNN where it can. Takes (rows, heads, length, head size), and key and value
-    with fewer heads; returns (rows, length, heads, head size)."""
-    if attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    rows, _, length, _ = query.shape
-    if sliding_window is not None and sliding_window < length:
-        borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
-        return _inside(query, key, value, borders, length, dropout, scaling, sliding_window), None
-    return _causal(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous(), None
-
-
-def varlen(
+def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,13 +37,18 @@ def varlen(
     max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `cudnn`, but causal inside each sample: `cu_seq_lens_q` are the borders of samples, int32 over all rows laid end to
-    end, the longest of `max_length_q` tokens."""
-    if cu_seq_lens_q is None or attention_mask is not None:
-        return cudnn(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window
-        )
-    return _inside(query, key, value, cu_seq_lens_q, max_length_q or 0, dropout, scaling, sliding_window), None
+    """Causal attention inside each row, by cuDNN where it can; inside each sample where `cu_seq_lens_q` says their borders,
+    int32 over all rows laid end to end, the longest of `max_length_q` tokens. Takes (rows, heads, length, head size), and
+    key and value with fewer heads; returns (rows, length, heads, head size)."""
+    if attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+    if cu_seq_lens_q is not None:
+        return _inside(query, key, value, cu_seq_lens_q, max_length_q or 0, dropout, scaling, sliding_window), None
+    rows, _, length, _ = query.shape
+    if sliding_window is not None and sliding_window < length:
+        borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
+        return _inside(query, key, value, borders, length, dropout, scaling, sliding_window), None
+    return _causal(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous(), None
 
 
 def _inside(

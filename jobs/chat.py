@@ -5,8 +5,10 @@ A learnt stretch of text becomes the tokens that hold any of its characters.
 """
 
 import re
+from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -66,12 +68,26 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
     ]
 
 
-def ends_well(ids: list[int], trained: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the last learnt token, blanks aside, ends a turn or the text: a model that never sees one never stops."""
-    learnt = [token for token, yes in zip(ids, trained, strict=True) if yes]
-    while learnt and tokenizer.decode(learnt[-1:]).isspace():
-        learnt.pop()
-    return bool(learnt) and learnt[-1] in {tokenizer.convert_tokens_to_ids(end) for end in ends(tokenizer)}
+def ends_well(
+    ids: Sequence[int], trained: Sequence[int], tokenizer: PreTrainedTokenizerBase, closing: Set[int] | None = None
+) -> bool:
+    """Whether the last learnt token, blanks aside, ends a turn or the text: a model that never sees one never stops.
+
+    closing: what `end_ids` says, where many samples are looked at.
+    """
+    closing = end_ids(tokenizer) if closing is None else closing
+    for place in np.flatnonzero(trained)[::-1]:
+        token = int(ids[place])
+        if token in closing:
+            return True
+        if not tokenizer.decode([token]).isspace():
+            return False
+    return False
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> Set[int]:
+    """The tokens that end a turn or the text."""
+    return {tokenizer.convert_tokens_to_ids(end) for end in ends(tokenizer)}
 
 
 def joined(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, list[Span]]:

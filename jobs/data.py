@@ -55,7 +55,7 @@ def read(folder: Path, split: str, pack_into: int | None = None) -> Rows:
         )
     sets = [folder / "sets" / name for name in about["splits"][split]]
     for one in sets:
-        if not (one / "set.json").exists():
+        if not samples.is_whole(one):
             raise DataError(
                 Problem("data", one, f"its tokens at {one.resolve()} are gone: delete {folder}, and preprocess again")
             )

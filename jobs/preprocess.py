@@ -1,9 +1,8 @@
 """Turns raw rows into what training reads: tokenised sets, built once for all runs, and this run's choice of their samples."""
 
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from conf.schema import Config, DataSet, Executor, Format, Overlong
 from jobs import data, encode, formats, gates, identity, page, samples, selection, sources, store
 from jobs.gates import Findings
 from jobs.model import tokenizer
-from jobs.selection import Samples, Sets
+from jobs.selection import Samples
 from jobs.tokenise import Recipe
 
 TRIED = 300
@@ -27,7 +26,23 @@ TRIED = 300
 VALIDATION = "validation"
 HELD_OUT = "held out"
 """Name of the set at `data.validation_path`: no training set can have it."""
-Built = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A tokenised set, and where its rows lie now: another run may have built it from the same rows elsewhere."""
+
+    path: str
+    folder: Path
+    about: dict[str, Any]
+    """Its set.json."""
+
+    def here(self, place: str) -> str:
+        """`file:line` by the path of now."""
+        return place.replace(self.about["path"], self.path, 1)
+
+
+Sets = Mapping[str, Built]
 
 
 def run(config: Config) -> None:
@@ -37,25 +52,30 @@ def run(config: Config) -> None:
         print(f"data is there already: {folder}")
         return
     words = tokenizer(config)
-    described = datasets.training(config.data)
-    built = {name: tokenised(name, one, config, words) for name, one in described.items()}
+    trained = {name: tokenised(name, one, config, words) for name, one in datasets.training(config.data).items()}
     held = datasets.held_out(config.data)
     apart = {HELD_OUT: tokenised(HELD_OUT, held, config, words)} if held else {}
-    sets, described = built | apart, described | ({HELD_OUT: held} if held else {})
-    findings = _findings(sets, described)
-    chosen = choose(built, apart, config, findings)
-    about = _about(sets, described, {"train": list(built), VALIDATION: list(apart or built)}, chosen)
+    sets = trained | apart
+    findings = _findings(sets)
+    chosen = choose(trained, apart, config, findings)
+    every = samples.read([one.folder for one in trained.values()])
+    others = samples.read([one.folder for one in apart.values()]) if apart else every
+    rows = {
+        "train": data.arrange(every, chosen["train"], config.data.max_length if config.data.packing else None),
+        VALIDATION: data.arrange(others, chosen[VALIDATION]),
+    }
+    about = _about(sets, {"train": list(trained), VALIDATION: list(apart or trained)}, rows)
+    verdicts = _judged(findings, about, config)
+    _write(folder, sets, about, rows, words, verdicts, config)
+
+
+def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[gates.Verdict]:
+    """What the gates found, said. Raises DataError with all that stops the run, or where a split is left without samples."""
     rows = sum(one["rows"] for one in about["sets"].values())
     limits = config.data.gates
     if config.data.overlong is Overlong.split:  # nothing is lost
         limits = replace(limits, overlong=1.0)
     verdicts = gates.judged(findings, rows, limits)
-    _judge(verdicts, about, rows, findings)
-    _write(folder, sets, about, chosen, words, verdicts, config)
-
-
-def _judge(verdicts: list[gates.Verdict], about: dict[str, Any], rows: int, findings: Findings) -> None:
-    """Say what the gates found. Raises DataError with all that stops the run, or where a split is left without samples."""
     for verdict in verdicts:
         if not verdict.stops:
             print(f"warning   {verdict}", flush=True)
@@ -71,14 +91,15 @@ def _judge(verdicts: list[gates.Verdict], about: dict[str, Any], rows: int, find
                     "data.validation_fraction and the weights of data.sets",
                 )
             )
+    return verdicts
 
 
 def _lost(findings: Findings) -> str:
     return "".join(f", {count:,} {gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
 
 
-def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Path:
-    """The folder of a tokenised set: found in the cache, or built. Raises DataError for rows that cannot be read."""
+def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Built:
+    """A tokenised set, found in the cache or built. Raises DataError for rows that cannot be read."""
     asked = config.data
     cache = Path(asked.cache) if asked.cache else Path(config.run_dir).parent / ".data"
     blocks = partial(sources.blocks, one.path, one.split, asked.max_rows)
@@ -94,23 +115,25 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     shape = _shape(name, first, one) if first else one.format.name
     before = identity.states(one.path)
     key = identity.key(one, asked, words, shape, cache)
-    if found := store.built(cache, key):
-        print(f"tokens    {name}: there already, {found}", flush=True)
-        return found
-    recipe = Recipe(words, shape, one.fields, one.roles, asked.mask, asked.max_length, asked.overlong)
-    recipe = _tried(recipe, first)
-    size = sources.size(one.path)
-    total = (size, "B") if size is not None else (len(sources.hub(one.path)), " rows")
-    return store.build(cache, key, recipe, one.path, blocks, unchanged, workers=_workers(config), total=total)
+    folder = store.built(cache, key)
+    if folder:
+        print(f"tokens    {name}: there already, {folder}", flush=True)
+    else:
+        recipe = Recipe(words, shape, one.fields, one.roles, asked.mask, asked.max_length, asked.overlong)
+        recipe = _tried(recipe, first)
+        size = sources.size(one.path)
+        total = (size, "B") if size is not None else (len(sources.hub(one.path)), " rows")
+        folder = store.build(cache, key, recipe, one.path, blocks, unchanged, workers=_workers(config), total=total)
+    return Built(one.path, folder, read_json(folder / "set.json"))
 
 
-def choose(built: Built, apart: Built, config: Config, findings: Findings) -> dict[str, Samples]:
+def choose(trained: Sets, apart: Sets, config: Config, findings: Findings) -> dict[str, Samples]:
     """The sample numbers of each split; what is found on the way is noted."""
-    described = datasets.training(config.data)
-    hashes, origins = ([samples.hashes(one, of) for one in built.values()] for of in ("hashes", "origins"))
-    sets = Sets(np.concatenate(hashes), np.concatenate(origins), [0, *accumulate(map(len, hashes))])
+    folders = [one.folder for one in trained.values()]
+    hashes, origins = ([samples.hashes(one, of) for one in folders] for of in ("hashes", "origins"))
+    sets = selection.Sets(np.concatenate(hashes), np.concatenate(origins), [0, *accumulate(map(len, hashes))])
     if apart:
-        train, held_hashes = np.arange(len(sets.hashes)), samples.hashes(apart[HELD_OUT])
+        train, held_hashes = np.arange(len(sets.hashes)), samples.hashes(apart[HELD_OUT].folder)
         held = np.arange(len(held_hashes))
     else:
         train, held = selection.held_out(sets, config.data.validation_fraction, config.data.seed)
@@ -119,13 +142,13 @@ def choose(built: Built, apart: Built, config: Config, findings: Findings) -> di
         train = kept
         print(f"dropped   {len(doubles):,} samples that are equal to one before", flush=True)
     else:
-        located = [(one.path, folder) for one, folder in zip(described.values(), built.values(), strict=True)]
-        places = _places(located, doubles[: gates.FIRST].tolist())
+        places = [_place(trained.values(), number) for number in doubles[: gates.FIRST].tolist()]
         findings.note("duplicates", places, len(doubles), of=len(train))
     if apart:
         common = selection.overlap(held_hashes, sets.hashes[train])
-        located = [(str(config.data.validation_path), apart[HELD_OUT])]
-        findings.note("overlap", _places(located, common[: gates.FIRST].tolist()), len(common), of=len(held))
+        places = [_place(apart.values(), number) for number in common[: gates.FIRST].tolist()]
+        findings.note("overlap", places, len(common), of=len(held))
+    described = datasets.training(config.data)
     return {"train": selection.weighted(train, sets, described, config.data.seed), VALIDATION: held}
 
 
@@ -175,94 +198,76 @@ def _workers(config: Config) -> int:
     )
 
 
-def _findings(built: Built, described: Mapping[str, DataSet]) -> Findings:
-    """What the gates found when the sets were built; a set may have been built from the same rows at another place."""
+def _findings(sets: Sets) -> Findings:
+    """What the gates found when the sets were built."""
     found = Findings()
-    for name, one in built.items():
-        about = read_json(one / "set.json")
-        for examples in about["findings"]["first"].values():
-            examples[:] = [
-                (place.replace(about["path"], described[name].path, 1), detail) for place, detail in examples
-            ]
-        found.merge(Findings(**about["findings"]))
+    for one in sets.values():
+        known = Findings(**one.about["findings"])
+        first = {
+            gate: [(one.here(place), detail) for place, detail in examples] for gate, examples in known.first.items()
+        }
+        found.merge(Findings(known.counts, first))
     return found
 
 
-def _place(sets: Sequence[tuple[str, Path]], number: int) -> str:
-    return _places(sets, [number])[0]
-
-
-def _places(sets: Sequence[tuple[str, Path]], numbers: Sequence[int]) -> list[str]:
-    """`file:line` of samples, numbered through these sets, each given with the path that it has now."""
-    known = [read_json(one / "set.json") for _, one in sets]
-    found, first = [], [0, *accumulate(about["samples"] for about in known)]
-    for number in numbers:
-        which = bisect_right(first, number) - 1
-        (place,) = samples.places(sets[which][1], [number - first[which]])
-        found.append(place.replace(known[which]["path"], sets[which][0], 1))
-    return found
+def _place(sets: Iterable[Built], number: int) -> str:
+    """`file:line` of a sample, numbered through these sets."""
+    for one in sets:
+        if number < one.about["samples"]:
+            return one.here(*samples.places(one.folder, [number]))
+        number -= one.about["samples"]
+    raise IndexError(number)
 
 
 def _write(
     folder: Path,
-    sets: Built,
+    sets: Sets,
     about: dict[str, Any],
-    chosen: dict[str, Samples],
+    rows: dict[str, data.Rows],
     words: PreTrainedTokenizerBase,
     verdicts: list[gates.Verdict],
     config: Config,
 ) -> None:
     """Publish RUN/data: the choice, links to the sets, the tokenizer, and the page to look at."""
+    places = {split: partial(_place, [sets[name] for name in names]) for split, names in about["splits"].items()}
     with new_folder(folder) as beside:
         (beside / "sets").mkdir()
         for name, one in sets.items():
-            (beside / "sets" / name).symlink_to(os.path.relpath(one.resolve(), folder.parent.resolve() / "data/sets"))
-        for split, numbers in chosen.items():
-            np.save(beside / f"{split}.npy", numbers)
+            target = os.path.relpath(one.folder.resolve(), folder.parent.resolve() / "data/sets")
+            (beside / "sets" / name).symlink_to(target)
+        for split, found in rows.items():
+            np.save(beside / f"{split}.npy", found.chosen)
         words.save_pretrained(beside / "tokenizer")
         write_json(beside / "data.json", about)
-        packed = config.data.packing
-        splits = {
-            "train": data.read(beside, "train", config.data.max_length if packed else None),
-            VALIDATION: data.read(beside, VALIDATION),
-        }
-        places = {
-            split: partial(_place, [(about["sets"][name]["source"], sets[name]) for name in about["splits"][split]])
-            for split in splits
-        }
         text = page.html(
             about,
-            splits,
+            rows,
             places,
             words,
             max_length=config.data.max_length,
-            packed=packed,
+            packed=config.data.packing,
             found=verdicts,
             seed=config.data.seed,
         )
         write_text(beside / "preview.html", text)
-        print(page.terminal(splits["train"], words, places["train"], count=config.data.preview, colour=True))
+        print(page.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
     print(f"data      {folder}, and what it looks like in preview.html", flush=True)
 
 
-def _about(
-    sets: Built, described: Mapping[str, DataSet], splits: dict[str, list[str]], chosen: dict[str, Samples]
-) -> dict[str, Any]:
+def _about(sets: Sets, splits: dict[str, list[str]], rows: dict[str, data.Rows]) -> dict[str, Any]:
     """What RUN/data/data.json says: each set, and each split's sets and sizes."""
     about: dict[str, Any] = {"sets": {}, "splits": splits}
     for name, one in sets.items():
-        known = read_json(one / "set.json")
-        counts = {key: known[key] for key in ("rows", "samples", "tokens", "trained_tokens")}
-        about["sets"][name] = {"source": described[name].path, "format": known["shape"], **counts, "epoch": 0}
-    for split, numbers in chosen.items():
-        found = samples.read([sets[name] for name in splits[split]])
+        counts = {key: one.about[key] for key in ("rows", "samples", "tokens", "trained_tokens")}
+        about["sets"][name] = {"source": one.path, "format": one.about["shape"], **counts, "epoch": 0}
+    for split, found in rows.items():
         about[split] = {
-            "samples": len(numbers),
-            "tokens": int(found.lengths[numbers].sum()),
-            "trained_tokens": int(found.labels[numbers].sum()),
+            "samples": len(found.chosen),
+            "tokens": int(found.lengths.sum()),
+            "trained_tokens": int(found.counts.sum()),
         }
-    ends = np.cumsum([about["sets"][name]["samples"] for name in splits["train"]])
-    counts = np.bincount(np.searchsorted(ends, chosen["train"], side="right"), minlength=len(ends))
+    ends = np.cumsum([sets[name].about["samples"] for name in splits["train"]])
+    counts = np.bincount(np.searchsorted(ends, rows["train"].chosen, side="right"), minlength=len(ends))
     for name, count in zip(splits["train"], counts.tolist(), strict=True):
         about["sets"][name]["epoch"] = count
     return about

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import Mask, Overlong
-from jobs import formats, gates
+from jobs import chat, formats, gates
 from jobs.encode import Encoder
 from jobs.gates import Findings
 from jobs.sources import Block, Unreadable
-from jobs.templates import ends
 from jobs.turns import Sample
 
 
@@ -65,7 +64,7 @@ class Tokeniser:
         self.recipe = recipe
         self.encode = Encoder(words, mask=recipe.mask.name, fast=recipe.fast)
         self.vocabulary = len(words)
-        self.ends = {words.convert_tokens_to_ids(end) for end in ends(words)}
+        self.closing = chat.end_ids(words)
 
     def __call__(self, block: Block) -> Tokenised:
         findings, samples, places, firsts, rows = Findings(), [], [], [], 0
@@ -105,7 +104,7 @@ class Tokeniser:
         parts = [(ids, trained)]
         if len(ids) > self.recipe.max_length:
             parts = self._shortened(ids, trained, findings, place)
-        elif trained.any() and not self._ends(ids, trained):
+        elif trained.any() and not chat.ends_well(ids, trained, self.recipe.tokenizer, self.closing):
             findings.add("endless", place, repr(self.recipe.tokenizer.decode(ids[-8:])))
         kept = [part for part in parts if part[1][1:].any()]
         if parts and not kept:
@@ -123,15 +122,6 @@ class Tokeniser:
         if policy is Overlong.split:
             return [(ids[at : at + size], trained[at : at + size]) for at in range(0, len(ids), size)]
         return [(ids[:size], trained[:size])] if policy is Overlong.truncate else []
-
-    def _ends(self, ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> bool:
-        """Whether the last trained token, some blanks aside, ends a turn or the text."""
-        for token in ids[np.flatnonzero(trained)[-16:]][::-1].tolist():
-            if token in self.ends:
-                return True
-            if not self.recipe.tokenizer.decode([token]).isspace():
-                return False
-        return False
 
 
 def _joined(

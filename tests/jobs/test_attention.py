@@ -76,7 +76,7 @@ def test_dropout_of_attention_is_kept():
     torch.manual_seed(0)
     query = torch.randn(1, 4, 16, 8)
     borders = torch.tensor([0, 10, 16], dtype=torch.int32)
-    ways = [causal.varlen(None, query, query, query, None, dropout=rate, cu_seq_lens_q=borders) for rate in (0.0, 0.5)]
+    ways = [causal.attend(None, query, query, query, None, dropout=rate, cu_seq_lens_q=borders) for rate in (0.0, 0.5)]
     assert ways[0][0].shape == ways[1][0].shape == (1, 16, 4, 8)
     assert not torch.equal(ways[0][0], ways[1][0])
 
@@ -171,6 +171,6 @@ def test_attention_is_compiled_as_one_piece():
     torch._dynamo.reset()
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 24, 8), torch.randn(2, 2, 24, 8)
-    whole_graph = torch.compile(lambda *given: causal.cudnn(None, *given, None)[0], fullgraph=True)
-    expected = causal.cudnn(None, query, key, key, None)[0]
+    whole_graph = torch.compile(lambda *given: causal.attend(None, *given, None)[0], fullgraph=True)
+    expected = causal.attend(None, query, key, key, None)[0]
     assert torch.allclose(whole_graph(query, key, key), expected, atol=1e-6)

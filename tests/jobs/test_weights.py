@@ -25,6 +25,7 @@ LAYOUTS = {
     "zero1": [], "zero2": [], "zero3": [],
 }  # fmt: skip
 COMMON = ["train.global_batch=12", "cluster.train.gpus_per_node=0", "cluster.train.ranks_per_node=4"]
+HUB = ["model=hub", f"model.tokenizer={Path(__file__).parents[2] / 'examples/tokenizer'}"]
 LORA = ["adapter=lora", "adapter.r=4", "train.precision=bf16"]
 
 
@@ -32,14 +33,14 @@ LORA = ["adapter=lora", "adapter.r=4", "train.precision=bf16"]
 def stored(request, tmp_path_factory):
     """A tiny model in several files; no dimension divides by 3 or 4, and key and value heads are shared."""
     shape = LlamaConfig(
-        vocab_size=259, hidden_size=56, intermediate_size=101, num_hidden_layers=3, num_attention_heads=4, head_dim=14,
+        vocab_size=1027, hidden_size=56, intermediate_size=101, num_hidden_layers=3, num_attention_heads=4, head_dim=14,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=request.param, bos_token_id=1, eos_token_id=2,
         rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     )  # fmt: skip
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("stored")
-    LlamaForCausalLM(shape).save_pretrained(folder, max_shard_size="60KB")
+    LlamaForCausalLM(shape).save_pretrained(folder, max_shard_size="90KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
 
@@ -92,7 +93,7 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
 @pytest.mark.parametrize("world", [2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4))])
 def test_every_layout_starts_with_the_stored_weights(stored, compose, world):
     configs = {
-        name: compose("model=hub", f"model.source={stored}", *COMMON, f"parallel={name}", *words)
+        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *words)
         for name, words in LAYOUTS.items()
         if name != "hsdp" or world % 2 == 0
     }
@@ -117,13 +118,13 @@ def test_drawn_weights_are_equal_in_every_layout(compose, world):
 @pytest.mark.slow
 def test_adapters_are_equal_in_every_layout_on_a_frozen_base_in_bf16(stored, compose):
     names = ["fsdp", "ddp", "zero2", "zero3"]
-    words = ["model=hub", f"model.source={stored}", *COMMON, *LORA]
+    words = [*HUB, f"model.source={stored}", *COMMON, *LORA]
     spawn(_like_the_whole, 3, {name: compose(*words, f"parallel={name}") for name in names})
     spawn(_like_the_whole, 2, {name: compose(*COMMON, *LORA, f"parallel={name}") for name in names})  # a drawn base
 
 
 def test_the_whole_model_is_the_stored_one(stored, compose):
-    built = model.build(compose("model=hub", f"model.source={stored}"))
+    built = model.build(compose(*HUB, f"model.source={stored}"))
     expected = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     _equal(built.state_dict(), expected.state_dict(), "whole")
     for name, value in expected.named_buffers():
@@ -133,7 +134,7 @@ def test_the_whole_model_is_the_stored_one(stored, compose):
 
 
 def test_adapters_begin_as_the_identity_on_a_bf16_base(stored, compose):
-    built = model.build(compose("model=hub", f"model.source={stored}", *LORA))
+    built = model.build(compose(*HUB, f"model.source={stored}", *LORA))
     for name, parameter in built.named_parameters():
         assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16), name
         assert (parameter == 0).all() == ("lora_B" in name), name
@@ -194,24 +195,28 @@ def _gone(path, _tensors, _name):
 )
 def test_files_that_do_not_fit_are_refused_on_every_rank(stored, compose, tmp_path, change, words):
     folder = _damaged(stored, tmp_path / "damaged", change)
-    config = compose("model=hub", f"model.source={folder}", *COMMON, "parallel=fsdp")
+    config = compose(*HUB, f"model.source={folder}", *COMMON, "parallel=fsdp")
     spawn(_refused, 2, config, ["model.source", "fetch", *words])
 
 
-def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(compose, tmp_path):
+def llama(*, vocabulary, hidden, inner, layers, heads):
     shape = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
     )
-    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    return LlamaForCausalLM(shape)
+
+
+def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(compose, tmp_path):
+    llama(vocabulary=1024, hidden=16, inner=16, layers=1, heads=2).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
     with pytest.raises(ConfigError, match=r"lm_head\.weight.*tie_word_embeddings"):
-        model.build(compose("model=hub", f"model.source={tmp_path}"))
+        model.build(compose(*HUB, f"model.source={tmp_path}"))
 
 
 def _binary(folder):
@@ -226,7 +231,7 @@ def _binary(folder):
 def test_weights_that_cannot_be_sliced_are_read_whole(stored, compose, tmp_path):
     folder = _damaged(stored, tmp_path / "bin", lambda path, _tensors, _name: _binary(path.parent))
     configs = {
-        name: compose("model=hub", f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")
+        name: compose(*HUB, f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")
     }
     spawn(_whole, 2, configs, str(stored))
 
@@ -274,24 +279,16 @@ def _measured(_rank: int, config: Config, size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "zero3"])
 def test_no_rank_ever_holds_the_whole_model(layout, compose, tmp_path):
-    shape = LlamaConfig(
-        vocab_size=16384,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    whole = LlamaForCausalLM(shape)
+    whole = llama(vocabulary=16384, hidden=1024, inner=4096, layers=3, heads=8)
     size = sum(parameter.nbytes for parameter in whole.parameters())
     assert size > 300e6
     whole.save_pretrained(tmp_path, max_shard_size="100MB")
     del whole
-    spawn(_measured, 2, compose("model=hub", f"model.source={tmp_path}", *COMMON, f"parallel={layout}"), size)
+    spawn(_measured, 2, compose(*HUB, f"model.source={tmp_path}", *COMMON, f"parallel={layout}"), size)
 
 
 def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compose):
-    words = ["model=hub", f"model.source={stored}", *COMMON]
+    words = [*HUB, f"model.source={stored}", *COMMON]
     spawn(_skipped, 2, [compose(*words, "parallel=fsdp"), compose(*words, "parallel=fsdp", *LORA)])
 
 
@@ -312,14 +309,14 @@ def _skipped(_rank: int, configs: list[Config]) -> None:
 
 def test_fused_experts_are_converted_by_transformers(compose, tmp_path):
     shape = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         num_local_experts=4,
     )  # fmt: skip
     MixtralForCausalLM(shape).save_pretrained(tmp_path)
     assert any(
         "experts.0.w1" in name for name in load_file(tmp_path / "model.safetensors")
     )  # one by one, as on the Hub
-    built = model.build(compose("model=hub", f"model.source={tmp_path}"))
+    built = model.build(compose(*HUB, f"model.source={tmp_path}"))
     _equal(
         built.state_dict(), MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict(), "mixtral"
     )
