@@ -230,9 +230,7 @@ def _binary(folder):
 
 def test_weights_that_cannot_be_sliced_are_read_whole(stored, compose, tmp_path):
     folder = _damaged(stored, tmp_path / "bin", lambda path, _tensors, _name: _binary(path.parent))
-    configs = {
-        name: compose(*HUB, f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")
-    }
+    configs = {name: compose(*HUB, f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")}
     spawn(_whole, 2, configs, str(stored))
 
 

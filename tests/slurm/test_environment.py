@@ -48,7 +48,7 @@ def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path)
         ["sbatch", "--parsable", "--wait", run / "jobs/preflight.sbatch"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    changing = {"MASTER_ADDR", "MASTER_PORT", "MUSTER_RUN", "MUSTER_CONFIG"}
+    changing = {"MASTER_ADDR", "MASTER_PORT", "MUSTER_RUN", "MUSTER_CONFIG", "MUSTER_STOP_AT"}
     for submitted, by_hand in zip(
         runs.environments(preflight, "preflight"), runs.environments(run, "preflight"), strict=True
     ):
