@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -20,73 +21,85 @@ from jobs.order import Order
 from jobs.packing import hidden_factor
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What every step needs, and none changes."""
+
+    config: Config
+    world: World
+    backend: ModuleType
+    engine: Engine
+    rows: data.Rows
+    validation: data.Rows
+    order: Order
+    pad: int
+    """Token id that fills rows up."""
+    steps: int
+    metrics: Metrics
+    stop: signals.Stop
+
+
 def run(config: Config) -> None:
     """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when one asked for it."""
     with signals.watched(config) as stop, process_group(config) as world:
-        folder = Path(config.run_dir) / "data"
-        rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
-        validation = data.read(folder, "validation")
-        steps = config.train.steps or max(
-            1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch)
-        )
-        pad = model.tokenizer(config).pad_token_id
-        backend = backends.chosen(config)
-        found = checkpoint.find(config, world)
-        skeleton = model.skeleton(config)
-        order = data.ordered(rows, config, hidden_factor(skeleton.config))
-        engine = backend.wrap(skeleton, config, world, found is not None)
-        step = checkpoint.resume(config, world, lambda path: backend.load(engine, path), found)
-        metrics = Metrics(config, world, steps, step)
-        stopped, due = False, step in (0, steps) or _due(config.train.eval_every, step)
-        if due and not first(lambda: step in metrics.evaluated):  # the first one, or one that a stop cut short
-            stopped = not _evaluate(engine, validation, step, pad, config, world, metrics, stop)
+        loop, step = _begin(config, world, stop)
+        every, steps, stopped = config.train, loop.steps, False
+        due = step in (0, steps) or _due(every.eval_every, step)
+        if due and not first(lambda: step in loop.metrics.evaluated):  # the first one, or one that a stop cut short
+            stopped = not _evaluate(loop, step)
         set_timeout(config.cluster.network.step_timeout_s)
         while step < steps and not stopped:
-            stopped = _step(backend, engine, rows, order, step, steps, pad, config, world, metrics, bool(stop))
+            stopped = _step(loop, step)
             step += 1
-            if step == steps or stopped or _due(config.train.save_every, step):  # first: time may be short
-                _save(backend, engine, step, steps, config, world)
-            if (step == steps or _due(config.train.eval_every, step)) and not stopped:
-                stopped = not _evaluate(engine, validation, step, pad, config, world, metrics, stop)
+            if step == steps or stopped or _due(every.save_every, step):  # first: time may be short
+                _save(loop, step)
+            if (step == steps or _due(every.eval_every, step)) and not stopped:
+                stopped = not _evaluate(loop, step)
                 if stopped and step < steps:
-                    _save(backend, engine, step, steps, config, world)  # done before where it was due
+                    _save(loop, step)  # done before where it was due
         told = stop.agreed() if stopped else None
-        metrics.close()
+        loop.metrics.close()
     if told:
         stop.raise_stopped(told, step, steps)
 
 
-def _step(
-    backend: ModuleType,
-    engine: Engine,
-    rows: data.Rows,
-    order: Order,
-    step: int,
-    steps: int,
-    pad: int,
-    config: Config,
-    world: World,
-    metrics: Metrics,
-    stop: bool,
-) -> bool:
+def _begin(config: Config, world: World, stop: signals.Stop) -> tuple[Loop, int]:
+    """Everything built and sharded, and the newest checkpoint loaded; with the step that it was saved at."""
+    folder = Path(config.run_dir) / "data"
+    rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
+    validation = data.read(folder, "validation")
+    steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
+    pad = model.tokenizer(config).pad_token_id
+    backend = backends.chosen(config)
+    found = checkpoint.find(config, world)
+    skeleton = model.skeleton(config)
+    order = data.ordered(rows, config, hidden_factor(skeleton.config))
+    engine = backend.wrap(skeleton, config, world, found is not None)
+    step = checkpoint.resume(config, world, lambda path: backend.load(engine, path), found)
+    metrics = Metrics(config, world, steps, step)
+    return Loop(config, world, backend, engine, rows, validation, order, pad, steps, metrics, stop), step
+
+
+def _step(loop: Loop, step: int) -> bool:
     """One optimizer step over the global batch; returns whether any rank was told to stop.
 
     The loss is the mean over all trained tokens of the global batch, whatever ranks and micro batches they fall into:
     each rank's sum is divided by the global count, times the number of ranks because backends average gradients.
     """
-    began = time.perf_counter()
+    config, world, rows = loop.config, loop.world, loop.rows
+    began, stop = time.perf_counter(), bool(loop.stop)
     torch.manual_seed(hash((config.train.seed, step, world.rank)) % 2**63)  # dropout needs no saved state to be resumed
-    chosen = order.rows_of(step)
+    chosen = loop.order.rows_of(step)
     tokens = int(rows.counts[chosen].sum())
     mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.rank, world.size))
     summed = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, part in enumerate(mine, 1):
-        batch = data.batch(rows, part, pad, device=world.device)
-        value = loss.summed(engine.module, batch)
-        backend.backward(engine, value * (world.size / tokens), last=number == len(mine))
+        batch = data.batch(rows, part, loop.pad, device=world.device)
+        value = loss.summed(loop.engine.module, batch)
+        loop.backend.backward(loop.engine, value * (world.size / tokens), last=number == len(mine))
         summed += value.detach().double()
-    rate = optim.learning_rate(step, steps, config)
-    norm = backend.step(engine, rate)
+    rate = optim.learning_rate(step, loop.steps, config)
+    norm = loop.backend.step(loop.engine, rate)
     agreed = total(torch.stack([summed, torch.tensor(float(stop), dtype=torch.float64, device=world.device)])).tolist()
     seconds = time.perf_counter() - began
     mean, speed = agreed[0] / tokens, int(rows.lengths[chosen].sum()) / seconds
@@ -94,7 +107,7 @@ def _step(
         raise FloatingPointError(
             f"step {step + 1}: loss {mean}, gradient norm {norm}; go back with a smaller learning rate"
         )
-    metrics.write(
+    loop.metrics.write(
         step + 1,
         loss=mean,
         grad_norm=norm,
@@ -103,40 +116,34 @@ def _step(
         tokens_per_s=round(speed, 1),
         seconds=round(seconds, 4),
     )
-    if step + 1 == steps or _due(config.train.log_every, step + 1):
-        metrics.show(
+    if step + 1 == loop.steps or _due(config.train.log_every, step + 1):
+        loop.metrics.show(
             step + 1, loss=f"{mean:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **{"tokens/s": f"{speed:,.0f}"}
         )
     return agreed[1] > 0
 
 
-def _evaluate(
-    engine: Engine,
-    validation: data.Rows,
-    step: int,
-    pad: int,
-    config: Config,
-    world: World,
-    metrics: Metrics,
-    stop: signals.Stop,
-) -> bool:
+def _evaluate(loop: Loop, step: int) -> bool:
     """Mean loss over all held-out tokens; False, and nothing written, where any rank was told to stop meanwhile."""
+    world = loop.world
 
     def told() -> bool:
-        return total(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
+        return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
 
+    micro = loop.config.train.micro_batch
     mine = loss.held_out(
-        engine.module, validation, config.train.micro_batch, pad, world.device, world.rank, world.size, told
+        loop.engine.module, loop.validation, micro, loop.pad, world.device, world.rank, world.size, told
     )
     if mine is None:
         return False
     found = total(mine).tolist()
-    metrics.write(step, eval_loss=found[0] / found[1])
-    metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
+    loop.metrics.write(step, eval_loss=found[0] / found[1])
+    loop.metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
     return True
 
 
-def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Config, world: World) -> None:
+def _save(loop: Loop, step: int) -> None:
+    config, engine, backend = loop.config, loop.engine, loop.backend
     about = {
         "layout": config.parallel.name,
         "backend": config.parallel.backend.name,
@@ -146,10 +153,10 @@ def _save(backend: ModuleType, engine: Engine, step: int, steps: int, config: Co
     }
     set_timeout(config.cluster.network.nccl_timeout_s)
     room = checkpoint.expected_bytes(engine.module)
-    path = checkpoint.save(config, step, world, lambda folder: backend.save(engine, folder), about, room)
-    if step == steps and config.train.fingerprint:
+    path = checkpoint.save(config, step, loop.world, lambda folder: backend.save(engine, folder), about, room)
+    if step == loop.steps and config.train.fingerprint:
         prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
-        if world.is_main:
+        if loop.world.is_main:
             write_json(path / "fingerprint.json", prints)
     set_timeout(config.cluster.network.step_timeout_s)
 

@@ -25,10 +25,10 @@ def stopped_at(rank: int, config: str, step: int, said: str) -> None:
 
     evaluate = train._evaluate
 
-    def signalled(engine, validation, at, *rest):
+    def signalled(loop, at):
         if (at, rank) == (step, 1):
             os.kill(os.getpid(), signal.SIGUSR1)
-        return evaluate(engine, validation, at, *rest)
+        return evaluate(loop, at)
 
     train._evaluate = signalled
     with pytest.raises(Stopped, match=f"told to stop by SIGUSR1; {said}") as caught:
