@@ -34,7 +34,13 @@ def chosen(config: Config, shape: PreTrainedConfig) -> str:
     if on_gpu and not torch.cuda.is_available():
         return "eager"  # a merge, on a node without GPUs: it looks at names and shapes only
     asked = config.model.attention
-    if asked is Attention.auto:
+    if asked is Attention.auto and config.parallel.context_ranks > 1:
+        asked = Attention.varlen if config.data.packing else Attention.cudnn
+        reason = "heads are exchanged between the ranks that share a row"
+        if odd := _odd(shape):
+            said = f"cannot exchange the heads of a model whose attention has {odd}: take 1, and more tensor_ranks or nodes"
+            raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, said))
+    elif asked is Attention.auto:
         asked, reason = best(config, shape, torch.cuda.get_device_capability() if on_gpu else None)
     else:
         reason = "as the config asks"

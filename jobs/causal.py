@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from jobs import context
+
 FASTEST = [
     SDPBackend.CUDNN_ATTENTION,  # 562/476 TFLOP/s forward/backward on H200, against 323/274 of torch's flash kernel
     SDPBackend.FLASH_ATTENTION,
@@ -40,15 +42,20 @@ def attend(
     """Causal attention inside each row, by cuDNN where it can; inside each sample where `cu_seq_lens_q` says their borders,
     int32 over all rows laid end to end, the longest of `max_length_q` tokens. Takes (rows, heads, length, head size), and
     key and value with fewer heads; returns (rows, length, heads, head size)."""
-    if attention_mask is not None:
+    if context.ranks() > 1:
+        query, key, value = (context.heads_of(item) for item in (query, key, value))
+    elif attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    if cu_seq_lens_q is not None:
-        return _inside(query, key, value, cu_seq_lens_q, max_length_q or 0, dropout, scaling, sliding_window), None
     rows, _, length, _ = query.shape
-    if sliding_window is not None and sliding_window < length:
+    borders, longest = cu_seq_lens_q, max_length_q or 0
+    if borders is None and sliding_window is not None and sliding_window < length:
         borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
-        return _inside(query, key, value, borders, length, dropout, scaling, sliding_window), None
-    return _causal(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous(), None
+        longest = length
+    if borders is not None:
+        out = _inside(query, key, value, borders, longest, dropout, scaling, sliding_window)
+    else:
+        out = _causal(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous()
+    return context.tokens_of(out), None
 
 
 def _inside(

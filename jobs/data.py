@@ -83,6 +83,7 @@ def batch(
     pad: int,
     multiple: int = 8,
     device: torch.device | str = "cpu",
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Rows padded on the right to the longest, rounded up: `input_ids` and `labels`, int64 of shape (rows, length).
 
@@ -90,7 +91,11 @@ def batch(
     Under causal attention padding on the right reaches no real token, so no mask is needed. Where a row holds several
     samples, attention is kept inside them by `position_ids`, which begin again at each, or by `cu_seqlens` and `max_length`:
     their borders, rows end to end, int32 of shape (samples + 1,), and the longest, an int, so that no GPU is waited for.
+
+    `share`: (which, of how many) equal stretches of every row's tokens. What is said of tokens is then of that stretch, with
+    `position_ids` in any case and one label more, that of the next stretch's first token; the borders are of whole rows.
     """
+    multiple *= share[1]
     length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
     ids = np.full((len(chosen), length), pad, dtype=np.int64)
     labels = np.full((len(chosen), length), IGNORED, dtype=np.int64)
@@ -108,17 +113,31 @@ def batch(
             positions[line, at:] = np.arange(length - at)
             at = end
         positions[line, at:] = np.arange(length - at)  # padding is a sample of its own
-    made: dict[str, Any] = {"input_ids": ids, "labels": labels, "trained": _trained(labels)}
+    made: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
     longest = {}
+    if share[1] > 1:
+        made = _stretch(made, *share)
+    elif not packed:
+        del made["position_ids"]
+    made["trained"] = _trained(made["labels"], made["input_ids"].shape[1])
     if packed:
         borders = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
-        made |= {"position_ids": positions, "cu_seqlens": borders}
+        made["cu_seqlens"] = borders
         longest = {"max_length": int(np.diff(borders).max())}
-    return {name: _moved(torch.from_numpy(value), torch.device(device)) for name, value in made.items()} | longest
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in made.items()}
+    return {name: _moved(value, torch.device(device)) for name, value in tensors.items()} | longest
 
 
-def _trained(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.flatnonzero(np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED) != IGNORED)
+def _stretch(whole: dict[str, NDArray[np.int64]], which: int, count: int) -> dict[str, NDArray[np.int64]]:
+    size = whole["input_ids"].shape[1] // count
+    begin, end = which * size, (which + 1) * size
+    return {name: value[:, begin : end + (name == "labels")] for name, value in whole.items()}
+
+
+def _trained(labels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Places of tokens whose next one is trained; labels, one more than `length` or as many, end where nothing follows."""
+    following = np.pad(labels[:, 1:], ((0, 0), (0, length + 1 - labels.shape[1])), constant_values=IGNORED)
+    return np.flatnonzero(following != IGNORED)
 
 
 def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from conf.schema import Backend, Checkpointing, Config
-from jobs import head
+from jobs import context, head
 from jobs.distributed import World
 from jobs.model import blocks
 
@@ -35,6 +35,7 @@ def install(model: Any, config: Config, world: World) -> None:
 
     Forwards, not modules: what FSDP and ZeRO hook to a block's call stays outside, runs once, and is not traced.
     """
+    context.install(head.causal(model).config, world)
     compiled = is_compiled(config, world)
     head.fuse(model, compiled)
     kind = config.train.activation_checkpointing

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs import data, head
+from jobs.distributed import World
 
 
 def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -18,12 +19,11 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """
     inside = head.causal(model)
     inputs = _inputs(batch, inside.config._attn_implementation)
+    lacking = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]  # none where the row goes on elsewhere
+    following = F.pad(batch["labels"][:, 1:], (0, lacking), value=data.IGNORED).flatten()
     if not head.is_fused(inside):
-        logits = model(**inputs).logits[:, :-1]
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED, reduction="sum"
-        )
-    following = F.pad(batch["labels"][:, 1:], (0, 1), value=data.IGNORED).flatten()
+        logits = model(**inputs).logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, following, ignore_index=data.IGNORED, reduction="sum")
     trained = batch.get("trained")
     if trained is None:  # waits for the GPU, so `data.batch` says it
         trained = following.ne(data.IGNORED).nonzero().squeeze(1)
@@ -45,9 +45,7 @@ def held_out(
     rows: data.Rows,
     micro_batch: int,
     pad: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:
     """This rank's share of (summed loss, tokens) over all rows, float64 of shape (2,): add over ranks, then divide.
@@ -58,14 +56,14 @@ def held_out(
     """
     model.eval()
     order = np.argsort(rows.lengths, kind="stable")
-    found = torch.zeros(2, dtype=torch.float64, device=device)
-    for start in range(0, len(order), micro_batch * world_size):
+    found = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for start in range(0, len(order), micro_batch * world.data_size):
         if stop():
             model.train()
             return None
-        first = start + rank * micro_batch
+        first = start + world.data_rank * micro_batch
         mine = order[first : first + micro_batch]
-        batch = data.batch(rows, mine if len(mine) else order[:1], pad, device=device)
+        batch = data.batch(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
         if not len(mine):
             batch["labels"].fill_(data.IGNORED)
             batch["trained"] = batch["trained"][:0]

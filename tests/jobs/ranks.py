@@ -1,5 +1,6 @@
 """Runs real ranks: a function on several processes over Gloo, or a whole run through launch.py on this machine."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 CLONE = Path(__file__).resolve().parents[2]
+multiprocessing.set_forkserver_preload(["tests.jobs.preloaded"])
 
 
 def run(*words: str) -> str:
@@ -27,7 +29,10 @@ def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, args=(function, world_size, port, arguments), nprocs=world_size)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is once for all ranks of all tests
+    mp.start_processes(
+        _rank, args=(function, world_size, port, arguments), nprocs=world_size, start_method="forkserver"
+    )
 
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:

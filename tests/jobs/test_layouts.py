@@ -11,11 +11,18 @@ from tests.jobs import ranks, reference
 
 STEPS = 20
 LAYOUTS = {
-    "ddp": [], "zero1": [], "zero2": [], "zero3": [], "fsdp": [], "hsdp": ["parallel.shard_ranks=2"],
-    "zero3_offload": [], "fsdp_offload": [],
+    **{name: [f"parallel={name}"] for name in ("ddp", "zero1", "zero2", "zero3", "fsdp", "zero3_offload", "fsdp_offload")},
+    "hsdp": ["parallel=hsdp", "parallel.shard_ranks=2"],
+    "fsdp_context": ["parallel=fsdp", "parallel.context_ranks=2"], "zero3_context": ["parallel=zero3", "parallel.context_ranks=2"],
 }  # fmt: skip
-ON_SLURM = ("ddp", "zero1", "hsdp")
-"""Held against the reference in tests/slurm/test_chain.py as well."""
+QUICK = ("fsdp", "zero3")
+"""What `make test` takes through the whole chain; tests/jobs/test_numerics.py holds every layout against its reference."""
+
+
+def some(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.proof) for name in names]
+
+
 COMMON = [
     "cluster.train.ranks_per_node=4", "train.global_batch=16", "train.micro_batch=2", f"train.steps={STEPS}",
     "train.warmup_steps=5", "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true",
@@ -53,15 +60,13 @@ def lora_curve(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.proof) if name in ON_SLURM else name for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", some(LAYOUTS))
 def test_layout_equals_the_reference(layout, curve, tmp_path):
-    ranks.run(f"run_dir={tmp_path}/run", *COMMON, f"parallel={layout}", *LAYOUTS[layout])
+    ranks.run(f"run_dir={tmp_path}/run", *COMMON, *LAYOUTS[layout])
     check(tmp_path / "run", curve)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero3"])
 def test_packed_rows_equal_the_reference(layout, tmp_path):
     words = ["data.packing=true", "data.max_length=128"]
@@ -70,10 +75,10 @@ def test_packed_rows_equal_the_reference(layout, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", some(["fsdp", "hsdp", "zero2", "zero3"]))
 def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path):
     run = tmp_path / "run"
-    ranks.run(f"run_dir={run}", *COMMON, *LORA, f"model.source={base}", f"parallel={layout}", *LAYOUTS[layout])
+    ranks.run(f"run_dir={run}", *COMMON, *LORA, f"model.source={base}", *LAYOUTS[layout])
     check(run, lora_curve)
     assert _size(run / "checkpoints") < _size(base) * 3  # the base is in no checkpoint, only adapters and their moments
 
@@ -95,7 +100,7 @@ def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("layout", some(["zero1", "zero2", "zero3", "fsdp"]))
 def test_fp32_masters_of_bf16_training_are_consolidated_bit_for_bit(layout, tmp_path):
     words = [*COMMON, "train.precision=bf16", "train.steps=4", "train.warmup_steps=1", f"parallel={layout}"]
     shown = ranks.run(f"run_dir={tmp_path}/run", *words, "jobs=[preprocess,train,consolidate]")

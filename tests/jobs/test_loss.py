@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs import data, head, loss
+from jobs.distributed import World
 from tests.jobs.networks import adapted, check_equal, gradients, network, rows, whole
 
 LENGTHS = [40, 3, 17, 29]
@@ -129,7 +130,8 @@ def test_held_out_loss_is_that_of_all_rows_on_any_number_of_ranks(ranks):
     made, found = network(), rows(LENGTHS)
     expected = plainly(made.eval(), whole(found)).item()
     assert head.fuse(made)
-    shares = [loss.held_out(made, found, 2, 0, torch.device("cpu"), rank, ranks) for rank in range(ranks)]
+    worlds = [World(rank, ranks, rank, ranks, torch.device("cpu")) for rank in range(ranks)]
+    shares = [loss.held_out(made, found, 2, 0, world) for world in worlds]
     summed, tokens = sum(shares).tolist()
     assert summed == pytest.approx(expected, rel=1e-6)
     assert tokens == found.counts.sum()

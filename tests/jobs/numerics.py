@@ -1,0 +1,207 @@
+"""Holds the loss and gradient-norm curves of every layout against one process: `make numerics` writes docs/numerics.md.
+
+All layouts train in the same four processes, one after the other: starting ranks takes longer than twenty small steps.
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from conf import resolve
+from conf.schema import Config
+from tests.jobs import reference
+from tests.jobs.ranks import spawn
+
+STEPS, RANKS, ROWS = 20, 4, 12
+LIMIT = 2e-3
+"""Largest relative difference that is a layout's own arithmetic, and no fault."""
+LAYOUTS = {
+    "ddp": ["parallel=ddp"],
+    "fsdp": ["parallel=fsdp"],
+    "fsdp, offloaded": ["parallel=fsdp_offload"],
+    "hsdp, 2 x 2": ["parallel=hsdp", "parallel.shard_ranks=2"],
+    "zero1": ["parallel=zero1"],
+    "zero1, offloaded": ["parallel=zero1", "parallel.offload_optimizer=true"],
+    "zero2": ["parallel=zero2"],
+    "zero2, offloaded": ["parallel=zero2", "parallel.offload_optimizer=true"],
+    "zero3": ["parallel=zero3"],
+    "zero3, offloaded": ["parallel=zero3_offload"],
+    "fsdp, 2 context ranks": ["parallel=fsdp", "parallel.context_ranks=2"],
+    "hsdp, 4 context ranks": ["parallel=hsdp", "parallel.shard_ranks=2", "parallel.context_ranks=4"],
+    "zero2, 2 context ranks": ["parallel=zero2", "parallel.context_ranks=2"],
+    "zero3, 2 context ranks": ["parallel=zero3", "parallel.context_ranks=2"],
+}
+COMMON = [
+    f"cluster.train.ranks_per_node={RANKS}", "cluster.train.gpus_per_node=0", "data.max_rows=240", "data.max_length=96",
+    f"train.global_batch={ROWS}", f"train.steps={STEPS}", "train.warmup_steps=5", "train.weight_decay=0.1",
+    "train.precision=fp32", "train.eval_every=0", "train.save_every=0", "train.log_every=1000", "jobs=[preprocess,train]",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, whatever the layout: a reference curve each."""
+
+    adapter: str
+    packed: bool
+    tied: bool
+
+    @property
+    def words(self) -> list[str]:
+        rate = "1e-2" if self.adapter == "lora" else "3e-3"
+        return [
+            f"adapter={self.adapter}", f"train.learning_rate={rate}", f"data.packing={self.packed}".lower(),
+            f"model.architecture.tie_word_embeddings={self.tied}".lower(),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: str
+    task: Task
+    accumulated: int
+    """Micro batches a step."""
+
+    @property
+    def possible(self) -> bool:
+        return not (self.task.adapter == "lora" and "tensor" in self.layout)
+
+
+def every() -> Iterator[Case]:
+    """All layouts with all tasks, at once and in three micro batches."""
+    for layout, task, accumulated in product(LAYOUTS, tasks(), (1, 3)):
+        if (case := Case(layout, task, accumulated)).possible:
+            yield case
+
+
+def some() -> Iterator[Case]:
+    """Each layout with two tasks that differ in everything, the next layout with two others."""
+    pairs = list(product(tasks(), (1, 3)))
+    for number, layout in enumerate(LAYOUTS):
+        for task, accumulated in (pairs[number % len(pairs)], pairs[-1 - number % len(pairs)]):
+            if (case := Case(layout, task, accumulated)).possible:
+                yield case
+
+
+def tasks() -> list[Task]:
+    return [Task(*values) for values in product(("none", "lora"), (False, True), (True, False))]
+
+
+def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
+    """Largest relative difference of loss or gradient norm over the steps of each case; `compose` is the tests' fixture."""
+    from jobs import preprocess
+
+    rows, curves = {}, {}
+    for task in tqdm(dict.fromkeys(case.task for case in cases), desc="references", disable=not sys.stderr.isatty()):
+        run = folder / f"rows-{task.packed}"
+        config = compose(f"run_dir={run}", *COMMON, *task.words)
+        if task.packed not in rows:
+            run.mkdir()
+            preprocess.run(config)
+            rows[task.packed] = run / "data"
+        curves[task] = reference.curve(config, run, STEPS)
+    configs = []
+    for number, case in enumerate(cases):
+        config = compose(f"run_dir={folder}/{number}", *COMMON, *case.task.words, *LAYOUTS[case.layout])
+        parallel = config.parallel
+        apart = RANKS // (parallel.context_ranks * parallel.tensor_ranks)
+        config.train.micro_batch = ROWS // apart // case.accumulated
+        Path(config.run_dir).mkdir()
+        (Path(config.run_dir) / "data").symlink_to(rows[case.task.packed])
+        configs.append(config)
+    spawn(_train, RANKS, configs)
+    return {
+        case: _difference(Path(config.run_dir), curves[case.task]) for case, config in zip(cases, configs, strict=True)
+    }
+
+
+def _train(rank: int, configs: list[Config]) -> None:
+    from jobs import signals, train
+    from jobs.distributed import process_group
+
+    torch.set_num_threads(1)
+    with process_group(configs[0]) as world:
+        for config in tqdm(configs, desc="layouts", disable=rank > 0 or not sys.stderr.isatty()):
+            parallel = config.parallel
+            here = replace(world, context_ranks=parallel.context_ranks, tensor_ranks=parallel.tensor_ranks)
+            loop, step = train._begin(config, here, signals.Stop())
+            while step < STEPS:
+                train._step(loop, step)
+                step += 1
+            loop.metrics.close()
+            del loop
+            gc.collect()
+
+
+def _difference(run: Path, curve: list[tuple[float, float]]) -> float:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    assert len(steps) == len(curve)
+    return max(
+        abs(found - wanted) / wanted
+        for step, expected in zip(steps, curve, strict=True)
+        for found, wanted in zip(step, expected, strict=True)
+    )
+
+
+def table(found: dict[Case, float]) -> str:
+    """Markdown: a line a layout, a column a task; the worse of tied and untied embeddings."""
+    columns = list(product(("none", "lora"), (False, True), (1, 3)))
+    cells: dict[tuple[object, ...], float] = defaultdict(float)
+    for case, value in found.items():
+        key = (case.layout, case.task.adapter, case.task.packed, case.accumulated)
+        cells[key] = max(cells[key], value)
+    names = [f"{'LoRA' if a == 'lora' else 'full'}, {'packed' if p else 'padded'}, {n}" for a, p, n in columns]
+    lines = ["| layout | " + " | ".join(names) + " |", "|---|" + "---:|" * len(columns)]
+    for layout in LAYOUTS:
+        values = [f"{cells[layout, *key]:.0e}" if (layout, *key) in cells else "" for key in columns]
+        lines.append(f"| {layout} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+PAGE = """# Numerics: every layout against one process
+
+{ranks} ranks over Gloo on CPUs, float32, a Llama with grouped queries, tied and untied embeddings (the worse of both),
+ragged rows of at most 96 tokens, {rows} rows a step in 1 or 3 micro batches, {steps} steps of AdamW. A cell is the largest
+relative difference, over all steps, of loss and gradient norm from plain torch in one process, with the whole batch at once
+and a mask between packed samples. `make numerics` makes this page, and fails above {limit:g}; `make test` holds two columns
+of each line against the same limit.
+
+{table}
+"""
+
+
+def main() -> None:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    root = Path(__file__).resolve().parents[2]
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    def compose(*words: str) -> Config:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root / "conf")):
+            return resolve.resolve(hydra.compose("config", overrides=list(words)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = differences(list(every()), Path(folder), compose)
+    text = PAGE.format(ranks=RANKS, rows=ROWS, steps=STEPS, limit=LIMIT, table=table(found))
+    (root / "docs/numerics.md").write_text(text)
+    worst = max(found.values())
+    print(table(found))
+    print(f"RESULT layouts={len(LAYOUTS)} cases={len(found)} worst_relative={worst:.2e}")
+    sys.exit(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    main()
