@@ -53,6 +53,27 @@ def draw_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None
             group.to_empty(device="meta")
 
 
+def magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
+    """Each of DoRA's magnitudes with the weight whose row norms it starts from."""
+    suffix = ".lora_magnitude_vector.default.weight"
+    return [
+        (part, parts[f"{name.removesuffix(suffix)}.weight"]) for name, part in parts.items() if name.endswith(suffix)
+    ]
+
+
+def measure(pairs: list[tuple[Part, Part]]) -> None:
+    """Set DoRA's magnitudes to the norms of their rows, once these are filled: the adapted model then equals its base.
+
+    A rank that holds some rows of a weight must hold the same of its magnitudes, as under FSDP; ZeRO-3's partitions are
+    refused before (launcher/checks.py).
+    """
+    for magnitude, weight in pairs:
+        columns = weight.shape[1]
+        assert weight.begin == magnitude.begin * columns and weight.into.numel() == magnitude.into.numel() * columns
+        rows = weight.into.view(-1, columns)
+        magnitude.into.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+
+
 def _units(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module, bool]]:
     """(name, module, with all below it) of what is drawn as one: a decoder block, or whatever else has weights of its own."""
     if type(module).__name__ in blocks:

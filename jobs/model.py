@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from conf.errors import ConfigError, DataError, Problem
-from conf.schema import AdapterKind, Config, Init, Precision
-from jobs import attention, startup, vocabulary
+from conf.schema import AdapterKind, Config, Frozen, Init, Precision
+from jobs import attention, quantised, startup, vocabulary
 from jobs.templates import template_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,12 +65,20 @@ def skeleton(config: Config, adapters: bool = True) -> Any:
     with _weightless():
         model = _described(config, dtype)
         model.config.use_cache = False
-        return adapted(config, model) if frozen and adapters else model
+        if not (frozen and adapters):
+            return model
+        if config.adapter.base is not Frozen.full:
+            quantised.replace(blocks(model), config.adapter.base, dtype)
+        return adapted(config, model)
 
 
 def adapted(config: Config, model: PreTrainedModel) -> Any:
-    """The model with a PEFT LoRA: fp32 adapters on a frozen base."""
+    """The model with a PEFT LoRA: fp32 adapters on a frozen base.
+
+    Raises ConfigError for targets that are not there, or that DoRA has no norms for.
+    """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear, LoraLayer
 
     adapter = config.adapter
     targets = "all-linear" if adapter.targets == ["all-linear"] else list(adapter.targets)
@@ -80,11 +88,19 @@ def adapted(config: Config, model: PreTrainedModel) -> Any:
         lora_dropout=adapter.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
     )
     try:
         wrapped = get_peft_model(model, plan)
     except ValueError as error:
         raise ConfigError(Problem("adapter.targets", adapter.targets, _first_line(error))) from error
+    layers = {name: layer for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)}
+    other = [name for name, layer in layers.items() if not isinstance(layer, Linear) or layer.fan_in_fan_out]
+    if adapter.dora and other:
+        raise ConfigError(
+            Problem("adapter.dora", True, f"is for linear layers, and {other[0]} is none: set it to false")
+        )
     return wrapped
 
 
@@ -104,7 +120,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+    return torch.float32 if config.train.precision is Precision.auto else DTYPES[config.train.precision.name]
 
 
 @contextmanager

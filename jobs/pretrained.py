@@ -15,6 +15,7 @@ from conf.schema import Config
 from jobs import vocabulary, weights
 from jobs.agreement import everywhere, first
 from jobs.distributed import World
+from jobs.quantised import Quantised
 from jobs.weights import Part, Stored
 
 SHOWN = 20
@@ -29,8 +30,15 @@ class Plan(NamedTuple):
     """Why slices cannot be read, where they cannot."""
 
 
-def load(base: PreTrainedModel, held: Mapping[str, Part], config: Config, world: World | None) -> int:
-    """Fill the parts; returns the bytes read from files. `base` is the model without weights and adapters.
+def load(
+    base: PreTrainedModel,
+    held: Mapping[str, Part],
+    config: Config,
+    world: World | None,
+    packed: Mapping[str, Quantised],
+) -> int:
+    """Fill the parts; returns the bytes read from files. `base` is the model without weights and adapters; of what `packed`
+    names, a part is quantised as soon as it is read, one weight after another.
 
     Raises ConfigError, on all ranks, with every tensor that is missing, has no place or another shape.
     """
@@ -40,7 +48,7 @@ def load(base: PreTrainedModel, held: Mapping[str, Part], config: Config, world:
     if plan.whole:
         if main:
             print(f"weights   whole, on one rank of each node after another: {plan.whole}", flush=True)
-        return _whole(base, held, config, world)
+        return _whole(base, held, config, world, packed)
     assert folder is not None
     if main:
         count = len({place.file for place in plan.stored.values()})
@@ -50,7 +58,11 @@ def load(base: PreTrainedModel, held: Mapping[str, Part], config: Config, world:
 
     def filled() -> int:
         left = vocabulary.fill(base, held, places, lambda place, part: _read(folder, [(place, part)], config, False))
-        return _read(folder, [(places[key], part) for key, part in left.items()], config, main)
+        done = _read(folder, [(places[key], part) for key, part in left.items() if key not in packed], config, main)
+        for key, layer in packed.items():
+            place = places[key]
+            done += layer.take(left[key], lambda part, place=place: _read(folder, [(place, part)], config, False))
+        return done
 
     return everywhere(filled)
 
@@ -146,15 +158,21 @@ def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show:
         raise ConfigError(Problem("model.source", config.model.source, f"{folder}: {error}; fetch it again")) from error
 
 
-def _whole(base: PreTrainedModel, held: Mapping[str, Part], config: Config, world: World | None) -> int:
+def _whole(
+    base: PreTrainedModel,
+    held: Mapping[str, Part],
+    config: Config,
+    world: World | None,
+    packed: Mapping[str, Quantised],
+) -> int:
     """One model at a time in a node's memory."""
     for turn in range(world.local_size if world else 1):
         mine = world is None or world.local_rank == turn
-        everywhere(partial(_copy, base, held, config) if mine else lambda: None)
+        everywhere(partial(_copy, base, held, config, packed) if mine else lambda: None)
     return 0
 
 
-def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config) -> None:
+def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config, packed: Mapping[str, Quantised]) -> None:
     source = config.model.source
     try:
         whole, info = AutoModelForCausalLM.from_pretrained(
@@ -171,9 +189,17 @@ def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config) -> No
     found += [f"{name} has no place in the model" for name in sorted(info["unexpected_keys"])]
     if found:
         raise ConfigError(*_problems(source, found))
+
+    def copy(part: Part, weight: torch.Tensor) -> int:
+        part.into.copy_(weight.reshape(-1)[part.begin : part.begin + part.into.numel()])
+        return 0
+
     with torch.no_grad():
         for name, part in held.items():
-            part.into.copy_(state[name].reshape(-1)[part.begin : part.begin + part.into.numel()])
+            if name in packed:
+                packed[name].take(part, partial(copy, weight=state[name]))
+            else:
+                copy(part, state[name])
 
 
 def _problems(source: str, found: list[str]) -> list[Problem]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from conf.schema import AdapterKind, Config, Init
-from jobs import initial, pretrained
+from jobs import initial, pretrained, quantised
 from jobs.distributed import World
 from jobs.weights import Part, plain
 
@@ -71,6 +71,7 @@ def fill(
             if part.trained:
                 part.into.fill_(torch.nan)
         held = {name: part for name, part in held.items() if not part.trained}
+    magnitudes = [] if resumed else initial.magnitudes(held)
     if config.adapter.kind is not AdapterKind.none:
         twin = again(config, adapters=True)
         added = initial.adapters(twin)
@@ -81,8 +82,12 @@ def fill(
     base = again(config, adapters=False)
     if config.model.init is Init.random:
         initial.draw(base, held, config.train.seed, _drawn_on(held, world))
+        initial.measure(magnitudes)
         return 0
-    return pretrained.load(base, held | _buffers(model), config, world)
+    read = pretrained.load(base, held | _buffers(model), config, world, quantised.layers(model))
+    quantised.settle(model, held)
+    initial.measure(magnitudes)
+    return read
 
 
 def _drawn_on(held: Mapping[str, Part], world: World | None) -> torch.device:

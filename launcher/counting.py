@@ -49,6 +49,9 @@ def count(shape: Architecture, adapter: Adapter) -> Counts | None:
         trained_block = sum(adapter.r * (linear[name][0] + linear[name][1]) for name in targets(shape, adapter))
         trained_block += _expert_adapter(shape, adapter.r) if on_experts(adapter) else 0
         trained_root = adapter.r * (shape.hidden_size + shape.vocab_size) * ("lm_head" in adapter.targets)
+        if adapter.dora:  # a norm for each row
+            trained_block += sum(linear[name][0] for name in targets(shape, adapter))
+            trained_root += shape.vocab_size * ("lm_head" in adapter.targets)
         frozen = total
     trained = layers * trained_block + trained_root
     return Counts(total, block, root, embedding, largest, trained, trained_block, trained_root, frozen)

@@ -49,3 +49,15 @@ def test_adapters_have_the_parameters_that_peft_builds(family: str, targets: lis
     found = count(small(family), Adapter(kind=AdapterKind.lora, r=8, targets=targets))
     assert found
     assert found.trained == sum(sizes(adapted(built(small(family)), targets), trained=True))
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"]], ids=" ".join)
+def test_dora_has_the_parameters_that_peft_builds(targets: list[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = built(small("llama"))
+    chosen = "all-linear" if targets == ["all-linear"] else targets
+    plan = LoraConfig(r=8, target_modules=chosen, use_dora=True, task_type="CAUSAL_LM")
+    found = count(small("llama"), Adapter(kind=AdapterKind.lora, r=8, targets=targets, dora=True))
+    assert found
+    assert found.trained == sum(sizes(get_peft_model(model, plan), trained=True))

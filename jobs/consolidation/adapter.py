@@ -1,9 +1,12 @@
-"""What a low-rank adapter adds to a block of rows of its base weight, in fp32: LoRA, rsLoRA, DoRA."""
+"""What a low-rank adapter adds to a block of rows of its base weight, in fp32: LoRA, rsLoRA, DoRA; and that base in NF4."""
 
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
+
+from conf.schema import Frozen
+from jobs import quantised
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,28 @@ class Update:
     def transposed(self) -> "Update":
         """For weights stored as (columns, rows): embeddings and Conv1D layers."""
         return Update(self.b.T.contiguous(), self.a.T.contiguous(), self.scale, self.magnitude)
+
+
+class Nf4:
+    """A weight as training had it (`adapter.base=nf4`), block by block of its flat elements: look at all, settle, round any."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """`dtype`: of compute, in which it was quantised and unpacked."""
+        self.dtype, self._seen, self._absmax = dtype, list[torch.Tensor](), torch.empty(0)
+
+    def look(self, block: torch.Tensor) -> None:
+        """The next elements: a multiple of 64, but for the last."""
+        self._seen.append(quantised.quantise(Frozen.nf4, block.to(self.dtype), quantised.BLOCK).absmax)
+
+    def settle(self) -> None:
+        self._absmax = quantised.scales_again(torch.cat(self._seen))
+
+    def round(self, block: torch.Tensor, start: int) -> torch.Tensor:
+        """Elements from `start` on, both multiples of 64, in the precision of compute."""
+        packed = quantised.quantise(Frozen.nf4, block.to(self.dtype), quantised.BLOCK).packed
+        first = start // quantised.BLOCK
+        absmax = self._absmax[first : first + block.numel() // quantised.BLOCK]
+        return quantised.unpacked(packed, absmax, (1, block.numel()), self.dtype).view(-1)
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:

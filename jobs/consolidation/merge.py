@@ -1,6 +1,7 @@
 """What each tensor of the result is made of: a weight of the checkpoint, one of the base, an adapter on top of either."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,8 @@ class Merge:
     outputs: list[Output]
     sources: dict[str, Stored]
     updates: dict[str, Update] = field(default_factory=dict)
+    packed: dict[str, torch.dtype] = field(default_factory=dict)
+    """Sources that training had in NF4, with the precision of compute, where the result is to be made of that."""
     untied: bool = False
     """A tied head was trained on its own: the result's config must say so."""
 
@@ -93,6 +96,14 @@ def merged(
     if parts:
         _add(made, blue, weights, keys, parts, settings or Settings())
     return made
+
+
+def dequantised(made: Merge, blue: Blueprint, layers: Iterable[str], dtype: torch.dtype) -> None:
+    """Let the base weights that are `layers` (live names) be taken as training had them, in NF4."""
+    base = {key.removeprefix(BASE) for key in made.sources if key.startswith(BASE)}
+    for saved in blue.saved:
+        if saved.live in layers:
+            made.packed[BASE + str(blue.base_name(saved, base))] = dtype
 
 
 def adapter_alone(weights: dict[str, Stored], dtype: torch.dtype | None) -> Merge:

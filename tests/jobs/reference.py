@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from conf.schema import Config
+from conf.schema import Config, Optimizer
 from jobs import data, head, model
 from jobs.packing import hidden_factor
 
@@ -20,11 +21,7 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(config.train.beta1, config.train.beta2),
-        eps=config.train.eps,
-    )
+    optimizers = _optimizers([group for group in groups if group["params"]], network, config)
     order = data.ordered(rows, config, hidden_factor(network.config))
     found = []
     for step in range(steps):
@@ -35,12 +32,37 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps, config)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, steps, config)
+            optimizer.step()
+            optimizer.zero_grad()
         found.append((loss.item(), norm.item()))
     return found
+
+
+def _optimizers(groups: list[dict[str, Any]], network: torch.nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """torch's own, and bitsandbytes'."""
+    train = config.train
+    adam: dict[str, Any] = {"betas": (train.beta1, train.beta2), "eps": train.eps}
+    match train.optimizer:
+        case Optimizer.adafactor:
+            return [torch.optim.Adafactor(groups)]
+        case Optimizer.muon:
+            inside = [item for name, item in network.named_parameters() if ".layers." in name and item.ndim == 2]
+            muon = torch.optim.Muon(
+                [item for item in inside if item.requires_grad],
+                weight_decay=train.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            taken = {id(item) for item in inside}
+            rest = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+            return [muon, torch.optim.AdamW(rest, **adam)]
+        case Optimizer.adamw_8bit:
+            from bitsandbytes.optim import AdamW8bit
+
+            return [AdamW8bit(groups, **adam)]
+    return [torch.optim.AdamW(groups, **adam)]
 
 
 def _rate(step: int, steps: int, config: Config) -> float:
