@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ Found = tuple[Path, dict[str, Any]]
 """A checkpoint, and what is recorded of it."""
 
 
+Part = tuple[manifest.Files, float]
+"""What one rank wrote, and the seconds that it took."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What all ranks wrote, and the seconds of the slowest."""
+
+    bytes: int
+    seconds: float
+
+
+def place(config: Config, step: int) -> Path:
+    return folder(config) / f"step-{step:08d}"
+
+
 def save(
     config: Config,
     step: int,
@@ -37,25 +54,36 @@ def save(
     Raises RunError where the disk has too little room. What fails while writing (OSError) is raised on the rank it fails
     on, and told to the others; then nothing is left of this checkpoint, and those before it stay.
     """
-    target = folder(config) / f"step-{step:08d}"
-    beside = partial(target)
-    if together(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]:
-        return target
+    if beside := begin(config, step, world, expected_bytes):
+        finish(config, step, world, lambda: written(beside, lambda: write(beside), world.rank), about)
+    return place(config, step)
+
+
+def begin(config: Config, step: int, world: World, expected_bytes: int = 0) -> Path | None:
+    """The empty folder that the checkpoint of `step` is to be written into; None where that checkpoint is there, and whole."""
+    target = place(config, step)
+    there = together(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]
+    return None if there else partial(target)
+
+
+def finish(config: Config, step: int, world: World, work: Callable[[], Part], about: dict[str, Any]) -> Written:
+    """Publish what `work` has written, or writes now, once it has on all ranks; or else leave nothing of it. Raises as `save`."""
+    target = place(config, step)
     try:
-        parts = together(lambda: _write(beside, write, world.rank))
-        files = {name: entry for part in parts for name, entry in part.items()}
+        parts = together(work)
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
         about = {"step": step, "world_size": world.size, **about}
         together(lambda: _publish(target, files, about) if world.is_main else None)
     except OSError as error:
         if world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial(target), ignore_errors=True)
         together(lambda: None)  # it is gone: on a full disk there is room for a verdict again
         if isinstance(error, OtherRankError):
             time.sleep(1)  # a verdict quotes the rank that speaks first
         raise
     if world.is_main:
         retention.prune(config, config.train.keep_checkpoints)  # nobody waits for this
-    return target
+    return Written(sum(int(entry["bytes"]) for entry in files.values()), max(seconds for _, seconds in parts))
 
 
 def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
@@ -70,24 +98,25 @@ def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
     return False
 
 
-def _write(beside: Path, write: Callable[[Path], None], rank: int) -> manifest.Files:
-    """This rank's shards on disk, and their entries in the manifest. Raises OSError where they do not get there.
+def written(beside: Path, write: Callable[[], None], rank: int) -> Part:
+    """Write this rank's shards, to the disk; their entries in the manifest. Raises OSError where they do not get there.
 
     Anything else that goes wrong is raised at once: ranks may then stand at different collectives, and cannot agree.
     """
+    began = time.perf_counter()
     try:
-        write(beside)
+        write()
     except CheckpointException as error:  # a BaseException, raised on all ranks with the failures of each
         if not all(failed_write.is_one(failure) for failure, _ in error.failures.values()):
             raise
         if rank not in error.failures:
-            return {}
+            return {}, 0.0
         raise failed_write.from_system(error.failures[rank][0], beside) from error
     except RuntimeError as error:
         if not failed_write.is_one(error):
             raise
         raise failed_write.from_system(error, beside) from error
-    return manifest.written(beside, rank)
+    return manifest.written(beside, rank), time.perf_counter() - began
 
 
 def _publish(target: Path, files: manifest.Files, about: dict[str, Any]) -> None:
@@ -150,30 +179,43 @@ def _say(path: Path, damage: list[str]) -> bool:
     return bool(damage)
 
 
-def resume(config: Config, world: World, read: Callable[[Path], None], found: Found | None = None) -> int:
-    """Load the checkpoint that `find` gave, or gives now, with `read`; returns its step, 0 where there is none.
+def resume(
+    config: Config,
+    world: World,
+    read: Callable[[Path], None],
+    found: Found | None = None,
+    move: Callable[[Path, Backend], object] | None = None,
+) -> int:
+    """Load the checkpoint that `find` gave, or gives now; returns its step, 0 where there is none.
 
-    FSDP reads what it wrote on any number of ranks and in any of its layouts: shards are found by weight, not by rank.
-    Raises RunError when the checkpoint was written in a way that this backend cannot read.
+    The backend's own `read` loads what its own layout wrote; FSDP's does so for any number of ranks and all of its layouts.
+    `move` is for what any other layout wrote, named by its backend.
     """
     found = found or find(config, world)
     if found is None:
         return 0
     path, about = found
-    fsdp = config.parallel.backend is Backend.fsdp and about["backend"] == Backend.fsdp.name
-    if not fsdp and (about["layout"] != config.parallel.name or about["world_size"] != world.size):
-        raise RunError(
-            Problem(
-                "parallel",
-                f"{config.parallel.name} on {world.size} ranks",
-                f"cannot read {path}, written by {about['layout']} on {about['world_size']} ranks: resume with those",
-            )
-        )
-    read(path)
+    wrote, same = Backend[about["backend"]], _as_before(about, config, world)
+    fsdp = wrote is config.parallel.backend is Backend.fsdp
+    if fsdp or same or move is None:
+        read(path)
+    else:
+        move(path, wrote)
     if world.is_main:
-        same = about["layout"] == config.parallel.name and about["world_size"] == world.size
         print(f"resumed from {path}" + ("" if same else _moved(about, config, world)), flush=True)
     return int(about["step"])
+
+
+def layout(config: Config, world: World) -> dict[str, Any]:
+    """What is recorded of how a checkpoint is cut into shards."""
+    parallel = {name: getattr(value, "name", value) for name, value in vars(config.parallel).items()}
+    return {"layout": parallel["name"], "backend": parallel["backend"], "parallel": parallel, "world_size": world.size}
+
+
+def _as_before(about: dict[str, Any], config: Config, world: World) -> bool:
+    """Whether shards are cut as they were; checkpoints from before `parallel` was recorded go by the layout's name."""
+    now = layout(config, world)
+    return all(about[key] == now[key] for key in ("layout", "parallel", "world_size") if key in about)
 
 
 def _moved(about: dict[str, Any], config: Config, world: World) -> str:

@@ -28,10 +28,14 @@ CHANGEABLE = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.async_save",
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.compile",
     "train.fingerprint",
+    "train.max_loss_rise",
+    "train.profile",
+    "train.profile_ranks",
 )
 """What a resumed run may be given anew: where and how long it runs, never what is computed."""
 

@@ -4,6 +4,8 @@ wrap(model, config, world, resumed) -> Engine    shard the model, fill it if it 
 backward(engine, loss, last)            one micro batch; gradients are averaged over ranks on the last
 step(engine, learning_rate) -> float    clip, update, clear; returns the gradient norm before clipping
 save(engine, folder) / load(engine, folder)    this rank's shards of trainable weights and optimizer state
+staged(engine, folder, stager, group)   copies them to host memory; what it returns writes them, on any thread
+held(engine), filled(engine)            this rank's room for masters and optimizer state; to be called once that is filled
 weights(engine)                         (name, whole fp32 tensor) of each trainable weight, gathered one at a time
 """
 

@@ -1,23 +1,31 @@
 """torch FSDP2 on a (replicate, shard) mesh: plain data parallelism, full sharding, or sharding inside groups of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from conf.schema import Config
-from jobs import kernels, optim, startup
+from conf.schema import Config, Precision
+from jobs import float8, kernels, optim, scaling, startup
 from jobs.backends import Engine
 from jobs.distributed import World
 from jobs.model import blocks, compute_dtype, skeleton
+from jobs.staging import Stager
+from jobs.weights import Part, plain
 
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 """An adapter's checkpoint holds no base weights."""
@@ -46,6 +54,7 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         "mp_policy": policy,
         "offload_policy": offload,
     }
+    float8.install(model, config, world)
     kernels.install(model, config, world)
     if not startup.is_empty(model):
         model.to(world.device)
@@ -62,10 +71,13 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         startup.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
         read = startup.fill(model, skeleton, startup.parts(model, _held), config, world, resumed)
     model.train()
-    return Engine(model, optim.build(model, config), config.train.max_grad_norm, read)
+    optimizer = optim.build(model, config)
+    if config.train.precision is Precision.fp16:
+        scaling.install(optimizer)
+    return Engine(model, optimizer, config.train.max_grad_norm, read)
 
 
-def _held(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
+def _held(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor]:
     """Whole shape, first element and local tensor of a parameter sharded by rows: they lie in one piece."""
     assert isinstance(parameter, DTensor)
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -86,22 +98,33 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
     assert isinstance(engine.module, FSDPModule)
     engine.module.set_requires_all_reduce(last)
     engine.module.set_is_last_backward(last)
-    loss.backward()
+    (loss * scaling.scale(engine.optimizer)).backward()
 
 
 def step(engine: Engine, learning_rate: float) -> float:
+    """0 where fp16 overflowed: that step is left out, and the next one has a smaller loss scale."""
+    scaling.unscale(engine.optimizer)
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trainable, engine.max_grad_norm or float("inf"))
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    engine.optimizer.step()
+    optim.set_rate(engine.optimizer, learning_rate)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    taken = scaling.update(engine.optimizer, norm)
+    if taken:
+        engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm) if taken else 0.0
 
 
 def save(engine: Engine, folder: Path) -> None:
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+
+def staged(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
+    """As torch's own async_save does; but what follows a write, its sums, is done in the background too."""
+    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    state = stager.state({"model": model, "optimizer": optimizer})
+    return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
 
 def load(engine: Engine, folder: Path) -> None:
@@ -115,6 +138,26 @@ def load(engine: Engine, folder: Path) -> None:
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
+
+
+def held(engine: Engine) -> dict[str, dict[str, Part]]:
+    get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes the state where there is none
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            state = engine.optimizer.state[parameter]
+            found[plain(name)] = {"weight": _part(parameter)} | {kind: _part(value) for kind, value in state.items()}
+    return found
+
+
+def _part(value: torch.Tensor) -> Part:
+    """A tensor sharded like its parameter, or a scalar that all ranks hold."""
+    shape, begin, local = _held(value) if isinstance(value, DTensor) else (value.shape, 0, value)
+    return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
+
+
+def filled(engine: Engine) -> None:
+    """Nothing to do: the shards are the masters."""
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,9 +13,10 @@ from torch import nn
 from conf import deepspeed as derived
 from conf.schema import AdapterKind, Config
 from jobs import kernels, optim, startup
-from jobs.backends import Engine
+from jobs.backends import Engine, partitions
 from jobs.distributed import World
 from jobs.model import blocks, compute_dtype, skeleton
+from jobs.staging import Stager
 from jobs.weights import Part
 
 TAG = "zero"
@@ -110,16 +111,40 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    module = engine.module
-    with _errors_last(module):
+    _saved(engine.module, folder, engine.module.checkpoint_engine.save)()
+
+
+def staged(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
+    """DeepSpeed gathers what it saves; only the last of it, a torch.save to each file, is left for later."""
+    later: list[tuple[Any, str]] = []
+    write = engine.module.checkpoint_engine.save
+    end = _saved(engine.module, folder, lambda state_dict, path: later.append((stager.tree(state_dict), path)))
+
+    def work() -> None:
+        for state, path in later:
+            write(state, path)
+        end()
+
+    return work
+
+
+def _saved(module: Any, folder: Path, write: Callable[..., object]) -> Callable[[], None]:
+    """Let DeepSpeed save, by `write`; returns what ends this rank's part of it, and raises what went wrong meanwhile."""
+    with _errors_kept(module, write) as failed:
         module.save_checkpoint(str(folder), TAG, save_latest=False, exclude_frozen_parameters=module.adapter_only)
-    if dist.get_rank() == 0:
-        (folder / "latest").write_text(TAG, encoding="utf-8")  # DeepSpeed's own programs look for it
+
+    def end() -> None:
+        if failed:
+            raise failed[0]
+        if dist.get_rank() == 0:
+            (folder / "latest").write_text(TAG, encoding="utf-8")  # DeepSpeed's own programs look for it
+
+    return end
 
 
 @contextmanager
-def _errors_last(module: Any) -> Iterator[None]:
-    """What fails to be written is raised at the end: DeepSpeed's other ranks wait in its barriers until then."""
+def _errors_kept(module: Any, write: Callable[..., object]) -> Iterator[list[Exception]]:
+    """What fails to be written is raised later: DeepSpeed's other ranks wait in its barriers."""
     failed: list[Exception] = []
 
     def caught(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,17 +157,23 @@ def _errors_last(module: Any) -> Iterator[None]:
         return call
 
     files = module.checkpoint_engine
-    files.save, module._copy_recovery_script = caught(files.save), caught(module._copy_recovery_script)
+    files.save, module._copy_recovery_script = caught(write), caught(module._copy_recovery_script)
     try:
-        yield
+        yield failed
     finally:
         del files.save, module._copy_recovery_script
-    if failed:
-        raise failed[0]
 
 
 def load(engine: Engine, folder: Path) -> None:
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
+
+
+def held(engine: Engine) -> dict[str, dict[str, Part]]:
+    return partitions.held(engine.module.module, engine.optimizer)
+
+
+def filled(engine: Engine) -> None:
+    partitions.filled(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: the fp32 masters of every rank, and nothing of the moments beside them."""
+"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: where the fp32 masters of every rank lie, and apart from them the optimizer's state."""
 
 import os
 import re
@@ -45,6 +45,39 @@ def tensors(folder: Path) -> dict[str, Stored]:
         if kept in found:
             found[name] = found[kept]
     return found
+
+
+def optimizer(folder: Path) -> dict[str, dict[str, Stored]]:
+    """Of each trained weight by its name in training, what the optimizer keeps: exp_avg, exp_avg_sq, step and the like.
+
+    What is as long as the masters is laid out as they are; a scalar counts for all of a rank's weights, and for all ranks.
+    Raises RunError for state of other shapes: nobody can say which of it belongs to which weight.
+    """
+    paths = _files(folder, "*_optim_states.pt")
+    states = [_load(path, "optimizer_state_dict") for path in paths]
+    stage3 = int(states[0].get("zero_stage", 1)) == 3
+    groups = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
+    inner = [state["optimizer_state_dict" if stage3 else "base_optimizer_state"]["state"] for state in states]
+    found: dict[str, dict[str, Stored]] = {name: {} for shapes in groups for name in shapes}
+    for kind, value in inner[0][0].items():
+        if isinstance(value, Saved) and value.shape == ():
+            laid = dict.fromkeys(found, _whole(str(paths[0]), value))
+        else:
+            flats = [_kept(path, state, kind) for path, state in zip(paths, inner, strict=True)]
+            paddings = states[0].get("param_alignment_paddings")
+            laid = _sharded3(folder, flats, groups) if stage3 else _sharded(folder, flats, groups, paddings)
+        for name, place in laid.items():
+            found[name][kind] = place
+    return found
+
+
+def _kept(path: Path, state: dict[int, Any], kind: str) -> list[Flat]:
+    """One rank's state of a kind, in the order of its groups."""
+    values = [state[number].get(kind) for number in sorted(state)]
+    if not all(isinstance(value, Saved) and value.contiguous and len(value.shape) == 1 for value in values):
+        said = f"has {kind} in another shape than the weights: resume with the layout and ranks that wrote it"
+        raise RunError(Problem("checkpoint", path, said))
+    return [Flat(str(path), value) for value in values]
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

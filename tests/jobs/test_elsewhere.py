@@ -12,19 +12,35 @@ from tests.jobs.test_layouts import COMMON
 pytestmark = pytest.mark.slow
 WORDS = [*COMMON, "train.steps=8", "train.save_every=4", "train.keep_checkpoints=3", "jobs=[preprocess,train]"]
 ELSEWHERE = {
-    "fsdp on half the ranks": ["cluster.train.ranks_per_node=2"],
-    "fsdp to hsdp": ["parallel=hsdp", "parallel.shard_ranks=2"],
-    "fsdp on one rank to plain data parallelism": ["parallel=ddp", "cluster.train.ranks_per_node=1"],
+    "fsdp on half the ranks": ["fsdp", "cluster.train.ranks_per_node=2"],
+    "fsdp to hsdp": ["fsdp", "parallel=hsdp", "parallel.shard_ranks=2"],
+    "fsdp on one rank to plain data parallelism": ["fsdp", "parallel=ddp", "cluster.train.ranks_per_node=1"],
+    "zero3 on half the ranks": ["zero3", "cluster.train.ranks_per_node=2"],
+    "zero3 to zero1": ["zero3", "parallel=zero1"],
+}
+PROOF = ("fsdp to hsdp", "zero3 to zero1")
+CHAINS = {
+    "fsdp": ["fsdp", ["fsdp", 2], ["fsdp", 6]],
+    "zero1": ["zero1", ["zero1", 2], ["zero1", 6]],
+    "zero2": ["zero2", ["zero2", 2], ["zero2", 6]],
+    "zero3": ["zero3", ["zero3", 2], ["zero3", 6]],
+    "zero3 to fsdp and back": ["zero3", ["fsdp", 4], ["zero3", 4]],
+    "zero2 to zero3 to fsdp": ["zero2", ["zero3", 6], ["fsdp", 2]],
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of eight steps on four ranks that still has its checkpoint of step 4."""
-    run = tmp_path_factory.mktemp("elsewhere") / "run"
-    ranks.run(f"run_dir={run}", *WORDS, "parallel=fsdp")
-    shutil.copytree(run, run.with_name("kept"), symlinks=True)
-    return run
+    """Runs of eight steps on four ranks that still have their checkpoint of step 4, made once a layout; leave them as they are."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+
+    def made(layout):
+        run = folder / layout / "run"
+        if not run.exists():
+            ranks.run(f"run_dir={run}", *WORDS, f"parallel={layout}")
+        return run
+
+    return made
 
 
 def history(run):
@@ -32,23 +48,50 @@ def history(run):
     return [(line["loss"], line["grad_norm"], line["tokens"]) for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("words", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_it_goes_on_from_step_4_as_if_nothing_had_changed(words, finished):
-    kept = finished.with_name("kept")
-    shutil.rmtree(finished)
-    shutil.copytree(kept, finished, symlinks=True)
-    shutil.rmtree(finished / "checkpoints/step-00000008")
-    shutil.rmtree(finished / "jobs/train")
-    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (finished / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
-    said = ranks.run(f"resume={finished}", *words)
-    assert "resumed from" in said
-    assert "from fsdp on 4 ranks to" in said
-    before, after = history(kept), history(finished)
-    assert len(after) == 8
-    assert after[:4] == before[:4]
-    for one, other in zip(before[4:], after[4:], strict=True):
+def rewind(run, step):
+    """As if the run had been killed after it saved at `step`."""
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    shutil.rmtree(run / "jobs/train")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def check(before, after, since, rel):
+    """The same losses and gradient norms from step `since` on; before it, and of tokens, the very same numbers."""
+    assert len(after) == len(before)
+    assert after[:since] == before[:since]
+    for one, other in zip(before[since:], after[since:], strict=True):
         assert one[2] == other[2]  # the very rows
-        assert other[:2] == pytest.approx(one[:2], rel=2e-3)
-    about = read_json(finished / "checkpoints/step-00000008/checkpoint.json")
+        assert other[:2] == pytest.approx(one[:2], rel=rel)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.proof) if name in PROOF else name for name in ELSEWHERE]
+)
+def test_it_goes_on_from_step_4_as_if_nothing_had_changed(case, finished, tmp_path):
+    layout, *words = ELSEWHERE[case]
+    kept, run = finished(layout), tmp_path / "run"
+    shutil.copytree(kept, run, symlinks=True)
+    rewind(run, 4)
+    said = ranks.run(f"resume={run}", *words)
+    assert f"from {layout} on 4 ranks to" in said
+    check(history(kept), history(run), 4, rel=2e-3)
+    about = read_json(run / "checkpoints/step-00000008/checkpoint.json")
     assert about["rows_seen"] == 8 * 16
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("case", CHAINS)
+def test_twice_elsewhere_keeps_the_curve(case, adapter, tmp_path):
+    first, *hops = CHAINS[case]
+    run, words = tmp_path / "run", ["train.steps=12", "train.keep_checkpoints=4", "train.global_batch=24"]
+    ranks.run(f"run_dir={run}", *WORDS, *words, f"adapter={adapter}", f"parallel={first}")
+    before = history(run)
+    for step, (layout, number) in zip((4, 8), hops, strict=True):
+        rewind(run, step)
+        ranks.run(f"resume={run}", f"parallel={layout}", f"cluster.train.ranks_per_node={number}")
+    check(before, history(run), 4, rel=1e-3)
+    assert read_json(run / "checkpoints/step-00000012/checkpoint.json")["rows_seen"] == 12 * 24
