@@ -13,6 +13,9 @@ import torch.distributed as dist
 from conf.errors import Problem, SiteError
 from conf.schema import Config
 
+MARGIN_S = 60
+"""By so much torch's own time-outs, which end a process without a diagnosis, come later than the watchdog's limits."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,10 +28,33 @@ class World:
     device: torch.device
     interface: str = "?"
     """Network interface of Gloo, where it is known."""
+    context_ranks: int = 1
+    """Ranks that share the tokens of a row; see `jobs.context`."""
+    tensor_ranks: int = 1
+    """Neighbouring ranks that share every matrix of a block."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def copies(self) -> int:
+        """Ranks that work on the same rows."""
+        return self.context_ranks * self.tensor_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Of the ranks that work on other rows, which this one is among."""
+        return self.rank // self.copies
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.copies
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(which, of how many) stretches of a row's tokens this rank has."""
+        return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
 
 
 @contextmanager
@@ -42,7 +68,9 @@ def process_group(config: Config) -> Iterator[World]:
     if size == 1:  # a rendezvous with oneself needs no network
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     device = _device(config, local_rank)
-    timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", config.cluster.network.nccl_timeout_s)))
+    network = config.cluster.network
+    start_s = int(os.environ.get("MUSTER_NCCL_TIMEOUT", network.nccl_timeout_s))
+    timeout = timedelta(seconds=max(start_s, network.step_timeout_s, network.save_timeout_s) + MARGIN_S)
     if device.type == "cuda":
         _peer_access(local_rank, local_size)
         torch.cuda.set_device(device)
@@ -51,7 +79,16 @@ def process_group(config: Config) -> Iterator[World]:
         dist.init_process_group("gloo", timeout=timeout)
     # transformers would leave weights out on all ranks but the first; Muster's ranks read for themselves
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    yield World(rank, size, local_rank, local_size, device, os.environ.get("GLOO_SOCKET_IFNAME", "?"))
+    yield World(
+        rank,
+        size,
+        local_rank,
+        local_size,
+        device,
+        os.environ.get("GLOO_SOCKET_IFNAME", "?"),
+        config.parallel.context_ranks,
+        config.parallel.tensor_ranks,
+    )
     # On the good path only: a rank that fails must say why, not wait in here for ranks that wait for it
     dist.barrier()  # no rank leaves while another still needs its store
     dist.destroy_process_group()
@@ -84,9 +121,10 @@ def _peer_access(local_rank: int, local_size: int) -> None:
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective of all ranks that takes longer than this is a hang. Gloo's stays as it was made."""
-    if "nccl" in dist.get_backend_config():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    """From now on a collective that takes much longer than this ends its rank, in any group of NCCL's. Gloo's stay as made."""
+    for group in list(dist.distributed_c10d._world.pg_map):  # torch gives groups of a mesh ten minutes of their own
+        if "nccl" in dist.get_backend_config(group):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + MARGIN_S), group)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

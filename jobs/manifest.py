@@ -11,6 +11,7 @@ import xxhash
 
 from conf.errors import Problem, RunError
 from conf.files import read_json, sync, write_json
+from jobs import heartbeat
 
 NAME = "manifest.json"
 LAST = (NAME, "checkpoint.json")
@@ -88,8 +89,12 @@ def differing(folder: Path, rank: int = 0, world_size: int = 1, threads: int = T
         for number, value in enumerate(entry["xxh3"])
         if _reader(name, number, entry) % world_size == rank
     ]
+    found = []
     with ThreadPoolExecutor(threads) as pool:
-        return [said for said in pool.map(lambda piece: _differs(*piece, listed["piece"]), mine) if said]
+        for said in pool.map(lambda piece: _differs(*piece, listed["piece"]), mine):
+            heartbeat.alive()
+            found += [said] if said else []
+    return found
 
 
 def check(folder: Path, threads: int = THREADS) -> None:

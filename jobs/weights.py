@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from conf.errors import ConfigError, Problem
+from jobs import heartbeat
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -170,6 +171,7 @@ def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int
         try:
             for count in pool.map(lambda piece: _fill(opened[piece.file].fileno(), piece, buffers), pieces):
                 bar.update(count)
+                heartbeat.alive()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -36,7 +36,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
             number += 1
     values = {"MUSTER_ATTEMPT": str(number)}
     opened = {
-        "host": _host(),
+        "host": host(),
         "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
@@ -59,7 +59,7 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
     opened = history.opened(folder, number)
     verdict = judge(attempt, code, world_size)
     verdict |= {
-        "host": verdict["host"] or _host(),
+        "host": verdict["host"] or host(),
         "step": history.last_step(folder),
         "saved": history.last_saved(folder),
         "exit": code,
@@ -91,7 +91,7 @@ def record(folder: Path, number: int, rank: int, status: str, reason: str = "", 
             "reason": reason,
             "error": error,
             "rank": rank,
-            "host": _host(),
+            "host": host(),
             "time": time.time(),
             **more,
         },
@@ -122,7 +122,7 @@ def _tidy(folder: Path, number: int, opened: dict[str, Any]) -> None:
     write_json(folder / f"attempt-{number - 1}.json", verdict)
 
 
-def _host() -> str:
+def host() -> str:
     """This node as Slurm calls it, so that it can be excluded by that name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 

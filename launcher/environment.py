@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.batch import split
+from conf.batch import copies, split
 from conf.resolve import digest
 from conf.schema import Backend, Config, Precision
 from launcher.plan import Job
@@ -123,7 +123,7 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
     parallel, train, world = config.parallel, config.train, job.world_size
     values = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, world)[1]),
-        "ACCELERATE_MIXED_PRECISION": "bf16" if train.precision is Precision.bf16 else "no",
+        "ACCELERATE_MIXED_PRECISION": _mixed(train.precision),
     }
     if parallel.backend is Backend.zero:
         return values | {
@@ -132,7 +132,8 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(parallel.zero_stage),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _flag(parallel.zero_stage == 3),
         }
-    shard = parallel.shard_ranks or world
+    apart = world // parallel.tensor_ranks
+    shard = parallel.shard_ranks or apart
     if shard > 1:
         values |= {
             "ACCELERATE_USE_FSDP": "true",
@@ -149,13 +150,13 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
         block = BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
         if block:
             values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
-    if 1 < shard < world:
+    if 1 < shard < apart or copies(config) > 1:
         values |= {
             "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-            "PARALLELISM_CONFIG_TP_SIZE": "1",
-            "PARALLELISM_CONFIG_CP_SIZE": "1",
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard),
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(world // shard),
+            "PARALLELISM_CONFIG_TP_SIZE": str(parallel.tensor_ranks),
+            "PARALLELISM_CONFIG_CP_SIZE": str(parallel.context_ranks),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(max(1, shard // parallel.context_ranks)),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(apart // shard),
         }
     return values
 
@@ -188,6 +189,13 @@ def cache_variables(config: Config, user_id: int) -> dict[str, str]:
     }
 
 
+def watch_variables(config: Config, pipe: str) -> dict[str, str]:
+    """NCCL's recorder listens at `pipe`R.pipe on rank R; its own monitor, which ends a rank without a word, comes last."""
+    network = config.cluster.network
+    last_s = max(network.nccl_timeout_s, network.step_timeout_s, network.save_timeout_s) + 120
+    return {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(last_s)}
+
+
 def secrets(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
     """Values of `cluster.secrets` that the environment lacks, from the NAME=value lines of the secrets file."""
     lines = (line.split("=", 1) for line in text.splitlines() if "=" in line)
@@ -210,6 +218,11 @@ def applied(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         apply(before)
+
+
+def _mixed(precision: Precision) -> str:
+    """In Accelerate's words."""
+    return precision.name if precision in (Precision.bf16, Precision.fp16) else "no"
 
 
 def _flag(value: bool) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
-from launcher.verdict import BAD_NODE, COMPLETED, FAILED, HOST_MEMORY, OUT_OF_MEMORY, PLANNED, PREEMPTED
+from launcher.verdict import BAD_NODE, COMPLETED, FAILED, HOST_MEMORY, NCCL, OUT_OF_MEMORY, PLANNED, PREEMPTED
 
 VICTIM = (
     "connection closed",
@@ -44,12 +44,22 @@ def judge(attempt: Path, code: int, world_size: int) -> dict[str, Any]:
     )
     causes = [item for item in errors if not any(word in item["reason"].lower() for word in VICTIM)]
     told = [item for item in records if item["status"] in PLANNED]
-    found = next(iter(causes), None) or _said_by_srun(attempt, {item["rank"] for item in records})
+    found = _hang(attempt, causes) or next(iter(causes), None)
+    found = found or _said_by_srun(attempt, {item["rank"] for item in records})
     if found is None:
         found = _head(told) or next(iter(errors), None) or _silent(records, code, world_size)
     verdict = {key: found.get(key, "") for key in ("status", "reason", "remedy", "host", "rank", "error")}
     failed = verdict["status"] not in (COMPLETED, *PLANNED)
     return verdict | {"log": log_tail(attempt, verdict["rank"]) if failed else ""}
+
+
+def _hang(attempt: Path, causes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the watchdog found, unless a rank had failed before: the others then hung because of it. A time-out of NCCL is
+    what a hang looks like from inside, and no cause."""
+    found: dict[str, Any] | None = read_json(attempt / "hang.json")
+    if found and any(item["status"] != NCCL and item["time"] <= found["time"] for item in causes):
+        return None
+    return found
 
 
 def _head(records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -96,8 +106,11 @@ def _silent(records: list[dict[str, Any]], code: int, world_size: int) -> dict[s
 
 
 def log_tail(attempt: Path, rank: int | None) -> str:
-    """The last lines of a rank's log, or of srun's own."""
-    lines = _end(attempt / ("srun.log" if rank is None else f"rank-{rank}.log")).splitlines()
+    """The last lines of a rank's log, or of srun's own; the local executor has logs of its own, the newest is this attempt's."""
+    path = attempt / ("srun.log" if rank is None else f"rank-{rank}.log")
+    if rank is not None and not path.exists():
+        path = max(attempt.parent.glob(f"*_{rank}_log.out"), key=lambda item: item.stat().st_mtime, default=path)
+    lines = _end(path).splitlines()
     return "\n".join([line for line in lines if not line.startswith("muster: environment")][-TAIL_LINES:])
 
 

@@ -1,5 +1,6 @@
 """Prints tables about a run for people to read: the states of its jobs, and what came of it at the end."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from conf.files import read_json
 from launcher.history import metrics
 from launcher.runs import JobState
+
+LINES = 5
+"""Of a failed rank's log, under the table."""
 
 
 def status(jobs: Iterable[JobState]) -> None:
@@ -16,14 +20,15 @@ def status(jobs: Iterable[JobState]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("job", "id", "state", "attempt", "verdict", "step", "where", "reason"):
         table.add_column(heading, overflow="fold")
-    for job in jobs:
+    found = list(jobs)
+    for job in found:
         verdict = job.verdict or {}
         where = (
             ""
             if verdict.get("rank") is None or not verdict.get("reason")
             else f"rank {verdict['rank']} on {verdict['host']}"
         )
-        step = verdict.get("step")
+        step = (job.beat or verdict).get("step")
         table.add_row(
             job.name,
             job.job_id,
@@ -32,9 +37,27 @@ def status(jobs: Iterable[JobState]) -> None:
             verdict.get("status", ""),
             "" if step is None else str(step),
             where,
-            _line(verdict),
+            _line(verdict) or _at_work(job.beat),
         )
     _console().print(table)
+    for job in (job for job in found if job.failed and job.verdict):
+        _failure(job.name, job.verdict or {})
+
+
+def _at_work(beat: dict[str, Any] | None) -> str:
+    """What a running job does: the phase and age of the last heartbeat of the rank that is furthest behind."""
+    if beat is None:
+        return ""
+    return f"{beat['phase']}, last heartbeat {max(0, time.time() - beat['time']):.0f} s ago"
+
+
+def _failure(name: str, verdict: dict[str, Any]) -> None:
+    """What helps, and the last lines of the log of the rank that failed first; `why` has more."""
+    if verdict.get("remedy"):
+        print(f"{name}: {verdict['remedy']}")
+    lines = str(verdict.get("log") or "").splitlines()[-LINES:]
+    if lines:
+        print("\n".join([f"{name}, last lines of its log:", *(f"  {line}" for line in lines)]))
 
 
 def attempts(job: JobState) -> None:
@@ -96,7 +119,7 @@ def rows(run: Path) -> list[tuple[str, str]]:
     found.append(("run", str(run)))
     if (run / "model").is_dir():
         found.append(("model", str(run / "model")))
-    answers: list[dict[str, Any]] = read_json(run / "generate.json") or []
+    answers: list[dict[str, Any]] = (read_json(run / "generations.json") or {}).get("answers", [])
     if answers:
         found.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_text
-from launcher import history, record, slurm
+from launcher import history, record, slurm, watchdog
 from launcher.plan import AFTER
 from launcher.verdict import COMPLETED
 
@@ -26,6 +26,8 @@ class JobState:
     """Number of the newest attempt; None before the first."""
     before: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts of the attempts before the newest, oldest first."""
+    beat: dict[str, Any] | None = None
+    """While it runs: the last heartbeat of the rank that is furthest behind."""
 
     @property
     def failed(self) -> bool:
@@ -46,7 +48,8 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
         state = (
             on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
         )
-        found.append(JobState(name, job_id, state, *own))
+        at_work = state == "RUNNING" and own[0] is None and own[1] is not None
+        found.append(JobState(name, job_id, state, *own, _beat(run / "jobs" / name, own[1]) if at_work else None))
     return found
 
 
@@ -62,6 +65,12 @@ def _own(folder: Path, job_id: str | None) -> tuple[dict[str, Any] | None, int |
     begun = history.opened(folder, number) if number else {}
     older = [item for item in older if str(item.get("job_id")) == job_id]
     return (verdict, number, older) if str(begun.get("job_id")) == job_id else (None, None, older)
+
+
+def _beat(folder: Path, number: int | None) -> dict[str, Any] | None:
+    """The heartbeat of the rank that has got least far in an attempt, as far as its node has published it."""
+    ranks = watchdog.gathered(folder / f"attempt-{number}").values()
+    return min((item for item in ranks if item["phase"] != "ended"), key=lambda item: item["count"], default=None)
 
 
 def active(run: Path) -> str | None:

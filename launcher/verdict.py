@@ -6,9 +6,10 @@ import errno
 from collections.abc import Iterator
 
 COMPLETED, PREEMPTED, TIME_LIMIT, STOPPED, FAILED = "completed", "preempted", "time_limit", "stopped", "failed"
-OUT_OF_MEMORY, NCCL, BAD_NODE, USER_ERROR, NO_PROGRESS = (
+OUT_OF_MEMORY, NCCL, HANG, BAD_NODE, USER_ERROR, NO_PROGRESS = (
     "out_of_memory",
     "nccl",
+    "hang",
     "bad_node",
     "user_error",
     "no_progress",
@@ -41,6 +42,10 @@ RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
             "fallen off the bus",
             "gpu is lost",
             "unspecified launch failure",
+            "uncorrectable nvlink",
+            "over nvlink or a hardware error",
+            "busy or unavailable",
+            "no cuda-capable device",
             "system not yet initialized",
             "hardware stack error",
         ),
@@ -61,9 +66,16 @@ RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ),
     (
         NCCL,
-        ("DistBackendError",),
+        ("DistBackendError", "DistNetworkError", "DistStoreError"),
         ("nccl",),
         "look at the other ranks with python -m launcher logs, then try pipeline=preflight on these nodes",
+    ),
+    (
+        USER_ERROR,
+        ("RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError", "OfflineModeIsEnabled"),
+        (),
+        "name a folder that every node sees, or what the Hub has: gated models need HF_TOKEN in cluster.secrets, and nodes "
+        "without network what was downloaded before (cluster.hf_home)",
     ),
     (
         USER_ERROR,

@@ -7,14 +7,18 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from conf import resolve
 from conf.errors import Stopped, UserError
 from conf.schema import Config
-from launcher import attempt, environment, network
+from launcher import attempt, environment, network, watchdog
 from launcher.history import SAVES
+from launcher.plan import DISTRIBUTED
+from launcher.stuck import PIPE
 from launcher.verdict import COMPLETED, USER_ERROR, classify
 
 SHOWN = re.compile(
@@ -43,7 +47,8 @@ def run(job: str, config_path: str) -> None:
     if job not in SAVES:
         signals.leave_at_once(note)
     try:
-        run_job(job, config_path)
+        with _watched(config, folder / f"attempt-{number}", where) if job in DISTRIBUTED else nullcontext():
+            run_job(job, config_path)
     except Stopped as error:
         note(error.status, str(error))
         print(f"muster: {error}", flush=True)
@@ -63,6 +68,28 @@ def run(job: str, config_path: str) -> None:
         note(COMPLETED, seconds=round(time.time() - started, 2))
     if where.world_size > 1:
         atexit.register(_leave)
+
+
+@contextmanager
+def _watched(config: Config, folder: Path, where: environment.Ranks) -> Iterator[None]:
+    """Mark meanwhile how far this rank is; the first of a node starts the process that looks at the marks."""
+    from jobs import heartbeat
+
+    local = watchdog.folder(config.cluster.scratch, folder, where.node_rank)
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        heartbeat.listen(local, where.rank, attempt.host())
+        values = environment.watch_variables(config, str(local / PIPE))
+        environment.apply({key: value for key, value in values.items() if key not in os.environ})
+        if where.local_rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            watchdog.start(config, folder, where)
+    except OSError as error:
+        print(f"muster: nobody watches for hangs: cluster.scratch={config.cluster.scratch}: {error}", flush=True)
+    try:
+        yield
+    finally:
+        heartbeat.close()
 
 
 def _leave() -> None:

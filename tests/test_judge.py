@@ -1,9 +1,11 @@
 """launcher/judge.py: the one cause of an attempt's end, in what ranks recorded and in srun's own words."""
 
+import time
 from pathlib import Path
 
 import pytest
 
+from conf.files import write_json
 from launcher import attempt
 from launcher.judge import judge
 
@@ -92,6 +94,35 @@ def test_ranks_that_lost_one_that_was_told_to_stop_are_no_cause(folder: Path, st
     say(folder, 0, "nccl", VICTIM)
     say(folder, 2, status, "saved at step 7")
     assert found(folder) == (status, 2, "saved at step 7")
+
+
+HANG = {"status": "hang", "reason": "rank 3 on n2 hangs", "remedy": "look", "rank": 3, "host": "n2", "error": "stack"}
+
+
+def hangs(folder: Path, later_s: float = 0) -> None:
+    write_json(folder / "attempt-1/hang.json", HANG | {"time": time.time() + later_s})
+
+
+def test_what_the_watchdog_found_outweighs_the_ranks_it_killed_and_those_that_timed_out(folder: Path) -> None:
+    say(folder, 0, "nccl", "DistBackendError: Watchdog caught collective operation timeout")
+    hangs(folder)
+    say(folder, 1, "failed", VICTIM)
+    srun(folder, KILLED)
+    assert found(folder) == ("hang", 3, "rank 3 on n2 hangs")
+    assert judge(folder / "attempt-1", 137, 4)["error"] == "stack"
+
+
+@pytest.mark.parametrize(("later_s", "status"), [(60, "user_error"), (-60, "hang")], ids=["before", "since"])
+def test_a_rank_that_failed_before_the_others_hung_is_the_cause(folder: Path, later_s: float, status: str) -> None:
+    say(folder, 1, "user_error", "no rows")
+    hangs(folder, later_s)
+    assert found(folder)[0] == status
+
+
+def test_the_log_of_a_rank_of_the_local_executor_is_found(folder: Path) -> None:
+    (folder / "77_2_log.out").write_text("its last words\n")
+    say(folder, 2, "failed", "nan")
+    assert judge(folder / "attempt-1", 1, 4)["log"] == "its last words"
 
 
 def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path) -> None:

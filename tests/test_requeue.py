@@ -45,6 +45,8 @@ def on(status: str) -> dict[str, Any]:
         ([ended("out_of_memory", step=5, resumed=5)], False, "before its first step"),
         ([ended("out_of_memory", step=6, resumed=5)], True, "restart 1 of 3"),
         ([ended("failed")], True, "restart 1 of 3"),
+        ([ended("hang")], True, "restart 1 of 3"),
+        ([ended("hang")] * 4, False, "cluster.max_restarts=3"),
         ([ended("nccl"), ended("failed")], True, "restart 2 of 3"),
         ([ended("bad_node"), ended("failed"), ended("nccl")], True, "restart 3 of 3"),
         ([ended("failed")] * 4, False, "cluster.max_restarts=3"),

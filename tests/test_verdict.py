@@ -22,6 +22,8 @@ SafetensorError = type("SafetensorError", (Exception,), {})
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "bad_node"),
         (RuntimeError("NVRM: Xid 79, GPU has fallen off the bus"), "bad_node"),
         (DistBackendError("the store went away"), "nccl"),
+        (RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"), "bad_node"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "bad_node"),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error"), "nccl"),
         (RuntimeError("Watchdog caught collective operation timeout in ProcessGroupNCCL"), "nccl"),
         (DistBackendError("NCCL error: CUDA out of memory"), "out_of_memory"),

@@ -12,6 +12,7 @@ import pytest
 
 from conf import resolve
 from conf.files import read_json
+from launcher import watchdog
 
 from .conftest import ROOT, Compose, put
 
@@ -34,7 +35,8 @@ def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank
             (tmp_path / "code").mkdir(exist_ok=True)
             (tmp_path / "code" / package).symlink_to(ROOT / package)
         (tmp_path / "code/jobs").mkdir()
-        (tmp_path / "code/jobs/signals.py").symlink_to(ROOT / "jobs/signals.py")
+        for name in ("signals", "heartbeat"):
+            (tmp_path / f"code/jobs/{name}.py").symlink_to(ROOT / f"jobs/{name}.py")
         (tmp_path / "code/jobs/__init__.py").write_text(JOBS.format(body=body))
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")
@@ -89,7 +91,7 @@ def test_a_rank_knows_where_it_stands(rank: Rank, tmp_path: Path) -> None:
 
 def test_only_rank_0_speaks_when_all_went_well(rank: Rank, tmp_path: Path) -> None:
     assert rank("pass", **TASK).returncode == 0
-    assert not (tmp_path / "jobs").exists()
+    assert not list(tmp_path.glob("jobs/train/attempt-2/rank-*.json"))
 
 
 def test_rank_0_says_that_all_were_done(rank: Rank, tmp_path: Path) -> None:
@@ -146,3 +148,22 @@ def test_a_config_that_is_not_there_has_no_traceback(surroundings: dict[str, str
     assert "/nowhere/config.yaml: no such file" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"])
+def test_a_rank_at_work_is_watched(rank: Rank, tmp_path: Path, name: str) -> None:
+    local = watchdog.folder(str(tmp_path), tmp_path / "jobs/train/attempt-2", 1)
+    body = f"from pathlib import Path; print('BEAT', Path('{local}/rank-3.beat').read_text())"
+    values = {"cluster.scratch": str(tmp_path), "cluster.network.save_timeout_s": 4000}
+    done = rank(body, values, **TASK)
+    expected = {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{local}/flight-", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "4120"}
+    assert (done.returncode, seen(done)[name]) == (0, expected[name])
+    assert '"phase": "start"' in done.stdout
+    assert not local.exists()
+
+
+def test_where_nothing_can_be_marked_the_job_runs_and_says_so(rank: Rank, tmp_path: Path) -> None:
+    (tmp_path / "full").touch()
+    done = rank("pass", {"cluster.scratch": f"{tmp_path}/full"}, **TASK)
+    assert done.returncode == 0
+    assert f"nobody watches for hangs: cluster.scratch={tmp_path}/full" in done.stdout

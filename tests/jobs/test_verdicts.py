@@ -1,0 +1,82 @@
+"""launcher/verdict.py on the very exceptions that torch, the Hub's client and the kernel raise."""
+
+import errno
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig
+
+from launcher.verdict import classify
+
+ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
+"""What CUDA's own errors are raised as."""
+
+
+def full() -> None:
+    with Path("/dev/full").open(
+        "r+b", buffering=0
+    ) as file:  # not "w", which would make a file where there is no such device
+        file.write(b"x")
+
+
+def rendezvous() -> None:
+    dist.TCPStore("127.0.0.1", 1, 2, is_master=False, timeout=timedelta(seconds=1))
+
+
+def missing_module() -> None:
+    import muster_has_no_such_module  # type: ignore[import-not-found]  # noqa: F401
+
+
+def chained() -> None:
+    try:
+        full()
+    except OSError as error:
+        raise RuntimeError("could not save") from error
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "remedy"),
+    [
+        (lambda: torch.empty(2**45), "out_of_memory", "memory_gib"),
+        (lambda: bytearray(2**60), "out_of_memory", "memory_gib"),
+        (full, "user_error", "free space"),
+        (chained, "user_error", "free space"),
+        (lambda: torch.load("/nowhere/weights.pt"), "user_error", "every node"),
+        (lambda: AutoConfig.from_pretrained("/nowhere/model"), "user_error", "every node sees"),
+        (lambda: hf_hub_download("a/b", "config.json", local_files_only=True), "user_error", "gated"),
+        (missing_module, "user_error", "cluster.python"),
+        (rendezvous, "nccl", "preflight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_really_raised(work: Callable[[], object], status: str, remedy: str) -> None:
+    with pytest.raises(Exception) as caught:
+        work()
+    found = classify(caught.value)
+    assert found[0] == status, repr(caught.value)
+    assert remedy in found[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 3 has ..."), "out_of_memory"),
+        (ACCELERATOR("CUDA error: out of memory"), "out_of_memory"),
+        (ACCELERATOR("CUDA error: uncorrectable ECC error encountered"), "bad_node"),
+        (ACCELERATOR("CUDA error: unspecified launch failure"), "bad_node"),
+        (ACCELERATOR("CUDA error: device-side assert triggered"), "failed"),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited"), "nccl"),
+        (dist.DistNetworkError("The client socket has failed to connect to (n1, 20077)."), "nccl"),
+        (dist.DistStoreError("wait timeout after 1000ms, keys: /worker/1"), "nccl"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/work/run"), "user_error"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_needs_a_gpu_or_a_quota_to_be_raised(error: Exception, status: str) -> None:
+    """The types are torch's own; the words are those of the CUDA runtime and NCCL."""
+    assert classify(error)[0] == status
