@@ -8,7 +8,7 @@ RANK ?= 0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof numerics chaos test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,12 @@ test: setup test-system ## all tests, on a real Slurm where this machine can sta
 
 proof: setup test-system ## the slower proof: every kill, layout and world size (an hour or two)
 	$(V)/python -m pytest -m proof $(ARGS)
+
+chaos: setup test-system ## strike trainings on a real Slurm with 60 faults, and write docs/resilience.md (an hour)
+	$(V)/python -m tests.slurm.chaos $(ARGS)
+
+numerics: setup ## hold every layout's curve against one process, and write docs/numerics.md (10 minutes)
+	$(V)/python -m tests.jobs.numerics
 
 test-system: # Slurm for the tests, where we may install it
 	@tests/install_slurm.sh

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
-from launcher import checks, facts, overrides, plan, preview, resume, submit
+from launcher import checks, facts, fit, overrides, plan, preview, resume, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -36,8 +36,11 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     seen = facts.observe(config)
     if problems := checks.problems(config, seen):
         raise ConfigError(*problems)
+    config, chosen = fit.settled(config)
     if seen.existing:
         resume.require_same(seen.existing, config)
+    for line in chosen:
+        print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed(config))
     if config.dry_run:
         print(preview.text(config, jobs), flush=True)

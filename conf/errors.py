@@ -6,6 +6,7 @@ MusterError
     ├── ConfigError    a key or a value of the configuration
     ├── DataError      the rows, files or tokenizer given to preprocess
     ├── RunError       the run folder: exists with another config, incomplete, not writable
+    ├── DivergedError  training whose loss no longer falls but rises, and stays up
     └── SiteError      this machine or cluster lacks what the config asks for (Slurm, GPUs, ports)
 """
 
@@ -58,6 +59,10 @@ class DataError(UserError):
 
 class RunError(UserError):
     """Raised for a run folder that cannot be used (e.g. it holds a run with another config)."""
+
+
+class DivergedError(UserError):
+    """Raised when training cannot come to anything: its loss has risen and stays up. Never started again by itself."""
 
 
 class SiteError(UserError):

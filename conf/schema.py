@@ -80,10 +80,32 @@ class AdapterKind(Enum):
     lora = "lora"
 
 
+class Frozen(Enum):
+    full = "full"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    muon = "muon"
+
+
 class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Float8(Enum):
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
 
 
 class Checkpointing(Enum):
@@ -91,6 +113,7 @@ class Checkpointing(Enum):
     selective = "selective"
     full = "full"
     offload = "offload"
+    auto = "auto"
 
     def __bool__(self) -> bool:
         return self is not Checkpointing.none
@@ -102,6 +125,11 @@ class OutputDtype(Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     original = "original"
+
+
+class MergeBase(Enum):
+    original = "original"
+    dequantised = "dequantised"
 
 
 class Executor(Enum):
@@ -289,6 +317,11 @@ class Parallel:
     """Keep sharded parameters in host memory between uses."""
     reshard_after_forward: bool = True
     """FSDP: free gathered parameters after forward. False spends memory to gather once instead of twice a step."""
+    context_ranks: int = at_least(1, 1)
+    """Ranks that share the tokens of each row, for rows too long for one: they exchange heads for attention, so the number
+    must divide the model's heads. 1 keeps rows whole."""
+    tensor_ranks: int = at_least(1, 1)
+    """FSDP: ranks that share each matrix of a block, for blocks too large for one; they must be of one node."""
     bucket_elements: int = at_least(1, 200_000_000)
     """ZeRO: elements a bucket of reduction and prefetch. 2e8 reached the raw loop's speed on H200; DeepSpeed's default did not."""
 
@@ -303,6 +336,14 @@ class Adapter:
     dropout: float = at_least(0, 0.0, at_most=0.99)
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an adapter; `all-linear` is every one but the output head."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead: a higher rank then does not learn slower (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the norm of each row of a weight apart from its direction (Liu 2024). Nearer to a full fine-tune at a low rank, for
+    about a third more time."""
+    base: Frozen = Frozen.full
+    """How the frozen linear layers of blocks are kept: `full` in the precision of compute, `nf4` in 4 bits with double
+    quantisation (QLoRA, as bitsandbytes does it), `int8` in 8 bits with a scale a row."""
 
 
 @dataclass
@@ -313,8 +354,9 @@ class Train:
     """Passes over the training rows, where `steps` is null."""
     global_batch: int = at_least(1, 64)
     """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
-    micro_batch: int = at_least(1, 1)
-    """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated."""
+    micro_batch: int | None = at_least(1, 1)
+    """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated. Null takes as many as are
+    estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens: more do not make a GPU faster."""
     learning_rate: float = at_least(0)
     """Peak, after warmup."""
     min_lr_ratio: float = at_least(0, 0.1, at_most=1)
@@ -323,21 +365,36 @@ class Train:
     """Steps of linear warmup."""
     weight_decay: float = at_least(0, 0.0)
     """AdamW's, on matrices only."""
+    optimizer: Optimizer = Optimizer.adamw
+    """`adamw_8bit` and `paged_*` take bitsandbytes under ZeRO, `adamw_8bit` torchao under FSDP; `adafactor` and `muon` (matrices
+    of blocks, the rest by AdamW) need whole weights and thus FSDP. docs/adapters.md says what each costs."""
     beta1: float = at_least(0, 0.9, at_most=0.99999)
     beta2: float = at_least(0, 0.95, at_most=0.99999)
     eps: float = at_least(0, 1e-8)
     max_grad_norm: float = at_least(0, 1.0)
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     precision: Precision = Precision.auto
-    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPUs; `auto` is bf16 on GPUs, else fp32."""
+    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPUs; `auto` is bf16 on GPUs, else fp32.
+    `fp16`, with a loss scale, is for GPUs older than Ampere, which have no bfloat16."""
+    float8: Float8 = Float8.none
+    """Matrix products in 8 bits under FSDP, by torchao, on Hopper and later. `tensorwise` has one scale a weight, and gathers in
+    8 bits too; `rowwise` one a row, nearer to bf16 and slower (13,563 and 12,003 tok/s a H200 against 10,422)."""
     activation_checkpointing: Checkpointing = Checkpointing.none
     """What of a block is computed again in backward instead of kept. `selective` keeps attention and every second matrix product
-    (8 % slower than `none` on H200), `full` only the block's input (a quarter slower), `offload` moves that to host memory."""
+    (8 % slower than `none` on H200), `full` only the block's input (a quarter slower), `offload` moves that to host memory.
+    `auto` is the first of these that is estimated to fit into `cluster.train.gpu_memory_gib`, chosen before anything is queued."""
     compile: bool | None = None
     """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not under ZeRO-3, whose hooks
     inside a block cut it into pieces."""
     seed: int = at_least(0, 0)
     """Fixes initial weights and dropout."""
+    max_loss_rise: float | None = at_least(0, 2.0)
+    """Training whose loss (median of 21 steps) lies this far above its best, in nats, for 50 steps on end has diverged and ends;
+    null lets it go on. Two nats are a perplexity 7 times the best one: nothing that heals stays up there for 50 steps."""
+    profile: bool = False
+    """Write a trace of three early steps by torch's profiler to RUN/profile. Those steps are slower."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write one."""
     log_every: int = at_least(1, 10)
     """Steps between lines in the log; metrics.jsonl has every step."""
     eval_every: int = at_least(0, 100)
@@ -348,6 +405,9 @@ class Train:
     """Newest complete checkpoints kept; two, because the last may be the one a disk failure hits."""
     keep_every: int = at_least(0, 0)
     """Checkpoints at multiples of this many steps are kept for good, beside the newest; 0 keeps none of them."""
+    async_save: bool = True
+    """Copy what is saved to host memory, and write it while training goes on: ranks wait for the copy alone. On, because a
+    copy takes seconds where a write takes minutes; a node without room for it is told, and waits. The last is waited for."""
     fingerprint: bool = False
     """Record each final weight's SHA-256 beside the last checkpoint, gathered one at a time, so that consolidation
     can prove its output equal to the live weights. Costs one more gather of the model."""
@@ -361,6 +421,9 @@ class Consolidate:
     """Largest safetensors file, in GiB."""
     adapter_only: bool = False
     """Write the adapter alone, as a PEFT folder, and leave the base as it is."""
+    base: MergeBase = MergeBase.original
+    """What an adapter on a quantised base is merged into: `original`, the stored weights, or `dequantised`, what it was
+    trained on."""
 
 
 @dataclass
@@ -411,9 +474,12 @@ class Network:
     master_port: int | None = at_least(1024, None, at_most=65535)
     """Null derives a free port below the ephemeral range from the job id, and reserves it for the job's life."""
     nccl_timeout_s: int = at_least(1, 1800)
-    """MUSTER_NCCL_TIMEOUT: the one timeout of start-up, loading and saving, in seconds, passed on to every library."""
+    """MUSTER_NCCL_TIMEOUT: seconds that start-up, or loading, may take without getting further; passed on to every library.
+    A rank that is silent for longer hangs: its node's watchdog says where, ends the job, and it starts again."""
     step_timeout_s: int = at_least(1, 600)
-    """Timeout of collectives once training steps run, in seconds; shorter, because a step that hangs wastes every GPU."""
+    """Likewise for a training step, or a batch of evaluation; shorter, because a step that hangs wastes every GPU."""
+    save_timeout_s: int = at_least(1, 1800)
+    """Likewise for a checkpoint: long enough for the slowest disk."""
 
 
 @dataclass

@@ -126,3 +126,56 @@ def _many(count: int, unit: str) -> str:
 
 def _span(low: int, high: int, unit: str) -> str:
     return _many(low, unit) if low == high else f"{low:,}-{high:,} {unit}s"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Lines and dots as SVG points, in percent of the chart from its top left, with ticks as (where, label) as in `Chart`."""
+
+    lines: list[str]
+    dots: list[tuple[float, float, str]]
+    """(x, y, what it is)."""
+    across: list[tuple[float, str]]
+    up: list[tuple[float, str]]
+
+
+POINTS = 300
+"""Points of a line at most: longer ones become means of neighbours."""
+
+
+def of_curves(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:
+    """Values by step, none of them empty; the upward axis is logarithmic where all are above 0 and differ much."""
+    shown = [_thinned(points) for points in series]
+    both = [*(point for points in shown for point in points), *dots]
+    begin, end = min(x for x, _ in both), max(x for x, _ in both)
+    low, high = min(y for _, y in both), max(y for _, y in both)
+    wide = low > 0 and high > 50 * low
+    if not wide:
+        low = min(low, 0.0) if low <= 0.5 * high else low
+        high = high if high > low else low + max(abs(low), 1e-9)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        up = math.log(y / low) / math.log(high / low) if wide else (y - low) / (high - low)
+        return round(100 * (x - begin) / max(1, end - begin), 2), round(100 * (1 - up), 2)
+
+    lines = [" ".join(f"{x},{y}" for x, y in (place(*point) for point in points)) for points in shown]
+    marked = [(*place(x, y), f"step {x:,}: {y:.4f}") for x, y in dots]
+    ticks = [10.0**power for power in range(-12, 13)] if wide else _even(low, high)
+    up = [(100 - place(begin, tick)[1], f"{tick:.6g}") for tick in ticks if low <= tick <= high]
+    across = [
+        (place(tick, high)[0], f"{tick:,}") for tick in _round(int(begin), max(int(end), int(begin) + 1)) if tick <= end
+    ]
+    return Curve(lines, marked, across, up)
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    size = -(-len(points) // POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
+    return [(group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _even(low: float, high: float) -> list[float]:
+    """At most six round numbers within the axis."""
+    size = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(size * factor for factor in (1, 2, 5, 10) if (high - low) / (size * factor) <= 5)
+    return [round(step * number, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,14 +1,20 @@
-"""What a run reports while it trains: metrics.jsonl with every step, lines for the log, and a tracker where one is named."""
+"""What a run reports while it trains: metrics.jsonl with every step, log lines, a page, and a tracker where one is named."""
 
 import json
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from conf.files import read_json, write_json, write_text
 from conf.schema import Config, Tracker
+from jobs import curves
 from jobs.distributed import World
+
+DRAW_S = 30.0
+"""Seconds between two drawings of the page at least, and a hundred times as long as drawing took: ranks wait for it."""
 
 
 class Metrics:
@@ -26,9 +32,16 @@ class Metrics:
         self.tracker = None
         self.evaluated: set[int] = set()
         """Steps whose held-out loss is on record already; known to rank 0."""
+        self.losses: list[float] = []
+        """Of the steps before the one that is resumed from; known to rank 0."""
+        self.warnings: list[str] = []
+        """Of this attempt."""
+        self._next: dict[str, float] = {}
+        self._draw_at = time.monotonic() + DRAW_S
         if self.is_main:
             kept = _truncate(self.path, step)
             self.evaluated = {int(line["step"]) for line in kept if "eval_loss" in line}
+            self.losses = [float(line["loss"]) for line in kept if "loss" in line]
             self.file = self.path.open("a", encoding="utf-8")
             self.tracker = _tracker(config, step)
 
@@ -36,20 +49,63 @@ class Metrics:
         """Append one line, whole: a killed job leaves no half of it."""
         if not self.is_main:
             return
+        values |= self._next
+        self._next = {}
         self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
         if self.tracker:
             self.tracker.log(values, step=step)
 
-    def show(self, step: int, **values: Any) -> None:
-        """A line for the log, with the time that is left."""
+    def show(self, step: int, /, **values: Any) -> None:
+        """A line for the log, with the time that is left; now and then also the page."""
         if self.is_main:
-            rate = (step - self.first) / max(1e-9, time.monotonic() - self.started)
-            left = (self.steps - step) / rate if rate else 0.0
             text = "  ".join(f"{name} {value}" for name, value in values.items())
-            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  left {_clock(left)}", flush=True)
+            left = curves.clock(self.left(step))
+            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  left {left}", flush=True)
+            if time.monotonic() >= self._draw_at:
+                self.draw()
+
+    def left(self, step: int) -> float:
+        """Seconds until the last step, at the rate of this attempt with all its evaluations and checkpoints."""
+        return (self.steps - step) * (time.monotonic() - self.started) / max(1, step - self.first)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Seconds of something between steps, such as a checkpoint; they go into the next line that is written."""
+        began = time.perf_counter()
+        yield
+        self._next[name] = round(self._next.get(name, 0.0) + time.perf_counter() - began, 3)
+
+    def note(self, **values: float) -> None:
+        """Numbers that go into the next line that is written."""
+        self._next |= values
+
+    def say(self, lines: list[str]) -> None:
+        """Lines for the log as they are."""
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
+
+    def warn(self, step: int, texts: list[str]) -> None:
+        """Say what is odd in the log, and on the page."""
+        if self.is_main:
+            for text in texts:
+                print(f"warning   step {step}: {text}", flush=True)
+            self.warnings += [f"step {step}: {text}" for text in texts]
+
+    def draw(self) -> None:
+        """Write RUN/report.html from all that has been written so far. A page that cannot be written ends no training."""
+        if not self.is_main:
+            return
+        began = time.monotonic()
+        try:
+            page = curves.html(self.config, self.path, self.steps, self.warnings)
+            write_text(self.path.with_name("report.html"), page)
+        except OSError as error:
+            print(f"warning   report.html: {error}", flush=True)
+        self._draw_at = time.monotonic() + max(DRAW_S, 100 * (time.monotonic() - began))
 
     def close(self) -> None:
+        self.draw()
         if self.is_main:
             self.file.close()
             if self.tracker:
@@ -93,9 +149,3 @@ def _tracker(config: Config, step: int) -> Any:
         tracker = WandBTracker(config.name, id=_tracker_id(config), name=name, resume="allow", dir=config.run_dir)
     tracker.start()
     return tracker
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -8,17 +8,23 @@ from types import ModuleType
 
 import torch
 
-from conf.batch import split
+from conf import mesh
+from conf.batch import rows_at_once, split
+from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
-from jobs import backends, checkpoint, data, loss, model, optim, signals
+from jobs import backends, checkpoint, data, heartbeat, loss, model, optim, signals, transfer
 from jobs.agreement import first
 from jobs.backends import Engine
 from jobs.distributed import World, process_group, set_timeout, total
+from jobs.divergence import Divergence
 from jobs.metrics import Metrics
 from jobs.order import Order
 from jobs.packing import hidden_factor
+from jobs.saving import Saver
+from jobs.tracing import Trace
+from jobs.watch import Watch, words, work
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Loop:
     """Token id that fills rows up."""
     steps: int
     metrics: Metrics
+    watch: Watch
+    divergence: Divergence
+    trace: Trace
+    saver: Saver
     stop: signals.Stop
 
 
@@ -52,11 +62,13 @@ def run(config: Config) -> None:
             stopped = _step(loop, step)
             step += 1
             if step == steps or stopped or _due(every.save_every, step):  # first: time may be short
-                _save(loop, step)
+                _save(loop, step, wait=step == steps or stopped)
             if (step == steps or _due(every.eval_every, step)) and not stopped:
                 stopped = not _evaluate(loop, step)
                 if stopped and step < steps:
-                    _save(loop, step)  # done before where it was due
+                    _save(loop, step, wait=True)  # done before where it was due
+        heartbeat.beat("finish", step)
+        loop.trace.close()
         told = stop.agreed() if stopped else None
         loop.metrics.close()
     if told:
@@ -65,6 +77,7 @@ def run(config: Config) -> None:
 
 def _begin(config: Config, world: World, stop: signals.Stop) -> tuple[Loop, int]:
     """Everything built and sharded, and the newest checkpoint loaded; with the step that it was saved at."""
+    heartbeat.beat("load")
     folder = Path(config.run_dir) / "data"
     rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
     validation = data.read(folder, "validation")
@@ -74,86 +87,143 @@ def _begin(config: Config, world: World, stop: signals.Stop) -> tuple[Loop, int]
     found = checkpoint.find(config, world)
     skeleton = model.skeleton(config)
     order = data.ordered(rows, config, hidden_factor(skeleton.config))
+    blocks, costs = model.blocks(skeleton), work(skeleton, config)  # before they are sharded
     engine = backend.wrap(skeleton, config, world, found is not None)
-    step = checkpoint.resume(config, world, lambda path: backend.load(engine, path), found)
+    step = checkpoint.resume(
+        config,
+        world,
+        lambda path: backend.load(engine, path),
+        found,
+        lambda path, wrote: transfer.load(backend, engine, path, wrote),
+    )
     metrics = Metrics(config, world, steps, step)
-    return Loop(config, world, backend, engine, rows, validation, order, pad, steps, metrics, stop), step
+    watch = Watch(config, world, costs, rows)
+    watch.phases.around(blocks)
+    metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, watch.nodes))
+    divergence = Divergence(config.train.max_loss_rise, first(lambda: metrics.losses))
+    trace = Trace(config, world, step, steps)
+    return (
+        Loop(
+            config,
+            world,
+            backend,
+            engine,
+            rows,
+            validation,
+            order,
+            pad,
+            steps,
+            metrics,
+            watch,
+            divergence,
+            trace,
+            Saver(config, world, metrics),
+            stop,
+        ),
+        step,
+    )
 
 
 def _step(loop: Loop, step: int) -> bool:
     """One optimizer step over the global batch; returns whether any rank was told to stop.
 
     The loss is the mean over all trained tokens of the global batch, whatever ranks and micro batches they fall into:
-    each rank's sum is divided by the global count, times the number of ranks because backends average gradients.
+    each rank's sum is divided by the global count, times the number of ranks because backends average gradients; over those
+    only that do not share matrices, which all have the same sum.
     """
     config, world, rows = loop.config, loop.world, loop.rows
-    began, stop = time.perf_counter(), bool(loop.stop)
-    torch.manual_seed(hash((config.train.seed, step, world.rank)) % 2**63)  # dropout needs no saved state to be resumed
+    began, stop, timed = time.perf_counter(), bool(loop.stop), loop.watch.phases
+    loop.watch.begin(step, loop.steps)
+    # dropout needs no saved state to be resumed, and is the same on ranks that share matrices
+    torch.manual_seed(hash((config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
     chosen = loop.order.rows_of(step)
     tokens = int(rows.counts[chosen].sum())
-    mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.rank, world.size))
+    mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.data_rank, world.data_size))
+    averaged = world.size // world.tensor_ranks
     summed = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, part in enumerate(mine, 1):
-        batch = data.batch(rows, part, loop.pad, device=world.device)
-        value = loss.summed(loop.engine.module, batch)
-        loop.backend.backward(loop.engine, value * (world.size / tokens), last=number == len(mine))
+        heartbeat.beat("train", step + 1)
+        loop.watch.add(len(part), float(loop.order.costs[part].max()))
+        with timed("data"):
+            batch = data.batch(rows, part, loop.pad, device=world.device, share=world.share)
+        with timed("forward"):
+            value = loss.summed(loop.engine.module, batch)
+        with timed("backward"):
+            loop.backend.backward(loop.engine, value * (averaged / tokens), last=number == len(mine))
         summed += value.detach().double()
+    heartbeat.beat("train", step + 1)
     rate = optim.learning_rate(step, loop.steps, config)
-    norm = loop.backend.step(loop.engine, rate)
-    agreed = total(torch.stack([summed, torch.tensor(float(stop), dtype=torch.float64, device=world.device)])).tolist()
+    with timed("optimizer"):
+        norm = loop.backend.step(loop.engine, rate)
+    flags = torch.tensor([stop, loop.saver.written], dtype=torch.float64, device=world.device)
+    agreed = total(torch.cat([summed[None], flags])).tolist()
     seconds = time.perf_counter() - began
-    mean, speed = agreed[0] / tokens, int(rows.lengths[chosen].sum()) / seconds
+    mean = agreed[0] / world.tensor_ranks / tokens
     if not (math.isfinite(mean) and math.isfinite(norm)):  # equal on all ranks, and nothing of it is saved
+        loop.metrics.draw()
+        loop.saver.settle()
         raise FloatingPointError(
             f"step {step + 1}: loss {mean}, gradient norm {norm}; go back with a smaller learning rate"
         )
-    loop.metrics.write(
-        step + 1,
-        loss=mean,
-        grad_norm=norm,
-        learning_rate=rate,
-        tokens=tokens,
-        tokens_per_s=round(speed, 1),
-        seconds=round(seconds, 4),
-    )
-    if step + 1 == loop.steps or _due(config.train.log_every, step + 1):
-        loop.metrics.show(
-            step + 1, loss=f"{mean:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **{"tokens/s": f"{speed:,.0f}"}
-        )
+    found = {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "seconds": round(seconds, 4)}
+    _report(loop, step + 1, found | loop.watch.end(chosen, seconds))
+    loop.trace.step()
+    if agreed[2] == world.size:
+        loop.saver.settle()
     return agreed[1] > 0
+
+
+def _report(loop: Loop, step: int, values: dict[str, float]) -> None:
+    """Write down what is known of a step that is done, and say it where a line is due. Raises DivergedError on all ranks."""
+    metrics = loop.metrics
+    due = step == loop.steps or _due(loop.config.train.log_every, step)
+    if due:
+        measured, warnings = loop.watch.gathered()
+        values |= measured | {"left_s": round(metrics.left(step))}
+        metrics.warn(step, warnings)
+    metrics.write(step, **values)
+    if due:
+        loss, norm, rate = values["loss"], values["grad_norm"], values["learning_rate"]
+        shown = words(values, on_gpu=loop.world.device.type == "cuda")
+        metrics.show(step, loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **shown)
+    try:
+        loop.divergence.see(step, values["loss"])
+    except DivergedError:
+        metrics.draw()
+        loop.saver.settle()
+        raise
 
 
 def _evaluate(loop: Loop, step: int) -> bool:
     """Mean loss over all held-out tokens; False, and nothing written, where any rank was told to stop meanwhile."""
-    world = loop.world
+    world, began = loop.world, time.perf_counter()
 
     def told() -> bool:
+        heartbeat.beat("evaluate", step)
         return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
 
-    micro = loop.config.train.micro_batch
-    mine = loss.held_out(
-        loop.engine.module, loop.validation, micro, loop.pad, world.device, world.rank, world.size, told
-    )
+    micro = rows_at_once(loop.config)
+    mine = loss.held_out(loop.engine.module, loop.validation, micro, loop.pad, world, told)
     if mine is None:
         return False
     found = total(mine).tolist()
-    loop.metrics.write(step, eval_loss=found[0] / found[1])
+    loop.metrics.write(step, eval_loss=found[0] / found[1], evaluation_s=round(time.perf_counter() - began, 3))
     loop.metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
     return True
 
 
-def _save(loop: Loop, step: int) -> None:
+def _save(loop: Loop, step: int, *, wait: bool) -> None:
+    """Begin the checkpoint of `step`; `wait` until it is whole."""
     config, engine, backend = loop.config, loop.engine, loop.backend
+    heartbeat.beat("save", step)
     about = {
-        "layout": config.parallel.name,
-        "backend": config.parallel.backend.name,
+        **checkpoint.layout(config, loop.world),
         "config": digest(config),
         "torch": torch.__version__,
         "rows_seen": step * config.train.global_batch,
     }
-    set_timeout(config.cluster.network.nccl_timeout_s)
-    room = checkpoint.expected_bytes(engine.module)
-    path = checkpoint.save(config, step, loop.world, lambda folder: backend.save(engine, folder), about, room)
+    set_timeout(config.cluster.network.save_timeout_s)
+    path = loop.saver.save(backend, engine, step, about, wait=wait)
     if step == loop.steps and config.train.fingerprint:
         prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
         if loop.world.is_main:

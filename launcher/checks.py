@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from conf.batch import copies
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
 from conf.datasets import training
 from conf.errors import Problem
 from conf.schema import AdapterKind, Attention, Backend, Config, Container, DataSet, Executor, Format, Init, Submit
-from launcher import footprint, memory, remedy
+from launcher import fit, footprint, memory, pairs, remedy
 from launcher.environment import is_secret
 from launcher.facts import Facts, FirstRow
 from launcher.plan import AFTER, resources
@@ -30,8 +31,8 @@ COLUMNS = {
 def problems(config: Config, facts: Facts) -> list[Problem]:
     """Everything wrong with the config on this site; empty when the run can be submitted."""
     found = list(_values(config))
-    sizes = () if found else (_batch, _layout, _devices, _memory)  # they divide by numbers that may be 0
-    rules = (_names, _steps, *sizes, _model, _data, _site, _secrets, _run_folder)
+    sizes = () if found else (_batch, _layout, _shared, _devices, _memory)  # they divide by numbers that may be 0
+    rules = (_names, _steps, *sizes, _pairs, _model, _data, _site, _time, _secrets, _run_folder)
     return found + [problem for rule in rules for problem in rule(config, facts)]
 
 
@@ -80,6 +81,7 @@ def _steps(config: Config, _: Facts) -> Iterator[Problem]:
 
 def _batch(config: Config, _: Facts) -> Iterator[Problem]:
     world, rows = config.cluster.train.nodes * config.cluster.train.ranks_per_node, config.train.global_batch
+    world //= math.gcd(world, copies(config))  # where they do not divide the ranks, `_layout` says so
     if rows % world:
         nearest = " or ".join(str(count * world) for count in (rows // world, rows // world + 1) if count)
         yield Problem(
@@ -101,16 +103,44 @@ def _layout(config: Config, _: Facts) -> Iterator[Problem]:
             yield Problem(
                 "parallel.shard_ranks", parallel.shard_ranks, "is for FSDP; ZeRO always shards over all ranks"
             )
-    elif world % (parallel.shard_ranks or world):
-        yield Problem(
-            "parallel.shard_ranks", parallel.shard_ranks, f"does not divide the {world} ranks of cluster.train"
-        )
+        if parallel.tensor_ranks > 1:
+            yield Problem("parallel.tensor_ranks", parallel.tensor_ranks, "is for FSDP: take parallel=fsdp, or 1")
+    elif part.ranks_per_node % parallel.tensor_ranks:
+        said = f"does not divide the {part.ranks_per_node} ranks of a node: they exchange at every matrix"
+        yield Problem("parallel.tensor_ranks", parallel.tensor_ranks, said)
+    elif world // parallel.tensor_ranks % (parallel.shard_ranks or 1):
+        of = f"the {world} ranks of cluster.train"
+        of += f" over {parallel.tensor_ranks} tensor_ranks" if parallel.tensor_ranks > 1 else ""
+        yield Problem("parallel.shard_ranks", parallel.shard_ranks, f"does not divide {of}")
     elif parallel.offload_optimizer != parallel.offload_parameters:
         yield Problem(
             "parallel.offload_optimizer",
             parallel.offload_optimizer,
             "FSDP keeps optimizer state where the parameters are: set both offload_* to the same",
         )
+
+
+def _shared(config: Config, _: Facts) -> Iterator[Problem]:
+    """Rows and matrices that several ranks share."""
+    parallel, part, shape = config.parallel, config.cluster.train, config.model.architecture
+    if part.nodes * part.ranks_per_node % copies(config):
+        said = f"times parallel.tensor_ranks={parallel.tensor_ranks} does not divide the ranks of cluster.train"
+        yield Problem("parallel.context_ranks", parallel.context_ranks, said)
+    if parallel.context_ranks > 1 and config.model.attention not in (
+        Attention.auto,
+        Attention.cudnn,
+        Attention.varlen,
+    ):
+        said = f"cannot share rows over parallel.context_ranks={parallel.context_ranks}: take auto"
+        yield Problem("model.attention", config.model.attention.name, said)
+    if shape:
+        for key in ("context_ranks", "tensor_ranks"):
+            ranks = getattr(parallel, key)
+            few = shape.num_key_value_heads if key == "tensor_ranks" else shape.num_attention_heads
+            if few % ranks:
+                yield Problem(f"parallel.{key}", ranks, f"does not divide the model's {few} heads that are shared out")
+    if parallel.tensor_ranks > 1 and config.adapter.kind is not AdapterKind.none:
+        yield Problem("parallel.tensor_ranks", parallel.tensor_ranks, "trains whole models only: take adapter=none, or 1")
 
 
 def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -152,10 +182,15 @@ def _memory(config: Config, facts: Facts) -> Iterator[Problem]:
         return
     if any(True for rule in (_batch, _layout) for _ in rule(config, facts)):
         return
+    config, _ = fit.settled(config)
     found = memory.estimate(config)
     if found and found.on_gpu and found.device.total > capacity * footprint.GIB:
         other = remedy.that_fits(config, capacity) or "no layout, batch or number of nodes near yours would do"
         yield Problem("cluster.train.gpu_memory_gib", capacity, f"train needs {footprint.device_line(found)}: {other}")
+
+
+def _pairs(config: Config, _: Facts) -> Iterator[Problem]:
+    return pairs.problems(config)
 
 
 def _model(config: Config, _: Facts) -> Iterator[Problem]:
@@ -224,6 +259,17 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
     if (config.cluster.container is Container.none) != (config.cluster.container_image is None):
         yield Problem(
             "cluster.container_image", config.cluster.container_image, "goes with cluster.container=apptainer or pyxis"
+        )
+
+
+def _time(config: Config, _: Facts) -> Iterator[Problem]:
+    warned, limit = config.cluster.signal_s, config.cluster.train.time_min * 60
+    if "train" in config.jobs and warned >= limit:
+        yield Problem(
+            "cluster.signal_s",
+            warned,
+            f"is no less than cluster.train.time_min={config.cluster.train.time_min} ({limit} s), so training would be told to "
+            "stop before its first step: ask for more time, or lower cluster.signal_s to what a checkpoint takes",
         )
 
 

@@ -5,10 +5,12 @@ Formulas follow what jobs/backends really does, and are compared with measured r
 
 from dataclasses import dataclass
 
-from conf.schema import Backend, Config, OutputDtype
-from launcher.activations import activation_bytes, logit_bytes, shape_of, width_of
+from conf.mesh import copy_ranks
+from conf.schema import Backend, Config, Frozen, OutputDtype
+from launcher.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
 from launcher.counting import Counts, count, experts
 from launcher.footprint import GIB, Device, Disk, Estimate, Host
+from launcher.storage import frozen_bytes, frozen_width, moment_bytes
 
 CONTEXT = 1.5 * GIB
 """Outside torch's allocator: CUDA context and modules, about 0.5 GiB, and NCCL's channels, about 1 GiB with 8 peers."""
@@ -26,14 +28,24 @@ SUB_GROUP, LIVE = 10**9, 10**9
 class Loop:
     """How the training loop works where no key of a config says it; the defaults are what jobs/ does today."""
 
-    fused_loss: bool = False
-    """Output head and cross entropy run in chunks, so that logits of a whole micro batch never exist."""
+    loss: Loss = Loss.fused
     fused_kernels: bool = False
     """Norms and SwiGLU keep only their inputs: Liger's kernels, or a block under torch.compile."""
+    compiled: bool = False
+    """Blocks and the loss are compiled."""
     fused_optimizer: bool = True
     """AdamW in one kernel, as jobs/optim.py asks for where weights are on a GPU; else ZeRO's step holds one more fp32 tensor."""
     sliced_loading: bool = True
     """Every rank reads its own slices of the weights; else each builds the whole model on its host, then shards it."""
+
+
+def loop_of(config: Config) -> Loop:
+    """How jobs/ will train: compiled as `jobs.kernels.is_compiled` decides, where torch's GPU build brings triton."""
+    compiled = config.train.compile
+    if compiled is None:
+        by_stage_3 = config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
+        compiled = config.cluster.train.gpus_per_node != 0 and not by_stage_3
+    return Loop(fused_kernels=compiled, compiled=compiled)
 
 
 def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
@@ -41,7 +53,7 @@ def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
     counts = count(config.model.architecture, config.adapter) if config.model.architecture else None
     if counts is None:
         return None
-    loop, part = loop or Loop(), config.cluster.train
+    loop, part = loop or loop_of(config), config.cluster.train
     on_gpu = part.gpus_per_node != 0
     device = _device(config, counts, loop, on_gpu)
     host = _host(config, counts, loop)
@@ -53,15 +65,15 @@ def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
 def _ranks(config: Config) -> tuple[int, int]:
     """(all ranks, ranks that share one copy of the training state)."""
     world = config.cluster.train.nodes * config.cluster.train.ranks_per_node
-    return world, world if config.parallel.backend is Backend.zero else config.parallel.shard_ranks or world
+    return world, copy_ranks(config.parallel, world)
 
 
 def _device(config: Config, counts: Counts, loop: Loop, on_gpu: bool) -> Device:
     layout = _zero if config.parallel.backend is Backend.zero else _fsdp
     state = layout(config, counts, loop)
     compute = {
-        "activations": activation_bytes(config, fused_kernels=loop.fused_kernels),
-        "logits": logit_bytes(config, counts, fused_loss=loop.fused_loss),
+        "activations": activation_bytes(config, fused_kernels=loop.fused_kernels, compiled=loop.compiled),
+        "logits": logit_bytes(config, counts, loss=loop.loss, compiled=loop.compiled),
     }
     # embedding and head are reduced when the logits are gone, in blocks as large as theirs
     state["communication"] += max(0, state.pop("late") - compute["logits"])
@@ -83,18 +95,21 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     gathered at once, a third lies in the buffer it is gathered into; two reductions of blocks overlap.
     torch/distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives}.py, 2.11 and 2.13.
     """
-    width, (_, shard) = width_of(config), _ranks(config)
-    trained, frozen = counts.trained / shard, counts.frozen / shard
-    unit = counts.block + (counts.trained_block if counts.frozen else 0)
+    width, (_, shard), tensor = width_of(config), _ranks(config), config.parallel.tensor_ranks
+    trained, frozen = counts.trained / shard, frozen_bytes(config, counts, width, shard)
+    unit = width * counts.trained_block / tensor
+    if counts.frozen:  # a quantised weight is gathered packed, and one at a time is unpacked
+        unit += frozen_width(config, width) * counts.block
+    unpacked = width * counts.largest if counts.frozen and config.adapter.base is not Frozen.full else 0
     blocks = (counts.total - counts.root) // counts.block
     kept = 2 if config.parallel.reshard_after_forward else blocks
     here = 0 if config.parallel.offload_parameters else 1
     return {
-        "parameters": here * (4 * trained + width * frozen),
-        "gathered": width * (counts.root + unit * (min(kept, blocks) + (shard > 1))),
+        "parameters": here * (4 * trained + frozen),
+        "gathered": width * counts.root + unit * (min(kept, blocks) + (shard > tensor)) + unpacked,
         "gradients": here * 4 * trained,
-        "optimizer": here * 8 * trained,
-        "communication": (width + 2 * 4) * counts.trained_block,
+        "optimizer": here * moment_bytes(config, counts) * trained,
+        "communication": (width + 2 * 4) * counts.trained_block / tensor,
         "late": (width + 4) * counts.trained_root,
     }
 
@@ -110,18 +125,19 @@ def _zero(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     reduced = max(min(bucket, counts.trained), 0 if counts.frozen else counts.largest)
     here = 0 if parallel.offload_optimizer else 1
     group = min(SUB_GROUP, trained) if parallel.zero_stage == 3 else trained
-    optimizer = here * (8 * trained + (0 if loop.fused_optimizer else 4 * group))
+    optimizer = here * (moment_bytes(config, counts) * trained + (0 if loop.fused_optimizer else 4 * group))
+    base = frozen_bytes(config, counts, width, shard if parallel.zero_stage == 3 else 1)
     if parallel.zero_stage < 3:
         gradients = width * (counts.trained + trained) if parallel.zero_stage == 1 else 0
         return {
-            "parameters": width * (counts.trained + counts.frozen) + here * 4 * trained,
+            "parameters": width * counts.trained + base + here * 4 * trained,
             "gathered": 0,
             "gradients": gradients + here * 4 * trained,
             "optimizer": optimizer,
             "communication": 2 * width * bucket,
             "late": (width + 4) * reduced,  # gradients, and cast for NCCL
         }
-    own = 0 if parallel.offload_parameters else width * (trained + counts.frozen / shard)
+    own = 0 if parallel.offload_parameters else width * trained + base
     return {
         "parameters": own + here * (4 * trained if width < 4 else 0),
         "gathered": width * min(counts.trained + counts.frozen, LIVE + 2 * bucket),
@@ -140,7 +156,7 @@ def _host(config: Config, counts: Counts, loop: Loop) -> Host:
     copies = ranks if not loop.sliced_loading else 1 if experts(shape_of(config)) else 0
     return Host(
         loading=copies * one + ranks * READING * loop.sliced_loading,
-        offload=ranks * _offload(config, counts),
+        offload=ranks * (_offload(config, counts) + offloaded_bytes(config)),
         processes=ranks * PROCESS,
     )
 
@@ -168,7 +184,7 @@ def _pinned(size: float) -> float:
 def _disk(config: Config, counts: Counts) -> Disk:
     """Stages 1 and 2 of ZeRO also write the whole model in the precision of compute, once (full fine-tunes)."""
     zero = config.parallel.backend is Backend.zero and config.parallel.zero_stage < 3
-    one = 12.0 * counts.trained + (width_of(config) * counts.trained if zero else 0)
+    one = (4.0 + moment_bytes(config, counts)) * counts.trained + (width_of(config) * counts.trained if zero else 0)
     chosen = {OutputDtype.auto: width_of(config), OutputDtype.fp32: 4}.get(config.consolidate.dtype, 2)
     merged = chosen * counts.total if "consolidate" in config.jobs else 0
     return Disk(one, one * (config.train.keep_checkpoints + 1), merged)

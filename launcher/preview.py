@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from conf import resolve
+from conf import mesh, resolve
 from conf.datasets import training_paths
 from conf.schema import Config, Executor
 from launcher import environment, footprint, memory, render
@@ -67,6 +67,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         capacity = config.cluster.train.gpu_memory_gib
         said = footprint.line(found, capacity) if found else "not estimated without model.architecture"
         lines.append(f"memory    train: {said}")
+        lines += mesh.picture(config.parallel, config.cluster.train.nodes, config.cluster.train.ranks_per_node)
     return "\n".join(lines)
 
 

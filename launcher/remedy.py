@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
+from conf.batch import rows_at_once
 from conf.schema import Backend, Checkpointing, Config
 from launcher.footprint import GIB, gib
 from launcher.memory import Loop, estimate
@@ -39,10 +40,10 @@ def _changes(config: Config) -> Iterator[tuple[str, Values]]:
         if config.train.global_batch % (more * ranks) == 0:
             yield f"cluster.train.nodes={more}", {"cluster.train.nodes": more}
     best = layouts[-1:]
-    if not config.train.activation_checkpointing:
-        best.append(("train.activation_checkpointing=full", {"train.activation_checkpointing": Checkpointing.full}))
-        yield best[-1]
-    batches = list(_halved("train.micro_batch", config.train.micro_batch, least=1))
+    heavier = list(_recomputed(config.train.activation_checkpointing))
+    yield from heavier
+    best += heavier[-1:]
+    batches = list(_halved("train.micro_batch", rows_at_once(config), least=1))
     lengths = list(_halved("data.max_length", config.data.max_length, least=512))
     yield from batches
     least = [*best, *batches[-1:]]
@@ -51,6 +52,13 @@ def _changes(config: Config) -> Iterator[tuple[str, Values]]:
     together += [[*least, shorter] for shorter in lengths] + [spilled[-1:], spilled]
     for changes in filter(None, together):
         yield " ".join(words for words, _ in changes), dict(item for _, new in changes for item in new.items())
+
+
+def _recomputed(mode: Checkpointing) -> Iterator[tuple[str, Values]]:
+    """Modes of recomputation that keep less, on the GPU alone."""
+    modes = [Checkpointing.none, Checkpointing.selective, Checkpointing.full]
+    for other in modes[modes.index(mode) + 1 :] if mode in modes else []:
+        yield f"train.activation_checkpointing={other.name}", {"train.activation_checkpointing": other}
 
 
 def _halved(key: str, value: int, least: int) -> Iterator[tuple[str, Values]]:

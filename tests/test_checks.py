@@ -58,6 +58,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (("model=tiny",), {"adapter.kind": AdapterKind.lora}, "adapter.kind=lora", "model.init=pretrained"),
         (LOCAL, {"data.validation_fraction": 0.6}, "data.validation_fraction=0.6", "at most 0.5"),
         (LOCAL, {"submit": Submit.script}, "submit=script", "cluster=slurm"),
+        (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "is no less than cluster.train.time_min=2 (120 s)"),
         (SLURM, {"cluster.container": Container.apptainer}, "cluster.container_image", "cluster.container"),
         (SLURM, {"cluster.container_image": "/a.sif"}, "cluster.container_image=/a.sif", "cluster.container=apptainer"),
         (SLURM, {"cluster.network.master_port": 65536}, "cluster.network.master_port=65536", "at most 65535"),

@@ -70,9 +70,10 @@ print(model.generate(**chat, max_new_tokens=4, do_sample=False).shape[0], next(m
 
 
 def test_every_prompt_is_answered(demo):
-    answers = json.loads((demo[0] / "generate.json").read_text())
-    assert len(answers) == 4
-    assert all(item["answer"].strip() for item in answers)
+    found = json.loads((demo[0] / "generations.json").read_text())
+    assert len(found["answers"]) == 4
+    assert found["faults"]["empty"] == found["faults"]["template"] == 0
+    assert all(item["prompt"] in (demo[0] / "generations.html").read_text() for item in found["answers"])
 
 
 def test_the_run_can_be_looked_at(demo):

@@ -75,8 +75,8 @@ def test_conf_imports_only_omegaconf(path: Path) -> None:
     assert {name.split(".")[0] for name in imports(path)} <= sys.stdlib_module_names | {"conf", "omegaconf"}
 
 
-MEMORY = ("counting", "activations", "footprint", "memory", "remedy")
-PURE = ("checks", "plan", "render", "preview", "verdict", "overrides", *MEMORY)
+MEMORY = ("counting", "activations", "storage", "footprint", "memory", "remedy", "fit")
+PURE = ("checks", "plan", "render", "preview", "verdict", "hang", "overrides", *MEMORY)
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -86,7 +86,7 @@ def test_a_pure_module_neither_runs_programs_nor_reads_the_environment(name: str
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_an_estimate_reads_nothing_but_the_config(name: str) -> None:
-    known = {"conf.batch", "conf.schema", "collections.abc", "copy", "dataclasses", "typing"}
+    known = {"conf.batch", "conf.mesh", "conf.schema", "collections.abc", "copy", "dataclasses", "enum", "typing"}
     assert imports(ROOT / f"launcher/{name}.py") <= known | {f"launcher.{other}" for other in MEMORY}
 
 

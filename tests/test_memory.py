@@ -1,29 +1,36 @@
 """launcher/memory.py and footprint.py: totals beside measured runs, and how they are shown."""
 
+from dataclasses import replace
+
 import pytest
 
-from conf.schema import Config
+from conf.schema import Checkpointing, Config
 from launcher import footprint
+from launcher.activations import Loss
 from launcher.footprint import GIB
 from launcher.memory import Loop, estimate
 
 from .conftest import ROOT, Compose, put
 
+PLAIN = Loop(Loss.plain)
+FUSED = Loop(Loss.liger, fused_kernels=True)
+COMPILED = Loop(Loss.liger, fused_kernels=True, compiled=True)
 MEASURED = [
-    ("fsdp", 1, True, Loop(), 37),
-    ("fsdp", 1, True, Loop(fused_loss=True, fused_kernels=True), 30),
-    ("fsdp", 1, False, Loop(fused_loss=True, fused_kernels=True), 61),
-    ("fsdp", 2, False, Loop(fused_loss=True, fused_kernels=True), 96),
-    ("zero3", 1, True, Loop(fused_optimizer=False), 44),
-    ("zero3", 1, False, Loop(fused_loss=True, fused_kernels=True, fused_optimizer=False), 67),
-    ("zero3", 2, False, Loop(fused_loss=True, fused_kernels=True, fused_optimizer=False), 102),
+    ("fsdp", 1, "full", PLAIN, 37),
+    ("fsdp", 1, "full", FUSED, 30),
+    ("fsdp", 1, "selective", COMPILED, 41),
+    ("fsdp", 1, "none", COMPILED, 61),
+    ("fsdp", 2, "none", COMPILED, 96),
+    ("zero3", 1, "full", replace(PLAIN, fused_optimizer=False), 44),
+    ("zero3", 1, "none", replace(FUSED, fused_optimizer=False), 67),
+    ("zero3", 2, "none", replace(FUSED, fused_optimizer=False), 102),
 ]
 """Peak GiB that torch had reserved (CUDA context aside) on 8 H200, Llama 3.1 8B, rows of 8192 tokens, bf16; November 2026.
 The loops were written by hand, with the buckets and sharding of conf/parallel; ZeRO's reduced in bf16, which ours does in fp32;
 its AdamW was unfused."""
 
 
-def measured_run(compose: Compose, layout: str, micro_batch: int, checkpointing: bool) -> Config:
+def measured_run(compose: Compose, layout: str, micro_batch: int, checkpointing: str) -> Config:
     return put(
         compose("cluster=slurm", "model=llama8b", f"parallel={layout}"),
         {
@@ -31,7 +38,7 @@ def measured_run(compose: Compose, layout: str, micro_batch: int, checkpointing:
             "data.max_length": 8192,
             "train.global_batch": 8 * micro_batch,
             "train.micro_batch": micro_batch,
-            "train.activation_checkpointing": checkpointing,
+            "train.activation_checkpointing": Checkpointing[checkpointing],
         },
     )
 
@@ -45,7 +52,7 @@ def test_nothing_is_estimated_of_an_unknown_family(compose: Compose) -> None:
 
 @pytest.mark.parametrize(("layout", "micro_batch", "checkpointing", "loop", "measured"), MEASURED)
 def test_estimates_agree_with_measured_runs(
-    compose: Compose, layout: str, micro_batch: int, checkpointing: bool, loop: Loop, measured: float
+    compose: Compose, layout: str, micro_batch: int, checkpointing: str, loop: Loop, measured: float
 ) -> None:
     found = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
     assert found
@@ -58,8 +65,7 @@ def test_the_table_in_the_docs_is_what_is_estimated(compose: Compose) -> None:
         found = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
         assert found
         guess = (found.device.total - found.device.context) / GIB
-        fused = "fused" if loop.fused_loss else "plain"
-        words = f"| {layout} | {micro_batch} | {'yes' if checkpointing else 'no'} | {fused} |"
+        words = f"| {layout} | {micro_batch} | {checkpointing} | {loop.loss.name} |"
         assert f"{words} {guess:.1f} | {measured} | {guess / measured:.2f} |" in page
 
 

@@ -18,7 +18,7 @@ def said(*words: str) -> list[str]:
         ("experiments=llama8b_fsdp", "experiments", "did you mean 'experiment'"),
         ("model=llama7b", "model=llama7b", "there are hub, llama405b, llama70b"),
         ("parallel=zero4", "parallel=zero4", "did you mean 'zero"),
-        ("adapter=qlora", "adapter=qlora", "did you mean 'lora'"),
+        ("adapter=loora", "adapter=loora", "did you mean 'lora'"),
         ("experiment=llama70b_zero", "experiment=llama70b_zero", "did you mean 'llama70b_zero3'"),
         ("cluster=perlmutter", "cluster=perlmutter", "there are local, slurm"),
         ("model=null", "model=None", "there are hub"),

@@ -13,10 +13,11 @@ REMEDIES = [
     ("parallel=zero1 cluster.train.nodes=1", 45, "parallel=zero2"),
     ("parallel=zero1 cluster.train.nodes=1", 31.5, "parallel=zero3 train.activation_checkpointing=full"),
     ("parallel=fsdp cluster.train.nodes=1", 25, "cluster.train.nodes=2"),
-    ("parallel=fsdp cluster.train.nodes=8 data.max_length=8192", 60, "train.activation_checkpointing=full"),
-    ("parallel=fsdp cluster.train.nodes=1 data.max_length=8192 train.micro_batch=4 train.activation_checkpointing=full"
-     " train.global_batch=8", 40, "train.micro_batch=1"),
-    ("parallel=ddp cluster.train.nodes=8 data.max_length=32768 train.micro_batch=2 train.global_batch=128", 90,
+    ("parallel=fsdp cluster.train.nodes=8 data.max_length=8192", 50, "train.activation_checkpointing=selective"),
+    ("parallel=fsdp cluster.train.nodes=8 data.max_length=8192", 25, "train.activation_checkpointing=full"),
+    ("parallel=fsdp cluster.train.nodes=1 data.max_length=8192 train.micro_batch=3 train.activation_checkpointing=full"
+     " train.global_batch=24", 40, "train.micro_batch=1"),
+    ("parallel=ddp cluster.train.nodes=8 data.max_length=32768 train.micro_batch=2 train.global_batch=128", 40,
      "parallel=fsdp train.activation_checkpointing=full train.micro_batch=1"),
     ("parallel=fsdp cluster.train.nodes=8 data.max_length=32768 train.activation_checkpointing=full", 45,
      "data.max_length=16384"),

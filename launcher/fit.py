@@ -1,0 +1,102 @@
+"""Settles what a config leaves to the estimate of memory: what is recomputed, and how many rows a rank holds at once; pure."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+
+from conf.batch import copies
+from conf.schema import Checkpointing, Config
+from launcher.footprint import GIB, Estimate, gib
+from launcher.memory import estimate
+
+MODES = (Checkpointing.none, Checkpointing.selective, Checkpointing.full, Checkpointing.offload)
+"""From the fastest: 9,579, 8,831 and 8,025 tok/s a GPU with 8B on H200s; the copies of `offload` come on top."""
+ENOUGH = 16_384
+"""Tokens that keep a GPU busy: twice as many as 8192 gained 9 % with 8B on H200s, and the measured runs end there."""
+MARGIN = 0.95
+"""Share of a GPU's memory that an estimate may take to be chosen: it is 1 to 4 % from what was measured."""
+
+
+def settled(config: Config) -> tuple[Config, list[str]]:
+    """The config with `train.activation_checkpointing=auto` and `train.micro_batch=null` replaced, and lines that say by what.
+
+    The config must have passed the other checks. Where nothing fits, what takes least is chosen, for `checks` to refuse.
+    """
+    keys = _open(config)
+    if not keys:
+        return config, []
+    part, known = config.cluster.train, config.cluster.train.gpu_memory_gib
+    if known is None or not part.gpus_per_node or estimate(_with(config, MODES[0], 1)) is None:
+        found = _with(config, _safe(config), 1)
+        return found, [f"chosen    {_said(found, keys)}: {_unknown(config)}"]
+    candidates = list(_candidates(config))
+    for tried in candidates:
+        if (size := estimate(tried)) and _fits(size, tried, MARGIN * known * GIB):
+            taken = gib(size.device.total)
+            why = f"the fastest that fits, estimated at {taken} of {known:g} GiB a GPU"
+            return tried, [f"chosen    {_said(tried, keys)}: {why}"]
+    return candidates[-1], [f"chosen    {_said(candidates[-1], keys)}: takes least"]
+
+
+def _open(config: Config) -> list[str]:
+    """Keys that are left to the estimate."""
+    found = ["activation_checkpointing"] if config.train.activation_checkpointing is Checkpointing.auto else []
+    return [*found, "micro_batch"] if config.train.micro_batch is None else found
+
+
+def _candidates(config: Config) -> Iterator[Config]:
+    """From the fastest: recomputing costs more than small micro batches do, so first the mode that fits one row, or what
+    was asked for; then for this mode the most rows, down to one. The last one takes least."""
+    asked, train = config.train.activation_checkpointing, config.train
+    modes = [asked] if asked is not Checkpointing.auto else _allowed(config)
+    sizes = [train.micro_batch] if train.micro_batch is not None else _sizes(config)
+    for mode in modes:
+        for size in sizes:
+            yield _with(config, mode, size)
+
+
+def _allowed(config: Config) -> list[Checkpointing]:
+    """Host memory limits `offload`: where the site does not say what a node has, it is not chosen by itself."""
+    return [*MODES] if config.cluster.train.memory_gib else [*MODES[:-1]]
+
+
+def _sizes(config: Config) -> list[int]:
+    """Rows that a rank may hold at once, the most first: divisors of what it has a step, within ENOUGH tokens."""
+    part = config.cluster.train
+    rows = config.train.global_batch * copies(config) // (part.nodes * part.ranks_per_node)
+    tokens = config.data.max_length // config.parallel.context_ranks
+    return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * tokens <= ENOUGH)]
+
+
+def _fits(found: Estimate, config: Config, capacity: float) -> bool:
+    host = (config.cluster.train.memory_gib or 0) * GIB
+    return found.device.total <= capacity and (not host or found.host.total <= host)
+
+
+def _safe(config: Config) -> Checkpointing:
+    """Where there is nothing to compare with: on GPUs what most likely fits, on CPUs what is fastest."""
+    if config.train.activation_checkpointing is not Checkpointing.auto:
+        return config.train.activation_checkpointing
+    return Checkpointing.full if config.cluster.train.gpus_per_node else Checkpointing.none
+
+
+def _unknown(config: Config) -> str:
+    if not config.cluster.train.gpus_per_node:
+        return "on CPUs memory is not what limits"
+    if config.cluster.train.gpu_memory_gib is None:
+        return "what most likely fits; with cluster.train.gpu_memory_gib the fastest that fits is taken"
+    return "what most likely fits: without model.architecture nothing is estimated"
+
+
+def _with(config: Config, mode: Checkpointing, size: int) -> Config:
+    """A copy with both settled; a micro batch that was asked for stays."""
+    size = config.train.micro_batch if config.train.micro_batch is not None else size
+    return replace(deepcopy(config), train=replace(config.train, activation_checkpointing=mode, micro_batch=size))
+
+
+def _said(config: Config, keys: list[str]) -> str:
+    values = {
+        "activation_checkpointing": config.train.activation_checkpointing.name,
+        "micro_batch": config.train.micro_batch,
+    }
+    return " ".join(f"train.{key}={values[key]}" for key in keys)
