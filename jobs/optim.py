@@ -73,16 +73,14 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def _groups(trainable: Iterable[nn.Parameter], config: Config) -> list[dict[str, Any]]:
-    """Matrices, which decay, and the rest."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Matrices, which decay, and the rest; those of another mesh apart, for one operation takes tensors of one mesh."""
+    found: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in trainable:
-        (matrices if _ndim(parameter) >= 2 else others).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        found.setdefault((_ndim(parameter) < 2, getattr(parameter, "device_mesh", None)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": 0.0 if vector else config.train.weight_decay}
+        for (vector, _), members in sorted(found.items(), key=lambda item: item[0][0])
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _small(config: Config) -> Any:

@@ -13,9 +13,20 @@ INITIAL, GROWTH, PATIENCE = 2.0**16, 2.0, 1000
 
 
 def install(optimizer: Any) -> None:
-    """Keep the scale in the optimizer's groups, so that it is in every checkpoint."""
+    """Keep the scale in the optimizer's groups."""
     for group in optimizer.param_groups:
         group |= {"loss_scale": INITIAL, "good_steps": 0}
+
+
+def state(optimizer: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of the scale; empty where there is none."""
+    group = optimizer.param_groups[0]
+    return {name: group[name] for name in ("loss_scale", "good_steps") if name in group}
+
+
+def restore(optimizer: Any, state: dict[str, Any]) -> None:
+    for group in optimizer.param_groups:
+        group |= state
 
 
 def scale(optimizer: Any) -> float:

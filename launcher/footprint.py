@@ -90,7 +90,7 @@ def device_line(found: Estimate, capacity_gib: float | None = None) -> str:
     if device.total > device.step:
         shown = "while loading"
     of = "" if capacity_gib is None else f" of {capacity_gib:g}"
-    return f"{gib(device.total)}{of} GiB a {'GPU' if found.on_gpu else 'rank'} ({shown})"
+    return f"{gib(device.total)}{of} GiB a {'GPU' if found.on_gpu else 'rank'}" + (f" ({shown})" if shown else "")
 
 
 def table(found: Estimate) -> list[str]:

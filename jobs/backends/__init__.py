@@ -9,11 +9,13 @@ held(engine), filled(engine)            this rank's room for masters and optimiz
 weights(engine)                         (name, whole fp32 tensor) of each trainable weight, gathered one at a time
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from conf.schema import Config
@@ -29,6 +31,8 @@ class Engine:
     max_grad_norm: float
     read_bytes: int = 0
     """What this rank read of the model's files."""
+    clip: Callable[[list[nn.Parameter], float], torch.Tensor] | None = None
+    """FSDP: scales the gradients of parameters down to a global norm, and returns what it was."""
 
 
 def chosen(config: Config) -> ModuleType:

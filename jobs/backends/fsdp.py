@@ -1,4 +1,5 @@
-"""torch FSDP2 on a (replicate, shard) mesh: plain data parallelism, full sharding, or sharding inside groups of ranks."""
+"""torch FSDP2 on a (replicate, shard, tensor) mesh: plain data parallelism, full sharding, or sharding inside groups of ranks,
+each with whole matrices or with slices of them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +18,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from conf.errors import Problem, RunError
 from conf.schema import Config, Precision
-from jobs import float8, kernels, optim, scaling, startup
+from jobs import float8, kernels, optim, scaling, startup, tensor
 from jobs.backends import Engine
 from jobs.distributed import World
 from jobs.model import blocks, compute_dtype, skeleton
 from jobs.staging import Stager
 from jobs.weights import Part, plain
 
+NAMES = ("replicate", "shard", tensor.NAME)
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 """An adapter's checkpoint holds no base weights."""
 
@@ -36,8 +38,10 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
 
     A model without weights gets them once it is sharded; `resumed` leaves out what a checkpoint is going to overwrite.
     """
-    shard = config.parallel.shard_ranks or world.size
-    mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    cut, apart = world.tensor_ranks, world.size // world.tensor_ranks
+    shard = config.parallel.shard_ranks or apart
+    whole = init_device_mesh(world.device.type, (apart // shard, shard, cut), mesh_dim_names=NAMES)
+    mesh = whole["replicate", "shard"] if shard < apart else whole["shard"]
     dtype = compute_dtype(config)
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -50,10 +54,11 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         else OffloadPolicy()
     )
     options: dict[str, Any] = {
-        "mesh": mesh if shard < world.size else mesh["shard"],
+        "mesh": mesh,
         "mp_policy": policy,
         "offload_policy": offload,
     }
+    parts = tensor.slice_matrices(model, whole[tensor.NAME]) if cut > 1 else []
     float8.install(model, config, world)
     kernels.install(model, config, world)
     if not startup.is_empty(model):
@@ -69,19 +74,19 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     if startup.is_empty(model):
         home = torch.device("cpu") if config.parallel.offload_parameters else world.device
         startup.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
-        read = startup.fill(model, skeleton, startup.parts(model, _held), config, world, resumed)
+        with tensor.columns() as held:
+            read = startup.fill(model, skeleton, startup.parts(model, held), config, world, resumed)
     model.train()
     optimizer = optim.build(model, config)
     if config.train.precision is Precision.fp16:
         scaling.install(optimizer)
-    return Engine(model, optimizer, config.train.max_grad_norm, read)
-
-
-def _held(parameter: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor]:
-    """Whole shape, first element and local tensor of a parameter sharded by rows: they lie in one piece."""
-    assert isinstance(parameter, DTensor)
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.shape, offset[0] * parameter.shape[1:].numel(), parameter._local_tensor
+    return Engine(
+        model,
+        optimizer,
+        config.train.max_grad_norm,
+        read,
+        lambda trained, limit: tensor.clip(trained, limit, parts, whole[tensor.NAME]),
+    )
 
 
 def _adapters(block: nn.Module) -> list[nn.Module]:
@@ -105,9 +110,9 @@ def step(engine: Engine, learning_rate: float) -> float:
     """0 where fp16 overflowed: that step is left out, and the next one has a smaller loss scale."""
     scaling.unscale(engine.optimizer)
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trainable, engine.max_grad_norm or float("inf"))
+    assert engine.clip is not None
+    norm = engine.clip(trainable, engine.max_grad_norm)
     optim.set_rate(engine.optimizer, learning_rate)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     taken = scaling.update(engine.optimizer, norm)
     if taken:
         engine.optimizer.step()
@@ -116,28 +121,35 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
-    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    dcp.save(_state(engine)[0], checkpoint_id=folder)
 
 
 def staged(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
     """As torch's own async_save does; but what follows a write, its sums, is done in the background too."""
-    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
-    state = stager.state({"model": model, "optimizer": optimizer})
+    state = stager.state(_state(engine)[0])
     return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
 
 def load(engine: Engine, folder: Path) -> None:
-    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
-    state = {"model": model, "optimizer": optimizer}
+    state, groups = _state(engine)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
         engine.module,
         engine.optimizer,
         model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
+        optim_state_dict=state["optimizer"] | groups,
         options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
+    scaling.restore(engine.optimizer, state.get("scaling", {}))
+
+
+def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint holds, and the optimizer's groups apart: those are the config's, and differ between layouts."""
+    model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    state = {"model": model, "optimizer": {"state": optimizer["state"]}}
+    if scaled := scaling.state(engine.optimizer):
+        state["scaling"] = scaled
+    return state, {"param_groups": optimizer["param_groups"]}
 
 
 def held(engine: Engine) -> dict[str, dict[str, Part]]:
@@ -152,7 +164,10 @@ def held(engine: Engine) -> dict[str, dict[str, Part]]:
 
 def _part(value: torch.Tensor) -> Part:
     """A tensor sharded like its parameter, or a scalar that all ranks hold."""
-    shape, begin, local = _held(value) if isinstance(value, DTensor) else (value.shape, 0, value)
+    if isinstance(value, DTensor) and tensor.NAME in (value.device_mesh.mesh_dim_names or ()):
+        said = "cannot take up what another backend wrote: resume with 1, save there, and go on with more"
+        raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor.NAME].size(), said))
+    shape, begin, local = tensor.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
     return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
 
 

@@ -38,6 +38,9 @@ LAYOUTS = {
     "zero3, offloaded": ["parallel=zero3_offload"],
     "fsdp, 2 context ranks": ["parallel=fsdp", "parallel.context_ranks=2"],
     "hsdp, 4 context ranks": ["parallel=hsdp", "parallel.shard_ranks=2", "parallel.context_ranks=4"],
+    "fsdp, 2 tensor ranks": ["parallel=fsdp", "parallel.tensor_ranks=2"],
+    "hsdp, 2 tensor ranks": ["parallel=hsdp", "parallel.shard_ranks=1", "parallel.tensor_ranks=2"],
+    "fsdp, 2 tensor and 2 context ranks": ["parallel=fsdp", "parallel.tensor_ranks=2", "parallel.context_ranks=2"],
     "zero2, 2 context ranks": ["parallel=zero2", "parallel.context_ranks=2"],
     "zero3, 2 context ranks": ["parallel=zero3", "parallel.context_ranks=2"],
 }

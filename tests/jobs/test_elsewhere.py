@@ -1,6 +1,7 @@
 """A run that goes on with other ranks, or in another layout: the same rows, the same losses, every sample once an epoch."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,8 +18,10 @@ ELSEWHERE = {
     "fsdp on one rank to plain data parallelism": ["fsdp", "parallel=ddp", "cluster.train.ranks_per_node=1"],
     "zero3 on half the ranks": ["zero3", "cluster.train.ranks_per_node=2"],
     "zero3 to zero1": ["zero3", "parallel=zero1"],
+    "fsdp to slices of matrices": ["fsdp", "parallel.tensor_ranks=2"],
+    "slices of matrices to fsdp": ["fsdp parallel.tensor_ranks=2", "parallel.tensor_ranks=1"],
 }
-PROOF = ("fsdp to hsdp", "zero3 to zero1")
+PROOF = ("fsdp to hsdp", "zero3 to zero1", "fsdp to slices of matrices", "slices of matrices to fsdp")
 CHAINS = {
     "fsdp": ["fsdp", ["fsdp", 2], ["fsdp", 6]],
     "zero1": ["zero1", ["zero1", 2], ["zero1", 6]],
@@ -35,9 +38,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def made(layout):
-        run = folder / layout / "run"
+        run = folder / re.sub(r"\W", "-", layout) / "run"
         if not run.exists():
-            ranks.run(f"run_dir={run}", *WORDS, f"parallel={layout}")
+            ranks.run(f"run_dir={run}", *WORDS, *f"parallel={layout}".split())
         return run
 
     return made
@@ -72,11 +75,11 @@ def check(before, after, since, rel):
 )
 def test_it_goes_on_from_step_4_as_if_nothing_had_changed(case, finished, tmp_path):
     layout, *words = ELSEWHERE[case]
-    kept, run = finished(layout), tmp_path / "run"
-    shutil.copytree(kept, run, symlinks=True)
+    kept, run = finished(layout), tmp_path / "copy/run"
+    shutil.copytree(kept.parent, run.parent, symlinks=True)  # with the tokenised set beside it
     rewind(run, 4)
     said = ranks.run(f"resume={run}", *words)
-    assert f"from {layout} on 4 ranks to" in said
+    assert f"from {layout.split()[0]} on 4 ranks to" in said
     check(history(kept), history(run), 4, rel=2e-3)
     about = read_json(run / "checkpoints/step-00000008/checkpoint.json")
     assert about["rows_seen"] == 8 * 16

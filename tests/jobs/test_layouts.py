@@ -13,7 +13,8 @@ STEPS = 20
 LAYOUTS = {
     **{name: [f"parallel={name}"] for name in ("ddp", "zero1", "zero2", "zero3", "fsdp", "zero3_offload", "fsdp_offload")},
     "hsdp": ["parallel=hsdp", "parallel.shard_ranks=2"],
-    "fsdp_context": ["parallel=fsdp", "parallel.context_ranks=2"], "zero3_context": ["parallel=zero3", "parallel.context_ranks=2"],
+    "fsdp_context": ["parallel=fsdp", "parallel.context_ranks=2"], "fsdp_tensor": ["parallel=fsdp", "parallel.tensor_ranks=2"],
+    "zero3_context": ["parallel=zero3", "parallel.context_ranks=2"],
 }  # fmt: skip
 QUICK = ("fsdp", "zero3")
 """What `make test` takes through the whole chain; tests/jobs/test_numerics.py holds every layout against its reference."""
