@@ -29,13 +29,19 @@ def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is once for all ranks of all tests
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # read when torch is imported, which is once for all ranks of all tests
     mp.start_processes(
-        _rank, args=(function, world_size, port, arguments), nprocs=world_size, start_method="forkserver"
+        _rank, args=(os.getpid(), function, world_size, port, arguments), nprocs=world_size, start_method="forkserver"
     )
 
 
-def _rank(rank: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, test: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]
+) -> None:
+    for number in (1, 2):  # say it where the test does, not where the test said it that started the server
+        os.dup2(os.open(f"/proc/{test}/fd/{number}", os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1",

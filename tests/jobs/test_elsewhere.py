@@ -21,7 +21,13 @@ ELSEWHERE = {
     "fsdp to slices of matrices": ["fsdp", "parallel.tensor_ranks=2"],
     "slices of matrices to fsdp": ["fsdp parallel.tensor_ranks=2", "parallel.tensor_ranks=1"],
 }
-PROOF = ("fsdp to hsdp", "zero3 to zero1", "fsdp to slices of matrices", "slices of matrices to fsdp")
+PROOF = (
+    "fsdp on half the ranks",
+    "fsdp to hsdp",
+    "zero3 to zero1",
+    "fsdp to slices of matrices",
+    "slices of matrices to fsdp",
+)
 CHAINS = {
     "fsdp": ["fsdp", ["fsdp", 2], ["fsdp", 6]],
     "zero1": ["zero1", ["zero1", 2], ["zero1", 6]],
