@@ -164,13 +164,12 @@ def side(name: str, folder: Path, out: Path, workers: int) -> None:
         words = [folder / kind, "--out", out, "--base", folder / "base", "--dtype", dtype, "--workers", workers]
         foreign.main([str(word) for word in words])
     else:
-        {"copy": copy, "axolotl": axolotl, "accelerate": accelerate, "torch": torch_hf, "zero_to_fp32": zero_to_fp32}[
-            name
-        ](folder, out)
+        sides = {"axolotl": axolotl, "accelerate": accelerate, "torch": torch_hf, "zero_to_fp32": zero_to_fp32}
+        copy(folder, out, workers) if name == "copy" else sides[name](folder, out)
 
 
-def copy(folder: Path, out: Path) -> None:
-    """Read all, write half of it, flush; big chunks, two threads."""
+def copy(folder: Path, out: Path, workers: int) -> None:
+    """Read all, write half of it, flush; big chunks, as many threads as ours."""
     out.mkdir()
     began = time.perf_counter()
 
@@ -181,7 +180,7 @@ def copy(folder: Path, out: Path) -> None:
                 target.write(memoryview(buffer)[: count // 2])
             os.fsync(target.fileno())
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, sorted((folder / "dcp").glob("*.distcp"))))
     print(f"moved in {time.perf_counter() - began:.3f} s")
 
@@ -215,6 +214,7 @@ def accelerate(folder: Path, out: Path) -> None:
 
 
 def torch_hf(folder: Path, out: Path) -> None:
+    """A thread for each of its two files: it knows no more."""
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     out.mkdir()
@@ -321,7 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--skip", default="", help=f"sides to leave out, of {','.join(SIDES)}")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -127,6 +127,11 @@ class OutputDtype(Enum):
     original = "original"
 
 
+class Verify(Enum):
+    weights = "weights"
+    logits = "logits"
+
+
 class MergeBase(Enum):
     original = "original"
     dequantised = "dequantised"
@@ -424,6 +429,9 @@ class Consolidate:
     base: MergeBase = MergeBase.original
     """What an adapter on a quantised base is merged into: `original`, the stored weights, or `dequantised`, what it was
     trained on."""
+    verify: Verify = Verify.weights
+    """Before a model is called whole: `weights` reads every byte back; `logits` also loads it, and compares its logits of a
+    held-out row with those that training recorded, set thus, beside its last checkpoint. Needs memory for the whole model."""
 
 
 @dataclass
@@ -489,7 +497,7 @@ class Cluster:
     train: Resources = field(default_factory=Resources)
     """Preflight and training."""
     cpu: Resources = field(default_factory=Resources)
-    """Preprocess and consolidate: no GPU waits for them."""
+    """Preprocess and consolidate: no GPU waits for them. Several ranks share the files of a merge; preprocess takes one."""
     inference: Resources = field(default_factory=Resources)
     """Evaluate and generate: one process that may spread the model over several GPUs."""
     account: str | None = None

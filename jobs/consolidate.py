@@ -10,21 +10,23 @@ from typing import Any
 
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
-from conf.schema import AdapterKind, Config, Init, OutputDtype
-from jobs import checkpoint, manifest, weights
+from conf.schema import AdapterKind, Config, Frozen, Init, MergeBase, OutputDtype, Verify
+from jobs import checkpoint, manifest, quantised, weights
 from jobs.consolidation import describe, foreign, hf, merge, names, sources
 from jobs.consolidation.make import make, workers
 from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.names import NotViews
 from jobs.consolidation.plan import plan
 from jobs.consolidation.sources import Source
+from jobs.consolidation.together import Meeting
 
 
 def run(config: Config) -> None:
     """Write RUN/model from the newest checkpoint; does nothing when it was made from that one in that dtype.
 
-    Raises RunError when there is no checkpoint, the newest is damaged, a weight is not what training recorded of it, or
-    there is no room; DataError when the checkpoint and the model do not fit.
+    Several ranks share the files of the result. Raises RunError when there is no checkpoint, the newest is damaged, a weight
+    (or, with `consolidate.verify=logits`, what the model says) is not what training recorded of it, or there is no room;
+    DataError when the checkpoint and the model do not fit.
     """
     found = checkpoint.newest(config)
     if found is None:
@@ -38,16 +40,20 @@ def run(config: Config) -> None:
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
     prints = _prints(path)
     if not prints:  # else each weight is compared with what training had
-        manifest.check(path, workers(config.cluster.cpu.cpus_per_rank))
+        at = Meeting(target)
+        manifest.check(path, workers(config.cluster.cpu.cpus_per_rank), at.rank, at.size)
     source = sources.source(path)
     empty = describe.of_run(config)
     try:
         merged = _merge(config, source, empty, made["dtype"])
     except NotViews as error:
         print(f"{type(empty).__name__} cannot be streamed ({error}): it is merged in memory", flush=True)
+        if not Meeting(target).alone:
+            said = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
+            raise RunError(Problem("model.source", config.model.source, said)) from error
         from jobs.consolidation import whole  # imports transformers
 
-        whole.run(config, source, target, made, prints)
+        whole.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
         return
     if missing := sorted(prints.keys() - merged.sources.keys()):
         said = f"lacks {len(missing)} of {len(prints)} weights that training recorded, {missing[0]} first"
@@ -60,9 +66,15 @@ def run(config: Config) -> None:
         merged.updates,
         made | {"files": sources.manifest(merged.sources)},
         "adapter_model" if config.consolidate.adapter_only else "model",
+        merged.packed,
     )
     threads = workers(config.cluster.cpu.cpus_per_rank)
-    make(todo, target, threads, path, lambda at: _describe(config, at, empty, merged, about), made)
+
+    def rest(folder: Path) -> None:
+        _describe(config, folder, empty, merged, about)
+        _compare(config, path, folder)
+
+    make(todo, target, threads, path, rest, made)
     print(f"model     {target}", flush=True)
 
 
@@ -74,6 +86,8 @@ def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, An
         "dtype": config.train.precision.name if asked is OutputDtype.auto else asked.name,
         "digest": about["config"],
         "adapter_only": config.consolidate.adapter_only,
+        "base": config.consolidate.base.name,
+        "verify": config.consolidate.verify.name,
     }
 
 
@@ -89,8 +103,22 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
         if folder is None and adapter:
             raise NotViews(f"{config.model.source} has no safetensors files")
         base = hf.tensors(folder) if folder else {}
-    settings = Settings(alpha=config.adapter.alpha) if adapter else None
-    return merge.merged(names.blueprint(empty), found, base, dtype, settings)
+    settings = Settings(config.adapter.alpha, config.adapter.rslora) if adapter else None
+    blue = names.blueprint(empty)
+    made = merge.merged(blue, found, base, dtype, settings)
+    if config.consolidate.base is MergeBase.dequantised:
+        from jobs import model
+
+        layers = quantised.layers(model.skeleton(config))
+        merge.dequantised(made, blue, layers, model.compute_dtype(config))
+    return made
+
+
+def _compare(config: Config, path: Path, folder: Path) -> None:
+    if config.consolidate.verify is Verify.logits:
+        from jobs import logits  # imports transformers
+
+        logits.compare(config, path, folder)
 
 
 def _prints(path: Path) -> dict[str, str]:
@@ -105,7 +133,15 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
         describe.write_adapter(
-            folder, {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}, merged, config.model.source
+            folder,
+            {
+                "lora_alpha": adapter.alpha,
+                "lora_dropout": adapter.dropout,
+                "use_rslora": adapter.rslora,
+                "use_dora": adapter.dora,
+            },
+            merged,
+            config.model.source,
         )
     else:
         describe.write_model(folder, empty, merged)
@@ -115,12 +151,22 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
         "data": config.data.path or ", ".join(config.data.sets),
         "steps": about["step"],
         "layout": f"{about['layout']} on {about['world_size']} ranks",
-        "adapter": f"LoRA, r {adapter.r}, alpha {adapter.alpha:g}" if adapter.kind is not AdapterKind.none else None,
+        "adapter": _adapter(config),
         "config": about["config"],
     }
     describe.write_card(
         folder, config.name, rows, source, "peft" if config.consolidate.adapter_only else "transformers"
     )
+
+
+def _adapter(config: Config) -> str | None:
+    adapter = config.adapter
+    if adapter.kind is AdapterKind.none:
+        return None
+    kind = "DoRA" if adapter.dora else "LoRA"
+    kind = f"rank-stabilised {kind}" if adapter.rslora else kind
+    base = "" if adapter.base is Frozen.full else f", on a base in {adapter.base.name}"
+    return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 
 
 if __name__ == "__main__":

@@ -57,13 +57,18 @@ class World:
         return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
 
 
+def place() -> tuple[int, int]:
+    """(rank, world size) of this process, as whoever started it says; (0, 1) where nobody does."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(config: Config) -> Iterator[World]:
     """Join the ranks of this job; NCCL where the config asks for GPUs, else Gloo. A process started alone is a world of 1.
 
     Raises SiteError when GPUs were asked for and this rank has none.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, size = place()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size == 1:  # a rendezvous with oneself needs no network
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

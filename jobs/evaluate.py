@@ -45,17 +45,22 @@ def load(config: Config) -> Any:
     if not (folder / "muster.json").exists():
         raise RunError(Problem("model", folder, "is not there: consolidate first (make merge RUN=...)"))
     device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
+    return opened(folder, config, "auto", device_map)
+
+
+def opened(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
+    """The model in a folder that consolidation made, or its adapter on top of `model.source`, for inference."""
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": device_map,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device_map).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(
-        config.model.source,
-        revision=config.model.revision or "main",
-        trust_remote_code=config.model.trust_remote_code,
-        dtype="auto",
-        device_map=device_map,
-    )
+    revision = config.model.revision or "main"
+    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision, **how)
     return PeftModel.from_pretrained(base, folder).eval()
 
 

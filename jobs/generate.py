@@ -1,27 +1,41 @@
-"""Answers of the consolidated model to a few prompts: the first thing one wants to read after a fine-tune."""
+"""Answers of the consolidated model to a few prompts, as JSON and as a page: what one wants to read first after a fine-tune."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem
-from conf.files import write_json
+from conf.files import write_json, write_text
 from conf.schema import Config
-from jobs.evaluate import load
+from jobs import answers
+from jobs.evaluate import load, told
 from jobs.model import tokenizer
+from jobs.page import TEMPLATES
 
 
 def run(config: Config) -> None:
-    """Write RUN/generate.json, a list of prompt, answer and tokens, and print it."""
+    """Write RUN/generations.json, the answers with what is wrong with each and how many have it, and RUN/generations.html.
+
+    Faults are warned of, and fail nothing: a model may be meant to answer in one word, or not to end.
+    """
     asked, whole, words = prompts(Path(config.generate.prompts)), load(config), tokenizer(config)
-    found = []
+    known, found = answers.special(words), list[dict[str, Any]]()
     for prompt in asked:
-        found.append({"prompt": prompt, **answer(prompt, whole, words, config)})
+        found.append({"prompt": prompt, **answer(prompt, whole, words, config, known)})
         print(f"> {prompt}\n{found[-1]['answer']}\n", flush=True)
-    write_json(Path(config.run_dir) / "generate.json", found)
+    counts = {name: sum(name in one["faults"] for one in found) for name in answers.FAULTS}
+    about = {"model": told(config), "prompts": len(found), "faults": counts}
+    write_json(Path(config.run_dir) / "generations.json", about | {"answers": found})
+    page = Path(config.run_dir) / "generations.html"
+    write_text(page, html(config.name, about, found))
+    wrong = [f"{count} {answers.FAULTS[name]}" for name, count in counts.items() if count]
+    print(
+        f"{'warning' if wrong else 'answers':<9} of {len(found)} answers {', '.join(wrong) or 'none is broken'}: {page}"
+    )
 
 
 def prompts(path: Path) -> list[str]:
@@ -39,8 +53,10 @@ def prompts(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def answer(prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
-    """One answer, up to the end of turn or `max_new_tokens`. `ended` says which."""
+def answer(
+    prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config, known: answers.Special
+) -> dict[str, Any]:
+    """One answer, up to a token that ends a turn or `max_new_tokens`: `ended` says which. `raw` has its special tokens too."""
     if words.chat_template:
         ids = words.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -57,12 +73,27 @@ def answer(prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, 
         **ids,
         max_new_tokens=config.generate.max_new_tokens,
         pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id,
+        eos_token_id=sorted(known.ends),
         **sampling,
     )
-    new = out[0, ids["input_ids"].shape[1] :]
+    new = out[0, ids["input_ids"].shape[1] :].tolist()
+    text = words.decode(new, skip_special_tokens=True)
     return {
-        "answer": words.decode(new, skip_special_tokens=True),
+        "answer": text,
+        "raw": words.decode(new, skip_special_tokens=False),
         "tokens": len(new),
-        "ended": bool(new[-1] == words.eos_token_id),
+        "ended": answers.ended_by(new, known),
+        "faults": answers.faults(new, text, known),
     }
+
+
+def html(name: str, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """The answers as one file that needs no other."""
+    page = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return page.get_template("generations.html.j2").render(name=name, about=about, found=found, meanings=answers.FAULTS)

@@ -30,6 +30,12 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return model(**inputs, trained=trained, targets=following[trained])
 
 
+def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """(rows, length, vocabulary), or of this rank's stretch of the rows."""
+    found: torch.Tensor = model(**_inputs(batch, head.causal(model).config._attn_implementation)).logits
+    return found
+
+
 def _inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
     """What the model's forward takes; the borders of packed samples under transformers' names, for attention that needs them."""
     found = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}

@@ -13,8 +13,8 @@ from conf.batch import rows_at_once, split
 from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
-from conf.schema import Config
-from jobs import backends, checkpoint, data, heartbeat, loss, model, optim, signals, transfer
+from conf.schema import Config, Verify
+from jobs import backends, checkpoint, data, heartbeat, logits, loss, model, optim, signals, transfer
 from jobs.agreement import first
 from jobs.backends import Engine
 from jobs.distributed import World, process_group, set_timeout, total
@@ -228,6 +228,8 @@ def _save(loop: Loop, step: int, *, wait: bool) -> None:
         prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
         if loop.world.is_main:
             write_json(path / "fingerprint.json", prints)
+    if step == loop.steps and config.consolidate.verify is Verify.logits:
+        logits.record(path, engine.module, loop.validation, loop.pad, loop.world)
     set_timeout(config.cluster.network.step_timeout_s)
 
 

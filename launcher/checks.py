@@ -140,7 +140,9 @@ def _shared(config: Config, _: Facts) -> Iterator[Problem]:
             if few % ranks:
                 yield Problem(f"parallel.{key}", ranks, f"does not divide the model's {few} heads that are shared out")
     if parallel.tensor_ranks > 1 and config.adapter.kind is not AdapterKind.none:
-        yield Problem("parallel.tensor_ranks", parallel.tensor_ranks, "trains whole models only: take adapter=none, or 1")
+        yield Problem(
+            "parallel.tensor_ranks", parallel.tensor_ranks, "trains whole models only: take adapter=none, or 1"
+        )
 
 
 def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -167,7 +169,7 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
                 f"must equal cluster.train.gpus_per_node={part.gpus_per_node}: one rank drives one GPU",
             )
     for name in config.jobs:
-        if name in AFTER and name not in ("preflight", "train"):
+        if name in ("evaluate", "generate"):
             part = resources(config, name)
             if part.nodes * part.ranks_per_node > 1:
                 yield Problem(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from conf.errors import Problem
-from conf.schema import AdapterKind, Backend, Config, Float8, Frozen, Init, MergeBase, Optimizer, Precision
+from conf.schema import AdapterKind, Backend, Config, Float8, Frozen, Init, MergeBase, Optimizer, Precision, Verify
 
 BITSANDBYTES = (Optimizer.adamw_8bit, Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
 PAGED = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
@@ -39,6 +39,9 @@ def _adapter(config: Config) -> Iterator[Problem]:
     if config.consolidate.base is MergeBase.dequantised and adapter.base is not Frozen.nf4:
         said = f"is for adapter.base=nf4, and this is {adapter.base.name}: take original"
         yield Problem("consolidate.base", "dequantised", said)
+    if config.consolidate.verify is Verify.logits and small and config.consolidate.base is not MergeBase.dequantised:
+        said = f"compares with a model on an {adapter.base.name} base, which the merged one is not: take weights"
+        yield Problem("consolidate.verify", "logits", said + " or base=dequantised" * (adapter.base is Frozen.nf4))
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

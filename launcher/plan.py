@@ -1,7 +1,7 @@
 """Decides which jobs a run has, what each asks of the scheduler, and which waits for which; pure."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import Config, Resources
 
@@ -37,10 +37,14 @@ class Job:
 
 
 def resources(config: Config, name: str) -> Resources:
-    """The section of `cluster` that a job's resources come from."""
+    """What a job gets, from the section of `cluster` that is for its kind; preprocess is one process whatever consolidate gets."""
     if name in DISTRIBUTED:
         return config.cluster.train
-    return config.cluster.inference if name in ("evaluate", "generate") else config.cluster.cpu
+    if name in ("evaluate", "generate"):
+        return config.cluster.inference
+    cpu = config.cluster.cpu
+    shared = cpu.nodes * cpu.ranks_per_node > 1
+    return replace(cpu, nodes=1, ranks_per_node=1) if shared and name == "preprocess" else cpu
 
 
 def plan(config: Config, done: Collection[str] = ()) -> list[Job]:

@@ -40,7 +40,7 @@ def run(job: str, config_path: str) -> None:
     except UserError as error:  # the run folder is not known, so there is no place for a verdict
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    where = _prepare(config)
+    where = _prepare(config, job)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
     note = partial(attempt.record, folder, number, where.rank)
     started = time.time()
@@ -100,13 +100,13 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _prepare(config: Config) -> environment.Ranks:
+def _prepare(config: Config, job: str) -> environment.Ranks:
     """Set this rank's variables, and show them in its log, but for secrets. What is set already stays."""
     where = environment.ranks(os.environ)
     caches = environment.cache_variables(config, os.getuid())
     values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
     reason = "not needed"
-    if where.world_size > 1:
+    if where.world_size > 1 and job in DISTRIBUTED:
         found = network.interface_to(os.environ["MASTER_ADDR"])
         interface, reason = environment.network_variables(config, found, os.environ)
         values |= interface

@@ -52,7 +52,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (LOCAL, {"cluster.inference.gpus_per_node": 1}, "cluster.inference.gpus_per_node=1", "this machine has 0"),
         (SLURM, {"cluster.cpu.gpus_per_node": None}, "cluster.cpu.gpus_per_node=null", "give a number"),
         (SLURM, {"cluster.train.gpus_per_node": 4}, "cluster.train.ranks_per_node=8", "cluster.train.gpus_per_node=4"),
-        (SLURM, {"cluster.cpu.ranks_per_node": 2, "jobs": ["preprocess"]}, "cluster of preprocess=2", "one rank"),
+        (SLURM, {"cluster.inference.ranks_per_node": 2, "jobs": ["evaluate"]}, "cluster of evaluate=2", "one rank"),
         (SLURM, {"cluster.inference.nodes": 2, "jobs": ["generate"]}, "cluster of generate=2", "one node"),
         (("model=tiny",), {"model.architecture": None}, "model.architecture", "model.init=random"),
         (("model=tiny",), {"adapter.kind": AdapterKind.lora}, "adapter.kind=lora", "model.init=pretrained"),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Float8, Frozen, MergeBase, Optimizer, Precision
+from conf.schema import Float8, Frozen, MergeBase, Optimizer, Precision, Verify
 from launcher import checks
 from launcher.facts import Facts
 
@@ -28,6 +28,8 @@ def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> li
         (("adapter=dora",), {"adapter.base": Frozen.int8}, "adapter.dora=True", "adapter.base=int8"),
         (("adapter=lora",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "take original"),
         (("adapter=qlora8",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "take original"),
+        (("adapter=qlora",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "base=dequantised"),
+        (("adapter=qlora8",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "take weights"),
         (("parallel=zero2",), {"train.optimizer": Optimizer.muon}, "train.optimizer=muon", "parallel=fsdp"),
         (("parallel=zero1",), {"train.optimizer": Optimizer.adafactor}, "train.optimizer=adafactor", "parallel=fsdp"),
         ((), {"train.optimizer": Optimizer.paged_adamw_8bit}, "train.optimizer=paged_adamw_8bit", "torchao"),

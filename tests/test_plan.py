@@ -59,6 +59,12 @@ def test_resources_come_from_the_section_of_the_job(compose: Compose, section: s
     assert [job.name for job in plan(config) if job.resources is own] == jobs
 
 
+def test_a_merge_has_as_many_ranks_as_asked_for_and_preprocess_one(compose: Compose) -> None:
+    config = put(compose("cluster=slurm"), {"jobs": ALL, "cluster.cpu.nodes": 3, "cluster.cpu.ranks_per_node": 2})
+    sizes = {job.name: job.world_size for job in plan(config)}
+    assert (sizes["preprocess"], sizes["consolidate"]) == (1, 6)
+
+
 def test_no_gpu_waits_for_cpu_work(compose: Compose) -> None:
     config = put(compose("cluster=slurm"), {"jobs": ALL})
     with_gpus = {job.name for job in plan(config) if job.resources.gpus_per_node}

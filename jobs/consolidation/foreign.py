@@ -11,12 +11,12 @@ from conf.errors import DataError, Problem
 from conf.files import read_json
 from conf.schema import OutputDtype
 from jobs import weights
-from jobs.consolidation import describe, hf, merge, names, sources
+from jobs.consolidation import describe, estimate, hf, merge, names, sources
 from jobs.consolidation.extents import Stored
 from jobs.consolidation.make import make, workers
 from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.names import Blueprint
-from jobs.consolidation.plan import Plan, plan
+from jobs.consolidation.plan import plan
 from jobs.consolidation.sources import Source
 
 
@@ -33,10 +33,14 @@ def main(words: list[str] | None = None) -> None:
         merged.outputs, merged.sources, shard, {}, merged.updates, made | {"files": sources.manifest(merged.sources)}
     )
     if options.plan:
-        _show(todo)
+        for name, size in todo.sizes.items():
+            print(f"{name}  {size / 1e9:.2f} GB")
+        print("\n".join(estimate.lines(todo, options.workers or workers(), options.out or source.folder)))
         return
+    if options.out is None:
+        raise DataError(Problem("--out", None, "name the folder to make; only --plan does without"))
     describe = partial(_describe, base=base, merged=merged, source=source, title=options.out.name)
-    make(todo, options.out, workers(options.workers), source.folder, describe, made)
+    make(todo, options.out, options.workers or workers(), source.folder, describe, made)
     print(f"model     {options.out}", flush=True)
     if base.source is None:
         print("without --base there is no config.json and no tokenizer beside the weights", flush=True)
@@ -106,14 +110,6 @@ def _describe(folder: Path, base: Base, merged: Merge, source: Source, title: st
     describe.write_card(folder, title, rows, base.source, "transformers")
 
 
-def _show(todo: Plan) -> None:
-    for name, size in todo.sizes.items():
-        print(f"{name}  {size / 1e9:.2f} GB")
-    print(
-        f"to read {todo.read_bytes / 1e9:.2f} GB, to write {todo.written_bytes / 1e9:.2f} GB, {len(todo.tasks)} tensors"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.consolidate",
@@ -122,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "*_optim_states.pt), a PEFT adapter folder, or safetensors. Nothing of the checkpoint is executed or changed.",
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; one that is there is moved aside")
+    parser.add_argument("--out", type=Path, help="folder to make; one that is there is moved aside")
     parser.add_argument(
         "--base", help="folder or Hub id of the model: its config and tokenizer, the names to expect, an adapter's base"
     )
@@ -131,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of the result (default: bf16); `original` is the base's own",
     )  # fmt: skip
     parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file, in GiB (default: 5)")
-    parser.add_argument("--workers", type=int, help="threads (default: one a CPU, at least 2)")
-    parser.add_argument("--plan", action="store_true", help="show what would be read and written, and stop")
+    parser.add_argument("--workers", type=int, help="threads (default: one a CPU, at least 4)")
+    parser.add_argument(
+        "--plan", action="store_true", help="say what would be read and written, in what memory and time, and stop"
+    )
     return parser

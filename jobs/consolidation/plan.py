@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,8 @@ class Task:
     """Of its elements as training had them; compared while they pass."""
     update: Update | None = None
     """What an adapter adds to it."""
+    packed: torch.dtype | None = None
+    """Precision of compute in which training had it in NF4; it is then rounded to that first."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def plan(
     updates: dict[str, Update],
     about: dict[str, Any],
     stem: str = "model",
+    packed: Mapping[str, torch.dtype] | None = None,
 ) -> Plan:
     """Lay the outputs into files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
     files = _files(outputs, shard_bytes, stem)
@@ -99,7 +103,9 @@ def plan(
     for file, items in files.items():
         heads[file], offsets, sizes[file] = hf.head([(item.name, item.shape, item.dtype) for item in items])
         placed += [Placed(item, file, offset) for item, offset in zip(items, offsets, strict=True)]
-    return Plan(heads, sizes, _tasks(placed, list(files), sources, prints, updates), _index(files, stem), about)
+    return Plan(
+        heads, sizes, _tasks(placed, list(files), sources, prints, updates, packed or {}), _index(files, stem), about
+    )
 
 
 def _files(outputs: list[Output], shard_bytes: int, stem: str) -> dict[str, list[Output]]:
@@ -122,6 +128,7 @@ def _tasks(
     sources: dict[str, Stored],
     prints: dict[str, str],
     updates: dict[str, Update],
+    packed: Mapping[str, torch.dtype],
 ) -> tuple[Task, ...]:
     """A task for each source tensor that is written or checked: file by file, so that files are finished early, the
     largest of a file first, so that no worker starts with one when the others are done."""
@@ -135,6 +142,7 @@ def _tasks(
             tuple(sorted(items, key=lambda item: item.output.start)),
             prints.get(name),
             updates.get(name),
+            packed.get(name),
         )
         for name, items in goals.items()
     ]

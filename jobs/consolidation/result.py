@@ -5,13 +5,13 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json
@@ -23,9 +23,10 @@ RECORDS = ".finished"
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """The folder beside `target` in which it is made, for this process alone. What stops us short of being killed empties
-    it. Raises RunError when another process is at it, or it cannot be written."""
+def writing(target: Path, alone: bool = True) -> Iterator[Path]:
+    """The folder beside `target` in which it is made, for this process alone, or for it and those that it leads. What stops
+    us short of being killed empties it, unless others still write. Raises RunError when another process is at it, or it
+    cannot be written."""
     beside = partial(target)
     with told(target):
         beside.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,8 @@ def writing(target: Path) -> Iterator[Path]:
             with told(target):
                 yield beside
         except Exception:
-            shutil.rmtree(beside, ignore_errors=True)
+            if alone:
+                shutil.rmtree(beside, ignore_errors=True)
             raise
     finally:
         os.close(lock)
@@ -72,7 +74,7 @@ def told(target: Path) -> Iterator[None]:
         raise RunError(Problem("model", target, f"{said} ({error.strerror or error})")) from error
 
 
-def finished(folder: Path, plan: Plan) -> dict[str, dict[str, int]]:
+def finished(folder: Path, plan: Plan) -> dict[str, dict[str, str]]:
     """Checksums of the files that a start before this one finished for the same plan; all else in the folder is deleted."""
     records = folder / RECORDS
     found = {}
@@ -92,57 +94,69 @@ def finished(folder: Path, plan: Plan) -> dict[str, dict[str, int]]:
     return found
 
 
-def prepare(folder: Path, plan: Plan, done: dict[str, dict[str, int]]) -> None:
-    """Make the other files at their full size, header written. Raises RunError when there is no room, before any is written."""
+def recorded(folder: Path, name: str) -> dict[str, str]:
+    """Checksums of a file that is finished."""
+    return dict(read_json(folder / RECORDS / f"{name}.json"))
+
+
+def room(folder: Path, plan: Plan, done: Collection[str]) -> None:
+    """Raises RunError when there is no room for the other files, before any is written."""
     needed = sum(size for name, size in plan.sizes.items() if name not in done)
     free = shutil.disk_usage(folder).free
     if free < needed:
         said = f"needs {needed / 2**30:.2f} GiB there and {free / 2**30:.2f} GiB are free: make room"
         raise RunError(Problem("model", folder, said))
-    for name, size in plan.sizes.items():
-        if name not in done:
-            with (folder / name).open("wb") as file:
-                file.write(plan.heads[name])
-                file.truncate(size)
 
 
-def record(folder: Path, name: str, sums: dict[str, int]) -> None:
+def prepare(folder: Path, plan: Plan, names: Collection[str]) -> None:
+    """Make these files at their full size, header written."""
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.write(plan.heads[name])
+            file.truncate(plan.sizes[name])
+
+
+def record(folder: Path, name: str, sums: dict[str, str]) -> None:
     write_json(folder / RECORDS / f"{name}.json", sums)
 
 
-def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, int]], workers: int) -> int:
-    """Read every file back: header and the CRC-32 of each tensor. Returns how many tensors there are.
+def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: int) -> int:
+    """Read the files of `sums` back: header and the checksum of each tensor. Returns how many tensors there are.
 
-    Raises RunError, and forgets the record of the file, where one differs.
+    Raises RunError, and forgets that the file is finished, where one differs.
     """
     jobs = [
-        (item.file, item.offset, item.output.nbytes, item.output.name) for task in plan.tasks for item in task.placed
+        (item.file, item.offset, item.output.nbytes, item.output.name)
+        for task in plan.tasks
+        for item in task.placed
+        if item.file in sums
     ]
     files = stream.Files()
     try:
-        for name, head in plan.heads.items():
-            if os.pread(files(str(folder / name)), len(head), 0) != head:
+        for name in sums:
+            if os.pread(files(str(folder / name)), len(plan.heads[name]), 0) != plan.heads[name]:
                 _wrong(folder, name, "header")
         with ThreadPoolExecutor(workers) as pool:
-            found = pool.map(lambda job: _crc(files(str(folder / job[0])), str(folder / job[0]), job[1], job[2]), jobs)
-            for (name, _, _, tensor), crc in zip(jobs, found, strict=True):
-                if crc != sums[name][tensor]:
+            found = pool.map(lambda job: _sum(files(str(folder / job[0])), str(folder / job[0]), job[1], job[2]), jobs)
+            for (name, _, _, tensor), value in zip(jobs, found, strict=True):
+                if value != sums[name][tensor]:
                     _wrong(folder, name, tensor)
     finally:
         files.close()
     return len(jobs)
 
 
-def _crc(descriptor: int, path: str, offset: int, size: int) -> int:
-    buffer, total = torch.empty(min(size, stream.CHUNK), dtype=torch.uint8), 0
+def _sum(descriptor: int, path: str, offset: int, size: int) -> str:
+    buffer, total = torch.empty(min(size, stream.CHUNK), dtype=torch.uint8), xxhash.xxh3_64()
     for at in range(0, size, stream.CHUNK):
         part = buffer[: min(stream.CHUNK, size - at)]
         stream.read(descriptor, path, offset + at, part)
-        total = zlib.crc32(memoryview(part.numpy()), total)
-    return total
+        total.update(memoryview(part.numpy()))
+    return str(total.hexdigest())
 
 
 def _wrong(folder: Path, name: str, tensor: str) -> None:
+    (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)  # else the next start would keep the file
     said = f"{tensor} read back differs from what was written: merge again; look at this file system if it stays so"
     raise RunError(Problem("model", folder / name, said))
 

@@ -1,5 +1,7 @@
 """The way of models whose saved weights are no runs of their live ones: everything in memory, written by transformers."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ from transformers import GenerationConfig
 
 from conf.errors import DataError, Problem, RunError
 from conf.files import new_folder, write_json
-from conf.schema import AdapterKind, Config
+from conf.schema import AdapterKind, Config, Frozen, MergeBase
 from jobs import checkpoint, model
 from jobs.consolidation import names
 from jobs.consolidation.make import retire
@@ -16,9 +18,21 @@ from jobs.consolidation.sources import Source
 from jobs.consolidation.stream import Files, Reader
 
 
-def run(config: Config, source: Source, target: Path, made: dict[str, Any], prints: dict[str, str]) -> None:
-    """Write `target`. Raises DataError when the checkpoint does not fit the model, RunError when it is not what was trained."""
-    built = model.build(config)
+def run(
+    config: Config,
+    source: Source,
+    target: Path,
+    made: dict[str, Any],
+    prints: dict[str, str],
+    compare: Callable[[Path], None],
+) -> None:
+    """Write `target`, once `compare` has looked at it. Raises DataError when the checkpoint does not fit the model, RunError
+    when it is not what was trained."""
+    if config.consolidate.base is MergeBase.dequantised:
+        said = f"cannot be had of {config.model.source}, which is merged in memory: take original"
+        raise DataError(Problem("consolidate.base", "dequantised", said))
+    adapter = replace(config.adapter, base=Frozen.full)  # the stored weights are what is merged into
+    built = model.build(replace(config, adapter=adapter))
     files = Files()
     try:
         reader = Reader(files)
@@ -46,5 +60,6 @@ def run(config: Config, source: Source, target: Path, made: dict[str, Any], prin
     with new_folder(target) as beside:
         done.save_pretrained(beside, max_shard_size=int(config.consolidate.shard_gib * 2**30))
         model.tokenizer(config).save_pretrained(beside)
+        compare(beside)
         write_json(beside / "muster.json", made | {"verified": True})
     print(f"model     {target}", flush=True)

@@ -308,7 +308,7 @@ def test_the_folder_is_a_model(checkpoint, base, tmp_path):
     assert {"config.json", "README.md", "model.safetensors.index.json", "muster.json"} <= files
     assert not [name for name in files if name.startswith(".")]
     index = read_json(tmp_path / "out/model.safetensors.index.json")
-    assert set(index["weight_map"].values()) == set(about["crc32"]) and len(about["crc32"]) > 3
+    assert set(index["weight_map"].values()) == set(about["xxh3"]) and len(about["xxh3"]) > 3
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert model.dtype is torch.float16 and not info["missing_keys"] and not info["unexpected_keys"]
     assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
@@ -333,7 +333,10 @@ def test_an_older_result_is_moved_aside(checkpoint, tmp_path):
 
 def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys):
     foreign.main([str(checkpoint), "--out", str(tmp_path / "out"), "--plan"])
-    assert "to read 0.00 GB" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert (
+        "plan      0.00 GB to read, 0.00 GB to write, 1 files" in capsys.readouterr().out
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_seventy_billion_weights_are_planned_in_seconds():
