@@ -13,7 +13,7 @@ from conf.resolve import load
 from jobs import consolidate, logits, model
 from tests.jobs import curves, ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
