@@ -45,7 +45,8 @@ LAYOUTS = {
     "zero3, 2 context ranks": ["parallel=zero3", "parallel.context_ranks=2"],
 }
 COMMON = [
-    f"cluster.train.ranks_per_node={RANKS}", "cluster.train.gpus_per_node=0", "data.max_rows=240", "data.max_length=96",
+    f"cluster.train.ranks_per_node={RANKS}", "cluster.train.gpus_per_node=0", "model.architecture.num_hidden_layers=2",
+    "data.max_rows=240", "data.max_length=96",
     f"train.global_batch={ROWS}", f"train.steps={STEPS}", "train.warmup_steps=5", "train.weight_decay=0.1",
     "train.precision=fp32", "train.eval_every=0", "train.save_every=0", "train.log_every=1000", "jobs=[preprocess,train]",
 ]  # fmt: skip
@@ -88,12 +89,12 @@ def every() -> Iterator[Case]:
 
 
 def some() -> Iterator[Case]:
-    """Each layout with two tasks that differ in everything, the next layout with two others."""
-    pairs = list(product(tasks(), (1, 3)))
+    """Each layout with one task, the next layout with the next."""
     for number, layout in enumerate(LAYOUTS):
-        for task, accumulated in (pairs[number % len(pairs)], pairs[-1 - number % len(pairs)]):
-            if (case := Case(layout, task, accumulated)).possible:
-                yield case
+        task, accumulated = tasks()[number % len(tasks())], (1, 3)[number // 2 % 2]
+        if not Case(layout, task, accumulated).possible:
+            task = replace(task, adapter="none")
+        yield Case(layout, task, accumulated)
 
 
 def tasks() -> list[Task]:
@@ -177,7 +178,7 @@ PAGE = """# Numerics: every layout against one process
 {ranks} ranks over Gloo on CPUs, float32, a Llama with grouped queries, tied and untied embeddings (the worse of both),
 ragged rows of at most 96 tokens, {rows} rows a step in 1 or 3 micro batches, {steps} steps of AdamW. A cell is the largest
 relative difference, over all steps, of loss and gradient norm from plain torch in one process, with the whole batch at once
-and a mask between packed samples. `make numerics` makes this page, and fails above {limit:g}; `make test` holds two columns
+and a mask between packed samples. `make numerics` makes this page, and fails above {limit:g}; `make test` holds one column
 of each line against the same limit.
 
 {table}
