@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import history, runs, slurm
+from launcher import history, runs, slurm, watchdog
 
 CLONE = Path(__file__).resolve().parents[2]
 TWO_BY_TWO = [
@@ -81,6 +82,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def curve(run: Path) -> list[dict[str, Any]]:
+    """What must be the same, line by line, however often a run was interrupted."""
+    names = ("step", "loss", "grad_norm", "eval_loss")
+    return [{name: line.get(name) for name in names} for line in metrics(run)]
+
+
 def until(true: Callable[[], object], timeout_s: float = 120) -> None:
     """Wait for something; the test fails with its name when it does not come."""
     deadline = time.monotonic() + timeout_s
@@ -98,12 +105,34 @@ def job_id(run: Path, job: str) -> str:
     return str(json.loads((run / "run.json").read_text())["launches"][-1]["jobs"][job])
 
 
+def processes(pattern: str) -> list[int]:
+    """Process ids of what has a command line that fits."""
+    done = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
+    return [int(word) for word in done.stdout.split()]
+
+
+def ranks(run: Path) -> dict[int, int]:
+    """Process ids of the ranks of a run's training, by rank."""
+    found = {}
+    for pid in processes(f"submitit.core._submit {run}/jobs/train$"):
+        with suppress(OSError):
+            if "python" in Path(f"/proc/{pid}/exe").resolve().name:  # srun's own command line ends likewise
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                [rank] = [int(word[13:]) for word in words if word.startswith(b"SLURM_PROCID=")]
+                found[rank] = pid
+    return found
+
+
 def kill_a_rank(run: Path) -> None:
-    """SIGKILL the rank of training that started last."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    """SIGKILL the last rank of training."""
+    _, pid = max(ranks(run).items())
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_rank(run: Path, rank: int) -> None:
+    """SIGSTOP a rank of training's first attempt, as a debugger or a node's power guard does."""
+    until(lambda: rank in watchdog.gathered(run / "jobs/train/attempt-1"))
+    os.kill(watchdog.gathered(run / "jobs/train/attempt-1")[rank]["pid"], signal.SIGSTOP)
 
 
 def fingerprints(run: Path) -> dict[str, str]:

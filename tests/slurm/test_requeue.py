@@ -1,49 +1,16 @@
 """A training that is interrupted goes on by itself, to the weights of one that was not; or it ends, and says why."""
 
-import os
-import shutil
-import signal
 import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from launcher import history, requeue
 from launcher import slurm as commands
-from tests.slurm import runs
+from tests.slurm import faults, runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-STEPS = 40
-WORDS = [
-    "cluster.train.ranks_per_node=1", "train.global_batch=8", "train.micro_batch=2", f"train.steps={STEPS}",
-    "train.learning_rate=3e-3", "train.precision=fp32", "train.fingerprint=true", "train.eval_every=10", "data.max_rows=120",
-    "train.save_every=0",
-]  # fmt: skip
-"""Small enough for seconds, with an evaluation every few steps: what is stopped in one is made up for."""
-
-
-@pytest.fixture(scope="module")
-def whole(slurm, tmp_path_factory):
-    """The run that nobody interrupts."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    runs.complete(run, *WORDS, "jobs=[preprocess,train]")
-    return run
-
-
-@pytest.fixture
-def start(whole, tmp_path):
-    """`start("jobs=[train]", ...)` starts a run on the rows of `whole`; it is cancelled in the end."""
-    run = tmp_path / "run"
-
-    def begin(*words: str) -> Path:
-        runs.start(run, *WORDS, "jobs=[train]", *words)
-        shutil.copytree(
-            whole / "data", run / "data"
-        )  # while the ranks still import torch: launch.py wants a new folder
-        return run
-
-    yield begin
-    runs.command("cancel", run)
 
 
 def trained(run: Path, steps: int) -> None:
@@ -58,9 +25,7 @@ def ends_as(run: Path, whole: Path) -> None:
     """It completed, with every step once, and the losses and weights of `whole`."""
     jobs = runs.finish(run)
     assert jobs["train"].verdict["status"] == "completed", verdicts(run)
-    names = ("step", "loss", "grad_norm", "eval_loss")
-    lines = [[{name: line.get(name) for name in names} for line in runs.metrics(item)] for item in (whole, run)]
-    assert lines[0] == lines[1]
+    assert runs.curve(run) == runs.curve(whole)
     assert runs.fingerprints(run) == runs.fingerprints(whole)
 
 
@@ -111,6 +76,7 @@ def test_a_training_at_its_time_limit_goes_on(whole, start, tmp_path):
     assert {status for status, _ in found[:-1]} == {"time_limit"}
 
 
+@pytest.mark.proof
 def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, start):
     run = start("train.save_every=5")
     trained(run, 13)
@@ -121,6 +87,17 @@ def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, star
     assert "(Killed)" in first["reason"]
     assert first["host"] in ("n1", "n2")
     assert first["saved"] >= 10
+
+
+def test_a_training_of_which_a_rank_hangs_goes_on_from_its_checkpoint(whole, start):
+    run = start("train.save_every=5", "cluster.network.step_timeout_s=10", "cluster.network.save_timeout_s=10")
+    trained(run, 8)
+    runs.stop_rank(run, 1)
+    ends_as(run, whole)
+    assert verdicts(run) == [("hang", True), ("completed", False)]
+    first = history.verdicts(run / "jobs/train")[0]
+    assert (first["rank"], first["host"]) == (1, "n2")
+    assert "process stopped (T); rank 0 waits in " in first["reason"]
 
 
 @pytest.mark.proof
@@ -215,13 +192,10 @@ def test_a_job_that_may_not_be_requeued_says_so(start):
 
 
 @pytest.mark.proof
-def test_a_training_whose_batch_script_is_killed_goes_on(whole, start):
+def test_a_training_whose_batch_script_is_killed_goes_on(whole, start, slurm):
     run = start("jobs=[train,consolidate]")
     trained(run, 5)
-    [script] = subprocess.run(
-        ["pgrep", "-f", "/slurm_script$"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(script), signal.SIGKILL)
+    faults.kill_script(faults.Scene(run, slurm, Random(0)))
     ends_as(run, whole)
     first = history.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["requeued"]) == ("preempted", True)
