@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 WORDS = [*TRAINING, "train.steps=60", "jobs=[preprocess,train]", "cluster.requeue=false"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "zero2"])
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero2", marks=pytest.mark.proof)])
 def test_a_signalled_run_resumes_to_the_same_weights(layout, slurm, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.start(broken, *WORDS, f"parallel={layout}")
