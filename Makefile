@@ -34,7 +34,7 @@ proof: setup test-system ## the slower proof: every kill, layout and world size 
 chaos: setup test-system ## strike trainings on a real Slurm with 60 faults, and write docs/resilience.md (an hour)
 	$(V)/python -m tests.slurm.chaos $(ARGS)
 
-numerics: setup ## hold every layout's curve against one process, and write docs/numerics.md (10 minutes)
+numerics: setup ## hold every layout's curve against one process, and write docs/numerics.md (a quarter of an hour)
 	$(V)/python -m tests.jobs.numerics
 
 test-system: # Slurm for the tests, where we may install it
