@@ -1,16 +1,18 @@
 """Several processes at one result, on one node or many: each has files of its own, and they meet in a folder, not by network."""
 
+import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from conf.errors import Problem, RunError
-from conf.files import read_json, write_json
+from conf.files import read_json
 from jobs.consolidation.plan import Plan
 from jobs.distributed import place
 
@@ -45,10 +47,12 @@ class Meeting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Rank 0 ends the meeting; another rank that fails tells it why."""
-        if self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif error is not None and self.folder.exists():
-            write_json(self.folder / f"failed-{self.rank}.json", {"own": self.own, "said": str(error)})
+        if self.rank == 0 and not self.alone:
+            over = self.folder.with_name(f"{self.folder.name}.{self.own}")
+            self.folder.rename(over)  # at once: what is said from now on has nowhere to go
+            shutil.rmtree(over, ignore_errors=True)
+        elif error is not None:
+            self._say(f"failed-{self.rank}.json", {"own": self.own, "said": str(error)})
 
     def share(self, plan: Plan, done: Sums) -> dict[str, int]:
         """On rank 0: wait for the others, and say which rank writes, and reads back, which file.
@@ -62,7 +66,7 @@ class Meeting:
             path.unlink(missing_ok=True)
         began, digest = time.monotonic(), plan.digest()
         self._until(lambda: self._greeted(began, digest))
-        write_json(self.folder / "shares.json", {"to": self._hellos, "files": found, "done": sorted(done)})
+        self._say("shares.json", {"to": self._hellos, "files": found, "done": sorted(done)})
         return found
 
     def _greeted(self, began: float, digest: str) -> bool:
@@ -81,27 +85,27 @@ class Meeting:
     def join(self, plan: Plan) -> tuple[dict[str, int], set[str]]:
         """On another rank: who writes which file, and the files that are done. Raises RunError where nobody leads."""
         hello, began, digest = self.folder / f"hello-{self.rank}.json", time.monotonic(), plan.digest()
+        answer: dict[str, Any] = {}
 
         def answered() -> bool:
             found = read_json(self.folder / "shares.json")
             if found and found["to"].get(str(self.rank)) == self.own:
+                answer.update(found)
                 return True
             if not self.folder.exists():
                 raise RunError(Problem("model", self.target, "rank 0 has ended: see its log"))
             if not hello.exists():
-                write_json(hello, {"own": self.own, "digest": digest})
+                self._say(hello.name, {"own": self.own, "digest": digest})
             if time.monotonic() - began > WAIT_S:
                 raise RunError(Problem("RANK", self.rank, f"rank 0 has not come within {WAIT_S} s: see its log"))
             return False
 
         self._until(answered)
-        found = read_json(self.folder / "shares.json")
-        return found["files"], set(found["done"])
+        return answer["files"], set(answer["done"])
 
     def done(self, sums: Sums) -> None:
         """On another rank: all of its share is written and read back; wait until rank 0 has published the result."""
-        if self.folder.exists():
-            write_json(self.folder / f"done-{self.rank}.json", {"own": self.own, "sums": sums})
+        self._say(f"done-{self.rank}.json", {"own": self.own, "sums": sums})
         self._until(lambda: not self.folder.exists())
         if read_json(self.target / "muster.json") is None:
             raise RunError(Problem("model", self.target, "was not published: see the log of rank 0"))
@@ -125,12 +129,19 @@ class Meeting:
             sums |= found["sums"]
         return sums
 
+    def _say(self, name: str, value: dict[str, Any]) -> None:
+        """Publish `value` to the other ranks. Once rank 0 has ended the meeting there is nobody to tell."""
+        beside = self.folder / f".{name}.{self.own}"
+        with suppress(FileNotFoundError):
+            beside.write_text(json.dumps(value), encoding="utf-8")
+            beside.rename(self.folder / name)
+
     def _until(self, ready: Callable[[], bool]) -> None:
         pause = 0.05
         while not ready():
             time.sleep(pause)
             pause = min(2.0, pause * 1.5)
-            if self.folder.exists():
+            with suppress(FileNotFoundError):
                 os.listdir(self.folder)  # network file systems look again at a folder that is opened
 
 
