@@ -3,7 +3,8 @@
 from typing import Any
 
 from conf.batch import split
-from conf.schema import Config, Precision
+from conf.choices import Precision
+from conf.schema import Config
 
 
 def plan(config: Config, world_size: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from conf.schema import Backend, Parallel
+from conf.choices import Backend
+from conf.schema import Parallel
 
 FIRST, LAST = 4, 1
 """Nodes that are drawn of more than `MANY`."""

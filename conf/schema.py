@@ -5,11 +5,33 @@ values that nearly everybody wants stand here as defaults. No value stands in bo
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 from math import inf
 from typing import Any
 
 from omegaconf import MISSING
+
+from conf.choices import (
+    AdapterKind,
+    Attention,
+    Backend,
+    Checkpointing,
+    Container,
+    Executor,
+    Float8,
+    Format,
+    Frozen,
+    Init,
+    Mask,
+    MergeBase,
+    Optimizer,
+    Order,
+    OutputDtype,
+    Overlong,
+    Precision,
+    Submit,
+    Tracker,
+    Verify,
+)
 
 
 def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) -> Any:
@@ -20,143 +42,6 @@ def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) ->
 def entries(section: type) -> Any:
     """A dictionary of sections under names that the user chooses; `conf.resolve` makes them what `section` says."""
     return field(default_factory=dict, metadata={"section": section})
-
-
-class Init(Enum):
-    pretrained = "pretrained"
-    random = "random"
-
-
-class Attention(Enum):
-    auto = "auto"
-    cudnn = "cudnn"
-    varlen = "varlen"
-    flash_attention_2 = "flash_attention_2"
-    flash_attention_3 = "flash_attention_3"
-    flash_attention_4 = "flash_attention_4"
-    flex = "flex"
-    sdpa = "sdpa"
-    eager = "eager"
-
-
-class Format(Enum):
-    auto = "auto"
-    alpaca = "alpaca"
-    sharegpt = "sharegpt"
-    messages = "messages"
-    prompt_completion = "prompt_completion"
-    segments = "segments"
-    text = "text"
-    tokenised = "tokenised"
-
-
-class Mask(Enum):
-    assistant = "assistant"
-    last = "last"
-    all = "all"
-
-
-class Overlong(Enum):
-    truncate = "truncate"
-    split = "split"
-    drop = "drop"
-    error = "error"
-
-
-class Order(Enum):
-    auto = "auto"
-    balanced = "balanced"
-    random = "random"
-    file = "file"
-
-
-class Backend(Enum):
-    fsdp = "fsdp"
-    zero = "zero"
-
-
-class AdapterKind(Enum):
-    none = "none"
-    lora = "lora"
-
-
-class Frozen(Enum):
-    full = "full"
-    nf4 = "nf4"
-    int8 = "int8"
-
-
-class Optimizer(Enum):
-    adamw = "adamw"
-    adamw_8bit = "adamw_8bit"
-    paged_adamw = "paged_adamw"
-    paged_adamw_8bit = "paged_adamw_8bit"
-    adafactor = "adafactor"
-    muon = "muon"
-
-
-class Precision(Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Float8(Enum):
-    none = "none"
-    tensorwise = "tensorwise"
-    rowwise = "rowwise"
-
-
-class Checkpointing(Enum):
-    none = "none"
-    selective = "selective"
-    full = "full"
-    offload = "offload"
-    auto = "auto"
-
-    def __bool__(self) -> bool:
-        return self is not Checkpointing.none
-
-
-class OutputDtype(Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    original = "original"
-
-
-class Verify(Enum):
-    weights = "weights"
-    logits = "logits"
-
-
-class MergeBase(Enum):
-    original = "original"
-    dequantised = "dequantised"
-
-
-class Executor(Enum):
-    local = "local"
-    slurm = "slurm"
-
-
-class Container(Enum):
-    none = "none"
-    apptainer = "apptainer"
-    pyxis = "pyxis"
-
-
-class Submit(Enum):
-    submitit = "submitit"
-    script = "script"
-
-
-class Tracker(Enum):
-    none = "none"
-    tensorboard = "tensorboard"
-    wandb = "wandb"
 
 
 @dataclass

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
+from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
-from conf.schema import Attention, Config, Precision
+from conf.schema import Config
 from jobs import causal
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}

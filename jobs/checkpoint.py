@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
-from conf.schema import Backend, Config
+from conf.choices import Backend
+from conf.schema import Config
 from jobs import failed_write, manifest, retention
 from jobs.agreement import OtherRankError, first, together
 from jobs.distributed import World

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
-from conf.schema import AdapterKind, Config, Frozen, Init, MergeBase, OutputDtype, Verify
+from conf.schema import Config
 from jobs import checkpoint, manifest, quantised, weights
 from jobs.consolidation import describe, foreign, hf, merge, names, sources
 from jobs.consolidation.make import make, workers

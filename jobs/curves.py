@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from conf.schema import Config
 from jobs.charts import Curve, of_curves
+from jobs.html import filled
 
-TEMPLATES = Path(__file__).parent / "pages"
 PHASES = ("data_s", "forward_s", "backward_s", "optimizer_s")
 Line = dict[str, Any]
 
@@ -30,14 +28,8 @@ def html(config: Config, path: Path, steps: int, warnings: list[str]) -> str:
     """The page of the metrics.jsonl at `path`; `steps` are those that training is going to have."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     trained = [line for line in lines if "loss" in line]
-    page = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return page.get_template("training.html.j2").render(
+    return filled(
+        "training.html.j2",
         name=config.name,
         run_dir=config.run_dir,
         facts=_facts(lines, trained, steps),

@@ -6,8 +6,9 @@ Not measured in Muster yet; the figures in conf/schema.py are of a loop written 
 import torch
 from torch import nn
 
+from conf.choices import Float8
 from conf.errors import ConfigError, Problem
-from conf.schema import Config, Float8
+from conf.schema import Config
 from jobs.distributed import World
 from jobs.model import blocks
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem
@@ -13,8 +12,8 @@ from conf.files import write_json, write_text
 from conf.schema import Config
 from jobs import answers
 from jobs.evaluate import load, told
+from jobs.html import filled
 from jobs.model import tokenizer
-from jobs.page import TEMPLATES
 
 
 def run(config: Config) -> None:
@@ -89,11 +88,4 @@ def answer(
 
 def html(name: str, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """The answers as one file that needs no other."""
-    page = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return page.get_template("generations.html.j2").render(name=name, about=about, found=found, meanings=answers.FAULTS)
+    return filled("generations.html.j2", name=name, about=about, found=found, meanings=answers.FAULTS)

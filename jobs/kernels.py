@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from conf.schema import Backend, Checkpointing, Config
+from conf.choices import Backend, Checkpointing
+from conf.schema import Config
 from jobs import context, head
 from jobs.distributed import World
 from jobs.model import blocks

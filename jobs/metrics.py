@@ -3,13 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from conf.choices import Tracker
 from conf.files import read_json, write_json, write_text
-from conf.schema import Config, Tracker
+from conf.schema import Config
 from jobs import curves
 from jobs.distributed import World
 
@@ -68,13 +67,6 @@ class Metrics:
     def left(self, step: int) -> float:
         """Seconds until the last step, at the rate of this attempt with all its evaluations and checkpoints."""
         return (self.steps - step) * (time.monotonic() - self.started) / max(1, step - self.first)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Seconds of something between steps, such as a checkpoint; they go into the next line that is written."""
-        began = time.perf_counter()
-        yield
-        self._next[name] = round(self._next.get(name, 0.0) + time.perf_counter() - began, 3)
 
     def note(self, **values: float) -> None:
         """Numbers that go into the next line that is written."""

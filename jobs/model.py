@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, DataError, Problem
-from conf.schema import AdapterKind, Config, Frozen, Init, Precision
+from conf.schema import Config
 from jobs import attention, quantised, startup, vocabulary
 from jobs.templates import template_text
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from conf.choices import Backend, Optimizer
 from conf.errors import ConfigError, Problem
-from conf.schema import Backend, Config, Optimizer
+from conf.schema import Config
 from jobs.adafactor import Adafactor
 from jobs.head import causal
 

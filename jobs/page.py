@@ -1,11 +1,9 @@
 """Shows what a run will learn: its samples decoded, its sets, its lengths and what the gates found, as a page and in a terminal."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -13,8 +11,8 @@ from jobs import charts
 from jobs.data import Rows
 from jobs.decoded import Decoder, Places, printable, shown
 from jobs.gates import Verdict
+from jobs.html import filled
 
-TEMPLATES = Path(__file__).parent / "pages"
 SHOWN = {"train": 8, "validation": 2}
 """Samples of each split on the page."""
 PAGE_TOKENS, TERMINAL_TOKENS = 2000, 600
@@ -37,16 +35,8 @@ def html(
     decoder = Decoder(words)
     rows = splits["train"]
     lengths = rows.samples.lengths[rows.chosen]
-    page = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["share"] = lambda part: f"{part:.1%}"
-    page.filters["count"] = lambda number: f"{number:,}"
-    return page.get_template("preview.html.j2").render(
+    return filled(
+        "preview.html.j2",
         about=about,
         rows=len(rows),
         fill=float(lengths.sum()) / max(1, len(rows) * max_length),

@@ -12,9 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from conf import datasets
+from conf.choices import Executor, Format, Overlong
 from conf.errors import DataError, Problem
 from conf.files import new_folder, read_json, write_json, write_text
-from conf.schema import Config, DataSet, Executor, Format, Overlong
+from conf.schema import Config, DataSet
 from jobs import data, encode, formats, gates, identity, page, samples, selection, sources, store
 from jobs.gates import Findings
 from jobs.model import tokenizer

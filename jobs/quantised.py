@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from conf.schema import Frozen
+from conf.choices import Frozen
 from jobs.weights import Part, plain
 
 BLOCK, NESTED = 64, 256

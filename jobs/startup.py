@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.schema import AdapterKind, Config, Init
+from conf.choices import AdapterKind, Init
+from conf.schema import Config
 from jobs import initial, pretrained, quantised
 from jobs.distributed import World
 from jobs.weights import Part, plain

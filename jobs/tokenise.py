@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from conf.schema import Mask, Overlong
+from conf.choices import Mask, Overlong
 from jobs import chat, formats, gates
 from jobs.encode import Encoder
 from jobs.gates import Findings

@@ -10,10 +10,11 @@ import torch
 
 from conf import mesh
 from conf.batch import rows_at_once, split
+from conf.choices import Verify
 from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
-from conf.schema import Config, Verify
+from conf.schema import Config
 from jobs import backends, checkpoint, data, heartbeat, logits, loss, model, optim, signals, transfer
 from jobs.agreement import first
 from jobs.backends import Engine

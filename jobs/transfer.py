@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
+from conf.choices import Backend
 from conf.errors import Problem, RunError
-from conf.schema import Backend
 from jobs.agreement import everywhere, first
 from jobs.backends import Engine
 from jobs.consolidation import dcp, zero

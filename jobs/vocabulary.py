@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from conf.choices import AdapterKind
 from conf.errors import ConfigError, DataError, Problem
-from conf.schema import AdapterKind, Config, Data
+from conf.schema import Config, Data
 from jobs.weights import Part, Stored
 
 

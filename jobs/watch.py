@@ -11,8 +11,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from conf.choices import AdapterKind, Precision
 from conf.flops import Work, peak
-from conf.schema import AdapterKind, Config, Precision
+from conf.schema import Config
 from jobs import head, spread
 from jobs.agreement import together
 from jobs.data import Rows

@@ -4,7 +4,8 @@ from dataclasses import replace
 from enum import Enum
 
 from conf.batch import rows_at_once, split
-from conf.schema import AdapterKind, Architecture, Checkpointing, Config, Precision
+from conf.choices import AdapterKind, Checkpointing, Precision
+from conf.schema import Architecture, Config
 from launcher.counting import Counts, experts, head_dim, linears, on_experts, targets
 
 CHUNK, PARTS = 2**28, 8

@@ -7,10 +7,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from conf.batch import copies
+from conf.choices import AdapterKind, Attention, Backend, Container, Executor, Format, Init, Submit
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
 from conf.datasets import training
 from conf.errors import Problem
-from conf.schema import AdapterKind, Attention, Backend, Config, Container, DataSet, Executor, Format, Init, Submit
+from conf.schema import Config, DataSet
 from launcher import fit, footprint, memory, pairs, remedy
 from launcher.environment import is_secret
 from launcher.facts import Facts, FirstRow

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from conf.schema import Adapter, AdapterKind, Architecture
+from conf.choices import AdapterKind
+from conf.schema import Adapter, Architecture
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 """Values of `model_type` whose layers are known here; of others nothing is estimated."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.batch import copies, split
+from conf.choices import Backend, Precision
 from conf.resolve import digest
-from conf.schema import Backend, Config, Precision
+from conf.schema import Config
 from launcher.plan import Job
 
 BLOCKS = {

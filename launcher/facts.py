@@ -11,7 +11,8 @@ from pathlib import Path
 
 from conf import resolve
 from conf.datasets import training_paths
-from conf.schema import Config, Container, Precision
+from conf.choices import Container, Precision
+from conf.schema import Config
 
 CLONE = Path(__file__).resolve().parent.parent
 FIRST_ROW_CHARACTERS = 2**20

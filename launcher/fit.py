@@ -5,7 +5,8 @@ from copy import deepcopy
 from dataclasses import replace
 
 from conf.batch import copies
-from conf.schema import Checkpointing, Config
+from conf.choices import Checkpointing
+from conf.schema import Config
 from launcher.footprint import GIB, Estimate, gib
 from launcher.memory import estimate
 

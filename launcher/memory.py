@@ -5,8 +5,9 @@ Formulas follow what jobs/backends really does, and are compared with measured r
 
 from dataclasses import dataclass
 
+from conf.choices import Backend, Frozen, OutputDtype
 from conf.mesh import copy_ranks
-from conf.schema import Backend, Config, Frozen, OutputDtype
+from conf.schema import Config
 from launcher.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
 from launcher.counting import Counts, count, experts
 from launcher.footprint import GIB, Device, Disk, Estimate, Host

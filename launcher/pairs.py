@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from conf.choices import AdapterKind, Backend, Float8, Frozen, Init, MergeBase, Optimizer, Precision, Verify
 from conf.errors import Problem
-from conf.schema import AdapterKind, Backend, Config, Float8, Frozen, Init, MergeBase, Optimizer, Precision, Verify
+from conf.schema import Config
 
 BITSANDBYTES = (Optimizer.adamw_8bit, Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
 PAGED = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from conf import mesh, resolve
+from conf.choices import Executor
 from conf.datasets import training_paths
-from conf.schema import Config, Executor
+from conf.schema import Config
 from launcher import environment, footprint, memory, render
 from launcher.plan import Job
 

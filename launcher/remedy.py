@@ -5,7 +5,8 @@ from copy import deepcopy
 from typing import Any
 
 from conf.batch import rows_at_once
-from conf.schema import Backend, Checkpointing, Config
+from conf.choices import Backend, Checkpointing
+from conf.schema import Config
 from launcher.footprint import GIB, gib
 from launcher.memory import Loop, estimate
 

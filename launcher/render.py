@@ -12,7 +12,8 @@ from submitit.slurm.slurm import (
     _make_sbatch_string,
 )  # private: what SlurmExecutor.submit itself calls; test_render pins it
 
-from conf.schema import Config, Container
+from conf.choices import Container
+from conf.schema import Config
 from launcher.environment import job_variables
 from launcher.plan import Job
 

@@ -1,6 +1,7 @@
 """Bytes that a weight takes, by what is done with it: kept frozen in few bits, or trained by one of the optimizers; pure."""
 
-from conf.schema import Config, Frozen, Optimizer
+from conf.choices import Frozen, Optimizer
+from conf.schema import Config
 from launcher.counting import Counts
 
 PACKED = {Frozen.nf4: 0.5, Frozen.int8: 1.0}

@@ -8,9 +8,10 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from conf import deepspeed, resolve
+from conf.choices import Backend, Executor, Submit
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_json, write_text
-from conf.schema import Backend, Config, Executor, Submit
+from conf.schema import Config
 from launcher import local, preview, record, render, runs, slurm, snapshot, worker
 from launcher.facts import CLONE
 from launcher.plan import Job

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import AdapterKind, Architecture, Precision
+from conf.choices import AdapterKind, Precision
+from conf.schema import Architecture
 from launcher import activations
 from launcher.activations import Loss
 from launcher.counting import count

@@ -4,7 +4,7 @@ import pytest
 
 from conf import deepspeed
 from conf.batch import split
-from conf.schema import Precision
+from conf.choices import Precision
 
 from .conftest import Compose, put
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import AdapterKind, Config, Container, Format, Submit
+from conf.choices import AdapterKind, Container, Format, Submit
+from conf.schema import Config
 from launcher.checks import problems
 from launcher.facts import Facts, FirstRow
 

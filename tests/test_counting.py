@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Adapter, AdapterKind
+from conf.choices import AdapterKind
+from conf.schema import Adapter
 from launcher.counting import count
 
 from .conftest import ROOT, Compose

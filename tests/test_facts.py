@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conf import resolve
-from conf.schema import Precision
+from conf.choices import Precision
 from launcher import facts
 
 from .conftest import ROOT, Compose, Programs, put

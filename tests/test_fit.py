@@ -3,7 +3,7 @@
 import pytest
 
 from conf import resolve
-from conf.schema import Checkpointing
+from conf.choices import Checkpointing
 from launcher import fit, memory
 from launcher.footprint import GIB
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from conf.schema import Checkpointing, Config
+from conf.choices import Checkpointing
+from conf.schema import Config
 from launcher import footprint
 from launcher.activations import Loss
 from launcher.footprint import GIB

@@ -3,7 +3,8 @@
 import pytest
 
 from conf import mesh
-from conf.schema import Backend, Parallel
+from conf.choices import Backend
+from conf.schema import Parallel
 
 from .conftest import Compose, Launch
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Float8, Frozen, MergeBase, Optimizer, Precision, Verify
+from conf.choices import Float8, Frozen, MergeBase, Optimizer, Precision, Verify
 from launcher import checks
 from launcher.facts import Facts
 

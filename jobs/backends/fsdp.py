@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from conf.choices import Precision
 from conf.errors import Problem, RunError
-from conf.schema import Config, Precision
+from conf.schema import Config
 from jobs import float8, kernels, optim, scaling, startup, tensor
 from jobs.backends import Engine
 from jobs.distributed import World

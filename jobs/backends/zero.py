@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from conf import deepspeed as derived
-from conf.schema import AdapterKind, Config
+from conf.choices import AdapterKind
+from conf.schema import Config
 from jobs import kernels, optim, startup
 from jobs.backends import Engine, partitions
 from jobs.distributed import World

@@ -5,7 +5,7 @@ from math import sqrt
 
 import torch
 
-from conf.schema import Frozen
+from conf.choices import Frozen
 from jobs import quantised
 
 

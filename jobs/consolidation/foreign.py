@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from conf.choices import OutputDtype
 from conf.errors import DataError, Problem
 from conf.files import read_json
-from conf.schema import OutputDtype
 from jobs import weights
 from jobs.consolidation import describe, estimate, hf, merge, names, sources
 from jobs.consolidation.extents import Stored

@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from conf.choices import AdapterKind, Frozen, MergeBase
 from conf.errors import DataError, Problem, RunError
 from conf.files import new_folder, write_json
-from conf.schema import AdapterKind, Config, Frozen, MergeBase
+from conf.schema import Config
 from jobs import checkpoint, model
 from jobs.consolidation import names
 from jobs.consolidation.make import retire

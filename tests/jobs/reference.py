@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from conf.schema import Config, Optimizer
+from conf.choices import Optimizer
+from conf.schema import Config
 from jobs import data, head, model
 from jobs.packing import hidden_factor
 

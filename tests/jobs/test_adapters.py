@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from conf.schema import Backend, Config, Frozen
+from conf.choices import Backend, Frozen
+from conf.schema import Config
 from jobs import backends, model, quantised
 from jobs.consolidation.adapter import Nf4
 from jobs.distributed import process_group

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, masking_utils
 
+from conf.choices import Attention
 from conf.errors import ConfigError
-from conf.schema import Attention
 from jobs import attention, causal, data, head, loss, model
 from tests.jobs.networks import SMALL, check_equal, gradients, network, rows, whole
 

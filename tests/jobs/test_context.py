@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from conf.choices import Attention
 from conf.errors import ConfigError
-from conf.schema import Attention
 from jobs import attention, context, data, loss
 from jobs.distributed import World
 from tests.jobs.networks import network, rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import Checkpointing
+from conf.choices import Checkpointing
 from jobs import backends, kernels, loss, model
 from jobs.distributed import World, process_group
 from jobs.model import blocks

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conf.schema import Tracker
+from conf.choices import Tracker
 from jobs.distributed import World
 from jobs.metrics import Metrics
 

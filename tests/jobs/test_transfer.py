@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from conf.choices import Backend
 from conf.errors import RunError
-from conf.schema import Backend, Config
+from conf.schema import Config
 from jobs import backends, checkpoint, model, transfer
 from jobs.consolidation.stream import Files, Reader
 from jobs.distributed import process_group

@@ -129,11 +129,7 @@ def _partial(scene: Scene) -> list[Path]:
 
 def slurmd(scene: Scene) -> str:
     """Slurm calls a node down after 30 s: now and then it is back before that."""
-    node, seconds = scene.random.choice(scene.nodes), scene.random.choice([3, 10, 38])
-    scene.cluster.kill_slurmd(node)
-    time.sleep(seconds)
-    scene.cluster.start_slurmd(node)
-    return f"{node}, for {seconds} s"
+    return _away(scene, [3, 10, 38], scene.cluster.kill_slurmd, scene.cluster.start_slurmd)
 
 
 def power(scene: Scene) -> str:
@@ -145,11 +141,15 @@ def power(scene: Scene) -> str:
 
 
 def cable(scene: Scene) -> str:
-    node, seconds = scene.random.choice(scene.nodes), scene.random.choice([3, 25, 45])
-    scene.cluster.unplug(node)
-    time.sleep(seconds)
-    scene.cluster.plug(node)
-    return f"{node}, for {seconds} s"
+    return _away(scene, [3, 25, 45], scene.cluster.unplug, scene.cluster.plug)
+
+
+def _away(scene: Scene, seconds: list[int], take: Callable[[str], None], give_back: Callable[[str], None]) -> str:
+    node, wait_s = scene.random.choice(scene.nodes), scene.random.choice(seconds)
+    take(node)
+    time.sleep(wait_s)
+    give_back(node)
+    return f"{node}, for {wait_s} s"
 
 
 def told(scene: Scene) -> str:
