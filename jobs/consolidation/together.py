@@ -47,7 +47,9 @@ class Meeting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Rank 0 ends the meeting; another rank that fails tells it why."""
-        if self.rank == 0 and not self.alone:
+        if self.alone:
+            return
+        if self.rank == 0:
             over = self.folder.with_name(f"{self.folder.name}.{self.own}")
             self.folder.rename(over)  # at once: what is said from now on has nowhere to go
             shutil.rmtree(over, ignore_errors=True)
