@@ -96,6 +96,9 @@ def decide(attempts: list[dict[str, Any]], max_restarts: int | None, saves: bool
             why = f"two attempts without a new checkpoint ({status}): give it more time, or save more often (train.save_every)"
             return Decision(False, f"{why}; {RESUME}", NO_PROGRESS)
         return Decision(True, "goes on from its checkpoint", status)
+    if len(attempts) > 1 and _same_numbers(*attempts[-2:]):
+        why = "the loss was no number at the same step again, so no device is at fault"
+        return Decision(False, f"{why}: mend it, then {RESUME}", status)
     used = len(attempts) - 1 - max((number for number, item in enumerate(attempts) if advanced(item)), default=0)
     if used >= max_restarts:
         why = f"{used} restarts without a new checkpoint (cluster.max_restarts={max_restarts})"
@@ -106,6 +109,11 @@ def decide(attempts: list[dict[str, Any]], max_restarts: int | None, saves: bool
 def advanced(verdict: dict[str, Any]) -> bool:
     """Whether an attempt left a newer checkpoint than it began with."""
     return (verdict.get("saved") or 0) > (verdict.get("resumed") or 0)
+
+
+def _same_numbers(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both attempts ended in NaN or infinity, at the same step."""
+    return one["step"] == other["step"] and all("FloatingPointError" in item["reason"] for item in (one, other))
 
 
 def _never(last: dict[str, Any], max_restarts: int | None, saves: bool) -> str:

@@ -11,7 +11,7 @@ from launcher import attempt, requeue
 from .conftest import Programs
 
 
-def ended(status: str, *, step: int = 0, resumed: int = 0, saved: int = 0) -> dict[str, Any]:
+def ended(status: str, *, step: int = 0, resumed: int = 0, saved: int = 0, reason: str = "because") -> dict[str, Any]:
     """The verdict of an attempt that began at `resumed`, came to `step` and left a checkpoint of `saved`."""
     return {
         "status": status,
@@ -20,8 +20,12 @@ def ended(status: str, *, step: int = 0, resumed: int = 0, saved: int = 0) -> di
         "saved": saved,
         "host": "n2",
         "rank": 1,
-        "reason": "because",
+        "reason": reason,
     }
+
+
+def not_finite(step: int) -> dict[str, Any]:
+    return ended("failed", step=step, reason=f"FloatingPointError: step {step + 1}: loss nan, gradient norm nan")
 
 
 def on(status: str) -> dict[str, Any]:
@@ -54,6 +58,10 @@ def on(status: str) -> dict[str, Any]:
         ([on("failed"), *[ended("failed")] * 3], False, "cluster.max_restarts=3"),
         ([on("failed")] * 20, True, "restart 1 of 3"),
         ([*[on("preempted")] * 20, ended("failed")], True, "restart 2 of 3"),
+        ([not_finite(7)], True, "restart 1 of 3"),
+        ([not_finite(7), not_finite(7)], False, "no device is at fault"),
+        ([not_finite(7), not_finite(9)], True, "restart 2 of 3"),
+        ([not_finite(7), ended("failed", step=7)], True, "restart 2 of 3"),
     ],
 )
 def test_whether_training_starts_again(attempts: list[dict[str, Any]], again: bool, says: str) -> None:
