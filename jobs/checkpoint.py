@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 
+from conf.choices import Backend
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
-from conf.choices import Backend
 from conf.schema import Config
 from jobs import failed_write, manifest, retention
 from jobs.agreement import OtherRankError, first, together
@@ -104,6 +103,8 @@ def written(beside: Path, write: Callable[[], None], rank: int) -> Part:
 
     Anything else that goes wrong is raised at once: ranks may then stand at different collectives, and cannot agree.
     """
+    from torch.distributed.checkpoint import CheckpointException  # half a second that a merge does not need
+
     began = time.perf_counter()
     try:
         write()
@@ -197,13 +198,15 @@ def resume(
         return 0
     path, about = found
     wrote, same = Backend[about["backend"]], _as_before(about, config, world)
-    fsdp = wrote is config.parallel.backend is Backend.fsdp
+    fsdp, began = wrote is config.parallel.backend is Backend.fsdp, time.perf_counter()
     if fsdp or same or move is None:
         read(path)
     else:
         move(path, wrote)
     if world.is_main:
-        print(f"resumed from {path}" + ("" if same else _moved(about, config, world)), flush=True)
+        size, seconds = sum(file.stat().st_size for file in path.rglob("*")), time.perf_counter() - began
+        took = f"{size / 1e9:.3g} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)"
+        print(f"resumed from {path}, {took}" + ("" if same else _moved(about, config, world)), flush=True)
     return int(about["step"])
 
 

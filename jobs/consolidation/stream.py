@@ -54,6 +54,9 @@ class Reader:
 
     def __init__(self, files: Files) -> None:
         self.files = files
+        self.once = True
+        """Whether what is read is then let go of by the page cache, which else grows by the size of the model; a fresh page also
+        costs more than the copy into it."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._begins: dict[tuple[str, int], int] = {}
 
@@ -72,7 +75,10 @@ class Reader:
     def _read(self, stored: Stored, piece: Piece, part: torch.Tensor) -> None:
         extent = piece.extent
         begin = self._begin(stored, extent) if extent.archive else extent.offset
-        read(self.files(extent.path), extent.path, begin + piece.element * stored.dtype.itemsize, part)
+        descriptor, offset = self.files(extent.path), begin + piece.element * stored.dtype.itemsize
+        read(descriptor, extent.path, offset, part)
+        if self.once:
+            os.posix_fadvise(descriptor, offset, part.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _begin(self, stored: Stored, extent: Extent) -> int:
         """Where the elements of an archive lie; kept, for blocks of a tensor come to the same archives again."""
@@ -155,11 +161,13 @@ class Worker:
         if task.packed is None:
             return None
         made, numel = Nf4(task.packed), task.stored.numel
+        self.reader.once = False
         for start, stop in blocks(0, numel, 1, CHUNK // 4):
             block = self._space(0, stop - start, task.stored.dtype)
             self.reader.fill(task.stored, start, block)
             made.look(block)
         made.settle()
+        self.reader.once = True
         return made
 
     def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any, rounded: Nf4 | None) -> str:
