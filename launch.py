@@ -39,7 +39,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     config, chosen = fit.settled(config)
     if seen.existing:
         resume.require_same(seen.existing, config)
-    for line in chosen:
+    for line in chosen if "train" in config.jobs else ():
         print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed(config))
     if config.dry_run:

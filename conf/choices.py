@@ -97,7 +97,8 @@ class Checkpointing(Enum):
     auto = "auto"
 
     def __bool__(self) -> bool:
-        return self is not Checkpointing.none
+        """Whether anything is computed again; what `auto` means is settled before that matters."""
+        return self not in (Checkpointing.none, Checkpointing.auto)
 
 
 class OutputDtype(Enum):

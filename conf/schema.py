@@ -244,9 +244,10 @@ class Train:
     """Passes over the training rows, where `steps` is null."""
     global_batch: int = at_least(1, 64)
     """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
-    micro_batch: int | None = at_least(1, 1)
+    micro_batch: int | None = at_least(1, None)
     """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated. Null takes as many as are
-    estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens: more do not make a GPU faster."""
+    estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens: more do not make a GPU faster. One on CPUs, and
+    where nobody says what a GPU has."""
     learning_rate: float = at_least(0)
     """Peak, after warmup."""
     min_lr_ratio: float = at_least(0, 0.1, at_most=1)
@@ -269,10 +270,11 @@ class Train:
     float8: Float8 = Float8.none
     """Matrix products in 8 bits under FSDP, by torchao, on Hopper and later. `tensorwise` has one scale a weight, and gathers in
     8 bits too; `rowwise` one a row, nearer to bf16 and slower (13,563 and 12,003 tok/s a H200 against 10,422)."""
-    activation_checkpointing: Checkpointing = Checkpointing.none
+    activation_checkpointing: Checkpointing = Checkpointing.auto
     """What of a block is computed again in backward instead of kept. `selective` keeps attention and every second matrix product
     (8 % slower than `none` on H200), `full` only the block's input (a quarter slower), `offload` moves that to host memory.
-    `auto` is the first of these that is estimated to fit into `cluster.train.gpu_memory_gib`, chosen before anything is queued."""
+    `auto` is the first of these that is estimated to fit into `cluster.train.gpu_memory_gib`, chosen before anything is queued;
+    `full` where nobody says what a GPU has, and `none` on CPUs."""
     compile: bool | None = None
     """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not under ZeRO-3, whose hooks
     inside a block cut it into pieces."""
@@ -340,8 +342,9 @@ class Resources:
     gpu_type: str | None = None
     """Slurm's name of the GPUs to ask for, where nodes have several."""
     gpu_memory_gib: float | None = at_least(1, None)
-    """Memory of one GPU, in GiB (80 GB cards have 79, an H200 has 139): a run that is estimated to need more is refused before
-    it is queued. Null does not compare, because a login node cannot see the GPUs of others."""
+    """Memory of one GPU, in GiB (80 GB cards have 79, an H200 has 139): what fits is chosen by it, and a run that is estimated
+    to need more is refused before it is queued. Null is what this machine's have on `cluster=local`; elsewhere nothing is
+    compared, because a login node cannot see the GPUs of others."""
     cpus_per_rank: int = at_least(1, 1)
     memory_gib: int | None = at_least(0, None)
     """Host memory a node; 0 is all of it, null the partition's default."""

@@ -2,16 +2,18 @@
 
 import glob
 import json
+import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf import resolve
+from conf.choices import Container, Executor, Precision
 from conf.datasets import training_paths
-from conf.choices import Container, Precision
 from conf.schema import Config
 
 CLONE = Path(__file__).resolve().parent.parent
@@ -77,6 +79,9 @@ def localise(config: Config, gpus: int) -> None:
     for part in (config.cluster.train, config.cluster.inference):
         if part.gpus_per_node is None:
             part.gpus_per_node = part.ranks_per_node if gpus >= part.ranks_per_node else 0
+    part = config.cluster.train
+    if config.cluster.executor is Executor.local and part.gpus_per_node and part.gpu_memory_gib is None:
+        part.gpu_memory_gib = local_memory_gib()
     if config.train.precision is Precision.auto:
         config.train.precision = Precision.bf16 if config.cluster.train.gpus_per_node else Precision.fp32
 
@@ -105,6 +110,16 @@ def local_gpus() -> int:
     if not Path("/proc/driver/nvidia/version").exists():
         found = 0
     return found if visible is None else min(found, len([item for item in visible.split(",") if item.strip()]))
+
+
+def local_memory_gib() -> float | None:
+    """Memory of the smallest GPU here, in GiB, less a two-hundredth that the driver keeps; None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return min(math.floor(0.995 * int(line) / 1024) for line in said.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def looks_like_file(value: str) -> bool:

@@ -27,8 +27,10 @@ def settled(config: Config) -> tuple[Config, list[str]]:
     if not keys:
         return config, []
     part, known = config.cluster.train, config.cluster.train.gpu_memory_gib
-    if known is None or not part.gpus_per_node or estimate(_with(config, MODES[0], 1)) is None:
-        found = _with(config, _safe(config), 1)
+    if not part.gpus_per_node:  # memory is not what limits CPUs
+        return _with(config, Checkpointing.none, 1), []
+    if known is None or estimate(_with(config, MODES[0], 1)) is None:
+        found = _with(config, Checkpointing.full, 1)
         return found, [f"chosen    {_said(found, keys)}: {_unknown(config)}"]
     candidates = list(_candidates(config))
     for tried in candidates:
@@ -74,24 +76,17 @@ def _fits(found: Estimate, config: Config, capacity: float) -> bool:
     return found.device.total <= capacity and (not host or found.host.total <= host)
 
 
-def _safe(config: Config) -> Checkpointing:
-    """Where there is nothing to compare with: on GPUs what most likely fits, on CPUs what is fastest."""
-    if config.train.activation_checkpointing is not Checkpointing.auto:
-        return config.train.activation_checkpointing
-    return Checkpointing.full if config.cluster.train.gpus_per_node else Checkpointing.none
-
-
 def _unknown(config: Config) -> str:
-    if not config.cluster.train.gpus_per_node:
-        return "on CPUs memory is not what limits"
     if config.cluster.train.gpu_memory_gib is None:
         return "what most likely fits; with cluster.train.gpu_memory_gib the fastest that fits is taken"
     return "what most likely fits: without model.architecture nothing is estimated"
 
 
 def _with(config: Config, mode: Checkpointing, size: int) -> Config:
-    """A copy with both settled; a micro batch that was asked for stays."""
+    """A copy with both settled; what was asked for stays."""
     size = config.train.micro_batch if config.train.micro_batch is not None else size
+    if config.train.activation_checkpointing is not Checkpointing.auto:
+        mode = config.train.activation_checkpointing
     return replace(deepcopy(config), train=replace(config.train, activation_checkpointing=mode, micro_batch=size))
 
 
