@@ -1,0 +1,167 @@
+"""What benchmarks of training share: rows, a tokenizer for any vocabulary, and a run that is ended when it has shown enough."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def architecture(model: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text(encoding="utf-8"))
+    return found["architecture"]
+
+
+def write_tokenizer(folder: Path, words: int) -> Path:
+    """A tokenizer with as many words as the model has rows, for a machine without the model's own."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token="w1", pad_token="w2").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def write_rows(path: Path, words: int, lengths: list[int]) -> Path:
+    """Rows of random tokens, one of each length, as JSONL; the last token ends the text."""
+    random = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for length in lengths:
+            file.write(json.dumps({"input_ids": [*random.integers(3, words, length - 1).tolist(), 1]}) + "\n")
+    return path
+
+
+def ragged(longest: int, tokens: int) -> list[int]:
+    """Lengths as chats have them: log-normal around a twelfth of the longest, until there are so many tokens."""
+    random, found = np.random.default_rng(1), []
+    while sum(found) < tokens:
+        found.append(int(np.clip(random.lognormal(np.log(longest / 12), 1.0), 16, longest)))
+    return found
+
+
+def write_model(folder: Path, model: str) -> int:
+    """A folder as the Hub has them, of random bf16 weights; returns their bytes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    from benchmarks.loops import shape
+
+    config = shape(model)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        every = dict(LlamaForCausalLM(config).named_parameters())
+    write_tokenizer(folder, config.vocab_size)
+    config.save_pretrained(folder)
+    device, names, index = "cuda" if torch.cuda.is_available() else "cpu", list(every), {}
+    parts = [names[at : at + 40] for at in range(0, len(names), 40)]
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        made = {
+            key: torch.randn(every[key].shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu() for key in part
+        }
+        save_file(made, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return 2 * sum(value.numel() for value in every.values())
+
+
+class Run:
+    """A run folder that something writes to."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.folder, self.log = folder, log
+        self.pid = 0
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The steps so far; a line that is being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [line for line in found if "loss" in line]
+
+    def text(self) -> str:
+        """Of its log so far."""
+        return self.log.read_text(errors="replace")
+
+    def launched(self, job: str) -> str | None:
+        """The id of a job on Slurm."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text())["launches"][-1]["jobs"].get(job) if path.exists() else None
+
+
+@contextmanager
+def muster(
+    folder: Path,
+    words: list[str],
+    enough: Callable[[Run], bool],
+    limit_s: float,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Run]:
+    """Start launch.py with `words`, wait until it has shown `enough`, and end it: what it would save is of no use here.
+
+    Raises RuntimeError with the log's end where it ends before, or takes longer than `limit_s`.
+    """
+    run = Run(folder, folder.with_suffix(".log"))
+    command = [sys.executable, str(ROOT / "launch.py"), *words]
+    with run.log.open("w") as out:
+        started = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, env=os.environ | (environment or {})
+        )
+    run.pid = started.pid
+    slurm = any(word.startswith("cluster=slurm") for word in words)
+    try:
+        until = time.monotonic() + limit_s
+        while not enough(run):
+            over = started.poll() is not None and not (slurm and started.returncode == 0)
+            if over and enough(run):
+                break
+            if over or time.monotonic() > until:
+                raise RuntimeError(f"{folder.name}, {len(run.steps())} steps: {run.text()[-2000:]}")
+            time.sleep(0.05)
+        yield run
+    finally:
+        if slurm and (job := run.launched("train")):
+            subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
+        _kill(started)
+
+
+def _kill(started: subprocess.Popen[bytes]) -> None:
+    """With all that it has started: submitit's controller and the ranks begin sessions of their own."""
+    for pid in below(started.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    started.wait()
+    time.sleep(1)  # memory of a GPU is free once its process has gone
+
+
+def below(pid: int) -> set[int]:
+    """A process and all that it, and those, have started."""
+    parents = dict(_parents())
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                yield int(path.name), int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
