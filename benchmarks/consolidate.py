@@ -1,6 +1,7 @@
 """Consolidation beside what others offer, on the same random checkpoints of four ranks, cold and warm.
 
-    python benchmarks/consolidate.py [--size 1.5b|0.5b|6b|tiny] [--folder DIR] [--rounds N] [--skip zero,torch,...]
+    python benchmarks/consolidate.py [--size 1.5b|0.5b|6b|tiny] [--folder DIR] [--rounds N] [--skip torch,...] [--save FILE]
+    python benchmarks/consolidate.py --save FILE --plot docs/merge.svg       memory and time against size, of what was saved
 
 Every side runs in a process of its own and is timed from its start until its bytes are on the disk (`sync`), so that none
 leaves its writes to the next. Peak memory is anonymous memory (RssAnon), sampled every 10 ms: pages of files are the
@@ -185,13 +186,42 @@ def ratio(
     return round(
         min(
             statistics.median(
-                theirs[key] / mine[own]
+                theirs[key] / max(mine[own], 0.01)
                 for theirs, mine in zip(found[f"{other} {state}"], found[f"{ours} {state}"], strict=True)
             )
             for state in ("cold", "warm")
         ),
         2,
     )
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds and anonymous memory against parameters, of every side that was measured at more than one size."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "muster"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    sizes = sorted(found, key=lambda size: float(size.rstrip("b")))
+    picture, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, key, unit in zip(
+        panels, ("seconds", "mib"), ("seconds, page cache cold", "MiB of anonymous memory"), strict=True
+    ):
+        for name in SIDES:
+            points = [
+                (float(size.rstrip("b")), found[size][key][f"{name} cold"])
+                for size in sizes
+                if f"{name} cold" in found[size][key]
+            ]
+            if len(points) > 1:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="billion parameters", ylabel=unit)
+        panel.set_xticks([float(size.rstrip("b")) for size in sizes], [size.rstrip("b") for size in sizes], minor=False)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    picture.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -203,11 +233,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--skip", default="", help=f"sides to leave out, of {','.join(SIDES)}")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--save", type=Path, help="JSON file that keeps the result of each size")
+    parser.add_argument("--plot", type=Path, help="only draw what --save has (pip install matplotlib)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         side(options.side, options.folder, options.out, options.workers)
+        return
+    if options.plot:
+        draw(json.loads(options.save.read_text()), options.plot)
         return
     sides = [name for name in SIDES if name not in options.skip.split(",")]
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="consolidate-") as scratch:
@@ -229,6 +264,9 @@ def main() -> None:
         "seconds": {name: round(statistics.median(one["s"] for one in every), 2) for name, every in found.items()},
         "mib": {name: round(max(one["mib"] for one in every)) for name, every in found.items()},
     }
+    if options.save:
+        kept = json.loads(options.save.read_text()) if options.save.exists() else {}
+        options.save.write_text(json.dumps(kept | {options.size: result}, indent=1) + "\n")
     print("RESULT", json.dumps(result))
 
 

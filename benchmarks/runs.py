@@ -135,6 +135,8 @@ def muster(
     finally:
         if slurm and (job := run.launched("train")):
             subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
+            while subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, check=False).stdout:
+                time.sleep(0.5)
         _kill(started)
 
 
