@@ -30,13 +30,22 @@ def curve(slurm, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    ["zero3", "hsdp", *(pytest.param(name, marks=pytest.mark.proof) for name in ("zero1", "zero2", "fsdp", "ddp"))],
+    "layout", ["zero3", *(pytest.param(name, marks=pytest.mark.proof) for name in ("zero1", "zero2", "fsdp", "ddp"))]
 )
 def test_chain_equals_the_reference(layout, curve, slurm, tmp_path):
     run = tmp_path / "run"
     runs.complete(run, *TRAINING, f"parallel={layout}")
     check(run, curve)
+
+
+def test_two_nodes_share_a_merge(curve, slurm, tmp_path):
+    run = tmp_path / "run"
+    shared = ["cluster.cpu.nodes=2", "cluster.cpu.ranks_per_node=2", "consolidate.shard_gib=0.001"]
+    runs.complete(run, *TRAINING, "parallel=hsdp", *shared)
+    check(run, curve)
+    wrote = [int(re.search(r"(\d+) tensors read back", text)[1]) for text in runs.logs(run, "consolidate").values()]
+    assert len(wrote) == 4 and all(wrote) and sum(wrote) == 38
+    assert {item["NODE_RANK"] for item in runs.environments(run, "consolidate")} == {"0", "1"}
 
 
 def test_traffic_goes_over_eth0(slurm, tmp_path):
