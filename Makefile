@@ -62,8 +62,8 @@ slurm-down: ## stop it, leaving nothing behind
 preview: setup ## print what the mission command would submit
 	$(V)/python launch.py cluster=slurm model=llama70b parallel=zero3 dry_run=true $(ARGS)
 
-merge: setup ## consolidate a run's newest checkpoint: RUN=... [DTYPE=bf16] [CLUSTER=slurm]
-	$(need_run)$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
+merge: setup ## consolidate a run's newest checkpoint: RUN=... [STEP=500] [DTYPE=bf16] [CLUSTER=slurm]
+	$(need_run)$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(STEP),consolidate.step=$(STEP)) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
 
 status: ## the jobs of a run: RUN=...
 	@$(need_run)$(V)/python -m launcher status $(RUN) || [ $$? -eq 1 ] # 1: a job has failed, as shown

@@ -307,6 +307,8 @@ class Train:
 
 @dataclass
 class Consolidate:
+    step: int | None = at_least(1, None)
+    """Checkpoint to merge, by its step; null is the newest."""
     dtype: OutputDtype = OutputDtype.auto
     """Of the merged weights; `auto` is the precision trained in, `original` each weight's own in `model.source`."""
     shard_gib: float = at_least(0.001, 5.0)

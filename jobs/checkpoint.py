@@ -137,9 +137,19 @@ def latest(config: Config) -> Found | None:
     return None
 
 
-def newest(config: Config) -> Found | None:
-    """The newest checkpoint; None in a run that has none. Raises RunError naming the files where it is not whole."""
-    for path in retention.published(config)[:1]:
+def to_merge(config: Config) -> Found | None:
+    """The checkpoint that `consolidate.step` names, or the newest; None in a run that has none.
+
+    Raises RunError naming those that there are where it is not one of them, and its files where it is not whole.
+    """
+    asked, every = config.consolidate.step, retention.published(config)
+    if asked is not None:
+        steps = [retention.step_of(path) for path in every]
+        every = [path for path in every if retention.step_of(path) == asked]
+        if steps and not every:
+            said = f"is no checkpoint of this run: take one of {', '.join(map(str, sorted(steps)))}"
+            raise RunError(Problem("consolidate.step", asked, said))
+    for path in every[:1]:
         if said := manifest.torn(path):
             raise RunError(*(Problem("checkpoint", None, f"{item}: {manifest.REMEDY}") for item in said[:10]))
         return path, read_json(path / "checkpoint.json")

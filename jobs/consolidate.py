@@ -23,13 +23,13 @@ from jobs.consolidation.together import Meeting
 
 
 def run(config: Config) -> None:
-    """Write RUN/model from the newest checkpoint; does nothing when it was made from that one in that dtype.
+    """Write RUN/model from the newest checkpoint, or the one asked for; does nothing when it was made from that in that dtype.
 
-    Several ranks share the files of the result. Raises RunError when there is no checkpoint, the newest is damaged, a weight
+    Several ranks share the files of the result. Raises RunError when there is no such checkpoint, it is damaged, a weight
     (or, with `consolidate.verify=logits`, what the model says) is not what training recorded of it, or there is no room;
     DataError when the checkpoint and the model do not fit.
     """
-    found = checkpoint.newest(config)
+    found = checkpoint.to_merge(config)
     if found is None:
         raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
     path, about = found

@@ -90,6 +90,24 @@ def test_a_whole_model(precision, run, tmp_path, capsys):
     assert "model is there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run", ["fsdp"], indirect=True)
+def test_a_checkpoint_by_its_step(run, tmp_path, capsys):
+    config, _ = run()
+    checkpoints = tmp_path / "run/checkpoints"
+    third = shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-00000003") / "checkpoint.json"
+    write_json(third, read_json(third) | {"step": 3})
+    merged(config, tmp_path)
+    assert read_json(tmp_path / "run/model/muster.json")["checkpoint"] == "step-00000003"
+    config.consolidate.step = 1
+    merged(config, tmp_path)
+    assert read_json(tmp_path / "run/model/muster.json")["checkpoint"] == "step-00000001"
+    assert "the model that was there is now" in capsys.readouterr().out
+    config.consolidate.step = 2
+    with pytest.raises(RunError, match=r"consolidate\.step=2: is no checkpoint of this run: take one of 1, 3"):
+        consolidate.run(config)
+    assert (tmp_path / "run/model/muster.json").exists()
+
+
 def test_an_adapter(run, base, tmp_path, capsys):
     config, live = run("adapter=lora", "model=hub", f"model.source={base}", "train.precision=bf16")
     found = merged(config, tmp_path)

@@ -49,7 +49,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
         for source, config in [(source, config) for source, configs in moves.values() for config in configs]:
             backend = backends.chosen(config)
             engine = backend.wrap(model.skeleton(config), config, world, resumed=True)
-            path, _ = checkpoint.newest(source)
+            path, _ = checkpoint.to_merge(source)
             transfer.load(backend, engine, path, source.parallel.backend)
             assert loss(engine).item() == pytest.approx(torch.load(path.parent / "loss"), rel=1e-4)
             about = checkpoint.layout(config, world)
@@ -58,7 +58,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
 
 def whole(config: Config) -> dict[str, torch.Tensor]:
     """Every number of a checkpoint, by weight and kind."""
-    path, _ = checkpoint.newest(config)
+    path, _ = checkpoint.to_merge(config)
     files, found = Files(), {}
     for name, kinds in transfer.stored(path, config.parallel.backend).items():
         for kind, place in kinds.items():
@@ -107,7 +107,7 @@ def other(rank: int, source: Config, config: Config) -> None:
         backend = backends.chosen(config)
         engine = backend.wrap(model.skeleton(config), config, world, resumed=True)
         with pytest.raises(RunError, match=r"lora_A.* is not in it: resume with the layout it is of"):
-            transfer.load(backend, engine, checkpoint.newest(source)[0], Backend.zero)
+            transfer.load(backend, engine, checkpoint.to_merge(source)[0], Backend.zero)
 
 
 @pytest.mark.proof
