@@ -52,9 +52,9 @@ class Files:
 class Reader:
     """One worker's way to blocks of stored tensors."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, *, once: bool = False) -> None:
         self.files = files
-        self.once = True
+        self.once = once
         """Whether what is read is then let go of by the page cache, which else grows by the size of the model; a fresh page also
         costs more than the copy into it."""
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -131,7 +131,7 @@ class Worker:
 
     def __init__(self, files: Files, folder: Path, moved: Callable[[int], None], stop: threading.Event) -> None:
         self.files, self.folder, self.moved, self.stop = files, folder, moved, stop
-        self.reader = Reader(files)
+        self.reader = Reader(files, once=True)
         self.spaces = [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(3)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
