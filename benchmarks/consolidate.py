@@ -1,6 +1,6 @@
 """Consolidation beside what others offer, on the same random checkpoints of four ranks, cold and warm.
 
-    python benchmarks/consolidate.py [--size 1.5b|0.5b|6b|tiny] [--folder DIR] [--rounds N] [--skip torch,...] [--save FILE]
+    python benchmarks/consolidate.py [--size 1.5b|0.5b|3b|6b|tiny] [--folder DIR] [--rounds N] [--skip torch,...] [--save FILE]
     python benchmarks/consolidate.py --save FILE --plot docs/merge.svg       memory and time against size, of what was saved
 
 Every side runs in a process of its own and is timed from its start until its bytes are on the disk (`sync`), so that none
