@@ -51,8 +51,9 @@ class Meeting:
             return
         if self.rank == 0:
             over = self.folder.with_name(f"{self.folder.name}.{self.own}")
-            self.folder.rename(over)  # at once: what is said from now on has nowhere to go
-            shutil.rmtree(over, ignore_errors=True)
+            with suppress(FileNotFoundError):  # somebody has tidied up
+                self.folder.rename(over)  # at once: what is said from now on has nowhere to go
+                shutil.rmtree(over, ignore_errors=True)
         elif error is not None:
             self._say(f"failed-{self.rank}.json", {"own": self.own, "said": str(error)})
 
