@@ -135,6 +135,8 @@ def warm(folder: Path) -> None:
 
 def measured(name: str, folder: Path, out: Path, workers: int) -> dict[str, float]:
     """Seconds until all is on disk, the peak of anonymous memory, and what the side itself says of its seconds."""
+    from benchmarks.runs import resident  # not above: each side, which is timed, would import numpy for it
+
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryFile("w+") as log:
         began = time.perf_counter()
@@ -142,7 +144,7 @@ def measured(name: str, folder: Path, out: Path, workers: int) -> dict[str, floa
         with subprocess.Popen([*command, "--workers", str(workers)], stdout=log, stderr=log, cwd=ROOT) as run:
             peak = 0
             while run.poll() is None:
-                peak = max(peak, anonymous(run.pid))
+                peak = max(peak, resident(run.pid, "RssAnon:"))
                 time.sleep(0.01)
         os.sync()
         seconds = time.perf_counter() - began
@@ -153,15 +155,7 @@ def measured(name: str, folder: Path, out: Path, workers: int) -> dict[str, floa
     words = text.replace(",", " ").split()
     own = [float(words[at + 1]) for at, word in enumerate(words[:-2]) if word == "in" and words[at + 2] in ("s", "s\n")]
     shutil.rmtree(out, ignore_errors=True)
-    return {"s": seconds, "mib": peak / 1024, "own_s": own[0] if own else seconds, "checked_s": sum(own[:2])}
-
-
-def anonymous(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return {"s": seconds, "mib": peak / 2**20, "own_s": own[0] if own else seconds, "checked_s": sum(own[:2])}
 
 
 def beside(folder: Path, rounds: int, sides: list[str], workers: int) -> dict[str, list[dict[str, float]]]:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -31,20 +30,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.runs import shape  # noqa: E402
 from conf.flops import Work  # noqa: E402
 
 WARM = 4
 """Steps that are not timed: compilation, autotuning, the allocator."""
 GPU = torch.cuda.is_available()
-
-
-def shape(name: str) -> LlamaConfig:
-    """That of `conf/model/NAME.yaml`, which is also what Muster trains."""
-    found = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text(encoding="utf-8"))["architecture"]
-    extra = found.pop("extra", {})
-    config = LlamaConfig(**found, **extra, use_cache=False)
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def rotary(model: nn.Module, config: LlamaConfig, device: torch.device) -> None:

@@ -15,11 +15,24 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launcher import history, record  # noqa: E402
 
 
 def architecture(model: str) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text(encoding="utf-8"))
     return found["architecture"]
+
+
+def shape(model: str) -> Any:
+    """The LlamaConfig of `conf/model/MODEL.yaml`, which is also what Muster trains."""
+    from transformers import LlamaConfig
+
+    found = architecture(model)
+    config = LlamaConfig(**found.pop("extra", {}), **found, use_cache=False)
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def write_tokenizer(folder: Path, words: int) -> Path:
@@ -57,8 +70,6 @@ def write_model(folder: Path, model: str) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
-    from benchmarks.loops import shape
-
     config = shape(model)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -86,20 +97,12 @@ class Run:
         self.pid = 0
 
     def steps(self) -> list[dict[str, Any]]:
-        """The steps so far; a line that is being written is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [line for line in found if "loss" in line]
+        """The steps so far."""
+        return [line for line in history.metrics(self.folder) if "loss" in line]
 
     def text(self) -> str:
         """Of its log so far."""
         return self.log.read_text(errors="replace")
-
-    def launched(self, job: str) -> str | None:
-        """The id of a job on Slurm."""
-        path = self.folder / "run.json"
-        return json.loads(path.read_text())["launches"][-1]["jobs"].get(job) if path.exists() else None
 
 
 @contextmanager
@@ -133,7 +136,8 @@ def muster(
             time.sleep(0.05)
         yield run
     finally:
-        if slurm and (job := run.launched("train")):
+        jobs = record.newest_jobs(folder) if slurm and (folder / "run.json").exists() else {}
+        for job, _ in jobs.values():
             subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
             while subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, check=False).stdout:
                 time.sleep(0.5)
@@ -149,6 +153,15 @@ def _kill(started: subprocess.Popen[bytes]) -> None:
             continue
     started.wait()
     time.sleep(1)  # memory of a GPU is free once its process has gone
+
+
+def resident(pid: int, *kinds: str) -> int:
+    """Bytes of memory of a process, of these lines of its status together; 0 where it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
 
 
 def below(pid: int) -> set[int]:

@@ -31,18 +31,17 @@ RESUMED = re.compile(r"^resumed .*, ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\
 
 
 def words(options: argparse.Namespace, scratch: Path, together: bool) -> list[str]:
-    size = ["cluster.train.gpu_memory_gib=" + str(options.gib)] if options.gib else []
     return [
         f"model={options.model}", "model.init=random", f"model.tokenizer={scratch / 'tokenizer'}", "pipeline=train",
         "data=jsonl", f"data.path={scratch / 'rows.jsonl'}", f"data.max_length={LENGTH}", "data.validation_fraction=0.02",
         "cluster=local", f"cluster.train.ranks_per_node={options.gpus}", f"parallel={options.parallel}", "train.steps=1000",
         f"train.global_batch={4 * options.gpus}", f"train.save_every={SAVE}", "train.eval_every=0", "train.keep_checkpoints=1",
-        f"train.async_save={str(together).lower()}", *size,
+        f"train.async_save={str(together).lower()}",
     ]  # fmt: skip
 
 
 def one(options: argparse.Namespace, scratch: Path, together: bool) -> tuple[dict[str, Any], Path]:
-    """A run until its first checkpoint is whole, and two steps more."""
+    """A run until its first checkpoint is whole."""
     folder = scratch / ("together" if together else "waiting")
     line = [f"run_dir={folder}", *words(options, scratch, together)]
 
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
     parser.add_argument("--keep", action="store_true", help="leave the resumed run's folder, to merge it")
     options = parser.parse_args()
-    options.gib = int(torch.cuda.get_device_properties(0).total_memory / 2**30) if gpus else 0
     scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="saves-"))
     vocabulary = runs.architecture(options.model)["vocab_size"]
     runs.write_tokenizer(scratch / "tokenizer", vocabulary)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,10 @@ class Sampler:
         self.peak = max(self.peak, sum(self._one(pid) for pid in runs.below(pid)))
 
     def _one(self, pid: int) -> int:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
+        with suppress(OSError):
             said = dict(line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-        except OSError:
-            return 0
-        self.read[pid] = int(said["read_bytes"])
-        kept = ("RssAnon:", "RssShmem:")
-        return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(kept))
+            self.read[pid] = int(said["read_bytes"])
+        return runs.resident(pid, "RssAnon:", "RssShmem:")
 
     def found(self) -> dict[str, Any]:
         return {"read_gb": round(sum(self.read.values()) / 1e9, 2), "host_gb": round(self.peak / 1e9, 2)}
@@ -70,7 +67,7 @@ def muster(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str
             f"model={options.model}", "model.init=pretrained", f"model.source={folder}", "pipeline=train", "parallel=fsdp",
             "data=jsonl", f"data.path={rows}", f"data.max_length={LENGTH}", "cluster=local", "train.save_every=0",
             f"cluster.train.ranks_per_node={options.gpus}", f"train.global_batch={options.gpus}", "train.steps=20",
-            "train.micro_batch=1", "train.eval_every=0", "data.validation_fraction=0.02", *options.extra,
+            "train.micro_batch=1", "train.eval_every=0", "data.validation_fraction=0.02",
         ],
         sampled,
         600,
@@ -137,10 +134,6 @@ def main() -> None:
     if options.side:
         side(options.side)
         return
-    options.extra = []
-    if gpus:
-        size = int(torch.cuda.get_device_properties(0).total_memory / 2**30)
-        options.extra = [f"cluster.train.gpu_memory_gib={size}"]
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="startup-") as scratch:
         folder = Path(scratch) / "model"
         size = runs.write_model(folder, options.model)

@@ -2,11 +2,11 @@
 
     python benchmarks/train_speed.py [--cases fsdp,zero3,float8,packed,lora,qlora] [--gpus N] [--with "cluster=slurm ..."]
 
-Muster is told the model, the layout, the adapter and the size of a GPU (`cluster.train.gpu_memory_gib`, once a site); what it
-recomputes, how many rows it takes at once, kernels and compilation are its own choice. The loops (benchmarks/loops.py) are
-tuned by hand. Tokens/s are of one GPU, the median of the steps after the fourth; `ratio` is Muster's to the best loop's of the
-same case. Without GPUs it rehearses itself at a tiny size, and its figures mean nothing. Each case is written to `--out` when
-it is done.
+Muster is told the model, the layout and the adapter, and on Slurm by `--with` what a site's file says (there also
+`cluster.train.gpu_memory_gib`); what it recomputes, how many rows it takes at once, kernels and compilation are its own choice.
+The loops (benchmarks/loops.py) are tuned by hand. Tokens/s are of one GPU, the median of the steps after the fourth; `ratio` is
+Muster's to the best loop's of the same case. Without GPUs it rehearses itself at a tiny size, and its figures mean nothing. Each
+case is written to `--out` when it is done.
 """
 
 import argparse
@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import runs  # noqa: E402
-from conf.errors import UserError  # noqa: E402
 
 WARM, STEPS = 4, 12
 
@@ -68,6 +67,11 @@ CASES = {
 }
 
 
+def visible(case: Case) -> dict[str, str]:
+    """The environment in which a case sees the GPUs that it is for."""
+    return {"CUDA_VISIBLE_DEVICES": "0"} if case.alone else {}
+
+
 def ours(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The run of a case; without its checkpoint, which is of no use here."""
     words = runs.architecture(options.model)["vocab_size"]
@@ -91,7 +95,7 @@ def ours(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any
         ],
         lambda run: len(run.steps()) >= STEPS,
         options.limit,
-        {"CUDA_VISIBLE_DEVICES": "0"} if case.alone and options.gpus > 1 else None,
+        visible(case),
     ) as run:  # fmt: skip
         found = run.steps()[:STEPS]
         log = run.text()
@@ -114,7 +118,6 @@ def loop(words: list[str], case: Case, options: argparse.Namespace) -> dict[str,
         sys.executable, *start, str(ROOT / "benchmarks/loops.py"), *words, "--shape", options.model,
         "--length", str(min(case.length, options.length)), "--steps", str(STEPS),
     ]  # fmt: skip
-    alone = {"CUDA_VISIBLE_DEVICES": "0"} if case.alone and options.gpus > 1 else {}
     try:
         done = subprocess.run(
             command,
@@ -122,7 +125,7 @@ def loop(words: list[str], case: Case, options: argparse.Namespace) -> dict[str,
             capture_output=True,
             text=True,
             timeout=options.limit,
-            env=os.environ | alone,
+            env=os.environ | visible(case),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -142,7 +145,7 @@ def measured(name: str, case: Case, options: argparse.Namespace, folder: Path) -
     loops = [loop(words, case, options) for words in case.loops]
     try:
         found = ours(case, options, folder)
-    except (RuntimeError, UserError) as error:
+    except RuntimeError as error:
         print(f"{name}: {error}", flush=True)
         return {"error": str(error)[-500:], "loops": loops}
     best = max((one["tokens_per_s_per_rank"] for one in loops if "error" not in one), default=None)
@@ -179,9 +182,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("train_speed.json"))
     options = parser.parse_args()
     options.extra = options.extra.split()
-    if gpus:
-        size = int(torch.cuda.get_device_properties(0).total_memory / 2**30)
-        options.extra.append(f"cluster.train.gpu_memory_gib={size}")
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
     with tempfile.TemporaryDirectory(prefix="train-speed-") as scratch:
         for name in options.cases.split(","):
