@@ -136,10 +136,9 @@ def muster(
             time.sleep(0.05)
         yield run
     finally:
-        jobs = record.newest_jobs(folder) if slurm and (folder / "run.json").exists() else {}
-        for job, _ in jobs.values():
-            subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
-            while subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, check=False).stdout:
+        if slurm and (folder / "run.json").exists() and (job := record.newest_jobs(folder).get("train")):
+            subprocess.run(["scancel", "--signal=KILL", "--full", job[0]], check=False)
+            while subprocess.run(["squeue", "--noheader", "--job", job[0]], capture_output=True, check=False).stdout:
                 time.sleep(0.5)
         _kill(started)
 
