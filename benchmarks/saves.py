@@ -2,7 +2,7 @@
 
     python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--keep]
 
-A full fine-tune with AdamW saves after forty steps (12 bytes a parameter: 96 GB with 8B) and goes on. `blocked_s` is how long
+A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. `blocked_s` is how long
 training waited for the checkpoint, `write_s` how long it took in all, `slowed` the median step while it was written to the
 median step before it. The asynchronous one is then resumed: `resume_s` is reading it alone. Without GPUs it rehearses itself
 at a tiny size.
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import runs  # noqa: E402
 
-SAVE, LENGTH = 40, 2048
+LENGTH = 2048
 SAVED = re.compile(
     r"^saved .*?: ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\), training waited ([\d.]+) s", re.MULTILINE
 )
@@ -35,7 +35,7 @@ def words(options: argparse.Namespace, scratch: Path, together: bool) -> list[st
         f"model={options.model}", "model.init=random", f"model.tokenizer={scratch / 'tokenizer'}", "pipeline=train",
         "data=jsonl", f"data.path={scratch / 'rows.jsonl'}", f"data.max_length={LENGTH}", "data.validation_fraction=0.02",
         "cluster=local", f"cluster.train.ranks_per_node={options.gpus}", f"parallel={options.parallel}", "train.steps=1000",
-        f"train.global_batch={4 * options.gpus}", f"train.save_every={SAVE}", "train.eval_every=0", "train.keep_checkpoints=1",
+        f"train.global_batch={4 * options.gpus}", f"train.save_every={options.steps}", "train.eval_every=0", "train.keep_checkpoints=1",
         f"train.async_save={str(together).lower()}",
     ]  # fmt: skip
 
@@ -52,8 +52,8 @@ def one(options: argparse.Namespace, scratch: Path, together: bool) -> tuple[dic
         found, said = run.steps(), SAVED.search(run.text())
     assert said is not None
     whole = next(line["step"] for line in found if "checkpoint_s" in line)
-    before = statistics.median(line["seconds"] for line in found if 2 < line["step"] <= SAVE)
-    during = [line["seconds"] for line in found if SAVE < line["step"] <= whole]
+    before = statistics.median(line["seconds"] for line in found if 2 < line["step"] <= options.steps)
+    during = [line["seconds"] for line in found if options.steps < line["step"] <= whole]
     size, write, rate, blocked = (float(value) for value in said.groups())
     return {
         "gb": size, "write_s": write, "gb_per_s": rate, "blocked_s": blocked, "step_s": before,
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
     parser.add_argument("--gpus", type=int, default=gpus or 2)
     parser.add_argument("--parallel", default="fsdp")
+    parser.add_argument("--steps", type=int, default=40, help="before a checkpoint")
+    parser.add_argument("--alone", action="store_true", help="leave out the synchronous save")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
     parser.add_argument("--keep", action="store_true", help="leave the resumed run's folder, to merge it")
     options = parser.parse_args()
@@ -84,9 +86,10 @@ def main() -> None:
     runs.write_tokenizer(scratch / "tokenizer", vocabulary)
     runs.write_rows(scratch / "rows.jsonl", vocabulary, [LENGTH if gpus else 64] * 512)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
-    found["waiting"], folder = one(options, scratch, together=False)
-    print("waiting", json.dumps(found["waiting"]), flush=True)
-    shutil.rmtree(folder)  # room for the next
+    if not options.alone:
+        found["waiting"], folder = one(options, scratch, together=False)
+        print("waiting", json.dumps(found["waiting"]), flush=True)
+        shutil.rmtree(folder)  # room for the next
     found["together"], folder = one(options, scratch, together=True)
     print("together", json.dumps(found["together"]), flush=True)
     found |= resume(folder)

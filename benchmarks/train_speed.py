@@ -33,63 +33,55 @@ class Case:
     words: list[str]
     """Of Muster's command line."""
     loops: list[list[str]]
-    """What it is compared with."""
+    """What it is compared with, at each number of rows that a GPU takes in a step."""
     alone: bool = False
     """On one GPU."""
     length: int = 8192
     ragged: bool = False
     stored: bool = False
-    """The model is read from files: quantised weights cannot be drawn."""
+    """The model is read from files: quantised weights cannot be drawn, and frozen ones are drawn on one core."""
 
 
-TRAINER = [["trainer"], ["trainer", "--tuned", "--micro-batch", "2"]]
 CASES = {
-    "fsdp": Case(["parallel=fsdp"], [["fsdp", "--micro-batch", "1"], ["fsdp", "--micro-batch", "2"], *TRAINER]),
-    "zero3": Case(["parallel=zero3"], [["zero3", "--micro-batch", "1"], ["zero3", "--micro-batch", "2"]]),
-    "float8": Case(
-        ["parallel=fsdp", "train.float8=tensorwise"],
-        [["fsdp", "--float8", "tensorwise", "--micro-batch", size] for size in ("1", "2")],
-    ),
+    "fsdp": Case(["parallel=fsdp"], [["fsdp"], ["trainer"], ["trainer", "--tuned"]]),
+    "zero3": Case(["parallel=zero3"], [["zero3"]]),
+    "float8": Case(["parallel=fsdp", "train.float8=tensorwise"], [["fsdp", "--float8", "tensorwise"]]),
     "packed": Case(["parallel=fsdp", "data.packing=true"], [], ragged=True),
-    "lora": Case(
-        ["parallel=ddp", "adapter=lora"],
-        [["lora", "--micro-batch", "4"], ["lora", "--micro-batch", "4", "--no-compile"]],
-        alone=True,
-        length=4096,
-    ),
-    "qlora": Case(
-        ["parallel=ddp", "adapter=qlora"],
-        [["qlora", "--micro-batch", "4"], ["qlora", "--micro-batch", "4", "--no-compile"]],
-        alone=True,
-        length=4096,
-        stored=True,
-    ),
+    "lora": Case(["parallel=ddp", "adapter=lora"], [["lora"]], alone=True, length=4096, stored=True),
+    "qlora": Case(["parallel=ddp", "adapter=qlora"], [["qlora"]], alone=True, length=4096, stored=True),
 }
 
 
 def visible(case: Case) -> dict[str, str]:
     """The environment in which a case sees the GPUs that it is for."""
-    return {"CUDA_VISIBLE_DEVICES": "0"} if case.alone else {}
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if case.alone else {}
+
+
+def rows(case: Case, options: argparse.Namespace) -> list[int]:
+    """That a GPU may take in a step: the loops try each, Muster is told the most of them."""
+    return [4] if case.alone else [int(count) for count in options.rows.split(",")]
 
 
 def ours(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The run of a case; without its checkpoint, which is of no use here."""
     words = runs.architecture(options.model)["vocab_size"]
     count = 1 if case.alone else options.gpus
-    length, batch = min(case.length, options.length), (4 if case.alone else 2) * count
+    length, batch = min(case.length, options.length), rows(case, options)[-1] * count
     tokens = length * batch * (STEPS + 2)
     lengths = runs.ragged(length, tokens) if case.ragged else [length] * (tokens // length)
-    rows = runs.write_rows(folder / "rows.jsonl", words, lengths)
+    data = runs.write_rows(folder / "rows.jsonl", words, lengths)
     model = ["model.init=random", f"model.tokenizer={folder / 'tokenizer'}"]
     if case.stored:
-        runs.write_model(folder / "model", options.model)
-        model = ["model.init=pretrained", f"model.source={folder / 'model'}"]
+        stored = options.stored or folder / "model"
+        if not (stored / "config.json").exists():
+            runs.write_model(stored, options.model)
+        model = ["model.init=pretrained", f"model.source={stored}"]
     with runs.muster(
         folder / "run",
         [
             f"run_dir={folder / 'run'}", "cluster.requeue=false",
             f"model={options.model}", *model, "pipeline=train",
-            "data=jsonl", f"data.path={rows}", f"data.max_length={length}", "data.validation_fraction=0.01",
+            "data=jsonl", f"data.path={data}", f"data.max_length={length}", "data.validation_fraction=0.01",
             f"train.steps={STEPS + 1}", f"train.global_batch={batch}", "train.log_every=4", "train.eval_every=0",
             "train.save_every=0", f"cluster.train.ranks_per_node={count}", *case.words, *options.extra,
         ],
@@ -142,7 +134,9 @@ def loop(words: list[str], case: Case, options: argparse.Namespace) -> dict[str,
 def measured(name: str, case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     runs.write_tokenizer(folder / "tokenizer", runs.architecture(options.model)["vocab_size"])
-    loops = [loop(words, case, options) for words in case.loops]
+    loops = [
+        loop([*words, "--micro-batch", str(count)], case, options) for words in case.loops for count in rows(case, options)
+    ]
     try:
         found = ours(case, options, folder)
     except RuntimeError as error:
@@ -176,7 +170,9 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
     parser.add_argument("--length", type=int, default=8192 if gpus else 64, help="longest row, in tokens")
+    parser.add_argument("--rows", default="1,2", help="of --length tokens that a GPU may take in a step of a full fine-tune")
     parser.add_argument("--gpus", type=int, default=gpus or 2)
+    parser.add_argument("--stored", type=Path, help="folder of the model that adapters are put on; made where it is missing")
     parser.add_argument("--limit", type=float, default=240, help="seconds that one side may take")
     parser.add_argument("--with", dest="extra", default="cluster=local", help="further words for launch.py")
     parser.add_argument("--out", type=Path, default=Path("train_speed.json"))

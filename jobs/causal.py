@@ -3,7 +3,6 @@
 Neither builds a mask, and neither asks the GPU anything.
 """
 
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -23,6 +22,8 @@ FASTEST = [
     SDPBackend.MATH,
 ]
 HALF = (torch.float16, torch.bfloat16)
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Before torch 2.12 the kernel takes fewer heads of keys without being told."""
 
 
 def attend(
@@ -73,8 +74,7 @@ def _inside(
     flat = [item.transpose(1, 2).flatten(0, 1) for item in (query, key, value)]  # (tokens, heads, head size)
     if query.is_cuda and query.dtype in HALF and not dropout:  # torch's flash attention, which cannot drop
         left = -1 if window is None else window - 1
-        grouped = {"enable_gqa": True} if _takes_gqa() else {}
-        out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+        out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED)
         return out.unflatten(0, (rows, length))
     sizes = borders.diff().tolist()
     out = torch.cat(
@@ -84,12 +84,6 @@ def _inside(
         ]
     )
     return out.unflatten(0, (rows, length))
-
-
-@cache
-def _takes_gqa() -> bool:
-    """Before torch 2.12 the kernel takes fewer heads of keys without being told."""
-    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _causal(

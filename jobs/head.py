@@ -121,7 +121,7 @@ class Summed(torch.autograd.Function):
     ) -> torch.Tensor:
         """rows (tokens, hidden), weight (vocabulary, hidden), targets (tokens,) int64 -> a scalar, fp32."""
         of_rows, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
-        score = _compiled() if compiled else _scored
+        score = _compiled() if compiled and learns else _scored
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         grads = [
             torch.zeros_like(rows) if of_rows else None,

@@ -17,7 +17,7 @@ from jobs import context, head
 from jobs.distributed import World
 from jobs.model import blocks
 
-PRODUCTS = ("aten::mm", "aten::addmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "muster::product")
 KEPT = {
     "aten::_scaled_mm",
     "aten::_scaled_dot_product_cudnn_attention",
@@ -45,7 +45,7 @@ def install(model: Any, config: Config, world: World) -> None:
         if kind is Checkpointing.selective:  # inside the compiled part: the compiler then knows what must not be kept
             forward = _recomputed(block, forward, context_fn=_keeping)
         if compiled:
-            forward = torch.compile(forward)
+            forward = _compiled(forward)
         if kind in (Checkpointing.full, Checkpointing.offload):
             forward = _recomputed(block, forward, offload=kind is Checkpointing.offload)
         block.forward = forward  # type: ignore[method-assign]
@@ -58,6 +58,16 @@ def is_compiled(config: Config, world: World) -> bool:
     if config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3:
         return False
     return world.device.type == "cuda" and find_spec("triton") is not None
+
+
+def _compiled(forward: Forward) -> Forward:
+    """For training alone: evaluation would take a compilation of its own, and let its ragged rows make training's sizes dynamic."""
+    fast = torch.compile(forward)
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        return (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return compiled
 
 
 def _recomputed(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:

@@ -6,7 +6,7 @@ parameter, the packed bytes seen as numbers of the precision of compute: any bac
 Its scales, 3 % of its size, are buffers and whole on every rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Quantised(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
-        made: torch.Tensor = _Product.apply(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, *self.scales())
+        made: torch.Tensor = product(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales())
         return made
 
     def scales(self) -> tuple[torch.Tensor, ...]:
@@ -85,28 +85,50 @@ class Quantised(nn.Linear):
             buffer.copy_(value)
 
 
-class _Product(torch.autograd.Function):
-    """x @ W.T + bias of a packed W, which is unpacked again for the gradient of x instead of kept."""
+@torch.library.custom_op("muster::product", mutates_args=())
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    nf4: bool,
+    shape: Sequence[int],
+    scales: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """x @ W.T + bias of a packed W, which is unpacked again for the gradient of x instead of kept.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        nf4: bool,
-        shape: tuple[int, int],
-        *scales: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight, *scales)
-        ctx.nf4, ctx.shape = nf4, shape
-        return F.linear(x, dequantised(weight, nf4, shape, x.dtype, *scales), bias)
+    An operator, so that a compiler cannot see that both unpack the same: it would keep all of the model unpacked.
+    """
+    return F.linear(x, dequantised(weight, nf4, shape, x.dtype, *scales), bias)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, *scales = ctx.saved_tensors
-        whole = dequantised(weight, ctx.nf4, ctx.shape, grads[0].dtype, *scales)
-        return (grads[0] @ whole, None, None, None, None, *(None for _ in scales))
+
+@product.register_fake
+def _(x: torch.Tensor, _weight: Any, _bias: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op("muster::product_backward", mutates_args=())
+def _back(
+    grad: torch.Tensor, weight: torch.Tensor, nf4: bool, shape: Sequence[int], scales: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    return grad @ dequantised(weight, nf4, shape, grad.dtype, *scales)
+
+
+@_back.register_fake
+def _(grad: torch.Tensor, _weight: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, weight, _, ctx.nf4, ctx.shape, scales = inputs
+    ctx.save_for_backward(weight, *scales)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    weight, *scales = ctx.saved_tensors
+    return _back(grad, weight, ctx.nf4, ctx.shape, scales), None, None, None, None, [None] * len(scales)
+
+
+product.register_autograd(_backward, setup_context=_keep)
 
 
 def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype) -> None:
@@ -157,7 +179,7 @@ def scales(kind: Frozen, absmax: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def dequantised(
     weight: torch.Tensor,
     nf4: bool,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     dtype: torch.dtype,
     absmax: torch.Tensor,
     *nested: torch.Tensor,
@@ -168,7 +190,7 @@ def dequantised(
     return (weight.view(torch.int8).view(shape) * (absmax / 127).unsqueeze(1)).to(dtype)
 
 
-def unpacked(weight: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def unpacked(weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """NF4 numbers times their blocks' magnitudes, fp32.
 
     A block a row, whatever the shape: bitsandbytes 0.50.2 on CPUs gives blocks that reach over the end of a row wrong scales.

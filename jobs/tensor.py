@@ -90,7 +90,8 @@ def columns() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.
     wide: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def held(value: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor]:
-        assert isinstance(value, DTensor)
+        if not isinstance(value, DTensor):
+            return value.shape, 0, value
         if value.ndim < 2 or value._local_tensor.shape[1] == value.shape[1]:
             return rows(value)
         _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)

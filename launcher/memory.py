@@ -93,13 +93,16 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     """FSDP2: fp32 masters, gradients (`reduce_dtype` fp32) and two fp32 moments on shards; parameters gathered in `width`.
 
     The root group stays gathered from forward to backward, and is reduced last ("late") in one large piece. Two blocks are
-    gathered at once, a third lies in the buffer it is gathered into; two reductions of blocks overlap.
+    gathered at once, a third lies in the buffer it is gathered into; two reductions of blocks overlap. What is frozen is not
+    gathered where every rank has it whole.
     torch/distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives}.py, 2.11 and 2.13.
     """
     width, (_, shard), tensor = width_of(config), _ranks(config), config.parallel.tensor_ranks
     trained, frozen = counts.trained / shard, frozen_bytes(config, counts, width, shard)
-    unit = width * counts.trained_block / tensor
-    if counts.frozen:  # a quantised weight is gathered packed, and one at a time is unpacked
+    unit, root = width * counts.trained_block / tensor, counts.root
+    if counts.frozen and shard == 1:
+        root = counts.trained_root
+    elif counts.frozen:  # a quantised weight is gathered packed, and one at a time is unpacked
         unit += frozen_width(config, width) * counts.block
     unpacked = width * counts.largest if counts.frozen and config.adapter.base is not Frozen.full else 0
     blocks = (counts.total - counts.root) // counts.block
@@ -107,7 +110,7 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     here = 0 if config.parallel.offload_parameters else 1
     return {
         "parameters": here * (4 * trained + frozen),
-        "gathered": width * counts.root + unit * (min(kept, blocks) + (shard > tensor)) + unpacked,
+        "gathered": width * root + unit * (min(kept, blocks) + (shard > tensor)) + unpacked,
         "gradients": here * 4 * trained,
         "optimizer": here * moment_bytes(config, counts) * trained,
         "communication": (width + 2 * 4) * counts.trained_block / tensor,

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
 from conf.errors import Problem
-from conf.schema import Config
+from conf.schema import Architecture, Config
 
 FLAGS_WITH_VALUE = (
     "--cfg",
@@ -42,6 +42,7 @@ def groups(folder: Path) -> dict[str, list[str]]:
 def problems(words: list[str], folder: Path) -> list[Problem]:
     """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
     known, options, schema, found = resolve.keys(), groups(folder), OmegaConf.structured(Config), []
+    schema.model.architecture = Architecture  # a section that may be absent
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
             continue

@@ -64,11 +64,11 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     kernels.install(model, config, world)
     if not startup.is_empty(model):
         model.to(world.device)
+    if shard == 1:  # whole on every rank, and never changed: FSDP would copy it in every step
+        options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for block in blocks(model):
-        if adapters := _adapters(
-            block
-        ):  # a group of its own: torch 2.11 gathers wrong values where dtypes differ in one
-            fully_shard(adapters, reshard_after_forward=config.parallel.reshard_after_forward, **options)
+        if shard > 1:
+            _shard_adapters(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
         fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # its backward begins where its forward ends
     read = 0
@@ -90,13 +90,21 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     )
 
 
-def _adapters(block: nn.Module) -> list[nn.Module]:
-    """The modules of a frozen block that hold trained parameters; none where the whole block is trained."""
+def _shard_adapters(block: nn.Module, **options: Any) -> None:
+    """Where some of a block is frozen, shard the rest as a group of its own: torch 2.11 gathers wrong values where dtypes differ
+    in one. It is gathered around the block, as all else of it is: hooks of layers inside would cut the compiled block to pieces.
+    """
     if all(parameter.requires_grad for parameter in block.parameters()):
-        return []
-    return [
-        module for module in block.modules() if any(item.requires_grad for item in module.parameters(recurse=False))
-    ]
+        return
+    adapters = [module for module in block.modules() if any(item.requires_grad for item in module.parameters(False))]
+    if not adapters:
+        return
+    fully_shard(adapters, **options)
+    state = fully_shard.state(adapters[0])  # type: ignore[attr-defined]
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    block.register_forward_hook(state._post_forward)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
