@@ -135,7 +135,9 @@ def measured(name: str, case: Case, options: argparse.Namespace, folder: Path) -
     folder.mkdir()
     runs.write_tokenizer(folder / "tokenizer", runs.architecture(options.model)["vocab_size"])
     loops = [
-        loop([*words, "--micro-batch", str(count)], case, options) for words in case.loops for count in rows(case, options)
+        loop([*words, "--micro-batch", str(count)], case, options)
+        for words in case.loops
+        for count in rows(case, options)
     ]
     try:
         found = ours(case, options, folder)
@@ -170,9 +172,13 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
     parser.add_argument("--length", type=int, default=8192 if gpus else 64, help="longest row, in tokens")
-    parser.add_argument("--rows", default="1,2", help="of --length tokens that a GPU may take in a step of a full fine-tune")
+    parser.add_argument(
+        "--rows", default="1,2", help="of --length tokens that a GPU may take in a step of a full fine-tune"
+    )
     parser.add_argument("--gpus", type=int, default=gpus or 2)
-    parser.add_argument("--stored", type=Path, help="folder of the model that adapters are put on; made where it is missing")
+    parser.add_argument(
+        "--stored", type=Path, help="folder of the model that adapters are put on; made where it is missing"
+    )
     parser.add_argument("--limit", type=float, default=240, help="seconds that one side may take")
     parser.add_argument("--with", dest="extra", default="cluster=local", help="further words for launch.py")
     parser.add_argument("--out", type=Path, default=Path("train_speed.json"))

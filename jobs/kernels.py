@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from conf.choices import Backend, Checkpointing
 from conf.schema import Config
-from jobs import context, head
+from jobs import context, head, pieces
 from jobs.distributed import World
 from jobs.model import blocks
 
@@ -37,10 +37,12 @@ def install(model: Any, config: Config, world: World) -> None:
     Forwards, not modules: what FSDP and ZeRO hook to a block's call stays outside, runs once, and is not traced.
     """
     context.install(head.causal(model).config, world)
-    compiled = is_compiled(config, world)
-    head.fuse(model, compiled)
+    compiled, fused = is_compiled(config, world), has_pieces(config, world)
+    head.fuse(model, compiled or fused)
     kind = config.train.activation_checkpointing
     for block in blocks(model):
+        if fused:
+            pieces.fuse(block, _compiled)
         forward = block.forward
         if kind is Checkpointing.selective:  # inside the compiled part: the compiler then knows what must not be kept
             forward = _recomputed(block, forward, context_fn=_keeping)
@@ -53,11 +55,20 @@ def install(model: Any, config: Config, world: World) -> None:
 
 def is_compiled(config: Config, world: World) -> bool:
     """Whether blocks are compiled: as the config says, else on GPUs where there is triton, and no ZeRO-3."""
-    if config.train.compile is not None:
-        return config.train.compile
-    if config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3:
-        return False
+    return _compiles(world) and not _hooked(config) if config.train.compile is None else config.train.compile
+
+
+def has_pieces(config: Config, world: World) -> bool:
+    """Whether norms and gated products are compiled alone: under ZeRO-3, whose hooks inside a block would cut it to pieces."""
+    return config.train.compile is None and _compiles(world) and _hooked(config)
+
+
+def _compiles(world: World) -> bool:
     return world.device.type == "cuda" and find_spec("triton") is not None
+
+
+def _hooked(config: Config) -> bool:
+    return config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
 
 
 def _compiled(forward: Forward) -> Forward:

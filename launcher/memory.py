@@ -31,9 +31,9 @@ class Loop:
 
     loss: Loss = Loss.fused
     fused_kernels: bool = False
-    """Norms and SwiGLU keep only their inputs: Liger's kernels, or a block under torch.compile."""
+    """Norms and SwiGLU keep only their inputs: Liger's kernels, or torch.compile's, of a block or of these alone."""
     compiled: bool = False
-    """Blocks and the loss are compiled."""
+    """Blocks are compiled."""
     fused_optimizer: bool = True
     """AdamW in one kernel, as jobs/optim.py asks for where weights are on a GPU; else ZeRO's step holds one more fp32 tensor."""
     sliced_loading: bool = True
@@ -41,12 +41,12 @@ class Loop:
 
 
 def loop_of(config: Config) -> Loop:
-    """How jobs/ will train: compiled as `jobs.kernels.is_compiled` decides, where torch's GPU build brings triton."""
-    compiled = config.train.compile
-    if compiled is None:
-        by_stage_3 = config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
-        compiled = config.cluster.train.gpus_per_node != 0 and not by_stage_3
-    return Loop(fused_kernels=compiled, compiled=compiled)
+    """How jobs/ will train: compiled as jobs/kernels.py decides, whole or in pieces, where torch's GPU build brings triton."""
+    if config.train.compile is not None:
+        return Loop(fused_kernels=config.train.compile, compiled=config.train.compile)
+    by_stage_3 = config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
+    on_gpu = config.cluster.train.gpus_per_node != 0
+    return Loop(fused_kernels=on_gpu, compiled=on_gpu and not by_stage_3)
 
 
 def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
@@ -74,7 +74,7 @@ def _device(config: Config, counts: Counts, loop: Loop, on_gpu: bool) -> Device:
     state = layout(config, counts, loop)
     compute = {
         "activations": activation_bytes(config, fused_kernels=loop.fused_kernels, compiled=loop.compiled),
-        "logits": logit_bytes(config, counts, loss=loop.loss, compiled=loop.compiled),
+        "logits": logit_bytes(config, counts, loss=loop.loss, compiled=loop.fused_kernels),
     }
     # embedding and head are reduced when the logits are gone, in blocks as large as theirs
     state["communication"] += max(0, state.pop("late") - compute["logits"])

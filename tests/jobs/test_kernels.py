@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.choices import Checkpointing
-from jobs import backends, kernels, loss, model
+from jobs import backends, kernels, loss, model, pieces
 from jobs.distributed import World, process_group
 from jobs.model import blocks
 from tests.jobs.networks import adapted, check_equal, gradients, network, rows, whole
@@ -54,6 +54,22 @@ def test_recomputation_changes_no_gradient(compose, kind, wrap, pack_into):
 def test_compilation_changes_no_gradient(compose, kind, wrap, pack_into):
     torch._dynamo.reset()  # code compiled for one test must not be another's
     check_same(compose, wrap, pack_into, f"train.activation_checkpointing={kind}", "train.compile=true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_pieces_change_no_gradient(compose, kind, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "_compiles", lambda world: True)
+    check_same(compose, "whole", None, f"train.activation_checkpointing={kind}", "parallel=zero3")
+
+
+def test_pieces_are_norms_and_gated_products():
+    llama, wrapped = (blocks(made)[0] for made in (network(), adapted(network())))
+    assert pieces.fuse(llama, lambda forward: forward) == pieces.fuse(wrapped, lambda forward: forward) == 3
+    assert pieces.fuse(torch.nn.Sequential(torch.nn.Linear(4, 4)), lambda forward: forward) == 0
+    llama.mlp.forward = lambda x: llama.mlp.down_proj(llama.mlp.gate_proj(x) * llama.mlp.up_proj(x))  # without a gate
+    assert pieces.fuse(llama, lambda forward: forward) == 2
 
 
 @pytest.mark.parametrize("kind", ["selective", "full", "offload"])
@@ -123,6 +139,8 @@ def test_blocks_are_compiled_where_it_pays(compose, words, device, triton, expec
     monkeypatch.setattr(kernels, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
     assert kernels.is_compiled(compose(*words), world) is expected
+    in_pieces = words == ["parallel=zero3"] and device == "cuda" and triton
+    assert kernels.has_pieces(compose(*words), world) is in_pieces
 
 
 def _sharded(rank, words, config):
@@ -169,6 +187,20 @@ def test_sharded_models_may_be_compiled(compose, layout, adapter):
     config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
     spawn(_sharded, 2, words, config)
+
+
+def _in_pieces(rank, words, config):
+    kernels._compiles = lambda world: True
+    _sharded(rank, words, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_compiled_pieces_are_right_under_zero3(compose, adapter):
+    words = ["parallel=zero3", f"adapter={adapter}"]
+    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+                     "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
+    spawn(_in_pieces, 2, words, config)
 
 
 def test_blocks_are_found_under_adapters():
