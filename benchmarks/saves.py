@@ -35,8 +35,8 @@ def words(options: argparse.Namespace, scratch: Path, together: bool) -> list[st
         f"model={options.model}", "model.init=random", f"model.tokenizer={scratch / 'tokenizer'}", "pipeline=train",
         "data=jsonl", f"data.path={scratch / 'rows.jsonl'}", f"data.max_length={LENGTH}", "data.validation_fraction=0.02",
         "cluster=local", f"cluster.train.ranks_per_node={options.gpus}", f"parallel={options.parallel}", "train.steps=1000",
-        f"train.global_batch={4 * options.gpus}", f"train.save_every={options.steps}", "train.eval_every=0", "train.keep_checkpoints=1",
-        f"train.async_save={str(together).lower()}",
+        f"train.global_batch={4 * options.gpus}", f"train.save_every={options.steps}", "train.eval_every=0",
+        "train.keep_checkpoints=1", f"train.async_save={str(together).lower()}",
     ]  # fmt: skip
 
 

@@ -22,6 +22,12 @@ GRACE_S = 15
 
 def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[str, str], None]) -> int:
     """Run the jobs in order, telling `note` each name and id; a failed one ends the run. Returns the command's exit code."""
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # end it as Ctrl-C does: ranks have sessions of their own, and would go on
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, signal.default_int_handler)
     for job in jobs:
         verdict = _run_job(config, job, config_path, note)
         if verdict["status"] != COMPLETED:

@@ -2,11 +2,17 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from conf import resolve
+from launcher import history, watchdog
+from tests.slurm.runs import until
 from tests.test_readme import CLONE
 
 WORDS = ["cluster=slurm", "model=llama70b", "parallel=zero3", "submit=script"]
@@ -51,3 +57,19 @@ def is_whole(run, name, size):
     if path.suffix == ".json":
         return json.loads(path.read_text()) is not None
     return path.stat().st_size == size or path.name == "code.diff"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
+    """They have sessions of their own, which neither a closed terminal nor `kill` reaches."""
+    run = tmp_path / "run"
+    words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
+    with subprocess.Popen([sys.executable, CLONE / "launch.py", *words], stderr=subprocess.PIPE, text=True) as started:
+        until(lambda: any("loss" in line for line in history.metrics(run)))
+        ranks = [rank["pid"] for rank in watchdog.gathered(run / "jobs/train/attempt-1").values()]
+        started.send_signal(number)
+        assert started.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
+    assert started.returncode == 130
+    assert len(ranks) == 2
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))

@@ -60,7 +60,7 @@ def test_a_wrong_word_is_named_with_its_remedy(word: str, key: str, remedy: str)
         ["train.steps=7", "train.epochs=null", "train.learning_rate=1e-4", "train.learning_rate=1"],
         ["jobs=[preprocess,train]", "cluster.modules=[gcc,cuda]"],
         ["+cluster.environment.NCCL_DEBUG=INFO", "++cluster.train.sbatch.gres=gpu:a100:8", "+train.steps=7"],
-        ["+model.architecture.extra.head_dim=64"],
+        ["+model.architecture.extra.head_dim=64", "model.architecture.hidden_size=256"],
         ["name=${model.name}-7", "train.eval_every=${train.save_every}"],
         ["--multirun", "train.steps=7,8"],
         ["hydra.verbose=true", "hydra/job_logging=default"],

@@ -1,7 +1,10 @@
 """Recomputation and compilation change what a step costs, never what it computes; and parameters keep their names."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.choices import Checkpointing
@@ -187,6 +190,25 @@ def test_sharded_models_may_be_compiled(compose, layout, adapter):
     config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
     spawn(_sharded, 2, words, config)
+
+
+def _unbroken(rank, config):
+    torch.compile = partial(torch.compile, backend="eager")  # the compiler behind it is not asked
+    torch._dynamo.reset()
+    counters.clear()
+    with process_group(config) as world:
+        engine = backends.chosen(config).wrap(model.build(config), config, world)
+        loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
+    assert counters["frames"]["ok"] > 0
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+@pytest.mark.parametrize("adapter", ["none", "lora"])  # PEFT's own code for DoRA cannot be traced
+def test_no_hook_cuts_a_compiled_block(compose, layout, adapter):
+    words = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true", "train.precision=bf16"]
+    spawn(_unbroken, 2, compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
 
 
 def _in_pieces(rank, words, config):
