@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,29 @@ def test_a_copy_keeps_what_shares_storage_together(tmp_path):
     base.zero_()
     assert torch.equal(copy["views"][1], torch.arange(4.0, 12.0).view(2, 4))
     assert copy["again"] is copy["whole"]
+
+
+def test_memory_of_copies_is_used_again():
+    """By the next copy of the same tensor, and where one has gone by another of its size; never by two at once."""
+    stager = staging.Stager(torch.device("cpu"))
+    sizes = [1, 1000, 2**20, 2**22, 3 * 2**20, 0]
+    state = {str(size): torch.randn(size) for size in sizes}
+    first = stager.state(state)
+    assert all(torch.equal(first[name], value) for name, value in state.items())
+    spans = sorted((item.data_ptr(), item.data_ptr() + item.nbytes) for item in first.values() if item.numel())
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    for value in state.values():
+        value.add_(1)
+    places = {name: item.data_ptr() for name, item in first.items()}
+    second = stager.state(state)
+    assert {name: item.data_ptr() for name, item in second.items()} == places
+    assert all(torch.equal(second[name], value) for name, value in state.items())
+    del state["1000"]
+    state["new"] = torch.randn(1000)
+    third = stager.state(state)
+    assert third["new"].data_ptr() == places["1000"]
+    assert torch.equal(third["new"], state["new"])
+    assert torch.equal(third["1"], state["1"])
 
 
 def test_free_memory_is_that_of_the_tightest_group(tmp_path, monkeypatch):
