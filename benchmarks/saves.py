@@ -2,10 +2,9 @@
 
     python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--keep]
 
-A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. `blocked_s` is how long
-training waited for the checkpoint, `write_s` how long it took in all, `slowed` the median step while it was written to the
-median step before it. The asynchronous one is then resumed: `resume_s` is reading it alone. Without GPUs it rehearses itself
-at a tiny size.
+A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. `blocked_s` is by how
+much later the next step came, `write_s` how long the disk took, `slowed` the median step meanwhile to the median step before.
+The asynchronous one is then resumed: `resume_s` is reading it alone. Without GPUs it rehearses itself at a tiny size.
 """
 
 import argparse
@@ -46,18 +45,21 @@ def one(options: argparse.Namespace, scratch: Path, together: bool) -> tuple[dic
     line = [f"run_dir={folder}", *words(options, scratch, together)]
 
     def told(run: runs.Run) -> bool:
-        return any("checkpoint_s" in step for step in run.steps()) and SAVED.search(run.text()) is not None
+        return SAVED.search(run.text()) is not None and run.steps()[-1]["step"] > options.steps
 
     with runs.muster(folder, line, told, 600) as run:
-        found, said = run.steps(), SAVED.search(run.text())
+        found, said = {step["step"]: step for step in run.steps()}, SAVED.search(run.text())
     assert said is not None
-    whole = next(line["step"] for line in found if "checkpoint_s" in line)
-    before = statistics.median(line["seconds"] for line in found if 2 < line["step"] <= options.steps)
-    during = [line["seconds"] for line in found if options.steps < line["step"] <= whole]
-    size, write, rate, blocked = (float(value) for value in said.groups())
+    size, write, rate, _ = (float(value) for value in said.groups())
+    last, step_s = options.steps, statistics.median(found[step]["seconds"] for step in range(3, options.steps + 1))
+    blocked = found[last + 1]["time"] - found[last]["time"] - step_s
+    begun = found[last + 1]["time"]
+    during = [
+        step["seconds"] for number, step in found.items() if last < number <= 2 * last and step["time"] < begun + write
+    ]
     return {
-        "gb": size, "write_s": write, "gb_per_s": rate, "blocked_s": blocked, "step_s": before,
-        "slowed": round(statistics.median(during) / before, 3) if together and during else None, "steps": len(during),
+        "gb": size, "write_s": write, "gb_per_s": rate, "blocked_s": round(blocked, 2), "step_s": step_s,
+        "slowed": round(statistics.median(during) / step_s, 3) if together else None, "steps": len(during),
     }, folder  # fmt: skip
 
 
