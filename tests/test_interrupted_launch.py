@@ -60,7 +60,7 @@ def is_whole(run, name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.proof)])
 def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
     """They have sessions of their own, which neither a closed terminal nor `kill` reaches."""
     run = tmp_path / "run"

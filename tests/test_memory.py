@@ -70,6 +70,30 @@ def test_the_table_in_the_docs_is_what_is_estimated(compose: Compose) -> None:
         assert f"{words} {guess:.1f} | {measured} | {guess / measured:.2f} |" in page
 
 
+OURS = {
+    "parallel=fsdp, 2 GPUs": (["parallel=fsdp"], 2, 1, 8192, 85.2),
+    "the same, train.float8=tensorwise": (["parallel=fsdp", "train.float8=tensorwise"], 2, 1, 8192, 79.3),
+    "parallel=zero3 train.compile=false, selective, 2 GPUs": (
+        ["parallel=zero3", "train.compile=false", "train.activation_checkpointing=selective"], 2, 1, 8192, 91.9),
+    "parallel=ddp adapter=lora, 1 GPU": (["parallel=ddp", "adapter=lora"], 1, 4, 4096, 85.9),
+    "parallel=ddp adapter=qlora, 1 GPU": (["parallel=ddp", "adapter=qlora", "model.init=pretrained"], 1, 4, 4096, 76.1),
+}  # fmt: skip
+"""Words, GPUs, rows at once, their tokens, and GiB reserved by runs of launch.py on H200s (docs/performance.md); context aside."""
+
+
+def test_our_own_runs_stay_below_their_estimates(compose: Compose) -> None:
+    page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    for name, (words, gpus, rows, length, measured) in OURS.items():
+        sizes = [f"cluster.train.ranks_per_node={gpus}", f"cluster.train.gpus_per_node={gpus}", "cluster.train.nodes=1"]
+        mode = [] if "selective" in name else ["train.activation_checkpointing=none"]
+        batch = [f"train.micro_batch={rows}", f"train.global_batch={rows * gpus}", f"data.max_length={length}"]
+        found = estimate(compose("cluster=slurm", "model=llama8b", *words, *sizes, *mode, *batch))
+        assert found
+        guess = (found.device.total - found.device.context) / GIB
+        assert measured < guess < 1.4 * measured
+        assert f"| {name} | {guess:.1f} | {measured} | {guess / measured:.2f} |" in page, f"{name}: {guess:.1f}"
+
+
 def device(compose: Compose, *words: str) -> footprint.Device:
     found = estimate(compose("cluster=slurm", "model=llama8b", *words))
     assert found
