@@ -64,12 +64,16 @@ def is_whole(run, name, size):
 def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
     """They have sessions of their own, which neither a closed terminal nor `kill` reaches."""
     run = tmp_path / "run"
+
+    def found():
+        return [rank["pid"] for rank in watchdog.gathered(run / "jobs/train/attempt-1").values()]
+
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
     with subprocess.Popen([sys.executable, CLONE / "launch.py", *words], stderr=subprocess.PIPE, text=True) as started:
         until(lambda: any("loss" in line for line in history.metrics(run)))
-        ranks = [rank["pid"] for rank in watchdog.gathered(run / "jobs/train/attempt-1").values()]
+        until(lambda: len(found()) == 2)  # said every ten seconds
+        ranks = found()
         started.send_signal(number)
         assert started.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
     assert started.returncode == 130
-    assert len(ranks) == 2
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
