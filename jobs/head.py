@@ -4,7 +4,8 @@ The head runs inside the model's own forward, where FSDP and ZeRO-3 have its wei
 ranks whatever they train: with ZeRO-3 every call is a collective.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -70,16 +71,25 @@ def _is_all(inside: Any, head: nn.Module) -> bool:
         return logits
 
     outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
-    base, put = inside.base_model, {"base": lambda *_, **__: outputs, "head": stub}
-    before = {"base": base.forward, "head": head.forward}
     try:
-        base.forward, head.forward = put["base"], put["head"]
-        found = inside.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        with answering({inside.base_model: lambda *_, **__: outputs, head: stub}):
+            found = inside.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
     except Exception:  # of whatever code a model brings; the plain way then raises what must be raised
         return False
-    finally:
-        base.forward, head.forward = before["base"], before["head"]
     return len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(found, logits)
+
+
+@contextmanager
+def answering(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """These modules answer so meanwhile: a model's own code is tried without weights."""
+    before = {module: module.forward for module in stubs}
+    try:
+        for module, stub in stubs.items():
+            module.forward = stub  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in before.items():
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def _take_targets(head: nn.Linear, compiled: bool) -> None:

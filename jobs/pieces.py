@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs.head import answering
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,19 +43,19 @@ def _through(mlp: Any, product: Callable[..., torch.Tensor]) -> Callable[..., An
 
 def _is_gated(mlp: Any) -> bool:
     """Whether it computes down(act(gate(x)) * up(x)) and nothing else: tried on the model's own code, without weights."""
-    projections = [getattr(mlp, name, None) for name in PROJECTIONS]
+    gate_proj, up_proj, down_proj = projections = [getattr(mlp, name, None) for name in PROJECTIONS]
     if not callable(getattr(mlp, "act_fn", None)) or not all(isinstance(item, nn.Module) for item in projections):
         return False
-    before = [item.forward for item in projections]
     given, gate, up, down = torch.randn(4, 1, 2, 8)
     seen: list[torch.Tensor] = []
+
+    def stub(product: torch.Tensor) -> torch.Tensor:
+        seen.append(product)
+        return down
+
     try:
-        projections[0].forward, projections[1].forward = lambda _: gate, lambda _: up
-        projections[2].forward = lambda x: seen.append(x) or down
-        found = mlp.forward(given)
+        with answering({gate_proj: lambda _: gate, up_proj: lambda _: up, down_proj: stub}):
+            found = mlp.forward(given)
     except Exception:  # of whatever code a model brings: it is then left as it is
         return False
-    finally:
-        for item, forward in zip(projections, before, strict=True):
-            item.forward = forward
     return found is down and len(seen) == 1 and torch.equal(seen[0], mlp.act_fn(gate) * up)
