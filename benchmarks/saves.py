@@ -1,6 +1,6 @@
 """What a checkpoint costs training: asynchronous beside synchronous saves, and the resume, of a run through launch.py.
 
-    python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--keep]
+    python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--steps N] [--alone] [--keep]
 
 A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. `blocked_s` is by how
 much later the next step came, `write_s` how long the disk took, `slowed` the median step meanwhile to the median step before.
@@ -23,9 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import runs  # noqa: E402
 
 LENGTH = 2048
-SAVED = re.compile(
-    r"^saved .*?: ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\), training waited ([\d.]+) s", re.MULTILINE
-)
+SAVED = re.compile(r"^saved .*?: ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\), training waited", re.MULTILINE)
 RESUMED = re.compile(r"^resumed .*, ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\)", re.MULTILINE)
 
 
@@ -50,10 +48,10 @@ def one(options: argparse.Namespace, scratch: Path, together: bool) -> tuple[dic
     with runs.muster(folder, line, told, 600) as run:
         found, said = {step["step"]: step for step in run.steps()}, SAVED.search(run.text())
     assert said is not None
-    size, write, rate, _ = (float(value) for value in said.groups())
+    size, write, rate = (float(value) for value in said.groups())
     last, step_s = options.steps, statistics.median(found[step]["seconds"] for step in range(3, options.steps + 1))
-    blocked = found[last + 1]["time"] - found[last]["time"] - step_s
     begun = found[last + 1]["time"]
+    blocked = begun - found[last]["time"] - step_s
     during = [
         step["seconds"] for number, step in found.items() if last < number <= 2 * last and step["time"] < begun + write
     ]
