@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from conf.choices import Precision
 from conf.errors import Problem, RunError
 from conf.schema import Config
-from jobs import float8, kernels, optim, scaling, startup, tensor
+from jobs import float8, head, kernels, optim, scaling, startup, tensor
 from jobs.backends import Engine
 from jobs.distributed import World
 from jobs.model import blocks, compute_dtype, skeleton
@@ -66,11 +66,13 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         model.to(world.device)
     if shard == 1:  # whole on every rank, and never changed: FSDP would copy it in every step
         options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    again = config.parallel.reshard_after_forward is not False
     for block in blocks(model):
         if shard > 1:
-            _shard_adapters(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
-        fully_shard(block, reshard_after_forward=config.parallel.reshard_after_forward, **options)
-    fully_shard(model, reshard_after_forward=False, **options)  # its backward begins where its forward ends
+            _shard_adapters(block, reshard_after_forward=again, **options)
+        fully_shard(block, reshard_after_forward=again, **options)
+    for module in (*_outer(model), model):  # backward begins where their forward ends, or needs no weight
+        fully_shard(module, reshard_after_forward=False, **options)
     read = 0
     if startup.is_empty(model):
         home = torch.device("cpu") if config.parallel.offload_parameters else world.device
@@ -88,6 +90,17 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         read,
         lambda trained, limit: tensor.clip(trained, limit, parts, whole[tensor.NAME]),
     )
+
+
+def _outer(model: nn.Module) -> list[nn.Module]:
+    """Embedding and output head, each a group of its own, so that the head's gradient is reduced while blocks go backward, and
+    the embedding's is all that is left in the end. Not where they are one weight, nor where nothing of them is trained.
+    """
+    inside = head.causal(model)
+    found = [inside.get_input_embeddings(), inside.get_output_embeddings()]
+    weights = [parameter for module in found if module is not None for parameter in module.parameters()]
+    apart = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
+    return found if apart and all(found) else []
 
 
 def _shard_adapters(block: nn.Module, **options: Any) -> None:
