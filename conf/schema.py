@@ -205,8 +205,9 @@ class Parallel:
     """Keep optimizer state and its step in host memory: slower, for models that do not fit."""
     offload_parameters: bool = False
     """Keep sharded parameters in host memory between uses."""
-    reshard_after_forward: bool = True
-    """FSDP: free gathered parameters after forward. False spends memory to gather once instead of twice a step."""
+    reshard_after_forward: bool | None = None
+    """FSDP: free gathered parameters after forward. False spends memory to gather once instead of twice a step; null does so
+    where that is estimated to fit into `cluster.train.gpu_memory_gib`."""
     context_ranks: int = at_least(1, 1)
     """Ranks that share the tokens of each row, for rows too long for one: they exchange heads for attention, so the number
     must divide the model's heads. 1 keeps rows whole."""
@@ -276,8 +277,8 @@ class Train:
     `auto` is the first of these that is estimated to fit into `cluster.train.gpu_memory_gib`, chosen before anything is queued;
     `full` where nobody says what a GPU has, and `none` on CPUs."""
     compile: bool | None = None
-    """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not under ZeRO-3, whose hooks
-    inside a block cut it into pieces."""
+    """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not for adapters under ZeRO-3, whose
+    hooks inside a block cut it into pieces."""
     seed: int = at_least(0, 0)
     """Fixes initial weights and dropout."""
     max_loss_rise: float | None = at_least(0, 2.0)

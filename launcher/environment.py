@@ -146,7 +146,7 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
             "FSDP_USE_ORIG_PARAMS": "true",
             "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward),
+            "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
         }
         block = BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
         if block:

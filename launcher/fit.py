@@ -1,11 +1,12 @@
-"""Settles what a config leaves to the estimate of memory: what is recomputed, and how many rows a rank holds at once; pure."""
+"""Settles what a config leaves to the estimate of memory: what is recomputed, how many rows a rank holds at once, and whether
+gathered parameters stay until backward; pure."""
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from itertools import product
 
 from conf.batch import copies
-from conf.choices import Checkpointing
+from conf.choices import Backend, Checkpointing
 from conf.schema import Config
 from launcher.footprint import GIB, Estimate, gib
 from launcher.memory import estimate
@@ -15,11 +16,17 @@ MODES = (Checkpointing.none, Checkpointing.selective, Checkpointing.full, Checkp
 ENOUGH = 16_384
 """Tokens that keep a GPU busy: twice as many as 8192 gained 9 % with 8B on H200s, and the measured runs end there."""
 MARGIN = 0.95
-"""Share of a GPU's memory that an estimate may take to be chosen: it is 1 to 4 % from what was measured."""
+"""Share of a GPU's memory that an estimate may take to be chosen: what was measured was at most 4 % more."""
+
+
+RESHARD = "parallel.reshard_after_forward"
+Choice = tuple[Checkpointing, int, bool]
+"""Mode of recomputation, rows at once, and whether parameters are freed after forward and gathered again."""
 
 
 def settled(config: Config) -> tuple[Config, list[str]]:
-    """The config with `train.activation_checkpointing=auto` and `train.micro_batch=null` replaced, and lines that say by what.
+    """The config with `train.activation_checkpointing=auto` and the nulls of `train.micro_batch` and
+    `parallel.reshard_after_forward` replaced, and lines that say by what.
 
     The config must have passed the other checks. Where nothing fits, what takes least is chosen, for `checks` to refuse.
     """
@@ -28,9 +35,9 @@ def settled(config: Config) -> tuple[Config, list[str]]:
         return config, []
     part, known = config.cluster.train, config.cluster.train.gpu_memory_gib
     if not part.gpus_per_node:  # memory is not what limits CPUs
-        return _with(config, Checkpointing.none, 1), []
-    if known is None or estimate(_with(config, MODES[0], 1)) is None:
-        found = _with(config, Checkpointing.full, 1)
+        return _with(config, (Checkpointing.none, 1, True)), []
+    if known is None or estimate(config) is None:
+        found = _with(config, (Checkpointing.full, 1, True))
         return found, [f"chosen    {_said(found, keys)}: {_unknown(config)}"]
     candidates = list(_candidates(config))
     for tried in candidates:
@@ -43,19 +50,20 @@ def settled(config: Config) -> tuple[Config, list[str]]:
 
 def _open(config: Config) -> list[str]:
     """Keys that are left to the estimate."""
-    found = ["activation_checkpointing"] if config.train.activation_checkpointing is Checkpointing.auto else []
-    return [*found, "micro_batch"] if config.train.micro_batch is None else found
+    found = ["train.activation_checkpointing"] if config.train.activation_checkpointing is Checkpointing.auto else []
+    found += ["train.micro_batch"] if config.train.micro_batch is None else []
+    shards = config.parallel.backend is Backend.fsdp and config.parallel.shard_ranks != 1
+    return [*found, RESHARD] if shards and config.parallel.reshard_after_forward is None else found
 
 
 def _candidates(config: Config) -> Iterator[Config]:
     """From the fastest: recomputing costs more than small micro batches do, so first the mode that fits one row, or what
-    was asked for; then for this mode the most rows, down to one. The last one takes least."""
+    was asked for; then for this mode the most rows, down to one; then parameters that stay. The last one takes least."""
     asked, train = config.train.activation_checkpointing, config.train
     modes = [asked] if asked is not Checkpointing.auto else _allowed(config)
     sizes = [train.micro_batch] if train.micro_batch is not None else _sizes(config)
-    for mode in modes:
-        for size in sizes:
-            yield _with(config, mode, size)
+    for choice in product(modes, sizes, [False, True] if RESHARD in _open(config) else [True]):
+        yield _with(config, choice)
 
 
 def _allowed(config: Config) -> list[Checkpointing]:
@@ -82,17 +90,22 @@ def _unknown(config: Config) -> str:
     return "what most likely fits: without model.architecture nothing is estimated"
 
 
-def _with(config: Config, mode: Checkpointing, size: int) -> Config:
-    """A copy with both settled; what was asked for stays."""
-    size = config.train.micro_batch if config.train.micro_batch is not None else size
-    if config.train.activation_checkpointing is not Checkpointing.auto:
-        mode = config.train.activation_checkpointing
-    return replace(deepcopy(config), train=replace(config.train, activation_checkpointing=mode, micro_batch=size))
+def _with(config: Config, choice: Choice) -> Config:
+    """A copy with all three settled; what was asked for stays."""
+    found = deepcopy(config)
+    mode, size, again = choice
+    if found.train.activation_checkpointing is Checkpointing.auto:
+        found.train.activation_checkpointing = mode
+    found.train.micro_batch = found.train.micro_batch or size
+    if RESHARD in _open(config):
+        found.parallel.reshard_after_forward = again
+    return found
 
 
 def _said(config: Config, keys: list[str]) -> str:
     values = {
-        "activation_checkpointing": config.train.activation_checkpointing.name,
-        "micro_batch": config.train.micro_batch,
+        "train.activation_checkpointing": config.train.activation_checkpointing.name,
+        "train.micro_batch": config.train.micro_batch,
+        RESHARD: str(config.parallel.reshard_after_forward).lower(),
     }
-    return " ".join(f"train.{key}={values[key]}" for key in keys)
+    return " ".join(f"{key}={values[key]}" for key in keys)

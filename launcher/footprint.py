@@ -15,6 +15,7 @@ class Device:
     gathered: float
     """Whole parameters that are gathered for compute."""
     gradients: float
+    """Of the shards, as far as they do not take the place of activations."""
     optimizer: float
     activations: float
     """Kept for backward, and what one block adds while it is recomputed and differentiated."""

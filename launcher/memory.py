@@ -3,9 +3,10 @@
 Formulas follow what jobs/backends really does, and are compared with measured runs in tests/test_memory.py and docs/memory.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from conf.choices import Backend, Frozen, OutputDtype
+from conf.batch import split
+from conf.choices import AdapterKind, Backend, Frozen, OutputDtype
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from launcher.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
@@ -46,7 +47,8 @@ def loop_of(config: Config) -> Loop:
         return Loop(fused_kernels=config.train.compile, compiled=config.train.compile)
     by_stage_3 = config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
     on_gpu = config.cluster.train.gpus_per_node != 0
-    return Loop(fused_kernels=on_gpu, compiled=on_gpu and not by_stage_3)
+    in_pieces = by_stage_3 and config.adapter.kind is not AdapterKind.none
+    return Loop(fused_kernels=on_gpu, compiled=on_gpu and not in_pieces)
 
 
 def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
@@ -76,6 +78,9 @@ def _device(config: Config, counts: Counts, loop: Loop, on_gpu: bool) -> Device:
         "activations": activation_bytes(config, fused_kernels=loop.fused_kernels, compiled=loop.compiled),
         "logits": logit_bytes(config, counts, loss=loop.loss, compiled=loop.fused_kernels),
     }
+    if config.parallel.backend is Backend.fsdp and split(config, _ranks(config)[0])[1] == 1:
+        # each block's gradients come as what it kept goes; micro batches that are added up find those of the ones before
+        state["gradients"] = max(0, state["gradients"] - _going(config, loop))
     # embedding and head are reduced when the logits are gone, in blocks as large as theirs
     state["communication"] += max(0, state.pop("late") - compute["logits"])
     moving = state["gathered"] + state["communication"] + sum(compute.values())
@@ -89,10 +94,20 @@ def _device(config: Config, counts: Counts, loop: Loop, on_gpu: bool) -> Device:
     )
 
 
+def _going(config: Config, loop: Loop) -> float:
+    """Bytes of activations that are freed by the time the first block goes backward."""
+    shape = replace(shape_of(config), num_hidden_layers=1)
+    last = replace(config, model=replace(config.model, architecture=shape))
+    whole, rest = (
+        activation_bytes(each, fused_kernels=loop.fused_kernels, compiled=loop.compiled) for each in (config, last)
+    )
+    return whole - rest
+
+
 def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     """FSDP2: fp32 masters, gradients (`reduce_dtype` fp32) and two fp32 moments on shards; parameters gathered in `width`.
 
-    The root group stays gathered from forward to backward, and is reduced last ("late") in one large piece. Two blocks are
+    Embedding and head stay gathered from forward to backward, and are reduced ("late") in one large piece each. Two blocks are
     gathered at once, a third lies in the buffer it is gathered into; two reductions of blocks overlap. What is frozen is not
     gathered where every rank has it whole.
     torch/distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives}.py, 2.11 and 2.13.
@@ -106,7 +121,7 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
         unit += frozen_width(config, width) * counts.block
     unpacked = width * counts.largest if counts.frozen and config.adapter.base is not Frozen.full else 0
     blocks = (counts.total - counts.root) // counts.block
-    kept = 2 if config.parallel.reshard_after_forward else blocks
+    kept = blocks if config.parallel.reshard_after_forward is False else 2
     here = 0 if config.parallel.offload_parameters else 1
     return {
         "parameters": here * (4 * trained + frozen),

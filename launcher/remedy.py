@@ -69,11 +69,14 @@ def _halved(key: str, value: int, least: int) -> Iterator[tuple[str, Values]]:
 
 
 def _layouts(config: Config) -> Iterator[tuple[str, Values]]:
-    """Layouts of the same backend that shard more."""
+    """Layouts of the same backend that shard more, or hold less of it together."""
     if config.parallel.backend is Backend.zero:
         for stage in range(config.parallel.zero_stage + 1, 4):
             yield f"parallel=zero{stage}", {"parallel.zero_stage": stage}
-    elif config.parallel.shard_ranks is not None:
+        return
+    if config.parallel.shard_ranks != 1 and config.parallel.reshard_after_forward is False:
+        yield "parallel.reshard_after_forward=true", {"parallel.reshard_after_forward": True}
+    if config.parallel.shard_ranks is not None:
         yield "parallel=fsdp", {"parallel.shard_ranks": None, "parallel.reshard_after_forward": True}
 
 

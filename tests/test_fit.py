@@ -23,8 +23,7 @@ def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micr
     for tried in fit._candidates(config):
         size = memory.estimate(tried)
         assert size
-        if (tried.train.activation_checkpointing, tried.train.micro_batch) == (
-            found.train.activation_checkpointing, found.train.micro_batch):  # fmt: skip
+        if tried == found:
             fits = size.device.total <= fit.MARGIN * capacity * GIB
             assert fits or "takes least" in line
             break
@@ -52,8 +51,26 @@ def test_a_rank_holds_no_more_rows_than_keep_a_gpu_busy(compose: Compose) -> Non
     assert chosen(compose, *words, "data.max_length=32768", "parallel=zero3")[1] == 1
 
 
+@pytest.mark.parametrize(
+    ("layout", "capacity", "again"),
+    [("fsdp", 139, False), ("fsdp", 70, True), ("hsdp", 139, False), ("zero3", 139, None)],
+)
+def test_gathered_parameters_stay_where_there_is_room(
+    compose: Compose, layout: str, capacity: float, again: bool | None
+) -> None:
+    words = ["cluster=slurm", "model=llama8b", "train.micro_batch=1", f"cluster.train.gpu_memory_gib={capacity}", *LONG]
+    config, (line,) = fit.settled(compose(*words, f"parallel={layout}"))
+    assert config.train.activation_checkpointing is Checkpointing.none
+    assert config.parallel.reshard_after_forward is again
+    assert (f"parallel.reshard_after_forward={str(again).lower()}" in line) is (again is not None)
+
+
 def test_what_was_asked_for_stays(compose: Compose) -> None:
-    asked = ["train.micro_batch=3", "train.activation_checkpointing=selective"]
+    asked = [
+        "train.micro_batch=3",
+        "train.activation_checkpointing=selective",
+        "parallel.reshard_after_forward=true",
+    ]
     config = compose("cluster=slurm", "model=llama8b", "cluster.train.gpu_memory_gib=139", *asked)
     assert fit.settled(config) == (config, [])
 
@@ -65,6 +82,7 @@ def test_what_was_asked_for_stays(compose: Compose) -> None:
         (["cluster=slurm", "model=hub", "model.source=a/b", "train.activation_checkpointing=auto",
           "cluster.train.gpu_memory_gib=79"], "full", "without model.architecture"),
         (["model=tiny"], "none", ""),  # on CPUs
+        (["cluster=slurm", "model=llama8b"], "full", "parallel.reshard_after_forward=true: what most likely fits"),
     ],
 )  # fmt: skip
 def test_where_nothing_is_known_it_is_said(compose: Compose, words: list[str], mode: str, why: str) -> None:
@@ -80,8 +98,9 @@ def test_the_run_folder_says_what_was_chosen(launch: Launch, tmp_path) -> None:
         assert done.returncode == 0, done.stderr
     stored = resolve.load(tmp_path / "run/config.yaml").train
     mode, rows = stored.activation_checkpointing, stored.micro_batch
-    said = f"chosen    train.activation_checkpointing={mode.name} train.micro_batch={rows}: the fastest that fits"
-    assert said in done.stdout
+    again = str(resolve.load(tmp_path / "run/config.yaml").parallel.reshard_after_forward).lower()
+    said = f"train.activation_checkpointing={mode.name} train.micro_batch={rows} parallel.reshard_after_forward={again}"
+    assert f"chosen    {said}: the fastest that fits" in done.stdout
     assert mode is not Checkpointing.auto
 
 

@@ -108,8 +108,16 @@ def test_a_layout_that_shards_more_takes_less(compose: Compose) -> None:
 
 
 def test_full_training_state_is_sixteen_bytes_a_parameter_over_the_shards(compose: Compose) -> None:
-    found = device(compose, "parallel=fsdp", "cluster.train.nodes=1")
+    found = device(compose, "parallel=fsdp", "cluster.train.nodes=1", "train.micro_batch=1")  # of 8 a step
     assert found.parameters + found.gradients + found.optimizer == 16 * 8_030_261_248 / 8
+
+
+def test_gradients_take_the_place_of_activations_unless_micro_batches_are_added_up(compose: Compose) -> None:
+    words = ["parallel=fsdp", "cluster.train.nodes=1", "train.activation_checkpointing=none", "data.max_length=8192"]
+    whole = 4 * 8_030_261_248 / 8
+    assert device(compose, *words, "train.global_batch=8").gradients == 0
+    assert device(compose, *words, "train.global_batch=16").gradients == whole
+    assert 0 < device(compose, *words, "train.global_batch=8", "data.max_length=512").gradients < whole
 
 
 def test_an_adapter_leaves_the_base_without_gradients_and_moments(compose: Compose) -> None:
