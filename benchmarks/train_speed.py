@@ -45,7 +45,6 @@ class Case:
 CASES = {
     "fsdp": Case(["parallel=fsdp"], [["fsdp"], ["trainer"], ["trainer", "--tuned"]]),
     "zero3": Case(["parallel=zero3"], [["zero3"]]),
-    "zero3_blocks": Case(["parallel=zero3", "train.compile=true"], []),
     "float8": Case(["parallel=fsdp", "train.float8=tensorwise"], [["fsdp", "--float8", "tensorwise"]]),
     "packed": Case(["parallel=fsdp", "data.packing=true"], [], ragged=True),
     "lora": Case(["parallel=ddp", "adapter=lora"], [["lora"]], alone=True, length=4096, stored=True),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from conf.choices import Backend, Checkpointing
+from conf.choices import AdapterKind, Backend, Checkpointing
 from conf.schema import Config
 from jobs import context, head, pieces
 from jobs.distributed import World
@@ -54,12 +54,12 @@ def install(model: Any, config: Config, world: World) -> None:
 
 
 def is_compiled(config: Config, world: World) -> bool:
-    """Whether blocks are compiled: as the config says, else on GPUs where there is triton, and no ZeRO-3."""
+    """Whether blocks are compiled: as the config says, else on GPUs with triton where no hooks are needed inside."""
     return _compiles(world) and not _hooked(config) if config.train.compile is None else config.train.compile
 
 
 def has_pieces(config: Config, world: World) -> bool:
-    """Whether norms and gated products are compiled alone: under ZeRO-3, whose hooks inside a block would cut it to pieces."""
+    """Whether norms and gated products are compiled alone: where ZeRO-3's hooks inside a block would cut it to pieces."""
     return config.train.compile is None and _compiles(world) and _hooked(config)
 
 
@@ -67,7 +67,17 @@ def _compiles(world: World) -> bool:
     return world.device.type == "cuda" and find_spec("triton") is not None
 
 
+def as_one(config: Config, world: World) -> bool:
+    """Whether ZeRO-3 is to gather a block as one, without hooks inside. Not under an adapter, where DeepSpeed 0.19.8 then gives
+    backward a weight that it has partitioned already."""
+    return _is_stage_3(config) and config.adapter.kind is AdapterKind.none and is_compiled(config, world)
+
+
 def _hooked(config: Config) -> bool:
+    return _is_stage_3(config) and config.adapter.kind is not AdapterKind.none
+
+
+def _is_stage_3(config: Config) -> bool:
     return config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
 
 

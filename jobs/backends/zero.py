@@ -33,13 +33,7 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     import deepspeed
 
     kernels.install(model, config, world)
-    if (
-        config.parallel.zero_stage == 3
-        and config.adapter.kind is AdapterKind.none
-        and kernels.is_compiled(config, world)
-    ):
-        # Each block is gathered as one: hooks inside it would cut its compiled code into dozens of pieces. Not under an
-        # adapter, where DeepSpeed 0.19.8 then gives backward a weight that it has partitioned already.
+    if kernels.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
     if startup.is_empty(model):
@@ -80,8 +74,10 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
     import deepspeed
 
     dtype, context = compute_dtype(config), deepspeed.zero.Init(config_dict_or_path=derived.plan(config, world.size))
-    if context.mem_efficient_linear:
-        context._enable_mem_efficient_linear()  # else every linear layer keeps its gathered weight until its backward
+    if context.mem_efficient_linear and not kernels.as_one(config, world):
+        # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
+        # for each block anew: it looks at a weight's number (torch 2.11).
+        context._enable_mem_efficient_linear()
 
     def partition(parameter: nn.Parameter) -> nn.Parameter:
         made = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=world.device), parameter.requires_grad)
