@@ -1,13 +1,16 @@
 """What benchmarks of training share: rows, a tokenizer for any vocabulary, and a run that is ended when it has shown enough."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +68,39 @@ def ragged(longest: int, tokens: int) -> list[int]:
 
 
 def write_model(folder: Path, model: str) -> int:
-    """A folder as the Hub has them, of random bf16 weights; returns their bytes."""
+    """A folder as the Hub has them, of random bf16 weights, written by many processes; returns their bytes."""
     import torch
-    from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
     config = shape(model)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
-        every = dict(LlamaForCausalLM(config).named_parameters())
+        every = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
     write_tokenizer(folder, config.vocab_size)
     config.save_pretrained(folder)
-    device, names, index = "cuda" if torch.cuda.is_available() else "cpu", list(every), {}
-    parts = [names[at : at + 40] for at in range(0, len(names), 40)]
-    for number, part in enumerate(parts, 1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        made = {
-            key: torch.randn(every[key].shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu() for key in part
-        }
-        save_file(made, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(part, name)
+    names = list(every)
+    parts = [names[at : at + 20] for at in range(0, len(names), 20)]
+    files = [folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    shapes = [{name: every[name] for name in part} for part in parts]
+    workers = min(len(parts), os.cpu_count() or 1, 24)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_write_file, files, shapes, range(len(parts))))
+    index = {name: file.name for part, file in zip(parts, files, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return 2 * sum(value.numel() for value in every.values())
+    return 2 * sum(prod(shape) for shape in every.values())
+
+
+def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
+    torch.manual_seed(number)
+    made = {
+        name: torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu() for name, shape in shapes.items()
+    }
+    save_file(made, path, {"format": "pt"})
 
 
 class Run:

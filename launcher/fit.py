@@ -3,7 +3,6 @@ gathered parameters stay until backward; pure."""
 
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import product
 
 from conf.batch import copies
 from conf.choices import Backend, Checkpointing
@@ -62,8 +61,10 @@ def _candidates(config: Config) -> Iterator[Config]:
     asked, train = config.train.activation_checkpointing, config.train
     modes = [asked] if asked is not Checkpointing.auto else _allowed(config)
     sizes = [train.micro_batch] if train.micro_batch is not None else _sizes(config)
-    for choice in product(modes, sizes, [False, True] if RESHARD in _open(config) else [True]):
-        yield _with(config, choice)
+    again = [False, True] if RESHARD in _open(config) else [True]
+    yield from (
+        _with(config, choice) for choice in ((mode, size, last) for mode in modes for size in sizes for last in again)
+    )
 
 
 def _allowed(config: Config) -> list[Checkpointing]:
