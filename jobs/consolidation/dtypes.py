@@ -85,8 +85,8 @@ def by_torch(block: np.ndarray, stored: Dtype, wanted: Dtype, room: np.ndarray) 
     return room
 
 
-STEP = 2**16
-"""Elements that numpy rounds at a time: few enough for a processor's second cache, through which they go seven times."""
+STEP = 2**18
+"""Elements that numpy rounds at a time: few enough for the processor's cache, and enough for threads not to wait for another."""
 
 
 def by_numpy(block: np.ndarray, stored: Dtype, wanted: Dtype, room: np.ndarray) -> np.ndarray:
@@ -102,8 +102,7 @@ def by_numpy(block: np.ndarray, stored: Dtype, wanted: Dtype, room: np.ndarray) 
         np.bitwise_and(sums, 1, out=sums)
         np.add(sums, 0x7FFF, out=sums)
         np.add(sums, part, out=sums)
-        np.right_shift(sums, 16, out=sums)
-        made[start : start + STEP] = sums
-        if np.isnan(numbers[start : start + STEP].max()):
-            made[start : start + STEP][np.isnan(numbers[start : start + STEP])] = 0xFFFF
+        np.right_shift(sums, 16, out=made[start : start + STEP], casting="unsafe")
+    if bits.size and np.isnan(numbers.max()):
+        made[np.isnan(numbers)] = 0xFFFF
     return room
