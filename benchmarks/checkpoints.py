@@ -53,13 +53,12 @@ def write_sources(folder: Path, size: str, zero: bool, hf: bool) -> None:
 
 def write_base(folder: Path, size: str) -> None:
     """The model folder that a user names: its config, and its headers; nobody reads the weights behind these."""
-    import torch
 
-    from jobs.consolidation import hf
+    from jobs.consolidation import dtypes, hf
 
     described(size).save_pretrained(folder)
     every = shapes(size)
-    first, _, length = hf.head([(name, shape, torch.bfloat16) for name, shape in every.items()])
+    first, _, length = hf.head([(name, shape, dtypes.BF16) for name, shape in every.items()])
     with (folder / "model.safetensors").open("wb") as file:
         file.write(first)
         file.truncate(length)

@@ -4,7 +4,6 @@ from importlib import import_module
 from pathlib import Path
 
 from conf.errors import ConfigError, Problem
-from conf.resolve import load
 
 NAMES = ("preflight", "preprocess", "train", "consolidate", "evaluate", "generate")
 
@@ -13,4 +12,6 @@ def run(name: str, config_path: str) -> None:
     """Run one job on this rank. Raises UserError for what the user can mend, Stopped when it was told to end early."""
     if name not in NAMES:
         raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(NAMES)}"))
+    from conf.resolve import load  # imports omegaconf
+
     import_module(f"jobs.{name}").run(load(Path(config_path)))

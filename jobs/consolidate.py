@@ -12,8 +12,8 @@ from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Veri
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
-from jobs import checkpoint, manifest, quantised, weights
-from jobs.consolidation import describe, foreign, hf, merge, names, sources
+from jobs import manifest
+from jobs.consolidation import describe, dtypes, foreign, hf, merge, names, sources
 from jobs.consolidation.make import make, workers
 from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.names import NotViews
@@ -29,6 +29,8 @@ def run(config: Config) -> None:
     (or, with `consolidate.verify=logits`, what the model says) is not what training recorded of it, or there is no room;
     DataError when the checkpoint and the model do not fit.
     """
+    from jobs import checkpoint  # imports torch, which a merge of a foreign checkpoint does without
+
     found = checkpoint.to_merge(config)
     if found is None:
         raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
@@ -94,6 +96,8 @@ def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, An
 
 def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     """What goes into the result. Raises NotViews for a model that cannot be streamed."""
+    from jobs import model, quantised, weights
+
     dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
     found = names.plain(source.tensors, empty.state_dict())
     if config.consolidate.adapter_only:
@@ -108,10 +112,9 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     blue = names.blueprint(empty)
     made = merge.merged(blue, found, base, dtype, settings)
     if config.consolidate.base is MergeBase.dequantised:
-        from jobs import model
-
         layers = quantised.layers(model.skeleton(config))
-        merge.dequantised(made, blue, layers, model.compute_dtype(config))
+        computed = str(model.compute_dtype(config)).removeprefix("torch.")
+        merge.dequantised(made, blue, layers, dtypes.EVERY[computed])
     return made
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from conf.errors import Problem, SiteError
 from conf.schema import Config
+from jobs.place import place
 
 MARGIN_S = 60
 """By so much torch's own time-outs, which end a process without a diagnosis, come later than the watchdog's limits."""
@@ -55,11 +56,6 @@ class World:
     def share(self) -> tuple[int, int]:
         """(which, of how many) stretches of a row's tokens this rank has."""
         return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
-
-
-def place() -> tuple[int, int]:
-    """(rank, world size) of this process, as whoever started it says; (0, 1) where nobody does."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

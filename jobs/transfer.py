@@ -14,6 +14,7 @@ from conf.errors import Problem, RunError
 from jobs.agreement import everywhere, first
 from jobs.backends import Engine
 from jobs.consolidation import dcp, zero
+from jobs.consolidation.dtypes import memory
 from jobs.consolidation.extents import Stored, blocks
 from jobs.consolidation.stream import Files, Reader
 from jobs.weights import CHUNK_BYTES, READERS, Part, plain
@@ -85,8 +86,8 @@ def _fill(saved: Kinds, held: Held) -> int:
         place, start, into = piece
         if not hasattr(own, "reader"):
             own.reader = Reader(files)
-        block = torch.empty(into.numel(), dtype=place.dtype)
-        own.reader.fill(place, start, block)
+        block = torch.empty(into.numel(), dtype=place.dtype.torch)
+        own.reader.fill(place, start, memory(block))
         into.copy_(block)
         return block.nbytes
 

@@ -38,6 +38,11 @@ def test_no_module_of_the_launcher_imports_torch(name: str) -> None:
     assert not found & HEAVY
 
 
+def test_merging_a_foreign_checkpoint_needs_no_torch() -> None:
+    """Importing it takes longer than a small merge."""
+    assert not loaded("import jobs.consolidate, jobs.consolidation.foreign") & HEAVY - {"numpy"}
+
+
 @pytest.mark.parametrize("name", BARE)
 def test_what_runs_outside_a_container_needs_only_python(name: str) -> None:
     found = loaded(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {name}", flags=("-S", "-I"))

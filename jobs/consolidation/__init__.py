@@ -4,6 +4,7 @@ extents.py      where a tensor's elements lie in files; which ranges make a bloc
 pickles.py      reads what torch.save and DCP pickled without running any code of theirs
 dcp.py zero.py hf.py     one kind of checkpoint each: name -> Stored
 names.py        the names of training to the names of a model folder: fused weights, ties, adapters
+dtypes.py       what numbers are stored as; casts, by numpy or torch
 adapter.py      what is added to a block of base weights
 plan.py         files, headers and offsets of the result, before any weight is read (pure)
 stream.py       workers that read, cast, add, write

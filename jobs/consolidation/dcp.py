@@ -1,5 +1,6 @@
 """torch's distributed checkpoints (FSDP2, HSDP, tensor parallel): every tensor's chunks, from `.metadata` alone."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _complete(folder: Path, where: dict[Any, Any]) -> None:
 
 def _stored(folder: Path, key: str, entry: Any, where: dict[Any, Any]) -> Stored:
     shape, dtype = tuple(entry.size), entry.properties.state[0]
-    chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks if chunk.sizes.numel()}
+    chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks if prod(chunk.sizes)}
     width, boxes = rectangles(shape, list(chunks.items()))
     extents = []
     for starts, rows in zip(chunks, boxes, strict=True):
@@ -56,6 +57,6 @@ def _stored(folder: Path, key: str, entry: Any, where: dict[Any, Any]) -> Stored
             path = str(folder / info.relative_path)
             extents.append(Extent(path, info.offset, row, count, column, columns, info.length, element))
     extents.sort(key=lambda extent: (extent.row, extent.column))
-    if sum(extent.rows * extent.columns for extent in extents) != entry.size.numel():
+    if sum(extent.rows * extent.columns for extent in extents) != prod(entry.size):
         raise RunError(Problem("checkpoint", folder, f"parts of {key} were not saved: merge another step"))
     return Stored(shape, dtype, tuple(extents), width)

@@ -1,6 +1,6 @@
 """The files beside the weights: config, generation config, tokenizer with its chat template, adapter config, model card.
 
-transformers is imported where it is needed: it takes seconds, and a merge of a foreign checkpoint often does without.
+torch and transformers are imported where they are needed: it takes seconds, and a merge of a foreign checkpoint often does without.
 """
 
 import shutil
@@ -8,11 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import ConfigError, Problem
 from conf.files import read_json, write_json
 from conf.schema import Config
+from jobs.consolidation.dtypes import Dtype
 from jobs.consolidation.merge import Merge
 
 CARD = "README.md"
@@ -27,6 +26,7 @@ def of_run(config: Config) -> Any:
 
 def empty(source: str) -> Any:
     """The model of a folder or Hub id on the meta device. Raises ConfigError when it has no config that can be read."""
+    import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -50,7 +50,7 @@ def write_model(folder: Path, made: Any, merged: Merge) -> None:
 
     made.config.use_cache = True
     made.config.architectures = [type(made).__name__]
-    made.config.dtype = merged.dtype()
+    made.config.dtype = merged.dtype().torch
     if merged.untied:
         made.config.tie_word_embeddings = False
     made.config.save_pretrained(folder)
@@ -90,11 +90,11 @@ def copy_tokenizer(folder: Path, places: list[Path]) -> None:
             return
 
 
-def copy_model(folder: Path, base: Path, dtype: torch.dtype) -> None:
+def copy_model(folder: Path, base: Path, dtype: Dtype) -> None:
     """config.json of the base, which fits as it is but for the dtype, and its generation config."""
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True})
+    write_json(folder / "config.json", config | {"dtype": dtype.name, "use_cache": True})
     if (base / "generation_config.json").exists():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 

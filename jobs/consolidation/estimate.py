@@ -11,7 +11,9 @@ from jobs.consolidation import stream
 from jobs.consolidation.plan import Plan
 
 PROBE = 256 * 2**20
-"""Bytes that a probe writes and reads, at most; less than a hundredth of what is to be moved."""
+"""Bytes that a probe writes and reads, at most; a four-hundredth of what is to be moved where that is less."""
+SHARE = 400
+"""So much more is moved than a probe moves: a merge should not wait for its estimate."""
 LEAST = 64 * 2**20
 """Bytes below which a probe says nothing, and what it would be for takes moments."""
 BUFFERS = 4
@@ -40,7 +42,7 @@ def lines(plan: Plan, workers: int, folder: Path, processes: int = 1) -> list[st
         f"memory    about {held / 2**30:.1f} GiB: {workers} workers a process, any size of model",
     ]
     moved = read + 2 * written
-    if (size := min(PROBE, moved // 100)) < LEAST:
+    if (size := min(PROBE, moved // SHARE)) < LEAST:
         return found
     try:
         speed = probe(folder, size, workers)

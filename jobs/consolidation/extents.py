@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-import torch
+from jobs.consolidation.dtypes import Dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stored:
     """A tensor as it is on disk."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     extents: tuple[Extent, ...]
     """Disjoint, sorted by row, together the whole tensor."""
     width: int = 1

@@ -5,13 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.choices import OutputDtype
 from conf.errors import DataError, Problem
 from conf.files import read_json
-from jobs import weights
 from jobs.consolidation import describe, estimate, hf, merge, names, sources
+from jobs.consolidation.dtypes import Dtype
 from jobs.consolidation.extents import Stored
 from jobs.consolidation.make import make, workers
 from jobs.consolidation.merge import Merge, Settings
@@ -59,6 +57,8 @@ class Base:
 
     def fetch(self) -> None:
         """The weights of a Hub id."""
+        from jobs import weights  # imports torch
+
         if self.folder is None and (found := weights.find(self.source, None)):
             self.folder, self.files = found, hf.tensors(found)
 
@@ -82,7 +82,7 @@ class Base:
             raise DataError(Problem("--base", self.source, said)) from error
 
 
-def _merge(tensors: dict[str, Stored], base: Base, dtype: torch.dtype | None, settings: dict[str, Any]) -> Merge:
+def _merge(tensors: dict[str, Stored], base: Base, dtype: Dtype | None, settings: dict[str, Any]) -> Merge:
     if base.source is None:
         return merge.as_they_are(names.plain(tensors), dtype)
     blue = base.blueprint(tensors)

@@ -3,19 +3,19 @@
 import json
 import os
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import DataError, Problem
 from conf.files import read_json
+from jobs.consolidation.dtypes import EVERY, Dtype
 from jobs.consolidation.extents import Extent, Stored
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": EVERY["float64"], "F32": EVERY["float32"], "F16": EVERY["float16"], "BF16": EVERY["bfloat16"],
+    "I64": EVERY["int64"], "I32": EVERY["int32"], "I16": EVERY["int16"], "I8": EVERY["int8"], "U8": EVERY["uint8"],
+    "BOOL": EVERY["bool"], "F8_E4M3": EVERY["float8_e4m3fn"], "F8_E5M2": EVERY["float8_e5m2"],
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -67,12 +67,12 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
     return found, 8 + length
 
 
-def head(tensors: list[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[bytes, list[int], int]:
+def head(tensors: list[tuple[str, tuple[int, ...], Dtype]]) -> tuple[bytes, list[int], int]:
     """The first bytes of a file with these tensors in this order, where the data of each begins, and the file's size."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, at = [], 0
     for name, shape, dtype in tensors:
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = prod(shape) * dtype.itemsize
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         offsets.append(at)
         at += size

@@ -3,19 +3,24 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from conf.errors import DataError, Problem
-from jobs.consolidation import adapter
-from jobs.consolidation.adapter import Update
+from jobs.consolidation import dtypes
+from jobs.consolidation.dtypes import Dtype
 from jobs.consolidation.extents import Stored
 from jobs.consolidation.names import Blueprint, SavedName, adapters
 from jobs.consolidation.plan import Output
 from jobs.consolidation.stream import Files, Reader
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:  # both are imported where there is an adapter
+    import torch
+
+    from jobs.consolidation.adapter import Update
+
+DTYPES = {"fp32": dtypes.FP32, "bf16": dtypes.BF16, "fp16": dtypes.FP16}
 BASE = "base:"
 """Stands before the names of base weights, which may also be in the checkpoint."""
 
@@ -33,7 +38,9 @@ class Settings:
         alpha = next(
             (value for key, value in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha
         )
-        return adapter.scale(alpha, rank, self.rslora)
+        from jobs.consolidation.adapter import scale
+
+        return scale(alpha, rank, self.rslora)
 
 
 @dataclass
@@ -42,21 +49,21 @@ class Merge:
 
     outputs: list[Output]
     sources: dict[str, Stored]
-    updates: dict[str, Update] = field(default_factory=dict)
-    packed: dict[str, torch.dtype] = field(default_factory=dict)
+    updates: "dict[str, Update]" = field(default_factory=dict)
+    packed: dict[str, Dtype] = field(default_factory=dict)
     """Sources that training had in NF4, with the precision of compute, where the result is to be made of that."""
     untied: bool = False
     """A tied head was trained on its own: the result's config must say so."""
 
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         """Of most of the numbers."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[Dtype, int] = {}
         for output in self.outputs:
             sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def as_they_are(weights: dict[str, Stored], dtype: torch.dtype | None) -> Merge:
+def as_they_are(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
     """Without a model to compare with: every weight under its own name. Raises DataError for adapters."""
     _, parts = adapters(weights)
     if parts:
@@ -70,7 +77,7 @@ def merged(
     blue: Blueprint,
     weights: dict[str, Stored],
     base: dict[str, Stored],
-    dtype: torch.dtype | None,
+    dtype: Dtype | None,
     settings: Settings | None,
 ) -> Merge:
     """Every tensor of the model folder; `dtype` None keeps the base's.
@@ -98,7 +105,7 @@ def merged(
     return made
 
 
-def dequantised(made: Merge, blue: Blueprint, layers: Iterable[str], dtype: torch.dtype) -> None:
+def dequantised(made: Merge, blue: Blueprint, layers: Iterable[str], dtype: Dtype) -> None:
     """Let the base weights that are `layers` (live names) be taken as training had them, in NF4."""
     base = {key.removeprefix(BASE) for key in made.sources if key.startswith(BASE)}
     for saved in blue.saved:
@@ -106,7 +113,7 @@ def dequantised(made: Merge, blue: Blueprint, layers: Iterable[str], dtype: torc
             made.packed[BASE + str(blue.base_name(saved, base))] = dtype
 
 
-def adapter_alone(weights: dict[str, Stored], dtype: torch.dtype | None) -> Merge:
+def adapter_alone(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
     """The adapters under PEFT's names in a file, and what PEFT trained whole. Raises DataError when there are none."""
     keys, parts = adapters(weights)
     if not parts:
@@ -124,7 +131,7 @@ PEFT_NAME = re.compile(
 """What PEFT leaves out of the names in adapter_model.safetensors."""
 
 
-def _cast(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
+def _cast(stored: Stored, dtype: Dtype | None) -> Dtype:
     """Whole numbers and truth values stay what they are."""
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
@@ -178,6 +185,8 @@ def _add(
     settings: Settings,
 ) -> None:
     """Read the adapters, which are small, and give every source its own rows of them."""
+    from jobs.consolidation.adapter import Update
+
     files = Files()
     reader = Reader(files)
     try:
@@ -204,7 +213,9 @@ def _add(
                 made.updates[key] = Update(update.a, update.b[first : first + count], update.scale, magnitude)
 
 
-def _update(name: str, kinds: dict[str, torch.Tensor], transposed: bool, settings: Settings) -> Update:
+def _update(name: str, kinds: "dict[str, torch.Tensor]", transposed: bool, settings: Settings) -> "Update":
+    from jobs.consolidation.adapter import Update
+
     embedding = "lora_embedding_A" in kinds
     first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if missing := [kind for kind in (first, second) if kind not in kinds]:
@@ -214,8 +225,8 @@ def _update(name: str, kinds: dict[str, torch.Tensor], transposed: bool, setting
     return found.transposed() if embedding or transposed else found
 
 
-def tensor(reader: Reader, stored: Stored) -> torch.Tensor:
+def tensor(reader: Reader, stored: Stored) -> "torch.Tensor":
     """A small stored tensor, whole, in fp32."""
-    flat = torch.empty(stored.numel, dtype=stored.dtype)
+    flat = np.empty(stored.nbytes, np.uint8)
     reader.fill(stored, 0, flat)
-    return flat.view(stored.shape).float()
+    return dtypes.tensor(flat, stored.dtype).view(stored.shape).float()

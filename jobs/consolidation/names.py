@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim|lr_scheduler|dataloader|train_state)\.|\.(exp_avg|exp_avg_sq|step)$")
 PREFIXES = ("app.", "state.", "state_dict.", "module.", "_forward_module.")
@@ -82,22 +80,22 @@ def of_files(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Blue
     return Blueprint(dict(shapes), tied, saved, frozenset(), frozenset())
 
 
-class _Placed(torch.Tensor):
-    """A view of the arena that stays one where a real tensor would be copied."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.contiguous, torch.Tensor.clone):
-            return args[0]
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def _saved(model: Any, state: dict[str, torch.Tensor]) -> Iterable[SavedName]:
+def _saved(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
     """transformers' own reversal of what it does on loading, run on views of one empty storage: where a result lies in
     that storage says which elements of which weight it is."""
+    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(_Placed)
+    class Placed(torch.Tensor):
+        """A view of the arena that stays one where a real tensor would be copied."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.Tensor.contiguous, torch.Tensor.clone):
+                return args[0]
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(Placed)
     begins, views, at = [], {}, 0
     for name, value in state.items():
         views[name] = arena[at : at + value.numel()].view(value.shape)

@@ -8,12 +8,12 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.errors import Problem, RunError
+from jobs.consolidation.dtypes import EVERY, Dtype
 
 
 class Inert:
@@ -37,30 +37,30 @@ class Saved:
     """A tensor in a torch.save archive: bytes of the file, read by nobody yet."""
 
     offset: int
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     contiguous: bool
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return prod(self.shape)
 
 
 DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "FloatStorage": EVERY["float32"],
+    "DoubleStorage": EVERY["float64"],
+    "HalfStorage": EVERY["float16"],
+    "BFloat16Storage": EVERY["bfloat16"],
+    "LongStorage": EVERY["int64"],
+    "IntStorage": EVERY["int32"],
+    "ShortStorage": EVERY["int16"],
+    "CharStorage": EVERY["int8"],
+    "ByteStorage": EVERY["uint8"],
+    "BoolStorage": EVERY["bool"],
 }
 PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): tuple,
     ("builtins", "set"): set,
     ("builtins", "slice"): slice,
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
@@ -107,8 +107,8 @@ class Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.known:
             return self.known[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "torch" and name in EVERY:
+            return EVERY[name]
         if name in DTYPES and module in ("torch", "torch.storage"):
             return DTYPES[name]
         if module == "torch._utils" and name in REBUILDS:
@@ -122,9 +122,9 @@ class Reader(pickle.Unpickler):
 
 def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Saved:
     dtype, start = storage
-    if len(rest) > 2 and isinstance(rest[2], torch.dtype):  # newer dtypes lie in untyped storages
+    if len(rest) > 2 and isinstance(rest[2], Dtype):  # newer dtypes lie in untyped storages
         dtype = rest[2]
-    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
+    itemsize = dtype.itemsize if isinstance(dtype, Dtype) else 0
     return Saved(start + offset * itemsize, dtype, tuple(shape), _contiguous(tuple(shape), tuple(stride)))
 
 

@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from jobs.consolidation import hf
-from jobs.consolidation.adapter import Update
+from jobs.consolidation import dtypes, hf
+from jobs.consolidation.dtypes import Dtype
 from jobs.consolidation.extents import Stored
+
+if TYPE_CHECKING:  # it imports torch, which merges without an adapter do without
+    from jobs.consolidation.adapter import Update
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class Output:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     source: str
     start: int = 0
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -50,10 +52,15 @@ class Task:
     placed: tuple[Placed, ...]
     sha256: str | None = None
     """Of its elements as training had them; compared while they pass."""
-    update: Update | None = None
+    update: "Update | None" = None
     """What an adapter adds to it."""
-    packed: torch.dtype | None = None
+    packed: Dtype | None = None
     """Precision of compute in which training had it in NF4; it is then rounded to that first."""
+
+    @property
+    def has(self) -> Dtype:
+        """What its elements are before they are cast to what is written."""
+        return dtypes.FP32 if self.update is not None else self.packed or self.stored.dtype
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,10 @@ def plan(
     sources: dict[str, Stored],
     shard_bytes: int,
     prints: dict[str, str],
-    updates: dict[str, Update],
+    updates: "dict[str, Update]",
     about: dict[str, Any],
     stem: str = "model",
-    packed: Mapping[str, torch.dtype] | None = None,
+    packed: Mapping[str, Dtype] | None = None,
 ) -> Plan:
     """Lay the outputs into files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
     files = _files(outputs, shard_bytes, stem)
@@ -127,8 +134,8 @@ def _tasks(
     files: list[str],
     sources: dict[str, Stored],
     prints: dict[str, str],
-    updates: dict[str, Update],
-    packed: Mapping[str, torch.dtype],
+    updates: "dict[str, Update]",
+    packed: Mapping[str, Dtype],
 ) -> tuple[Task, ...]:
     """A task for each source tensor that is written or checked: file by file, so that files are finished early, the
     largest of a file first, so that no worker starts with one when the others are done."""

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import xxhash
 
 from conf.errors import Problem, RunError
@@ -147,11 +146,11 @@ def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: i
 
 
 def _sum(descriptor: int, path: str, offset: int, size: int) -> str:
-    buffer, total = torch.empty(min(size, stream.CHUNK), dtype=torch.uint8), xxhash.xxh3_64()
+    buffer, total = memoryview(bytearray(min(size, stream.CHUNK))), xxhash.xxh3_64()
     for at in range(0, size, stream.CHUNK):
         part = buffer[: min(stream.CHUNK, size - at)]
         stream.read(descriptor, path, offset + at, part)
-        total.update(memoryview(part.numpy()))
+        total.update(part)
     return str(total.hexdigest())
 
 

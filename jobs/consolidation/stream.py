@@ -7,17 +7,19 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 import xxhash
 
 from conf.errors import Problem, RunError
-from jobs import quantised
-from jobs.consolidation import adapter, pickles
-from jobs.consolidation.adapter import Nf4
+from jobs.consolidation import pickles
+from jobs.consolidation.dtypes import FP32, Cast, Dtype, caster, tensor
 from jobs.consolidation.extents import Extent, Piece, Stored, blocks, pieces
 from jobs.consolidation.plan import Placed, Plan, Task
+
+if TYPE_CHECKING:
+    from jobs.consolidation.adapter import Nf4
 
 EMPTY = xxhash.xxh3_64().hexdigest()
 """Checksum of a tensor without elements."""
@@ -57,26 +59,27 @@ class Reader:
         self.once = once
         """Whether what is read is then let go of by the page cache, which else grows by the size of the model; a fresh page also
         costs more than the copy into it."""
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = np.empty(0, np.uint8)
         self._begins: dict[tuple[str, int], int] = {}
 
-    def fill(self, stored: Stored, start: int, block: torch.Tensor) -> None:
-        """Read the flat elements from `start` on into `block`, one-dimensional, of the dtype stored."""
-        for piece in pieces(stored, start, start + block.numel()):
-            count = piece.rows * piece.columns
+    def fill(self, stored: Stored, start: int, block: np.ndarray) -> None:
+        """Read the flat elements from `start` on into the bytes of `block`, as they are stored."""
+        size = stored.dtype.itemsize
+        for piece in pieces(stored, start, start + block.size // size):
+            room, count = block[piece.start * size :], piece.rows * piece.columns * size
             if piece.rows == 1 or piece.columns == stored.width:
-                self._read(stored, piece, block[piece.start : piece.start + count])
+                self._read(stored, piece, room[:count])
             else:
-                part = self._space(count * stored.dtype.itemsize).view(stored.dtype)
+                part = self._space(count)
                 self._read(stored, piece, part)
-                shape, strides = (piece.rows, piece.columns), (stored.width, 1)
-                block.as_strided(shape, strides, block.storage_offset() + piece.start).copy_(part.view(shape))
+                shape, strides = (piece.rows, piece.columns * size), (stored.width * size, 1)
+                np.lib.stride_tricks.as_strided(room, shape, strides)[:] = part.reshape(shape)
 
-    def _read(self, stored: Stored, piece: Piece, part: torch.Tensor) -> None:
+    def _read(self, stored: Stored, piece: Piece, part: np.ndarray) -> None:
         extent = piece.extent
         begin = self._begin(stored, extent) if extent.archive else extent.offset
         descriptor, offset = self.files(extent.path), begin + piece.element * stored.dtype.itemsize
-        read(descriptor, extent.path, offset, part)
+        read(descriptor, extent.path, offset, memoryview(part))
         if self.once:
             os.posix_fadvise(descriptor, offset, part.nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -97,15 +100,14 @@ class Reader:
             self._begins[key] = saved.offset
         return self._begins[key]
 
-    def _space(self, size: int) -> torch.Tensor:
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.uint8)
+    def _space(self, size: int) -> np.ndarray:
+        if self._scratch.size < size:
+            self._scratch = np.empty(size, np.uint8)
         return self._scratch[:size]
 
 
-def read(descriptor: int, path: str, offset: int, part: torch.Tensor) -> None:
-    """Fill a tensor with the bytes at `offset`. Raises RunError where the file ends before."""
-    view = memoryview(part.view(torch.uint8).numpy())
+def read(descriptor: int, path: str, offset: int, view: memoryview) -> None:
+    """Fill `view` with the bytes at `offset`. Raises RunError where the file ends before."""
     while view:
         try:
             count = os.preadv(descriptor, [view], offset)
@@ -129,10 +131,12 @@ def write(descriptor: int, offset: int, view: memoryview) -> None:
 class Worker:
     """Buffers of one thread."""
 
-    def __init__(self, files: Files, folder: Path, moved: Callable[[int], None], stop: threading.Event) -> None:
-        self.files, self.folder, self.moved, self.stop = files, folder, moved, stop
+    def __init__(
+        self, files: Files, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
+    ) -> None:
+        self.files, self.folder, self.cast, self.moved, self.stop = files, folder, cast, moved, stop
         self.reader = Reader(files, once=True)
-        self.spaces = [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(3)]
+        self.spaces = [np.empty(CHUNK, np.uint8) for _ in range(3)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
         """Carry a task out; returns the XXH3 of each output written. Files in `skip` are there already, or another's.
@@ -156,25 +160,27 @@ class Worker:
             raise Differs(task.name)
         return sums
 
-    def _scales(self, task: Task) -> Nf4 | None:
+    def _scales(self, task: Task) -> "Nf4 | None":
         """A first pass over a weight that training had in 4 bits: its scales depend on all of it."""
         if task.packed is None:
             return None
-        made, numel = Nf4(task.packed), task.stored.numel
+        from jobs.consolidation.adapter import Nf4
+
+        made, numel = Nf4(task.packed.torch), task.stored.numel
         self.reader.once = False
         for start, stop in blocks(0, numel, 1, CHUNK // 4):
             block = self._space(0, stop - start, task.stored.dtype)
             self.reader.fill(task.stored, start, block)
-            made.look(block)
+            made.look(tensor(block, task.stored.dtype))
         made.settle()
         self.reader.once = True
         return made
 
-    def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any, rounded: Nf4 | None) -> str:
+    def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any, rounded: "Nf4 | None") -> str:
         """Move the elements of one output, or just look at them; returns the XXH3 of what was written."""
         stored, total = task.stored, xxhash.xxh3_64()
         width = task.update.a.shape[1] if task.update else stored.width
-        width = math.lcm(width, quantised.BLOCK) if rounded else width  # whole rows, and whole blocks of NF4
+        width = math.lcm(width, rounded.block) if rounded else width  # whole rows, and whole blocks of NF4
         limit = CHUNK // max(stored.dtype.itemsize, 4, goal.output.dtype.itemsize if goal else 0)
         for start, stop in blocks(begin, end, width, limit):
             if self.stop.is_set():
@@ -182,12 +188,9 @@ class Worker:
             block = self._space(0, stop - start, stored.dtype)
             self.reader.fill(stored, start, block)
             if seen is not None:
-                seen.update(block.float().view(torch.uint8).numpy())
+                seen.update(self.cast(block, stored.dtype, FP32, self._space(1, stop - start, FP32)))
             if goal is not None:
-                if rounded is not None:
-                    block = rounded.round(block, start)
-                made = self._made(task, block, start, goal.output.dtype)
-                view = memoryview(made.view(torch.uint8).numpy())
+                view = memoryview(self._made(task, block, start, goal.output.dtype, rounded))
                 total.update(view)
                 at = goal.offset + (start - begin) * goal.output.dtype.itemsize
                 write(self.files(str(self.folder / goal.file), os.O_RDWR), at, view)
@@ -202,25 +205,20 @@ class Worker:
         ordered = sorted(edges)
         return list(zip(ordered, ordered[1:], strict=False))
 
-    def _made(self, task: Task, block: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
-        """The block as it is written."""
-        if task.update is not None:
-            width = task.update.a.shape[1]
-            wide = self._space(1, block.numel(), torch.float32)
-            wide.copy_(block)
-            adapter.add(wide.view(-1, width), task.update, start // width)
-            block = wide
-        if block.dtype is dtype:
-            return block
-        made = self._space(2, block.numel(), dtype)
-        made.copy_(block)
-        return made
+    def _made(self, task: Task, block: np.ndarray, start: int, dtype: Dtype, rounded: "Nf4 | None") -> np.ndarray:
+        """The bytes of the block as they are written."""
+        count = block.size // task.stored.dtype.itemsize
+        if task.update is not None or rounded is not None:
+            from jobs.consolidation.adapter import applied
 
-    def _space(self, number: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+            block = applied(task, block, start, rounded, self._space(1, count, FP32))
+        return self.cast(block, task.has, dtype, self._space(2, count, dtype))
+
+    def _space(self, number: int, count: int, dtype: Dtype) -> np.ndarray:
         size = count * dtype.itemsize
-        if self.spaces[number].numel() < size:  # a row of a merged weight that is longer than a chunk
-            self.spaces[number] = torch.empty(size, dtype=torch.uint8)
-        return self.spaces[number][:size].view(dtype)
+        if self.spaces[number].size < size:  # a row of a merged weight that is longer than a chunk
+            self.spaces[number] = np.empty(size, np.uint8)
+        return self.spaces[number][:size]
 
 
 class Differs(Exception):
@@ -268,10 +266,12 @@ def carry_out(
     """Run every task on `workers` threads; `finished(file, checksums)` as soon as a file is written and flushed."""
     files, stop, own = Files(), threading.Event(), threading.local()
     ledger = Ledger(plan, folder, skip, finished)
+    casts = {(task.has, item.output.dtype) for task in plan.tasks for item in task.placed}
+    casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
 
     def one(task: Task) -> None:
         if not hasattr(own, "worker"):
-            own.worker = Worker(files, folder, moved, stop)
+            own.worker = Worker(files, folder, cast, moved, stop)
         try:
             found = own.worker.run(task, skip)
             if not stop.is_set():
@@ -280,10 +280,8 @@ def carry_out(
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers are the parallelism
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with caster(casts, plan.read_bytes) as cast, ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(one, task) for task in plan.tasks]
             wait(futures, return_when=FIRST_EXCEPTION)
             if stop.is_set():
@@ -293,5 +291,4 @@ def carry_out(
                     future.result()
     finally:
         stop.set()
-        torch.set_num_threads(threads)
         files.close()

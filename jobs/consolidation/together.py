@@ -14,7 +14,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from jobs.consolidation.plan import Plan
-from jobs.distributed import place
+from jobs.place import place
 
 WAIT_S = 1800
 """How long ranks may start after one another."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.errors import DataError, RunError, UserError
 from conf.files import read_json
-from jobs.consolidation import adapter, extents, foreign, hf, make, names, pickles, plan, result, stream
+from jobs.consolidation import adapter, dtypes, extents, foreign, hf, make, names, pickles, plan, result, stream
 from jobs.consolidation.extents import Extent, Stored
 from tests.conftest import ROOT
 from tests.jobs import shards
@@ -86,24 +87,45 @@ def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
         found += [
             Extent(str(path), 0, row, count, column, columns, 0, skip) for row, count, column, columns, skip in rows
         ]
-    stored = Stored(shape, torch.float32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
+    stored = Stored(shape, dtypes.FP32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
     files = stream.Files()
     reader, flat = stream.Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in extents.blocks(start, stop, width, chance.randint(1, 30)):
-        reader.fill(stored, first, flat[first:last])
+        reader.fill(stored, first, dtypes.memory(flat[first:last]))
     files.close()
     assert torch.equal(flat[start:stop], whole.view(-1)[start:stop])
 
 
 def test_a_header_is_what_safetensors_reads(tmp_path):
-    tensors = [("a", (3, 5), torch.bfloat16), ("b", (), torch.float32), ("c", (0, 4), torch.int64)]
+    tensors = [("a", (3, 5), dtypes.BF16), ("b", (), dtypes.FP32), ("c", (0, 4), dtypes.EVERY["int64"])]
     head, offsets, size = hf.head(tensors)
     assert offsets[0] % 4096 == 0
     (tmp_path / "x.safetensors").write_bytes(head + bytes(size - len(head)))
     assert {
         name: (tuple(value.shape), value.dtype) for name, value in load_file(tmp_path / "x.safetensors").items()
-    } == {name: (shape, dtype) for name, shape, dtype in tensors}
+    } == {name: (shape, dtype.torch) for name, shape, dtype in tensors}
+
+
+def test_numpy_rounds_as_torch_does(monkeypatch):
+    """Each exponent and sign with what is below, at and above the middle of two results; infinities and NaN too."""
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
+    bits = ((np.arange(2**16, dtype=np.uint32) << 16)[:, None] | low).ravel()
+    ours, theirs = (
+        dtypes.tensor(
+            way(bits.view(np.uint8), dtypes.FP32, dtypes.BF16, np.empty(2 * bits.size, np.uint8)), dtypes.BF16
+        )
+        for way in (dtypes.by_numpy, dtypes.by_torch)
+    )
+    whole = ~theirs.isnan()  # torch's vector code and its code for what is left over make different ones
+    assert torch.equal(ours[whole].view(torch.int16), theirs[whole].view(torch.int16))
+    assert torch.equal(ours.isnan(), theirs.isnan()) and whole.sum() > 300_000
+    pairs = {(dtypes.FP32, dtypes.BF16)}
+    with dtypes.caster(pairs, 1) as way:
+        assert way is dtypes.by_torch  # which is here already
+    monkeypatch.delitem(sys.modules, "torch")
+    with dtypes.caster(pairs, 1) as way:
+        assert way is dtypes.by_numpy
 
 
 def test_a_pickle_cannot_call_anything(tmp_path):
@@ -133,7 +155,7 @@ def test_a_storage_is_where_it_is_said_to_be(tmp_path):
     with (tmp_path / "x").open("rb") as file:
         found = pickles.archive(file.fileno(), "x", 6, len(buffer.getvalue()))
         for name, saved in found.items():
-            assert (saved.dtype, saved.shape) == (values[name].dtype, tuple(values[name].shape))
+            assert (saved.dtype.torch, saved.shape) == (values[name].dtype, tuple(values[name].shape))
             if saved.contiguous:
                 raw = os.pread(file.fileno(), saved.numel * saved.dtype.itemsize, saved.offset)
                 assert raw == values[name].detach().contiguous().view(torch.uint8).numpy().tobytes()
@@ -349,8 +371,8 @@ def test_seventy_billion_weights_are_planned_in_seconds():
             shape, [((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
         )
         rows = tuple(Extent(f"/shards/{rank}", 0, *box[0][:4]) for rank, box in enumerate(boxes))
-        sources[name] = Stored(shape, torch.float32, rows, width)
-    outputs = [plan.Output(name, stored.shape, torch.bfloat16, name) for name, stored in sources.items()]
+        sources[name] = Stored(shape, dtypes.FP32, rows, width)
+    outputs = [plan.Output(name, stored.shape, dtypes.BF16, name) for name, stored in sources.items()]
     made = plan.plan(outputs, sources, 5 * 2**30, {}, {}, {})
     assert len(made.digest()) == 64 and made.read_bytes == 2 * (made.written_bytes - sum(map(len, made.heads.values())))
     assert 24 <= len(made.sizes) <= 30
@@ -457,7 +479,7 @@ def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
     prints = {name: fingerprint(value) for name, value in state.items()}
     source = sources.source(mine)
     stored = names.plain(source.tensors)
-    outputs = [plan.Output(name, item.shape, torch.bfloat16, name) for name, item in stored.items()]
+    outputs = [plan.Output(name, item.shape, dtypes.BF16, name) for name, item in stored.items()]
     todo = plan.plan(outputs, stored, 200_000, prints, {}, {})
     make.make(todo, tmp_path / "good", 2, mine, lambda _: None, {})
     assert read_json(tmp_path / "good/muster.json")["verified"]

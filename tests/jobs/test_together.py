@@ -7,10 +7,9 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 
-from jobs.consolidation import plan, together
+from jobs.consolidation import dtypes, plan, together
 from tests.conftest import ROOT
 from tests.jobs import shards
 from tests.jobs.test_consolidate import contents
@@ -93,9 +92,9 @@ def test_a_killed_job_goes_on(checkpoint, tmp_path):
 
 
 def test_files_are_shared_by_what_is_to_be_done():
-    outputs = [plan.Output(f"{size}", (size, 1000), torch.bfloat16, f"{size}") for size in (9, 8, 7, 6, 5, 4)]
+    outputs = [plan.Output(f"{size}", (size, 1000), dtypes.BF16, f"{size}") for size in (9, 8, 7, 6, 5, 4)]
     sources = {
-        output.source: plan.Stored(output.shape, torch.float32, (), 1)  # no byte is read
+        output.source: plan.Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
         for output in outputs
     }
     made = plan.plan(outputs, sources, 1, {}, {}, {})

@@ -7,6 +7,7 @@ from conf.choices import Backend
 from conf.errors import RunError
 from conf.schema import Config
 from jobs import backends, checkpoint, model, transfer
+from jobs.consolidation.dtypes import memory
 from jobs.consolidation.stream import Files, Reader
 from jobs.distributed import process_group
 from tests.jobs.ranks import spawn
@@ -62,8 +63,8 @@ def whole(config: Config) -> dict[str, torch.Tensor]:
     files, found = Files(), {}
     for name, kinds in transfer.stored(path, config.parallel.backend).items():
         for kind, place in kinds.items():
-            value = torch.empty(place.numel, dtype=place.dtype)
-            Reader(files).fill(place, 0, value)
+            value = torch.empty(place.numel, dtype=place.dtype.torch)
+            Reader(files).fill(place, 0, memory(value))
             found[f"{name} {kind}"] = value.view(place.shape)
     files.close()
     return found

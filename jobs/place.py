@@ -1,0 +1,8 @@
+"""Which of how many processes this one is: what even those need to know that import no torch."""
+
+import os
+
+
+def place() -> tuple[int, int]:
+    """(rank, world size) of this process, as whoever started it says; (0, 1) where nobody does."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
