@@ -57,6 +57,12 @@ class Saver:
         """Whether this rank is through with the one on its way."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
+    def prepare(self, backend: ModuleType, engine: Engine) -> None:
+        """Begin to take the host memory of copies; all that will be saved must be there, as it is after a step."""
+        if self._in_background(checkpoint.expected_bytes(engine.module) // self.world.size):
+            assert self._stager
+            self._stager.prepare(backend.storages(engine))
+
     def save(self, backend: ModuleType, engine: Engine, step: int, about: dict[str, Any], *, wait: bool) -> Path:
         """Begin the checkpoint of `step`, and with `wait` also publish it; returns where it is, or will be."""
         self.settle()

@@ -1,6 +1,7 @@
 """Copies of training's state in host memory, pinned where a GPU fills them, so that training goes on while they are written."""
 
 import mmap
+import threading
 import weakref
 from collections import defaultdict
 from contextlib import suppress
@@ -40,6 +41,11 @@ class Slabs:
         weakref.finalize(storage, self._free[size].append, held).atexit = False
         return held
 
+    def prepare(self, sizes: list[int]) -> None:
+        """Take what `room_for` will be asked for."""
+        for size in sizes:
+            self._free[size].append(self._taken(size))
+
     def _taken(self, size: int) -> torch.UntypedStorage:
         begin = -(-self._used // ALIGNED) * ALIGNED
         if begin + size > len(self._slab):
@@ -78,11 +84,30 @@ class Stager:
     """Host buffers of one rank, kept from one checkpoint to the next: taking them costs more than copying."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._stager = _Keeping(Slabs(pinned=self._cuda))
+        self._cuda, self._device = device.type == "cuda", device
+        self._slabs = Slabs(pinned=self._cuda)
+        self._stager = _Keeping(self._slabs)
+        self._taking: threading.Thread | None = None
+
+    def prepare(self, sizes: list[int]) -> None:
+        """Begin to take host memory for copies of storages of these sizes, while training goes on."""
+
+        def take() -> None:
+            if self._cuda:
+                torch.cuda.set_device(self._device)  # a thread begins on the first GPU, and would open it too
+            self._slabs.prepare(sizes)
+
+        self._taking = threading.Thread(target=take, name="host-memory", daemon=True)
+        self._taking.start()
+
+    def prepared(self) -> None:
+        """Wait until what was begun is done."""
+        if self._taking:
+            self._taking.join()
 
     def state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A copy of what DCP saves, once it is complete: the next step changes the weights in place."""
+        self.prepared()
         copied: dict[str, Any] = self._stager.stage(state, non_blocking=self._cuda)
         if self._cuda:
             torch.cuda.synchronize()

@@ -59,9 +59,12 @@ def run(config: Config) -> None:
         if due and not first(lambda: step in loop.metrics.evaluated):  # the first one, or one that a stop cut short
             stopped = not _evaluate(loop, step)
         set_timeout(config.cluster.network.step_timeout_s)
+        begun = step
         while step < steps and not stopped:
             stopped = _step(loop, step)
             step += 1
+            if step == begun + 1 and every.save_every and step + every.save_every < steps:
+                loop.saver.prepare(loop.backend, loop.engine)
             if step == steps or stopped or _due(every.save_every, step):  # first: time may be short
                 _save(loop, step, wait=step == steps or stopped)
             if (step == steps or _due(every.eval_every, step)) and not stopped:

@@ -146,6 +146,25 @@ def save(engine: Engine, folder: Path) -> None:
     dcp.save(_state(engine)[0], checkpoint_id=folder)
 
 
+def storages(engine: Engine) -> list[int]:
+    """Bytes of each storage that `staged` copies; none where a first step in fp16 overflowed: asked for it, torch would take
+    a step to make optimizer state."""
+    if not engine.optimizer.state:
+        return []
+    tensors = [value for part in _state(engine)[0].values() for value in _tensors(part)]
+    held = {value.untyped_storage()._cdata: value.untyped_storage().size() for value in tensors}
+    return list(held.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """On this rank, in dictionaries of them."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, torch.Tensor):
+        yield value._local_tensor if isinstance(value, DTensor) else value
+
+
 def staged(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
     """As torch's own async_save does; but what follows a write, its sums, is done in the background too."""
     state = stager.state(_state(engine)[0])

@@ -52,6 +52,31 @@ def both(rank: int, configs: list[Config]) -> None:
             assert [path.name for path in checkpoint.folder(config).glob("*-00000003*")] == []
 
 
+def prepared(rank: int, config: Config) -> None:
+    """What is taken beforehand is all that a save needs."""
+    slabs: list[int] = []
+    mapped = staging.Slabs._mapped
+    staging.Slabs._mapped = lambda self, size: slabs.append(size) or mapped(self, size)
+    with process_group(config) as world:
+        backend = backends.chosen(config)
+        engine = backend.wrap(model.build(config), config, world)
+        saver = Saver(config, world, Metrics(config, world, 9, 0))
+        update(backend, engine)
+        saver.prepare(backend, engine)
+        saver._stager.prepared()
+        taken = len(slabs)
+        assert taken > 0
+        for step in (1, 2):
+            saver.save(backend, engine, step, checkpoint.layout(config, world), wait=False)
+            saver.settle()
+        assert len(slabs) == taken
+
+
+@pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["full", "lora"])
+def test_host_memory_is_taken_before_the_first_save(words, compose, tmp_path):
+    spawn(prepared, 2, compose(f"run_dir={tmp_path}", "parallel=fsdp", *WORDS, *words))
+
+
 def shards(config: Config, step: int) -> dict[str, object]:
     files = read_json(checkpoint.place(config, step) / "manifest.json")["files"]
     return {name: entry for name, entry in files.items() if name != ".metadata"}  # which has an id of its own
