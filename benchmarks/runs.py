@@ -158,14 +158,27 @@ def muster(
 
 
 def _kill(started: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: submitit's controller and the ranks begin sessions of their own."""
-    for pid in below(started.pid):
+    """With all that it has started: submitit's controller and the ranks begin sessions of their own. Returns once all have
+    gone, and the memory of GPUs with them: to unpin a hundred gigabytes takes a while."""
+    every = below(started.pid)
+    for pid in every:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
     started.wait()
-    time.sleep(1)  # memory of a GPU is free once its process has gone
+    while any(_holds_memory(pid) for pid in every):
+        time.sleep(0.1)
+    time.sleep(1)
+
+
+def _holds_memory(pid: int) -> bool:
+    """Whether a process that was killed is still on its way: it is gone, or nothing of it but its exit status is left."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except OSError:
+        return False
 
 
 def resident(pid: int, *kinds: str) -> int:
