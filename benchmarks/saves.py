@@ -2,8 +2,9 @@
 
     python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--steps N] [--alone] [--keep]
 
-A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. Host memory for the copy
-is taken meanwhile: a machine whose memory grows as it is used needs steps enough for that. `blocked_s` is by how much later the next step came, `write_s` how long the disk took, `slowed` the median step meanwhile to the median step before.
+A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. Host memory for the
+copy is taken meanwhile: a machine whose memory grows as it is used needs steps enough for that. `blocked_s` is by how much
+later the next step came, `write_s` how long the disk took, `slowed` the median step meanwhile to the median step before.
 The asynchronous one is then resumed: `resume_s` is reading it alone. Without GPUs it rehearses itself at a tiny size.
 """
 
