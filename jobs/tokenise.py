@@ -15,8 +15,11 @@ from conf.choices import Mask, Overlong
 from jobs import chat, formats, gates
 from jobs.encode import Encoder
 from jobs.gates import Findings
-from jobs.sources import Block, Unreadable
+from jobs.sources import Block, Row, Unreadable
 from jobs.turns import Sample
+
+UNEXPECTED = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+"""What a row's values can raise where nobody has thought of them."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,19 @@ class Tokeniser:
         self.closing = chat.end_ids(words)
 
     def __call__(self, block: Block) -> Tokenised:
-        findings, samples, places, firsts, rows = Findings(), [], [], [], 0
-        for number, row in block.parsed():
-            rows += 1
+        findings, samples, places, firsts = Findings(), [], [], []
+        rows = [(number, self._read(row)) for number, row in block.parsed()]
+        encoded = iter(self.encode.fast([sample for _, sample in rows if isinstance(sample, Sample)]))
+        for number, sample in rows:
             place = f"{block.place}{number}"
             try:
-                if isinstance(row, Unreadable):
-                    raise row
-                sample = formats.convert(row, self.recipe.shape, self.recipe.fields, self.recipe.roles)
-                ids, trained = self.encode(sample)
+                if isinstance(sample, Exception):
+                    raise sample
+                ids, trained = next(encoded) or self.encode.slow(sample)
             except ValueError as error:
                 findings.add(gates.of_error(error), place, str(error))
                 continue
-            except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+            except UNEXPECTED as error:
                 said = (
                     f"has a value of an unexpected kind ({type(error).__name__}: {error}): look at it, or drop the row"
                 )
@@ -89,7 +92,16 @@ class Tokeniser:
             firsts += [len(samples)] * len(kept)
             samples += kept
             places += [number] * len(kept)
-        return _joined(samples, firsts, places, rows, findings)
+        return _joined(samples, firsts, places, len(rows), findings)
+
+    def _read(self, row: Row | Unreadable) -> Sample | Exception:
+        """The row's sample, or what is wrong with it, to be told in its turn."""
+        if isinstance(row, Unreadable):
+            return row
+        try:
+            return formats.convert(row, self.recipe.shape, self.recipe.fields, self.recipe.roles)
+        except (ValueError, *UNEXPECTED) as error:
+            return error
 
     def _fitted(
         self, sample: Sample, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, place: str
