@@ -116,9 +116,9 @@ class Tokeniser:
         parts = [(ids, trained)]
         if len(ids) > self.recipe.max_length:
             parts = self._shortened(ids, trained, findings, place)
-        elif trained.any() and not chat.ends_well(ids, trained, self.recipe.tokenizer, self.closing):
+        elif _learnt(trained) and not chat.ends_well(ids, trained, self.recipe.tokenizer, self.closing):
             findings.add("endless", place, repr(self.recipe.tokenizer.decode(ids[-8:])))
-        kept = [part for part in parts if part[1][1:].any()]
+        kept = [part for part in parts if _learnt(part[1][1:])]
         if parts and not kept:
             findings.add("untrained", place)
         return kept
@@ -144,18 +144,25 @@ def _joined(
     findings: Findings,
 ) -> Tokenised:
     count = len(samples)
+    trained = np.concatenate([np.zeros(0, dtype=np.uint8), *(mask for _, mask in samples)])
+    lengths = np.fromiter((len(ids) for ids, _ in samples), dtype=np.int64, count=count)
+    starts = np.cumsum(lengths) - lengths
     hashes = np.fromiter((_hash(*sample) for sample in samples), dtype=np.uint64, count=count)
     return Tokenised(
         tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in samples)]),
-        trained=np.concatenate([np.zeros(0, dtype=np.uint8), *(mask for _, mask in samples)]),
-        lengths=np.fromiter((len(ids) for ids, _ in samples), dtype=np.int64, count=count),
-        labels=np.fromiter((int(mask[1:].sum()) for _, mask in samples), dtype=np.int32, count=count),
+        trained=trained,
+        lengths=lengths,
+        labels=np.add.reduceat(trained, starts, dtype=np.int32) - trained[starts] if count else np.zeros(0, np.int32),
         hashes=hashes,
         origins=hashes[np.asarray(firsts, dtype=np.int64)],
         places=np.asarray(places, dtype=np.int64),
         rows=rows,
         findings=findings,
     )
+
+
+def _learnt(trained: NDArray[np.uint8]) -> bool:
+    return b"\1" in trained.tobytes()  # a third of the time of numpy's any
 
 
 def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
