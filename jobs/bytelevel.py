@@ -118,9 +118,8 @@ class ByteLevel:
             whole = HERE.join(pieces[::2])
         if self._runs is not None:
             whole = parted(whole, self._runs)
-        ranks = np.frombuffer(self._core(whole, SIGNS), np.uint32).astype(
-            np.intp
-        )  # numpy looks up by that type soonest
+        made = np.frombuffer(self._core(whole, SIGNS), np.uint32)
+        ranks = made.astype(np.intp)  # numpy looks up by that type soonest
         signs = np.flatnonzero(ranks == self._sign)
         ranks[signs] = np.fromiter(map(self._added.__getitem__, stand), np.intp, len(signs))
         return ranks[ranks < self._sign]

@@ -78,7 +78,7 @@ class Encoder:
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8)
 
     def fast(self, samples: Sequence[Sample]) -> list[Encoded | None]:
-        """Many at once, which takes half as long as one by one; None for those that only the slow way can do."""
+        """Many at once, which is sooner done than one by one; None for those that only the slow way can do."""
         found: list[Encoded | None] = [None if sample.ids is None else _finished(sample) for sample in samples]
         if self._tokens is None:
             return found

@@ -162,7 +162,7 @@ def _joined(
 
 
 def _learnt(trained: NDArray[np.uint8]) -> bool:
-    return b"\1" in trained.tobytes()  # a third of the time of numpy's any
+    return b"\1" in trained.tobytes()  # a fifth of the time of numpy's any
 
 
 def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
