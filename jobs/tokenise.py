@@ -1,5 +1,6 @@
 """One block of raw rows to tokens, and what the gates find in it: the work of every process of preprocess."""
 
+import gc
 import hashlib
 import os
 import threading
@@ -178,6 +179,7 @@ def begin(recipe: Recipe) -> None:
     """Make this process a worker: it ends when its parent does, however that ends."""
     global _tokeniser
     _tokeniser = Tokeniser(recipe)
+    gc.freeze()  # as in preprocess.run
     threading.Thread(target=_follow, daemon=True).start()
 
 
