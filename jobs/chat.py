@@ -76,7 +76,7 @@ def ends_well(
     closing: what `end_ids` says, where many samples are looked at.
     """
     closing = end_ids(tokenizer) if closing is None else closing
-    for place in np.flatnonzero(trained)[::-1]:
+    for place in np.asarray(trained).nonzero()[0][::-1]:
         token = int(ids[place])
         if token in closing:
             return True

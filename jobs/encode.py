@@ -4,7 +4,7 @@ Chats are rendered by a template that is compiled once (rendering.py), texts tok
 of the two cannot promise the same, for a tokenizer or for a sample, the slow way takes its place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Protocol
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from jobs import chat
 from jobs.bytelevel import ByteLevel
 from jobs.rendering import Rendering
-from jobs.spans import Span, Unfit, mark, whole
+from jobs.spans import Found, Span, Text, Unfit, mark, whole
 from jobs.templates import ends, template_text
 from jobs.turns import Sample
 
@@ -26,14 +26,12 @@ UNLEARNT = np.zeros(1, dtype=np.uint8)
 
 
 class Tokens(Protocol):
-    """A fast way from text to tokens."""
+    """A fast way from texts to tokens."""
 
     name: str
 
-    def __call__(
-        self, text: str, spans: list[Span], cut: list[Span], *, add_special_tokens: bool
-    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
-        """(ids, 1 where a token holds a character of the spans and none of `cut`, whether the last token is not in the text)."""
+    def __call__(self, texts: Sequence[Text]) -> list[Found | None]:
+        """None for a text that it cannot promise to do alike."""
 
 
 class Encoder:
@@ -58,6 +56,7 @@ class Encoder:
         self._tokenizer, self._template, self._mask = tokenizer, template, mask
         self._ends = ends(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
+        self._end = np.array([self._eos or 0], dtype=np.int32)
         self._renderers: dict[bool, chat.Renderer] = {}
         self._tokens: Tokens | None = None
         self.ways = "tokens and chats by transformers"
@@ -71,27 +70,40 @@ class Encoder:
 
     def __call__(self, sample: Sample) -> Encoded:
         """Raises ValueError, as `chat.encode` does, with a sentence that names the cause and the remedy."""
-        if sample.ids is not None:
-            return _finished(sample)
-        if self._tokens is not None and (sample.parts or sample.turns):
-            with suppress(Exception):  # the slow way says what is wrong with the sample, or that nothing is
-                return self._text(sample, self._tokens) if sample.parts else self._chat(sample, self._tokens)
+        return self.fast([sample])[0] or self.slow(sample)
+
+    def slow(self, sample: Sample) -> Encoded:
+        """As `__call__`, for a sample that the fast way leaves."""
         ids, trained = self._slow(sample)
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8)
 
-    def _chat(self, sample: Sample, tokens: Tokens) -> Encoded:
-        text, spans, cut = chat.learnt(sample, self._renderer(sample.tools is not None), self._mask, self._ends)
-        ids, trained, _ = tokens(text, spans, cut, add_special_tokens=False)
-        return ids, trained
+    def fast(self, samples: Sequence[Sample]) -> list[Encoded | None]:
+        """Many at once, which is sooner done than one by one; None for those that only the slow way can do."""
+        found: list[Encoded | None] = [None if sample.ids is None else _finished(sample) for sample in samples]
+        if self._tokens is None:
+            return found
+        texts = {number: text for number, sample in enumerate(samples) if (text := self._text(sample))}
+        for number, made in zip(texts, self._tokens([*texts.values()]), strict=True):
+            if made is not None:
+                found[number] = self._ended(samples[number], made) if samples[number].parts else made[:2]
+        return found
 
-    def _text(self, sample: Sample, tokens: Tokens) -> Encoded:
-        """As `chat.encode`: the tokenizer's own beginning, and the end-of-text token once."""
-        text, spans = chat.joined(sample.parts, self._mask)
-        begun = bool(self._bos) and text.startswith(self._bos)
-        ids, trained, unwritten = tokens(text, spans, [], add_special_tokens=not begun)
-        eos = chat.eos_of(self._tokenizer)
-        if not len(ids) or ids[-1] != eos:
-            ids, trained = np.concatenate((ids, np.array([eos], np.int32))), np.concatenate((trained, UNLEARNT))
+    def _text(self, sample: Sample) -> Text | None:
+        """What is to be tokenised; None where the slow way must say what is wrong with the sample, or that nothing is."""
+        with suppress(Exception):
+            if sample.turns and not sample.parts:
+                text, spans, cut = chat.learnt(sample, self._renderer(sample.tools is not None), self._mask, self._ends)
+                return Text(text, spans, cut, False)
+            if sample.parts and self._eos is not None:
+                text, spans = chat.joined(sample.parts, self._mask)
+                return Text(text, spans, [], not (self._bos and text.startswith(self._bos)))
+        return None
+
+    def _ended(self, sample: Sample, found: Found) -> Encoded:
+        """As `chat.encode` ends a text: with the end-of-text token once."""
+        ids, trained, unwritten = found
+        if not len(ids) or ids[-1] != self._eos:
+            ids, trained = np.concatenate((ids, self._end)), np.concatenate((trained, UNLEARNT))
             unwritten = True
         if unwritten:
             trained[-1] = sample.parts[-1][1] or self._mask == "all"
@@ -121,10 +133,15 @@ class Direct:
         )  # takes padding and truncation, which a file may ask for, out of the backend
         self._tokenizer, self._encode = tokenizer, tokenizer.backend_tokenizer.encode
 
-    def __call__(
-        self, text: str, spans: list[Span], cut: list[Span], *, add_special_tokens: bool
-    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
-        found = self._encode(text, add_special_tokens=add_special_tokens)
+    def __call__(self, texts: Sequence[Text]) -> list[Found | None]:
+        found: list[Found | None] = [None] * len(texts)
+        for number, text in enumerate(texts):
+            with suppress(Exception):
+                found[number] = self._one(*text)
+        return found
+
+    def _one(self, text: str, spans: list[Span], cut: list[Span], special: bool) -> Found:
+        found = self._encode(text, add_special_tokens=special)
         ids = found.ids
         bounds = whole(ids, found.offsets, text, self._tokenizer)
         trained = mark(bounds, cut, mark(bounds, spans, [0] * len(ids)), value=0)
@@ -162,10 +179,11 @@ def same(
     mask: str = "assistant",
 ) -> str | None:
     """None where the fast way gives what `chat.encode` gives on these samples, or where there is none; else what differs first."""
+    samples = list(samples)
     fast = Encoder(tokenizer, template=template, mask=mask)
     slow = Encoder(tokenizer, template=template, mask=mask, fast=False)
-    for number, sample in enumerate(samples):
-        if difference := _difference(_attempt(fast, sample), _attempt(slow, sample)):
+    for number, (sample, found) in enumerate(zip(samples, fast.fast(samples), strict=True)):
+        if found and (difference := _difference(found, _attempt(slow, sample))):
             return f"sample {number}: {difference}"
     return None
 
@@ -177,12 +195,9 @@ def _attempt(encoder: Encoder, sample: Sample) -> Encoded | str:
         return str(error)
 
 
-def _difference(fast: Encoded | str, slow: Encoded | str) -> str | None:
-    if isinstance(fast, str) or isinstance(slow, str):
-        told = [way if isinstance(way, str) else f"{len(way[0])} tokens" for way in (fast, slow)]
-        return (
-            None if fast is slow or (isinstance(fast, str) and fast == slow) else f"{told[0]}, but should be: {told[1]}"
-        )
+def _difference(fast: Encoded, slow: Encoded | str) -> str | None:
+    if isinstance(slow, str):
+        return f"{len(fast[0])} tokens, but should be: {slow}"
     for what, found, expected in zip(("ids", "learnt"), fast, slow, strict=True):
         if len(found) != len(expected):
             return f"{len(found)} {what}, but should be {len(expected)}"

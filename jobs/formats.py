@@ -106,7 +106,10 @@ def _refuse(row: Row) -> None:
 
 def _first(row: Row, names: Sequence[str]) -> str | None:
     """The first of the columns with a value: Arrow files hold null where a row lacks one."""
-    return next((name for name in names if row.get(name) is not None), None)
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    return None
 
 
 def _need(row: Row, names: Sequence[str], format: str) -> str:

@@ -2,11 +2,28 @@
 
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 """Characters [start, end) of a text."""
+Found = tuple[NDArray[np.int32], NDArray[np.uint8], bool]
+"""(ids, 1 where a token holds a character that is learnt, whether the last token is not in the text)."""
+
+
+class Text(NamedTuple):
+    """A text to be made tokens of."""
+
+    text: str
+    spans: list[Span]
+    """What is learnt of it."""
+    cut: list[Span]
+    """What is taken out of that again."""
+    special: bool
+    """Whether the tokenizer puts its special tokens round it."""
 
 
 class Unfit(Exception):

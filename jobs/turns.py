@@ -133,8 +133,10 @@ def _kind(value: object) -> str:
 
 def _key(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """The first of `names` with a value; else the first that is there at all (Arrow fills absent keys with null)."""
-    there = [name for name in names if name in message]
-    return next((name for name in there if message[name] is not None), there[0] if there else None)
+    for name in names:  # no generators here and in formats.py: a row asks for many keys
+        if message.get(name) is not None:
+            return name
+    return next((name for name in names if name in message), None)
 
 
 def _role(

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jobs import bytelevel, chat, encode, merges
+from jobs import bytelevel, chat, encode, merges, patterns
 from jobs.encode import Direct, Encoder, same
 from jobs.rendering import Rendering
-from jobs.spans import Unfit
+from jobs.spans import Text, Unfit
 from jobs.templates import NAMED
 from jobs.turns import Sample, Turn
 from tests.jobs.ranks import CLONE
@@ -184,11 +184,12 @@ def result(way, sample):
 
 
 def agree(words, samples, template=None, mask="assistant"):
-    """The fast way on every sample, held against the slow one."""
+    """The fast way on every sample, alone and with all others, held against the slow one."""
     fast = Encoder(words, template=template, mask=mask)
-    for sample in samples:
+    for sample, found in zip(samples, fast.fast(samples), strict=True):
         expected = result(lambda sample: chat.encode(sample, words, template, mask), sample)
         assert result(fast, sample) == expected, sample
+        assert found is None or result(lambda _, found=found: found, sample) == expected, sample
     return fast
 
 
@@ -240,11 +241,26 @@ def test_the_fast_way_is_taken(name, tokenizers, monkeypatch):
     """What is the same because both are slow proves nothing."""
     fast = Encoder(tokenizers[name], template="chatml")
     monkeypatch.setattr(fast, "_slow", None)
-    for text in TEXTS:
-        if name != "qwen" or text.isascii():
-            assert len(fast(Sample(parts=((text, True),)))[0])
-    for sample in CHATS[:13]:
-        assert len(fast(sample)[0])
+    texts = [Sample(parts=((text, True),)) for text in TEXTS if name != "qwen" or text.isascii()]
+    assert all(len(ids) for ids, _ in fast.fast([*texts, *CHATS[:13]]))
+    assert all(len(fast(sample)[0]) for sample in [*texts, *CHATS[:13]])
+
+
+def test_one_text_does_not_slow_the_others(tokenizers):
+    fast = Encoder(tokenizers["gpt2"])
+    samples = [Sample(parts=((text, True),)) for text in ("a", "half \ud83d", patterns.HERE, patterns.CUT, "b  c")]
+    assert [found is not None for found in fast.fast(samples)] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_runs_of_blanks_are_split_alike(name, tokenizers):
+    rng, backend, fast = random.Random(3), tokenizers[name].backend_tokenizer, bytelevel.ByteLevel(tokenizers[name])
+    pieces = [*patterns.BLANKS, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(40))) for _ in range(3000)]
+    assert (fast._runs is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
+    for text, found in zip(texts, fast([Text(text, [], [], False) for text in texts]), strict=True):
+        assert found is None or found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
+        assert found is not None or (name == "qwen" and not text.isascii())
 
 
 def test_every_character_is_split_alike(tokenizers):
@@ -258,8 +274,8 @@ def test_every_character_is_split_alike(tokenizers):
         backend, fast = tokenizers[name].backend_tokenizer, bytelevel.ByteLevel(tokenizers[name])
         for text in texts:
             text = fast._odd.sub("", text) if fast._odd else text
-            ids, _, _ = fast(text, [], [], add_special_tokens=False)
-            assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids
+            [found] = fast([Text(text, [], [], False)])
+            assert found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
@@ -406,12 +422,12 @@ def test_same_finds_no_difference(tokenizers):
 )
 def test_same_says_what_differs(wrong, says, tokenizers, monkeypatch):
     right = encode.ByteLevel.__call__
-    monkeypatch.setattr(encode.ByteLevel, "__call__", lambda *given, **more: wrong(*right(*given, **more)))
+    monkeypatch.setattr(encode.ByteLevel, "__call__", lambda *given: [wrong(*found) for found in right(*given)])
     found = same(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
     assert re.fullmatch(says, found)
 
 
 def test_same_knows_an_error_that_was_missed(tokenizers, monkeypatch):
-    monkeypatch.setattr(Encoder, "_chat", lambda self, sample, tokens: (np.zeros(3), np.zeros(3)))
+    monkeypatch.setattr(Encoder, "_text", lambda self, sample: Text("...", [], [], False))
     found = same(tokenizers["gpt2"], [CHATS[11]])
     assert found.startswith("sample 0: 3 tokens, but should be: the first turn is the assistant's")
