@@ -62,9 +62,7 @@ def _candidates(config: Config) -> Iterator[Config]:
     modes = [asked] if asked is not Checkpointing.auto else _allowed(config)
     sizes = [train.micro_batch] if train.micro_batch is not None else _sizes(config)
     again = [False, True] if RESHARD in _open(config) else [True]
-    yield from (
-        _with(config, choice) for choice in ((mode, size, last) for mode in modes for size in sizes for last in again)
-    )
+    yield from (_with(config, (mode, size, last)) for mode in modes for size in sizes for last in again)
 
 
 def _allowed(config: Config) -> list[Checkpointing]:
