@@ -42,9 +42,6 @@ def run(config: Config) -> None:
         return
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
     prints = _prints(path)
-    if not prints:  # else each weight is compared with what training had
-        at = Meeting(target)
-        manifest.check(path, workers(config.cluster.cpu.cpus_per_rank), at.rank, at.size)
     source = sources.source(path)
     empty = describe.of_run(config)
     try:
@@ -56,6 +53,8 @@ def run(config: Config) -> None:
             raise RunError(Problem("model.source", config.model.source, said)) from error
         from jobs.consolidation import whole  # imports transformers
 
+        if not prints:
+            manifest.check(path, workers(config.cluster.cpu.cpus_per_rank))
         whole.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
         return
     if missing := sorted(prints.keys() - merged.sources.keys()):
@@ -77,7 +76,8 @@ def run(config: Config) -> None:
         _describe(config, folder, empty, merged, about)
         _compare(config, path, folder)
 
-    make(todo, target, threads, path, rest, made)
+    # with fingerprints each weight is compared with what training had, and needs no other check
+    make(todo, target, threads, path, rest, made, None if prints else manifest.Pieces(path).check)
     print(f"model     {target}", flush=True)
 
 

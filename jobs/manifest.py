@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,9 @@ from jobs import heartbeat
 NAME = "manifest.json"
 LAST = (NAME, "checkpoint.json")
 """Files that are written after the manifest has been made."""
-PIECE = 256 * 2**20
-"""Bytes a checksum covers: threads and ranks share a file by pieces, and a message says where it differs."""
+PIECE = 64 * 2**20
+"""Bytes a checksum covers: threads and ranks share a file by pieces, a message says where it differs, and who reads a part
+checks that."""
 READ = 4 * 2**20
 THREADS = 4
 WRITER = re.compile(r"^__(\d+)_\d+\.distcp$|zero_pp_rank_(\d+)_")
@@ -101,6 +103,38 @@ def check(folder: Path, threads: int = THREADS, rank: int = 0, world_size: int =
     """Raises RunError naming every file that is missing, cut short, or, of this rank's share, differs from what was written."""
     if said := torn(folder) or differing(folder, rank, world_size, threads):
         raise RunError(*(Problem("checkpoint", None, f"{item}: {REMEDY}") for item in said[:10]))
+
+
+class Pieces:
+    """Checks what is about to be read of a checkpoint's files, each piece when the first of its bytes is wanted.
+
+    What nobody reads (of a merge, the moments beside the weights) costs nothing, and the rest comes from disk once: those who
+    read a piece find it in the page cache. Threads may share one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        listed = read_json(folder / NAME) or {"piece": PIECE, "files": {}}
+        self._piece: int = listed["piece"]
+        self._files = {str(folder / name): entry for name, entry in listed["files"].items()}
+        self._good: set[tuple[str, int]] = set()
+        self._busy: dict[tuple[str, int], threading.Lock] = {}
+
+    def check(self, path: str, offset: int, count: int) -> None:
+        """Raises RunError where a piece that has any of these `count` bytes is not what was written. Other files pass."""
+        if entry := self._files.get(path):
+            for number in range(offset // self._piece, -(-(offset + count) // self._piece)):
+                if (path, number) not in self._good:
+                    self._look(path, number, entry)
+
+    def _look(self, path: str, number: int, entry: dict[str, Any]) -> None:
+        key = path, number
+        with self._busy.setdefault(key, threading.Lock()):
+            if key in self._good:
+                return
+            first, sums = number * self._piece, entry["xxh3"]
+            if said := _differs(Path(path), first, int(entry["bytes"]), sums[number], self._piece):
+                raise RunError(Problem("checkpoint", None, f"{said}: {REMEDY}"))
+            self._good.add(key)
 
 
 REMEDY = "copy the file again if you have it elsewhere, or delete the checkpoint to go back to the one before"

@@ -19,15 +19,22 @@ from jobs.consolidation.together import Meeting, Sums
 
 
 def make(
-    plan: Plan, target: Path, workers: int, source: Path, describe: Callable[[Path], None], about: dict[str, Any]
+    plan: Plan,
+    target: Path,
+    workers: int,
+    source: Path,
+    describe: Callable[[Path], None],
+    about: dict[str, Any],
+    check: stream.Check | None = None,
 ) -> None:
-    """Write, verify and publish `target`; one that is there already is moved aside. Raises RunError.
+    """Write, verify and publish `target`; one that is there already is moved aside. Raises RunError, as `check` does, which is
+    asked before bytes of a source are read.
 
     Other ranks of the job call this too, with the same plan, and take their share of the files.
     """
     with Meeting(target) as meeting:
         if meeting.rank:
-            _follow(plan, target, workers, source, meeting)
+            _follow(plan, target, workers, source, meeting, check)
             return
         with result.writing(target, meeting.alone) as beside:
             sums = result.finished(beside, plan)
@@ -37,7 +44,7 @@ def make(
             for line in estimate.lines(plan, workers, beside, meeting.size):
                 print(line, flush=True)
             files = meeting.share(plan, sums)
-            sums = _work(plan, beside, workers, source, files, set(sums), meeting) | meeting.gather()
+            sums = _work(plan, beside, workers, source, files, set(sums), meeting, check) | meeting.gather()
             describe(beside)
             retire(target)
             sums = {name: dict(sorted(sums[name].items())) for name in plan.sizes}
@@ -46,14 +53,21 @@ def make(
         print(f"{prints} weights equal those in training, bit for bit", flush=True)
 
 
-def _follow(plan: Plan, target: Path, workers: int, source: Path, meeting: Meeting) -> None:
+def _follow(plan: Plan, target: Path, workers: int, source: Path, meeting: Meeting, check: stream.Check | None) -> None:
     """A rank that does its share, and leaves the rest to rank 0."""
     files, done = meeting.join(plan)
-    meeting.done(_work(plan, partial(target), workers, source, files, done, meeting))
+    meeting.done(_work(plan, partial(target), workers, source, files, done, meeting, check))
 
 
 def _work(
-    plan: Plan, folder: Path, workers: int, source: Path, files: dict[str, int], done: set[str], meeting: Meeting
+    plan: Plan,
+    folder: Path,
+    workers: int,
+    source: Path,
+    files: dict[str, int],
+    done: set[str],
+    meeting: Meeting,
+    check: stream.Check | None,
 ) -> Sums:
     """Write and read back this rank's share of the files, but for those that are done, which it reads back."""
     began, mine = time.perf_counter(), {name for name, rank in files.items() if rank == meeting.rank}
@@ -61,7 +75,7 @@ def _work(
     result.prepare(folder, plan, mine - done)
     looked = [task for number, task in enumerate(plan.tasks) if task.placed or number % meeting.size == meeting.rank]
     part = replace(plan, tasks=tuple(looked))
-    moved = _stream(part, folder, workers, source, sums, (files.keys() - mine) | done)
+    moved = _stream(part, folder, workers, source, sums, (files.keys() - mine) | done, check)
     seconds = time.perf_counter() - began
     print(f"reading {len(mine)} files back", flush=True)
     checked = result.verify(folder, plan, sums, workers)
@@ -75,7 +89,9 @@ def _work(
     return sums
 
 
-def _stream(plan: Plan, folder: Path, workers: int, source: Path, sums: Sums, done: set[str]) -> int:
+def _stream(
+    plan: Plan, folder: Path, workers: int, source: Path, sums: Sums, done: set[str], check: stream.Check | None
+) -> int:
     """Carry the plan out but for the files that are `done`; adds to `sums`, and returns how many bytes there were to read."""
     lock = threading.Lock()
     left = sum(t.stored.nbytes for t in plan.tasks if not t.placed or {item.file for item in t.placed} - done)
@@ -92,7 +108,7 @@ def _stream(plan: Plan, folder: Path, workers: int, source: Path, sums: Sums, do
             sums[name] = found
 
         try:
-            stream.carry_out(plan, folder, workers, done, moved, finished)
+            stream.carry_out(plan, folder, workers, done, moved, finished, check)
         except stream.Differs as error:
             said = (
                 f"weight {error} differs from that in training: the files have changed or been damaged; "

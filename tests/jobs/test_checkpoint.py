@@ -108,8 +108,9 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage, said, config
     damage(saved / "step-00000006/inner/__0_0.distcp")
     with pytest.raises(RunError, match=said):
         manifest.check(saved / "step-00000006")
-    with pytest.raises(RunError, match=said):  # a merge must not take an older one without a word
-        consolidate.run(config)
+    if damage is not flip:  # which a merge sees as it reads (test_what_is_read_is_checked_and_nothing_else)
+        with pytest.raises(RunError, match=said):  # it must not take an older one without a word
+            consolidate.run(config)
     capsys.readouterr()
     assert resumed(config) == 4
     out = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The job on runs whose checkpoints the backends wrote: whole models and adapters, every layout, against the live weights."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.errors import RunError
 from conf.files import read_json, write_json
 from conf.resolve import digest
-from jobs import backends, checkpoint, consolidate, model
-from jobs.consolidation import names
+from jobs import backends, checkpoint, consolidate, manifest, model
+from jobs.consolidation import names, sources
 from jobs.distributed import process_group
 from tests.jobs.ranks import spawn
 
@@ -179,3 +180,43 @@ def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, t
 def test_a_run_without_a_checkpoint(compose, tmp_path):
     with pytest.raises(RunError, match="has no whole checkpoint"):
         consolidate.run(compose(f"run_dir={tmp_path}/run"))
+
+
+def test_what_is_read_is_checked_and_nothing_else(run, tmp_path, monkeypatch):
+    """Of a checkpoint without fingerprints: a flipped bit among the moments does not matter, one among the weights does."""
+    config, live = run()
+    path = tmp_path / "run/checkpoints/step-00000001"
+    (path / "fingerprint.json").unlink()
+    monkeypatch.setattr(manifest, "PIECE", 4096)
+    manifest.write(path, manifest.written(path, 0) | manifest.written(path, 1))
+    checked = []
+    monkeypatch.setattr(
+        manifest.Pieces, "check", lambda *args, real=manifest.Pieces.check: checked.append(args[1:]) or real(*args)
+    )
+    found = merged(config, tmp_path)
+    assert all(torch.equal(found[name], value) for name, value in live.items())
+    read = {
+        (file, piece)
+        for file, offset, count in checked
+        for piece in range(offset // 4096, (offset + count - 1) // 4096 + 1)
+    }
+    files = {extent.path for stored in sources.source(path).tensors.values() for extent in stored.extents}
+    every = {(file, piece) for file in files for piece in range(Path(file).stat().st_size // 4096)}
+    assert len(every - read) > len(every) / 2  # two of three bytes are moments
+    shutil.rmtree(tmp_path / "run/model")
+    spare = sorted(every - read)
+    flip(*spare[len(spare) * 3 // 4])
+    merged(config, tmp_path)
+    shutil.rmtree(tmp_path / "run/model")
+    flip(*sorted(read)[len(read) // 2])
+    with pytest.raises(RunError, match=r"is not what was written \(bytes \d+ to \d+\): copy the file again"):
+        merged(config, tmp_path)
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/.model.partial").exists()
+
+
+def flip(path, piece):
+    with Path(path).open("r+b") as file:
+        file.seek(piece * 4096 + 2000)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
