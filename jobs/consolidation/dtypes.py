@@ -21,6 +21,14 @@ class Dtype(NamedTuple):
 
         return getattr(torch, self.name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The one object of its name, also in another rank: dtypes are compared by identity, as torch's are."""
+        return named, (self.name,)
+
+
+def named(name: str) -> Dtype:
+    return EVERY[name]
+
 
 EVERY = {
     dtype.name: dtype

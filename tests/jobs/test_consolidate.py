@@ -361,6 +361,11 @@ def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys):
     )
 
 
+def test_a_dtype_is_the_same_object_in_another_rank():
+    for dtype in dtypes.EVERY.values():
+        assert pickle.loads(pickle.dumps(Stored((), dtype, ()))).dtype is dtype
+
+
 def test_seventy_billion_weights_are_planned_in_seconds():
     kinds = {"q": (8192, 8192), "k": (1024, 8192), "up": (28672, 8192), "gate": (28672, 8192), "down": (8192, 28672)}
     every = {f"layers.{layer}.{kind}": shape for layer in range(80) for kind, shape in kinds.items()}
@@ -377,6 +382,10 @@ def test_seventy_billion_weights_are_planned_in_seconds():
     assert len(made.digest()) == 64 and made.read_bytes == 2 * (made.written_bytes - sum(map(len, made.heads.values())))
     assert 24 <= len(made.sizes) <= 30
     assert time.monotonic() - began < 20
+    files = [task.placed[0].file for task in stream.interleaved(made, {"model-00002-of-00028.safetensors"})]
+    assert len(files) == len(made.tasks) and len(set(files[:4])) == 4
+    last = {file: at for at, file in enumerate(files)}
+    assert all(len(set(files[: at + 1]) - {f for f in last if last[f] <= at}) <= 4 for at in range(len(files)))
 
 
 # What is wrong
