@@ -90,11 +90,13 @@ def accelerate(folder: Path, options: argparse.Namespace, _: Path) -> dict[str, 
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}", __file__,
         "--side", str(folder),
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | fsdp, cwd=ROOT) as started:
-        while started.poll() is None:
-            sampler.look(started.pid)
-            time.sleep(0.05)
-        said = started.stdout.read()
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | fsdp, cwd=ROOT) as started:
+            while started.poll() is None:
+                sampler.look(started.pid)
+                time.sleep(0.05)
+        log.seek(0)
+        said = log.read()
     if started.returncode:
         raise RuntimeError(said[-2000:])
     line = next(line for line in said.splitlines() if line.startswith("STEP "))
@@ -109,8 +111,8 @@ def side(folder: str) -> None:
 
     accelerator = Accelerator()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = accelerator.prepare(model)
-    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
     tokens = torch.randint(3, model.config.vocab_size, (1, LENGTH), device=accelerator.device)
     accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
     optimizer.step()
@@ -141,10 +143,14 @@ def main() -> None:
         sides = {"accelerate": accelerate, "muster": muster}
         for name, one in sides.items():
             cold(folder)
-            found[name] = one(folder, options, Path(scratch))
-            found[name]["copies"] = round(found[name]["host_gb"] * 1e9 / size, 2)
+            try:
+                found[name] = one(folder, options, Path(scratch))
+                found[name]["copies"] = round(found[name]["host_gb"] * 1e9 / size, 2)
+            except RuntimeError as error:
+                found[name] = {"error": str(error)}
             print(name, json.dumps(found[name]), flush=True)
-    ratio = round(found["accelerate"]["s"] / found["muster"]["s"], 2)
+    theirs, ours = (found[name].get("s") for name in sides)
+    ratio = round(theirs / ours, 2) if theirs and ours else None
     print("RESULT", json.dumps({"ratio": ratio, "gpus": options.gpus, "model_gb": round(size / 1e9, 2), **found}))
 
 
