@@ -120,21 +120,22 @@ class Stager:
         into DeepSpeed's process groups, and in 2.11 copies a storage once for each tensor on it.
         """
         storages: dict[int, torch.Tensor] = {}
-        _collect(value, storages)
+        collect(value, storages)
         return _rebuilt(value, self.state({"storages": storages})["storages"], {})
 
 
-def _collect(value: Any, storages: dict[int, torch.Tensor]) -> None:
+def collect(value: Any, storages: dict[int, torch.Tensor]) -> None:
+    """Add the storages under all tensors of what torch.save is given, by their identity, each once."""
     if isinstance(value, torch.Tensor):
         held = value.untyped_storage()
         storages.setdefault(held._cdata, torch.empty(0, dtype=torch.uint8, device=value.device).set_(held))
-        _collect(vars(value), storages)
+        collect(vars(value), storages)
     elif isinstance(value, dict):
-        _collect(list(value.values()), storages)
-        _collect(vars(value) if type(value) is not dict else None, storages)
+        collect(list(value.values()), storages)
+        collect(vars(value) if type(value) is not dict else None, storages)
     elif type(value) in (list, tuple):
         for item in value:
-            _collect(item, storages)
+            collect(item, storages)
 
 
 def _rebuilt(value: Any, storages: dict[int, torch.Tensor], made: dict[int, Any]) -> Any:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from jobs import kernels, optim, startup
 from jobs.backends import Engine, partitions
 from jobs.distributed import World
 from jobs.model import blocks, compute_dtype, skeleton
-from jobs.staging import Stager
+from jobs.staging import Stager, collect
 from jobs.weights import Part
 
 TAG = "zero"
@@ -112,8 +113,11 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def storages(engine: Engine) -> list[int]:
-    """None that could be told before: DeepSpeed gathers what it saves."""
-    return []
+    """Bytes of each storage that `staged` copies: DeepSpeed gathers what it saves, so it is let save, to nowhere."""
+    found: dict[int, torch.Tensor] = {}
+    with TemporaryDirectory() as folder:
+        _saved(engine.module, Path(folder), lambda state_dict, path: collect(state_dict, found))()
+    return [held.nbytes for held in found.values() if held.nbytes]
 
 
 def staged(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:

@@ -72,9 +72,9 @@ def prepared(rank: int, config: Config) -> None:
         assert len(slabs) == taken
 
 
-@pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize("words", ["fsdp", "fsdp adapter=lora", "zero2", "zero3", "zero3 adapter=lora"])
 def test_host_memory_is_taken_before_the_first_save(words, compose, tmp_path):
-    spawn(prepared, 2, compose(f"run_dir={tmp_path}", "parallel=fsdp", *WORDS, *words))
+    spawn(prepared, 2, compose(f"run_dir={tmp_path}", *WORDS, *f"parallel={words}".split()))
 
 
 def shards(config: Config, step: int) -> dict[str, object]:
