@@ -76,10 +76,13 @@ def write_rank(rank: int, folder: Path, size: str, zero: bool, hf: bool) -> None
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(rank)
     state, every = {}, shapes(size)
+    # every weight is the beginning of one random tensor: else 6b would need 24 GB of memory to be written
+    numbers = torch.empty(max(-(-shape[0] // RANKS) * prod(shape[1:]) for shape in every.values())).normal_(std=0.02)
     for name, shape in every.items():
         rows = -(-shape[0] // RANKS)
         mine = max(0, min(rows, shape[0] - rank * rows))
-        local = torch.empty(mine, *shape[1:]).normal_(std=0.02)
+        local = numbers[: mine * prod(shape[1:])].view(mine, *shape[1:])
+        local = local.clone() if hf else local  # safetensors wants tensors apart
         state[name] = DTensor.from_local(
             local,
             mesh,
