@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ def make(
     Other ranks of the job call this too, with the same plan, and take their share of the files.
     """
     with Meeting(target) as meeting:
-        if meeting.rank:
-            _follow(plan, target, workers, source, meeting, check)
+        making = _Making(plan, workers, source, check, meeting)
+        if meeting.rank:  # it does its share, and leaves the rest to rank 0
+            files, done = meeting.join(plan)
+            meeting.done(making.share(partial(target), files, done))
             return
         with result.writing(target, meeting.alone) as beside:
             sums = result.finished(beside, plan)
@@ -44,7 +46,7 @@ def make(
             for line in estimate.lines(plan, workers, beside, meeting.size):
                 print(line, flush=True)
             files = meeting.share(plan, sums)
-            sums = _work(plan, beside, workers, source, files, set(sums), meeting, check) | meeting.gather()
+            sums = making.share(beside, files, set(sums)) | meeting.gather()
             describe(beside)
             retire(target)
             sums = {name: dict(sorted(sums[name].items())) for name in plan.sizes}
@@ -53,69 +55,61 @@ def make(
         print(f"{prints} weights equal those in training, bit for bit", flush=True)
 
 
-def _follow(plan: Plan, target: Path, workers: int, source: Path, meeting: Meeting, check: stream.Check | None) -> None:
-    """A rank that does its share, and leaves the rest to rank 0."""
-    files, done = meeting.join(plan)
-    meeting.done(_work(plan, partial(target), workers, source, files, done, meeting, check))
+@dataclass(frozen=True)
+class _Making:
+    """What a rank has to do, and with what."""
 
+    plan: Plan
+    workers: int
+    source: Path
+    check: stream.Check | None
+    meeting: Meeting
 
-def _work(
-    plan: Plan,
-    folder: Path,
-    workers: int,
-    source: Path,
-    files: dict[str, int],
-    done: set[str],
-    meeting: Meeting,
-    check: stream.Check | None,
-) -> Sums:
-    """Write and read back this rank's share of the files, but for those that are done, which it reads back."""
-    began, mine = time.perf_counter(), {name for name, rank in files.items() if rank == meeting.rank}
-    sums = {name: result.recorded(folder, name) for name in mine & done}
-    result.prepare(folder, plan, mine - done)
-    looked = [task for number, task in enumerate(plan.tasks) if task.placed or number % meeting.size == meeting.rank]
-    part = replace(plan, tasks=tuple(looked))
-    moved = _stream(part, folder, workers, source, sums, (files.keys() - mine) | done, check)
-    seconds = time.perf_counter() - began
-    print(f"reading {len(mine)} files back", flush=True)
-    checked = result.verify(folder, plan, sums, workers)
-    written = sum(plan.sizes[name] for name in mine - done)
-    print(
-        f"read {moved / 1e9:.2f} GB and wrote {written / 1e9:.2f} GB in {seconds:.1f} s with {workers} workers, "
-        f"{(moved + written) / 1e9 / seconds:.2f} GB/s; "
-        f"{checked} tensors read back in {time.perf_counter() - began - seconds:.1f} s",
-        flush=True,
-    )
-    return sums
+    def share(self, folder: Path, files: dict[str, int], done: set[str]) -> Sums:
+        """Write and read back this rank's share of the files, but for those that are done, which it reads back."""
+        plan, rank, size = self.plan, self.meeting.rank, self.meeting.size
+        began, mine = time.perf_counter(), {name for name, owner in files.items() if owner == rank}
+        sums = {name: result.recorded(folder, name) for name in mine & done}
+        result.prepare(folder, plan, mine - done)
+        looked = [task for number, task in enumerate(plan.tasks) if task.placed or number % size == rank]
+        moved = self._stream(replace(plan, tasks=tuple(looked)), folder, sums, (files.keys() - mine) | done)
+        seconds = time.perf_counter() - began
+        print(f"reading {len(mine)} files back", flush=True)
+        checked = result.verify(folder, plan, sums, self.workers)
+        written = sum(plan.sizes[name] for name in mine - done)
+        print(
+            f"read {moved / 1e9:.2f} GB and wrote {written / 1e9:.2f} GB in {seconds:.1f} s with {self.workers} workers, "
+            f"{(moved + written) / 1e9 / seconds:.2f} GB/s; "
+            f"{checked} tensors read back in {time.perf_counter() - began - seconds:.1f} s",
+            flush=True,
+        )
+        return sums
 
+    def _stream(self, plan: Plan, folder: Path, sums: Sums, done: set[str]) -> int:
+        """Carry a plan out but for the files that are `done`; adds to `sums`, and returns how many bytes there were to read."""
+        lock = threading.Lock()
+        left = sum(t.stored.nbytes for t in plan.tasks if not t.placed or {item.file for item in t.placed} - done)
+        with tqdm(
+            total=left, desc="weights", unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10
+        ) as bar:
 
-def _stream(
-    plan: Plan, folder: Path, workers: int, source: Path, sums: Sums, done: set[str], check: stream.Check | None
-) -> int:
-    """Carry the plan out but for the files that are `done`; adds to `sums`, and returns how many bytes there were to read."""
-    lock = threading.Lock()
-    left = sum(t.stored.nbytes for t in plan.tasks if not t.placed or {item.file for item in t.placed} - done)
-    with tqdm(
-        total=left, desc="weights", unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10
-    ) as bar:
+            def moved(count: int) -> None:
+                with lock:
+                    bar.update(count)
 
-        def moved(count: int) -> None:
-            with lock:
-                bar.update(count)
+            def finished(name: str, found: dict[str, str]) -> None:
+                result.record(folder, name, found)
+                sums[name] = found
 
-        def finished(name: str, found: dict[str, str]) -> None:
-            result.record(folder, name, found)
-            sums[name] = found
-
-        try:
-            stream.carry_out(plan, folder, workers, done, moved, finished, check)
-        except stream.Differs as error:
-            said = (
-                f"weight {error} differs from that in training: the files have changed or been damaged; "
-                "delete this checkpoint to go back to the one before"
-            )
-            raise RunError(Problem("checkpoint", source, said)) from error
-    return left
+            try:
+                stream.carry_out(plan, folder, self.workers, done, moved, finished, self.check)
+            except stream.Differs as error:
+                said = (
+                    f"weight {error} differs from that in training: the files have changed or been damaged; "
+                    "delete this checkpoint to go back to the one before"
+                )
+                raise RunError(Problem("checkpoint", self.source, said)) from error
+        return left
 
 
 def retire(target: Path) -> None:
