@@ -24,6 +24,7 @@ ELSEWHERE = {
 PROOF = (
     "fsdp on half the ranks",
     "fsdp to hsdp",
+    "fsdp on one rank to plain data parallelism",
     "zero3 to zero1",
     "fsdp to slices of matrices",
     "slices of matrices to fsdp",

@@ -228,7 +228,7 @@ def _in_pieces(rank, words, config):
     _sharded(rank, words, config)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_compiled_pieces_are_right_under_zero3(compose):
     words = ["parallel=zero3", "adapter=lora"]
     config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",

@@ -87,10 +87,12 @@ def targets(compose, folder, names, *words):
     return [compose(f"run_dir={folder}/{name}", f"parallel={name}", *WORDS, *words) for name in names]
 
 
-def test_zero3_on_four_ranks_goes_to_two_and_to_fsdp(compose, tmp_path):
-    source = targets(compose, tmp_path / "from", ["zero3"])
-    spawn(write, 4, source)
-    check({"zero3": (source[0], targets(compose, tmp_path / "to", ["zero3", "fsdp"]))}, 2)
+def test_what_four_ranks_wrote_goes_to_two_in_either_layout(compose, tmp_path):
+    sources = targets(compose, tmp_path / "from", ["zero3", "fsdp"])
+    spawn(write, 4, sources)
+    goals = {"zero3": ["zero3", "fsdp"], "fsdp": ["zero3"]}
+    to = {name: targets(compose, tmp_path / f"of-{name}", goals[name]) for name in goals}
+    check({name: (source, to[name]) for name, source in zip(goals, sources, strict=True)}, 2)
 
 
 @pytest.mark.proof
