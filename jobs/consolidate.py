@@ -41,7 +41,7 @@ def run(config: Config) -> None:
         print(f"model is there already: {target}")
         return
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
-    prints = _prints(path)
+    prints, threads = _prints(path), workers(config.cluster.cpu.cpus_per_rank)
     source = sources.source(path)
     empty = describe.of_run(config)
     try:
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
         from jobs.consolidation import whole  # imports transformers
 
         if not prints:
-            manifest.check(path, workers(config.cluster.cpu.cpus_per_rank))
+            manifest.check(path, threads)
         whole.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
         return
     if missing := sorted(prints.keys() - merged.sources.keys()):
@@ -70,7 +70,6 @@ def run(config: Config) -> None:
         "adapter_model" if config.consolidate.adapter_only else "model",
         merged.packed,
     )
-    threads = workers(config.cluster.cpu.cpus_per_rank)
 
     def rest(folder: Path) -> None:
         _describe(config, folder, empty, merged, about)

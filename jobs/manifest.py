@@ -99,9 +99,9 @@ def differing(folder: Path, rank: int = 0, world_size: int = 1, threads: int = T
     return found
 
 
-def check(folder: Path, threads: int = THREADS, rank: int = 0, world_size: int = 1) -> None:
-    """Raises RunError naming every file that is missing, cut short, or, of this rank's share, differs from what was written."""
-    if said := torn(folder) or differing(folder, rank, world_size, threads):
+def check(folder: Path, threads: int = THREADS) -> None:
+    """Raises RunError naming every file that is missing, cut short, or differs from what was written."""
+    if said := torn(folder) or differing(folder, threads=threads):
         raise RunError(*(Problem("checkpoint", None, f"{item}: {REMEDY}") for item in said[:10]))
 
 

@@ -16,7 +16,7 @@ from jobs.backends import Engine
 from jobs.consolidation import dcp, zero
 from jobs.consolidation.dtypes import memory
 from jobs.consolidation.extents import Stored, blocks
-from jobs.consolidation.stream import Files, Reader
+from jobs.consolidation.files import Files, Reader
 from jobs.weights import CHUNK_BYTES, READERS, Part, plain
 
 WEIGHT = "weight"

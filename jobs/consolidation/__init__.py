@@ -7,6 +7,7 @@ names.py        the names of training to the names of a model folder: fused weig
 dtypes.py       what numbers are stored as; casts, by numpy or torch
 adapter.py      what is added to a block of base weights
 plan.py         files, headers and offsets of the result, before any weight is read (pure)
+files.py        open files, and the blocks of stored tensors in them
 stream.py       workers that read, cast, add, write
 result.py       the folder: finished files kept over a restart, read back, published
 describe.py     config, tokenizer, model card

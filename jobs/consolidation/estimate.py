@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.files import partial
-from jobs.consolidation import stream
+from jobs.consolidation.files import CHUNK, write
 from jobs.consolidation.plan import Plan
 
 PROBE = 256 * 2**20
@@ -59,7 +59,7 @@ def memory(plan: Plan, workers: int) -> int:
     updates = [task.update for task in plan.tasks if task.update is not None]
     adapters = sum(part.nbytes for update in updates for part in (update.a, update.b))
     widest = max((update.a.shape[1] * 4 for update in updates), default=0)
-    return RUNTIME + workers * BUFFERS * max(stream.CHUNK, widest) + adapters
+    return RUNTIME + workers * BUFFERS * max(CHUNK, widest) + adapters
 
 
 def probe(folder: Path, size: int, workers: int) -> Speed:
@@ -69,22 +69,22 @@ def probe(folder: Path, size: int, workers: int) -> Speed:
     """
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     path = place / f"{partial(Path('probe')).name}.{os.getpid()}"
-    count = max(1, size // stream.CHUNK)
-    noise = os.urandom(stream.CHUNK)  # file systems may compress
+    count = max(1, size // CHUNK)
+    noise = os.urandom(CHUNK)  # file systems may compress
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with ThreadPoolExecutor(workers) as pool:
             began = time.perf_counter()
-            list(pool.map(lambda at: stream.write(descriptor, at * stream.CHUNK, memoryview(noise)), range(count)))
+            list(pool.map(lambda at: write(descriptor, at * CHUNK, memoryview(noise)), range(count)))
             os.fsync(descriptor)
             written = time.perf_counter()
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            list(pool.map(lambda at: len(os.pread(descriptor, stream.CHUNK, at * stream.CHUNK)), range(count)))
+            list(pool.map(lambda at: len(os.pread(descriptor, CHUNK, at * CHUNK)), range(count)))
             ended = time.perf_counter()
     finally:
         os.close(descriptor)
         path.unlink()
-    moved = count * stream.CHUNK
+    moved = count * CHUNK
     return Speed(moved / (written - began), moved / (ended - written), moved)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from conf.errors import Problem, RunError
 from conf.files import partial
 from jobs.consolidation import estimate, result, stream
+from jobs.consolidation.files import Check
 from jobs.consolidation.plan import Plan
 from jobs.consolidation.together import Meeting, Sums
 
@@ -25,7 +26,7 @@ def make(
     source: Path,
     describe: Callable[[Path], None],
     about: dict[str, Any],
-    check: stream.Check | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write, verify and publish `target`; one that is there already is moved aside. Raises RunError, as `check` does, which is
     asked before bytes of a source are read.
@@ -36,7 +37,7 @@ def make(
         making = _Making(plan, workers, source, check, meeting)
         if meeting.rank:  # it does its share, and leaves the rest to rank 0
             files, done = meeting.join(plan)
-            meeting.done(making.share(partial(target), files, done))
+            meeting.done(making.work(partial(target), files, done))
             return
         with result.writing(target, meeting.alone) as beside:
             sums = result.finished(beside, plan)
@@ -46,7 +47,7 @@ def make(
             for line in estimate.lines(plan, workers, beside, meeting.size):
                 print(line, flush=True)
             files = meeting.share(plan, sums)
-            sums = making.share(beside, files, set(sums)) | meeting.gather()
+            sums = making.work(beside, files, set(sums)) | meeting.gather()
             describe(beside)
             retire(target)
             sums = {name: dict(sorted(sums[name].items())) for name in plan.sizes}
@@ -62,10 +63,10 @@ class _Making:
     plan: Plan
     workers: int
     source: Path
-    check: stream.Check | None
+    check: Check | None
     meeting: Meeting
 
-    def share(self, folder: Path, files: dict[str, int], done: set[str]) -> Sums:
+    def work(self, folder: Path, files: dict[str, int], done: set[str]) -> Sums:
         """Write and read back this rank's share of the files, but for those that are done, which it reads back."""
         plan, rank, size = self.plan, self.meeting.rank, self.meeting.size
         began, mine = time.perf_counter(), {name for name, owner in files.items() if owner == rank}

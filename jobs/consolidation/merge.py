@@ -11,9 +11,9 @@ from conf.errors import DataError, Problem
 from jobs.consolidation import dtypes
 from jobs.consolidation.dtypes import Dtype
 from jobs.consolidation.extents import Stored
+from jobs.consolidation.files import Files, Reader
 from jobs.consolidation.names import Blueprint, SavedName, adapters
 from jobs.consolidation.plan import Output
-from jobs.consolidation.stream import Files, Reader
 
 if TYPE_CHECKING:  # both are imported where there is an adapter
     import torch

@@ -14,7 +14,7 @@ import xxhash
 
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json
-from jobs.consolidation import stream
+from jobs.consolidation.files import CHUNK, Files, read
 from jobs.consolidation.plan import Plan
 
 RECORDS = ".finished"
@@ -130,7 +130,7 @@ def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: i
         for item in task.placed
         if item.file in sums
     ]
-    files = stream.Files()
+    files = Files()
     try:
         for name in sums:
             if os.pread(files(str(folder / name)), len(plan.heads[name]), 0) != plan.heads[name]:
@@ -146,10 +146,10 @@ def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: i
 
 
 def _sum(descriptor: int, path: str, offset: int, size: int) -> str:
-    buffer, total = memoryview(bytearray(min(size, stream.CHUNK))), xxhash.xxh3_64()
-    for at in range(0, size, stream.CHUNK):
-        part = buffer[: min(stream.CHUNK, size - at)]
-        stream.read(descriptor, path, offset + at, part)
+    buffer, total = memoryview(bytearray(min(size, CHUNK))), xxhash.xxh3_64()
+    for at in range(0, size, CHUNK):
+        part = buffer[: min(CHUNK, size - at)]
+        read(descriptor, path, offset + at, part)
         total.update(part)
     return str(total.hexdigest())
 

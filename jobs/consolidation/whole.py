@@ -13,10 +13,10 @@ from conf.files import new_folder, write_json
 from conf.schema import Config
 from jobs import checkpoint, model
 from jobs.consolidation import names
+from jobs.consolidation.files import Files, Reader
 from jobs.consolidation.make import retire
 from jobs.consolidation.merge import tensor
 from jobs.consolidation.sources import Source
-from jobs.consolidation.stream import Files, Reader
 
 
 def run(

@@ -24,6 +24,7 @@ from conf.errors import DataError, RunError, UserError
 from conf.files import read_json
 from jobs.consolidation import adapter, dtypes, extents, foreign, hf, make, names, pickles, plan, result, stream
 from jobs.consolidation.extents import Extent, Stored
+from jobs.consolidation.files import Files, Reader
 from tests.conftest import ROOT
 from tests.jobs import shards
 
@@ -88,8 +89,8 @@ def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
             Extent(str(path), 0, row, count, column, columns, 0, skip) for row, count, column, columns, skip in rows
         ]
     stored = Stored(shape, dtypes.FP32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
-    files = stream.Files()
-    reader, flat = stream.Reader(files), torch.full((whole.numel(),), -1.0)
+    files = Files()
+    reader, flat = Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in extents.blocks(start, stop, width, chance.randint(1, 30)):
         reader.fill(stored, first, dtypes.memory(flat[first:last]))

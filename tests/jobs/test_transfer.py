@@ -8,7 +8,7 @@ from conf.errors import RunError
 from conf.schema import Config
 from jobs import backends, checkpoint, model, transfer
 from jobs.consolidation.dtypes import memory
-from jobs.consolidation.stream import Files, Reader
+from jobs.consolidation.files import Files, Reader
 from jobs.distributed import process_group
 from tests.jobs.ranks import spawn
 
