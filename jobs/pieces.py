@@ -16,14 +16,15 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 def fuse(block: nn.Module, compiled: Compile) -> int:
     """Put `compiled` around the forward of each norm and each gated product of `block`; returns how many there were.
 
-    Forwards, not modules: ZeRO-3's hooks, which gather what a module needs, stay outside.
+    Forwards, not modules: ZeRO-3's hooks, which gather what a module needs, stay outside. It hooks an activation, too, which
+    needs nothing; compiled along, that hook would be cut out of every block's code anew, until the compiler gives up.
     """
     norms = [module for module in block.modules() if type(module).__name__.endswith("Norm")]
     gated = [module for module in block.modules() if _is_gated(module)]
     for norm in norms:
         norm.forward = compiled(norm.forward)  # type: ignore[method-assign]
     for mlp in gated:
-        mlp.forward = _through(mlp, compiled(_product(mlp.act_fn)))
+        mlp.forward = _through(mlp, compiled(_product(getattr(mlp.act_fn, "forward", mlp.act_fn))))
     return len(norms) + len(gated)
 
 
@@ -44,7 +45,10 @@ def _through(mlp: Any, product: Callable[..., torch.Tensor]) -> Callable[..., An
 def _is_gated(mlp: Any) -> bool:
     """Whether it computes down(act(gate(x)) * up(x)) and nothing else: tried on the model's own code, without weights."""
     gate_proj, up_proj, down_proj = projections = [getattr(mlp, name, None) for name in PROJECTIONS]
-    if not callable(getattr(mlp, "act_fn", None)) or not all(isinstance(item, nn.Module) for item in projections):
+    act = getattr(mlp, "act_fn", None)
+    if not callable(act) or not all(isinstance(item, nn.Module) for item in projections):
+        return False
+    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
         return False
     given, gate, up, down = torch.randn(4, 1, 2, 8)
     seen: list[torch.Tensor] = []

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from conf import deepspeed as derived
-from conf.choices import AdapterKind
+from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
 from jobs import kernels, optim, startup
 from jobs.backends import Engine, partitions
@@ -45,6 +46,8 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
     )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
+    if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
+        _hide(optimizer.parameter_offload)
     return Engine(engine, optimizer, config.train.max_grad_norm, read)
 
 
@@ -58,6 +61,21 @@ def start(world: World) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
+
+
+def _hide(offload: Any) -> None:
+    """Let selective recomputation not see what is gathered and freed around the modules inside a block: the second time that is
+    something else, and torch 2.13 refuses operators that were not there in forward."""
+
+    def unseen(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def call(module: nn.Module) -> None:
+            with _disable_current_modes():
+                hook(module)
+
+        return call
+
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, unseen(getattr(offload, name)))
 
 
 def _whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:

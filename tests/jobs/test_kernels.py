@@ -194,6 +194,7 @@ def test_sharded_models_may_be_compiled(compose, layout, adapter):
 
 
 def _unbroken(rank, config):
+    kernels._compiles = lambda world: True
     torch.compile = partial(torch.compile, backend="eager")  # the compiler behind it is not asked
     torch._dynamo.reset()
     counters.clear()
@@ -201,9 +202,8 @@ def _unbroken(rank, config):
         engine = backends.chosen(config).wrap(model.skeleton(config), config, world)
         loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
-    assert (
-        counters["frames"]["ok"] == 2 + adapted
-    )  # one code for all blocks, or a second where no gradient goes in; the loss
+    # one code for all blocks, or a second where no gradient goes in; the loss; gated products, where these are compiled alone
+    assert counters["frames"]["ok"] == 2 + adapted + kernels.has_pieces(config, world)
     assert not counters["graph_break"]
 
 
@@ -216,10 +216,11 @@ def _unbroken(rank, config):
         ("zero3", "none"),
         ("fsdp", "lora"),
         ("ddp", "lora"),
+        ("zero3", "lora"),
     ],  # PEFT's DoRA is not traced
 )
-def test_no_hook_cuts_a_compiled_block(compose, layout, adapter):
-    words = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true", "train.precision=bf16"]
+def test_no_hook_cuts_what_is_compiled(compose, layout, adapter):
+    words = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
     spawn(_unbroken, 2, compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
 
 
@@ -234,6 +235,41 @@ def test_compiled_pieces_are_right_under_zero3(compose):
     config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
     spawn(_in_pieces, 2, words, config)
+
+
+def _scarce(rank, config):
+    from jobs.backends import zero
+
+    planned = zero.derived.plan
+    room = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 10**4,
+        "stage3_max_reuse_distance": 10**4,
+    }
+
+    def plan(*arguments):
+        found = planned(*arguments)
+        found["zero_optimization"] |= room | {"stage3_prefetch_bucket_size": 10**4}
+        return found
+
+    zero.derived.plan = plan
+    with process_group(config) as world:
+        engine = zero.wrap(model.build(config), config, world)
+        for _ in range(3):  # what is gathered ahead is known from the second on
+            zero.backward(engine, loss.summed(engine.module, whole(rows([9, 14, 11], None))) / 10, last=True)
+            norm = zero.step(engine, 0.0)
+        alone = model.build(config)
+        (loss.summed(alone, whole(rows([9, 14, 11], None))) / 10).backward()
+        trained = [item.grad for item in alone.parameters() if item.requires_grad]
+        assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4)
+
+
+def test_what_is_gathered_may_differ_when_a_block_is_recomputed(compose):
+    """With room for few parameters ZeRO-3 gathers and frees inside a block, in recomputation not as in forward."""
+    words = ["parallel=zero3", "adapter=lora", "train.activation_checkpointing=selective"]
+    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=2", "train.micro_batch=1",
+                     "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
+    spawn(_scarce, 2, config)
 
 
 def test_blocks_are_found_under_adapters():
