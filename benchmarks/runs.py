@@ -183,8 +183,17 @@ def _holds_memory(pid: int) -> bool:
 
 def resident(pid: int, *kinds: str) -> int:
     """Bytes of memory of a process, of these lines of its status together; 0 where it has gone."""
+    return _sum(f"/proc/{pid}/status", kinds)
+
+
+def proportional(pid: int, *kinds: str) -> int:
+    """Likewise of its smaps_rollup, where each of the processes that share a page has a part of it."""
+    return _sum(f"/proc/{pid}/smaps_rollup", kinds)
+
+
+def _sum(path: str, kinds: tuple[str, ...]) -> int:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return 0
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kinds))

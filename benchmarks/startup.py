@@ -5,7 +5,8 @@
 Both train with FSDP2, bf16 and AdamW on the same random model, out of the page cache. Seconds run from the start of the ranks'
 launcher until the first step is done, imports and compilation included; `reading` is what Muster's bar says of it alone.
 Bytes are what the ranks of this node asked of its disk (read_bytes of /proc/PID/io), host memory is the peak over time of their
-anonymous and shared pages together, and `copies` that peak in copies of the model. Without GPUs it rehearses itself at a tiny size.
+anonymous and shared pages together, a page that several have counted once, and `copies` that peak in copies of the model: what
+`--model tiny` takes is no model's but torch's, CUDA's and the compiler's. Without GPUs it rehearses itself at a tiny size.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from benchmarks import runs  # noqa: E402
 from benchmarks.consolidate import cold  # noqa: E402
 
 LENGTH = 2048
+EVERY_S = 0.3
+"""Between two looks at the memory, each of which walks through all pages."""
 
 
 class Sampler:
@@ -43,7 +46,7 @@ class Sampler:
         with suppress(OSError):
             said = dict(line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
             self.read[pid] = int(said["read_bytes"])
-        return runs.resident(pid, "RssAnon:", "RssShmem:")
+        return runs.proportional(pid, "Pss_Anon:", "Pss_Shmem:")
 
     def found(self) -> dict[str, Any]:
         return {"read_gb": round(sum(self.read.values()) / 1e9, 2), "host_gb": round(self.peak / 1e9, 2)}
@@ -58,6 +61,7 @@ def muster(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str
         """The memory of its processes, while they train; until there is a step."""
         if train.exists():
             sampler.look(run.pid)
+            time.sleep(EVERY_S)
         return bool(run.steps())
 
     with runs.muster(
@@ -94,7 +98,7 @@ def accelerate(folder: Path, options: argparse.Namespace, _: Path) -> dict[str, 
         with subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | fsdp, cwd=ROOT) as started:
             while started.poll() is None:
                 sampler.look(started.pid)
-                time.sleep(0.05)
+                time.sleep(EVERY_S)
         log.seek(0)
         said = log.read()
     if started.returncode:
