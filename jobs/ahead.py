@@ -30,15 +30,13 @@ def begin(config: Config) -> list[threading.Thread]:
     """
     local_rank, node_rank = node()
     runs = [] if local_rank else _runs(config, node_rank)
-    if 2 * sum(last - first for _, first, last in runs) > _available():
+    if not runs or 2 * sum(last - first for _, first, last in runs) > _available():
         return []
     chunks: SimpleQueue[Run] = SimpleQueue()
     for path, first, last in runs:
         for at in range(first, last, CHUNK_BYTES):
             chunks.put((path, at, min(at + CHUNK_BYTES, last)))
-    threads = [
-        threading.Thread(target=_read, args=(chunks,), name="ahead", daemon=True) for _ in range(READERS * bool(runs))
-    ]
+    threads = [threading.Thread(target=_read, args=(chunks,), name="ahead", daemon=True) for _ in range(READERS)]
     for thread in threads:
         thread.start()
     return threads
