@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,7 +62,7 @@ def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, s
             signal_delay_s=config.cluster.signal_s,
             **_gpus(part.gpus_per_node or 0),
         )
-        with environment.applied(opened):
+        with environment.applied(opened), _interruptible():
             started = executor.submit(worker.run, job.name, str(config_path))
         note(job.name, started.job_id)
         number = int(opened["MUSTER_ATTEMPT"])
@@ -72,6 +73,19 @@ def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, s
             if held:
                 held.close()
         return attempt.finish(folder, number, code, job.world_size)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """What is started meanwhile can be ended by SIGINT, also where a shell began launch.py in the background, which ignores it."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _gpus(count: int) -> dict[str, Any]:
