@@ -14,9 +14,4 @@ def run(name: str, config_path: str) -> None:
         raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(NAMES)}"))
     from conf.resolve import load  # imports omegaconf
 
-    config = load(Path(config_path))
-    if name == "train":
-        from jobs import ahead
-
-        ahead.begin(config)
-    import_module(f"jobs.{name}").run(config)
+    import_module(f"jobs.{name}").run(load(Path(config_path)))
