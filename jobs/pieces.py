@@ -48,7 +48,7 @@ def _is_gated(mlp: Any) -> bool:
     act = getattr(mlp, "act_fn", None)
     if not callable(act) or not all(isinstance(item, nn.Module) for item in projections):
         return False
-    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
+    if isinstance(act, nn.Module) and list(act.parameters()):
         return False
     given, gate, up, down = torch.randn(4, 1, 2, 8)
     seen: list[torch.Tensor] = []

@@ -69,15 +69,8 @@ def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
         return [rank["pid"] for rank in watchdog.gathered(run / "jobs/train/attempt-1").values()]
 
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
-    line = [
-        "bash",
-        "-c",
-        'trap "" INT; exec "$@"',
-        "bash",
-        sys.executable,
-        CLONE / "launch.py",
-        *words,
-    ]  # as `launch.py &` does
+    background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]  # as `launch.py &` does
+    line = [*background, sys.executable, CLONE / "launch.py", *words]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as started:
         until(lambda: any("loss" in line for line in history.metrics(run)))
         until(lambda: len(found()) == 2)  # said every ten seconds
