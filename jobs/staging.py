@@ -5,7 +5,6 @@ import threading
 import weakref
 from collections import defaultdict
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from jobs.distributed import World
+from jobs.host import free_bytes
 
 SPARE = 1.2
 """What must be free for each byte that is copied: DeepSpeed's rank 0 also has the weights of compute, and files their headers."""
-CGROUPS = Path("/sys/fs/cgroup")
 SMALLEST, LARGEST, ALIGNED = 2**22, 2**30, 4096
 """Bytes that are taken at once, twice as many each time, and where a copy begins."""
 PORTABLE = 1
@@ -171,19 +170,3 @@ def fits(rank_bytes: int, world: World) -> bool:
     free = torch.tensor(float(free_bytes() >= SPARE * rank_bytes * world.local_size))
     dist.all_reduce(free, dist.ReduceOp.MIN)
     return bool(free)
-
-
-def free_bytes() -> int:
-    """Host memory that this process may still take: of the machine, and of each control group that it is in."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    found = [int(lines["MemAvailable"].split()[0]) * 1024]
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    place = CGROUPS / own.lstrip("/")
-    for group in (place, *place.parents):
-        try:
-            limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            found.append(int(limit) - int(used) + int(stat["inactive_file"]))  # pages that are given back when needed
-        except (OSError, ValueError):  # the root has no such files, and a group without a limit says `max`
-            continue
-    return min(found)

@@ -12,7 +12,7 @@ import torch
 
 from conf.files import read_json
 from conf.schema import Config
-from jobs import backends, checkpoint, model, preprocess, retention, staging, train
+from jobs import backends, checkpoint, host, model, preprocess, retention, staging, train
 from jobs.distributed import process_group
 from jobs.metrics import Metrics
 from jobs.saving import Saver
@@ -180,9 +180,9 @@ def test_memory_of_copies_is_used_again():
 
 
 def test_free_memory_is_that_of_the_tightest_group(tmp_path, monkeypatch):
-    assert staging.free_bytes() > 0
-    monkeypatch.setattr(staging, "CGROUPS", tmp_path)
-    before = staging.free_bytes()
+    assert host.free_bytes() > 0
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    before = host.free_bytes()
     for name, text in {"max": "3000\n", "current": "2500\n", "stat": "anon 1\ninactive_file 100\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert staging.free_bytes() == 600 < before
+    assert host.free_bytes() == 600 < before
