@@ -14,4 +14,9 @@ def run(name: str, config_path: str) -> None:
         raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(NAMES)}"))
     from conf.resolve import load  # imports omegaconf
 
-    import_module(f"jobs.{name}").run(load(Path(config_path)))
+    config = load(Path(config_path))
+    if name == "train":
+        from jobs import ahead
+
+        ahead.begin(config)
+    import_module(f"jobs.{name}").run(config)
