@@ -65,6 +65,7 @@ class Frozen(Enum):
     full = "full"
     nf4 = "nf4"
     int8 = "int8"
+    float8 = "float8"
 
 
 class Optimizer(Enum):

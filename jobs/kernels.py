@@ -17,9 +17,8 @@ from jobs import context, head, pieces
 from jobs.distributed import World
 from jobs.model import blocks
 
-PRODUCTS = ("aten::mm", "aten::addmm", "muster::product")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::product")
 KEPT = {
-    "aten::_scaled_mm",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -1,13 +1,14 @@
 """Frozen linear layers in 4 or 8 bits: how they are kept so that FSDP2 and ZeRO-3 shard them, filled by slices, and multiplied.
 
 The numbers are bitsandbytes' own, bit for bit: NF4 in blocks of 64 with double quantisation (Dettmers 2023, arXiv 2305.14314,
-section 3), or int8 with one scale a row (Dettmers 2022, arXiv 2208.07339). What differs is where they stand. `weight` is one
-parameter, the packed bytes seen as numbers of the precision of compute: any backend can cut it, gather it, and never casts it.
-Its scales, 3 % of its size, are buffers and whole on every rank.
+section 3), or int8 with one scale a row (Dettmers 2022, arXiv 2208.07339); or they are e4m3 with one scale a row, which
+`jobs.scaled` multiplies as they are. What differs is where they stand. `weight` is one parameter, the packed bytes seen as
+numbers of the precision of compute: any backend can cut it, gather it, and never casts it. Its scales, 3 % of its size or less,
+are buffers and whole on every rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf.choices import Frozen
+from conf.errors import ConfigError, Problem
+from jobs import scaled
 from jobs.weights import Part, plain
 
 BLOCK, NESTED = 64, 256
@@ -33,9 +36,9 @@ class Quantised(nn.Linear):
 
     def __init__(self, linear: nn.Linear, kind: Frozen, dtype: torch.dtype) -> None:
         """`dtype`: of compute, in which the packed bytes are kept too. Made without data, like the rest of a skeleton."""
-        import bitsandbytes  # noqa: F401 -- brings its operators
-
         nn.Module.__init__(self)
+        if kind is not Frozen.float8:
+            import bitsandbytes  # noqa: F401 -- brings its operators
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.kind, self.dtype, numel = kind, dtype, linear.weight.numel()
         packed = torch.empty(nbytes(kind, numel) // dtype.itemsize, dtype=dtype, device="meta")
@@ -46,9 +49,11 @@ class Quantised(nn.Linear):
         self._found: tuple[int, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind is Frozen.float8:
+            made = scaled.product(x, self.weight, self.out_features, *self.scales())
+            return made if self.bias is None else made + self.bias
         shape = (self.out_features, self.in_features)
-        made: torch.Tensor = product(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales())
-        return made
+        return cast(torch.Tensor, product(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales()))
 
     def scales(self) -> tuple[torch.Tensor, ...]:
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
@@ -133,12 +138,26 @@ product.register_autograd(_backward, setup_context=_keep)
 
 def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype) -> None:
     """Let the linear layers of decoder blocks be quantised ones, without data yet. Router, head and embedding stay as they are,
-    as do layers whose weights do not fill whole blocks of 64."""
+    as do layers whose weights do not fill whole blocks of 64, or under float8 have widths that its product does not take.
+
+    Raises ConfigError for float8 on a GPU that has no such products.
+    """
+    if kind is Frozen.float8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < scaled.CAPABILITY:
+        said = (
+            f"needs products in 8 bits (compute capability 8.9), which {torch.cuda.get_device_name()} lacks: take int8"
+        )
+        raise ConfigError(Problem("adapter.base", kind.name, said))
     for block in blocks:
         for name, module in list(block.named_modules()):
-            if type(module) is nn.Linear and module.weight.numel() % BLOCK == 0:
+            if type(module) is nn.Linear and _fits(module, kind):
                 parent = block.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], Quantised(module, kind, dtype))
+
+
+def _fits(linear: nn.Linear, kind: Frozen) -> bool:
+    if kind is Frozen.float8:
+        return not any(size % scaled.MULTIPLE for size in linear.weight.shape)
+    return linear.weight.numel() % BLOCK == 0
 
 
 def layers(model: nn.Module) -> dict[str, Quantised]:
@@ -154,9 +173,12 @@ def settle(model: nn.Module, held: Mapping[str, Part]) -> None:
 
 def quantise(kind: Frozen, original: torch.Tensor, block: int) -> Numbers:
     """Of a flat range of whole blocks, in the precision of compute."""
-    import bitsandbytes.functional as numbers
-
+    if kind is Frozen.float8:
+        eighths, absmax = scaled.numbers(original.view(-1, block))
+        return Numbers(eighths.view(-1).view(torch.uint8), absmax.view(-1))
     if kind is Frozen.nf4:
+        import bitsandbytes.functional as numbers
+
         packed, state = numbers.quantize_4bit(original, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         return Numbers(packed.view(-1), state.absmax)
     rows = original.view(-1, block).float()
@@ -167,7 +189,7 @@ def quantise(kind: Frozen, original: torch.Tensor, block: int) -> Numbers:
 
 def scales(kind: Frozen, absmax: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What is kept of the blocks' largest magnitudes: in 8 bits for NF4 (double quantisation), else as they are."""
-    if kind is Frozen.int8:
+    if kind is not Frozen.nf4:
         return (absmax,)
     import bitsandbytes.functional as numbers
 
@@ -217,7 +239,7 @@ def nbytes(kind: Frozen, numel: int) -> int:
 
 def _scales(kind: Frozen, numel: int, rows: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of the buffers, in the order in which `scales` gives them."""
-    if kind is Frozen.int8:
+    if kind is not Frozen.nf4:
         return [("absmax", (rows,), torch.float32)]
     blocks = numel // BLOCK
     return [

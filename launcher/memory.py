@@ -22,6 +22,8 @@ READING = 4 * 2**24
 """Host buffers of a rank that reads its slices of the weights (jobs/weights.py)."""
 SLACK = 0.05
 """Share of what comes and goes that the caching allocator loses to fragments; from the measured runs."""
+UNPACKED = {Frozen.full: 0, Frozen.float8: 1}
+"""Bytes of a weight of the frozen base that is multiplied, beside what is kept; others are unpacked to the precision of compute."""
 SUB_GROUP, LIVE = 10**9, 10**9
 """ZeRO-3's sub_group_size and stage3_max_live_parameters in conf/deepspeed.py, in elements."""
 
@@ -119,7 +121,7 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
         root = counts.trained_root
     elif counts.frozen:  # a quantised weight is gathered packed, and one at a time is unpacked
         unit += frozen_width(config, width) * counts.block
-    unpacked = width * counts.largest if counts.frozen and config.adapter.base is not Frozen.full else 0
+    unpacked = UNPACKED.get(config.adapter.base, width) * counts.largest if counts.frozen else 0
     blocks = (counts.total - counts.root) // counts.block
     kept = blocks if config.parallel.reshard_after_forward is False else 2
     here = 0 if config.parallel.offload_parameters else 1

@@ -81,7 +81,9 @@ def _precision(config: Config) -> Iterator[Problem]:
             key, value, f"multiplies what is else bf16, and train.precision={train.precision.name}: take bf16"
         )
     if config.adapter.kind is not AdapterKind.none:
-        yield Problem(key, value, "trains whole weights, and an adapter freezes them: take adapter=none, or none")
+        yield Problem(
+            key, value, "trains whole weights, and an adapter freezes them: take adapter=lora_float8, or none"
+        )
     if config.cluster.train.gpus_per_node == 0:
         yield Problem(key, value, "needs GPUs with 8-bit products (Ada, Hopper or later): take none on CPUs")
     if parallel.tensor_ranks > 1 or parallel.offload_parameters:

@@ -4,9 +4,9 @@ from conf.choices import Frozen, Optimizer
 from conf.schema import Config
 from launcher.counting import Counts
 
-PACKED = {Frozen.nf4: 0.5, Frozen.int8: 1.0}
+PACKED = {Frozen.nf4: 0.5, Frozen.int8: 1.0, Frozen.float8: 1.0}
 """Of a quantised weight of a block (jobs/quantised.py)."""
-SCALES = {Frozen.nf4: 1 / 64 + 4 / (64 * 256), Frozen.int8: 0.001}
+SCALES = {Frozen.nf4: 1 / 64 + 4 / (64 * 256), Frozen.int8: 0.001, Frozen.float8: 0.001}
 """Of its scales, which every rank holds whole: a byte for 64 weights and fp32 for 256 of these, or fp32 for a row of thousands."""
 MOMENTS = {
     Optimizer.adamw: 8.0,

@@ -80,6 +80,8 @@ OURS = {
         ["parallel=zero3", "train.compile=false", "train.activation_checkpointing=selective"], 2, 1, 8192, 91.9),
     "parallel=ddp adapter=lora, 1 GPU": (["parallel=ddp", "adapter=lora"], 1, 4, 4096, 85.9),
     "parallel=ddp adapter=qlora, 1 GPU": (["parallel=ddp", "adapter=qlora", "model.init=pretrained"], 1, 4, 4096, 76.1),
+    "parallel=ddp adapter=lora_float8, 1 GPU": (
+        ["parallel=ddp", "adapter=lora_float8", "model.init=pretrained"], 1, 4, 4096, 79.9),
 }  # fmt: skip
 """Words, GPUs, rows at once, their tokens, and GiB reserved by runs of launch.py on H200s (docs/performance.md); context aside."""
 

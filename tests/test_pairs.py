@@ -39,7 +39,7 @@ def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> li
         ((), {"train.optimizer": Optimizer.muon, "parallel.tensor_ranks": 2}, "train.optimizer=muon", "take adamw"),
         (("parallel=zero3",), BF16 | {"train.float8": Float8.tensorwise}, "train.float8=tensorwise", "parallel=fsdp"),
         ((), {"train.float8": Float8.rowwise, "train.precision": Precision.fp32}, "train.float8=rowwise", "take bf16"),
-        (("adapter=lora",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "adapter=none"),
+        (("adapter=lora",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "adapter=lora_float8"),
         (("parallel=fsdp_offload",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "parallel=fsdp"),
         ((), BF16 | {"train.float8": Float8.rowwise, "model.architecture.hidden_size": 4100}, "train.float8=rowwise", "16"),
     ],

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from conf.choices import Backend, Frozen
+from conf.errors import ConfigError
 from conf.schema import Config
 from jobs import backends, model, quantised
 from jobs.consolidation.adapter import Nf4
@@ -23,7 +25,7 @@ FSDP: dict[str, dict[str, object]] = {
     "hsdp": {"parallel.shard_ranks": 2},
     "ddp": {"parallel.shard_ranks": 1, "parallel.reshard_after_forward": False},
 }
-KINDS = ("dora", "rslora", "qlora", "qlora8")
+KINDS = ("dora", "rslora", "qlora", "qlora8", "lora_float8")
 HIGH = "train.learning_rate=1e-2"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -79,7 +81,17 @@ def test_every_adapter_equals_the_reference_under_fsdp(base, compose, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [("qlora", 1), ("qlora", 2), ("qlora", 3), ("qlora8", 3), ("dora", 1), ("dora", 2), ("rslora", 3)],
+    [
+        ("qlora", 1),
+        ("qlora", 2),
+        ("qlora", 3),
+        ("qlora8", 3),
+        ("lora_float8", 2),
+        ("lora_float8", 3),
+        ("dora", 1),
+        ("dora", 2),
+        ("rslora", 3),
+    ],
 )
 def test_every_adapter_equals_the_reference_under_zero(kind, stage, base, compose, tmp_path):
     config = on(base, compose, f"adapter={kind}", HIGH)
@@ -189,6 +201,62 @@ def test_a_packed_layer_is_its_dequantised_copy(kind, dtype):
         gradients.append(x.grad)
     assert torch.equal(*outputs)
     torch.testing.assert_close(*gradients)
+
+
+def in_e4m3(matrix: torch.Tensor) -> torch.Tensor:
+    """Each row in 8 bits, its largest magnitude being the largest number, and back again."""
+    scale = matrix.double().abs().amax(dim=1, keepdim=True) / 448
+    return (matrix.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+
+@pytest.mark.parametrize("cuts", [[], [100, 101, 500]], ids=["whole", "cut inside rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float8_layer_multiplies_in_8_bits(dtype, cuts):
+    """Rows of its weight by tokens, and back by the tokens of the gradient."""
+    source = linear()
+    made = packed(source, Frozen.float8, dtype, cuts)
+    made.bias = nn.Parameter(source.bias.detach().to(dtype))
+    x, grad = torch.randn(3, 5, 128).to(dtype).requires_grad_(), torch.randn(3, 5, 48).to(dtype)
+    found = made(x)
+    found.backward(grad)
+    weight = source.weight.detach().to(dtype)
+    scale = weight.double().abs().amax(dim=1) / 448
+    kept = in_e4m3(weight)
+    expected = in_e4m3(x.detach().view(15, 128)) @ kept.T + made.bias.double()
+    back = in_e4m3(grad.view(15, 48) * scale) @ (kept / scale[:, None])
+    near = 1e-4 if dtype is torch.float32 else 1e-2
+    for seen, by_hand, plain in (
+        (found, expected, F.linear(x, weight, made.bias)),
+        (x.grad, back, grad @ weight),
+    ):
+        assert off(seen.view(15, -1), by_hand) < near
+        assert off(seen, plain) < 0.05
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_tokens_of_zeros_are_zeros_in_8_bits():
+    made = packed(linear(), Frozen.float8, torch.bfloat16, [])
+    made.bias = None
+    x = torch.zeros(2, 128, dtype=torch.bfloat16, requires_grad=True)
+    made(x).backward(torch.zeros(2, 48, dtype=torch.bfloat16))
+    assert not made(x).any() and not x.grad.any()
+
+
+def test_float8_leaves_widths_that_its_product_does_not_take():
+    block = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 24))
+    quantised.replace([block], Frozen.float8, torch.bfloat16)
+    assert [type(layer) for layer in block] == [quantised.Quantised, nn.Linear]
+
+
+def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="adapter.base=float8: .*NVIDIA A100 lacks: take int8"):
+        quantised.replace([], Frozen.float8, torch.bfloat16)
 
 
 def _is_sharded(_rank: int, config: Config) -> None:

@@ -217,6 +217,7 @@ def _unbroken(rank, config):
         ("fsdp", "lora"),
         ("ddp", "lora"),
         ("zero3", "lora"),
+        ("ddp", "lora_float8"),
     ],  # PEFT's DoRA is not traced
 )
 def test_no_hook_cuts_what_is_compiled(compose, layout, adapter):
