@@ -68,15 +68,7 @@ def fsdp(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     if options.float8:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-        tensorwise = options.float8 == "tensorwise"
-        recipe = (
-            Float8LinearConfig(enable_fsdp_float8_all_gather=True)
-            if tensorwise
-            else Float8LinearConfig.from_recipe_name(options.float8)
-        )
-        convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: "lm_head" not in name)
+        in_8_bits(model, options.float8, gather=options.float8 == "tensorwise")
     if options.compile:
         for layer in model.model.layers:
             layer.compile()
@@ -90,6 +82,20 @@ def fsdp(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, 
     draw(model)
     rotary(model, config, device)
     return model, stepping(model, list(model.parameters()), device, 1e-5)
+
+
+def in_8_bits(model: nn.Module, recipe: str, gather: bool) -> None:
+    """torchao's products in 8 bits for all linear layers of blocks, adapters apart; `gather`: FSDP gathers in 8 bits as well."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    plan = (
+        Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+        if gather
+        else Float8LinearConfig.from_recipe_name(recipe)
+    )
+    convert_to_float8_training(
+        model, config=plan, module_filter_fn=lambda _, name: "lm_head" not in name and "lora_" not in name
+    )
 
 
 def zero3(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Callable[..., None]]:
@@ -145,6 +151,8 @@ def lora(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, 
     if options.loop == "qlora":
         pack(model, device)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if options.float8:
+        in_8_bits(model, options.float8, gather=False)
     if options.compile:
         for layer in model.get_base_model().model.layers:
             layer.compile()

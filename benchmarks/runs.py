@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ def ragged(longest: int, tokens: int) -> list[int]:
     return found
 
 
-def write_model(folder: Path, model: str) -> int:
-    """A folder as the Hub has them, of random bf16 weights, written by many processes; returns their bytes."""
+def write_model(folder: Path, model: str, dtype: str = "bfloat16") -> int:
+    """A folder as the Hub has them, of random weights in `dtype`, written by many processes; returns their bytes."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -84,13 +85,13 @@ def write_model(folder: Path, model: str) -> int:
     shapes = [{name: every[name] for name in part} for part in parts]
     workers = min(len(parts), os.cpu_count() or 1, 24)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_write_file, files, shapes, range(len(parts))))
+        list(pool.map(_write_file, files, shapes, range(len(parts)), repeat(dtype)))
     index = {name: file.name for part, file in zip(parts, files, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return 2 * sum(prod(shape) for shape in every.values())
+    return getattr(torch, dtype).itemsize * sum(prod(shape) for shape in every.values())
 
 
-def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int) -> None:
+def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int, dtype: str) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -98,7 +99,8 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int) -> 
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     torch.manual_seed(number)
     made = {
-        name: torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu() for name, shape in shapes.items()
+        name: torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02).to(getattr(torch, dtype)).cpu()
+        for name, shape in shapes.items()
     }
     save_file(made, path, {"format": "pt"})
 

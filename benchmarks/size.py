@@ -2,8 +2,8 @@
 
     python benchmarks/size.py [--model llama70b] [--gpus N] [--cases fsdp_lora,zero3_lora,...] [--folder DIR] [--with "..."]
 
-Adapters are put on a random bf16 model that is written to --folder first (141 GB for 70B; /dev/shm will do); a full fine-tune
-draws its weights. Everything but layout, adapter and optimizer is Muster's own choice. `ratio` is the estimate that the
+Adapters are put on a random model that is written to --folder first (141 GB for 70B in bf16; /dev/shm will do); a full
+fine-tune draws its weights. Everything but layout, adapter and optimizer is Muster's own choice. `ratio` is the estimate that the
 launch printed to what torch's tensors took at most on any rank, the CUDA context apart. Without GPUs it rehearses itself.
 """
 
@@ -24,6 +24,8 @@ CASES = {
     "fsdp_lora": ["parallel=fsdp", "adapter=lora"],
     "zero3_lora": ["parallel=zero3", "adapter=lora"],
     "fsdp_8bit": ["parallel=fsdp", "train.optimizer=adamw_8bit"],
+    "lora_float8": ["parallel=ddp", "adapter=lora_float8"],
+    "qlora": ["parallel=ddp", "adapter=qlora"],
 }
 ESTIMATE = re.compile(r"^memory +train: ([\d.]+) (?:.*context ([\d.]+))?", re.MULTILINE)
 
@@ -31,7 +33,11 @@ ESTIMATE = re.compile(r"^memory +train: ([\d.]+) (?:.*context ([\d.]+))?", re.MU
 def one(name: str, options: argparse.Namespace, scratch: Path, model: Path) -> dict[str, Any]:
     """A case until its last step: estimate, peak, seconds."""
     adapted, folder = "lora" in name, scratch / name
-    source = [f"model.source={model}"] if adapted else ["model.init=random", f"model.tokenizer={model}"]
+    source = (
+        ["model.init=pretrained", f"model.source={model}"]
+        if adapted
+        else ["model.init=random", f"model.tokenizer={model}"]
+    )
     words = [
         f"run_dir={folder}", f"model={options.model}", *source, *CASES[name], "pipeline=train", "data=jsonl",
         f"data.path={scratch / 'rows.jsonl'}", f"data.max_length={options.length}", "data.validation_fraction=0.02",
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="more than the ten of warmup")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a case may take")
     parser.add_argument("--folder", type=Path, help="where the model is written")
+    parser.add_argument("--stored", default="bfloat16", help="dtype of its files: float8_e4m3fn takes half the room")
     parser.add_argument("--with", dest="extra", default="cluster=local", help="further words for launch.py")
     options = parser.parse_args()
     options.extra = options.extra.split()
@@ -71,7 +78,7 @@ def main() -> None:
         scratch, vocabulary = Path(place), runs.architecture(options.model)["vocab_size"]
         model = runs.write_tokenizer(scratch / "model", vocabulary)
         if "lora" in options.cases:
-            runs.write_model(model, options.model)
+            runs.write_model(model, options.model, options.stored)
         runs.write_rows(scratch / "rows.jsonl", vocabulary, [options.length] * options.gpus * (options.steps + 4))
         for name in options.cases.split(","):
             try:

@@ -1,8 +1,8 @@
 """Training through launch.py beside loops written by hand and transformers.Trainer, on this machine's GPUs, in one call.
 
-    python benchmarks/train_speed.py [--cases fsdp,zero3,float8,packed,lora,qlora] [--gpus N] [--with "cluster=slurm ..."]
+    python benchmarks/train_speed.py [--cases fsdp,zero3,float8,packed,lora,qlora,lora_float8] [--gpus N] [--with "..."]
 
-Muster is told the model, the layout and the adapter, and on Slurm by `--with` what a site's file says (there also
+Muster is told the model, the layout and the adapter, and on Slurm by `--with "cluster=slurm ..."` what a site says (there also
 `cluster.train.gpu_memory_gib`); what it recomputes, how many rows it takes at once, kernels and compilation are its own choice.
 The loops (benchmarks/loops.py) are tuned by hand. Tokens/s are of one GPU, the median of the steps after the fourth; `ratio` is
 Muster's to the best loop's of the same case. Without GPUs it rehearses itself at a tiny size, and its figures mean nothing. Each
@@ -49,6 +49,13 @@ CASES = {
     "packed": Case(["parallel=fsdp", "data.packing=true"], [], ragged=True),
     "lora": Case(["parallel=ddp", "adapter=lora"], [["lora"]], alone=True, length=4096, stored=True),
     "qlora": Case(["parallel=ddp", "adapter=qlora"], [["qlora"]], alone=True, length=4096, stored=True),
+    "lora_float8": Case(
+        ["parallel=ddp", "adapter=lora_float8"],
+        [["lora"], ["lora", "--float8", "tensorwise"]],
+        alone=True,
+        length=4096,
+        stored=True,
+    ),
 }
 
 
