@@ -42,6 +42,7 @@ def groups(folder: Path) -> dict[str, list[str]]:
 def problems(words: list[str], folder: Path) -> list[Problem]:
     """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
     known, options, schema, found = resolve.keys(), groups(folder), OmegaConf.structured(Config), []
+    overrides: list[Override] = []
     schema.model.architecture = Architecture  # a section that may be absent
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
@@ -53,10 +54,11 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
                 Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise")
             )
             continue
+        overrides.append(override)
         problem = _problem(override, known, options, schema)
         if problem:
             found.append(problem)
-    return found
+    return found + _shapeless([word for word in overrides if word.key_or_group in (*known, "model")], folder, options)
 
 
 def opened(words: list[str]) -> list[str]:
@@ -81,6 +83,19 @@ def _problem(
         if str(hint).startswith("dict") and key.startswith(f"{free}."):
             return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
     return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
+
+
+def _shapeless(overrides: list[Override], folder: Path, options: dict[str, list[str]]) -> list[Problem]:
+    """What is said of a shape that the named model does not have: Hydra cannot put it anywhere."""
+    values = {word.key_or_group: word.value() for word in overrides}
+    model = str(values.get("model"))
+    if model not in options["model"] or "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
+        return []
+    said = f"model={model} has the shape that its config.json says: leave this out, or take a model that is drawn by its shape"
+    set_here = {
+        key: value for key, value in values.items() if key.startswith("model.architecture") and value is not None
+    }
+    return [Problem(key, value, said) for key, value in set_here.items()]
 
 
 def _entry(key: str, rest: list[str], section: type | None) -> Problem | None:

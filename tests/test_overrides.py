@@ -50,10 +50,20 @@ def test_a_wrong_word_is_named_with_its_remedy(word: str, key: str, remedy: str)
     assert remedy in message
 
 
+def test_a_shape_that_the_model_does_not_have_is_an_error_with_a_remedy() -> None:
+    [message] = said("model=hub", "model.source=x", "model.architecture={model_type: llama}")
+    assert "leave this out" in message
+    found = said("model=hub", "model.source=x", "model.architecture.hidden_size=64", "model.architecture.layers=2")
+    assert len(found) == 2
+    assert "model.architecture.layers: no such key" in found[0]
+    assert found[1].startswith("model.architecture.hidden_size=64: model=hub has the shape that its config.json says")
+
+
 @pytest.mark.parametrize(
     "words",
     [
         [],
+        ["model=tiny", "model.architecture.hidden_size=64"],
         ["model=llama70b", "parallel=zero3", "cluster=slurm", "dry_run=true"],
         ["experiment=null"],
         ["experiment=qwen72b_hsdp", "pipeline=checked"],
