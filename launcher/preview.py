@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from conf import mesh, resolve
-from conf.choices import Executor
+from conf.choices import Executor, Frozen
 from conf.datasets import training_paths
 from conf.schema import Config
 from launcher import environment, footprint, memory, render
@@ -46,18 +46,19 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
 
 def summary(config: Config, jobs: Sequence[Job]) -> str:
     """The run in a few lines: what is trained, how it is laid out, and the jobs with their resources."""
-    train = config.train
+    train, adapter = config.train, config.adapter
+    base = "" if adapter.base is Frozen.full else f" on a base in {adapter.base.name}"
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     lines = [
         f"run       {config.run_dir}",
-        f"model     {config.model.name} ({config.model.source}), adapter {config.adapter.kind.name}",
+        f"model     {config.model.name} ({config.model.source}), adapter {adapter.kind.name}{base}",
         f"data      {', '.join(path for _, path in training_paths(config.data))}",
         f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}",
         f"config    {resolve.digest(config)}",
     ]
     for job in jobs:
         part = job.resources
-        gpus = f" x {part.gpus_per_node} GPUs" if part.gpus_per_node else ""
+        gpus = f" x {part.gpus_per_node} GPU{'s' if part.gpus_per_node > 1 else ''}" if part.gpus_per_node else ""
         after = f"  after {', '.join(job.after)}" if job.after else ""
         lines.append(
             f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "

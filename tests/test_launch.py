@@ -183,6 +183,12 @@ def test_a_preview_begins_with_the_run_in_short(preview: "subprocess.CompletedPr
         assert words in summary
 
 
+def test_a_preview_names_the_base_under_an_adapter(launch: Launch) -> None:
+    done = launch("experiment=llama70b_lora_float8", "dry_run=true")
+    assert "adapter lora on a base in float8\n" in done.stdout
+    assert "1 node x 1 GPU, 1 rank" in done.stdout
+
+
 def test_a_preview_of_a_local_run_has_no_sbatch_text(launch: Launch, tmp_path: Path) -> None:
     done = launch("dry_run=true")
     assert (done.returncode, done.stderr) == (0, "")
