@@ -4,7 +4,7 @@ from dataclasses import replace
 from enum import Enum
 
 from conf.batch import rows_at_once, split
-from conf.choices import AdapterKind, Checkpointing, Precision
+from conf.choices import AdapterKind, Checkpointing, Float8, Precision
 from conf.schema import Architecture, Config
 from launcher.counting import Counts, experts, head_dim, linears, on_experts, targets
 
@@ -116,16 +116,18 @@ def saved_by_block(config: Config, *, fused_kernels: bool) -> float:
     mlp = width * (2 if fused_kernels else 3) * inner  # gate, up; eager also silu(gate)
     if experts(shape):  # each chosen expert also gathers its input, and keeps product and output
         mlp = int(shape.extra.get("num_experts_per_tok", 2)) * (mlp + width * (inner + 2 * hidden))
-    return attention + norms + mlp + _saved_by_linears(config, shape)
+    return attention + norms + mlp + _saved_by_linears(config, shape, in_8_bits=fused_kernels)
 
 
-def _saved_by_linears(config: Config, shape: Architecture) -> float:
+def _saved_by_linears(config: Config, shape: Architecture, *, in_8_bits: bool) -> float:
     """Bytes a token of inputs: those of trained weights, or those that adapters read, and what an adapter's A makes of them.
 
     Under dropout every adapter keeps its own dropped input and a mask in place of the shared one. The attention's output is
-    kept already.
+    kept already. Of products in 8 bits with one scale the compiler keeps the input in 8 bits (`in_8_bits`), which a weight's
+    gradient takes too.
     """
-    width, adapter = width_of(config), config.adapter
+    adapter = config.adapter
+    width = 1 if in_8_bits and config.train.float8 is Float8.tensorwise else width_of(config)
     names = targets(shape, adapter)
     found, full = 0, adapter.kind is AdapterKind.none
     for users, size in (
