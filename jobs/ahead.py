@@ -8,17 +8,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from conf.choices import AdapterKind, Backend, Init
-from conf.errors import UserError
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from jobs import host
 from jobs.consolidation import hf
+from jobs.modelfiles import CHUNK_BYTES, INDEX, READERS, SINGLE, files
 from jobs.place import node
 
-CHUNK_BYTES = 16 * 2**20
-READERS = 4
-"""Threads of a node: a network file system is fast only when asked for several chunks at once."""
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 Run = tuple[str, int, int]
 """File, and its bytes from here to there."""
 
@@ -49,11 +45,13 @@ def _runs(config: Config, node_rank: int) -> list[Run]:
         return []
     begin, end = share(config, node_rank)
     found = []
-    with suppress(UserError, OSError, ValueError, KeyError):
-        for stored in hf.tensors(_folder(config)).values():
-            for extent in stored.extents:
-                size = extent.rows * stored.dtype.itemsize
-                found.append((extent.path, extent.offset + int(begin * size), extent.offset + int(end * size)))
+    with suppress(Exception):  # whatever is wrong with a folder: who needs its weights says it
+        folder = _folder(config)
+        for path in (folder / name for name in files(folder)):
+            entries, data = hf.header(path)
+            for first, last in (entry["data_offsets"] for entry in entries.values()):
+                size = last - first
+                found.append((str(path), data + first + int(begin * size), data + first + int(end * size)))
     return sorted(found)
 
 
@@ -64,7 +62,7 @@ def _folder(config: Config) -> Path:
         return Path(source)
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (INDEX, SINGLE):
+    for name in (SINGLE, INDEX):
         if isinstance(path := try_to_load_from_cache(source, name, revision=revision), str):
             return Path(path).parent
     raise FileNotFoundError(source)
@@ -72,7 +70,8 @@ def _folder(config: Config) -> Path:
 
 def share(config: Config, node_rank: int) -> tuple[float, float]:
     """The part of every tensor that ranks of this node hold between them, from a fraction of it to another: blocks of rows under
-    FSDP, runs of elements under ZeRO-3. (0, 0) where shared matrices cut it in other ways, over several nodes."""
+    FSDP, runs of elements under ZeRO-3. (0, 0) where shared matrices cut it in other ways, over several nodes, and all of it
+    where a copy ends, and the next begins, inside the node."""
     ranks, nodes, parallel = config.cluster.train.ranks_per_node, config.cluster.train.nodes, config.parallel
     holders = copy_ranks(parallel, nodes * ranks)
     if nodes == 1 or holders <= ranks or (parallel.backend is Backend.zero and parallel.zero_stage < 3):
@@ -80,7 +79,7 @@ def share(config: Config, node_rank: int) -> tuple[float, float]:
     if parallel.tensor_ranks > 1:
         return 0.0, 0.0
     first = node_rank * ranks % holders
-    return first / holders, min(1.0, (first + ranks) / holders)
+    return (0.0, 1.0) if first + ranks > holders else (first / holders, (first + ranks) / holders)
 
 
 def _read(chunks: "SimpleQueue[Run]") -> None:

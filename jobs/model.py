@@ -69,7 +69,8 @@ def skeleton(config: Config, adapters: bool = True) -> Any:
         if not (frozen and adapters):
             return model
         if config.adapter.base is not Frozen.full:
-            quantised.replace(blocks(model), config.adapter.base, dtype)
+            on_gpu = config.cluster.train.gpus_per_node != 0
+            quantised.replace(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
         return adapted(config, model)
 
 

@@ -10,4 +10,4 @@ def place() -> tuple[int, int]:
 
 def node() -> tuple[int, int]:
     """(rank on its node, rank of its node) of this process; (0, 0) where nobody says it."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("NODE_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")), place()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

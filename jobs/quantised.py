@@ -136,13 +136,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 product.register_autograd(_backward, setup_context=_keep)
 
 
-def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype) -> None:
+def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
     """Let the linear layers of decoder blocks be quantised ones, without data yet. Router, head and embedding stay as they are,
     as do layers whose weights do not fill whole blocks of 64, or under float8 have widths that its product does not take.
 
-    Raises ConfigError for float8 on a GPU that has no such products.
+    Raises ConfigError for float8 if it is for training on a GPU (`on_gpu`) and the one that is here has no such products.
     """
-    if kind is Frozen.float8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < scaled.CAPABILITY:
+    seen = on_gpu and kind is Frozen.float8 and torch.cuda.is_available()  # a merge of such a run needs no GPU
+    if seen and torch.cuda.get_device_capability() < scaled.CAPABILITY:
         said = (
             f"needs products in 8 bits (compute capability 8.9), which {torch.cuda.get_device_name()} lacks: take int8"
         )

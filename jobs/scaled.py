@@ -18,7 +18,8 @@ MULTIPLE = 16
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
-    """x @ W.T in the precision of x (..., columns); `weight` is W's bytes, flat, `absmax` (rows) as `numbers` gives it."""
+    """x @ W.T in the dtype of x (..., columns), on GPUs by way of bf16; `weight` is W's bytes, flat, `absmax` (rows) as
+    `numbers` gives it."""
     return cast(torch.Tensor, _Product.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call]
 
 

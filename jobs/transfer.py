@@ -17,7 +17,8 @@ from jobs.consolidation import dcp, zero
 from jobs.consolidation.dtypes import memory
 from jobs.consolidation.extents import Stored, blocks
 from jobs.consolidation.files import Files, Reader
-from jobs.weights import CHUNK_BYTES, READERS, Part, plain
+from jobs.modelfiles import CHUNK_BYTES, READERS
+from jobs.weights import Part, plain
 
 WEIGHT = "weight"
 """Kind of the fp32 masters; the other kinds are what the optimizer calls its state: exp_avg, exp_avg_sq, step."""

@@ -18,16 +18,13 @@ from tqdm import tqdm
 
 from conf.errors import ConfigError, Problem
 from jobs import heartbeat
+from jobs.modelfiles import CHUNK_BYTES, INDEX, READERS, SINGLE, files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHUNK_BYTES = 16 * 2**20
-READERS = 4
-"""Threads of a rank, each with one chunk in host memory: a network file system is fast only when asked for several at once."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,6 @@ def find(source: str, revision: str | None, *, cached: bool = False) -> Path | N
             snapshot_download(source, revision=found.name, allow_patterns=[*files(found), "*.json"])
         return found
     return None
-
-
-def files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, as transformers would choose them."""
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
 
 
 def catalogue(folder: Path, key: str, source: str) -> dict[str, Stored]:

@@ -42,7 +42,7 @@ def groups(folder: Path) -> dict[str, list[str]]:
 def problems(words: list[str], folder: Path) -> list[Problem]:
     """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
     known, options, schema, found = resolve.keys(), groups(folder), OmegaConf.structured(Config), []
-    overrides: list[Override] = []
+    right: list[Override] = []
     schema.model.architecture = Architecture  # a section that may be absent
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
@@ -54,11 +54,12 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
                 Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise")
             )
             continue
-        overrides.append(override)
         problem = _problem(override, known, options, schema)
         if problem:
             found.append(problem)
-    return found + _shapeless([word for word in overrides if word.key_or_group in (*known, "model")], folder, options)
+        else:
+            right.append(override)
+    return found + _shapeless(right, folder, options)
 
 
 def opened(words: list[str]) -> list[str]:

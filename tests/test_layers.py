@@ -43,6 +43,10 @@ def test_merging_a_foreign_checkpoint_needs_no_torch() -> None:
     assert not loaded("import jobs.consolidate, jobs.consolidation.foreign") & HEAVY - {"numpy"}
 
 
+def test_weights_are_read_ahead_before_torch_is_imported() -> None:
+    assert not loaded("import jobs.ahead") & HEAVY - {"numpy"}
+
+
 @pytest.mark.parametrize("name", BARE)
 def test_what_runs_outside_a_container_needs_only_python(name: str) -> None:
     found = loaded(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {name}", flags=("-S", "-I"))

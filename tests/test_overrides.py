@@ -53,6 +53,8 @@ def test_a_wrong_word_is_named_with_its_remedy(word: str, key: str, remedy: str)
 def test_a_shape_that_the_model_does_not_have_is_an_error_with_a_remedy() -> None:
     [message] = said("model=hub", "model.source=x", "model.architecture={model_type: llama}")
     assert "leave this out" in message
+    [message] = said("model=hub", "model.source=x", "model.architecture.extra.rms_norm_eps=1e-5")
+    assert "leave this out" in message
     found = said("model=hub", "model.source=x", "model.architecture.hidden_size=64", "model.architecture.layers=2")
     assert len(found) == 2
     assert "model.architecture.layers: no such key" in found[0]

@@ -256,7 +256,8 @@ def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(ConfigError, match="adapter.base=float8: .*NVIDIA A100 lacks: take int8"):
-        quantised.replace([], Frozen.float8, torch.bfloat16)
+        quantised.replace([], Frozen.float8, torch.bfloat16, on_gpu=True)
+    quantised.replace([], Frozen.float8, torch.bfloat16, on_gpu=False)
 
 
 def _is_sharded(_rank: int, config: Config) -> None:

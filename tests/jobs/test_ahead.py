@@ -1,5 +1,6 @@
 """What a node reads into its page cache before it is needed: all that its ranks hold, and nothing else."""
 
+import json
 import os
 
 import pytest
@@ -32,8 +33,10 @@ def asked(monkeypatch, config, node=0, local_rank=0):
         runs.append((offset, offset + preadv(file, buffers, offset)))
 
     with monkeypatch.context() as patch:
+        ranks = config.cluster.train.ranks_per_node
         patch.setenv("LOCAL_RANK", str(local_rank))
-        patch.setenv("NODE_RANK", str(node))
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        patch.setenv("RANK", str(node * ranks + local_rank))
         patch.setattr(ahead.os, "preadv", seen)
         for thread in ahead.begin(config):
             thread.join()
@@ -71,6 +74,7 @@ def test_nodes_read_what_their_ranks_hold(compose, folder, monkeypatch, layout):
         (["parallel=zero2"], 4, [(0.0, 1.0)] * 4),
         (["parallel=hsdp", "parallel.shard_ranks=2"], 4, [(0.0, 1.0)] * 4),
         (["parallel=hsdp", "parallel.shard_ranks=4"], 4, [(0.0, 0.5), (0.5, 1.0)] * 2),
+        (["parallel=hsdp", "parallel.shard_ranks=3"], 3, [(0.0, 2 / 3), (0.0, 1.0), (1 / 3, 1.0)]),
         (["parallel=fsdp", "parallel.tensor_ranks=2"], 2, [(0.0, 0.0)] * 2),
         (["parallel=fsdp", "parallel.tensor_ranks=2"], 1, [(0.0, 1.0)]),
     ],
@@ -95,6 +99,26 @@ def test_nothing_is_read_where_it_is_of_no_use(compose, folder, monkeypatch):
     assert held(asked(monkeypatch, adapted)) == WHOLE
     monkeypatch.setattr(ahead.host, "free_bytes", lambda: WHOLE)
     assert asked(monkeypatch, adapted) == []
+
+
+def test_files_are_those_that_training_reads(compose, folder, monkeypatch):
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))  # left over from another save
+    assert held(asked(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert held(asked(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
+
+
+def test_a_model_of_the_hub_is_read_from_the_cache(compose, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = folder / "models--owner--name/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "models--owner--name/refs").mkdir()
+    (folder / "models--owner--name/refs/main").write_text(commit)
+    (folder / "model.safetensors").rename(snapshot / "model.safetensors")
+    assert held(asked(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/name"}))) == WHOLE
+    assert asked(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/other"})) == []
 
 
 def test_a_broken_file_is_left_to_whoever_needs_it(compose, folder, monkeypatch):
