@@ -24,7 +24,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tens
 
 
 def numbers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix in 8 bits, and the largest magnitude of each row (rows, 1) in fp32, which stands for the largest number."""
+    """A matrix in 8 bits, and the largest magnitude of each row (rows, 1) in fp32, which becomes the largest number; rows of
+    zeros stay zeros."""
     matrix = matrix.float()
     absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
     return (matrix * (LARGEST / absmax)).to(E4M3), absmax
