@@ -12,7 +12,7 @@ from conf.mesh import copy_ranks
 from conf.schema import Config
 from jobs import host
 from jobs.consolidation import hf
-from jobs.modelfiles import CHUNK_BYTES, INDEX, READERS, SINGLE, files
+from jobs.modelfiles import CHUNK_BYTES, READERS, files, find
 from jobs.place import node
 
 Run = tuple[str, int, int]
@@ -46,26 +46,13 @@ def _runs(config: Config, node_rank: int) -> list[Run]:
     begin, end = share(config, node_rank)
     found = []
     with suppress(Exception):  # whatever is wrong with a folder: who needs its weights says it
-        folder = _folder(config)
-        for path in (folder / name for name in files(folder)):
+        folder = find(config.model.source, config.model.revision, cached=True)
+        for path in [folder / name for name in files(folder)] if folder else []:
             entries, data = hf.header(path)
             for first, last in (entry["data_offsets"] for entry in entries.values()):
                 size = last - first
                 found.append((str(path), data + first + int(begin * size), data + first + int(end * size)))
     return sorted(found)
-
-
-def _folder(config: Config) -> Path:
-    """The model's, or where the Hub's files were put when they were fetched; raises OSError where they were not."""
-    source, revision = config.model.source, config.model.revision
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in (SINGLE, INDEX):
-        if isinstance(path := try_to_load_from_cache(source, name, revision=revision), str):
-            return Path(path).parent
-    raise FileNotFoundError(source)
 
 
 def share(config: Config, node_rank: int) -> tuple[float, float]:

@@ -95,7 +95,8 @@ def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, An
 
 def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     """What goes into the result. Raises NotViews for a model that cannot be streamed."""
-    from jobs import model, quantised, weights
+    from jobs import model, quantised
+    from jobs.modelfiles import find
 
     dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
     found = names.plain(source.tensors, empty.state_dict())
@@ -103,7 +104,7 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
         return merge.adapter_alone(found, dtype)
     base = {}
     if config.model.init is Init.pretrained and (adapter or dtype is None):
-        folder = weights.find(config.model.source, config.model.revision)
+        folder = find(config.model.source, config.model.revision)
         if folder is None and adapter:
             raise NotViews(f"{config.model.source} has no safetensors files")
         base = hf.tensors(folder) if folder else {}

@@ -11,7 +11,7 @@ from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.distributed import World
 from jobs.model import blocks
-from jobs.scaled import CAPABILITY, MULTIPLE
+from jobs.scaled import CAPABILITY, takes
 
 
 def install(model: nn.Module, config: Config, world: World) -> None:
@@ -38,4 +38,4 @@ def install(model: nn.Module, config: Config, world: World) -> None:
 
 
 def _fits(module: nn.Module, _name: str) -> bool:
-    return isinstance(module, nn.Linear) and not any(size % MULTIPLE for size in module.weight.shape)
+    return isinstance(module, nn.Linear) and takes(module)

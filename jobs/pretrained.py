@@ -15,6 +15,7 @@ from conf.schema import Config
 from jobs import vocabulary, weights
 from jobs.agreement import everywhere, first
 from jobs.distributed import World
+from jobs.modelfiles import find
 from jobs.quantised import Quantised
 from jobs.weights import Part, Stored
 
@@ -73,7 +74,7 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
     def found(cached: bool) -> Path | None:
         try:
-            return weights.find(source, revision, cached=cached)
+            return find(source, revision, cached=cached)
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be fetched: {error}")) from error
 

@@ -157,7 +157,7 @@ def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu
 
 def _fits(linear: nn.Linear, kind: Frozen) -> bool:
     if kind is Frozen.float8:
-        return not any(size % scaled.MULTIPLE for size in linear.weight.shape)
+        return scaled.takes(linear)
     return linear.weight.numel() % BLOCK == 0
 
 

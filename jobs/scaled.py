@@ -8,6 +8,7 @@ once for all layers that read it. It cannot keep the weight unpacked, which it n
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 CAPABILITY = (8, 9)
 """Of Ada, the first GPUs with such products; Hopper has 9.0."""
@@ -15,6 +16,11 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 MULTIPLE = 16
 """What torch's scaled product wants both widths of a weight to be a multiple of."""
+
+
+def takes(linear: nn.Linear) -> bool:
+    """Whether torch's scaled product takes a layer's weight."""
+    return not any(size % MULTIPLE for size in linear.weight.shape)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,11 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from conf.errors import ConfigError, Problem
 from jobs import heartbeat
-from jobs.modelfiles import CHUNK_BYTES, INDEX, READERS, SINGLE, files
+from jobs.modelfiles import CHUNK_BYTES, READERS, files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -62,25 +60,6 @@ class _Piece:
     @property
     def nbytes(self) -> int:
         return self.into.numel() * self.dtype.itemsize
-
-
-def find(source: str, revision: str | None, *, cached: bool = False) -> Path | None:
-    """The folder that holds the safetensors files of a Hub id or of a folder, downloaded if need be; None where there are none.
-
-    HF_HUB_OFFLINE is honoured, and `cached` asks the Hub nothing: another process has just been there. Only the files that
-    the index names are fetched: many repositories hold the weights twice.
-    """
-    if Path(source).is_dir():
-        return Path(source) if any((Path(source) / name).exists() for name in (SINGLE, INDEX)) else None
-    for name in (SINGLE, INDEX):
-        try:
-            found = Path(hf_hub_download(source, name, revision=revision, local_files_only=cached)).parent
-        except EntryNotFoundError:
-            continue
-        if not cached:  # by commit, not by branch: that may have moved since
-            snapshot_download(source, revision=found.name, allow_patterns=[*files(found), "*.json"])
-        return found
-    return None
 
 
 def catalogue(folder: Path, key: str, source: str) -> dict[str, Stored]:

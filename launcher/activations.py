@@ -116,18 +116,17 @@ def saved_by_block(config: Config, *, fused_kernels: bool) -> float:
     mlp = width * (2 if fused_kernels else 3) * inner  # gate, up; eager also silu(gate)
     if experts(shape):  # each chosen expert also gathers its input, and keeps product and output
         mlp = int(shape.extra.get("num_experts_per_tok", 2)) * (mlp + width * (inner + 2 * hidden))
-    return attention + norms + mlp + _saved_by_linears(config, shape, in_8_bits=fused_kernels)
+    return attention + norms + mlp + _saved_by_linears(config, shape, fused_kernels=fused_kernels)
 
 
-def _saved_by_linears(config: Config, shape: Architecture, *, in_8_bits: bool) -> float:
+def _saved_by_linears(config: Config, shape: Architecture, *, fused_kernels: bool) -> float:
     """Bytes a token of inputs: those of trained weights, or those that adapters read, and what an adapter's A makes of them.
 
     Under dropout every adapter keeps its own dropped input and a mask in place of the shared one. The attention's output is
-    kept already. Of products in 8 bits with one scale the compiler keeps the input in 8 bits (`in_8_bits`), which a weight's
-    gradient takes too.
+    kept already. Of products in 8 bits with one scale the compiler keeps the input in 8 bits, which a weight's gradient takes too.
     """
     adapter = config.adapter
-    width = 1 if in_8_bits and config.train.float8 is Float8.tensorwise else width_of(config)
+    width = 1 if fused_kernels and config.train.float8 is Float8.tensorwise else width_of(config)
     names = targets(shape, adapter)
     found, full = 0, adapter.kind is AdapterKind.none
     for users, size in (

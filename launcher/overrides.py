@@ -89,14 +89,14 @@ def _problem(
 def _shapeless(overrides: list[Override], folder: Path, options: dict[str, list[str]]) -> list[Problem]:
     """What is said of a shape that the named model does not have: Hydra cannot put it anywhere."""
     values = {word.key_or_group: word.value() for word in overrides}
+    shape = {key: value for key, value in values.items() if key.startswith("model.architecture") and value is not None}
     model = str(values.get("model"))
-    if model not in options["model"] or "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
+    if not shape or model not in options["model"]:
+        return []
+    if "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
         return []
     said = f"model={model} has the shape that its config.json says: leave this out, or take a model that is drawn by its shape"
-    set_here = {
-        key: value for key, value in values.items() if key.startswith("model.architecture") and value is not None
-    }
-    return [Problem(key, value, said) for key, value in set_here.items()]
+    return [Problem(key, value, said) for key, value in shape.items()]
 
 
 def _entry(key: str, rest: list[str], section: type | None) -> Problem | None:

@@ -57,9 +57,9 @@ class Base:
 
     def fetch(self) -> None:
         """The weights of a Hub id."""
-        from jobs import weights  # imports torch
+        from jobs.modelfiles import find
 
-        if self.folder is None and (found := weights.find(self.source, None)):
+        if self.folder is None and (found := find(self.source, None)):
             self.folder, self.files = found, hf.tensors(found)
 
     def blueprint(self, tensors: dict[str, Stored]) -> Blueprint:

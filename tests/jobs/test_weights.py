@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from conf.errors import ConfigError
 from conf.schema import Config
-from jobs import backends, model, optim, startup, weights
+from jobs import backends, model, modelfiles, optim, startup, weights
 from jobs.backends import zero
 from jobs.distributed import World, process_group
 from jobs.weights import plain
@@ -328,8 +328,8 @@ def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path, monkeypatch)
     (tmp_path / "models--owner--name/refs").mkdir()
     (tmp_path / "models--owner--name/refs/main").write_text(commit)
     snapshot.symlink_to(stored)
-    assert weights.find("owner/name", None, cached=True) == snapshot
-    assert weights.find("owner/other", None, cached=True) is None
+    assert modelfiles.find("owner/name", None, cached=True) == snapshot
+    assert modelfiles.find("owner/other", None, cached=True) is None
     assert len(weights.catalogue(snapshot, "model.source", "owner/name")) >= 29
 
 
