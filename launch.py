@@ -12,7 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
-from launcher import checks, facts, fit, overrides, plan, preview, resume, submit
+from launcher import plan
+from launcher.check import command_line, observe, resume, rules
+from launcher.estimate import auto_settings
+from launcher.submit import preview, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -30,13 +33,13 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
     config = resolve(composed)
     config.run_dir += suffix
-    facts.localise(config, facts.local_gpus())
+    observe.localise(config, observe.local_gpus())
     if config.resume:
         config = resume.continued(config, sys.argv[1:])
-    seen = facts.observe(config)
-    if problems := checks.problems(config, seen):
+    seen = observe.observe(config)
+    if problems := rules.problems(config, seen):
         raise ConfigError(*problems)
-    config, chosen = fit.settled(config)
+    config, chosen = auto_settings.settled(config)
     if seen.existing:
         resume.require_same(seen.existing, config)
     for line in chosen if "train" in config.jobs else ():
@@ -51,9 +54,9 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
     try:
-        if problems := overrides.problems(sys.argv[1:], Path(__file__).parent / "conf"):
+        if problems := command_line.problems(sys.argv[1:], Path(__file__).parent / "conf"):
             raise ConfigError(*problems)
-        sys.argv[1:] = overrides.opened(sys.argv[1:])
+        sys.argv[1:] = command_line.opened(sys.argv[1:])
         compose()
         suffixes = [f"-{number}" for number, _ in enumerate(_composed)] if len(_composed) > 1 else [""]
         return max((launch(*each) for each in zip(_composed, suffixes, strict=False)), default=0)

@@ -54,7 +54,8 @@ def write_sources(folder: Path, size: str, zero: bool, hf: bool) -> None:
 def write_base(folder: Path, size: str) -> None:
     """The model folder that a user names: its config, and its headers; nobody reads the weights behind these."""
 
-    from jobs.consolidation import dtypes, hf
+    from jobs.tensor_io import dtypes
+    from jobs.tensor_io import safetensors as hf
 
     described(size).save_pretrained(folder)
     every = shapes(size)

@@ -40,11 +40,11 @@ def side(name: str, folder: Path, out: Path, workers: int) -> None:
     """One side, in this process."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     if name.startswith("ours"):
-        from jobs.consolidation import foreign
+        from jobs.consolidation import external
 
         kind, dtype = ("zero", "fp32") if name == "ours_zero" else ("dcp", name.removeprefix("ours_"))
         words = [folder / kind, "--out", out, "--base", folder / "base", "--dtype", dtype, "--workers", workers]
-        foreign.main([str(word) for word in words])
+        external.main([str(word) for word in words])
     else:
         sides = {"axolotl": axolotl, "accelerate": accelerate, "torch": torch_hf, "zero_to_fp32": zero_to_fp32}
         copy(folder, out, workers) if name == "copy" else sides[name](folder, out)

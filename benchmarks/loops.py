@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.runs import shape  # noqa: E402
-from conf.flops import Work  # noqa: E402
+from jobs.monitoring.flops import Work  # noqa: E402
 
 WARM = 4
 """Steps that are not timed: compilation, autotuning, the allocator."""

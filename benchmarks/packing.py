@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from jobs import data, packing
-from jobs.order import Order, spread
+from jobs.data import batches, packing
+from jobs.data.sampler import Order, spread
 
 LAWS = [("mean 643", 5.9964, 1.0, 4096), ("mean 1619", 7.1982, 0.7, 4096), ("mean 1274", 6.5957, 1.1, 8192)]
 """Name, mean and deviation of the logarithm, row: as long as chats, as long documents, and twice as long a tail."""
@@ -54,7 +54,7 @@ def p95_of_spread(costs: NDArray[np.float64], ranks: int) -> tuple[float, float]
     ours = []
     for step in range(steps):
         chosen = order.rows_of(step)
-        parts = [list(data.micro_batches(chosen, 1, rank, ranks)) for rank in range(ranks)]
+        parts = [list(batches.micro_batches(chosen, 1, rank, ranks)) for rank in range(ranks)]
         ours.append(np.array(parts).transpose(1, 0, 2))
     # A DistributedSampler gives rank r every ranks-th row, from the r-th on: at any time they hold neighbours.
     naive = np.random.default_rng(0).permutation(len(costs))[: steps * GLOBAL_BATCH].reshape(-1, ranks, 1)

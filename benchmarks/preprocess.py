@@ -26,7 +26,7 @@ from typing import Any
 
 CLONE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CLONE))
-CHATML = CLONE / "jobs/chat_templates/chatml.jinja"
+CHATML = CLONE / "jobs/tokenization/chat_templates/chatml.jinja"
 ROW = 2048
 
 
@@ -77,7 +77,7 @@ def config_for(rows: Path, words: Path, run: Path, *more: str) -> Any:
 
     from conf.resolve import resolve
     from conf.schema import Config
-    from launcher.facts import localise
+    from launcher.check.observe import localise
 
     ConfigStore.instance().store(name="schema", node=Config)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CLONE / "conf")):
@@ -90,12 +90,13 @@ def config_for(rows: Path, words: Path, run: Path, *more: str) -> Any:
 
 def ours(rows: Path, words: Path, run: Path) -> dict[str, float]:
     config = config_for(rows, words, run, "data.workers=1")
-    from jobs import data, preprocess
+    from jobs import preprocess
+    from jobs.data import batches
 
     began = time.perf_counter()
     preprocess.run(config)
-    packed = data.read(run / "data", "train", ROW)
-    held = data.read(run / "data", "validation")
+    packed = batches.read(run / "data", "train", ROW)
+    held = batches.read(run / "data", "validation")
     seconds = time.perf_counter() - began
     tokens = int(packed.lengths.sum() + held.lengths.sum())
     return {"seconds": seconds, "tokens": tokens, "fill": float(packed.lengths.sum() / (len(packed) * ROW))}

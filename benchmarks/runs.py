@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launcher import history, record  # noqa: E402
+from launcher.run_folder import attempts, record  # noqa: E402
 
 
 def architecture(model: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Run:
 
     def steps(self) -> list[dict[str, Any]]:
         """The steps so far."""
-        return [line for line in history.metrics(self.folder) if "loss" in line]
+        return [line for line in attempts.metrics(self.folder) if "loss" in line]
 
     def text(self) -> str:
         """Of its log so far."""

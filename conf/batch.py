@@ -17,7 +17,8 @@ def split(config: Config, world_size: int) -> tuple[int, int]:
     """(rows of a micro batch, micro batches a step) of each rank, or of the ranks that share rows.
 
     The micro batch is the largest that divides a rank's rows and is at most `train.micro_batch`, so that one value serves
-    any number of ranks. `train.global_batch` must be divisible by the ranks that have rows of their own; `launcher.checks` sees
+    any number of ranks. `train.global_batch` must be divisible by the ranks that have rows of their own;
+    `launcher.check.rules` sees
     to it.
     """
     rows = config.train.global_batch // (world_size // copies(config))

@@ -48,6 +48,6 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # bitsandbytes'; tests/jobs/test_adapters.py holds it against plain training
+        "zero_allow_untested_optimizer": True,  # bitsandbytes'; tests/jobs/model/test_adapters.py holds it against plain training
         "steps_per_print": 2**31 - 1,
     }

@@ -17,7 +17,7 @@ def picture(parallel: Parallel, nodes: int, ranks_per_node: int, hosts: Sequence
     """A row a node, a number a rank. Bars stand around the ranks that hold one copy of the training state between them.
 
     `hosts` are names of nodes, where they are known. Ranks follow each other through the nodes, those of a copy, of a row's
-    tokens and of a matrix side by side, as jobs/backends and jobs/distributed.py number them.
+    tokens and of a matrix side by side, as jobs/backends and jobs/distributed/process_group.py number them.
     """
     world = nodes * ranks_per_node
     names = list(hosts) or [f"node {number}" for number in range(nodes)]

@@ -35,7 +35,7 @@ from conf.choices import (
 
 
 def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) -> Any:
-    """A field whose number has bounds; `launcher.checks` reads them from the metadata."""
+    """A field whose number has bounds; `launcher.check.rules` reads them from the metadata."""
     return field(default=default, metadata={"minimum": minimum, "maximum": at_most})
 
 

@@ -16,7 +16,7 @@ def run(name: str, config_path: str) -> None:
 
     config = load(Path(config_path))
     if name == "train":
-        from jobs import ahead
+        from jobs.tensor_io import prefetch
 
-        ahead.begin(config)
+        prefetch.begin(config)
     import_module(f"jobs.{name}").run(config)

@@ -12,14 +12,15 @@ from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Veri
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
-from jobs import manifest
-from jobs.consolidation import describe, dtypes, foreign, hf, merge, names, sources
-from jobs.consolidation.make import make, workers
+from jobs.checkpoint import manifest
+from jobs.consolidation import external, merge, model_card, weight_names
+from jobs.consolidation.execute import make, workers
 from jobs.consolidation.merge import Merge, Settings
-from jobs.consolidation.names import NotViews
 from jobs.consolidation.plan import plan
-from jobs.consolidation.sources import Source
-from jobs.consolidation.together import Meeting
+from jobs.consolidation.rank_meeting import Meeting
+from jobs.consolidation.weight_names import NotViews
+from jobs.tensor_io import dtypes, open_checkpoint, safetensors
+from jobs.tensor_io.open_checkpoint import Source
 
 
 def run(config: Config) -> None:
@@ -29,11 +30,13 @@ def run(config: Config) -> None:
     (or, with `consolidate.verify=logits`, what the model says) is not what training recorded of it, or there is no room;
     DataError when the checkpoint and the model do not fit.
     """
-    from jobs import checkpoint  # imports torch, which a merge of a foreign checkpoint does without
+    from jobs.checkpoint import (
+        checkpointing,  # imports torch, which a merge of a foreign checkpoint does without
+    )
 
-    found = checkpoint.to_merge(config)
+    found = checkpointing.to_merge(config)
     if found is None:
-        raise RunError(Problem("checkpoints", checkpoint.folder(config), "has no whole checkpoint: train first"))
+        raise RunError(Problem("checkpoints", checkpointing.folder(config), "has no whole checkpoint: train first"))
     path, about = found
     target = Path(config.run_dir) / "model"
     made = _identity(config, path, about)
@@ -42,8 +45,8 @@ def run(config: Config) -> None:
         return
     print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
     prints, threads = _prints(path), workers(config.cluster.cpu.cpus_per_rank)
-    source = sources.source(path)
-    empty = describe.of_run(config)
+    source = open_checkpoint.source(path)
+    empty = model_card.of_run(config)
     try:
         merged = _merge(config, source, empty, made["dtype"])
     except NotViews as error:
@@ -51,11 +54,11 @@ def run(config: Config) -> None:
         if not Meeting(target).alone:
             said = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
             raise RunError(Problem("model.source", config.model.source, said)) from error
-        from jobs.consolidation import whole  # imports transformers
+        from jobs.consolidation import in_memory  # imports transformers
 
         if not prints:
             manifest.check(path, threads)
-        whole.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
+        in_memory.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
         return
     if missing := sorted(prints.keys() - merged.sources.keys()):
         said = f"lacks {len(missing)} of {len(prints)} weights that training recorded, {missing[0]} first"
@@ -66,7 +69,7 @@ def run(config: Config) -> None:
         int(config.consolidate.shard_gib * 2**30),
         prints,
         merged.updates,
-        made | {"files": sources.manifest(merged.sources)},
+        made | {"files": open_checkpoint.manifest(merged.sources)},
         "adapter_model" if config.consolidate.adapter_only else "model",
         merged.packed,
     )
@@ -95,11 +98,11 @@ def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, An
 
 def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     """What goes into the result. Raises NotViews for a model that cannot be streamed."""
-    from jobs import model, quantised
-    from jobs.modelfiles import find
+    from jobs.model import build, quantized_linear
+    from jobs.tensor_io.model_files import find
 
     dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
-    found = names.plain(source.tensors, empty.state_dict())
+    found = weight_names.plain(source.tensors, empty.state_dict())
     if config.consolidate.adapter_only:
         return merge.adapter_alone(found, dtype)
     base = {}
@@ -107,28 +110,28 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
         folder = find(config.model.source, config.model.revision)
         if folder is None and adapter:
             raise NotViews(f"{config.model.source} has no safetensors files")
-        base = hf.tensors(folder) if folder else {}
+        base = safetensors.tensors(folder) if folder else {}
     settings = Settings(config.adapter.alpha, config.adapter.rslora) if adapter else None
-    blue = names.blueprint(empty)
+    blue = weight_names.blueprint(empty)
     made = merge.merged(blue, found, base, dtype, settings)
     if config.consolidate.base is MergeBase.dequantised:
-        layers = quantised.layers(model.skeleton(config))
-        computed = str(model.compute_dtype(config)).removeprefix("torch.")
+        layers = quantized_linear.layers(build.skeleton(config))
+        computed = str(build.compute_dtype(config)).removeprefix("torch.")
         merge.dequantised(made, blue, layers, dtypes.EVERY[computed])
     return made
 
 
 def _compare(config: Config, path: Path, folder: Path) -> None:
     if config.consolidate.verify is Verify.logits:
-        from jobs import logits  # imports transformers
+        from jobs.evaluation import reference_logits  # imports transformers
 
-        logits.compare(config, path, folder)
+        reference_logits.compare(config, path, folder)
 
 
 def _prints(path: Path) -> dict[str, str]:
     """SHA-256 of the live weights, where training left them."""
     found = read_json(path / "fingerprint.json") or {}
-    return {names.WRAPPERS.sub("", name): value for name, value in found.items()}
+    return {weight_names.WRAPPERS.sub("", name): value for name, value in found.items()}
 
 
 def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: dict[str, Any]) -> None:
@@ -136,7 +139,7 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
     adapter = config.adapter
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
-        describe.write_adapter(
+        model_card.write_adapter(
             folder,
             {
                 "lora_alpha": adapter.alpha,
@@ -148,8 +151,8 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
             config.model.source,
         )
     else:
-        describe.write_model(folder, empty, merged)
-    describe.write_tokenizer(folder, config)
+        model_card.write_model(folder, empty, merged)
+    model_card.write_tokenizer(folder, config)
     rows = {
         "base model": source,
         "data": config.data.path or ", ".join(config.data.sets),
@@ -158,7 +161,7 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
         "adapter": _adapter(config),
         "config": about["config"],
     }
-    describe.write_card(
+    model_card.write_card(
         folder, config.name, rows, source, "peft" if config.consolidate.adapter_only else "transformers"
     )
 
@@ -175,7 +178,7 @@ def _adapter(config: Config) -> str | None:
 
 if __name__ == "__main__":
     try:
-        foreign.main()
+        external.main()
     except UserError as error:
         print(f"consolidate: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

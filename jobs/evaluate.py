@@ -11,15 +11,16 @@ from conf.batch import rows_at_once
 from conf.errors import Problem, RunError
 from conf.files import read_json, write_json
 from conf.schema import Config
-from jobs import data, loss
-from jobs.distributed import World
-from jobs.model import tokenizer
+from jobs.data import batches
+from jobs.distributed.process_group import World
+from jobs.model.build import tokenizer
+from jobs.training import loss
 
 
 def run(config: Config) -> None:
     """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, tokens."""
     whole = load(config)
-    rows = data.read(Path(config.run_dir) / "data", "validation")
+    rows = batches.read(Path(config.run_dir) / "data", "validation")
     alone = World(rank=0, size=1, local_rank=0, local_size=1, device=whole.device)
     pad = tokenizer(config).pad_token_id
     summed, tokens = loss.held_out(whole, rows, rows_at_once(config), pad, alone).tolist()

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conf.errors import DataError, Problem
 from conf.files import write_json, write_text
 from conf.schema import Config
-from jobs import answers
 from jobs.evaluate import load, told
-from jobs.html import filled
-from jobs.model import tokenizer
+from jobs.evaluation import answer_checks
+from jobs.model.build import tokenizer
+from jobs.report.pages import filled
 
 
 def run(config: Config) -> None:
@@ -22,16 +22,16 @@ def run(config: Config) -> None:
     Faults are warned of, and fail nothing: a model may be meant to answer in one word, or not to end.
     """
     asked, whole, words = prompts(Path(config.generate.prompts)), load(config), tokenizer(config)
-    known, found = answers.special(words), list[dict[str, Any]]()
+    known, found = answer_checks.special(words), list[dict[str, Any]]()
     for prompt in asked:
         found.append({"prompt": prompt, **answer(prompt, whole, words, config, known)})
         print(f"> {prompt}\n{found[-1]['answer']}\n", flush=True)
-    counts = {name: sum(name in one["faults"] for one in found) for name in answers.FAULTS}
+    counts = {name: sum(name in one["faults"] for one in found) for name in answer_checks.FAULTS}
     about = {"model": told(config), "prompts": len(found), "faults": counts}
     write_json(Path(config.run_dir) / "generations.json", about | {"answers": found})
     page = Path(config.run_dir) / "generations.html"
     write_text(page, html(config.name, about, found))
-    wrong = [f"{count} {answers.FAULTS[name]}" for name, count in counts.items() if count]
+    wrong = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
     print(
         f"{'warning' if wrong else 'answers':<9} of {len(found)} answers {', '.join(wrong) or 'none is broken'}: {page}"
     )
@@ -53,7 +53,7 @@ def prompts(path: Path) -> list[str]:
 
 @torch.no_grad()
 def answer(
-    prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config, known: answers.Special
+    prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config, known: answer_checks.Special
 ) -> dict[str, Any]:
     """One answer, up to a token that ends a turn or `max_new_tokens`: `ended` says which. `raw` has its special tokens too."""
     if words.chat_template:
@@ -81,11 +81,11 @@ def answer(
         "answer": text,
         "raw": words.decode(new, skip_special_tokens=False),
         "tokens": len(new),
-        "ended": answers.ended_by(new, known),
-        "faults": answers.faults(new, text, known),
+        "ended": answer_checks.ended_by(new, known),
+        "faults": answer_checks.faults(new, text, known),
     }
 
 
 def html(name: str, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """The answers as one file that needs no other."""
-    return filled("generations.html.j2", name=name, about=about, found=found, meanings=answers.FAULTS)
+    return filled("generations.html.j2", name=name, about=about, found=found, meanings=answer_checks.FAULTS)

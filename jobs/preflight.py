@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conf.errors import Problem, SiteError
 from conf.files import write_json
 from conf.schema import Config
-from jobs.distributed import World, process_group
+from jobs.distributed.process_group import World, process_group
 
 FREE_GIB = 1
 """Disk that is too full to hold even a log and a small checkpoint."""

@@ -17,11 +17,15 @@ from conf.choices import Executor, Format, Overlong
 from conf.errors import DataError, Problem
 from conf.files import new_folder, read_json, write_json, write_text
 from conf.schema import Config, DataSet
-from jobs import data, encode, formats, gates, identity, page, samples, selection, sources, store
-from jobs.gates import Findings
-from jobs.model import tokenizer
-from jobs.selection import Samples
-from jobs.tokenise import Recipe
+from jobs.data import batches, cache_key, formats, quality_gates, sources, token_dataset
+from jobs.data import cache as store
+from jobs.data import splits as selection
+from jobs.data.quality_gates import Findings
+from jobs.data.splits import Samples
+from jobs.data.tokenize import Recipe
+from jobs.model.build import tokenizer
+from jobs.report import data_preview
+from jobs.tokenization import encoder
 
 TRIED = 300
 """Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
@@ -61,24 +65,24 @@ def run(config: Config) -> None:
     sets = trained | apart
     findings = _findings(sets)
     chosen = choose(trained, apart, config, findings)
-    every = samples.read([one.folder for one in trained.values()])
-    others = samples.read([one.folder for one in apart.values()]) if apart else every
+    every = token_dataset.read([one.folder for one in trained.values()])
+    others = token_dataset.read([one.folder for one in apart.values()]) if apart else every
     rows = {
-        "train": data.arrange(every, chosen["train"], config.data.max_length if config.data.packing else None),
-        VALIDATION: data.arrange(others, chosen[VALIDATION]),
+        "train": batches.arrange(every, chosen["train"], config.data.max_length if config.data.packing else None),
+        VALIDATION: batches.arrange(others, chosen[VALIDATION]),
     }
     about = _about(sets, {"train": list(trained), VALIDATION: list(apart or trained)}, rows)
     verdicts = _judged(findings, about, config)
     _write(folder, sets, about, rows, words, verdicts, config)
 
 
-def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[gates.Verdict]:
+def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[quality_gates.Verdict]:
     """What the gates found, said. Raises DataError with all that stops the run, or where a split is left without samples."""
     rows = sum(one["rows"] for one in about["sets"].values())
     limits = config.data.gates
     if config.data.overlong is Overlong.split:  # nothing is lost
         limits = replace(limits, overlong=1.0)
-    verdicts = gates.judged(findings, rows, limits)
+    verdicts = quality_gates.judged(findings, rows, limits)
     for verdict in verdicts:
         if not verdict.stops:
             print(f"warning   {verdict}", flush=True)
@@ -98,7 +102,7 @@ def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[g
 
 
 def _lost(findings: Findings) -> str:
-    return "".join(f", {count:,} {gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
+    return "".join(f", {count:,} {quality_gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
 
 
 def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Built:
@@ -108,7 +112,7 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     blocks = partial(sources.blocks, one.path, one.split, asked.max_rows)
 
     def unchanged() -> None:
-        if identity.states(one.path) != before:
+        if cache_key.states(one.path) != before:
             said = "has changed while it was read: start again when nothing writes to it"
             raise DataError(Problem("data.path", one.path, said))
 
@@ -116,8 +120,8 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     if not first and not any(True for block in blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", one.path, "has no rows"))
     shape = _shape(name, first, one) if first else one.format.name
-    before = identity.states(one.path)
-    key = identity.key(one, asked, words, shape, cache)
+    before = cache_key.states(one.path)
+    key = cache_key.key(one, asked, words, shape, cache)
     folder = store.built(cache, key)
     if folder:
         print(f"tokens    {name}: there already, {folder}", flush=True)
@@ -133,10 +137,10 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
 def choose(trained: Sets, apart: Sets, config: Config, findings: Findings) -> dict[str, Samples]:
     """The sample numbers of each split; what is found on the way is noted."""
     folders = [one.folder for one in trained.values()]
-    hashes, origins = ([samples.hashes(one, of) for one in folders] for of in ("hashes", "origins"))
+    hashes, origins = ([token_dataset.hashes(one, of) for one in folders] for of in ("hashes", "origins"))
     sets = selection.Sets(np.concatenate(hashes), np.concatenate(origins), [0, *accumulate(map(len, hashes))])
     if apart:
-        train, held_hashes = np.arange(len(sets.hashes)), samples.hashes(apart[HELD_OUT].folder)
+        train, held_hashes = np.arange(len(sets.hashes)), token_dataset.hashes(apart[HELD_OUT].folder)
         held = np.arange(len(held_hashes))
     else:
         train, held = selection.held_out(sets, config.data.validation_fraction, config.data.seed)
@@ -145,11 +149,11 @@ def choose(trained: Sets, apart: Sets, config: Config, findings: Findings) -> di
         train = kept
         print(f"dropped   {len(doubles):,} samples that are equal to one before", flush=True)
     else:
-        places = [_place(trained.values(), number) for number in doubles[: gates.FIRST].tolist()]
+        places = [_place(trained.values(), number) for number in doubles[: quality_gates.FIRST].tolist()]
         findings.note("duplicates", places, len(doubles), of=len(train))
     if apart:
         common = selection.overlap(held_hashes, sets.hashes[train])
-        places = [_place(apart.values(), number) for number in common[: gates.FIRST].tolist()]
+        places = [_place(apart.values(), number) for number in common[: quality_gates.FIRST].tolist()]
         findings.note("overlap", places, len(common), of=len(held))
     described = datasets.training(config.data)
     return {"train": selection.weighted(train, sets, described, config.data.seed), VALIDATION: held}
@@ -187,8 +191,8 @@ def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
             found.append(formats.convert(row, recipe.shape, recipe.fields, recipe.roles))
         except ValueError:
             continue  # the gates will say so
-    difference = encode.same(recipe.tokenizer, found, mask=recipe.mask.name)
-    ways = encode.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
+    difference = encoder.same(recipe.tokenizer, found, mask=recipe.mask.name)
+    ways = encoder.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
     print(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""), flush=True)
     return replace(recipe, fast=difference is None)
 
@@ -217,7 +221,7 @@ def _place(sets: Iterable[Built], number: int) -> str:
     """`file:line` of a sample, numbered through these sets."""
     for one in sets:
         if number < one.about["samples"]:
-            return one.here(*samples.places(one.folder, [number]))
+            return one.here(*token_dataset.places(one.folder, [number]))
         number -= one.about["samples"]
     raise IndexError(number)
 
@@ -226,9 +230,9 @@ def _write(
     folder: Path,
     sets: Sets,
     about: dict[str, Any],
-    rows: dict[str, data.Rows],
+    rows: dict[str, batches.Rows],
     words: PreTrainedTokenizerBase,
-    verdicts: list[gates.Verdict],
+    verdicts: list[quality_gates.Verdict],
     config: Config,
 ) -> None:
     """Publish RUN/data: the choice, links to the sets, the tokenizer, and the page to look at."""
@@ -242,7 +246,7 @@ def _write(
             np.save(beside / f"{split}.npy", found.chosen)
         words.save_pretrained(beside / "tokenizer")
         write_json(beside / "data.json", about)
-        text = page.html(
+        text = data_preview.html(
             about,
             rows,
             places,
@@ -253,11 +257,11 @@ def _write(
             seed=config.data.seed,
         )
         write_text(beside / "preview.html", text)
-        print(page.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
+        print(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
     print(f"data      {folder}, and what it looks like in preview.html", flush=True)
 
 
-def _about(sets: Sets, splits: dict[str, list[str]], rows: dict[str, data.Rows]) -> dict[str, Any]:
+def _about(sets: Sets, splits: dict[str, list[str]], rows: dict[str, batches.Rows]) -> dict[str, Any]:
     """What RUN/data/data.json says: each set, and each split's sets and sizes."""
     about: dict[str, Any] = {"sets": {}, "splits": splits}
     for name, one in sets.items():

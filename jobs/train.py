@@ -15,17 +15,23 @@ from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
-from jobs import backends, checkpoint, data, heartbeat, logits, loss, model, optim, signals, transfer
-from jobs.agreement import first
+from jobs import backends
 from jobs.backends import Engine
-from jobs.distributed import World, process_group, set_timeout, total
-from jobs.divergence import Divergence
-from jobs.metrics import Metrics
-from jobs.order import Order
-from jobs.packing import hidden_factor
-from jobs.saving import Saver
-from jobs.tracing import Trace
-from jobs.watch import Watch, words, work
+from jobs.checkpoint import checkpointing, reshard
+from jobs.checkpoint.async_save import Saver
+from jobs.data import batches
+from jobs.data.packing import hidden_factor
+from jobs.data.sampler import Order
+from jobs.distributed import heartbeat, stop_signals
+from jobs.distributed.collectives import first
+from jobs.distributed.process_group import World, process_group, set_timeout, total
+from jobs.evaluation import reference_logits
+from jobs.model import build
+from jobs.monitoring.metrics import Metrics
+from jobs.monitoring.profiler import Trace
+from jobs.monitoring.step_monitor import Watch, words, work
+from jobs.training import loss, optimizer
+from jobs.training.divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Loop:
     world: World
     backend: ModuleType
     engine: Engine
-    rows: data.Rows
-    validation: data.Rows
+    rows: batches.Rows
+    validation: batches.Rows
     order: Order
     pad: int
     """Token id that fills rows up."""
@@ -47,12 +53,12 @@ class Loop:
     divergence: Divergence
     trace: Trace
     saver: Saver
-    stop: signals.Stop
+    stop: stop_signals.Stop
 
 
 def run(config: Config) -> None:
     """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when one asked for it."""
-    with signals.watched(config) as stop, process_group(config) as world:
+    with stop_signals.watched(config) as stop, process_group(config) as world:
         loop, step = _begin(config, world, stop)
         every, steps, stopped = config.train, loop.steps, False
         due = step in (0, steps) or _due(every.eval_every, step)
@@ -79,26 +85,26 @@ def run(config: Config) -> None:
         stop.raise_stopped(told, step, steps)
 
 
-def _begin(config: Config, world: World, stop: signals.Stop) -> tuple[Loop, int]:
+def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop, int]:
     """Everything built and sharded, and the newest checkpoint loaded; with the step that it was saved at."""
     heartbeat.beat("load")
     folder = Path(config.run_dir) / "data"
-    rows = data.read(folder, "train", config.data.max_length if config.data.packing else None)
-    validation = data.read(folder, "validation")
+    rows = batches.read(folder, "train", config.data.max_length if config.data.packing else None)
+    validation = batches.read(folder, "validation")
     steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
-    pad = model.tokenizer(config).pad_token_id
+    pad = build.tokenizer(config).pad_token_id
     backend = backends.chosen(config)
-    found = checkpoint.find(config, world)
-    skeleton = model.skeleton(config)
-    order = data.ordered(rows, config, hidden_factor(skeleton.config))
-    blocks, costs = model.blocks(skeleton), work(skeleton, config)  # before they are sharded
+    found = checkpointing.find(config, world)
+    skeleton = build.skeleton(config)
+    order = batches.ordered(rows, config, hidden_factor(skeleton.config))
+    blocks, costs = build.blocks(skeleton), work(skeleton, config)  # before they are sharded
     engine = backend.wrap(skeleton, config, world, found is not None)
-    step = checkpoint.resume(
+    step = checkpointing.resume(
         config,
         world,
         lambda path: backend.load(engine, path),
         found,
-        lambda path, wrote: transfer.load(backend, engine, path, wrote),
+        lambda path, wrote: reshard.load(backend, engine, path, wrote),
     )
     metrics = Metrics(config, world, steps, step)
     watch = Watch(config, world, costs, rows)
@@ -142,21 +148,21 @@ def _step(loop: Loop, step: int) -> bool:
     torch.manual_seed(hash((config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
     chosen = loop.order.rows_of(step)
     tokens = int(rows.counts[chosen].sum())
-    mine = list(data.micro_batches(chosen, split(config, world.size)[0], world.data_rank, world.data_size))
+    mine = list(batches.micro_batches(chosen, split(config, world.size)[0], world.data_rank, world.data_size))
     averaged = world.size // world.tensor_ranks
     summed = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, part in enumerate(mine, 1):
         heartbeat.beat("train", step + 1)
         loop.watch.add(len(part), float(loop.order.costs[part].max()))
         with timed("data"):
-            batch = data.batch(rows, part, loop.pad, device=world.device, share=world.share)
+            batch = batches.batch(rows, part, loop.pad, device=world.device, share=world.share)
         with timed("forward"):
             value = loss.summed(loop.engine.module, batch)
         with timed("backward"):
             loop.backend.backward(loop.engine, value * (averaged / tokens), last=number == len(mine))
         summed += value.detach().double()
     heartbeat.beat("train", step + 1)
-    rate = optim.learning_rate(step, loop.steps, config)
+    rate = optimizer.learning_rate(step, loop.steps, config)
     with timed("optimizer"):
         norm = loop.backend.step(loop.engine, rate)
     flags = torch.tensor([stop, loop.saver.written], dtype=torch.float64, device=world.device)
@@ -221,7 +227,7 @@ def _save(loop: Loop, step: int, *, wait: bool) -> None:
     config, engine, backend = loop.config, loop.engine, loop.backend
     heartbeat.beat("save", step)
     about = {
-        **checkpoint.layout(config, loop.world),
+        **checkpointing.layout(config, loop.world),
         "config": digest(config),
         "torch": torch.__version__,
         "rows_seen": step * config.train.global_batch,
@@ -229,11 +235,11 @@ def _save(loop: Loop, step: int, *, wait: bool) -> None:
     set_timeout(config.cluster.network.save_timeout_s)
     path = loop.saver.save(backend, engine, step, about, wait=wait)
     if step == loop.steps and config.train.fingerprint:
-        prints = {name: checkpoint.fingerprint(value) for name, value in backend.weights(engine)}
+        prints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}
         if loop.world.is_main:
             write_json(path / "fingerprint.json", prints)
     if step == loop.steps and config.consolidate.verify is Verify.logits:
-        logits.record(path, engine.module, loop.validation, loop.pad, loop.world)
+        reference_logits.record(path, engine.module, loop.validation, loop.pad, loop.world)
     set_timeout(config.cluster.network.step_timeout_s)
 
 

@@ -7,20 +7,21 @@ import time
 from pathlib import Path
 
 from conf.errors import UserError
-from launcher import report, runs, slurm
-from launcher.facts import CLONE
+from launcher import slurm
+from launcher.check.observe import CLONE
+from launcher.status import state, tables
 
 
 def status(options: argparse.Namespace) -> int:
     """Every job with its state, step and verdict; exit code 1 when a job has failed."""
-    jobs = runs.job_states(options.run)
-    report.status(jobs)
+    jobs = state.job_states(options.run)
+    tables.status(jobs)
     return 1 if any(job.failed for job in jobs) else 0
 
 
 def logs(options: argparse.Namespace) -> int:
     """The log of one rank; --follow goes on until interrupted."""
-    path = runs.logs(options.run, options.job, options.rank)
+    path = state.logs(options.run, options.job, options.rank)
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
@@ -32,26 +33,26 @@ def logs(options: argparse.Namespace) -> int:
 
 def why(options: argparse.Namespace) -> int:
     """Why each job waits, or how it failed: the first rank's words, what helps, and what comes next."""
-    for job in runs.job_states(options.run):
+    for job in state.job_states(options.run):
         if job.state == "PENDING":
             reason, start = slurm.pending_reason(job.job_id)
             print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
         elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
-        report.attempts(job)
+        tables.attempts(job)
     return 0
 
 
 def stop(options: argparse.Namespace) -> int:
     """Let training save and end at its next step; it does not start again until `resume`."""
-    runs.stop(options.run)
+    state.stop(options.run)
     print("training will save at its next step and end; python -m launcher status shows when it has")
     return 0
 
 
 def cancel(options: argparse.Namespace) -> int:
     """End every job of the run that waits or runs."""
-    print(f"cancelled {len(runs.cancel(options.run))} jobs")
+    print(f"cancelled {len(state.cancel(options.run))} jobs")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Small models of every family that launcher/counting.py knows, as transformers and PEFT build them."""
+"""Small models of every family that launcher/estimate/parameters.py knows, as transformers and PEFT build them."""
 
 from typing import Any
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "numpy", "bitsandbytes", "triton"}
 LAUNCHER = sorted(f"launcher.{path.stem}" for path in (ROOT / "launcher").glob("*.py") if path.stem != "__init__")
-BARE = ("conf.files", "launcher.attempt", "launcher.network", "launcher.slurm")
+BARE = ("conf.files", "launcher.supervise.attempt", "launcher.supervise.rendezvous", "launcher.slurm")
 """These run on the node's own Python, outside the container."""
 
 
@@ -40,11 +40,11 @@ def test_no_module_of_the_launcher_imports_torch(name: str) -> None:
 
 def test_merging_a_foreign_checkpoint_needs_no_torch() -> None:
     """Importing it takes longer than a small merge."""
-    assert not loaded("import jobs.consolidate, jobs.consolidation.foreign") & HEAVY - {"numpy"}
+    assert not loaded("import jobs.consolidate, jobs.consolidation.external") & HEAVY - {"numpy"}
 
 
 def test_weights_are_read_ahead_before_torch_is_imported() -> None:
-    assert not loaded("import jobs.ahead") & HEAVY - {"numpy"}
+    assert not loaded("import jobs.tensor_io.prefetch") & HEAVY - {"numpy"}
 
 
 @pytest.mark.parametrize("name", BARE)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import overrides
+from launcher.check import command_line
 
 CLONE = Path(__file__).resolve().parents[1]
 README = (CLONE / "README.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def test_the_preview_is_what_dry_run_prints():
 
 def test_the_table_names_every_option_of_every_group():
     table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
-    for group, options in overrides.groups(CLONE / "conf").items():
+    for group, options in command_line.groups(CLONE / "conf").items():
         assert set(options) <= set(re.findall(r"\w+", table[group])), group
 
 

@@ -22,14 +22,16 @@ from torch.distributed.tensor import DTensor
 from conf.choices import Precision
 from conf.errors import Problem, RunError
 from conf.schema import Config
-from jobs import float8, head, kernels, optim, scaling, startup, tensor
-from jobs.backends import Engine
-from jobs.distributed import World
-from jobs.model import blocks, compute_dtype, skeleton
-from jobs.staging import Stager
-from jobs.weights import Part, plain
+from jobs.backends import Engine, tensor_parallel
+from jobs.backends.host_staging import Stager
+from jobs.distributed.process_group import World
+from jobs.model import float8_training, fused_cross_entropy, materialize, prepare
+from jobs.model.build import blocks, compute_dtype, skeleton
+from jobs.tensor_io.slices import Part, plain
+from jobs.training import loss_scaling
+from jobs.training import optimizer as optim
 
-NAMES = ("replicate", "shard", tensor.NAME)
+NAMES = ("replicate", "shard", tensor_parallel.NAME)
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 """An adapter's checkpoint holds no base weights."""
 
@@ -59,10 +61,10 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         "mp_policy": policy,
         "offload_policy": offload,
     }
-    parts = tensor.slice_matrices(model, whole[tensor.NAME]) if cut > 1 else []
-    float8.install(model, config, world)
-    kernels.install(model, config, world)
-    if not startup.is_empty(model):
+    parts = tensor_parallel.slice_matrices(model, whole[tensor_parallel.NAME]) if cut > 1 else []
+    float8_training.install(model, config, world)
+    prepare.install(model, config, world)
+    if not materialize.is_empty(model):
         model.to(world.device)
     if shard == 1:  # whole on every rank, and never changed: FSDP would copy it in every step
         options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
@@ -74,21 +76,21 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     for module in (*_outer(model), model):  # backward begins where their forward ends, or needs no weight
         fully_shard(module, reshard_after_forward=False, **options)
     read = 0
-    if startup.is_empty(model):
+    if materialize.is_empty(model):
         home = torch.device("cpu") if config.parallel.offload_parameters else world.device
-        startup.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
-        with tensor.columns() as held:
-            read = startup.fill(model, skeleton, startup.parts(model, held), config, world, resumed)
+        materialize.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
+        with tensor_parallel.columns() as held:
+            read = materialize.fill(model, skeleton, materialize.parts(model, held), config, world, resumed)
     model.train()
     optimizer = optim.build(model, config)
     if config.train.precision is Precision.fp16:
-        scaling.install(optimizer)
+        loss_scaling.install(optimizer)
     return Engine(
         model,
         optimizer,
         config.train.max_grad_norm,
         read,
-        lambda trained, limit: tensor.clip(trained, limit, parts, whole[tensor.NAME]),
+        lambda trained, limit: tensor_parallel.clip(trained, limit, parts, whole[tensor_parallel.NAME]),
     )
 
 
@@ -96,7 +98,7 @@ def _outer(model: nn.Module) -> list[nn.Module]:
     """Embedding and output head, each a group of its own, so that the head's gradient is reduced while blocks go backward, and
     the embedding's is all that is left in the end. Not where they are one weight, nor where nothing of them is trained.
     """
-    inside = head.causal(model)
+    inside = fused_cross_entropy.causal(model)
     found = [inside.get_input_embeddings(), inside.get_output_embeddings()]
     weights = [parameter for module in found if module is not None for parameter in module.parameters()]
     apart = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
@@ -125,17 +127,17 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
     assert isinstance(engine.module, FSDPModule)
     engine.module.set_requires_all_reduce(last)
     engine.module.set_is_last_backward(last)
-    (loss * scaling.scale(engine.optimizer)).backward()
+    (loss * loss_scaling.scale(engine.optimizer)).backward()
 
 
 def step(engine: Engine, learning_rate: float) -> float:
     """0 where fp16 overflowed: that step is left out, and the next one has a smaller loss scale."""
-    scaling.unscale(engine.optimizer)
+    loss_scaling.unscale(engine.optimizer)
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     assert engine.clip is not None
     norm = engine.clip(trainable, engine.max_grad_norm)
     optim.set_rate(engine.optimizer, learning_rate)
-    taken = scaling.update(engine.optimizer, norm)
+    taken = loss_scaling.update(engine.optimizer, norm)
     if taken:
         engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
@@ -181,14 +183,14 @@ def load(engine: Engine, folder: Path) -> None:
         optim_state_dict=state["optimizer"] | groups,
         options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
-    scaling.restore(engine.optimizer, state.get("scaling", {}))
+    loss_scaling.restore(engine.optimizer, state.get("scaling", {}))
 
 
 def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds, and the optimizer's groups apart: those are the config's, and differ between layouts."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
     state = {"model": model, "optimizer": {"state": optimizer["state"]}}
-    if scaled := scaling.state(engine.optimizer):
+    if scaled := loss_scaling.state(engine.optimizer):
         state["scaling"] = scaled
     return state, {"param_groups": optimizer["param_groups"]}
 
@@ -205,10 +207,10 @@ def held(engine: Engine) -> dict[str, dict[str, Part]]:
 
 def _part(value: torch.Tensor) -> Part:
     """A tensor sharded like its parameter, or a scalar that all ranks hold."""
-    if isinstance(value, DTensor) and tensor.NAME in (value.device_mesh.mesh_dim_names or ()):
+    if isinstance(value, DTensor) and tensor_parallel.NAME in (value.device_mesh.mesh_dim_names or ()):
         said = "cannot take up what another backend wrote: resume with 1, save there, and go on with more"
-        raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor.NAME].size(), said))
-    shape, begin, local = tensor.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
+        raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.NAME].size(), said))
+    shape, begin, local = tensor_parallel.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
     return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
 
 

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from conf import deepspeed as derived
 from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
-from jobs import kernels, optim, startup
-from jobs.backends import Engine, partitions
-from jobs.distributed import World
-from jobs.model import blocks, compute_dtype, skeleton
-from jobs.staging import Stager, collect
-from jobs.weights import Part
+from jobs.backends import Engine, zero_partitions
+from jobs.backends.host_staging import Stager, collect
+from jobs.distributed.process_group import World
+from jobs.model import materialize, prepare
+from jobs.model.build import blocks, compute_dtype, skeleton
+from jobs.tensor_io.slices import Part
+from jobs.training import optimizer as optim
 
 TAG = "zero"
 """DeepSpeed's name for the folder inside a checkpoint; ours is the step."""
@@ -34,13 +35,13 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     start(world)
     import deepspeed
 
-    kernels.install(model, config, world)
-    if kernels.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
+    prepare.install(model, config, world)
+    if prepare.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
-    if startup.is_empty(model):
+    if materialize.is_empty(model):
         load = _partitioned if config.parallel.zero_stage == 3 else _whole
-        read = startup.fill(model, skeleton, load(model, config, world), config, world, resumed)
+        read = materialize.fill(model, skeleton, load(model, config, world), config, world, resumed)
     model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
         model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
@@ -81,8 +82,8 @@ def _hide(offload: Any) -> None:
 def _whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
     """Room for every parameter on every rank, in the precision of compute: DeepSpeed makes its masters from that."""
     dtype = compute_dtype(config)
-    startup.materialise(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    return startup.parts(model, lambda item: (item.shape, 0, item))
+    materialize.materialise(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
+    return materialize.parts(model, lambda item: (item.shape, 0, item))
 
 
 def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
@@ -93,7 +94,7 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
     import deepspeed
 
     dtype, context = compute_dtype(config), deepspeed.zero.Init(config_dict_or_path=derived.plan(config, world.size))
-    if context.mem_efficient_linear and not kernels.as_one(config, world):
+    if context.mem_efficient_linear and not prepare.as_one(config, world):
         # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
         # for each block anew: it looks at a weight's number (torch 2.11).
         context._enable_mem_efficient_linear()
@@ -109,8 +110,8 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
         begin = min(parameter.ds_tensor.ds_numel * world.rank, parameter.ds_numel)
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
-    startup.materialise(model, partition, world.device)
-    return startup.parts(model, held)
+    materialize.materialise(model, partition, world.device)
+    return materialize.parts(model, held)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
@@ -193,11 +194,11 @@ def load(engine: Engine, folder: Path) -> None:
 
 
 def held(engine: Engine) -> dict[str, dict[str, Part]]:
-    return partitions.held(engine.module.module, engine.optimizer)
+    return zero_partitions.held(engine.module.module, engine.optimizer)
 
 
 def filled(engine: Engine) -> None:
-    partitions.filled(engine.optimizer)
+    zero_partitions.filled(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.files import partial
-from jobs.consolidation.files import CHUNK, write
 from jobs.consolidation.plan import Plan
+from jobs.tensor_io.reader import CHUNK, write
 
 PROBE = 256 * 2**20
 """Bytes that a probe writes and reads, at most; a four-hundredth of what is to be moved where that is less."""

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import DataError, Problem
-from jobs.consolidation import dtypes
-from jobs.consolidation.dtypes import Dtype
-from jobs.consolidation.extents import Stored
-from jobs.consolidation.files import Files, Reader
-from jobs.consolidation.names import Blueprint, SavedName, adapters
 from jobs.consolidation.plan import Output
+from jobs.consolidation.weight_names import Blueprint, SavedName, adapters
+from jobs.tensor_io import dtypes
+from jobs.tensor_io.dtypes import Dtype
+from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.reader import Files, Reader
 
 if TYPE_CHECKING:  # both are imported where there is an adapter
     import torch
 
-    from jobs.consolidation.adapter import Update
+    from jobs.consolidation.lora import Update
 
 DTYPES = {"fp32": dtypes.FP32, "bf16": dtypes.BF16, "fp16": dtypes.FP16}
 BASE = "base:"
@@ -38,7 +38,7 @@ class Settings:
         alpha = next(
             (value for key, value in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha
         )
-        from jobs.consolidation.adapter import scale
+        from jobs.consolidation.lora import scale
 
         return scale(alpha, rank, self.rslora)
 
@@ -185,7 +185,7 @@ def _add(
     settings: Settings,
 ) -> None:
     """Read the adapters, which are small, and give every source its own rows of them."""
-    from jobs.consolidation.adapter import Update
+    from jobs.consolidation.lora import Update
 
     files = Files()
     reader = Reader(files)
@@ -214,7 +214,7 @@ def _add(
 
 
 def _update(name: str, kinds: "dict[str, torch.Tensor]", transposed: bool, settings: Settings) -> "Update":
-    from jobs.consolidation.adapter import Update
+    from jobs.consolidation.lora import Update
 
     embedding = "lora_embedding_A" in kinds
     first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")

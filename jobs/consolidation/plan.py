@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from jobs.consolidation import dtypes, hf
-from jobs.consolidation.dtypes import Dtype
-from jobs.consolidation.extents import Stored
+from jobs.tensor_io import dtypes, safetensors
+from jobs.tensor_io.dtypes import Dtype
+from jobs.tensor_io.layout import Stored
 
 if TYPE_CHECKING:  # it imports torch, which merges without an adapter do without
-    from jobs.consolidation.adapter import Update
+    from jobs.consolidation.lora import Update
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def plan(
     files = _files(outputs, shard_bytes, stem)
     heads, sizes, placed = {}, {}, []
     for file, items in files.items():
-        heads[file], offsets, sizes[file] = hf.head([(item.name, item.shape, item.dtype) for item in items])
+        heads[file], offsets, sizes[file] = safetensors.head([(item.name, item.shape, item.dtype) for item in items])
         placed += [Placed(item, file, offset) for item, offset in zip(items, offsets, strict=True)]
     return Plan(
         heads, sizes, _tasks(placed, list(files), sources, prints, updates, packed or {}), _index(files, stem), about

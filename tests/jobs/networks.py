@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jobs import data, samples
-from jobs.samples import Part
+from jobs.data import batches, token_dataset
+from jobs.data.token_dataset import Part
 
 SMALL = {
     "vocab_size": 97,
@@ -46,19 +46,19 @@ def adapted(made: Any, targets: str | list[str] = "all-linear", dropout: float =
     return made
 
 
-def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5) -> data.Rows:
+def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5) -> batches.Rows:
     """Samples of these lengths with random tokens, a share of them trained."""
     chance = np.random.default_rng(0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = chance.integers(3, SMALL["vocab_size"], size=offsets[-1]).astype(np.int32)
     marked = (chance.random(offsets[-1]) < trained).astype(np.uint8)
-    found = samples.of([Part(tokens, marked, offsets)])
-    return data.arrange(found, np.arange(len(lengths)), pack_into)
+    found = token_dataset.of([Part(tokens, marked, offsets)])
+    return batches.arrange(found, np.arange(len(lengths)), pack_into)
 
 
-def whole(found: data.Rows) -> dict[str, Any]:
+def whole(found: batches.Rows) -> dict[str, Any]:
     """All rows in one batch."""
-    return data.batch(found, np.arange(len(found)), pad=0)
+    return batches.batch(found, np.arange(len(found)), pad=0)
 
 
 def gradients(made: nn.Module) -> dict[str, torch.Tensor]:

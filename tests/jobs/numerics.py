@@ -129,15 +129,16 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
 
 
 def _train(rank: int, configs: list[Config]) -> None:
-    from jobs import signals, train
-    from jobs.distributed import process_group
+    from jobs import train
+    from jobs.distributed import stop_signals
+    from jobs.distributed.process_group import process_group
 
     torch.set_num_threads(1)
     with process_group(configs[0]) as world:
         for config in tqdm(configs, desc="layouts", disable=rank > 0 or not sys.stderr.isatty()):
             parallel = config.parallel
             here = replace(world, context_ranks=parallel.context_ranks, tensor_ranks=parallel.tensor_ranks)
-            loop, step = train._begin(config, here, signals.Stop())
+            loop, step = train._begin(config, here, stop_signals.Stop())
             while step < STEPS:
                 train._step(loop, step)
                 step += 1

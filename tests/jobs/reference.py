@@ -9,27 +9,30 @@ from torch.nn import functional as F
 
 from conf.choices import Optimizer
 from conf.schema import Config
-from jobs import data, head, model
-from jobs.packing import hidden_factor
+from jobs.data import batches
+from jobs.data.packing import hidden_factor
+from jobs.model import build, fused_cross_entropy
 
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
-    rows = data.read(run / "data", "train", config.data.max_length if config.data.packing else None)
-    network = model.build(config).train()
-    head.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
+    rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
+    network = build.build(config).train()
+    fused_cross_entropy.causal(network).set_attn_implementation(
+        "sdpa"
+    )  # transformers' own mask keeps packed samples apart
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
-    order = data.ordered(rows, config, hidden_factor(network.config))
+    order = batches.ordered(rows, config, hidden_factor(network.config))
     found = []
     for step in range(steps):
-        batch = data.batch(rows, order.rows_of(step), pad=0)
+        batch = batches.batch(rows, order.rows_of(step), pad=0)
         logits = network(**{name: batch[name] for name in ("input_ids", "position_ids") if name in batch}).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORED
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=batches.IGNORED
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)

@@ -1,4 +1,4 @@
-"""launcher/verdict.py on the very exceptions that torch, the Hub's client and the kernel raise."""
+"""launcher/supervise/error_classes.py on the very exceptions that torch, the Hub's client and the kernel raise."""
 
 import errno
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig
 
-from launcher.verdict import classify
+from launcher.supervise.error_classes import classify
 
 ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
 """What CUDA's own errors are raised as."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from launcher import history
+from launcher.run_folder import attempts
 from tests.slurm import chaos_page, cluster, faults, runs
 from tests.slurm.kinds import EVERY, KINDS, LAYOUTS, STEPS, Plan, draw, environment, words
 
@@ -95,7 +95,7 @@ class Suite:
             runs.command("cancel", run)
             if lane:
                 self.lanes.put(lane)
-        found.verdicts = [item["status"] for item in history.verdicts(run / "jobs/train")]
+        found.verdicts = [item["status"] for item in attempts.verdicts(run / "jobs/train")]
         if found.outcome != WRONG:
             faults.clear(run)  # a wrong one stays, to be looked at
         self._keep(plan, found, time.monotonic() - began)
@@ -167,10 +167,10 @@ def pause(run: Path, number: int, at: float, restarts: bool) -> float | None:
     Where that attempt goes on, the longest pause between two of its steps until now; 0 where the run has ended.
     """
     folder = run / "jobs/train"
-    newest = history.newest(folder) or 0
-    times = [line["time"] for line in history.metrics(run)]
+    newest = attempts.newest(folder) or 0
+    times = [line["time"] for line in attempts.metrics(run)]
     if newest > number:
-        since = history.opened(folder, newest).get("started", time.time())
+        since = attempts.opened(folder, newest).get("started", time.time())
         return min((moment - at for moment in times if moment > since), default=None)
     ending = restarts or (folder / f"attempt-{number}/hang.begun").exists()
     if (folder / f"attempt-{number}.json").exists():

@@ -36,9 +36,10 @@ the folder of each run that went wrong beside it. RESULT counts faults, and runs
 **What runs where.** `make test` has one run that meets a restarted controller, a killed slurmd and a pulled cable at once, then
 a slow rank, a killed rank with a damaged checkpoint and without `latest`, and a killed batch script
 (tests/slurm/test_chaos.py); a hang, a preemption and a user's error (test_requeue.py); a signal (test_resume.py); and, without
-Slurm, full disks and every damage to a checkpoint (tests/jobs/test_checkpoint.py, test_saving.py). `make proof` adds the time
+Slurm, full disks and every damage to a checkpoint (tests/jobs/checkpoint/test_checkpointing.py, test_saving.py).
+`make proof` adds the time
 limit, `scontrol requeue`, a lost and a bad node, hangs at the start and in a checkpoint (tests/slurm/test_requeue.py,
-test_hang.py), and kills while a checkpoint is written (tests/jobs/test_saving.py). `make chaos` has them all.
+test_hang.py), and kills while a checkpoint is written (tests/jobs/checkpoint/test_async_save.py). `make chaos` has them all.
 """
 
 

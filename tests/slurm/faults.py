@@ -13,9 +13,9 @@ from pathlib import Path
 from random import Random
 
 from conf.files import read_json
-from launcher import history
-from launcher import slurm as commands
-from launcher.verdict import TIME_LIMIT
+from launcher import slurm
+from launcher.run_folder import attempts
+from launcher.supervise.error_classes import TIME_LIMIT
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 
@@ -59,7 +59,7 @@ class Scene:
     @property
     def attempt(self) -> int:
         """Number of the newest attempt; 0 before the first."""
-        return history.newest(self.folder) or 0
+        return attempts.newest(self.folder) or 0
 
     @property
     def job_id(self) -> str:
@@ -67,7 +67,7 @@ class Scene:
 
     @property
     def nodes(self) -> list[str]:
-        return commands.hostnames(commands.job(self.job_id)["NodeList"])
+        return slurm.hostnames(slurm.job(self.job_id)["NodeList"])
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -154,14 +154,14 @@ def _away(scene: Scene, seconds: list[int], take: Callable[[str], None], give_ba
 
 def told(scene: Scene) -> str:
     words = [f"--signal={scene.random.choice(['USR1', 'USR2'])}", *scene.random.choice([[], ["--batch"]])]
-    commands.call("scancel", *words, scene.job_id)
+    slurm.call("scancel", *words, scene.job_id)
     return " ".join(words)
 
 
 def preempt(scene: Scene) -> str:
     nodes = scene.nodes
     where = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--output=/dev/null"]
-    commands.call("sbatch", "--partition=high", *where, "--wrap=sleep 2")
+    slurm.call("sbatch", "--partition=high", *where, "--wrap=sleep 2")
     return ""
 
 
@@ -174,7 +174,7 @@ def time_limit(scene: Scene) -> str:
 
 
 def requeue(scene: Scene) -> str:
-    commands.call("scontrol", "requeue", scene.job_id)
+    slurm.call("scontrol", "requeue", scene.job_id)
     return ""
 
 

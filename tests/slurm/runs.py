@@ -12,7 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import history, runs, slurm, watchdog
+from launcher import slurm
+from launcher.run_folder import attempts
+from launcher.status import state
+from launcher.supervise import watchdog
 
 CLONE = Path(__file__).resolve().parents[2]
 TWO_BY_TWO = [
@@ -41,15 +44,15 @@ def start(run: Path, *words: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def finish(run: Path, timeout_s: float = 240) -> dict[str, runs.JobState]:
+def finish(run: Path, timeout_s: float = 240) -> dict[str, state.JobState]:
     """Wait until no job of the run waits or runs; the states by job."""
     deadline = time.monotonic() + timeout_s
-    while runs.active(run) and time.monotonic() < deadline:
+    while state.active(run) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not runs.active(run), "\n".join(
-        [str(runs.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*/rank-0.log"))]
+    assert not state.active(run), "\n".join(
+        [str(state.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*/rank-0.log"))]
     )
-    return {job.name: job for job in runs.job_states(run)}
+    return {job.name: job for job in state.job_states(run)}
 
 
 def complete(run: Path, *words: str) -> None:
@@ -61,7 +64,7 @@ def complete(run: Path, *words: str) -> None:
 
 def logs(run: Path, job: str) -> dict[int, str]:
     """What each rank of a job's newest attempt has printed."""
-    number = history.newest(run / "jobs" / job)
+    number = attempts.newest(run / "jobs" / job)
     found = (run / "jobs" / job / f"attempt-{number}").glob("rank-*.log")
     return {int(path.stem.removeprefix("rank-")): path.read_text() for path in sorted(found)}
 
@@ -98,7 +101,7 @@ def until(true: Callable[[], object], timeout_s: float = 120) -> None:
 
 def step(run: Path) -> int:
     """The last step that training has written down; 0 before the first."""
-    return max((line["step"] for line in history.metrics(run)), default=0)
+    return max((line["step"] for line in attempts.metrics(run)), default=0)
 
 
 def job_id(run: Path, job: str) -> str:

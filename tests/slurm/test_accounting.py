@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from launcher import slurm as commands
+from launcher import slurm
 from tests.slurm import cluster, machine, runs
 
 pytestmark = pytest.mark.slurm
@@ -37,12 +37,10 @@ def test_a_run_is_followed_with_and_without_accounting(own_cluster, tmp_path):
     (job,) = runs.runs.job_states(run)
     assert job.state == "COMPLETED"
     if own_cluster:
-        assert job.job_id in commands.call(
-            "sacct", "--noheader", "--allocations", "--format=JobID", "--jobs", job.job_id
-        )
+        assert job.job_id in slurm.call("sacct", "--noheader", "--allocations", "--format=JobID", "--jobs", job.job_id)
     else:
-        with pytest.raises(commands.SlurmError):
-            commands.call("sacct", "--jobs", job.job_id)
+        with pytest.raises(slurm.SlurmError):
+            slurm.call("sacct", "--jobs", job.job_id)
     shown = _muster("status", run)
     assert shown.returncode == 0, shown.stderr
     assert "preprocess" in shown.stdout

@@ -11,7 +11,7 @@ import pytest
 
 from conf import resolve
 from tests.jobs import reference
-from tests.jobs.test_layouts import STEPS, check
+from tests.jobs.backends.test_layouts import STEPS, check
 from tests.slurm import runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from launcher import history
+from launcher.run_folder import attempts
 from tests.slurm import chaos_page, faults, kinds, runs
 from tests.slurm.test_requeue import ends_as, trained, verdicts
 
@@ -39,8 +39,8 @@ def test_a_training_that_meets_one_fault_after_another(whole, start, slurm, tmp_
     faults.kill_script(scene)
     ends_as(run, whole)
     assert verdicts(run) == [("failed", True), ("preempted", True), ("completed", False)]
-    assert "(Killed)" in history.verdicts(scene.folder)[0]["reason"]
-    assert "its batch script was killed" in history.verdicts(scene.folder)[1]["reason"]
+    assert "(Killed)" in attempts.verdicts(scene.folder)[0]["reason"]
+    assert "its batch script was killed" in attempts.verdicts(scene.folder)[1]["reason"]
     assert 5 < faults.lost(run, 40) <= 15
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import history
+from launcher.run_folder import attempts
 from tests.slurm import runs
 from tests.slurm.test_requeue import ends_as, verdicts, with_hook
 
@@ -47,7 +47,7 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
     assert " s ago" in runs.command("status", run).stdout  # in whatever phase it was then
     runs.stop_rank(run, 3)
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert verdicts(run) == [("hang", True), ("completed", False)]
     assert (first["rank"], first["host"]) == (3, "n2")
     line = r"rank 3 on n2 hangs: step 1\d, phase (train|evaluate|save), process stopped \(T\); the others wait in \w+ \(jobs/"
@@ -61,7 +61,9 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
 
 def left_of(run: Path) -> str:
     """Ids of the watchdogs of a run: they look once a second whether there is still somebody to watch."""
-    found = subprocess.run(["pgrep", "-f", f"launcher.watchdog .*{run}"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-f", f"launcher.supervise.watchdog .*{run}"], capture_output=True, text=True, check=False
+    )
     return found.stdout
 
 
@@ -81,7 +83,7 @@ builtins.__import__ = sleeps
 def test_a_rank_that_does_not_get_through_its_start_is_named(whole, start, tmp_path):
     run = start("cluster.network.nccl_timeout_s=40", with_hook(tmp_path, ASLEEP))
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["rank"], first["host"]) == ("hang", 2, "n2")
     assert "phase start, at " in first["reason"]
     assert "cluster.network.nccl_timeout_s" in first["reason"]
@@ -104,7 +106,7 @@ os.fsync = hangs
 def test_a_rank_that_does_not_get_through_a_checkpoint_is_named(whole, start, tmp_path):
     run = start("cluster.network.save_timeout_s=10", with_hook(tmp_path, NO_DISK))
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["rank"], first["host"], first["saved"]) == ("hang", 1, "n1", 5), first["reason"]
     assert "phase save, at jobs/" in first["reason"]
     assert "inside hangs (sitecustomize.py:" in first["reason"]

@@ -6,8 +6,9 @@ from random import Random
 
 import pytest
 
-from launcher import history, requeue
 from launcher import slurm as commands
+from launcher.run_folder import attempts
+from launcher.supervise import requeue
 from tests.slurm import faults, runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -18,7 +19,7 @@ def trained(run: Path, steps: int) -> None:
 
 
 def verdicts(run: Path) -> list[tuple[str, bool]]:
-    return [(item["status"], item.get("requeued", False)) for item in history.verdicts(run / "jobs/train")]
+    return [(item["status"], item.get("requeued", False)) for item in attempts.verdicts(run / "jobs/train")]
 
 
 def ends_as(run: Path, whole: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_signalled_training_goes_on_and_what_follows_waits_for_its_end(whole, 
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]
-    train, merged = (history.last_verdict(run / "jobs" / name) for name in ("train", "consolidate"))
+    train, merged = (attempts.last_verdict(run / "jobs" / name) for name in ("train", "consolidate"))
     assert merged["status"] == "completed"
     assert merged["started"] >= train["ended"]
 
@@ -82,7 +83,7 @@ def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, star
     trained(run, 13)
     runs.kill_a_rank(run)
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["requeued"]) == ("failed", True)
     assert "(Killed)" in first["reason"]
     assert first["host"] in ("n1", "n2")
@@ -95,7 +96,7 @@ def test_a_training_of_which_a_rank_hangs_goes_on_from_its_checkpoint(whole, sta
     runs.stop_rank(run, 1)
     ends_as(run, whole)
     assert verdicts(run) == [("hang", True), ("completed", False)]
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["rank"], first["host"]) == (1, "n2")
     assert "process stopped (T); rank 0 waits in " in first["reason"]
 
@@ -173,11 +174,11 @@ builtins.__import__ = fails
 @pytest.mark.proof
 def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
-    runs.until(lambda: any("without n2" in item.get("next", "") for item in history.verdicts(run / "jobs/train")))
+    runs.until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
     job = commands.job(runs.job_id(run, "train"))
     assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["host"], first["requeued"]) == ("bad_node", "n2", True)
     assert "without n2" in first["next"]
 
@@ -197,10 +198,10 @@ def test_a_training_whose_batch_script_is_killed_goes_on(whole, start, slurm):
     trained(run, 5)
     faults.kill_script(faults.Scene(run, slurm, Random(0)))
     ends_as(run, whole)
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["requeued"]) == ("preempted", True)
     assert "its batch script was killed" in first["reason"]
-    assert history.last_verdict(run / "jobs/consolidate")["status"] == "completed"
+    assert attempts.last_verdict(run / "jobs/consolidate")["status"] == "completed"
 
 
 @pytest.mark.proof
@@ -214,7 +215,7 @@ def test_a_training_whose_node_is_lost_goes_on_elsewhere(whole, start, slurm):
     finally:
         slurm.start_slurmd("n2")
         runs.until(lambda: slurm.node_states()["n2"] == "idle")
-    first = history.verdicts(run / "jobs/train")[0]
+    first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["host"], first["next"]) == ("bad_node", "n2", requeue.BY_SLURM)
 
 

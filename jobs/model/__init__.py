@@ -1,0 +1,1 @@
+"""The model: built without weights, changed for speed and memory, filled with weights."""

@@ -1,0 +1,1 @@
+"""What is measured of a training and where it is written: metrics, step times, slow ranks, traces."""

@@ -1,0 +1,1 @@
+"""Memory estimates from a config alone, and the settings chosen by them."""

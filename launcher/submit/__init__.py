@@ -1,0 +1,1 @@
+"""Renders and submits jobs, on Slurm or here."""

@@ -1,0 +1,1 @@
+"""Runs beside the ranks on compute nodes: attempts, worker, watchdog, diagnosis, requeue."""

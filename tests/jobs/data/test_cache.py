@@ -1,0 +1,225 @@
+"""Tokenised sets: the same bytes however often the build is broken off, one build for all who ask, never a stale one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conf.errors import DataError
+from conf.files import read_json
+from jobs import preprocess
+from jobs.data import batches, cache, cache_key, sources, token_dataset
+from tests.jobs.ranks import CLONE
+
+ROWS = [
+    {"instruction": f"Say {n}, please.", "input": "", "output": f"It is {n}. " * (1 + n * 7 % 30)} for n in range(2000)
+]
+PROGRAM = """
+import sys
+from pathlib import Path
+from conf.resolve import load
+from jobs import preprocess
+from jobs.data import cache, sources
+
+if __name__ == "__main__":
+    cache.PART_TOKENS, sources.CHUNK = 20_000, 2**13
+    preprocess.run(load(Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def config(compose, tmp_path):
+    """A config that preprocesses `ROWS` in many small blocks; further words may follow."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def composed(*words, run="run"):
+        return compose(f"run_dir={tmp_path}/{run}", f"data.path={path}", *words)
+
+    return composed
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(cache, "PART_TOKENS", 20_000)
+    monkeypatch.setattr(sources, "CHUNK", 2**13)
+
+
+def contents(folder):
+    """Every file of the only set in a cache, by name."""
+    (one,) = (path for path in folder.iterdir() if (path / "set.json").exists())
+    return {str(path.relative_to(one)): path.read_bytes() for path in sorted(one.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def program(tmp_path, config):
+    """Start preprocess as a process of its own."""
+    from conf.resolve import save
+
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def started(run, *words):
+        made = config(*words, run=run)
+        save(made, tmp_path / f"{run}.yaml")
+        with (tmp_path / f"{run}.log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, tmp_path / "program.py", tmp_path / f"{run}.yaml"],
+                cwd=CLONE,
+                env=os.environ | {"PYTHONPATH": str(CLONE)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    return started
+
+
+@pytest.fixture
+def said(tmp_path):
+    return lambda run: (tmp_path / f"{run}.log").read_text()
+
+
+def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, small, tmp_path, monkeypatch):
+    preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/whole"))
+    blocks, chance = sources.blocks, random.Random(0)
+    taken = []
+    for _ in range(4):
+        stop_at = chance.randrange(5, 30)
+
+        def broken(*given, stop_at=stop_at):
+            for number, block in enumerate(blocks(*given)):
+                if number == stop_at:
+                    raise KeyboardInterrupt
+                yield block
+
+        monkeypatch.setattr(sources, "blocks", broken)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
+        taken.append(len(list((tmp_path / "broken").glob(".*.*-*/part-*"))))
+    monkeypatch.setattr(sources, "blocks", blocks)
+    preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert max(taken) > 0
+    assert taken == sorted(taken)  # nothing that was whole is made again
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes(program, said, tmp_path):
+    began = time.monotonic()
+    assert program("whole", "data.workers=2", f"data.cache={tmp_path}/whole").wait(120) == 0, said("whole")
+    seconds = time.monotonic() - began
+    chance, killed = random.Random(1), 0
+    for _ in range(3):
+        process = program("run", "data.workers=2", f"data.cache={tmp_path}/broken")
+        time.sleep(seconds * chance.uniform(0.5, 1))
+        if process.poll() is None:
+            killed += 1
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = program("run", "data.workers=1", f"data.cache={tmp_path}/broken")
+    assert process.wait(120) == 0, said("run")
+    assert killed > 0
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_runs_started_together_build_once(program, said, tmp_path):
+    both = [program(run, "data.workers=1", f"data.cache={tmp_path}/cache") for run in ("one", "two")]
+    assert [process.wait(120) for process in both] == [0, 0], said("one") + said("two")
+    assert sum("tokenise: 100%" in said(run) for run in ("one", "two")) == 1
+    assert [path.name for path in (tmp_path / "cache").glob(".*.*-*")] == []
+    assert len({(tmp_path / run / "data/sets/sample").resolve() for run in ("one", "two")}) == 1
+
+
+def test_many_workers_give_the_bytes_of_one(config, small, tmp_path):
+    for workers in (1, 3):
+        preprocess.run(config(f"data.workers={workers}", f"data.cache={tmp_path}/{workers}", run=f"run{workers}"))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def key_of(config):
+    words = preprocess.tokenizer(config)
+    (one,) = preprocess.datasets.training(config.data).values()
+    return cache_key.key(one, config.data, words, "alpaca", preprocess.Path(config.run_dir) / "cache")
+
+
+@pytest.mark.parametrize(
+    ("word", "same"),
+    [
+        ("data.max_length=99", False),
+        ("data.mask=all", False),
+        ("data.overlong=drop", False),
+        ("data.max_rows=7", False),
+        ("data.split='[:50%]'", False),
+        ("data.chat_template=chatml", False),
+        ("data.seed=1", True),
+        ("data.packing=true", True),
+        ("data.validation_fraction=0.5", True),
+        ("data.gates.empty=1", True),
+        ("data.workers=2", True),
+        ("train.global_batch=8", True),
+    ],
+)
+def test_the_key_changes_with_what_makes_tokens_and_with_nothing_else(word, same, config):
+    assert (key_of(config()) == key_of(config(word))) is same
+
+
+def test_the_key_follows_the_content_not_the_name_or_the_time(config, tmp_path):
+    first = key_of(config())
+    path = tmp_path / "rows.jsonl"
+    path.rename(tmp_path / "other.jsonl")
+    assert key_of(config(f"data.path={tmp_path}/other.jsonl")) == first
+    text = (tmp_path / "other.jsonl").read_text()
+    before = (tmp_path / "other.jsonl").stat()
+    (tmp_path / "other.jsonl").write_text(text.replace("Say 7,", "Say 8,"))
+    os.utime(tmp_path / "other.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t would
+    assert key_of(config(f"data.path={tmp_path}/other.jsonl")) != first
+
+
+def test_a_known_file_is_not_hashed_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_key, "SETTLED_S", -1)
+    first = key_of(config())
+    monkeypatch.setattr(cache_key, "_sha256", lambda file: pytest.fail(f"{file} was read again"))
+    assert key_of(config()) == first
+
+
+def test_another_run_takes_what_is_there(config, capsys):
+    preprocess.run(config())
+    preprocess.run(config("data.seed=5", "data.packing=true", run="other"))
+    assert "there already" in capsys.readouterr().out
+
+
+def test_tokens_that_were_deleted_are_told_with_the_remedy(config, tmp_path):
+    preprocess.run(config(f"data.cache={tmp_path}/cache"))
+    os.rename(tmp_path / "cache", tmp_path / "gone")
+    with pytest.raises(DataError, match="preprocess again"):
+        batches.read(tmp_path / "run/data", "train")
+
+
+def test_every_sample_says_where_it_came_from(config, tmp_path):
+    preprocess.run(config("data.max_rows=50"))
+    one = tmp_path / "run/data/sets/sample"
+    found = token_dataset.read([one])
+    places = token_dataset.places(one, range(len(found)))
+    assert places == [f"{tmp_path}/rows.jsonl:{n + 1}" for n in range(50)]
+
+
+def test_what_is_left_out_counts_as_a_row(config, tmp_path):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"instruction": "a", "output": ""}\nno row\n')
+    preprocess.run(config("data.gates.empty=0.01", "data.gates.unreadable=0.01"))
+    about = read_json(tmp_path / "run/data/data.json")["sets"]["sample"]
+    assert (about["rows"], about["samples"]) == (2002, 2000)
+
+
+def test_splits_hold_every_sample_once(config, tmp_path):
+    preprocess.run(config())
+    train, held = batches.read(tmp_path / "run/data", "train"), batches.read(tmp_path / "run/data", "validation")
+    assert np.array_equal(np.sort(np.concatenate([train.chosen, held.chosen])), np.arange(2000))
+    assert 60 < len(held) < 140

@@ -1,0 +1,172 @@
+"""What the gates find in rows, and where they stop."""
+
+import json
+
+import pytest
+
+from conf.errors import Problem
+from conf.schema import Gates
+from jobs.data import quality_gates
+from jobs.data.quality_gates import Findings, judged
+from jobs.data.sources import Unreadable
+from jobs.tokenization.conversation import Empty, Sample, Turn, UnknownRole
+
+HOLES = [
+    "{instruction}",
+    "Below is a task.\n\n### Instruction:\n{instruction}\n\n### Response:",
+    "Answer this: {question}",
+    "<context>{context}</context>",
+    '"{input}"',
+    "{question}: {answer}",
+    "{{ name }}",
+    "Dear {{ customer.name }},",
+    "{{ messages[0]['content'] | trim }}",
+    "{{- user_name -}} and {{ user_name }}",
+    "{{instruction}}",
+    "Hello {{first_name}}!",
+    "{% if input %}",
+    "{%- if input -%}x{% endif %}",
+    "{% for turn in turns %}",
+]
+WHOLE = [
+    '{"instruction": "Add", "input": {"a": 1}, "output": [{"x": {}}]}',
+    json.dumps({"question": "Why?", "nested": {"answer": {"text": "So."}}}, indent=2),
+    r"\frac{{a}}{b} + x^{{n}} \textbf{output} \input{context} {\bf text}",
+    "\\newcommand{\\foo}{% a comment\n  if it is one %}\n}",
+    "\\begin{document}\\usepackage[x]{text}\\end{document}",
+    "title = {{The Title}}, author = {{NASA}},",
+    "int a[2][2] = {{1, 2}, {3, 4}}; int b[1][1] = {{0}}; if (x) {y();}",
+    'print(f"You said {input} and {x}")',
+    '"{query}".format(query=text)',
+    'raise ValueError(f"{x} is not {{ name }}")',
+    'echo "${HOME} ${input} ${{ github.ref }}"',
+    "const {input} = props; import {context} from './context'",
+    'return <Field value={input} onChange={() => set({})} />; Console.WriteLine($"{input}");',
+    'app.get("/users/{user}")',
+    "sets: {1, 2}, {x}, {x: y}; 100%} and {%d}",
+    "no braces at all",
+]
+
+
+@pytest.mark.parametrize("text", HOLES)
+def test_a_hole_left_open_is_found(text):
+    assert quality_gates.hole(Sample(turns=(Turn("user", "Hello"), Turn("assistant", text))))
+    assert quality_gates.hole(Sample(parts=(("before", False), (text, True))))
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_braces_of_json_latex_and_code_are_no_holes(text):
+    assert quality_gates.hole(Sample(turns=(Turn("user", text),), parts=((text, True),))) is None
+
+
+def test_a_hole_behind_code_is_found_and_named():
+    text = 'print(f"{input}")\nSummarise {document}, please.'
+    assert quality_gates.hole(Sample(parts=((text, True),))) == "{document}"
+
+
+def test_finished_tokens_have_no_holes():
+    assert quality_gates.hole(Sample(ids=(1, 2))) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "gate"),
+    [
+        (Unreadable("x"), "unreadable"),
+        (UnknownRole("x"), "roles"),
+        (Empty("x"), "empty"),
+        (ValueError("x"), "unusable"),
+    ],
+)
+def test_the_kind_of_an_error_is_its_gate(error, gate):
+    assert quality_gates.of_error(error) == gate
+
+
+def test_all_are_counted_and_the_first_ten_are_named():
+    findings = Findings()
+    for number in range(25):
+        findings.add("overlong", f"a:{number}", "9 tokens")
+    assert findings.counts == {"overlong": 25}
+    assert findings.first["overlong"] == [(f"a:{number}", "9 tokens") for number in range(10)]
+
+
+def test_merging_adds_up_and_keeps_the_first_ten_in_order():
+    one, other = Findings(), Findings()
+    for number in range(7):
+        one.add("empty", f"a:{number}")
+        other.add("empty", f"b:{number}")
+    other.add("roles", "b:9", "who?")
+    one.merge(other)
+    assert one.counts == {"empty": 14, "roles": 1}
+    assert [place for place, _ in one.first["empty"]] == [f"a:{n}" for n in range(7)] + [f"b:{n}" for n in range(3)]
+    assert len(other.first["empty"]) == 7, "what was merged stays as it was"
+
+
+def test_findings_come_back_from_json():
+    findings = Findings()
+    findings.add("roles", "a:1", "who?")
+    again = Findings()
+    again.merge(Findings(**json.loads(json.dumps(findings.plain()))))
+    assert again == findings
+
+
+def test_what_was_found_at_once_has_its_own_number_of_rows():
+    findings = Findings()
+    findings.note("duplicates", [], 0)
+    findings.note("overlap", ["a:1", "a:2"], 30, of=40)
+    assert findings.counts == {"overlap": 30}
+    (verdict,) = judged(findings, 1000, Gates())
+    assert (verdict.count, verdict.rows, verdict.share, verdict.stops) == (30, 40, 0.75, True)
+    assert verdict.first == [("a:1", ""), ("a:2", "")]
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "limit", "stops"),
+    [
+        (0, 10, 0.0, None),
+        (1, 10, 0.0, True),
+        (1, 20, 0.05, False),
+        (2, 20, 0.05, True),
+        (3, 60, 0.05, False),
+        (7, 700, 0.01, False),
+        (10, 10, 1.0, False),
+        (30, 10, 1.0, False),  # samples of rows that were split
+    ],
+)
+def test_a_share_above_the_limit_stops_and_one_at_it_passes(count, rows, limit, stops):
+    findings = Findings()
+    findings.note("untrained", [], count)
+    assert [verdict.stops for verdict in judged(findings, rows, Gates(untrained=limit))] == [stops] * (count > 0)
+
+
+def test_every_gate_has_a_limit_and_a_meaning_and_what_is_no_gate_is_not_judged():
+    assert set(quality_gates.MEANINGS) == set(vars(Gates()))
+    findings = Findings()
+    findings.add("split", "a:1")
+    assert judged(findings, 1, Gates()) == []
+
+
+def test_a_stop_names_key_share_remedy_and_places():
+    findings = Findings()
+    for number in range(12):
+        findings.add("roles", f"rows.jsonl:{number + 1}", "turn 0.from is\n'robot'")
+    (verdict,) = judged(findings, 1200, Gates())
+    assert isinstance(verdict.problem, Problem)
+    lines = str(verdict.problem).splitlines()
+    assert lines[0] == (
+        "data.gates.roles=0: 12 of 1,200 rows have an unknown speaker (1.00%); "
+        "mend them, or raise the share that is let through:"
+    )
+    assert lines[1] == "  rows.jsonl:1: turn 0.from is 'robot'"
+    assert lines[11] == "  ... and 2 more"
+    assert len(lines) == 12
+
+
+def test_a_warning_says_what_it_let_through():
+    findings = Findings()
+    findings.add("overlong", "rows.jsonl:3", "9,000 tokens")
+    findings.note("duplicates", [], 2)
+    said = [str(verdict) for verdict in judged(findings, 100, Gates())]
+    assert said == [
+        "1 of 100 rows are longer than data.max_length (1.00%, data.gates.overlong=0.2):\n  rows.jsonl:3: 9,000 tokens",
+        "2 of 100 rows are equal to a row before (2.00%, data.gates.duplicates=0.2)",
+    ]

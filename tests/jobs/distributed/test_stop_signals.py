@@ -1,0 +1,125 @@
+"""jobs/distributed/stop_signals.py: three ways of being told to stop, one flag."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.errors import Stopped
+from jobs.distributed import stop_signals
+from jobs.distributed.stop_signals import Stop
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_nobody_has_said_stop():
+    assert not Stop()
+    assert not Stop(stop_at=time.time() + 60)
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "status"),
+    [(None, "preempted"), (3600, "preempted"), (60, "time_limit"), (0, "time_limit")],
+    ids=["no limit", "long before", "a minute early", "in time"],
+)
+def test_a_signal_close_to_the_limit_is_about_the_limit(ahead_s, status):
+    stop = Stop(None if ahead_s is None else time.time() + ahead_s)
+    stop.set(signal.SIGUSR2)
+    assert stop
+    assert stop.told == (status, "told to stop by SIGUSR2")
+
+
+def test_the_clock_needs_no_signal():
+    stop = Stop(time.time() - 1)
+    assert stop
+    assert stop.told[0] == "time_limit"
+
+
+def test_the_stop_file_is_looked_for_every_few_seconds(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now)
+    stop = Stop()
+    stop.file = tmp_path / "stop"
+    assert not stop
+    stop.file.touch()
+    now += stop_signals.LOOK_S - 0.1
+    assert not stop
+    now += 0.2
+    assert stop
+    assert stop.told[0] == "stopped"
+
+
+def test_what_was_told_first_stays():
+    stop = Stop()
+    stop.set(signal.SIGUSR1)
+    assert stop
+    stop.stop_at = 0.0
+    assert stop.told[0] == "preempted"
+
+
+@pytest.mark.parametrize(("step", "said"), [(7, "saved at step 7 of 9"), (0, "nothing to save yet")])
+def test_stopping_says_what_is_saved(step, said):
+    with pytest.raises(Stopped, match=f"because; {said}") as caught:
+        Stop().raise_stopped(("stopped", "because"), step, 9)
+    assert caught.value.status == "stopped"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_watches_signals_clock_and_file(monkeypatch, tmp_path, rank):
+    monkeypatch.setenv("MUSTER_STOP_AT", "4000000000")
+    monkeypatch.setenv("RANK", str(rank))
+    config = type("Config", (), {"run_dir": str(tmp_path)})
+    before = {number: signal.getsignal(number) for number in stop_signals.NUMBERS}
+    for number in stop_signals.NUMBERS:
+        with stop_signals.watched(config) as stop:
+            assert stop.stop_at == 4e9
+            assert (stop.file == tmp_path / "jobs/train/stop") is (rank == 0)
+            os.kill(os.getpid(), number)
+            assert stop
+    assert {number: signal.getsignal(number) for number in stop_signals.NUMBERS} == before
+
+
+def test_a_signal_that_came_while_the_rank_started_is_not_lost(tmp_path):
+    stop = stop_signals.listen()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    with stop_signals.watched(type("Config", (), {"run_dir": str(tmp_path)})) as watched:
+        assert watched is stop
+        assert watched
+    for number in stop_signals.NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+LEAVES = """
+import multiprocessing, os, signal, sys, time
+from jobs.distributed import stop_signals
+stop_signals.listen()
+if sys.argv[1] == "before":
+    os.kill(os.getpid(), signal.SIGTERM)
+stop_signals.leave_at_once(lambda status, reason: print(status, reason))
+if sys.argv[1] == "pool":
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGTERM)
+    print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os.kill(os.getpid(), signal.SIGUSR2)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ("after", "preempted told to stop by SIGUSR2\n"),
+        ("before", "preempted told to stop by SIGTERM\n"),
+        ("pool", "child 3\npreempted told to stop by SIGUSR2\n"),
+    ],
+)
+def test_a_job_with_nothing_to_save_leaves_at_once(when, said):
+    done = subprocess.run([sys.executable, "-c", LEAVES, when], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")

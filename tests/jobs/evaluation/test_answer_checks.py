@@ -1,0 +1,84 @@
+"""What is said to be wrong with an answer, and the page that shows answers."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from jobs import generate
+from jobs.evaluation import answer_checks
+from tests.conftest import ROOT
+from tests.jobs.report.test_data_preview import Parsed
+
+EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
+
+
+@pytest.fixture(scope="module")
+def words():
+    return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
+
+
+def found(words, text):
+    """The faults of an answer, written with its special tokens."""
+    ids = words.encode(text, add_special_tokens=False)
+    return answer_checks.faults(ids, words.decode(ids, skip_special_tokens=True), answer_checks.special(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("squeue lists the jobs in the queue.<|im_end|>", []),
+        ("squeue lists the jobs in the queue.", ["endless"]),
+        (" \n<|im_end|>", ["empty"]),
+        ("", ["empty", "endless"]),
+        ("It lists<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>", ["template"]),
+        ("It does." + " It lists the jobs." * 12 + "<|im_end|>", ["looping"]),
+        ("It does." + " It lists the jobs." * 12, ["looping", "endless"]),
+    ],
+)
+def test_faults(text, faults, words):
+    assert found(words, text) == faults
+
+
+def test_a_marker_in_plain_tokens_is_found_too(words):
+    known = answer_checks.special(words)
+    assert "<|im_start|>" in known.markers
+    assert answer_checks.faults([*range(5, 30), *known.ends][:26], "so <|im_start|>user", known) == ["template"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([7] * 24, True),
+        ([7] * 23, False),
+        ([1, *[7] * 24], True),
+        ([*[7] * 24, 1], False),
+        ([1, 2, 3, 4, 5, 6, 7, 8] * 3, True),
+        ([*range(20), *range(20)], False),
+        ([*range(20)] * 3, True),
+        ([*range(64)] * 3, True),
+        ([*range(65)] * 3, False),
+        ([*range(3, 20), *[*range(20)] * 2, *range(20)], True),
+        ([*range(60)], False),
+    ],
+)
+def test_loops(ids, loops):
+    assert answer_checks.loops(ids) is loops
+
+
+def test_the_page_is_whole_and_says_nothing_but_text():
+    one = {
+        "prompt": EVIL,
+        "answer": EVIL,
+        "raw": EVIL + "<|im_end|>",
+        "tokens": 9,
+        "ended": True,
+        "faults": ["looping"],
+    }
+    counts = dict.fromkeys(answer_checks.FAULTS, 0) | {"looping": 1}
+    page = generate.html(EVIL, {"model": "step-1 in bf16", "prompts": 1, "faults": counts}, [one])
+    parsed = Parsed()
+    parsed.feed(page)
+    parsed.close()
+    assert not parsed.opened
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "link", "iframe"})
+    assert "".join(parsed.texts).count(EVIL) == 5  # title, heading, prompt, answer, and with its special tokens
+    assert "1 end in a loop" in page and "looping</span>" in page

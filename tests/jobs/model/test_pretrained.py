@@ -1,0 +1,345 @@
+"""Start-up: every layout begins with exactly the stored weights, or the same drawn ones, and no rank holds the whole model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from conf.errors import ConfigError
+from conf.schema import Config
+from jobs import backends
+from jobs.backends import zero
+from jobs.distributed.process_group import World, process_group
+from jobs.model import build as model
+from jobs.model import materialize
+from jobs.tensor_io import model_files, slices
+from jobs.tensor_io.slices import plain
+from jobs.training import optimizer
+from tests.jobs.ranks import spawn
+
+LAYOUTS = {
+    "fsdp": [], "fsdp_offload": [], "hsdp": ["parallel.shard_ranks=2"], "ddp": [],
+    "zero1": [], "zero2": [], "zero3": [],
+}  # fmt: skip
+COMMON = ["train.global_batch=12", "cluster.train.gpus_per_node=0", "cluster.train.ranks_per_node=4"]
+HUB = ["model=hub", f"model.tokenizer={Path(__file__).parents[3] / 'examples/tokenizer'}"]
+LORA = ["adapter=lora", "adapter.r=4", "train.precision=bf16"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def stored(request, tmp_path_factory):
+    """A tiny model in several files; no dimension divides by 3 or 4, and key and value heads are shared."""
+    shape = LlamaConfig(
+        vocab_size=1027, hidden_size=56, intermediate_size=101, num_hidden_layers=3, num_attention_heads=4, head_dim=14,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=request.param, bos_token_id=1, eos_token_id=2,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    )  # fmt: skip
+    torch.manual_seed(7)
+    folder = tmp_path_factory.mktemp("stored")
+    LlamaForCausalLM(shape).save_pretrained(folder, max_shard_size="90KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """Weights by plain name, gathered; buffers; the bytes that this rank read."""
+    engine = backends.chosen(config).wrap(model.skeleton(config), config, world)
+    network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
+    return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
+
+
+def _gathered(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in network.named_parameters():
+        if isinstance(parameter, DTensor):
+            yield name, parameter.full_tensor().detach()
+        elif hasattr(parameter, "ds_id"):
+            parameter.all_gather()
+            yield name, parameter.detach().clone()
+            parameter.partition()
+        else:
+            yield name, parameter.detach().clone()
+
+
+def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layout: str) -> None:
+    assert found.keys() == expected.keys(), layout
+    for name, value in expected.items():
+        assert torch.equal(found[name], value.to(found[name].dtype)), f"{layout}: {name}"
+
+
+def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
+    with process_group(next(iter(configs.values()))) as world:
+        whole = AutoModelForCausalLM.from_pretrained(next(iter(configs.values())).model.source, dtype=torch.float32)
+        expected = dict(whole.named_parameters())
+        size = sum(parameter.nbytes for parameter in expected.values())
+        for layout, config in configs.items():
+            found, buffers, read = _wrapped(config, world)
+            _equal(found, expected, layout)
+            for name, value in whole.named_buffers():
+                assert buffers[name].dtype is torch.float32, layout
+                assert torch.equal(buffers[name], value), layout
+            if layout in ("fsdp", "fsdp_offload", "zero3"):
+                assert read == pytest.approx(size / world.size, rel=0.06), layout
+            elif layout == "hsdp":
+                assert read == pytest.approx(size / 2, rel=0.06), layout
+            else:
+                assert read == size, layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4))])
+def test_every_layout_starts_with_the_stored_weights(stored, compose, world):
+    configs = {
+        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *words)
+        for name, words in LAYOUTS.items()
+        if name != "hsdp" or world % 2 == 0
+    }
+    spawn(_as_stored, world, configs)
+
+
+def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
+    """`build` on one process is what the reference curves start from."""
+    with process_group(next(iter(configs.values()))) as world:
+        for layout, config in configs.items():
+            expected = {plain(name): value.detach() for name, value in model.build(config).named_parameters()}
+            _equal(_wrapped(config, world)[0], expected, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.proof)])
+def test_drawn_weights_are_equal_in_every_layout(compose, world):
+    configs = {name: compose(*COMMON, f"parallel={name}") for name in LAYOUTS if name != "hsdp"}
+    spawn(_like_the_whole, world, configs)
+
+
+@pytest.mark.slow
+def test_adapters_are_equal_in_every_layout_on_a_frozen_base_in_bf16(stored, compose):
+    names = ["fsdp", "ddp", "zero2", "zero3"]
+    words = [*HUB, f"model.source={stored}", *COMMON, *LORA]
+    spawn(_like_the_whole, 3, {name: compose(*words, f"parallel={name}") for name in names})
+    spawn(_like_the_whole, 2, {name: compose(*COMMON, *LORA, f"parallel={name}") for name in names})  # a drawn base
+
+
+def test_the_whole_model_is_the_stored_one(stored, compose):
+    built = model.build(compose(*HUB, f"model.source={stored}"))
+    expected = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    _equal(built.state_dict(), expected.state_dict(), "whole")
+    for name, value in expected.named_buffers():
+        assert torch.equal(dict(built.named_buffers())[name], value)
+    tied = expected.config.tie_word_embeddings
+    assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
+
+
+def test_adapters_begin_as_the_identity_on_a_bf16_base(stored, compose):
+    built = model.build(compose(*HUB, f"model.source={stored}", *LORA))
+    for name, parameter in built.named_parameters():
+        assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+        assert (parameter == 0).all() == ("lora_B" in name), name
+
+
+def test_drawn_weights_have_the_models_own_scale(compose):
+    built = model.build(compose())
+    assert built.model.embed_tokens.weight.std().item() == pytest.approx(built.config.initializer_range, rel=0.05)
+    assert (built.model.norm.weight == 1).all()
+    first, second = (layer.mlp.up_proj.weight for layer in built.model.layers[:2])
+    assert not torch.equal(first, second)
+    assert torch.equal(model.build(compose()).lm_head.weight, built.lm_head.weight)
+    assert not torch.equal(model.build(compose("train.seed=1")).lm_head.weight, built.lm_head.weight)
+
+
+def _refused(_rank: int, config: Config, words: list[str]) -> None:
+    with process_group(config) as world, pytest.raises(ConfigError) as caught:
+        backends.chosen(config).wrap(model.skeleton(config), config, world)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def _damaged(stored, folder, change):
+    """A copy of the stored model in which `change` has been at work on the file that holds the first block's up projection."""
+    folder.mkdir()
+    for path in stored.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = folder / json.loads((stored / "model.safetensors.index.json").read_text())["weight_map"][name]
+    change(path, load_file(path), name)
+    return folder
+
+
+def _shorter(path, tensors, name):
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, path)
+
+
+def _absent(path, tensors, name):
+    save_file({"model.layers.0.mlp.other.weight": tensors.pop(name), **tensors}, path)
+
+
+def _cut(path, _tensors, _name):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _gone(path, _tensors, _name):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_shorter, ["model.layers.0.mlp.up_proj.weight", "[100, 56], not [101, 56]", ".safetensors"]),
+        (_absent, ["model.layers.0.mlp.up_proj.weight is in none", "model.layers.0.mlp.other.weight", "no place"]),
+        (_cut, ["is cut off"]),
+        (_gone, ["No such file"]),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_on_every_rank(stored, compose, tmp_path, change, words):
+    folder = _damaged(stored, tmp_path / "damaged", change)
+    config = compose(*HUB, f"model.source={folder}", *COMMON, "parallel=fsdp")
+    spawn(_refused, 2, config, ["model.source", "fetch", *words])
+
+
+def llama(*, vocabulary, hidden, inner, layers, heads):
+    shape = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(compose, tmp_path):
+    llama(vocabulary=1024, hidden=16, inner=16, layers=1, heads=2).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match=r"lm_head\.weight.*tie_word_embeddings"):
+        model.build(compose(*HUB, f"model.source={tmp_path}"))
+
+
+def _binary(folder):
+    """The same weights as one pickle, which cannot be read in slices."""
+    tensors = {}
+    for path in folder.glob("*.safetensors*"):
+        tensors |= load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def test_weights_that_cannot_be_sliced_are_read_whole(stored, compose, tmp_path):
+    folder = _damaged(stored, tmp_path / "bin", lambda path, _tensors, _name: _binary(path.parent))
+    configs = {name: compose(*HUB, f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")}
+    spawn(_whole, 2, configs, str(stored))
+
+
+def _whole(_rank: int, configs: dict[str, Config], source: str) -> None:
+    with process_group(configs["fsdp"]) as world:
+        expected = dict(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).named_parameters())
+        for layout, config in configs.items():
+            found, _, read = _wrapped(config, world)
+            _equal(found, expected, layout)
+            assert read == 0
+
+
+def _resident() -> int:
+    """Bytes of this process's own memory; pages of mapped files, which the kernel may drop, are not among them."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def _measured(_rank: int, config: Config, size: int) -> None:
+    """What filling adds at its worst: this rank's half of the model and the readers' buffers, but never the model."""
+    with process_group(config) as world:
+        if config.parallel.backend.name == "zero":
+            zero.start(world)
+        twin = model.skeleton(config)
+        before, peak, done = _resident(), [0], Event()
+
+        def watch() -> None:
+            while not done.wait(0.002):
+                peak[0] = max(peak[0], _resident())
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        if (
+            config.parallel.backend.name == "zero"
+        ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
+            materialize.fill(twin, model.skeleton, zero._partitioned(twin, config, world), config, world)
+        else:
+            backends.chosen(config).wrap(twin, config, world)
+        done.set()
+        watcher.join()
+        assert size / 2 <= peak[0] - before < 0.75 * size, f"{(peak[0] - before) / size:.2f} of the model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "zero3"])
+def test_no_rank_ever_holds_the_whole_model(layout, compose, tmp_path):
+    whole = llama(vocabulary=16384, hidden=1024, inner=4096, layers=3, heads=8)
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    assert size > 300e6
+    whole.save_pretrained(tmp_path, max_shard_size="100MB")
+    del whole
+    spawn(_measured, 2, compose(*HUB, f"model.source={tmp_path}", *COMMON, f"parallel={layout}"), size)
+
+
+def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compose):
+    words = [*HUB, f"model.source={stored}", *COMMON]
+    spawn(_skipped, 2, [compose(*words, "parallel=fsdp"), compose(*words, "parallel=fsdp", *LORA)])
+
+
+def _skipped(_rank: int, configs: list[Config]) -> None:
+    with process_group(configs[0]) as world:
+        full, lora = (
+            backends.chosen(config).wrap(model.skeleton(config), config, world, resumed=True) for config in configs
+        )
+    assert full.read_bytes == 0
+    assert lora.read_bytes > 0
+    for engine in (full, lora):
+        for (
+            name,
+            parameter,
+        ) in engine.module.named_parameters():  # what a checkpoint were to leave out would show at once
+            assert parameter.to_local().isnan().all() == parameter.requires_grad, name
+
+
+def test_fused_experts_are_converted_by_transformers(compose, tmp_path):
+    shape = MixtralConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(shape).save_pretrained(tmp_path)
+    assert any(
+        "experts.0.w1" in name for name in load_file(tmp_path / "model.safetensors")
+    )  # one by one, as on the Hub
+    built = model.build(compose(*HUB, f"model.source={tmp_path}"))
+    _equal(
+        built.state_dict(), MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict(), "mixtral"
+    )
+
+
+def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--owner--name/snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "models--owner--name/refs").mkdir()
+    (tmp_path / "models--owner--name/refs/main").write_text(commit)
+    snapshot.symlink_to(stored)
+    assert model_files.find("owner/name", None, cached=True) == snapshot
+    assert model_files.find("owner/other", None, cached=True) is None
+    assert len(slices.catalogue(snapshot, "model.source", "owner/name")) >= 29
+
+
+def test_weights_that_zero3_has_partitioned_still_decay(compose):
+    matrix, vector = (nn.Parameter(torch.empty(0)) for _ in range(2))
+    matrix.ds_shape, vector.ds_shape = torch.Size([2, 3]), torch.Size([2])
+    model = nn.ParameterList([matrix, vector])
+    groups = optimizer.build(model, compose("train.weight_decay=0.1")).param_groups
+    assert [(group["weight_decay"], group["params"][0] is matrix) for group in groups] == [(0.1, True), (0.0, False)]

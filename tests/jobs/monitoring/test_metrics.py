@@ -1,0 +1,99 @@
+"""jobs/monitoring/metrics.py: one record of a run over all its attempts."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conf.choices import Tracker
+from jobs.distributed.process_group import World
+from jobs.monitoring.metrics import Metrics
+
+
+def metrics(run: Path, step: int, tracker: Tracker = Tracker.none, rank: int = 0) -> Metrics:
+    config = SimpleNamespace(run_dir=str(run), name="tiny", tracker=tracker)
+    return Metrics(config, World(rank, 2, rank, 2, torch.device("cpu")), steps=10, step=step)
+
+
+def attempt(run: Path, first: int, last: int, resumed: int, tracker: Tracker = Tracker.none) -> None:
+    """Steps `first` to `last` of an attempt that began at the checkpoint `resumed`."""
+    writer = metrics(run, resumed, tracker)
+    for step in range(first, last + 1):
+        writer.write(step, loss=1.0 / step)
+        if step % 5 == 0:
+            writer.write(step, eval_loss=2.0 / step)
+    writer.close()
+
+
+def lines(run: Path, key: str) -> list[int]:
+    return [item["step"] for item in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in item]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    attempt(tmp_path, 1, 8, resumed=0)
+    attempt(tmp_path, 6, 7, resumed=5)
+    attempt(tmp_path, 8, 10, resumed=7)
+    assert lines(tmp_path, "loss") == list(range(1, 11))
+    assert lines(tmp_path, "eval_loss") == [5, 10]
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+    attempt(tmp_path, 1, 4, resumed=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    attempt(tmp_path, 4, 6, resumed=3)
+    assert lines(tmp_path, "loss") == list(range(1, 7))
+
+
+def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
+    attempt(tmp_path, 1, 4, resumed=0)
+    attempt(tmp_path, 1, 2, resumed=0)
+    assert lines(tmp_path, "loss") == [1, 2]
+
+
+@pytest.mark.parametrize(("resumed", "known"), [(4, set()), (5, {5}), (7, {5})])
+def test_it_is_known_which_evaluations_are_on_record(tmp_path, resumed, known):
+    attempt(tmp_path, 1, 8, resumed=0)
+    writer = metrics(tmp_path, resumed)
+    writer.close()
+    assert writer.evaluated == known
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    writer = metrics(tmp_path, 0, rank=1)
+    writer.write(1, loss=1.0)
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_shows_one_curve(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    attempt(tmp_path, 1, 8, 0, Tracker.tensorboard)
+    attempt(tmp_path, 6, 10, 5, Tracker.tensorboard)
+    events = reader.EventAccumulator(str(tmp_path / "tiny"))
+    events.Reload()
+    assert sorted(item.step for item in events.Scalars("loss")) == list(range(1, 11))
+
+
+def test_wandb_goes_on_under_one_id(tmp_path, monkeypatch):
+    started = []
+
+    class WandBTracker:
+        def __init__(self, project: str, **words: object) -> None:
+            started.append((project, words))
+
+        def start(self) -> None: ...
+        def log(self, values: object, step: int) -> None: ...
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr("accelerate.tracking.WandBTracker", WandBTracker)
+    for name in ("a/run", "b/run"):
+        (tmp_path / name).mkdir(parents=True)
+    attempt(tmp_path / "a/run", 1, 2, 0, Tracker.wandb)
+    attempt(tmp_path / "a/run", 3, 4, 2, Tracker.wandb)
+    attempt(tmp_path / "b/run", 1, 2, 0, Tracker.wandb)
+    ids = [words["id"] for _, words in started]
+    assert ids[0] == ids[1] != ids[2]
+    assert {words["resume"] for _, words in started} == {"allow"}

@@ -1,0 +1,324 @@
+"""What a user sees of the rows before they are trained on."""
+
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from conf.schema import Gates
+from jobs.data import batches, quality_gates, token_dataset
+from jobs.data.quality_gates import Findings
+from jobs.report import charts, data_preview, token_view
+from tests.conftest import ROOT
+
+EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
+VOID = {"meta", "line", "rect", "link", "img", "br"}
+OPTIONAL = {"th", "td", "tr", "li"}
+"""Elements that HTML lets end by themselves."""
+
+
+@pytest.fixture(scope="module")
+def words():
+    return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
+
+
+@dataclass
+class Parsed(HTMLParser):
+    """The elements of a page, its text, and whether each is closed in order."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID | OPTIONAL:
+            self.opened.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID | OPTIONAL:
+            assert self.opened.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+
+def parsed(text):
+    found = Parsed()
+    found.feed(text)
+    found.close()
+    assert not found.opened
+    return found
+
+
+def encoded(words, *turns):
+    """(ids, trained) of texts, every second one trained."""
+    ids, trained = [], []
+    for number, text in enumerate(turns):
+        part = words.encode(text, add_special_tokens=False)
+        ids += part
+        trained += [number % 2] * len(part)
+    return ids, trained
+
+
+def split(made, chosen=None, pack_into=None):
+    """Rows over samples, all of them or those chosen."""
+    lengths = [len(ids) for ids, _ in made]
+    part = token_dataset.Part(
+        np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in made]),
+        np.concatenate([np.asarray(trained, dtype=np.uint8) for _, trained in made]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
+    return batches.arrange(token_dataset.of([part]), np.arange(len(made)) if chosen is None else chosen, pack_into)
+
+
+def place(number):
+    return f"rows.jsonl:{number + 1}"
+
+
+def about_of(rows, sizes, validation=None):
+    """What data.json says of sets of so many samples each, one after the other."""
+    sets, at = {}, 0
+    for name, size in sizes.items():
+        span = slice(at, at + size)
+        sets[name] = {
+            "source": f"/data/{name}.jsonl",
+            "format": "alpaca",
+            "rows": size,
+            "samples": size,
+            "tokens": int(rows.samples.lengths[span].sum()),
+            "trained_tokens": int(rows.samples.labels[span].sum()),
+            "epoch": size,
+        }
+        at += size
+    totals = {
+        name: {
+            "samples": len(one.chosen),
+            "tokens": int(one.lengths.sum()),
+            "trained_tokens": int(one.counts.sum()),
+        }
+        for name, one in (("train", rows), ("validation", validation or rows))
+    }
+    return {"sets": sets, "splits": {"train": list(sizes), "validation": list(sizes)}, **totals}
+
+
+def made_page(words, rows, *, sizes=None, validation=None, found=(), max_length=512, packed=False, **more):
+    return data_preview.html(
+        about_of(rows, sizes or {"facts": len(rows.samples)}, validation),
+        {"train": rows, "validation": validation or rows},
+        {"train": place, "validation": place},
+        words,
+        max_length=max_length,
+        packed=packed,
+        found=found,
+        **more,
+    )
+
+
+def texts_of(decoder, ids):
+    return [text for _, text in decoder.pieces(ids)]
+
+
+def test_pieces_add_up_to_the_text_and_hold_every_token(words):
+    text = "Hello  wörld 😀👩‍👩‍👧 日本\n\tx <|im_end|> end "
+    ids = words.encode(text, add_special_tokens=False)
+    found = list(token_view.Decoder(words).pieces(ids))
+    assert "".join(piece for _, piece in found) == text
+    assert [token for tokens, _ in found for token in tokens] == ids
+    assert token_view.BROKEN not in "".join(piece for _, piece in found)
+    smile = next(tokens for tokens, piece in found if piece.strip() == "😀")
+    assert len(smile) > 1, "no token of it can be read alone"
+
+
+def test_a_stray_byte_keeps_its_neighbours_readable(words):
+    stray = words.encode("😀", add_special_tokens=False)[:2]
+    ids = words.encode("one", add_special_tokens=False)
+    found = texts_of(token_view.Decoder(words), [*ids, *stray, *ids])
+    assert "".join(found).startswith("one")
+    assert "".join(found).endswith("one")
+    assert token_view.BROKEN in "".join(found)
+
+
+def test_a_long_run_of_bytes_ends(words):
+    stray = words.encode("😀", add_special_tokens=False)[:1]
+    found = list(token_view.Decoder(words).pieces(stray * 100))
+    assert sum(len(tokens) for tokens, _ in found) == 100
+
+
+def test_tokens_behind_others_keep_the_blank_that_some_tokenizers_strip():
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁Hello": 2, "▁you": 3, **{f"<0x{byte:02X}>": 4 + byte for byte in range(256)}}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    decoder = token_view.Decoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    euro = [4 + byte for byte in "€".encode()]
+    assert list(decoder.pieces([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
+
+
+def test_the_terminal_shows_trained_tokens_in_green(words):
+    rows = split([encoded(words, "Why?\n", "So.\nYes.<|im_end|>")])
+    shown = data_preview.terminal(rows, words, place, colour=True)
+    assert shown == (
+        "sample    rows.jsonl:1: 10 tokens, 7 trained, in green\n"
+        "Why?\n\033[32mSo.\033[0m\n\033[32mYes.<|im_end|>\033[0m"
+    ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
+
+
+def test_the_terminal_shows_trained_tokens_in_brackets_and_obeys_no_row(words):
+    rows = split([encoded(words, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
+    shown = data_preview.terminal(rows, words, place, count=2, colour=False)
+    assert "a  b\t␛[2J␍«c‹U+202E› d»" in shown
+    assert shown.count("sample    rows.jsonl:") == 2
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", shown)
+
+
+def test_a_long_sample_shows_its_beginning_and_its_end(words):
+    rows = split([encoded(words, "first " + "x " * 5000, "answer<|im_end|>")])
+    shown = data_preview.terminal(rows, words, place, colour=False)
+    assert len(shown) < 5000
+    assert "\nfirst x" in shown
+    assert shown.endswith("«answer<|im_end|>»")
+    assert f"[... {rows.lengths[0] - data_preview.TERMINAL_TOKENS:,} tokens ...]" in shown
+
+
+def test_samples_are_drawn_by_seed_and_each_once(words):
+    rows = split([encoded(words, "q", "a")] * 50, np.repeat(np.arange(50), 3))
+    assert data_preview.drawn(rows, 8, 0) == data_preview.drawn(rows, 8, 0) != data_preview.drawn(rows, 8, 1)
+    assert len(set(data_preview.drawn(rows, 8, 0))) == 8
+    assert data_preview.drawn(split([encoded(words, "q", "a")]), 8, 0) == [0]
+
+
+def test_what_rows_hold_is_text_and_never_markup(words):
+    findings = Findings()
+    findings.add("roles", f"{EVIL}:1", f"turn is {EVIL}")
+    found = parsed(
+        data_preview.html(
+            about_of(rows := split([encoded(words, EVIL, EVIL)]), {EVIL: 1}),
+            {"train": rows, "validation": rows},
+            {"train": lambda _: EVIL, "validation": lambda _: EVIL},
+            words,
+            max_length=512,
+            packed=False,
+            found=quality_gates.judged(findings, 1, Gates()),
+        )
+    )
+    names = {tag for tag, _ in found.tags}
+    assert not names & {"script", "img", "link", "iframe", "object"}
+    assert "".join(found.texts).count('<script>alert("x")</script>') >= 6
+
+
+def test_the_page_needs_nothing_but_itself(words):
+    text = made_page(words, split([encoded(words, "q", "a")] * 9))
+    found = parsed(text)
+    assert not [values for _, values in found.tags if {"src", "href", "onload", "onclick"} & set(values)]
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert ("meta", {"charset": "utf-8"}) in found.tags
+
+
+def test_the_page_shows_tokens_with_ids_marks_and_places(words):
+    ids, trained = encoded(words, "<|im_start|>user\nWhy  so?\n", "日本 \n<|im_end|>")
+    text = made_page(words, split([(ids, trained)]))
+    found = parsed(text)
+    titles = [values["title"] for tag, values in found.tags if tag in ("i", "b") and "title" in values]
+    assert " ".join(titles).split() == [str(token) for token in ids] * 2, "train and validation"
+    assert text.count('<b title="1">&lt;|im_start|&gt;</b>') == 2
+    assert re.search(r"<span class=t><i[^>]*>日</i>", text)
+    assert "Why··so?⏎\n日本·⏎\n<|im_end|>" in "".join(found.texts)
+    assert text.count("<s>·</s>") == 2 * 3 + 1, "once in the legend"
+    assert f"<code>rows.jsonl:1</code> &middot; {len(ids)} tokens, {sum(trained)} trained" in text
+
+
+def test_a_sample_says_whether_it_was_cut(words):
+    long, short = encoded(words, "q " * 8, "a " * 20), encoded(words, "q", "a")
+    size = len(long[0])
+    rows = split([long, long, short, short])
+    one_row = [data_preview._notes(number, rows, lambda number: "rows.jsonl:1", size) for number in range(4)]
+    assert one_row[0] == ["goes on in the next sample"]
+    assert one_row[1] == ["goes on from the sample before", "goes on in the next sample"]
+    assert one_row[2] == ["goes on from the sample before"]
+    assert one_row[3] == []
+    assert data_preview._notes(0, rows, place, size) == ["as long as data.max_length: most likely cut"]
+    assert "most likely cut" in made_page(words, rows, max_length=size)
+
+
+def test_stops_and_warnings_are_told_apart(words):
+    findings = Findings()
+    findings.note("duplicates", ["rows.jsonl:7"], 1)
+    findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
+    text = made_page(words, split([encoded(words, "q", "a")]), found=quality_gates.judged(findings, 100, Gates()))
+    stop, warning = text.index("stops the run"), text.index(">warning<")
+    assert stop < warning
+    assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
+    assert "<strong>1</strong> of 100 rows are equal to a row before: 1.00%, within" in text
+    assert "the first 10" in text
+    assert "<code>rows.jsonl:7</code>" in text[warning:]
+
+
+def test_sets_are_charted_by_their_tokens_an_epoch(words):
+    short, long = encoded(words, "q", "a"), encoded(words, "q", "a " * 50)
+    rows = split([short, short, long], np.array([0, 0, 1, 2]))
+    found = charts.sources(about_of(rows, {"short": 2, "long": 1}), rows)
+    assert [one["name"] for one in found] == ["long", "short"]
+    assert [one["tokens"] for one in found] == [len(long[0]), 3 * len(short[0])]
+    assert [one["trained"] for one in found] == [sum(long[1]), 3 * sum(short[1])]
+    assert sum(one["share"] for one in found) == pytest.approx(1)
+    assert found[0]["width"] == 100
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length"),
+    [([5], 5), ([1], 2), ([1, 1, 2], 2048), ([20, 30, 40], 64), (range(1, 9000), 8192), ([100] * 9, 131072)],
+)
+def test_every_sample_is_in_one_bar_within_the_chart(lengths, max_length):
+    lengths = np.minimum(np.asarray(lengths), max_length)
+    chart = charts.of_lengths(lengths, max_length)
+    assert sum(int(re.search(r": ([\d,]+) sample", say)[1].replace(",", "")) for *_, say in chart.bars) == len(lengths)
+    assert all(
+        left >= -1e-9 and left + width <= 100 + 1e-9 and 0 < height <= 100 for left, width, height, _ in chart.bars
+    )
+    assert all(-1e-9 <= at <= 100 + 1e-9 for at, _ in [*chart.across, *chart.up, chart.mark])
+    assert len(chart.across) <= 8
+
+
+def test_packed_rows_show_how_full_they_are(words):
+    rows = split([encoded(words, "q " * 20, "a " * 20)] * 10, pack_into=512)
+    text = made_page(words, rows, packed=True)
+    fill = rows.lengths.sum() / (len(rows) * 512)
+    assert f"{len(rows)} rows an epoch, {fill:.1%} full" in text
+    assert "train.micro_batch" not in text
+    assert sum(chart[2] > 0 for chart in charts.of_fill(rows.lengths, 512).bars) >= 1
+
+
+def test_rows_of_one_sample_show_their_padding():
+    assert charts.padding(np.array([8, 8, 8, 8]), 0) == [(1, 0.0), (2, 0.0), (4, 0.0)]
+    assert charts.padding(np.array([4, 16]), 0) == [(1, pytest.approx(1 / 6)), (2, pytest.approx(12 / 32))]
+
+
+@pytest.mark.parametrize("text", ["'\"<&>  \t", "word ", "日本語😀", "\x00\x01"])
+def test_the_page_stays_small_however_long_the_samples(words, text):
+    ids = np.resize(words.encode(text, add_special_tokens=False), 60_000).tolist()
+    rows = split([(ids, [0, 1] * 30_000)] * 12)
+    page_text = made_page(words, rows, max_length=60_000)
+    assert len(page_text.encode()) < 1_000_000
+    assert "tokens between are not shown" in page_text
+    parsed(page_text)
+
+
+def test_empty_validation_shows(words):
+    rows = split([encoded(words, "q", "a")] * 3)
+    none = batches.arrange(rows.samples, np.zeros(0, dtype=np.int64))
+    parsed(made_page(words, none, validation=none))

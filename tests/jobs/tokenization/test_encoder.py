@@ -1,0 +1,435 @@
+"""jobs/tokenization/encoder.py: every fast way gives the tokens and the marks of `chat.encode`, or is not taken."""
+
+import builtins
+import random
+import re
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jobs.tokenization import bpe_ranks, byte_bpe, encoder, reference, split_patterns
+from jobs.tokenization.chat_template import NAMED
+from jobs.tokenization.conversation import Sample, Turn
+from jobs.tokenization.encoder import Direct, Encoder, same
+from jobs.tokenization.offsets import Text, Unfit
+from jobs.tokenization.template_renderer import Rendering
+from tests.jobs.ranks import CLONE
+from tests.jobs.tokenization.test_reference import CALLED, CHAT, PLAIN, REWRITES, SYSTEM, TOOLS
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = [
+    *(
+        "",
+        " ",
+        "\n",
+        "a",
+        "I'm HERE'S 'LL we'\u017f",
+        "x" * 3000,
+        "ab" * 900,
+        " " * 700,
+        "--- ---- -----",
+        "12 345 6789 1 ²",
+    ),
+    *(
+        "blå 😀👩‍👩‍👧 नमस्ते 你好，世界 ﷺ \u3000\u00a0 \u2028",
+        "e\u0301a\u0308 \u1e9b\u0323",
+        "\u0378 \U0001fae8 \U000323b0 \U000e0001",
+    ),
+    *(
+        "<|im_start|>user\nHi<|im_end|>\n",
+        "<|im_end|><|im_end|>",
+        "a<s> b</s><|im_en",
+        "\r\n\t \r\n  x  \n\n y \n",
+        "\0\x02\x03",
+    ),
+    *(" leading", "trailing ", "\n\nboth\n\n", "<think>no</think>", "a  b   c    d     e\t\t\tf\n\n\ng", "ﬁ ﬀ ǅ K"),
+]
+CORPUS = [*(text[:99] for text in TEXTS), "the theme of these others is there and then: hello world, so long; bye"] * 3
+
+
+def added(tokenizer, **tokens):
+    """With the tokens of every named template, and a template without marks."""
+    extra = sorted({token for each in NAMED.values() for token in each} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": extra})
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+def trained_bpe(split, size=700, **model):
+    """A small byte-level tokenizer."""
+    tokenizer = Tokenizer(models.BPE(**model))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def bundled():
+    return added(AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer"))
+
+
+def gpt2():
+    return added(
+        PreTrainedTokenizerFast(tokenizer_object=trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)))
+    )
+
+
+def split_by(pattern):
+    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bare])
+
+
+def llama3():
+    """Whole words looked up first, every pair of a token in the list, a beginning, blanks cut off the offsets."""
+    backend = trained_bpe(split_by(LLAMA3))
+    vocabulary = backend.get_vocab()
+    order = sorted(vocabulary, key=vocabulary.get)
+    pairs = [
+        (token[:at], token[at:])
+        for token in order
+        for at in range(1, len(token))
+        if token[:at] in vocabulary and token[at:] in vocabulary
+    ]
+    backend.model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True)
+    words = added(PreTrainedTokenizerFast(tokenizer_object=backend))
+    begins = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.convert_tokens_to_ids("<s>"))]
+    )
+    words.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begins])
+    return words
+
+
+def qwen():
+    backend = trained_bpe(split_by(LLAMA3.replace("{1,3}", "")))
+    backend.normalizer = normalizers.NFC()
+    return added(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def neox():
+    """Runs of blanks are tokens, sought after the special ones, the longest first; text ends with a token of its own."""
+    words = gpt2()
+    words.add_tokens([AddedToken(" " * count, normalized=True) for count in range(2, 9)])
+    ends = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", words.convert_tokens_to_ids("<|im_end|>"))]
+    )
+    words.backend_tokenizer.post_processor = ends
+    return words
+
+
+def metaspace():
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=400, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return added(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+
+
+MAKERS = {"bundled": bundled, "gpt2": gpt2, "llama3": llama3, "qwen": qwen, "neox": neox, "metaspace": metaspace}
+BYTE_LEVEL = [name for name in MAKERS if name != "metaspace"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {name: make() for name, make in MAKERS.items()}
+
+
+THOUGHT = Turn("assistant", "Hello!", reasoning_content="\nHm.\n")
+NAMED_CALL = Turn("assistant", "Wait.", tool_calls=CALLED[1].tool_calls)
+CHATS = [
+    Sample(turns=CHAT),
+    Sample(turns=(SYSTEM, *CHAT)),
+    Sample(turns=(Turn("system", ""), *CHAT)),
+    Sample(turns=CALLED, tools=TOOLS),
+    Sample(turns=(SYSTEM, *CALLED), tools=TOOLS),
+    Sample(turns=(SYSTEM, *CHAT), tools=[]),
+    Sample(turns=(CHAT[0], NAMED_CALL, Turn("tool", "2", name="add"), CHAT[1])),
+    Sample(turns=(CHAT[0], THOUGHT, *CHAT[2:])),
+    Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=False), *CHAT[2:])),
+    Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:3], Turn("assistant", "So", train=True))),
+    Sample(turns=(Turn("user", "Hi", train=False), *CHAT[1:])),
+    Sample(turns=(Turn("assistant", "Hello!"), *CHAT)),
+    Sample(turns=CHAT[:1]),
+    Sample(turns=(Turn("user", "<b>&'\""), Turn("assistant", "\x02 marks \x03"))),
+    Sample(turns=(Turn("user", "Hi"), Turn("assistant", tool_calls=[{"function": {"name": "\x02", "arguments": {}}}]))),
+    *[Sample(turns=(Turn("user", text), Turn("assistant", text), *CHAT[2:])) for text in TEXTS],
+    Sample(),
+]
+PLAINS = [
+    *[Sample(parts=((text, True),)) for text in [*TEXTS, "<s>begun", "ended<|im_end|>", "<s>"]],
+    *[Sample(parts=((text, False), (text, True))) for text in TEXTS],
+    *[Sample(parts=((text, True), ("", True), (" b" + text, False))) for text in TEXTS],
+    *[Sample(parts=tuple((letter, number % 2 == 0) for number, letter in enumerate(text))) for text in TEXTS if text],
+    Sample(parts=(("lone \ud800", True),)),
+]
+FINISHED = [Sample(ids=(5, 6), labels=(-100, 6)), Sample(ids=(5, 6)), Sample(ids=())]
+
+
+def result(way, sample):
+    try:
+        ids, trained = way(sample)
+    except Exception as error:
+        return type(error), str(error)
+    return list(map(int, ids)), list(map(int, trained))
+
+
+def agree(words, samples, template=None, mask="assistant"):
+    """The fast way on every sample, alone and with all others, held against the slow one."""
+    fast = Encoder(words, template=template, mask=mask)
+    for sample, found in zip(samples, fast.fast(samples), strict=True):
+        expected = result(lambda sample: reference.encode(sample, words, template, mask), sample)
+        assert result(fast, sample) == expected, sample
+        assert found is None or result(lambda _, found=found: found, sample) == expected, sample
+    return fast
+
+
+@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("template", [*NAMED, None])
+@pytest.mark.parametrize("name", MAKERS)
+def test_chats_are_the_same(name, template, mask, tokenizers):
+    fast = agree(tokenizers[name], CHATS, template, mask)
+    assert fast.ways.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
+    assert fast.ways.endswith("chats rendered directly")
+
+
+@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_texts_and_finished_tokens_are_the_same(name, mask, tokenizers):
+    fast = agree(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
+    ids, trained = fast(PLAINS[0])
+    assert (ids.dtype, trained.dtype) == (np.int32, np.uint8)
+
+
+def strange_text(rng):
+    points = [
+        *map(ord, "  \n\n\r\t'stmREaeiou019-_<>|."),
+        0xE9,
+        0x301,
+        0x323,
+        0x4E2D,
+        0x1F600,
+        0x200D,
+        0xAC00,
+        0x1100,
+        0x1161,
+    ]
+    pieces = [*map(chr, points), "the", " and", "<|im_end|>", "<s>", "    ", "'ll", "12", "ab"]
+    return "".join(rng.choices(pieces, k=rng.randrange(60)))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_strange_texts_are_the_same(name, tokenizers):
+    rng = random.Random(7)
+    texts = [tuple((strange_text(rng), rng.random() < 0.5) for _ in range(rng.randrange(1, 4))) for _ in range(200)]
+    agree(tokenizers[name], [Sample(parts=parts) for parts in texts])
+    turns = [(Turn("user", strange_text(rng)), Turn("assistant", strange_text(rng))) for _ in range(100)]
+    agree(tokenizers[name], [Sample(turns=each) for each in turns], "chatml")
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_the_fast_way_is_taken(name, tokenizers, monkeypatch):
+    """What is the same because both are slow proves nothing."""
+    fast = Encoder(tokenizers[name], template="chatml")
+    monkeypatch.setattr(fast, "_slow", None)
+    texts = [Sample(parts=((text, True),)) for text in TEXTS if name != "qwen" or text.isascii()]
+    assert all(len(ids) for ids, _ in fast.fast([*texts, *CHATS[:13]]))
+    assert all(len(fast(sample)[0]) for sample in [*texts, *CHATS[:13]])
+
+
+def test_one_text_does_not_slow_the_others(tokenizers):
+    fast = Encoder(tokenizers["gpt2"])
+    samples = [
+        Sample(parts=((text, True),)) for text in ("a", "half \ud83d", split_patterns.HERE, split_patterns.CUT, "b  c")
+    ]
+    assert [found is not None for found in fast.fast(samples)] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_runs_of_blanks_are_split_alike(name, tokenizers):
+    rng, backend, fast = random.Random(3), tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
+    pieces = [*split_patterns.BLANKS, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(40))) for _ in range(3000)]
+    assert (fast._runs is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
+    for text, found in zip(texts, fast([Text(text, [], [], False) for text in texts]), strict=True):
+        assert found is None or found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
+        assert found is not None or (name == "qwen" and not text.isascii())
+
+
+def test_every_character_is_split_alike(tokenizers):
+    """In three places each, so that letters, digits, blanks and all others join what they join."""
+    points = [point for point in byte_bpe.CHANGING if unicodedata.category(point) != "Cn"]
+    texts = [
+        "".join(f"a{point} {point}1 \n{point}'{point}" for point in points[at : at + 2000])
+        for at in range(0, len(points), 2000)
+    ]
+    for name in ("bundled", "gpt2", "llama3"):
+        backend, fast = tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
+        for text in texts:
+            text = fast._odd.sub("", text) if fast._odd else text
+            [found] = fast([Text(text, [], [], False)])
+            assert found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "template", [REWRITES, PLAIN.replace("{{ m.content }}", "{{ m.content | nowhere }}"), "{% if %}"]
+)
+def test_errors_are_the_same(template, tokenizers, monkeypatch):
+    monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
+    agree(tokenizers["gpt2"], CHATS)
+
+
+ODD_TEMPLATES = {
+    "a name set inside": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}{{ x }}"
+    "{% endgeneration %}{{ x }}{% endfor %}",
+    "loop and namespace": "{% set n = namespace(at=0) %}{% for m in messages %}{% generation %}{% set n.at = n.at + 1 %}"
+    "{{ loop.index ~ n.at ~ m.content }}{% endgeneration %}{% endfor %}",
+    "in a macro": "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}{{ m.role ~ say(m) }}{% endfor %}",
+    "in a set": "{% for m in messages %}{% set x %}{% generation %}{{ m.content }}{% endgeneration %}{% endset %}"
+    "{{ m.role ~ x }}{% endfor %}",
+    "with a macro's names": "{% for m in messages %}{% generation %}{{ m.content }}{{ kwargs }}{% endgeneration %}{% endfor %}",
+    "with blanks": "{% for m in messages %}\n  {%- generation -%}  {{ m.content }}  \n{%+ endgeneration %}\n\n{% endfor %}",
+    "without a mark that counts": "{% for m in messages %}{%+ generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "a message whole": "{% for m in messages %}{{ m | tojson(indent=2) }}{{ m.items() | list }}{{ m.nothing }}{{ m.get('role') }}"
+    "{{ m['content'].strip() }}{% if loop.index0 > 8 %}{% break %}{% endif %}{% endfor %}",
+    "unsafe names": "{% for m in messages %}{{ m.__class__ }}{{ m.content.__len__ }}{{ loop.__init__ }}{% endfor %}",
+    "what changes a message": "{% for m in messages %}{{ m.update({'a': 1}) }}{% endfor %}",
+    "dict and time": "{% set d = dict(a=1) %}{{ d.a }}{{ strftime_now('%Y') }}{{ dict.fromkeys([1]) }}{{ bos_token ~ eos_token }}"
+    "{{ documents }}{{ tools }}",
+}
+
+
+@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("template", ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
+def test_odd_templates_are_the_same(template, mask, tokenizers, monkeypatch):
+    monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
+    agree(tokenizers["gpt2"], CHATS[:16], mask=mask)
+
+
+@pytest.mark.parametrize("name", ["in a macro", "in a set", "with a macro's names"])
+def test_marks_that_transformers_counts_otherwise_are_left_to_it(name, tokenizers, monkeypatch):
+    with pytest.raises(Unfit):
+        Rendering(ODD_TEMPLATES[name], {})
+    monkeypatch.setattr(tokenizers["gpt2"], "chat_template", ODD_TEMPLATES[name])
+    assert Encoder(tokenizers["gpt2"]).ways.endswith("chats rendered by transformers")
+
+
+def test_direct_tokens_are_the_same(tokenizers, monkeypatch):
+    """For tokenizers that tiktoken cannot do, or where it is not installed."""
+    monkeypatch.setattr(encoder, "_found", encoder._found.__wrapped__)  # what it found before had tiktoken
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name == "tiktoken":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.delitem(sys.modules, "tiktoken", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    for name, words in tokenizers.items():
+        fast = agree(words, [*CHATS, *PLAINS], "chatml")
+        assert isinstance(fast._tokens, Direct), name
+    assert Encoder(tokenizers["gpt2"]).ways.startswith("tokens by tokenizers (tiktoken is not installed)")
+
+
+REFUSED = {
+    "a blank before every text": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=True), "not split by one pattern"),
+    "a line's end": (lambda: split_by(r"\s+$|\S+|\s+"), "may read in another way"),
+    "possessive": (lambda: split_by(r"\p{N}{1,3}+|\P{N}+"), "may read in another way"),
+    "words": (lambda: split_by(r"\w+|\W+"), "may read in another way"),
+    "flags": (lambda: split_by(r"(?m)a|[^a]+"), "may read in another way"),
+}
+
+
+@pytest.mark.parametrize(("split", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_known_to_be_the_same_is_refused(split, why):
+    words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split(), 300)))
+    assert why in Encoder(words).ways
+    agree(words, [*CHATS, *PLAINS])
+
+
+def test_a_pattern_with_gaps_is_seen():
+    words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split_by(r"\p{L}+|\s+"), 300)))
+    assert Encoder(words).ways.startswith("tokens by tiktoken")
+    agree(words, [*CHATS, *PLAINS])
+
+
+def model(tokens, pairs, ignore_merges=False):
+    """A list of merges as no training would give it."""
+    order = {token: number for number, token in enumerate([*bpe_ranks.LETTERS, *tokens])}
+    backend = Tokenizer(models.BPE(vocab=order, merges=pairs, ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return added(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+AAA = [("a", "a"), ("a", "aa"), ("aa", "a")]
+LISTS = {
+    "a token that its letters never become": (["bc", "ab", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")]),
+    "the same token by two pairs": (["aa", "aaa"], AAA),
+    "the other pair first": (["aa", "aaa"], [AAA[0], AAA[2], AAA[1]]),
+    "numbers in another order than the merges": (["abc", "ab", "ca"], [("a", "b"), ("c", "a"), ("ab", "c")]),
+}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("tokens", "pairs"), LISTS.values(), ids=LISTS)
+def test_merges_are_the_same(tokens, pairs, whole):
+    words = model(tokens, pairs, whole)
+    rng = random.Random(3)
+    agree(words, [Sample(parts=(("".join(rng.choices("abc", k=rng.randrange(1, 12))), True),)) for _ in range(300)])
+
+
+def test_a_whole_word_that_no_merge_makes_is_left_to_tokenizers():
+    tokens, pairs = LISTS["a token that its letters never become"]
+    assert Encoder(model(tokens, pairs)).ways.startswith("tokens by tiktoken")
+    assert "made of no pair" in Encoder(model(tokens, pairs, True)).ways
+
+
+def test_a_whole_word_that_no_two_neighbours_make_is_looked_up():
+    words = model(["bc", "xbcy"], [("b", "c")], True)
+    assert Encoder(words).ways.startswith("tokens by tiktoken")
+    agree(words, [Sample(parts=((text, True),)) for text in ("xbcy", "xbcyx", "axbcy", "xbc xbcy")])
+
+
+def test_slow_when_asked(tokenizers):
+    slow = Encoder(tokenizers["gpt2"], fast=False)
+    assert slow.ways == "tokens and chats by transformers"
+    assert result(slow, CHATS[0]) == result(Encoder(tokenizers["gpt2"]), CHATS[0])
+    with pytest.raises(ValueError, match="mask 'user' is unknown"):
+        Encoder(tokenizers["gpt2"], mask="user")
+
+
+def test_same_finds_no_difference(tokenizers):
+    assert same(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda ids, trained, end: (ids + 1, trained, end), r"sample 1: ids\[0\] is \d+, but should be \d+"),
+        (lambda ids, trained, end: (ids, 1 - trained, end), r"sample 1: learnt\[0\] is 1, but should be 0"),
+        (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids, but should be \d+"),
+    ],
+)
+def test_same_says_what_differs(wrong, says, tokenizers, monkeypatch):
+    right = encoder.ByteLevel.__call__
+    monkeypatch.setattr(encoder.ByteLevel, "__call__", lambda *given: [wrong(*found) for found in right(*given)])
+    found = same(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
+    assert re.fullmatch(says, found)
+
+
+def test_same_knows_an_error_that_was_missed(tokenizers, monkeypatch):
+    monkeypatch.setattr(Encoder, "_text", lambda self, sample: Text("...", [], [], False))
+    found = same(tokenizers["gpt2"], [CHATS[11]])
+    assert found.startswith("sample 0: 3 tokens, but should be: the first turn is the assistant's")

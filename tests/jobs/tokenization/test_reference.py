@@ -1,0 +1,375 @@
+"""jobs/tokenization/reference.py: the ids are the template's own, and what is learnt is what one would underline by hand."""
+
+import json
+from itertools import groupby
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from jobs.tokenization.chat_template import NAMED, template_text
+from jobs.tokenization.conversation import Sample, Turn
+from jobs.tokenization.reference import encode, ends_well, messages
+from tests.jobs.ranks import CLONE
+
+PLAIN = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""ChatML as most tokenizers carry it: without marks."""
+REWRITES = PLAIN.replace(
+    "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+)
+"""As Qwen3's does, which writes thoughts into the last turn only."""
+
+CHAT = (Turn("user", "Hi"), Turn("assistant", "Hello!"), Turn("user", "Bye"), Turn("assistant", "So long."))
+SYSTEM = Turn("system", "Be kind.")
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALLED = (
+    Turn("user", "1+1?"),
+    Turn(
+        "assistant",
+        tool_calls=[
+            {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+        ],
+    ),
+    Turn("tool", "2", tool_call_id="call00001"),
+    Turn("assistant", "It is 2."),
+)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The bundled tokenizer with the tokens of every named template."""
+    tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
+    extra = sorted({token for tokens in NAMED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": extra})
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+def learnt(ids, trained, words):
+    """The text of each unbroken run of learnt tokens."""
+    runs = groupby(zip(ids, trained, strict=True), key=lambda item: item[1])
+    return [words.decode([token for token, _ in run]) for yes, run in runs if yes]
+
+
+def own(sample, words, template):
+    """What transformers makes of the same turns."""
+    return words.apply_chat_template(
+        messages(sample), tools=sample.tools, chat_template=template_text(template, words), return_dict=True
+    )["input_ids"]
+
+
+QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+CHATML = (
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nSo long.<|im_end|>\n"
+)
+KIND = "<|im_start|>system\nBe kind.<|im_end|>\n"
+LLAMA3 = (
+    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nSo long.<|eot_id|>"
+)
+GEMMA = (
+    "Hi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
+    "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nSo long.<end_of_turn>\n"
+)
+TEXTS = {
+    ("chatml", False): CHATML,
+    ("chatml", True): KIND + CHATML,
+    ("qwen", False): QWEN + CHATML,
+    ("qwen", True): KIND + CHATML,
+    ("llama3", False): "<s>" + LLAMA3,
+    ("llama3", True): "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>" + LLAMA3,
+    ("mistral", False): "<s>[INST] Hi[/INST] Hello!<|im_end|>[INST] Bye[/INST] So long.<|im_end|>",
+    ("mistral", True): "<s>[INST] Hi[/INST] Hello!<|im_end|>[INST] Be kind.\n\nBye[/INST] So long.<|im_end|>",
+    ("gemma", False): "<s><start_of_turn>user\n" + GEMMA,
+    ("gemma", True): "<s><start_of_turn>user\nBe kind.\n\n" + GEMMA,
+    (None, False): "<s>" + CHATML,
+    (None, True): "<s>" + KIND + CHATML,
+}
+"""By hand, from each family's documentation; the tokenizer's eos is <|im_end|>, which mistral writes."""
+ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+EVERY = [*NAMED, None]
+
+
+def answers(template, *texts):
+    """What is learnt of these answers: with the end of turn, and mistral's blank before."""
+    return [(" " if template == "mistral" else "") + text + ENDS.get(template, "<|im_end|>") for text in texts]
+
+
+@pytest.mark.parametrize(("template", "system"), TEXTS, ids=str)
+def test_a_chat_is_the_documented_text_and_its_answers_are_learnt(template, system, words):
+    sample = Sample(turns=(SYSTEM, *CHAT) if system else CHAT)
+    ids, trained = encode(sample, words, template)
+    assert words.decode(ids) == TEXTS[template, system]
+    assert ids == own(sample, words, template)
+    assert learnt(ids, trained, words) == answers(template, "Hello!", "So long.")
+    assert ends_well(ids, trained, words)
+
+
+@pytest.mark.parametrize("template", EVERY)
+def test_the_mask_policies(template, words):
+    sample = Sample(turns=CHAT)
+    last = encode(sample, words, template, "last")
+    assert learnt(*last, words) == answers(template, "So long.")
+    ids, trained = encode(sample, words, template, "all")
+    assert all(trained)
+    assert ids == last[0] == own(sample, words, template)
+
+
+@pytest.mark.parametrize("template", EVERY)
+def test_a_turns_own_flag_wins(template, words):
+    no, yes = (Turn("assistant", "Hello!", train=flag) for flag in (False, True))
+    untaught, taught = (Sample(turns=(CHAT[0], turn, *CHAT[2:])) for turn in (no, yes))
+    assert learnt(*encode(untaught, words, template), words) == answers(template, "So long.")
+    assert learnt(*encode(taught, words, template, "last"), words) == answers(template, "Hello!", "So long.")
+    ids, trained = encode(untaught, words, template, "all")
+    left_out = words.decode([token for token, yes in zip(ids, trained, strict=True) if not yes])
+    assert [left_out] == answers(template, "Hello!")
+
+
+@pytest.mark.parametrize("template", ["chatml", None])
+def test_a_flag_reaches_a_users_turn(template, words):
+    asked = Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:]))
+    ids, trained = encode(asked, words, template, "last")
+    assert [text.removeprefix("<s>") for text in learnt(ids, trained, words)] == [
+        "<|im_start|>user\nHi<|im_end|>\n",
+        "So long.<|im_end|>",
+    ]
+
+
+CALL = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'
+QWEN_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n</tools>\n\n'
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+)
+QWEN_CALL = (
+    "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n" + CALL + "\n</tool_call><|im_end|>\n"
+    "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\nIt is 2.<|im_end|>\n"
+)
+LLAMA3_ASK = (
+    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument name '
+    "and its value}. Do not use variables.\n\n"
+)
+TOOL_TEXTS = {
+    "chatml": "<|im_start|>system\n" + QWEN_TOOLS + QWEN_CALL,
+    "qwen": QWEN.removesuffix("<|im_end|>\n") + "\n\n" + QWEN_TOOLS + QWEN_CALL,
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\n"
+    + LLAMA3_ASK
+    + json.dumps(TOOLS[0], indent=4)
+    + "\n\n1+1?"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    + CALL.replace("arguments", "parameters")
+    + "<|eot_id|>"
+    "<|start_header_id|>ipython<|end_header_id|>\n\n2<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nIt is 2.<|eot_id|>",
+    "mistral": '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+    "[/AVAILABLE_TOOLS][INST] 1+1?[/INST][TOOL_CALLS] [" + CALL[:-1] + ', "id": "call00001"}]<|im_end|>'
+    '[TOOL_RESULTS] {"content": 2, "call_id": "call00001"}[/TOOL_RESULTS] It is 2.<|im_end|>',
+}
+CALLS = {
+    "chatml": "<tool_call>\n" + CALL + "\n</tool_call><|im_end|>",
+    "qwen": "<tool_call>\n" + CALL + "\n</tool_call><|im_end|>",
+    "llama3": CALL.replace("arguments", "parameters") + "<|eot_id|>",
+    "mistral": "[TOOL_CALLS] [" + CALL[:-1] + ', "id": "call00001"}]<|im_end|>',
+}
+
+
+@pytest.mark.parametrize("template", TOOL_TEXTS)
+def test_calls_are_learnt_and_results_are_not(template, words):
+    sample = Sample(turns=CALLED, tools=TOOLS)
+    ids, trained = encode(sample, words, template)
+    assert words.decode(ids) == TOOL_TEXTS[template]
+    assert ids == own(sample, words, template)
+    assert learnt(ids, trained, words) == [CALLS[template], *answers(template, "It is 2.")]
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen"])
+def test_several_calls_and_results_share_a_turn(template, words):
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    turns = (
+        CHAT[0],
+        Turn("assistant", "Wait.", tool_calls=[call] * 2, reasoning_content="Two."),
+        *[Turn("tool", "2")] * 2,
+    )
+    ids, trained = encode(Sample(turns=turns), words, template)
+    written = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    assert learnt(ids, trained, words) == [f"<think>\nTwo.\n</think>\n\nWait.\n{written}\n{written}<|im_end|>"]
+    result = "\n<tool_response>\n2\n</tool_response>"
+    assert words.decode(ids).endswith(f"<|im_start|>user{result}{result}<|im_end|>\n")
+
+
+ODD = [" blue", "\nblue", "\n\n\nblue  ", "blå 😀", "😀", "  ", "1.\n\n2."]
+
+
+@pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
+@pytest.mark.parametrize("template", ["chatml", "qwen", None])
+@pytest.mark.parametrize("answer", ODD, ids=repr)
+def test_blanks_at_a_bound_and_letters_of_many_bytes(answer, template, trims, words):
+    if trims:  # as Llama 3's tokenizer, whose blank tokens have no characters of their own
+        words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    sample = Sample(turns=(CHAT[0], Turn("assistant", answer), *CHAT[2:]))
+    ids, trained = encode(sample, words, template)
+    assert ids == own(sample, words, template)
+    first, second = learnt(ids, trained, words)
+    assert first.endswith(answer + "<|im_end|>")
+    assert first.removesuffix(answer + "<|im_end|>") in ("", "\n")  # a token that holds the header's line end as well
+    assert second == "So long.<|im_end|>"
+
+
+@pytest.mark.parametrize("template", NAMED)
+def test_transformers_own_mask_is_the_same(template, words):
+    sample = Sample(turns=CHAT)
+    found = words.apply_chat_template(
+        messages(sample),
+        chat_template=template_text(template, words),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert encode(sample, words, template) == (found["input_ids"], found["assistant_masks"])
+
+
+@pytest.mark.parametrize("template", ["chatml", None])
+def test_a_token_across_the_bound_is_learnt_whole(template, words):
+    """A token of two line ends, as real vocabularies have it: the header's and the answer's."""
+    words.add_tokens(["\n\n"])
+    sample = Sample(turns=(CHAT[0], Turn("assistant", "\nSo")))
+    ids, trained = encode(sample, words, template)
+    assert ids == own(sample, words, template)
+    assert learnt(ids, trained, words) == ["\n\nSo<|im_end|>"]
+
+
+def test_text_gets_one_end(words):
+    ids, trained = encode(Sample(parts=(("A page.\n", True),)), words)
+    assert words.decode(ids) == "A page.\n<|im_end|>"
+    assert all(trained)
+    assert ends_well(ids, trained, words)
+    assert encode(Sample(parts=(("A page.\n<|im_end|>", True),)), words) == (ids, trained)
+
+
+@pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
+def test_only_the_completion_is_learnt(trims, words):
+    if trims:
+        words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    sample = Sample(parts=(("The sky is", False), (" blue.", True)))
+    ids, trained = encode(sample, words)
+    assert words.decode(ids) == "The sky is blue.<|im_end|>"
+    assert learnt(ids, trained, words) == [" blue.<|im_end|>"]
+    assert all(encode(sample, words, mask="all")[1])
+    ids, trained = encode(Sample(parts=((" yes", True), (" no", False))), words)
+    assert learnt(ids, trained, words) == [" yes"]
+    assert not ends_well(ids, trained, words)
+
+
+PARTS = {
+    "a blank before an end": ([("yes ", True), ("<|im_end|>", False)], ["yes "]),
+    "a blank that the next word takes": ([("yes ", True), ("no", False)], ["yes no"]),
+    "a blank that the word before takes": ([("a-", False), (" ", True), ("<|im_end|>", False)], ["- "]),
+    "nothing inside a word": ([("It i", False), ("", True), ("s", False)], []),
+}
+
+
+@pytest.mark.parametrize(("parts", "expected"), PARTS.values(), ids=PARTS)
+def test_tokens_whose_blanks_have_no_offsets(parts, expected, words):
+    words.add_tokens(["- "])
+    sample = Sample(parts=tuple(parts))
+    plain = encode(sample, words)
+    assert learnt(*plain, words) == expected
+    words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(sample, words) == plain
+
+
+def test_text_begins_once(words):
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>",
+        special_tokens=[(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")],
+    )
+    for text in ("So", "<s>So"):
+        ids, trained = encode(Sample(parts=((text, True),)), words)
+        assert words.decode(ids) == "<s>So<|im_end|>"
+        assert trained[1:] == [1] * (len(ids) - 1)
+    ids, trained = encode(Sample(parts=(("So", True), (" it", False))), words)
+    assert learnt(ids, trained, words) == ["So"]
+    ids, trained = encode(Sample(parts=(("So", False), (" it", True))), words)
+    assert learnt(ids, trained, words) == [" it<|im_end|>"]
+    assert words.decode(encode(Sample(turns=CHAT), words)[0]) == TEXTS[None, False]
+
+
+def test_finished_tokens_keep_their_labels(words):
+    assert encode(Sample(ids=(5, 6), labels=(-100, 6)), words) == ([5, 6], [0, 1])
+
+
+def test_a_file_is_a_template(words, tmp_path):
+    assert encode(Sample(turns=CHAT), words, str(tmp_path / "plain.jinja")) == encode(Sample(turns=CHAT), words)
+
+
+def test_what_never_ends_is_seen(words):
+    endless = PLAIN.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
+    words.chat_template = endless
+    assert not ends_well(*encode(Sample(turns=CHAT), words), words)
+    assert not ends_well([5], [0], words)
+
+
+def test_templates_that_rewrite_are_refused_only_where_it_matters(words):
+    words.chat_template = REWRITES
+    with pytest.raises(ValueError, match="rewrites earlier turns, so the bounds of turn 1 .* such as one of chatml"):
+        encode(Sample(turns=CHAT), words)
+    assert learnt(*encode(Sample(turns=CHAT[:2]), words), words) == ["<think></think>Hello!<|im_end|>"]
+    assert learnt(*encode(Sample(turns=CHAT), words, mask="last"), words) == ["<think></think>So long.<|im_end|>"]
+    taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
+    assert all(encode(taught, words, mask="all")[1])
+
+
+def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(words):
+    marked = "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    words.chat_template = PLAIN.replace("{{ m.content }}", marked)
+    assert learnt(*encode(Sample(turns=CHAT), words), words) == ["So long."]
+    with pytest.raises(ValueError, match="marks 1 stretches for 2 assistant turns"):
+        encode(Sample(turns=CHAT), words, mask="last")
+
+
+LONE = (Turn("assistant", "Hello!"), *CHAT)
+THOUGHT = (CHAT[0], Turn("assistant", "Hello!", reasoning_content="Hm."))
+BOTH = (CHAT[0], Turn("assistant", "Wait.", tool_calls=CALLED[1].tool_calls))
+NO_ID = (CHAT[0], Turn("assistant", tool_calls=[{"function": {"name": "add", "arguments": {}}}]))
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "says"),
+    [
+        (None, LONE, "the first turn is the assistant's"),
+        ("gemma", LONE, "gemma wants user and assistant in turn"),
+        ("gemma", THOUGHT, "gemma has no place for tool calls and reasoning"),
+        ("llama3", THOUGHT, "llama3 has no place for reasoning_content"),
+        ("llama3", BOTH, "llama3 has a turn of one tool call and no text"),
+        ("mistral", BOTH, "mistral has a turn of text or of tool calls"),
+        ("mistral", NO_ID, "mistral wants an id of nine"),
+        ("mistral", (SYSTEM, CHAT[1]), "mistral needs a user turn"),
+        ("nowhere.jinja", CHAT, "'nowhere.jinja' is neither one of chatml, .* nor a file"),
+    ],
+)
+def test_what_a_template_cannot_say_is_said(template, turns, says, words):
+    with pytest.raises(ValueError, match=says):
+        encode(Sample(turns=turns), words, template)
+
+
+def test_a_template_of_another_family_is_refused():
+    bundled = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
+    with pytest.raises(ValueError, match="template llama3 writes .*, no token of this tokenizer"):
+        encode(Sample(turns=CHAT), bundled, "llama3")
+    assert learnt(*encode(Sample(turns=CHAT), bundled), bundled) == answers(None, "Hello!", "So long.")
+    bundled.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: name one of"):
+        encode(Sample(turns=CHAT), bundled)
+
+
+def test_an_unknown_mask_is_refused(words):
+    with pytest.raises(ValueError, match="mask 'user' is unknown: use one of assistant, last, all"):
+        encode(Sample(turns=CHAT), words, mask="user")

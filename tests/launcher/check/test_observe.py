@@ -1,0 +1,214 @@
+"""launcher/check/observe.py: what is seen of the machine: files, rows, folders, GPUs, secrets."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conf import resolve
+from conf.choices import Precision
+from launcher.check import observe
+from tests.conftest import ROOT, Compose, Programs, put
+
+ROW = {"instruction": "a", "output": "b"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to start in, with a home beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path / "here"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("rows.jsonl", "{here}/rows.jsonl"),
+        ("~/rows.jsonl", "{home}/rows.jsonl"),
+        ("{here}/rows.jsonl", "{here}/rows.jsonl"),
+        ("examples/sample.jsonl", "{root}/examples/sample.jsonl"),
+        ("owner/name", "owner/name"),
+        ("nowhere.jsonl", "nowhere.jsonl"),
+    ],
+    ids=["here", "home", "absolute", "in the clone", "on the Hub", "nowhere"],
+)
+def test_paths_are_absolute_where_there_is_something(compose: Compose, here: Path, given: str, found: str) -> None:
+    names = {"here": here, "home": here.parent / "home", "root": ROOT}
+    for folder in (here, here.parent / "home"):
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.jsonl").touch()
+    config = put(compose(), {"data.path": given.format(**names)})
+    observe.localise(config, gpus=0)
+    assert config.data.path == found.format(**names)
+
+
+def test_what_is_here_comes_before_what_is_in_the_clone(compose: Compose, here: Path) -> None:
+    (here / "examples").mkdir()
+    (here / "examples/sample.jsonl").touch()
+    config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
+    observe.localise(config, gpus=0)
+    assert config.data.path == f"{here}/examples/sample.jsonl"
+    assert config.run_dir == f"{here}/runs/a"
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "expected"),
+    [
+        (["cluster=local"], 0, (0, Precision.fp32)),
+        (["cluster=local"], 1, (0, Precision.fp32)),
+        (["cluster=local"], 2, (2, Precision.bf16)),
+        (["cluster=local"], 8, (2, Precision.bf16)),
+        (["cluster=local", "cluster.train.ranks_per_node=1"], 1, (1, Precision.bf16)),
+        (["cluster=local", "cluster.train.gpus_per_node=0"], 8, (0, Precision.fp32)),
+        (["cluster=slurm"], 0, (8, Precision.bf16)),
+        (["cluster=slurm", "train.precision=fp32"], 0, (8, Precision.fp32)),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else None,
+)
+def test_ranks_run_on_gpus_where_there_is_one_for_each(
+    compose: Compose, words: list[str], gpus: int, expected: tuple[int, Precision]
+) -> None:
+    config = compose(*words, gpus=gpus)
+    assert (config.cluster.train.gpus_per_node, config.train.precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "error"),
+    [
+        (json.dumps(ROW) + "\n", ("instruction", "output"), None),
+        ("\n\n" + json.dumps(ROW) + "\nnot json", ("instruction", "output"), None),
+        (json.dumps([ROW, ROW]), ("instruction", "output"), None),
+        (json.dumps([ROW], indent=2), ("instruction", "output"), None),
+        (json.dumps(ROW, indent=2), ("instruction", "output"), None),
+        ("", None, "has no rows"),
+        ("\n \n", None, "has no rows"),
+        ("[]", None, "has no rows"),
+        ('["a"]', None, "not an object"),
+        ("7\n", None, "not an object"),
+        ("instruction,output\na,b\n", None, "not valid JSON"),
+        ('{"instruction": "a"', None, "not valid JSON"),
+        (b'{"text": "\xff"}\n', ("text",), None),  # the gates' to judge, row by row
+    ],
+    ids=[
+        *("a row", "blank lines before", "an array", "an indented array", "an indented row"),
+        *("empty", "blank", "an empty array", "an array of text", "a number", "CSV", "half a row", "not UTF-8"),
+    ],
+)
+def test_the_columns_are_those_of_the_first_row(
+    compose: Compose, here: Path, text: str | bytes, columns: tuple[str, ...] | None, error: str | None
+) -> None:
+    path = here / "rows.jsonl"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    seen = observe.observe(put(compose(), {"data.path": str(path)}))
+    assert [row.columns for row in seen.first_rows] == [columns]
+    assert (error or "None") in str(seen.first_rows[0].error)
+
+
+@pytest.mark.parametrize("value", ["owner/name", "rows.parquet", "folder"])
+def test_what_is_no_json_file_is_left_to_the_job(compose: Compose, here: Path, value: str) -> None:
+    (here / "folder").mkdir()
+    seen = observe.observe(put(compose(), {"data.path": value}))
+    assert seen.first_rows == (observe.FirstRow("data.path"),)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "missing"),
+    [
+        ("data.path", "a.jsonl", True),
+        ("data.path", "/nowhere/a", True),
+        ("data.path", "owner/name", False),
+        ("data.validation_path", "./a.json", True),
+        ("model.source", "~/models/llama", True),
+        ("model.source", "owner/name", False),
+        ("model.tokenizer", "/nowhere", True),
+        ("generate.prompts", "prompts", True),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_seen(compose: Compose, key: str, value: str, missing: bool) -> None:
+    seen = observe.observe(put(compose(), {key: value}))
+    assert seen.files_missing == (((key, value),) if missing else ())
+
+
+def test_prompts_matter_only_where_they_are_read(compose: Compose) -> None:
+    config = put(compose(), {"generate.prompts": "nowhere", "jobs": ["train"]})
+    assert observe.observe(config).files_missing == ()
+
+
+def test_a_new_run_folder_can_be_made_below_what_there_is(compose: Compose, here: Path) -> None:
+    (here / "empty").mkdir()
+    for name in ("a/b/c", "empty"):
+        seen = observe.observe(put(compose(), {"run_dir": str(here / name)}))
+        assert (seen.existing, seen.run_dir_error) == (None, None)
+    assert [path.name for path in here.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "error"),
+    [
+        ("thesis", "is not a run"),
+        ("thesis/a.tex", "is not a run"),
+        ("thesis/a.tex/run", "not a folder you can write to"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_used_is_seen(compose: Compose, here: Path, run_dir: str, error: str) -> None:
+    (here / "thesis").mkdir()
+    (here / "thesis/a.tex").touch()
+    seen = observe.observe(put(compose(), {"run_dir": str(here / run_dir)}))
+    assert error in str(seen.run_dir_error)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_run_folder_without_permission_is_seen(compose: Compose, here: Path) -> None:
+    here.chmod(0o500)
+    seen = observe.observe(put(compose(), {"run_dir": str(here / "run")}))
+    assert "not a folder you can write to" in str(seen.run_dir_error)
+
+
+def test_a_run_folder_whose_name_is_too_long_is_seen(compose: Compose, here: Path) -> None:
+    assert observe.observe(put(compose(), {"run_dir": str(here / ("a" * 300))})).run_dir_error
+
+
+def test_a_run_in_the_folder_is_seen(compose: Compose, here: Path) -> None:
+    stored = put(compose("train.seed=7"), {"run_dir": str(here)})
+    resolve.save(stored, here / "config.yaml")
+    assert observe.observe(put(compose(), {"run_dir": str(here)})).existing == stored
+
+
+def test_slurms_commands_that_are_missing_are_named(compose: Compose, programs: Programs) -> None:
+    programs(sbatch="", squeue="")
+    assert observe.observe(compose()).slurm_missing == ("srun", "scontrol")
+
+
+@pytest.mark.parametrize(
+    ("environ", "text", "missing"),
+    [
+        ({}, None, ("MY_TOKEN", "MY_KEY")),
+        ({"MY_TOKEN": "1"}, None, ("MY_KEY",)),
+        ({}, "MY_KEY=1\n", ("MY_TOKEN",)),
+        ({"MY_TOKEN": "1"}, "# x\nMY_KEY = 1\n", ()),
+    ],
+    ids=["nowhere", "in the environment", "in the file", "in both"],
+)
+def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
+    compose: Compose,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    text: str | None,
+    missing: tuple[str, ...],
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    config = put(compose(), {"cluster.secrets": ["MY_TOKEN", "MY_KEY"], "cluster.secrets_file": "~/secrets"})
+    if text is not None:
+        (here.parent / "home").mkdir()
+        (here.parent / "home/secrets").write_text(text)
+    assert observe.observe(config).secrets_missing == missing
+
+
+def test_no_gpu_is_seen_where_none_is_visible() -> None:
+    assert observe.local_gpus() == 0

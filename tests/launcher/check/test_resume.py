@@ -1,0 +1,194 @@
+"""launcher/check/resume.py: what a continued run keeps, what may be given anew, and which of its jobs are done."""
+
+from pathlib import Path
+
+import pytest
+
+from conf import resolve
+from conf.errors import RunError
+from conf.schema import Config
+from launcher.check import resume
+from launcher.check.command_line import groups
+from launcher.supervise import attempt
+from tests.conftest import ROOT, Compose, put
+
+BASE = ("cluster=slurm", "model=llama8b", "parallel=zero3")
+
+
+@pytest.fixture
+def run(compose: Compose, tmp_path: Path) -> Path:
+    """The folder of a run that was launched with BASE."""
+    config = put(compose(*BASE), {"run_dir": str(tmp_path / "run")})
+    resolve.save(config, tmp_path / "run/config.yaml")
+    return tmp_path / "run"
+
+
+def continued(compose: Compose, run: Path, *words: str) -> Config:
+    """The config of `launch.py resume=RUN words...`."""
+    composed = put(compose(*words), {"resume": str(run)})
+    return resume.continued(composed, [f"resume={run}", *words])
+
+
+def test_a_run_goes_on_with_its_own_config(compose: Compose, run: Path) -> None:
+    assert continued(compose, run) == put(resolve.load(run / "config.yaml"), {"resume": str(run)})
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(compose: Compose, run: Path) -> None:
+    moved = run.rename(run.with_name("moved"))
+    config = continued(compose, moved)
+    assert (config.run_dir, config.resume) == (str(moved), str(moved))
+
+
+def test_a_relative_folder_is_found_from_here(compose: Compose, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    assert continued(compose, Path("run")).run_dir == str(run)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("train.steps=7", "train.steps", 7),
+        ("train.epochs=7", "train.epochs", 7.0),
+        ("train.save_every=7", "train.save_every", 7),
+        ("train.micro_batch=2", "train.micro_batch", 2),
+        ("cluster.train.nodes=8", "cluster.train.nodes", 8),
+        ("cluster=local", "cluster.name", "local"),
+        ("pipeline=consolidate", "jobs", ["consolidate"]),
+        ("jobs=[train]", "jobs", ["train"]),
+        ("consolidate.dtype=fp16", "consolidate.dtype.name", "fp16"),
+        ("dry_run=true", "dry_run", True),
+        ("submit=script", "submit.name", "script"),
+        ("tracker=wandb", "tracker.name", "wandb"),
+        ("+train.steps=7", "train.steps", 7),
+        ("+cluster.environment.MINE=7", "cluster.environment", {"MINE": "7"}),
+    ],
+)
+def test_where_and_how_long_it_runs_may_change(compose: Compose, run: Path, word: str, key: str, value: object) -> None:
+    found: object = continued(compose, run, word)
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_a_change_leaves_the_rest_as_it_was(compose: Compose, run: Path) -> None:
+    config = continued(compose, run, "cluster=local", "cluster.train.ranks_per_node=4", "pipeline=train")
+    assert config.cluster.train.ranks_per_node == 4
+    assert (config.model.name, config.parallel.name, config.train.epochs) == ("llama8b", "zero3", 3)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.learning_rate=0.5",
+        "train.global_batch=128",
+        "train.seed=7",
+        "model=tiny",
+        "model.source=owner/name",
+        "data=alpaca",
+        "data.max_rows=7",
+        "adapter=lora",
+        "experiment=llama8b_fsdp",
+        "name=other",
+        "run_dir=/elsewhere",
+        "++train.learning_rate=0.5",
+    ],
+)
+def test_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
+    with pytest.raises(RunError, match="cannot change in a run; start a new one") as caught:
+        continued(compose, run, word)
+    assert str(caught.value).startswith(word.lstrip("+").split("=")[0] + ":")
+
+
+def test_all_that_may_not_change_is_named_at_once(compose: Compose, run: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        continued(compose, run, "train.seed=7", "train.steps=7", "data.seed=7")
+    assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["train.seed", "data.seed"]
+
+
+def test_hydras_own_words_change_nothing(compose: Compose, run: Path) -> None:
+    assert continued(compose, run, "hydra.verbose=true")
+
+
+def test_every_changeable_key_exists() -> None:
+    assert set(resume.CHANGEABLE) <= set(resolve.keys()) | set(groups(ROOT / "conf"))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "empty"])
+def test_what_is_no_run_is_refused(compose: Compose, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=f"^resume={tmp_path}/{name}: is no run folder: it has no config.yaml$"):
+        continued(compose, tmp_path / name)
+
+
+def test_a_folder_of_the_same_run_can_be_used_again(compose: Compose) -> None:
+    resume.require_same(compose(*BASE), put(compose(*BASE), {"dry_run": True}))
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs(compose: Compose) -> None:
+    asked = put(compose(*BASE), {"train.learning_rate": 0.5, "cluster.train.nodes": 7})
+    with pytest.raises(RunError) as caught:
+        resume.require_same(compose(*BASE), asked)
+    message = str(caught.value)
+    assert message.startswith("run_dir=/runs/golden: holds a run with ")
+    assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7);" in message
+    assert "take another run_dir, or continue that one with resume=/runs/golden" in message
+
+
+def test_of_many_differences_some_are_named_and_all_counted(compose: Compose) -> None:
+    asked = put(compose(*BASE), {f"train.{name}": 7 for name in ("seed", "steps", "beta1", "beta2", "eps")})
+    put(asked, {"data.seed": 7, "data.max_rows": 7})
+    with pytest.raises(RunError, match=r"and 2 more; take another run_dir") as caught:
+        resume.require_same(compose(*BASE), asked)
+    assert str(caught.value).count("(now 7)") == 5
+
+
+@pytest.mark.parametrize(("before", "now"), [("llama8b", "hub"), ("hub", "llama8b")])
+def test_a_section_that_one_lacks_is_a_difference(compose: Compose, before: str, now: str) -> None:
+    configs = [compose(f"model={name}", "model.source=owner/name", "name=same") for name in (before, now)]
+    with pytest.raises(RunError, match=r"model\.architecture\.hidden_size="):
+        resume.require_same(*configs)
+
+
+def end(config: Config, job: str, status: str, *, digest: str | None = None) -> None:
+    """One more attempt of a job, begun for `digest` (of this config where None), ended with `status`."""
+    folder = Path(config.run_dir) / "jobs" / job
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUSTER_CONFIG", digest or resolve.digest(config))
+        number = int(attempt.begin(folder)[0]["MUSTER_ATTEMPT"])
+    attempt.record(folder, number, 0, status)
+    attempt.finish(folder, number, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "done"),
+    [
+        ([("completed", None)], True),
+        ([("failed", None), ("preempted", None), ("completed", None)], True),
+        ([("completed", None), ("failed", None)], False),
+        ([("preempted", None)], False),
+        ([("completed", "0000000000000000")], False),
+        ([], False),
+    ],
+    ids=["completed", "completed at last", "failed since", "preempted", "another config", "never begun"],
+)
+def test_a_job_is_done_when_its_newest_attempt_completed_under_this_config(
+    compose: Compose, tmp_path: Path, attempts: list[tuple[str, str | None]], done: bool
+) -> None:
+    config = put(compose(*BASE), {"run_dir": str(tmp_path)})
+    for status, digest in attempts:
+        end(config, "preprocess", status, digest=digest)
+    assert resume.completed(config) == ({"preprocess"} if done else set())
+
+
+def test_a_job_whose_newest_attempt_goes_on_is_not_done(compose: Compose, tmp_path: Path) -> None:
+    config = put(compose(*BASE), {"run_dir": str(tmp_path)})
+    end(config, "preprocess", "completed")
+    attempt.begin(tmp_path / "jobs/preprocess")
+    assert resume.completed(config) == set()
+
+
+def test_only_jobs_that_are_asked_for_are_looked_at(compose: Compose, tmp_path: Path) -> None:
+    config = put(compose(*BASE), {"run_dir": str(tmp_path)})
+    end(config, "preprocess", "completed")
+    assert resume.completed(put(config, {"jobs": ["train"]})) == set()

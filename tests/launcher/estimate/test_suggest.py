@@ -1,0 +1,46 @@
+"""launcher/estimate/suggest.py: what it names does fit, and nothing cheaper is passed over."""
+
+import pytest
+
+from launcher.estimate import suggest
+from launcher.estimate.memory import estimate
+from launcher.estimate.table import GIB
+from tests.conftest import Compose
+
+REMEDIES = [
+    ("parallel=ddp", 79, "parallel=fsdp"),
+    ("parallel=zero1 cluster.train.nodes=1", 45, "parallel=zero2"),
+    ("parallel=zero1 cluster.train.nodes=1", 31.5, "parallel=zero3 train.activation_checkpointing=full"),
+    ("parallel=fsdp cluster.train.nodes=1", 25, "cluster.train.nodes=2"),
+    ("parallel=fsdp cluster.train.nodes=8 data.max_length=8192", 50, "train.activation_checkpointing=selective"),
+    ("parallel=fsdp cluster.train.nodes=8 data.max_length=8192", 25, "train.activation_checkpointing=full"),
+    ("parallel=fsdp cluster.train.nodes=1 data.max_length=8192 train.micro_batch=3 train.activation_checkpointing=full"
+     " train.global_batch=24", 40, "train.micro_batch=1"),
+    ("parallel=ddp cluster.train.nodes=8 data.max_length=32768 train.micro_batch=2 train.global_batch=128", 40,
+     "parallel=fsdp train.activation_checkpointing=full train.micro_batch=1"),
+    ("parallel=fsdp cluster.train.nodes=8 data.max_length=32768 train.activation_checkpointing=full", 45,
+     "data.max_length=16384"),
+    ("parallel=zero3 cluster.train.nodes=1 train.global_batch=8", 20, "parallel=zero3_offload"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "capacity", "change"), REMEDIES, ids=[item[2] for item in REMEDIES])
+def test_the_first_change_that_fits_is_named_and_does_fit(
+    compose: Compose, words: str, capacity: float, change: str
+) -> None:
+    command = ["cluster=slurm", "model=llama8b", "train.activation_checkpointing=none", *words.split()]
+    said = suggest.that_fits(compose(*command), capacity)
+    assert said
+    named = said.removeprefix("with ").partition(" it would be ")[0]
+    assert named.endswith(change)
+    kept = [
+        word for word in command if word.partition("=")[0] not in {item.partition("=")[0] for item in named.split()}
+    ]
+    found = estimate(compose(*kept, *named.split()))
+    assert found
+    assert found.device.total <= capacity * GIB
+    assert said.endswith(f" it would be {found.device.total / GIB:.1f} GiB")
+
+
+def test_no_change_is_named_where_none_is_enough(compose: Compose) -> None:
+    assert suggest.that_fits(compose("cluster=slurm", "model=llama405b"), 5) is None

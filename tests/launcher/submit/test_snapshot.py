@@ -1,0 +1,65 @@
+"""launcher/submit/snapshot.py: the code that a queued job runs is a copy, whole, and its origin is written down."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.submit import snapshot
+from tests.conftest import Programs, tool
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A small clone with the parts that are copied, caches, and what is not copied."""
+    for part in (*snapshot.PARTS, "conf/__pycache__", "docs", ".git"):
+        (tmp_path / "clone" / part).mkdir(parents=True)
+    for name in ("conf/a.py", "conf/__pycache__/a.pyc", "conf/.a.py.swp", "docs/b.md", "launch.py"):
+        (tmp_path / "clone" / name).write_text("first\n")
+    return tmp_path / "clone"
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_parts_that_jobs_run_are_copied(clone: Path, tmp_path: Path) -> None:
+    snapshot.take(clone, tmp_path)
+    assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
+    assert {path.name for path in (tmp_path / "code").iterdir()} == set(snapshot.PARTS)
+
+
+def test_a_copy_does_not_change_with_the_clone(clone: Path, tmp_path: Path) -> None:
+    snapshot.take(clone, tmp_path)
+    (clone / "conf/a.py").write_text("second\n")
+    assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
+
+
+def test_a_new_copy_replaces_the_old_one(clone: Path, tmp_path: Path) -> None:
+    snapshot.take(clone, tmp_path)
+    (clone / "conf/a.py").rename(clone / "conf/b.py")
+    snapshot.take(clone, tmp_path)
+    assert files(tmp_path / "code") == {"conf/b.py": "first\n"}
+    assert {path.name for path in tmp_path.iterdir()} == {"clone", "code"}
+
+
+def test_the_commit_and_what_differs_from_it_are_known(clone: Path, tmp_path: Path, programs: Programs) -> None:
+    (programs() / "git").symlink_to(tool("git"))
+    (clone / ".git").rmdir()
+
+    def git(*words: str) -> str:
+        command = [tool("git"), "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(clone), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    assert snapshot.provenance(clone, tmp_path) == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    (clone / "conf/a.py").write_text("second\n")
+    assert snapshot.provenance(clone, tmp_path)["modified"] is True
+    assert "+second" in (tmp_path / "code.diff").read_text()
+
+
+def test_without_git_nothing_is_claimed(clone: Path, tmp_path: Path, programs: Programs) -> None:
+    programs()
+    assert snapshot.provenance(clone, tmp_path) == {}

@@ -1,0 +1,202 @@
+"""launcher/submit/submit.py: what reaches sbatch, what is written down, and what happens when Slurm refuses a job."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from conf import resolve
+from conf.files import read_json
+from conf.schema import Config
+from launcher.plan import plan
+from launcher.submit import preview, render
+from tests.conftest import ROOT, Launch, Programs, bare, put, python, tool, write_programs
+
+WORDS = ("cluster=slurm", "model=llama8b", "parallel=zero3", "pipeline=checked")
+JOBS = ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"]
+SBATCH = """
+folder="${0%/*}"
+if [ -e "$folder/refuse" ] && read -r refused < "$folder/refuse" && [ "${1#*"$refused"}" != "$1" ]; then
+  echo "sbatch: error: Batch job submission failed: Invalid partition" >&2; exit 1
+fi
+number=100
+[ -e "$folder/last" ] && read -r number < "$folder/last"
+number=$((number + 1))
+echo "$number" > "$folder/last"
+while IFS= read -r line || [ -n "$line" ]; do printf '%s\\n' "$line"; done < "$1" > "$folder/script.$number"
+echo "Submitted batch job $number"
+"""
+
+
+SLURM = {"sbatch": SBATCH, "srun": "exit 1", "squeue": ":", "scontrol": "exit 1", "scancel": ":"}
+"""A Slurm that takes every script and keeps it beside its commands; it refuses those whose path has what `refuse` says."""
+
+
+class Submitted(NamedTuple):
+    """What a launch printed, the run folder that it wrote, and the folder of the commands it called."""
+
+    done: "subprocess.CompletedProcess[str]"
+    run: Path
+    slurm: Path
+    config: Config
+
+    def script(self, job: str) -> str:
+        """What sbatch was given for a job."""
+        return (self.slurm / f"script.{101 + JOBS.index(job)}").read_text().rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    """One launch of every job on Slurm, to be looked at from all sides."""
+    base = tmp_path_factory.mktemp("submitted")
+    env = bare(base)
+    slurm, run = write_programs(base / "bin", **SLURM), base / "run"
+    (slurm / "git").symlink_to(tool("git"))
+    done = python(ROOT / "launch.py", *WORDS, f"run_dir={run}", cwd=base, env=env)
+    assert done.returncode == 0, done.stderr
+    return Submitted(done, run, slurm, resolve.load(run / "config.yaml"))
+
+
+def test_every_job_is_submitted_and_its_id_written_down(submitted: Submitted) -> None:
+    ids = {job: str(101 + number) for number, job in enumerate(JOBS)}
+    assert [item["jobs"] for item in read_json(submitted.run / "run.json")["launches"]] == [ids]
+    said = [line.split()[1:] for line in submitted.done.stdout.splitlines() if line.startswith("submitted")]
+    assert said == [[*item] for item in ids.items()]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_what_was_previewed_is_what_sbatch_gets(submitted: Submitted, name: str) -> None:
+    job = next(job for job in plan(submitted.config) if job.name == name)
+    ids = [str(101 + JOBS.index(parent)) for parent in job.after]
+    assert submitted.script(name) == render.sbatch_text(submitted.config, job, ids).rstrip("\n")
+    shown = preview.text(submitted.config, [job])
+    assert render.sbatch_text(submitted.config, job, [f"<{parent}>" for parent in job.after]) in shown
+
+
+def test_the_run_folder_has_what_the_jobs_read(submitted: Submitted) -> None:
+    run = submitted.run
+    assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= {path.name for path in run.iterdir()}
+    assert {path.name for path in (run / "code").iterdir()} == {"conf", "launcher", "jobs", "slurm_templates"}
+    assert all((run / "jobs" / job).is_dir() for job in JOBS)
+    assert submitted.config.run_dir == str(run)
+
+
+def test_the_copied_code_is_the_clones_without_its_caches(submitted: Submitted) -> None:
+    copied = {
+        path.relative_to(submitted.run / "code") for path in (submitted.run / "code").rglob("*") if path.is_file()
+    }
+    assert Path("jobs/backends/zero.py") in copied
+    assert not [path for path in copied if "__pycache__" in path.parts or path.name.startswith(".")]
+    assert all((submitted.run / "code" / path).read_bytes() == (ROOT / path).read_bytes() for path in copied)
+
+
+def test_the_command_and_where_it_came_from_are_recorded(submitted: Submitted) -> None:
+    [record] = read_json(submitted.run / "run.json")["launches"]
+    assert record["command"] == [str(ROOT / "launch.py"), *WORDS, f"run_dir={submitted.run}"]
+    assert (record["cluster"], record["python"]) == ("slurm", sys.version.split()[0])
+    if (ROOT / ".git").exists():
+        assert len(record["commit"]) == 40
+        assert record["modified"] is bool((submitted.run / "code.diff").read_text())
+
+
+def test_what_submitit_pickles_are_two_words(submitted: Submitted) -> None:
+    pickles = [path.read_bytes() for path in submitted.run.rglob("*.pkl")]
+    assert len(pickles) == len(JOBS)
+    assert all(len(text) < 1_000 and b"learning_rate" not in text for text in pickles)
+
+
+@pytest.fixture
+def slurm(programs: Programs) -> Path:
+    """That Slurm for one test alone."""
+    return programs(**SLURM)
+
+
+def test_when_slurm_refuses_a_job_those_before_it_are_cancelled(launch: Launch, slurm: Path) -> None:
+    (slurm / "refuse").write_text("/jobs/train/\n")
+    done = launch(*WORDS, "run_dir=run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "launch.py: cluster=slurm: Slurm refused train: "
+        "sbatch: error: Batch job submission failed: Invalid partition; cancelled preflight, preprocess"
+    )
+    assert (slurm / "scancel.calls").read_text() == "101 102\n"
+
+
+def test_when_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Path) -> None:
+    (slurm / "refuse").write_text("/jobs/train/\n")
+    (slurm / "scancel").write_text("#!/bin/sh\necho 'scancel: error: no controller' >&2; exit 1\n")
+    done = launch(*WORDS, "run_dir=run")
+    assert "Invalid partition" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_at_work_is_not_started_twice(launch: Launch, slurm: Path, programs: Programs) -> None:
+    launch(*WORDS, "run_dir=run")
+    programs(squeue="echo '103|RUNNING'")
+    done = launch("resume=run")
+    assert done.returncode == 2
+    assert "is at work: train 103 is RUNNING" in done.stderr
+    assert "python -m launcher cancel" in done.stderr
+    assert (slurm / "last").read_text() == "106\n"
+
+
+def test_a_resumed_run_submits_what_is_left(launch: Launch, slurm: Path, tmp_path: Path) -> None:
+    launch(*WORDS, "run_dir=run")
+    config = resolve.load(tmp_path / "run/config.yaml")
+    for job in ("preflight", "preprocess"):
+        folder = tmp_path / "run/jobs" / job
+        (folder / "attempt-1").mkdir()
+        (folder / "attempt-1.json").write_text(
+            json.dumps({"status": "completed", "config": resolve.digest(config), "job_id": "101"})
+        )
+    done = launch("resume=run")
+    launches = read_json(tmp_path / "run/run.json")["launches"]
+    assert done.returncode == 0, done.stderr
+    assert list(launches[1]["jobs"]) == JOBS[2:]
+    assert "dependency" not in (slurm / "script.107").read_text()
+
+
+def test_a_launch_that_does_not_train_keeps_the_runs_config(launch: Launch, slurm: Path, tmp_path: Path) -> None:
+    launch(*WORDS, "run_dir=run")
+    before = (tmp_path / "run/config.yaml").read_text()
+    done = launch("resume=run", "pipeline=consolidate", "cluster.cpu.memory_gib=7")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert resolve.load(tmp_path / "run/jobs/consolidate/config.yaml").cluster.cpu.memory_gib == 7
+    assert "#SBATCH --mem=7G" in (slurm / "script.107").read_text()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN/jobs of `submit=script` on a machine without Slurm, in a folder whose name a shell would like to read."""
+    base = tmp_path_factory.mktemp("written")
+    env, run = bare(base), base / "it's $HOME"
+    word = "run_dir='{}'".format(str(run).replace("'", "\\'"))
+    done = python(ROOT / "launch.py", *WORDS, "submit=script", word, cwd=base, env=env)
+    assert done.returncode == 0, done.stderr
+    return run / "jobs"
+
+
+def test_scripts_by_hand_are_written_for_every_job_and_submit_nothing(written: Path) -> None:
+    assert {path.name for path in written.glob("*.*")} == {*(f"{job}.sbatch" for job in JOBS), "submit.sh"}
+    assert read_json(written.parent / "run.json")["launches"][0]["jobs"] == {}
+    assert all(path.stat().st_mode & 0o100 for path in written.glob("*.*"))
+
+
+def test_scripts_by_hand_are_clean(written: Path) -> None:
+    scripts = [*written.glob("*.sbatch"), written / "submit.sh"]
+    for path in scripts:
+        subprocess.run([tool("bash"), "-n", str(path)], check=True, timeout=20)
+    command = [tool("shellcheck"), "--exclude=SC2016", *map(str, scripts)]  # SC2016: a $ in single quotes is the point
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (checked.stdout, checked.returncode) == ("", 0)
+
+
+def test_scripts_by_hand_are_what_the_renderer_says(written: Path) -> None:
+    config = resolve.load(written.parent / "config.yaml")
+    for job in plan(put(config, {"jobs": JOBS})):
+        path = written / f"{job.name}.sbatch"
+        assert path.read_text() == render.script_text(config, job, written.parent / "config.yaml")

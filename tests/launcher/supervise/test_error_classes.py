@@ -1,0 +1,85 @@
+"""launcher/supervise/error_classes.py: the status that fits an exception, by its type and message, and what helps."""
+
+import errno
+
+import pytest
+
+from launcher.supervise.error_classes import classify
+
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
+DistBackendError = type("DistBackendError", (RuntimeError,), {})
+SafetensorError = type("SafetensorError", (Exception,), {})
+"""Named as torch's are: no torch is imported to judge them."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: Out of memory"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "bad_node"),
+        (RuntimeError("NVRM: Xid 79, GPU has fallen off the bus"), "bad_node"),
+        (DistBackendError("the store went away"), "nccl"),
+        (RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"), "bad_node"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "bad_node"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error"), "nccl"),
+        (RuntimeError("Watchdog caught collective operation timeout in ProcessGroupNCCL"), "nccl"),
+        (DistBackendError("NCCL error: CUDA out of memory"), "out_of_memory"),
+        (DistBackendError("NCCL error: uncorrectable ECC error encountered"), "bad_node"),
+        (DistBackendError("Error while creating shared memory segment /dev/shm/nccl-aZ: No space left"), "user_error"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "failed"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "failed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "user_error"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "user_error"),
+        (OSError(errno.EDQUOT, "Le quota est atteint"), "user_error"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "user_error"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
+        (OSError(errno.EIO, "Input/output error"), "failed"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/rows"), "user_error"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/rows"), "user_error"),
+        (ModuleNotFoundError("No module named 'deepspeed'"), "user_error"),
+        (RuntimeError("Connection closed by peer [10.0.0.1]:2044"), "failed"),
+        (ValueError("loss is nan at step 7"), "failed"),
+        (KeyboardInterrupt(), "failed"),
+    ],
+    ids=lambda value: str(value)[:40] or type(value).__name__,
+)
+def test_the_status_fits_the_exception(error: BaseException, status: str) -> None:
+    assert classify(error)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OutOfMemoryError("CUDA out of memory"), "train.micro_batch"),
+        (MemoryError(), "memory_gib"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free space"),
+        (DistBackendError("creating shared memory segment /dev/shm/nccl-aZ: No space left"), "enlarge it"),
+        (RuntimeError("uncorrectable ECC error"), "cluster.train.exclude"),
+        (RuntimeError("device-side assert triggered"), "token id"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "every node"),
+        (ModuleNotFoundError("No module named 'deepspeed'"), "cluster.python"),
+        (DistBackendError("timeout"), "preflight"),
+        (FloatingPointError("loss nan"), "learning_rate"),
+        (ValueError("anything else"), ""),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_each_kind_has_a_remedy(error: BaseException, remedy: str) -> None:
+    found = classify(error)[1]
+    assert remedy in found
+    assert bool(found) is bool(remedy)
+
+
+def raised(error: BaseException, cause: BaseException | None, handled: BaseException | None = None) -> BaseException:
+    """An exception as it comes out of a `raise ... from cause`, while `handled` was being handled."""
+    error.__cause__, error.__context__ = cause, handled
+    return error
+
+
+def test_the_cause_of_an_exception_counts_and_what_was_merely_handled_does_not() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert classify(raised(RuntimeError("could not save"), raised(ValueError("part 7"), full)))[0] == "user_error"
+    assert classify(raised(RuntimeError("could not save"), None, ImportError("no flash_attn")))[0] == "failed"

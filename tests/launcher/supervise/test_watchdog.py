@@ -1,0 +1,191 @@
+"""launcher/supervise/watchdog.py on real processes: ranks that stop, sleep, never start, or work; what is said, and
+that all are gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.files import read_json
+from launcher.supervise import watchdog
+from tests.conftest import ROOT
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from jobs.distributed import heartbeat
+
+def wait_for_others():
+    time.sleep(100)
+
+rank, does = int(sys.argv[2]), sys.argv[3]
+heartbeat.listen(Path(sys.argv[1]), rank, f"n{rank + 1}")
+heartbeat.beat("load")
+heartbeat.beat("train", 1)
+if does == "ends":
+    heartbeat.close()
+elif does == "fails":
+    raise SystemExit(1)
+elif does == "stops":
+    os.kill(os.getpid(), signal.SIGSTOP)
+elif does == "sleeps":
+    time.sleep(100)
+elif does == "works":
+    for step in range(2, 1000):
+        heartbeat.beat("train", step)
+        time.sleep(0.2)
+elif does == "reads":
+    while True:
+        heartbeat.alive()
+        time.sleep(0.2)
+elif does == "saves":
+    heartbeat.beat("save", 1)
+    wait_for_others()
+else:
+    heartbeat.beat("train", 2)
+    wait_for_others()
+"""
+Ranks = Callable[..., list["subprocess.Popen[bytes]"]]
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Path:
+    (tmp_path / "attempt-1").mkdir()
+    return tmp_path / "attempt-1"
+
+
+@pytest.fixture
+def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """All processes of a test; none is left."""
+    found: list[subprocess.Popen[bytes]] = []
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def node(attempt: Path, started: list["subprocess.Popen[bytes]"]) -> Ranks:
+    """`node(0, "waits", "stops", world=2, step=1.5)`: a node's watchdog, then its ranks, which do so."""
+
+    def start(number: int, *does: str, world: int, first: int = 0, here: int | None = None, **limits: float) -> Any:
+        local = attempt.parent / f"local-{number}"
+        local.mkdir()
+        words = ["--node", number, "--here", here or len(does), "--world", world]
+        for name in ("start", "step", "save"):
+            words += [f"--{name}", limits.get(name, 60)]
+        ranks = [python("-c", RANK, local, first + rank, what) for rank, what in enumerate(does)]
+        until(lambda: len(list(local.glob("*.beat"))) == len(does) or any(rank.poll() is not None for rank in ranks))
+        return [python("-m", "launcher.supervise.watchdog", local, attempt, *words), *ranks]
+
+    def python(*words: object) -> "subprocess.Popen[bytes]":
+        started.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT))
+        return started[-1]
+
+    return start
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def said(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
+    """The verdict, once all processes have ended: the ranks by SIGKILL."""
+    codes = [process.wait(40) for process in processes]
+    assert codes == [0, *[-signal.SIGKILL] * (len(codes) - 1)]
+    assert not list(attempt.parent.glob("local-*"))
+    found: dict[str, Any] = read_json(attempt / "hang.json")
+    return found
+
+
+def test_a_stopped_rank_is_named_and_all_are_killed(attempt: Path, node: Ranks) -> None:
+    found = said(attempt, node(0, "waits", "stops", world=2, step=2))
+    assert found["reason"].startswith("rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at ")
+    assert (found["status"], found["rank"], found["host"], found["error"]) == ("hang", 1, "n2", "")
+    assert "wait_for_others" in (attempt / "rank-0.stack").read_text()
+
+
+def test_a_rank_that_sleeps_is_named_with_its_stack(attempt: Path, node: Ranks) -> None:
+    found = said(attempt, node(0, "waits", "sleeps", "waits", world=3, step=2))
+    assert found["rank"] == 1
+    assert "phase train, at <string>:" in found["reason"]
+    assert "most recent call first" in found["error"]
+
+
+@pytest.mark.proof
+def test_a_rank_that_never_came_is_named(attempt: Path, node: Ranks) -> None:
+    found = said(attempt, node(0, "works", world=2, here=2, start=2))
+    assert found["rank"] == 1
+    assert "no heartbeat ever came" in found["reason"]
+
+
+def test_a_phase_has_its_own_limit(attempt: Path, node: Ranks) -> None:
+    began = time.monotonic()
+    found = said(attempt, node(0, "saves", world=1, step=1, save=4))
+    assert time.monotonic() - began > 4
+    assert "step 1, phase save, at" in found["reason"]
+
+
+@pytest.mark.proof
+def test_two_nodes_give_one_verdict(attempt: Path, node: Ranks) -> None:
+    nodes = [node(number, what, world=2, first=number, step=2) for number, what in enumerate(("waits", "stops"))]
+    for processes in nodes:
+        assert [process.wait(60) for process in processes] == [0, -signal.SIGKILL]
+    found = read_json(attempt / "hang.json")
+    assert found["reason"].startswith("rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at ")
+
+
+@pytest.mark.proof
+def test_a_node_that_says_nothing_is_named_with_its_last_heartbeat(attempt: Path, node: Ranks) -> None:
+    lost, *_ = node(1, "waits", world=2, first=1)
+    until(lambda: watchdog.gathered(attempt))
+    lost.send_signal(signal.SIGSTOP)
+    found = said_by_one(attempt, node(0, "waits", world=2, step=2))
+    assert found["reason"].startswith(
+        "rank 1 on n2 hangs: step 2, phase train, and the watchdog of its node does not answer"
+    )
+
+
+def said_by_one(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
+    assert [process.wait(60) for process in processes] == [0, -signal.SIGKILL]
+    found: dict[str, Any] = read_json(attempt / "hang.json")
+    return found
+
+
+@pytest.mark.parametrize("does", ["ends", "fails"])
+def test_it_ends_with_its_ranks_and_has_nothing_to_say(attempt: Path, node: Ranks, does: str) -> None:
+    for process in node(0, does, world=1, start=1, step=1):
+        process.wait(20)
+    assert not (attempt / "hang.json").exists()
+    assert not list(attempt.parent.glob("local-*"))
+
+
+def test_signals_for_the_ranks_do_not_end_it(attempt: Path, node: Ranks) -> None:
+    dog, *ranks = node(0, "works", "reads", world=2, step=2)
+    until(lambda: watchdog.gathered(attempt))
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        dog.send_signal(number)
+    time.sleep(3)  # past the limit: ranks that work are left alone, whether or not they get to another step
+    assert [process.poll() for process in (dog, *ranks)] == [None] * 3
+    assert watchdog.gathered(attempt)[0]["phase"] == "train"
+
+
+@pytest.mark.proof
+def test_a_job_that_was_suspended_as_a_whole_does_not_hang(attempt: Path, node: Ranks) -> None:
+    processes = node(0, "works", world=1, step=3)
+    until(lambda: watchdog.gathered(attempt))
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            os.kill(process.pid, number)
+        time.sleep(5 if number == signal.SIGSTOP else 1.5)
+    assert [process.poll() for process in processes] == [None, None]
+    assert not (attempt / watchdog.MARK).exists()

@@ -1,0 +1,227 @@
+"""launch.py as a user starts it: what is refused, in words and with exit code 2, and what a preview shows and leaves alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf import resolve
+from launcher.check import command_line
+from tests.conftest import ROOT, Launch, bare, python
+
+MISSION = ("cluster=slurm", "model=llama70b", "parallel=zero3")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with rows, a regular file, and a run."""
+    for name, row in {"odd": {"question": "a", "reply": "b"}, "messages": {"messages": []}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "file").write_text("a thesis\n")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter").touch()
+    return tmp_path
+
+
+def refused(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    """The problems that were printed, each a line; nothing else was."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("launch.py: ")
+    return done.stderr.removeprefix("launch.py: ").splitlines()
+
+
+MISTAKES = {
+    "model=llama7b": "model=llama7b: no such option: did you mean 'llama70b'?; there are",
+    "trian.steps=7": "trian.steps: no such key: did you mean 'train.steps'?",
+    "+train.stepz=7": "train.stepz: no such key: did you mean 'train.steps'?",
+    "cluster.train.nodes=-1": "cluster.train.nodes=-1: must be at least 1",
+    "data.path=nowhere.jsonl": "data.path=nowhere.jsonl: no such file or folder",
+    "data=jsonl": "data.path: needs a value: add data.path=... to the command",
+    "data=mix": "data.path: name the rows: data.path=..., or several data.sets.NAME.path=...",
+    "data=mix data.sets.a.pth=x": "data.sets.a.pth: no such key: did you mean 'path'?",
+    "data=mix data.sets.a.path=nowhere.jsonl": "data.sets.a.path=nowhere.jsonl: no such file or folder",
+    "data=mix data.sets.a.path=messages.jsonl data.sets.a.weight=0": "data.sets.a.weight=0.0: must be at least 0.0001",
+    "data.split=first": "data.split=first: is not a part of rows: write [:1000], [10%:] or [-100:]",
+    "model=hub": "model.source: needs a value: add model.source=... to the command",
+    "data.path=messages.jsonl data.format=alpaca": "but alpaca needs instruction and output",
+    "run_dir=file/run": "run_dir={here}/file/run: {here}/file is not a folder you can write to; choose another",
+    "run_dir=thesis": "run_dir={here}/thesis: is there already and is not a run; choose another run_dir",
+    "cluster.train.gpus_per_node=2": "cluster.train.gpus_per_node=2: this machine has 0: set it to 0",
+    "train.global_batch=7": "train.global_batch=7: is not divisible by the 2 ranks of cluster.train: take 6 or 8",
+    "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH: run this on a login node",
+    "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: export MY_TOKEN first, or put it into ~/.config",
+    "resume=thesis": "resume=thesis: is no run folder: it has no config.yaml",
+    "--config-name nowhere": "Cannot find primary config 'nowhere'",
+    "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns question, reply, but alpaca needs instruction",
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.items(), ids=list(MISTAKES))
+def test_a_mistake_is_one_line_with_key_value_and_remedy(
+    launch: Launch, files: Path, words: str, expected: str
+) -> None:
+    [line] = refused(launch(*words.split()))
+    assert expected.replace("{here}", str(files)) in line
+
+
+def test_all_mistakes_of_a_kind_are_named_at_once(launch: Launch) -> None:
+    lines = refused(launch("modle=tiny", "train.steps=many", "nonsense"))
+    assert [line.split(":")[0] for line in lines] == ["modle", "train.steps=many", "nonsense"]
+    lines = refused(launch("train.global_batch=7", "data.path=a.jsonl", "cluster.train.nodes=2"))
+    assert [line.split(":")[0] for line in lines] == [
+        "train.global_batch=7",
+        "cluster.train.nodes=2",
+        "data.path=a.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("word", ["cluster.environment.MY_API_KEY=s3cr3t", "cluster.environment={HF_TOKEN:s3cr3t}"])
+def test_a_secret_is_refused_and_not_repeated(launch: Launch, tmp_path: Path, word: str) -> None:
+    [line] = refused(launch(word))
+    assert "(hidden): would be written to files: name it in cluster.secrets=[" in line
+    assert "s3cr3t" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_only_says_no_when_written_to_is_refused(launch: Launch) -> None:
+    done = launch("run_dir=/proc/run", "jobs=[preprocess]")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("launch.py: run_dir=/proc/run: cannot be written: ")
+
+
+def test_a_folder_whose_name_is_too_long_is_refused(launch: Launch) -> None:
+    refused(launch(f"run_dir={'a' * 300}"))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was written and not started."""
+    base = tmp_path_factory.mktemp("stored")
+    words = ("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run")
+    done = python(ROOT / "launch.py", *words, cwd=base, env=bare(base))
+    assert done.returncode == 0, done.stderr
+    return base / "run"
+
+
+def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path) -> None:
+    before = (stored / "config.yaml").read_text()
+    words = ("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run", "train.seed=7")
+    [line] = refused(launch(*words, cwd=stored.parent))
+    assert line.startswith(
+        f"run_dir={stored}: holds a run with train.seed=0 (now 7); take another run_dir, or continue"
+    )
+    assert (stored / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path) -> None:
+    [line] = refused(launch(f"resume={stored}", "train.learning_rate=0.5", "submit=script"))
+    assert line.startswith("train.learning_rate: cannot change in a run; start a new one")
+
+
+def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "run")
+    done = launch("resume=run", "train.steps=70", "submit=script")
+    assert done.returncode == 0, done.stderr
+    assert resolve.load(tmp_path / "run/config.yaml").train.steps == 70
+
+
+def test_a_resumed_run_takes_another_variable(launch: Launch, stored: Path) -> None:
+    done = launch(f"resume={stored}", "cluster.environment.NCCL_DEBUG=INFO", "dry_run=true")
+    assert "export NCCL_DEBUG=INFO" in done.stdout
+
+
+def contents(folder: Path) -> set[str]:
+    """Every path below a folder but for caches."""
+    found = set()
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+        found |= {str(Path(path, name)) for name in (*folders, *names)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def preview(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
+    """The mission command with dry_run=true, on a machine with nothing on PATH, which it leaves as it was."""
+    base = tmp_path_factory.mktemp("preview")
+    env = bare(base)
+    before = contents(ROOT), contents(base)
+    done = python(ROOT / "launch.py", *MISSION, "dry_run=true", cwd=base, env=env)
+    assert (contents(ROOT), contents(base)) == before
+    return done
+
+
+def test_a_preview_works_where_nothing_is_installed(preview: "subprocess.CompletedProcess[str]") -> None:
+    assert (preview.returncode, preview.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("job", ["preprocess", "train", "consolidate", "evaluate", "generate"])
+def test_a_preview_shows_the_script_and_the_environment_of_every_job(
+    preview: "subprocess.CompletedProcess[str]", job: str
+) -> None:
+    script = preview.stdout.partition(f"==== {job}: sbatch =")[2].partition("\n==== ")[0]
+    assert f"#SBATCH --job-name=llama70b-sample-zero3/{job}\n" in script
+    assert f"export MUSTER_JOB={job}\n" in script
+    assert "srun " in script
+    environment = preview.stdout.partition(f"==== {job}: environment =")[2].partition("\n==== ")[0]
+    assert f"\nMUSTER_JOB={job}\n" in environment
+
+
+def test_a_preview_begins_with_the_run_in_short(preview: "subprocess.CompletedProcess[str]") -> None:
+    summary = preview.stdout.partition("\n\n")[0]
+    for words in (
+        "llama70b (meta-llama/Llama-3.1-70B-Instruct)",
+        "bf16, zero3",
+        "4 nodes x 8 GPUs, 32 ranks, 1440 min",
+    ):
+        assert words in summary
+
+
+def test_a_preview_names_the_base_under_an_adapter(launch: Launch) -> None:
+    done = launch("experiment=llama70b_lora_float8", "dry_run=true")
+    assert "adapter lora on a base in float8\n" in done.stdout
+    assert "1 node x 1 GPU, 1 rank" in done.stdout
+
+
+def test_a_preview_of_a_local_run_has_no_sbatch_text(launch: Launch, tmp_path: Path) -> None:
+    done = launch("dry_run=true")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "==== train: local" in done.stdout
+    assert "#SBATCH" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preview_of_several_values_is_one_run_each(launch: Launch, tmp_path: Path) -> None:
+    done = launch("-m", "train.seed=7,8", "dry_run=true", "run_dir=run", env={"TMPDIR": str(tmp_path / "tmp")})
+    assert (done.returncode, done.stderr) == (0, "")
+    runs = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run ")]
+    assert runs == [str(tmp_path / "run-0"), str(tmp_path / "run-1")]
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_help_lists_the_groups_and_their_options(launch: Launch) -> None:
+    done = launch("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for group, options in command_line.groups(ROOT / "conf").items():
+        assert f"{group}: {', '.join(options)}" in done.stdout
+
+
+def test_the_composed_config_can_be_printed(launch: Launch) -> None:
+    done = launch("--cfg", "job", *MISSION)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "zero_stage: 3" in done.stdout
+
+
+def test_a_preview_can_be_cut_short(surroundings: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), *MISSION, "dry_run=true"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=surroundings, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()

@@ -1,0 +1,87 @@
+"""launcher/plan.py: which jobs a run has, what each asks for, and which waits for which."""
+
+import pytest
+
+from launcher.plan import AFTER, Job, plan
+from tests.conftest import Compose, put
+
+ALL = list(AFTER)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "done", "edges"),
+    [
+        (
+            ALL,
+            [],
+            {
+                "preflight": (),
+                "preprocess": (),
+                "train": ("preflight", "preprocess"),
+                "consolidate": ("train",),
+                "evaluate": ("preprocess", "consolidate"),
+                "generate": ("consolidate",),
+            },
+        ),
+        (["train", "preprocess"], [], {"preprocess": (), "train": ("preprocess",)}),
+        (["train"], [], {"train": ()}),
+        (["consolidate", "evaluate"], [], {"consolidate": (), "evaluate": ("consolidate",)}),
+        (["preprocess", "train", "consolidate"], ["preprocess"], {"train": (), "consolidate": ("train",)}),
+        (["preprocess", "train"], ["preprocess", "train"], {}),
+        (["generate"], ["train"], {"generate": ()}),
+    ],
+    ids=["all", "any order", "train alone", "no train", "preprocess done", "all done", "others done"],
+)
+def test_a_job_waits_for_what_it_reads_and_is_yet_to_run(
+    compose: Compose, jobs: list[str], done: list[str], edges: dict[str, tuple[str, ...]]
+) -> None:
+    found = plan(put(compose("cluster=slurm"), {"jobs": jobs}), done=done)
+    assert [(job.name, job.after) for job in found] == list(edges.items())
+
+
+def test_a_job_is_submitted_after_all_that_it_waits_for(compose: Compose) -> None:
+    names = [job.name for job in plan(put(compose(), {"jobs": ALL[::-1]}))]
+    assert all(names.index(parent) < names.index(name) for name in names for parent in AFTER[name])
+
+
+@pytest.mark.parametrize(
+    ("section", "jobs"),
+    [
+        ("train", ["preflight", "train"]),
+        ("cpu", ["preprocess", "consolidate"]),
+        ("inference", ["evaluate", "generate"]),
+    ],
+)
+def test_resources_come_from_the_section_of_the_job(compose: Compose, section: str, jobs: list[str]) -> None:
+    config = put(compose("cluster=slurm"), {"jobs": ALL})
+    own = getattr(config.cluster, section)
+    assert [job.name for job in plan(config) if job.resources is own] == jobs
+
+
+def test_a_merge_has_as_many_ranks_as_asked_for_and_preprocess_one(compose: Compose) -> None:
+    config = put(compose("cluster=slurm"), {"jobs": ALL, "cluster.cpu.nodes": 3, "cluster.cpu.ranks_per_node": 2})
+    sizes = {job.name: job.world_size for job in plan(config)}
+    assert (sizes["preprocess"], sizes["consolidate"]) == (1, 6)
+
+
+def test_no_gpu_waits_for_cpu_work(compose: Compose) -> None:
+    config = put(compose("cluster=slurm"), {"jobs": ALL})
+    with_gpus = {job.name for job in plan(config) if job.resources.gpus_per_node}
+    assert with_gpus == {"preflight", "train", "evaluate", "generate"}
+
+
+def test_only_jobs_of_many_ranks_need_a_rendezvous(compose: Compose) -> None:
+    jobs = plan(put(compose("cluster=slurm"), {"jobs": ALL, "cluster.train.nodes": 3}))
+    assert {job.name: job.world_size for job in jobs if job.distributed} == {"preflight": 24, "train": 24}
+    assert {job.world_size for job in jobs if not job.distributed} == {1}
+
+
+def test_a_job_is_distributed_also_with_one_rank(compose: Compose) -> None:
+    part = put(compose(), {"cluster.train.ranks_per_node": 1}).cluster.train
+    assert Job("train", part).distributed
+    assert Job("train", part).world_size == 1
+
+
+def test_a_completed_job_is_done_again_when_what_it_reads_is_made_anew(compose: Compose) -> None:
+    names = [job.name for job in plan(compose(), done={"preprocess", "consolidate"})]
+    assert names == ["train", "consolidate", "evaluate", "generate"]
