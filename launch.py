@@ -13,7 +13,7 @@ from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
-from launcher.check import command_line, observe, resume, rules
+from launcher.check import command_line, localize, observe, resume, rules
 from launcher.estimate import auto_settings
 from launcher.submit import preview, submit
 
@@ -33,7 +33,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
     config = resolve(composed)
     config.run_dir += suffix
-    observe.localise(config, observe.local_gpus())
+    localize.localise(config, observe.local_gpus())
     if config.resume:
         config = resume.continued(config, sys.argv[1:])
     seen = observe.observe(config)

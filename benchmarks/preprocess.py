@@ -77,7 +77,7 @@ def config_for(rows: Path, words: Path, run: Path, *more: str) -> Any:
 
     from conf.resolve import resolve
     from conf.schema import Config
-    from launcher.check.observe import localise
+    from launcher.check.localize import localise
 
     ConfigStore.instance().store(name="schema", node=Config)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CLONE / "conf")):

@@ -67,3 +67,7 @@ class DivergedError(UserError):
 
 class SiteError(UserError):
     """Raised when this machine or cluster lacks what the config asks for (e.g. no sbatch, no free GPU)."""
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,6 +2,8 @@
 
 Values that belong to one choice (a model, a layout, a cluster) stand in the YAML files beside this one;
 values that nearly everybody wants stand here as defaults. No value stands in both.
+
+Long because it is the one list of all keys.
 """
 
 from dataclasses import dataclass, field

@@ -4,14 +4,13 @@ from importlib import import_module
 from pathlib import Path
 
 from conf.errors import ConfigError, Problem
-
-NAMES = ("preflight", "preprocess", "train", "consolidate", "evaluate", "generate")
+from conf.jobs import JOB_KINDS
 
 
 def run(name: str, config_path: str) -> None:
     """Run one job on this rank. Raises UserError for what the user can mend, Stopped when it was told to end early."""
-    if name not in NAMES:
-        raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(NAMES)}"))
+    if name not in JOB_KINDS:
+        raise ConfigError(Problem("job", name, f"no such job; there are {', '.join(JOB_KINDS)}"))
     from conf.resolve import load  # imports omegaconf
 
     config = load(Path(config_path))

@@ -4,11 +4,12 @@ import argparse
 import sys
 
 from conf.errors import UserError
-from jobs import NAMES, run
+from conf.jobs import JOB_KINDS
+from jobs import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
-    parser.add_argument("job", choices=NAMES)
+    parser.add_argument("job", choices=list(JOB_KINDS))
     parser.add_argument("config", help="RUN/config.yaml")
     options = parser.parse_args()
     try:

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conf.errors import DataError, Problem
 from conf.files import write_json, write_text
 from conf.schema import Config
-from jobs.evaluate import load, told
 from jobs.evaluation import answer_checks
-from jobs.model.build import tokenizer
+from jobs.evaluation.load_model import load, told
 from jobs.report.pages import filled
+from jobs.tokenization.tokenizer import load_tokenizer
 
 
 def run(config: Config) -> None:
@@ -21,7 +21,7 @@ def run(config: Config) -> None:
 
     Faults are warned of, and fail nothing: a model may be meant to answer in one word, or not to end.
     """
-    asked, whole, words = prompts(Path(config.generate.prompts)), load(config), tokenizer(config)
+    asked, whole, words = prompts(Path(config.generate.prompts)), load(config), load_tokenizer(config)
     known, found = answer_checks.special(words), list[dict[str, Any]]()
     for prompt in asked:
         found.append({"prompt": prompt, **answer(prompt, whole, words, config, known)})

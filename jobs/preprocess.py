@@ -23,9 +23,9 @@ from jobs.data import splits as selection
 from jobs.data.quality_gates import Findings
 from jobs.data.splits import Samples
 from jobs.data.tokenize import Recipe
-from jobs.model.build import tokenizer
 from jobs.report import data_preview
 from jobs.tokenization import encoder
+from jobs.tokenization.tokenizer import load_tokenizer
 
 TRIED = 300
 """Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     if read_json(folder / "data.json"):
         print(f"data is there already: {folder}")
         return
-    words = tokenizer(config)
+    words = load_tokenizer(config)
     gc.freeze()  # what is imported and read by now stays: looking for garbage in it took an eighth of the whole time
     trained = {name: tokenised(name, one, config, words) for name, one in datasets.training(config.data).items()}
     held = datasets.held_out(config.data)

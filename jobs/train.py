@@ -30,7 +30,8 @@ from jobs.model import build
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Trace
 from jobs.monitoring.step_monitor import Watch, words, work
-from jobs.training import loss, optimizer
+from jobs.tokenization.tokenizer import load_tokenizer
+from jobs.training import loss, lr_schedule
 from jobs.training.divergence import Divergence
 
 
@@ -92,7 +93,7 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     rows = batches.read(folder, "train", config.data.max_length if config.data.packing else None)
     validation = batches.read(folder, "validation")
     steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
-    pad = build.tokenizer(config).pad_token_id
+    pad = load_tokenizer(config).pad_token_id
     backend = backends.chosen(config)
     found = checkpointing.find(config, world)
     skeleton = build.skeleton(config)
@@ -162,7 +163,7 @@ def _step(loop: Loop, step: int) -> bool:
             loop.backend.backward(loop.engine, value * (averaged / tokens), last=number == len(mine))
         summed += value.detach().double()
     heartbeat.beat("train", step + 1)
-    rate = optimizer.learning_rate(step, loop.steps, config)
+    rate = lr_schedule.learning_rate(step, loop.steps, config)
     with timed("optimizer"):
         norm = loop.backend.step(loop.engine, rate)
     flags = torch.tensor([stop, loop.saver.written], dtype=torch.float64, device=world.device)

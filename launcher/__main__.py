@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from launcher import slurm
-from launcher.check.observe import CLONE
+from launcher.paths import CLONE
 from launcher.status import state, tables
 
 

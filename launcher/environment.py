@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +20,6 @@ BLOCKS = {
     "qwen3": "Qwen3DecoderLayer",
 }
 """Class of a decoder block by model type; another model's own list is used by Accelerate where none is named."""
-
-
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY)$", re.IGNORECASE)
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds what must not be written down (HF_TOKEN does, MAX_TOKENS does not)."""
-    return SECRET.search(name) is not None
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from conf.jobs import JOB_KINDS
 from conf.schema import Config, Resources
-
-AFTER = {
-    "preflight": (),
-    "preprocess": (),
-    "train": ("preflight", "preprocess"),
-    "consolidate": ("train",),
-    "evaluate": ("preprocess", "consolidate"),
-    "generate": ("consolidate",),
-}
-"""Every job with the jobs whose results it reads. The order is the order of submission."""
-
-DISTRIBUTED = ("preflight", "train")
-"""Jobs of more than one rank: they need a rendezvous."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +21,29 @@ class Job:
 
     @property
     def distributed(self) -> bool:
-        return self.name in DISTRIBUTED
+        return JOB_KINDS[self.name].distributed
 
 
 def resources(config: Config, name: str) -> Resources:
-    """What a job gets, from the section of `cluster` that is for its kind; preprocess is one process whatever consolidate gets."""
-    if name in DISTRIBUTED:
-        return config.cluster.train
-    if name in ("evaluate", "generate"):
-        return config.cluster.inference
-    cpu = config.cluster.cpu
-    shared = cpu.nodes * cpu.ranks_per_node > 1
-    return replace(cpu, nodes=1, ranks_per_node=1) if shared and name == "preprocess" else cpu
+    """The resources of a job: its kind's section of `cluster`, cut to one rank where the kind is one process."""
+    kind = JOB_KINDS[name]
+    section: Resources = getattr(config.cluster, kind.section)
+    if kind.single_rank and section.nodes * section.ranks_per_node > 1:
+        return replace(section, nodes=1, ranks_per_node=1)
+    return section
 
 
 def plan(config: Config, done: Collection[str] = ()) -> list[Job]:
-    """The jobs to start, each after those it reads from. Jobs in `done` are left out, unless what they read is made anew."""
+    """The jobs to start, each after those that it reads from.
+
+    Jobs in `done` are left out, unless a job whose result they read runs again.
+    """
     names: list[str] = []
-    for name in AFTER:
-        again = any(item in names for item in AFTER[name])  # what it reads will change
-        if name in config.jobs and (name not in done or again):
+    for name, kind in JOB_KINDS.items():
+        inputs_change = any(item in names for item in kind.after)
+        if name in config.jobs and (name not in done or inputs_change):
             names.append(name)
-    return [Job(name, resources(config, name), tuple(item for item in AFTER[name] if item in names)) for name in names]
+    return [
+        Job(name, resources(config, name), tuple(item for item in JOB_KINDS[name].after if item in names))
+        for name in names
+    ]

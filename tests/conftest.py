@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 
 from conf.resolve import resolve
 from conf.schema import Config
-from launcher.check import observe
+from launcher.check import localize
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = "/runs/golden"
@@ -49,7 +49,7 @@ def _composed(words: tuple[str, ...], gpus: int) -> Config:
     ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         config = resolve(hydra.compose("config", overrides=[f"run_dir={RUN_DIR}", *words]))
-    observe.localise(config, gpus)
+    localize.localise(config, gpus)
     return config
 
 

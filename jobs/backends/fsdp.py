@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from conf.choices import Precision
 from conf.errors import Problem, RunError
 from conf.schema import Config
-from jobs.backends import Engine, tensor_parallel
+from jobs.backends import Engine, grad_clip, tensor_parallel
 from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
-from jobs.model import float8_training, fused_cross_entropy, materialize, prepare
+from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, compute_dtype, skeleton
 from jobs.tensor_io.slices import Part, plain
 from jobs.training import loss_scaling
@@ -90,7 +90,7 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         optimizer,
         config.train.max_grad_norm,
         read,
-        lambda trained, limit: tensor_parallel.clip(trained, limit, parts, whole[tensor_parallel.NAME]),
+        lambda trained, limit: grad_clip.clip(trained, limit, parts, whole[tensor_parallel.NAME]),
     )
 
 
@@ -98,7 +98,7 @@ def _outer(model: nn.Module) -> list[nn.Module]:
     """Embedding and output head, each a group of its own, so that the head's gradient is reduced while blocks go backward, and
     the embedding's is all that is left in the end. Not where they are one weight, nor where nothing of them is trained.
     """
-    inside = fused_cross_entropy.causal(model)
+    inside = unwrap.causal(model)
     found = [inside.get_input_embeddings(), inside.get_output_embeddings()]
     weights = [parameter for module in found if module is not None for parameter in module.parameters()]
     apart = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)

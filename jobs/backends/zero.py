@@ -18,7 +18,7 @@ from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
 from jobs.backends.host_staging import Stager, collect
 from jobs.distributed.process_group import World
-from jobs.model import materialize, prepare
+from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, compute_dtype, skeleton
 from jobs.tensor_io.slices import Part
 from jobs.training import optimizer as optim
@@ -36,7 +36,7 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     import deepspeed
 
     prepare.install(model, config, world)
-    if prepare.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
+    if compile.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
     if materialize.is_empty(model):
@@ -94,7 +94,7 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
     import deepspeed
 
     dtype, context = compute_dtype(config), deepspeed.zero.Init(config_dict_or_path=derived.plan(config, world.size))
-    if context.mem_efficient_linear and not prepare.as_one(config, world):
+    if context.mem_efficient_linear and not compile.as_one(config, world):
         # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
         # for each block anew: it looks at a weight's number (torch 2.11).
         context._enable_mem_efficient_linear()

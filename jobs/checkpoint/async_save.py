@@ -16,7 +16,7 @@ from conf.schema import Config
 from jobs.backends import Engine, host_staging
 from jobs.checkpoint import checkpointing
 from jobs.checkpoint.checkpointing import Part
-from jobs.checkpoint.retention import folder
+from jobs.checkpoint.paths import folder
 from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
 

@@ -15,8 +15,8 @@ from conf.choices import Backend
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
 from conf.schema import Config
-from jobs.checkpoint import manifest, retention, write_errors
-from jobs.checkpoint.retention import folder
+from jobs.checkpoint import manifest, paths, retention, write_errors
+from jobs.checkpoint.paths import folder
 from jobs.distributed.collectives import OtherRankError, first, together
 from jobs.distributed.process_group import World
 
@@ -131,7 +131,7 @@ def _publish(target: Path, files: manifest.Files, about: dict[str, Any]) -> None
 
 def latest(config: Config) -> Found | None:
     """The newest whole checkpoint, by the names and sizes of its files; None in a run that has none. Says what it skips."""
-    for path in retention.published(config):
+    for path in paths.published(config):
         if not _say(path, manifest.torn(path)):
             return path, read_json(path / "checkpoint.json")
     return None
@@ -142,10 +142,10 @@ def to_merge(config: Config) -> Found | None:
 
     Raises RunError naming those that there are where it is not one of them, and its files where it is not whole.
     """
-    asked, every = config.consolidate.step, retention.published(config)
+    asked, every = config.consolidate.step, paths.published(config)
     if asked is not None:
-        steps = [retention.step_of(path) for path in every]
-        every = [path for path in every if retention.step_of(path) == asked]
+        steps = [paths.step_of(path) for path in every]
+        every = [path for path in every if paths.step_of(path) == asked]
         if steps and not every:
             said = f"is no checkpoint of this run: take one of {', '.join(map(str, sorted(steps)))}"
             raise RunError(Problem("consolidate.step", asked, said))
@@ -164,7 +164,7 @@ def find(config: Config, world: World) -> Found | None:
     """
     together(lambda: world.is_main and retention.sweep(config))
     damaged: list[Path] = []
-    for path in first(lambda: retention.published(config)):
+    for path in first(lambda: paths.published(config)):
         said = first(lambda path=path: manifest.torn(path))
         if not said:
             parts = together(lambda path=path: manifest.differing(path, world.rank, world.size))

@@ -1,7 +1,6 @@
 """Which checkpoints of a run stay: the newest whole ones, the milestones, and what must go before another one fits."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -9,21 +8,7 @@ from conf.errors import Problem, RunError
 from conf.files import sync, write_text
 from conf.schema import Config
 from jobs.checkpoint import manifest
-
-
-def folder(config: Config) -> Path:
-    return Path(config.run_dir) / "checkpoints"
-
-
-def published(config: Config) -> list[Path]:
-    """Every checkpoint by its name, whole or not, newest first."""
-    found = [path for path in folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """Of `step-00000100`, and of a hidden `.step-00000100.damaged`."""
-    return int(path.name.removeprefix(".").removeprefix("step-").split(".")[0])
+from jobs.checkpoint.paths import folder, published, step_of
 
 
 def sweep(config: Config) -> None:

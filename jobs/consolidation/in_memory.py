@@ -18,6 +18,7 @@ from jobs.consolidation.merge import tensor
 from jobs.model import build
 from jobs.tensor_io.open_checkpoint import Source
 from jobs.tensor_io.reader import Files, Reader
+from jobs.tokenization.tokenizer import load_tokenizer
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     retire(target)
     with new_folder(target) as beside:
         done.save_pretrained(beside, max_shard_size=int(config.consolidate.shard_gib * 2**30))
-        build.tokenizer(config).save_pretrained(beside)
+        load_tokenizer(config).save_pretrained(beside)
         compare(beside)
         write_json(beside / "muster.json", made | {"verified": True})
     print(f"model     {target}", flush=True)

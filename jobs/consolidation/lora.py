@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from math import sqrt
 
-import numpy as np
 import torch
 
 from conf.choices import Frozen
-from jobs.consolidation.plan import Task
 from jobs.model import quantized_linear
-from jobs.tensor_io.dtypes import FP32, memory, tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +53,6 @@ class Nf4:
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     """alpha / r; rank-stabilised LoRA divides by its root."""
     return alpha / (sqrt(rank) if rslora else rank)
-
-
-def applied(task: Task, block: np.ndarray, start: int, rounded: Nf4 | None, room: np.ndarray) -> np.ndarray:
-    """Bytes of a source's elements from `start` on, as training had them and with what was learnt added to them: of `task.has`.
-
-    `room` has four bytes an element.
-    """
-    found = tensor(block, task.stored.dtype)
-    if rounded is not None:
-        found = rounded.round(found, start)
-    if task.update is None:
-        return memory(found)
-    wide, width = tensor(room, FP32), task.update.a.shape[1]
-    wide.copy_(found)
-    add(wide.view(-1, width), task.update, start // width)
-    return room
 
 
 def add(block: torch.Tensor, update: Update, row: int) -> None:

@@ -63,9 +63,10 @@ def write_model(folder: Path, made: Any, merged: Merge) -> None:
 
 
 def write_tokenizer(folder: Path, config: Config) -> None:
-    from jobs.model import build
 
-    build.tokenizer(config).save_pretrained(folder)
+    from jobs.tokenization.tokenizer import load_tokenizer
+
+    load_tokenizer(config).save_pretrained(folder)
 
 
 BESIDE = (

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from jobs.consolidation.plan import Placed, Plan, Task
-from jobs.tensor_io.dtypes import FP32, Cast, Dtype, caster, tensor
+from jobs.tensor_io.dtypes import FP32, Cast, Dtype, caster, memory, tensor
 from jobs.tensor_io.layout import blocks
 from jobs.tensor_io.reader import CHUNK, Check, Files, Reader, write
 
@@ -106,7 +106,7 @@ class Worker:
         """The bytes of the block as they are written."""
         count = block.size // task.stored.dtype.itemsize
         if task.update is not None or rounded is not None:
-            from jobs.consolidation.lora import applied
+            pass
 
             block = applied(task, block, start, rounded, self._space(1, count, FP32))
         return self.cast(block, task.has, dtype, self._space(2, count, dtype))
@@ -205,3 +205,21 @@ def carry_out(
     finally:
         stop.set()
         files.close()
+
+
+def applied(task: Task, block: np.ndarray, start: int, rounded: "Nf4 | None", room: np.ndarray) -> np.ndarray:
+    """Bytes of a source's elements from `start` on, as training had them and with what was learnt added to them: of `task.has`.
+
+    `room` has four bytes an element.
+    """
+    found = tensor(block, task.stored.dtype)
+    if rounded is not None:
+        found = rounded.round(found, start)
+    if task.update is None:
+        return memory(found)
+    wide, width = tensor(room, FP32), task.update.a.shape[1]
+    wide.copy_(found)
+    from jobs.consolidation.lora import add  # imports torch
+
+    add(wide.view(-1, width), task.update, start // width)
+    return room

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
-from jobs import evaluate
 from jobs.data import batches
 from jobs.distributed.process_group import World
+from jobs.evaluation import load_model
 from jobs.model.build import compute_dtype
 from jobs.training import loss
 
@@ -63,7 +63,7 @@ def compare(config: Config, checkpoint: Path, folder: Path) -> None:
     kept = load_file(checkpoint / NAME)
     trained = compute_dtype(config)
     written = str((read_json(folder / "config.json") or {}).get("dtype", "float32"))
-    whole: Any = evaluate.opened(folder, config, trained)
+    whole: Any = load_model.opened(folder, config, trained)
     limit = max(TOLERANCE[trained], TOLERANCE.get(getattr(torch, written), 0.0))
     found = whole(input_ids=kept["ids"][None].to(whole.device), use_cache=False).logits
     off = difference(found[0, kept["places"]].float().cpu(), kept["logits"])

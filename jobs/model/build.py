@@ -9,38 +9,19 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from conf.choices import AdapterKind, Frozen, Init, Precision
-from conf.errors import ConfigError, DataError, Problem
+from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
-from jobs.tokenization.chat_template import template_text
+from jobs.model.lora import adapted
+from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Raises DataError when there is no tokenizer in `model.tokenizer` or `model.source`, or it cannot pad."""
-    source = config.model.tokenizer or config.model.source
-    try:
-        found = AutoTokenizer.from_pretrained(
-            source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {_first_line(error)}")) from error
-    embedding_resize.extend(found, config.data)
-    if config.data.chat_template:
-        try:
-            found.chat_template = template_text(config.data.chat_template, found)
-        except ValueError as error:
-            raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
-    return found
 
 
 def build(config: Config) -> Any:
@@ -72,38 +53,6 @@ def skeleton(config: Config, adapters: bool = True) -> Any:
             on_gpu = config.cluster.train.gpus_per_node != 0
             quantized_linear.replace(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
         return adapted(config, model)
-
-
-def adapted(config: Config, model: PreTrainedModel) -> Any:
-    """The model with a PEFT LoRA: fp32 adapters on a frozen base.
-
-    Raises ConfigError for targets that are not there, or that DoRA has no norms for.
-    """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import Linear, LoraLayer
-
-    adapter = config.adapter
-    targets = "all-linear" if adapter.targets == ["all-linear"] else list(adapter.targets)
-    plan = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-    )
-    try:
-        wrapped = get_peft_model(model, plan)
-    except ValueError as error:
-        raise ConfigError(Problem("adapter.targets", adapter.targets, _first_line(error))) from error
-    layers = {name: layer for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)}
-    other = [name for name, layer in layers.items() if not isinstance(layer, Linear) or layer.fan_in_fan_out]
-    if adapter.dora and other:
-        raise ConfigError(
-            Problem("adapter.dora", True, f"is for linear layers, and {other[0]} is none: set it to false")
-        )
-    return wrapped
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -145,7 +94,7 @@ def _weightless() -> Iterator[None]:
 
 def _described(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     shape = _shape(config) if config.model.init is Init.random else _stored_shape(config)
-    before = embedding_resize.grow(shape, tokenizer(config), config)
+    before = embedding_resize.grow(shape, load_tokenizer(config), config)
     try:
         model = AutoModelForCausalLM.from_config(
             shape,
@@ -158,7 +107,7 @@ def _described(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     if config.model.init is Init.pretrained:
         model.rows_before = before
         with suppress(OSError):  # most models have no generation_config.json
-            model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=_revision(config))
+            model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model
 
 
@@ -166,7 +115,7 @@ def _shape(config: Config) -> PreTrainedConfig:
     shape = config.model.architecture
     assert shape is not None  # launcher.check.rules
     fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
-    special = tokenizer(config)
+    special = load_tokenizer(config)
     ids = {name: getattr(special, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
 
@@ -174,19 +123,11 @@ def _shape(config: Config) -> PreTrainedConfig:
 def _stored_shape(config: Config) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(
-            config.model.source, revision=_revision(config), trust_remote_code=config.model.trust_remote_code
+            config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
 
 
 def _unloadable(config: Config, error: Exception) -> ConfigError:
-    return ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {_first_line(error)}"))
-
-
-def _revision(config: Config) -> str:
-    return config.model.revision or "main"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {first_line(error)}"))

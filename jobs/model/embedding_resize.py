@@ -6,28 +6,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.choices import AdapterKind
-from conf.errors import ConfigError, DataError, Problem
-from conf.schema import Config, Data
+from conf.errors import ConfigError, Problem
+from conf.schema import Config
 from jobs.tensor_io.slices import Part, Stored
-
-
-def extend(words: PreTrainedTokenizerBase, data: Data) -> None:
-    """Add `data.special_tokens`, and set the end-of-text and padding tokens. Raises DataError for one that is no token."""
-    if data.special_tokens:
-        words.add_special_tokens(
-            {"additional_special_tokens": list(data.special_tokens)}, replace_extra_special_tokens=False
-        )
-    known, problems = words.get_vocab(), []
-    for name in ("eos_token", "pad_token"):
-        token = getattr(data, name)
-        if token is not None and token not in known:
-            problems.append(Problem(f"data.{name}", token, "is no token: add it to data.special_tokens too"))
-        elif token is not None:
-            setattr(words, name, token)
-    if problems:
-        raise DataError(*problems)
-    if words.pad_token_id is None:
-        words.pad_token = words.eos_token
 
 
 def grow(shape: PreTrainedConfig, words: PreTrainedTokenizerBase, config: Config) -> int | None:

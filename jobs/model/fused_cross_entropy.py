@@ -4,8 +4,7 @@ The head runs inside the model's own forward, where FSDP and ZeRO-3 have its wei
 ranks whatever they train: with ZeRO-3 every call is a collective.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from jobs.model.unwrap import answering, causal
 
 CHUNK = 2**28
 """Logits that exist at once: 1 GiB in fp32. Fewer would add up the head's gradient, of all its elements, more often."""
@@ -56,12 +57,6 @@ def is_fused(inside: nn.Module) -> bool:
     return getattr(inside, "muster_fused_head", False)
 
 
-def causal(model: Any) -> Any:
-    """The causal language model inside DeepSpeed's engine and PEFT's wrapper."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _is_all(inside: Any, head: nn.Module) -> bool:
     """Whether logits are the head of the last hidden state and nothing else: tried on the model's own code, without weights."""
     hidden, logits, seen = torch.randn(1, 2, 4), torch.randn(1, 2, 8), []
@@ -77,19 +72,6 @@ def _is_all(inside: Any, head: nn.Module) -> bool:
     except Exception:  # of whatever code a model brings; the plain way then raises what must be raised
         return False
     return len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(found, logits)
-
-
-@contextmanager
-def answering(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """These modules answer so meanwhile: a model's own code is tried without weights."""
-    before = {module: module.forward for module in stubs}
-    try:
-        for module, stub in stubs.items():
-            module.forward = stub  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in before.items():
-            module.forward = forward  # type: ignore[method-assign]
 
 
 def _take_targets(head: nn.Linear, compiled: bool) -> None:

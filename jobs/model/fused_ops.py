@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.model.fused_cross_entropy import answering
+from jobs.model.unwrap import answering
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

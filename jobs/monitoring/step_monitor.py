@@ -16,7 +16,7 @@ from conf.schema import Config
 from jobs.data.batches import Rows
 from jobs.distributed.collectives import together
 from jobs.distributed.process_group import World
-from jobs.model import fused_cross_entropy
+from jobs.model import unwrap
 from jobs.monitoring import stragglers
 from jobs.monitoring.flops import Work, peak
 from jobs.monitoring.step_timer import NAMES, Phases
@@ -82,7 +82,7 @@ class Watch:
 
 def work(model: nn.Module, config: Config) -> Work:
     """What a model, whole and with its adapters, costs to train; it may be without weights."""
-    inside, frozen = fused_cross_entropy.causal(model), config.adapter.kind is not AdapterKind.none
+    inside, frozen = unwrap.causal(model), config.adapter.kind is not AdapterKind.none
     of = inside.config.get_text_config()
     chosen = getattr(of, "num_experts_per_tok", None) or 1
     embedding, last = inside.get_input_embeddings().weight, inside.get_output_embeddings()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jobs.tokenization import reference
+from jobs.tokenization import loss_mask, reference
 from jobs.tokenization.byte_bpe import ByteLevel
 from jobs.tokenization.chat_template import ends, template_text
 from jobs.tokenization.conversation import Sample
@@ -51,13 +51,13 @@ class Encoder:
         mask: str = "assistant",
         fast: bool = True,
     ) -> None:
-        reference.check_mask(mask)
+        loss_mask.check_mask(mask)
         self._slow = partial(reference.encode, tokenizer=tokenizer, template=template, mask=mask)
         self._tokenizer, self._template, self._mask = tokenizer, template, mask
         self._ends = ends(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._end = np.array([self._eos or 0], dtype=np.int32)
-        self._renderers: dict[bool, reference.Renderer] = {}
+        self._renderers: dict[bool, loss_mask.Renderer] = {}
         self._tokens: Tokens | None = None
         self.ways = "tokens and chats by transformers"
         if not fast:
@@ -92,12 +92,12 @@ class Encoder:
         """What is to be tokenised; None where the slow way must say what is wrong with the sample, or that nothing is."""
         with suppress(Exception):
             if sample.turns and not sample.parts:
-                text, spans, cut = reference.learnt(
+                text, spans, cut = loss_mask.learnt(
                     sample, self._renderer(sample.tools is not None), self._mask, self._ends
                 )
                 return Text(text, spans, cut, False)
             if sample.parts and self._eos is not None:
-                text, spans = reference.joined(sample.parts, self._mask)
+                text, spans = loss_mask.joined(sample.parts, self._mask)
                 return Text(text, spans, [], not (self._bos and text.startswith(self._bos)))
         return None
 
@@ -111,7 +111,7 @@ class Encoder:
             trained[-1] = sample.parts[-1][1] or self._mask == "all"
         return ids, trained
 
-    def _renderer(self, tools: bool) -> reference.Renderer:
+    def _renderer(self, tools: bool) -> loss_mask.Renderer:
         """The chat template at work; a tokenizer may have another one for samples with tools."""
         if tools not in self._renderers:
             source = template_text(self._template, self._tokenizer, [] if tools else None)

@@ -14,8 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from jobs.tokenization.conversation import Sample, Turn
+from jobs.tokenization.loss_mask import MARK
 from jobs.tokenization.offsets import Span, Unfit
-from jobs.tokenization.reference import MARK
 
 START, END = "\x02", "\x03"
 """Written round what a `generation` block writes, and taken out again; a sample that holds one is `Unfit`."""

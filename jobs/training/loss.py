@@ -10,7 +10,7 @@ from torch import nn
 
 from jobs.data import batches
 from jobs.distributed.process_group import World
-from jobs.model import fused_cross_entropy
+from jobs.model import fused_cross_entropy, unwrap
 
 
 def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     A model with a fused head (`jobs.model.fused_cross_entropy.fuse`) returns it itself, for only inside its forward
     are sharded weights whole.
     """
-    inside = fused_cross_entropy.causal(model)
+    inside = unwrap.causal(model)
     inputs = _inputs(batch, inside.config._attn_implementation)
     lacking = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]  # none where the row goes on elsewhere
     following = F.pad(batch["labels"][:, 1:], (0, lacking), value=batches.IGNORED).flatten()
@@ -34,7 +34,7 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """(rows, length, vocabulary), or of this rank's stretch of the rows."""
-    found: torch.Tensor = model(**_inputs(batch, fused_cross_entropy.causal(model).config._attn_implementation)).logits
+    found: torch.Tensor = model(**_inputs(batch, unwrap.causal(model).config._attn_implementation)).logits
     return found
 
 

@@ -1,6 +1,5 @@
 """The optimizer, and the learning rate as a function of the step."""
 
-import math
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from conf.choices import Backend, Optimizer
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.model.fused_cross_entropy import causal
+from jobs.model.unwrap import causal
 from jobs.training.adafactor import Adafactor
 
 MOMENTUM = 0.95
@@ -107,12 +106,3 @@ BITSANDBYTES = {
 def _ndim(parameter: nn.Parameter) -> int:
     """Of the whole weight: one that ZeRO-3 has partitioned calls itself an empty vector, and would not decay."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Of the step that leads from `step` to `step` + 1: linear warmup to the peak, then a cosine to `min_lr_ratio` of it."""
-    peak, warmup = config.train.learning_rate, min(config.train.warmup_steps, steps - 1)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (config.train.min_lr_ratio + (1 - config.train.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)

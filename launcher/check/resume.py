@@ -8,7 +8,7 @@ from conf import resolve
 from conf.errors import Problem, RunError
 from conf.schema import Config
 from launcher.run_folder.attempts import last_verdict
-from launcher.supervise.error_classes import COMPLETED
+from launcher.run_folder.status import COMPLETED
 
 CHANGEABLE = (
     "cluster",

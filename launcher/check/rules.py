@@ -11,12 +11,13 @@ from conf.choices import AdapterKind, Attention, Backend, Container, Executor, F
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
 from conf.datasets import training
 from conf.errors import Problem
+from conf.jobs import JOB_KINDS
 from conf.schema import Config, DataSet
 from launcher.check import combinations
 from launcher.check.observe import Facts, FirstRow
-from launcher.environment import is_secret
 from launcher.estimate import auto_settings, memory, suggest, table
-from launcher.plan import AFTER, resources
+from launcher.plan import resources
+from launcher.secret_names import is_secret
 
 COLUMNS = {
     Format.alpaca: [{asked, answered} for asked in (*INSTRUCTION, *INPUT) for answered in OUTPUT],
@@ -66,8 +67,8 @@ def _names(config: Config, _: Facts) -> Iterator[Problem]:
             "run_dir", repr(config.run_dir), "may not have control characters, nor %, which Slurm would expand"
         )
     for job in config.jobs:
-        if job not in AFTER:
-            yield Problem("jobs", job, f"no such job; there are {', '.join(AFTER)}")
+        if job not in JOB_KINDS:
+            yield Problem("jobs", job, f"no such job; there are {', '.join(JOB_KINDS)}")
     if not config.jobs:
         yield Problem("jobs", "[]", "name at least one job, or take a pipeline, such as pipeline=finetune")
 
@@ -171,7 +172,7 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
                 f"must equal cluster.train.gpus_per_node={part.gpus_per_node}: one rank drives one GPU",
             )
     for name in config.jobs:
-        if name in ("evaluate", "generate"):
+        if name in JOB_KINDS and JOB_KINDS[name].section == "inference":
             part = resources(config, name)
             if part.nodes * part.ranks_per_node > 1:
                 yield Problem(

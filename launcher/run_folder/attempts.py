@@ -3,13 +3,12 @@
 from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
-
-SAVES = ("train",)
-"""Jobs that leave checkpoints, and so get further when they are started again."""
+from conf.jobs import JOB_KINDS
 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
@@ -38,7 +37,7 @@ def newest(folder: Path) -> int | None:
 
 def last_saved(folder: Path) -> int | None:
     """Step of the newest checkpoint; None where there is none, and for jobs that write none."""
-    if folder.name not in SAVES:
+    if not JOB_KINDS[folder.name].resumable:
         return None
     names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
     return max((int(name) for name in names if name.isdigit()), default=None)
@@ -56,5 +55,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_step(folder: Path) -> int | None:
-    lines = metrics(folder.parent.parent) if folder.name == "train" else []
+    lines = metrics(folder.parent.parent) if JOB_KINDS[folder.name].resumable else []
     return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
+
+
+def gathered(attempt: Path) -> dict[int, dict[str, Any]]:
+    """What the watchdogs of all nodes have written of their ranks, by rank."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in attempt.glob("node-*.json"):
+        with suppress(OSError, ValueError):
+            found |= {int(rank): item for rank, item in (read_json(path) or {"ranks": {}})["ranks"].items()}
+    return found

@@ -8,12 +8,11 @@ from typing import Any
 
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_text
+from conf.jobs import JOB_KINDS
 from launcher import slurm
-from launcher.plan import AFTER
+from launcher.run_folder import attempts, record
 from launcher.run_folder import attempts as history
-from launcher.run_folder import record
-from launcher.supervise import watchdog
-from launcher.supervise.error_classes import COMPLETED
+from launcher.run_folder.status import COMPLETED
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
     newest = record.newest_jobs(run)
     on_slurm = slurm.states((job_id for job_id, cluster in newest.values() if cluster == "slurm"), strict)
     found = []
-    for name in (name for name in AFTER if name in newest):
+    for name in (name for name in JOB_KINDS if name in newest):
         job_id, cluster = newest[name]
         own = _own(run / "jobs" / name, job_id if cluster == "slurm" else None)
         state = (
@@ -72,7 +71,7 @@ def _own(folder: Path, job_id: str | None) -> tuple[dict[str, Any] | None, int |
 
 def _beat(folder: Path, number: int | None) -> dict[str, Any] | None:
     """The heartbeat of the rank that has got least far in an attempt, as far as its node has published it."""
-    ranks = watchdog.gathered(folder / f"attempt-{number}").values()
+    ranks = attempts.gathered(folder / f"attempt-{number}").values()
     return min((item for item in ranks if item["phase"] != "ended"), key=lambda item: item["count"], default=None)
 
 

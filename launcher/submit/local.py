@@ -15,10 +15,10 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from launcher import environment
 from launcher.plan import Job
+from launcher.run_folder.status import COMPLETED
 from launcher.status import tables
 from launcher.submit import render
 from launcher.supervise import attempt, worker
-from launcher.supervise.error_classes import COMPLETED
 
 GRACE_S = 15
 """How long the other ranks of a failed job may go on; nothing else ends ranks that wait for a dead one."""

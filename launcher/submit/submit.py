@@ -13,7 +13,7 @@ from conf.errors import Problem, RunError, SiteError
 from conf.files import write_json, write_text
 from conf.schema import Config
 from launcher import slurm
-from launcher.check.observe import CLONE
+from launcher.paths import CLONE
 from launcher.plan import Job
 from launcher.run_folder import record
 from launcher.status import state

@@ -18,8 +18,8 @@ from typing import Any
 from conf.files import write_json
 from launcher import slurm
 from launcher.run_folder import attempts
+from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import rendezvous, requeue
-from launcher.supervise.error_classes import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise.exit_diagnosis import judge
 
 

@@ -5,17 +5,7 @@ from __future__ import annotations  # Python 3.9 of a node outside its container
 import errno
 from collections.abc import Iterator
 
-COMPLETED, PREEMPTED, TIME_LIMIT, STOPPED, FAILED = "completed", "preempted", "time_limit", "stopped", "failed"
-OUT_OF_MEMORY, NCCL, HANG, BAD_NODE, USER_ERROR, NO_PROGRESS = (
-    "out_of_memory",
-    "nccl",
-    "hang",
-    "bad_node",
-    "user_error",
-    "no_progress",
-)
-PLANNED = (PREEMPTED, TIME_LIMIT, STOPPED)
-"""Ends that somebody asked for: the work was saved first."""
+from launcher.run_folder.status import BAD_NODE, FAILED, NCCL, OUT_OF_MEMORY, USER_ERROR
 
 HOST_MEMORY = "ask for more host memory (memory_gib in the job's section of cluster), or start fewer ranks a node"
 

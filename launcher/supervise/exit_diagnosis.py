@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
-from launcher.supervise.error_classes import (
-    BAD_NODE,
-    COMPLETED,
-    FAILED,
-    HOST_MEMORY,
-    NCCL,
-    OUT_OF_MEMORY,
-    PLANNED,
-    PREEMPTED,
-)
+from launcher.run_folder.status import BAD_NODE, COMPLETED, FAILED, NCCL, OUT_OF_MEMORY, PLANNED, PREEMPTED
+from launcher.supervise.error_classes import HOST_MEMORY
 
 VICTIM = (
     "connection closed",

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launcher.supervise.error_classes import HANG
+from launcher.run_folder.status import HANG
 
 Frame = tuple[str, int, str]
 """File, line and function."""

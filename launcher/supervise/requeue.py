@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import write_json
+from conf.jobs import JOB_KINDS
 from launcher import slurm
 from launcher.run_folder import attempts as history
-from launcher.supervise.error_classes import (
+from launcher.run_folder.status import (
     BAD_NODE,
     COMPLETED,
     FAILED,
@@ -51,7 +52,7 @@ def settle(folder: Path, verdict: dict[str, Any], max_restarts: int | None, rest
     _as_slurm_has_it(verdict, found)
     before = [item for item in history.verdicts(folder) if item["attempt"] < verdict["attempt"]]
     same = [item for item in before if str(item.get("job_id")) == job_id]
-    decision = decide([*same, verdict], max_restarts, folder.name in history.SAVES)
+    decision = decide([*same, verdict], max_restarts, JOB_KINDS[folder.name].resumable)
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
     if found == "requeued":
         verdict |= {"requeued": True, "next": BY_SLURM}

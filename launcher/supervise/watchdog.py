@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.files import read_json, write_json
+from launcher.run_folder.attempts import gathered
 from launcher.supervise import hang_diagnosis, process_inspection
 
 if TYPE_CHECKING:  # the process itself needs neither omegaconf nor the time to import it
@@ -131,15 +132,6 @@ class Watchdog:
         except OSError:
             return False
         return True
-
-
-def gathered(attempt: Path) -> dict[int, dict[str, Any]]:
-    """What the watchdogs of all nodes have written of their ranks, by rank."""
-    found: dict[int, dict[str, Any]] = {}
-    for path in attempt.glob("node-*.json"):
-        with suppress(OSError, ValueError):
-            found |= {int(rank): item for rank, item in (read_json(path) or {"ranks": {}})["ranks"].items()}
-    return found
 
 
 def _beat(path: Path) -> dict[str, Any] | None:

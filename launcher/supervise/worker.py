@@ -14,12 +14,12 @@ from pathlib import Path
 
 from conf import resolve
 from conf.errors import Stopped, UserError
+from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher import environment
-from launcher.plan import DISTRIBUTED
-from launcher.run_folder.attempts import SAVES
+from launcher import environment, secret_names
+from launcher.run_folder.status import COMPLETED, USER_ERROR
 from launcher.supervise import attempt, rendezvous, watchdog
-from launcher.supervise.error_classes import COMPLETED, USER_ERROR, classify
+from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
 
 SHOWN = re.compile(
@@ -45,10 +45,10 @@ def run(job: str, config_path: str) -> None:
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
     note = partial(attempt.record, folder, number, where.rank)
     started = time.time()
-    if job not in SAVES:
+    if not JOB_KINDS[job].resumable:
         stop_signals.leave_at_once(note)
     try:
-        with _watched(config, folder / f"attempt-{number}", where) if job in DISTRIBUTED else nullcontext():
+        with _watched(config, folder / f"attempt-{number}", where) if JOB_KINDS[job].distributed else nullcontext():
             run_job(job, config_path)
     except Stopped as error:
         note(error.status, str(error))
@@ -107,14 +107,14 @@ def _prepare(config: Config, job: str) -> environment.Ranks:
     caches = environment.cache_variables(config, os.getuid())
     values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
     reason = "not needed"
-    if where.world_size > 1 and job in DISTRIBUTED:
+    if where.world_size > 1 and JOB_KINDS[job].distributed:
         found = rendezvous.interface_to(os.environ["MASTER_ADDR"])
         interface, reason = environment.network_variables(config, found, os.environ)
         values |= interface
     path = Path(config.cluster.secrets_file).expanduser()
     values |= environment.secrets(config, os.environ, path.read_text(encoding="utf-8") if path.is_file() else "")
     environment.apply(values)
-    hidden = {name for name in os.environ if name in config.cluster.secrets or environment.is_secret(name)}
+    hidden = {name for name in os.environ if name in config.cluster.secrets or secret_names.is_secret(name)}
     shown = {name: value for name, value in sorted(os.environ.items()) if SHOWN.match(name) and name not in hidden}
     print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
     return where

@@ -11,16 +11,14 @@ from conf.choices import Optimizer
 from conf.schema import Config
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.model import build, fused_cross_entropy
+from jobs.model import build, unwrap
 
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
     rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
-    fused_cross_entropy.causal(network).set_attn_implementation(
-        "sdpa"
-    )  # transformers' own mask keeps packed samples apart
+    unwrap.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]

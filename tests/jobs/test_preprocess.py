@@ -10,7 +10,7 @@ from conf.errors import DataError
 from conf.files import read_json
 from jobs import preprocess
 from jobs.data import batches
-from jobs.model import build
+from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs.ranks import CLONE
 
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(100)]
@@ -219,7 +219,7 @@ def test_the_order_of_an_epoch_is_the_inputs_where_that_is_asked(run, words, com
 
 
 def test_a_named_template_goes_with_the_tokenizer(compose):
-    own, named = (build.tokenizer(compose(*words)).chat_template for words in ([], ["data.chat_template=chatml"]))
+    own, named = (load_tokenizer(compose(*words)).chat_template for words in ([], ["data.chat_template=chatml"]))
     assert own != named
     with pytest.raises(DataError, match="llama3.*no token of this tokenizer"):
-        build.tokenizer(compose("data.chat_template=llama3"))
+        load_tokenizer(compose("data.chat_template=llama3"))

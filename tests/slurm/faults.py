@@ -15,7 +15,7 @@ from random import Random
 from conf.files import read_json
 from launcher import slurm
 from launcher.run_folder import attempts
-from launcher.supervise.error_classes import TIME_LIMIT
+from launcher.run_folder.status import TIME_LIMIT
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 

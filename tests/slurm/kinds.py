@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from launcher.supervise.error_classes import USER_ERROR
+from launcher.run_folder.status import USER_ERROR
 from tests.slurm import faults
 
 LAYOUTS = ("fsdp", "zero1", "zero2", "zero3", "hsdp")

@@ -15,7 +15,6 @@ from typing import Any
 from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.status import state
-from launcher.supervise import watchdog
 
 CLONE = Path(__file__).resolve().parents[2]
 TWO_BY_TWO = [
@@ -134,8 +133,8 @@ def kill_a_rank(run: Path) -> None:
 
 def stop_rank(run: Path, rank: int) -> None:
     """SIGSTOP a rank of training's first attempt, as a debugger or a node's power guard does."""
-    until(lambda: rank in watchdog.gathered(run / "jobs/train/attempt-1"))
-    os.kill(watchdog.gathered(run / "jobs/train/attempt-1")[rank]["pid"], signal.SIGSTOP)
+    until(lambda: rank in attempts.gathered(run / "jobs/train/attempt-1"))
+    os.kill(attempts.gathered(run / "jobs/train/attempt-1")[rank]["pid"], signal.SIGSTOP)
 
 
 def fingerprints(run: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs import backends, preprocess, train
 from jobs.backends import host_staging
-from jobs.checkpoint import checkpointing, retention
+from jobs.checkpoint import checkpointing, paths
 from jobs.checkpoint.async_save import Saver
 from jobs.distributed import host_memory
 from jobs.distributed.process_group import process_group
@@ -45,7 +45,7 @@ def both(rank: int, configs: list[Config]) -> None:
             for _ in range(2):
                 update(backend, engine)
             saver.settle()
-            assert retention.published(config)[0].name == "step-00000002"
+            assert paths.published(config)[0].name == "step-00000002"
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

@@ -14,7 +14,7 @@ from conf.errors import RunError
 from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs import backends, consolidate
-from jobs.checkpoint import checkpointing, manifest, retention
+from jobs.checkpoint import checkpointing, manifest, paths, retention
 from jobs.distributed.process_group import World, process_group
 from jobs.model import build
 from tests.jobs.ranks import spawn
@@ -57,7 +57,7 @@ def resumed(config):
 
 
 def steps(config):
-    return [retention.step_of(path) for path in retention.published(config)]
+    return [paths.step_of(path) for path in paths.published(config)]
 
 
 def hidden(config):

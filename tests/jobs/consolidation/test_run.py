@@ -18,6 +18,7 @@ from jobs.consolidation import weight_names
 from jobs.distributed.process_group import process_group
 from jobs.model import build
 from jobs.tensor_io import open_checkpoint
+from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs.ranks import spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -54,7 +55,7 @@ def base(compose, tmp_path_factory):
     """A bf16 model of another kind than its checkpoint's: a folder with weights and tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     build.build(compose("train.seed=7")).to(torch.bfloat16).save_pretrained(folder)
-    build.tokenizer(compose()).save_pretrained(folder)
+    load_tokenizer(compose()).save_pretrained(folder)
     return folder
 
 

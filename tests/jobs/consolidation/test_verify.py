@@ -13,6 +13,7 @@ from conf.resolve import load
 from jobs import consolidate
 from jobs.evaluation import reference_logits
 from jobs.model import build
+from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs import curves, ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
@@ -24,7 +25,7 @@ def run(compose, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     made = build.build(compose("model=tiny"))
     made.save_pretrained(folder / "base")
-    build.tokenizer(compose("model=tiny")).save_pretrained(folder / "base")
+    load_tokenizer(compose("model=tiny")).save_pretrained(folder / "base")
     words = [*curves.SMALL, "cluster.train.ranks_per_node=2", "train.steps=4", "train.learning_rate=1e-2"]
     words += ["model=hub", f"model.source={folder}/base", "adapter=lora", "generate.max_new_tokens=40"]
     words += ["consolidate.verify=logits", "consolidate.adapter_only=true", "cluster.cpu.ranks_per_node=2"]

@@ -144,7 +144,7 @@ def test_many_workers_give_the_bytes_of_one(config, small, tmp_path):
 
 
 def key_of(config):
-    words = preprocess.tokenizer(config)
+    words = preprocess.load_tokenizer(config)
     (one,) = preprocess.datasets.training(config.data).values()
     return cache_key.key(one, config.data, words, "alpaca", preprocess.Path(config.run_dir) / "cache")
 

@@ -18,6 +18,7 @@ from jobs.consolidation.lora import Nf4
 from jobs.distributed.process_group import process_group
 from jobs.model import build, quantized_linear
 from jobs.tensor_io.slices import Part
+from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs import curves, ranks, reference
 from tests.jobs.ranks import spawn
 
@@ -48,7 +49,7 @@ def untrained(compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN/model of the same shape, from fresh weights: made in a second."""
     run, config = tmp_path_factory.mktemp("untrained"), compose("model=tiny")
     build.build(config).save_pretrained(run / "model")
-    build.tokenizer(config).save_pretrained(run / "model")
+    load_tokenizer(config).save_pretrained(run / "model")
     return run
 
 

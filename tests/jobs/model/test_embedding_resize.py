@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.errors import ConfigError, DataError
 from jobs.model import build
+from jobs.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def stored(compose, tmp_path):
 
     def saved(tied):
         config = compose(f"model.architecture.tie_word_embeddings={tied}".lower())
-        words = build.tokenizer(config)
+        words = load_tokenizer(config)
         whole = build.build(config)
         whole.save_pretrained(tmp_path / "model")
         words.save_pretrained(tmp_path / "model")
@@ -24,7 +25,7 @@ def stored(compose, tmp_path):
 
 
 def test_added_tokens_are_never_split(compose):
-    words = build.tokenizer(compose("data.special_tokens=['<tool>','</tool>']", "data.pad_token='<tool>'"))
+    words = load_tokenizer(compose("data.special_tokens=['<tool>','</tool>']", "data.pad_token='<tool>'"))
     ids = words("a<tool>b</tool>", add_special_tokens=False).input_ids
     assert {"<tool>", "</tool>"} <= set(words.convert_ids_to_tokens(ids))
     assert words.pad_token == "<tool>"
@@ -32,14 +33,14 @@ def test_added_tokens_are_never_split(compose):
 
 
 def test_the_end_of_text_can_be_another_token(compose):
-    words = build.tokenizer(compose("data.special_tokens=['<stop>']", "data.eos_token='<stop>'"))
+    words = load_tokenizer(compose("data.special_tokens=['<stop>']", "data.eos_token='<stop>'"))
     assert words.eos_token_id == words.convert_tokens_to_ids("<stop>")
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_a_token_that_is_none_is_refused(key, compose):
     with pytest.raises(DataError, match=f"data.{key}=<nothing>: is no token: add it to data.special_tokens"):
-        build.tokenizer(compose(f"data.{key}='<nothing>'"))
+        load_tokenizer(compose(f"data.{key}='<nothing>'"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conf.choices import AdapterKind, Checkpointing
 from jobs import backends
 from jobs.distributed.process_group import World, process_group
-from jobs.model import build, fused_ops, prepare
+from jobs.model import build, compile, fused_ops, prepare
 from jobs.model.build import blocks
 from jobs.training import loss
 from tests.jobs.networks import adapted, check_equal, gradients, network, rows, whole
@@ -65,7 +65,7 @@ def test_compilation_changes_no_gradient(compose, kind, wrap, pack_into):
 @pytest.mark.parametrize("kind", ["none", "selective"])
 def test_compiled_pieces_change_no_gradient(compose, kind, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(prepare, "_compiles", lambda world: True)
+    monkeypatch.setattr(compile, "_compiles", lambda world: True)
     check_same(compose, "lora", None, f"train.activation_checkpointing={kind}", "parallel=zero3", "adapter=lora")
 
 
@@ -142,11 +142,11 @@ def test_evaluation_recomputes_nothing(compose):
     ],
 )
 def test_blocks_are_compiled_where_it_pays(compose, words, device, triton, expected, monkeypatch):
-    monkeypatch.setattr(prepare, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(compile, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
-    assert prepare.is_compiled(compose(*words), world) is expected
+    assert compile.is_compiled(compose(*words), world) is expected
     in_pieces = words == ["parallel=zero3", "adapter=lora"]
-    assert prepare.has_pieces(compose(*words), world) is in_pieces
+    assert compile.has_pieces(compose(*words), world) is in_pieces
 
 
 def _sharded(rank, words, config):
@@ -196,7 +196,7 @@ def test_sharded_models_may_be_compiled(compose, layout, adapter):
 
 
 def _unbroken(rank, config):
-    prepare._compiles = lambda world: True
+    compile._compiles = lambda world: True
     torch.compile = partial(torch.compile, backend="eager")  # the compiler behind it is not asked
     torch._dynamo.reset()
     counters.clear()
@@ -205,7 +205,7 @@ def _unbroken(rank, config):
         loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
     # one code for all blocks, or a second where no gradient goes in; the loss; gated products, where these are compiled alone
-    assert counters["frames"]["ok"] == 2 + adapted + prepare.has_pieces(config, world)
+    assert counters["frames"]["ok"] == 2 + adapted + compile.has_pieces(config, world)
     assert not counters["graph_break"]
 
 
@@ -228,7 +228,7 @@ def test_no_hook_cuts_what_is_compiled(compose, layout, adapter):
 
 
 def _in_pieces(rank, words, config):
-    prepare._compiles = lambda world: True
+    compile._compiles = lambda world: True
     _sharded(rank, words, config)
 
 

@@ -97,7 +97,7 @@ def test_nothing_is_read_where_it_is_of_no_use(compose, folder, monkeypatch):
     assert asked(monkeypatch, config_of(compose, folder, *PRETRAINED)) == []
     adapted = config_of(compose, folder, *PRETRAINED, "adapter=lora")  # whose base is in no checkpoint
     assert held(asked(monkeypatch, adapted)) == WHOLE
-    monkeypatch.setattr(prefetch.host, "free_bytes", lambda: WHOLE)
+    monkeypatch.setattr(prefetch.host_memory, "free_bytes", lambda: WHOLE)
     assert asked(monkeypatch, adapted) == []
 
 

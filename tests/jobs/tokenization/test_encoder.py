@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jobs.tokenization import bpe_ranks, byte_bpe, encoder, reference, split_patterns
+from jobs.tokenization import bpe_ranks, byte_bpe, encoder, loss_mask, reference, split_patterns
 from jobs.tokenization.chat_template import NAMED
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.encoder import Direct, Encoder, same
@@ -193,7 +193,7 @@ def agree(words, samples, template=None, mask="assistant"):
     return fast
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("template", [*NAMED, None])
 @pytest.mark.parametrize("name", MAKERS)
 def test_chats_are_the_same(name, template, mask, tokenizers):
@@ -202,7 +202,7 @@ def test_chats_are_the_same(name, template, mask, tokenizers):
     assert fast.ways.endswith("chats rendered directly")
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_texts_and_finished_tokens_are_the_same(name, mask, tokenizers):
     fast = agree(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
@@ -309,7 +309,7 @@ ODD_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("template", ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
 def test_odd_templates_are_the_same(template, mask, tokenizers, monkeypatch):
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)

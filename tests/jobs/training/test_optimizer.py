@@ -8,19 +8,20 @@ from torch import nn
 
 from conf.errors import ConfigError
 from jobs.model import build as model
+from jobs.training import lr_schedule
 from jobs.training import optimizer as optim
 
 
 def test_warmup_is_linear_and_ends_at_the_peak(compose):
     config = compose("train.learning_rate=1.0", "train.warmup_steps=4")
-    assert [optim.learning_rate(step, 100, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert optim.learning_rate(4, 100, config) == 1.0
+    assert [lr_schedule.learning_rate(step, 100, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_schedule.learning_rate(4, 100, config) == 1.0
 
 
 def test_the_cosine_ends_at_the_floor(compose):
     config = compose("train.learning_rate=1.0", "train.warmup_steps=0", "train.min_lr_ratio=0.1")
-    assert optim.learning_rate(50, 100, config) == pytest.approx(0.55)
-    assert optim.learning_rate(100, 100, config) == pytest.approx(0.1)
+    assert lr_schedule.learning_rate(50, 100, config) == pytest.approx(0.55)
+    assert lr_schedule.learning_rate(100, 100, config) == pytest.approx(0.1)
 
 
 def test_only_matrices_decay(compose):

@@ -8,7 +8,7 @@ import pytest
 
 from conf import resolve
 from conf.choices import Precision
-from launcher.check import observe
+from launcher.check import localize, observe
 from tests.conftest import ROOT, Compose, Programs, put
 
 ROW = {"instruction": "a", "output": "b"}
@@ -42,7 +42,7 @@ def test_paths_are_absolute_where_there_is_something(compose: Compose, here: Pat
         folder.mkdir(exist_ok=True)
         (folder / "rows.jsonl").touch()
     config = put(compose(), {"data.path": given.format(**names)})
-    observe.localise(config, gpus=0)
+    localize.localise(config, gpus=0)
     assert config.data.path == found.format(**names)
 
 
@@ -50,7 +50,7 @@ def test_what_is_here_comes_before_what_is_in_the_clone(compose: Compose, here: 
     (here / "examples").mkdir()
     (here / "examples/sample.jsonl").touch()
     config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
-    observe.localise(config, gpus=0)
+    localize.localise(config, gpus=0)
     assert config.data.path == f"{here}/examples/sample.jsonl"
     assert config.run_dir == f"{here}/runs/a"
 
