@@ -36,3 +36,6 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
     }
 )
 """Every kind by its name, in the order in which jobs are submitted."""
+
+RESUMABLE = frozenset(name for name, kind in JOB_KINDS.items() if kind.resumable)
+"""Names of the kinds that save checkpoints."""

@@ -6,12 +6,15 @@ import sys
 from conf.errors import UserError
 from conf.jobs import JOB_KINDS
 from jobs import run
+from jobs.distributed import logs
+from jobs.distributed.rank import place
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("job", choices=list(JOB_KINDS))
     parser.add_argument("config", help="RUN/config.yaml")
     options = parser.parse_args()
+    logs.set_up(place()[0] if place()[1] > 1 else None)
     try:
         run(options.job, options.config)
     except UserError as error:

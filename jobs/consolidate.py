@@ -4,6 +4,7 @@ python -m jobs consolidate RUN/config.yaml                          of a run
 python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     of anybody's FSDP or DeepSpeed checkpoint
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from jobs.consolidation.rank_meeting import Meeting
 from jobs.consolidation.weight_names import NotViews
 from jobs.tensor_io import dtypes, open_checkpoint, safetensors
 from jobs.tensor_io.open_checkpoint import Source
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
@@ -41,16 +44,16 @@ def run(config: Config) -> None:
     target = Path(config.run_dir) / "model"
     made = _identity(config, path, about)
     if (read_json(target / "muster.json") or {}) | made | {"verified": True} == read_json(target / "muster.json"):
-        print(f"model is there already: {target}")
+        log.info(f"model is there already: {target}")
         return
-    print(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks", flush=True)
+    log.info(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks")
     prints, threads = _prints(path), workers(config.cluster.cpu.cpus_per_rank)
     source = open_checkpoint.source(path)
     empty = model_card.of_run(config)
     try:
         merged = _merge(config, source, empty, made["dtype"])
     except NotViews as error:
-        print(f"{type(empty).__name__} cannot be streamed ({error}): it is merged in memory", flush=True)
+        log.info(f"{type(empty).__name__} cannot be streamed ({error}): it is merged in memory")
         if not Meeting(target).alone:
             said = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
             raise RunError(Problem("model.source", config.model.source, said)) from error
@@ -80,7 +83,7 @@ def run(config: Config) -> None:
 
     # with fingerprints each weight is compared with what training had, and needs no other check
     make(todo, target, threads, path, rest, made, None if prints else manifest.Pieces(path).check)
-    print(f"model     {target}", flush=True)
+    log.info(f"model     {target}")
 
 
 def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Held-out loss of the consolidated model, as a user would load it: whole, or as a base with its adapter apart."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from jobs.distributed.process_group import World
 from jobs.evaluation.load_model import load, told
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.training import loss
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
@@ -27,7 +30,4 @@ def run(config: Config) -> None:
         "model": told(config),
     }
     write_json(Path(config.run_dir) / "evaluate.json", found)
-    print(
-        f"held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f} over {found['tokens']} tokens",
-        flush=True,
-    )
+    log.info(f"held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f} over {found['tokens']} tokens")

@@ -1,6 +1,7 @@
 """Answers of the consolidated model to a few prompts, as JSON and as a page: what one wants to read first after a fine-tune."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from jobs.evaluation.load_model import load, told
 from jobs.report.pages import filled
 from jobs.tokenization.tokenizer import load_tokenizer
 
+log = logging.getLogger(__name__)
+
 
 def run(config: Config) -> None:
     """Write RUN/generations.json, the answers with what is wrong with each and how many have it, and RUN/generations.html.
@@ -25,14 +28,14 @@ def run(config: Config) -> None:
     known, found = answer_checks.special(words), list[dict[str, Any]]()
     for prompt in asked:
         found.append({"prompt": prompt, **answer(prompt, whole, words, config, known)})
-        print(f"> {prompt}\n{found[-1]['answer']}\n", flush=True)
+        log.info(f"> {prompt}\n{found[-1]['answer']}\n")
     counts = {name: sum(name in one["faults"] for one in found) for name in answer_checks.FAULTS}
     about = {"model": told(config), "prompts": len(found), "faults": counts}
     write_json(Path(config.run_dir) / "generations.json", about | {"answers": found})
     page = Path(config.run_dir) / "generations.html"
     write_text(page, html(config.name, about, found))
     wrong = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
-    print(
+    log.info(
         f"{'warning' if wrong else 'answers':<9} of {len(found)} answers {', '.join(wrong) or 'none is broken'}: {page}"
     )
 

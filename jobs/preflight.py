@@ -1,5 +1,6 @@
 """Looks at every rank of an allocation before hours are spent on it: device, memory, disk, arithmetic and all-reduce."""
 
+import logging
 import shutil
 import socket
 import time
@@ -15,6 +16,8 @@ from conf.files import write_json
 from conf.schema import Config
 from jobs.distributed.process_group import World, process_group
 
+log = logging.getLogger(__name__)
+
 FREE_GIB = 1
 """Disk that is too full to hold even a log and a small checkpoint."""
 PAYLOAD_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -28,7 +31,7 @@ def run(config: Config) -> None:
         if world.is_main:
             write_json(Path(config.run_dir) / "preflight.json", found)
             for line in table(found):
-                print(line, flush=True)
+                log.info(line)
         if problems := list(judge(found)):
             raise SiteError(*problems)
 

@@ -1,6 +1,7 @@
 """Turns raw rows into what training reads: tokenised sets, built once for all runs, and this run's choice of their samples."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from jobs.data.tokenize import Recipe
 from jobs.report import data_preview
 from jobs.tokenization import encoder
 from jobs.tokenization.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 TRIED = 300
 """Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
@@ -55,7 +58,7 @@ def run(config: Config) -> None:
     """Write RUN/data, unless it is there already. Raises DataError naming the bad rows by file and line."""
     folder = Path(config.run_dir) / "data"
     if read_json(folder / "data.json"):
-        print(f"data is there already: {folder}")
+        log.info(f"data is there already: {folder}")
         return
     words = load_tokenizer(config)
     gc.freeze()  # what is imported and read by now stays: looking for garbage in it took an eighth of the whole time
@@ -85,7 +88,7 @@ def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[q
     verdicts = quality_gates.judged(findings, rows, limits)
     for verdict in verdicts:
         if not verdict.stops:
-            print(f"warning   {verdict}", flush=True)
+            log.warning(f"{verdict}")
     if stops := [verdict.problem for verdict in verdicts if verdict.stops]:
         raise DataError(*stops)
     for split in about["splits"]:
@@ -124,7 +127,7 @@ def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenize
     key = cache_key.key(one, asked, words, shape, cache)
     folder = store.built(cache, key)
     if folder:
-        print(f"tokens    {name}: there already, {folder}", flush=True)
+        log.info(f"tokens    {name}: there already, {folder}")
     else:
         recipe = Recipe(words, shape, one.fields, one.roles, asked.mask, asked.max_length, asked.overlong)
         recipe = _tried(recipe, first)
@@ -147,7 +150,7 @@ def choose(trained: Sets, apart: Sets, config: Config, findings: Findings) -> di
     kept, doubles = selection.without_duplicates(train, sets.hashes)
     if config.data.drop_duplicates:
         train = kept
-        print(f"dropped   {len(doubles):,} samples that are equal to one before", flush=True)
+        log.info(f"dropped   {len(doubles):,} samples that are equal to one before")
     else:
         places = [_place(trained.values(), number) for number in doubles[: quality_gates.FIRST].tolist()]
         findings.note("duplicates", places, len(doubles), of=len(train))
@@ -178,7 +181,7 @@ def _shape(name: str, rows: list[tuple[str, sources.Row]], one: DataSet) -> str:
         except ValueError as error:
             errors.append(Problem("data.format", "auto", f"{error} ({where})"))
             continue
-        print(f"format    {name}: {shape}, because {why}", flush=True)
+        log.info(f"format    {name}: {shape}, because {why}")
         return shape
     raise DataError(errors[0])
 
@@ -193,7 +196,7 @@ def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
             continue  # the gates will say so
     difference = encoder.same(recipe.tokenizer, found, mask=recipe.mask.name)
     ways = encoder.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
-    print(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""), flush=True)
+    log.info(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""))
     return replace(recipe, fast=difference is None)
 
 
@@ -257,8 +260,8 @@ def _write(
             seed=config.data.seed,
         )
         write_text(beside / "preview.html", text)
-        print(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
-    print(f"data      {folder}, and what it looks like in preview.html", flush=True)
+        log.info(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
+    log.info(f"data      {folder}, and what it looks like in preview.html")
 
 
 def _about(sets: Sets, splits: dict[str, list[str]], rows: dict[str, batches.Rows]) -> dict[str, Any]:

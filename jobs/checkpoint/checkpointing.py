@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written beside, published by rename once every rank has written, read once checked."""
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from jobs.checkpoint import manifest, paths, retention, write_errors
 from jobs.checkpoint.paths import folder
 from jobs.distributed.collectives import OtherRankError, first, together
 from jobs.distributed.process_group import World
+
+log = logging.getLogger(__name__)
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint, and what is recorded of it."""
@@ -187,7 +190,7 @@ def _say(path: Path, damage: list[str]) -> bool:
     """One line for a checkpoint that is skipped; False where there is nothing to say."""
     if damage:
         more = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
-        print(f"checkpoint {path.name} is damaged and skipped: {damage[0]}{more}", flush=True)
+        log.info(f"checkpoint {path.name} is damaged and skipped: {damage[0]}{more}")
     return bool(damage)
 
 
@@ -216,7 +219,7 @@ def resume(
     if world.is_main:
         size, seconds = sum(file.stat().st_size for file in path.rglob("*")), time.perf_counter() - began
         took = f"{size / 1e9:.3g} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)"
-        print(f"resumed from {path}, {took}" + ("" if same else _moved(about, config, world)), flush=True)
+        log.info(f"resumed from {path}, {took}" + ("" if same else _moved(about, config, world)))
     return int(about["step"])
 
 

@@ -1,5 +1,6 @@
 """Carries a plan out, start to end: room, finished files, stream, read back, describe, publish."""
 
+import logging
 import os
 import sys
 import threading
@@ -18,6 +19,8 @@ from jobs.consolidation import workers as stream
 from jobs.consolidation.plan import Plan
 from jobs.consolidation.rank_meeting import Meeting, Sums
 from jobs.tensor_io.reader import Check
+
+log = logging.getLogger(__name__)
 
 
 def make(
@@ -43,10 +46,10 @@ def make(
         with output_folder.writing(target, meeting.alone) as beside:
             sums = output_folder.finished(beside, plan)
             if sums:
-                print(f"{len(sums)} of {len(plan.sizes)} files were finished by a start before this one", flush=True)
+                log.info(f"{len(sums)} of {len(plan.sizes)} files were finished by a start before this one")
             output_folder.room(beside, plan, sums)
             for line in estimate.lines(plan, workers, beside, meeting.size):
-                print(line, flush=True)
+                log.info(line)
             files = meeting.share(plan, sums)
             sums = making.work(beside, files, set(sums)) | meeting.gather()
             describe(beside)
@@ -54,7 +57,7 @@ def make(
             sums = {name: dict(sorted(sums[name].items())) for name in plan.sizes}
             output_folder.finish(beside, target, plan, about | {"xxh3": sums})
     if prints := sum(task.sha256 is not None for task in plan.tasks):
-        print(f"{prints} weights equal those in training, bit for bit", flush=True)
+        log.info(f"{prints} weights equal those in training, bit for bit")
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,13 @@ class _Making:
         looked = [task for number, task in enumerate(plan.tasks) if task.placed or number % size == rank]
         moved = self._stream(replace(plan, tasks=tuple(looked)), folder, sums, (files.keys() - mine) | done)
         seconds = time.perf_counter() - began
-        print(f"reading {len(mine)} files back", flush=True)
+        log.info(f"reading {len(mine)} files back")
         checked = output_folder.verify(folder, plan, sums, self.workers)
         written = sum(plan.sizes[name] for name in mine - done)
-        print(
+        log.info(
             f"read {moved / 1e9:.2f} GB and wrote {written / 1e9:.2f} GB in {seconds:.1f} s with {self.workers} workers, "
             f"{(moved + written) / 1e9 / seconds:.2f} GB/s; "
-            f"{checked} tensors read back in {time.perf_counter() - began - seconds:.1f} s",
-            flush=True,
+            f"{checked} tensors read back in {time.perf_counter() - began - seconds:.1f} s"
         )
         return sums
 
@@ -121,7 +123,7 @@ def retire(target: Path) -> None:
         while (aside := target.with_name(f"{target.name}.{number}")).exists():
             number += 1
         target.rename(aside)
-        print(f"the model that was there is now {aside}", flush=True)
+        log.info(f"the model that was there is now {aside}")
 
 
 def workers(cpus: int | None = None) -> int:

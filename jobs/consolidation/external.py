@@ -1,6 +1,7 @@
 """The command line for checkpoints of other programs: Accelerate, Axolotl, Trainer, DeepSpeed, torchtitan, plain torch."""
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from jobs.consolidation.execute import make, workers
 from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.plan import plan
 from jobs.consolidation.weight_names import Blueprint
+from jobs.distributed import logs
 from jobs.tensor_io import open_checkpoint, safetensors
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.open_checkpoint import Source
 
+log = logging.getLogger(__name__)
+
 
 def main(words: list[str] | None = None) -> None:
     options = _parser().parse_args(words)
+    logs.set_up()
     source = open_checkpoint.source(options.checkpoint)
-    print(f"reading {source.folder}: {source.kind}, {len(source.tensors)} tensors", flush=True)
+    log.info(f"reading {source.folder}: {source.kind}, {len(source.tensors)} tensors")
     settings = open_checkpoint.adapter_settings(source.folder) or {}
     base = Base(options.base or settings.get("base_model_name_or_path"))
     merged = _merge(source.tensors, base, merge.DTYPES.get(options.dtype), settings)
@@ -39,16 +44,16 @@ def main(words: list[str] | None = None) -> None:
     )
     if options.plan:
         for name, size in todo.sizes.items():
-            print(f"{name}  {size / 1e9:.2f} GB")
-        print("\n".join(estimate.lines(todo, options.workers or workers(), options.out or source.folder)))
+            log.info(f"{name}  {size / 1e9:.2f} GB")
+        log.info("\n".join(estimate.lines(todo, options.workers or workers(), options.out or source.folder)))
         return
     if options.out is None:
         raise DataError(Problem("--out", None, "name the folder to make; only --plan does without"))
     describe = partial(_describe, base=base, merged=merged, source=source, title=options.out.name)
     make(todo, options.out, options.workers or workers(), source.folder, describe, made)
-    print(f"model     {options.out}", flush=True)
+    log.info(f"model     {options.out}")
     if base.source is None:
-        print("without --base there is no config.json and no tokenizer beside the weights", flush=True)
+        log.info("without --base there is no config.json and no tokenizer beside the weights")
 
 
 class Base:

@@ -1,5 +1,6 @@
 """The way of models whose saved weights are no runs of their live ones: everything in memory, written by transformers."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from jobs.model import build
 from jobs.tensor_io.open_checkpoint import Source
 from jobs.tensor_io.reader import Files, Reader
 from jobs.tokenization.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -65,4 +68,4 @@ def run(
         load_tokenizer(config).save_pretrained(beside)
         compare(beside)
         write_json(beside / "muster.json", made | {"verified": True})
-    print(f"model     {target}", flush=True)
+    log.info(f"model     {target}")

@@ -7,6 +7,7 @@ CACHE/.KEY.OWNER/             a build that goes on, or was interrupted; its whol
 """
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -34,6 +35,8 @@ from jobs.data import tokenize
 from jobs.data.quality_gates import Findings
 from jobs.data.sources import Block
 from jobs.data.tokenize import Recipe, Tokenised, Tokeniser
+
+log = logging.getLogger(__name__)
 
 PART_TOKENS = 2**23
 """Tokens of a part: 42 MB in memory while it fills, and what an interruption can cost."""
@@ -120,7 +123,7 @@ def _alone(path: Path, key: str) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except BlockingIOError:
-            print(f"another run is building the same set ({key}); waiting for it", flush=True)
+            log.info(f"another run is building the same set ({key}); waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             locked = True
         except OSError:
@@ -183,7 +186,7 @@ def _fill(
 ) -> None:
     """Write the parts that are missing."""
     if tally.blocks:
-        print(f"going on with {tally.samples:,} samples of an interrupted build", flush=True)
+        log.info(f"going on with {tally.samples:,} samples of an interrupted build")
     open_part = _Part(folder, tally)
     with tqdm(total=total[0], unit=total[1], unit_scale=True, desc="tokenise", mininterval=1) as bar:
         for block, done in _tokenised(islice(blocks(), tally.blocks, None), recipe, workers):

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import time
 from contextlib import suppress
 from datetime import date
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from conf.files import read_json, write_json
 from conf.schema import Data, DataSet
 from jobs.data import sources
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the files of a set; raise it when the same rows would become other files."""
@@ -37,7 +40,7 @@ def key(one: DataSet, data: Data, words: PreTrainedTokenizerBase, shape: str, ca
     }
     if "strftime_now" in str(words.chat_template):
         described["today"] = date.today().isoformat()
-        print("the chat template writes today's date: the same rows are tokenised anew every day", flush=True)
+        log.info("the chat template writes today's date: the same rows are tokenised anew every day")
     return _digest(described)[:20]
 
 

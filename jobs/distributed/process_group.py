@@ -1,5 +1,6 @@
 """Rank variables to process group and back: the one place of the compute side that reads them."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from conf.errors import Problem, SiteError
 from conf.schema import Config
 from jobs.distributed.rank import place
+
+log = logging.getLogger(__name__)
 
 MARGIN_S = 60
 """By so much torch's own time-outs, which end a process without a diagnosis, come later than the watchdog's limits."""
@@ -118,7 +121,7 @@ def _peer_access(local_rank: int, local_size: int) -> None:
         torch.cuda.can_device_access_peer(local_rank, other) for other in others
     ):
         os.environ["NCCL_P2P_DISABLE"] = "1"
-        print("muster: no peer access between this node's GPUs: NCCL_P2P_DISABLE=1", flush=True)
+        log.info("no peer access between this node's GPUs: NCCL_P2P_DISABLE=1")
 
 
 def set_timeout(seconds: int) -> None:

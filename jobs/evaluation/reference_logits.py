@@ -1,5 +1,6 @@
 """Logits of one held-out row: recorded from the live model at its last checkpoint, compared with what the merged one says."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from jobs.distributed.process_group import World
 from jobs.evaluation import load_model
 from jobs.model.build import compute_dtype
 from jobs.training import loss
+
+log = logging.getLogger(__name__)
 
 NAME = "logits.safetensors"
 """In the folder of a checkpoint: `ids` (tokens,), `places` and `logits` (places, vocabulary), fp32."""
@@ -70,7 +73,9 @@ def compare(config: Config, checkpoint: Path, folder: Path) -> None:
     if not off <= limit:
         said = f"logits differ by {off:.2g} of their spread from those in training, where {limit:g} is rounding"
         raise RunError(Problem("model", folder, f"{said}: it is not what was trained, and is not published"))
-    print(f"verified  logits of {len(kept['places'])} places differ by {off:.2g} of their spread, of {limit:g} allowed")
+    log.info(
+        f"verified  logits of {len(kept['places'])} places differ by {off:.2g} of their spread, of {limit:g} allowed"
+    )
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

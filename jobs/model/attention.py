@@ -6,6 +6,7 @@ for the GPU. So whoever
 packs rows must pass their borders; `jobs.training.loss` does.
 """
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +18,8 @@ from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.model import attention_kernels
+
+log = logging.getLogger(__name__)
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
 """Transformers' names of the ways that are called otherwise in a config."""
@@ -49,7 +52,7 @@ def chosen(config: Config, shape: PreTrainedConfig) -> str:
         if lacking := _lacking(config, asked, _odd(shape), on_gpu):
             advice = "model.attention=auto takes the best there is"
             raise ConfigError(Problem("model.attention", asked.name, f"{lacking}; {advice}"))
-    _say(f"muster: attention {asked.name}: {reason}")
+    _say(f"attention {asked.name}: {reason}")
     return NAMES.get(asked, asked.name)
 
 
@@ -132,7 +135,7 @@ def _installed(name: str) -> bool:
 def _say(line: str) -> None:
     """Once a process, and on the first rank alone."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, flush=True)
+        log.info(line)
 
 
 for way in (Attention.cudnn, Attention.varlen):  # `jobs.training.loss` gives the borders of samples to the second alone

@@ -1,5 +1,6 @@
 """Base weights from `model.source`: by slices where they are stored as they are used, else whole, a rank of a node at a time."""
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,8 @@ from jobs.model.quantized_linear import Quantised
 from jobs.tensor_io import slices
 from jobs.tensor_io.model_files import find
 from jobs.tensor_io.slices import Part, Stored
+
+log = logging.getLogger(__name__)
 
 SHOWN = 20
 """Problems that are listed one by one."""
@@ -49,12 +52,12 @@ def load(
     main = world is not None and world.is_main
     if plan.whole:
         if main:
-            print(f"weights   whole, on one rank of each node after another: {plan.whole}", flush=True)
+            log.info(f"weights   whole, on one rank of each node after another: {plan.whole}")
         return _whole(base, held, config, world, packed)
     assert folder is not None
     if main:
         count = len({place.file for place in plan.stored.values()})
-        print(f"weights   {folder}: {count} safetensors files, each rank reads what it holds", flush=True)
+        log.info(f"weights   {folder}: {count} safetensors files, each rank reads what it holds")
     names = _names(base)
     places = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in held}
 

@@ -1,6 +1,7 @@
 """What a run reports while it trains: metrics.jsonl with every step, log lines, a page, and a tracker where one is named."""
 
 import json
+import logging
 import time
 import uuid
 from pathlib import Path
@@ -11,6 +12,8 @@ from conf.files import read_json, write_json, write_text
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.report import training_curves
+
+log = logging.getLogger(__name__)
 
 DRAW_S = 30.0
 """Seconds between two drawings of the page at least, and a hundred times as long as drawing took: ranks wait for it."""
@@ -60,7 +63,7 @@ class Metrics:
         if self.is_main:
             text = "  ".join(f"{name} {value}" for name, value in values.items())
             left = training_curves.clock(self.left(step))
-            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  left {left}", flush=True)
+            log.info(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  left {left}")
             if time.monotonic() >= self._draw_at:
                 self.draw()
 
@@ -75,13 +78,13 @@ class Metrics:
     def say(self, lines: list[str]) -> None:
         """Lines for the log as they are."""
         if self.is_main:
-            print(*lines, sep="\n", flush=True)
+            log.info("\n".join(lines))
 
     def warn(self, step: int, texts: list[str]) -> None:
         """Say what is odd in the log, and on the page."""
         if self.is_main:
             for text in texts:
-                print(f"warning   step {step}: {text}", flush=True)
+                log.warning(f"step {step}: {text}")
             self.warnings += [f"step {step}: {text}" for text in texts]
 
     def draw(self) -> None:
@@ -93,7 +96,7 @@ class Metrics:
             page = training_curves.html(self.config, self.path, self.steps, self.warnings)
             write_text(self.path.with_name("report.html"), page)
         except OSError as error:
-            print(f"warning   report.html: {error}", flush=True)
+            log.warning(f"report.html: {error}")
         self._draw_at = time.monotonic() + max(DRAW_S, 100 * (time.monotonic() - began))
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Writes a trace of a few steps by torch's profiler, where `train.profile` asks for it: RUN/profile/*.json.gz."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from conf.schema import Config
 from jobs.distributed.process_group import World
+
+log = logging.getLogger(__name__)
 
 WAIT, WARMUP, ACTIVE = 3, 1, 3
 """Steps that are left alone (the first ones compile, allocate and read), that the profiler warms up in, and that it records."""
@@ -48,4 +51,4 @@ class Trace:
         beside = path.with_name(f".{path.name}")
         done.export_chrome_trace(str(beside))
         os.replace(beside, path)
-        print(f"profile   {path}: drop it onto https://ui.perfetto.dev, or open chrome://tracing", flush=True)
+        log.info(f"profile   {path}: drop it onto https://ui.perfetto.dev, or open chrome://tracing")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
-from conf.jobs import JOB_KINDS
+from conf.jobs import RESUMABLE
 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
@@ -37,7 +37,7 @@ def newest(folder: Path) -> int | None:
 
 def last_saved(folder: Path) -> int | None:
     """Step of the newest checkpoint; None where there is none, and for jobs that write none."""
-    if not JOB_KINDS[folder.name].resumable:
+    if folder.name not in RESUMABLE:
         return None
     names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
     return max((int(name) for name in names if name.isdigit()), default=None)
@@ -55,7 +55,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_step(folder: Path) -> int | None:
-    lines = metrics(folder.parent.parent) if JOB_KINDS[folder.name].resumable else []
+    lines = metrics(folder.parent.parent) if folder.name in RESUMABLE else []
     return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
 
 

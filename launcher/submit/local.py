@@ -1,6 +1,7 @@
 """Runs a run's jobs on this machine, one after the other through submitit's local executor, and shows what rank 0 prints."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ from launcher.status import tables
 from launcher.submit import render
 from launcher.supervise import attempt, worker
 
+PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+ ([A-Z]+) ")
+"""What jobs/distributed/logs.py puts before every line of a rank's log: the terminal does without."""
 GRACE_S = 15
 """How long the other ranks of a failed job may go on; nothing else ends ranks that wait for a dead one."""
 
@@ -109,8 +112,9 @@ def _follow(job: Any, folder: Path, show: IO[str]) -> None:
                 position = file.tell()
             *lines, begun = (begun + text).split("\n")
             for line in lines + [begun] * ended:
-                if not line.startswith(("submitit ", "muster: environment")):
-                    print(line, file=show, flush=True)
+                said = PREFIX.sub(lambda found: "" if found[1] == "INFO" else f"{found[1].lower():<9} ", line, count=1)
+                if not said.startswith(("submitit ", "environment {")):
+                    print(said, file=show, flush=True)
         if ended:
             return
         if failed_at is None and any(folder.glob("rank-*.json")):

@@ -112,7 +112,7 @@ def log_tail(attempt: Path, rank: int | None) -> str:
     if rank is not None and not path.exists():
         path = max(attempt.parent.glob(f"*_{rank}_log.out"), key=lambda item: item.stat().st_mtime, default=path)
     lines = _end(path).splitlines()
-    return "\n".join([line for line in lines if not line.startswith("muster: environment")][-TAIL_LINES:])
+    return "\n".join([line for line in lines if " INFO environment {" not in line][-TAIL_LINES:])
 
 
 def _end(path: Path) -> str:

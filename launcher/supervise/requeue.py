@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import write_json
-from conf.jobs import JOB_KINDS
+from conf.jobs import RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts as history
 from launcher.run_folder.status import (
@@ -52,7 +52,7 @@ def settle(folder: Path, verdict: dict[str, Any], max_restarts: int | None, rest
     _as_slurm_has_it(verdict, found)
     before = [item for item in history.verdicts(folder) if item["attempt"] < verdict["attempt"]]
     same = [item for item in before if str(item.get("job_id")) == job_id]
-    decision = decide([*same, verdict], max_restarts, JOB_KINDS[folder.name].resumable)
+    decision = decide([*same, verdict], max_restarts, folder.name in RESUMABLE)
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
     if found == "requeued":
         verdict |= {"requeued": True, "next": BY_SLURM}

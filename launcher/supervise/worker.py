@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ from launcher.supervise import attempt, rendezvous, watchdog
 from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
 
+log = logging.getLogger("launcher.supervise.worker")  # its name also where it is run as __main__
+
 SHOWN = re.compile(
     "MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$|NODE_(RANK|WORLD_SIZE)$|NCCL_|GLOO_|MUSTER_|AXOLOTL_|DEEPSPEED_|ACCELERATE_|FSDP_|PARALLELISM_"
     "|TORCH|TRITON_|PYTORCH_|OMP_|HF_HUB|HF_HOME|SRUN_CPUS|CUDA_VISIBLE"
@@ -33,7 +36,7 @@ def run(job: str, config_path: str) -> None:
     """Run one rank of `job`. Leaves with exit code 2, without a traceback, for what the user can mend."""
     # imported here, so that the login node can pickle this function without the packages of the jobs
     from jobs import run as run_job
-    from jobs.distributed import stop_signals
+    from jobs.distributed import logs, stop_signals
 
     stop_signals.listen()  # first of all: submitit's own handler would requeue the job before it is saved
     try:
@@ -41,7 +44,9 @@ def run(job: str, config_path: str) -> None:
     except UserError as error:  # the run folder is not known, so there is no place for a verdict
         print(f"muster: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    where = _prepare(config, job)
+    where = environment.ranks(os.environ)
+    logs.set_up(where.rank)
+    _prepare(config, job, where)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
     note = partial(attempt.record, folder, number, where.rank)
     started = time.time()
@@ -52,14 +57,14 @@ def run(job: str, config_path: str) -> None:
             run_job(job, config_path)
     except Stopped as error:
         note(error.status, str(error))
-        print(f"muster: {error}", flush=True)
+        log.info(str(error))
         if where.rank == 0:
             cluster = config.cluster
             attempt.adopt(folder, number, where.world_size, cluster.max_restarts if cluster.requeue else None)
         sys.exit(3)
     except UserError as error:
         note(USER_ERROR, str(error))
-        print(f"muster: {error}", file=sys.stderr, flush=True)
+        log.error(str(error))
         sys.exit(error.exit_code)
     except BaseException as error:
         status, remedy = classify(error)
@@ -86,7 +91,7 @@ def _watched(config: Config, folder: Path, where: environment.Ranks) -> Iterator
             folder.mkdir(parents=True, exist_ok=True)
             watchdog.start(config, folder, where)
     except OSError as error:
-        print(f"muster: nobody watches for hangs: cluster.scratch={config.cluster.scratch}: {error}", flush=True)
+        log.warning(f"nobody watches for hangs: cluster.scratch={config.cluster.scratch}: {error}")
     try:
         yield
     finally:
@@ -101,9 +106,8 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _prepare(config: Config, job: str) -> environment.Ranks:
+def _prepare(config: Config, job: str, where: environment.Ranks) -> None:
     """Set this rank's variables, and show them in its log, but for secrets. What is set already stays."""
-    where = environment.ranks(os.environ)
     caches = environment.cache_variables(config, os.getuid())
     values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
     reason = "not needed"
@@ -116,8 +120,7 @@ def _prepare(config: Config, job: str) -> environment.Ranks:
     environment.apply(values)
     hidden = {name for name in os.environ if name in config.cluster.secrets or secret_names.is_secret(name)}
     shown = {name: value for name, value in sorted(os.environ.items()) if SHOWN.match(name) and name not in hidden}
-    print(f"muster: network interface {reason}\nmuster: environment {json.dumps(shown)}", flush=True)
-    return where
+    log.info(f"network interface {reason}\nenvironment {json.dumps(shown)}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def logs(run: Path, job: str) -> dict[int, str]:
 def environments(run: Path, job: str) -> list[dict[str, str]]:
     """The environment of each rank, as its own log shows it."""
     return [
-        json.loads(re.search(r"^muster: environment (.*)$", text, re.MULTILINE)[1]) for text in logs(run, job).values()
+        json.loads(re.search(r" INFO environment (\{.*)$", text, re.MULTILINE)[1]) for text in logs(run, job).values()
     ]
 
 

@@ -130,7 +130,7 @@ def test_a_config_builds_its_way_and_the_log_says_it_once(compose, way, capsys):
     names = [build.build(config).config._attn_implementation for _ in range(2)]
     assert names == [{"varlen": "muster_varlen", "auto": "sdpa"}.get(way, way)] * 2
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "attention" in line)
-    assert line.startswith(f"muster: attention {'sdpa' if way == 'auto' else way}: ")
+    assert line.startswith(f"attention {'sdpa' if way == 'auto' else way}: ")
 
 
 @pytest.mark.parametrize("way", ["cudnn", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4"])

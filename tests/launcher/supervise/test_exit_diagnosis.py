@@ -127,7 +127,10 @@ def test_the_log_of_a_rank_of_the_local_executor_is_found(folder: Path) -> None:
 
 def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path) -> None:
     say(folder, 2, "failed", "nan")
-    text = "".join(f"line {number}\n" for number in range(5000)) + "muster: environment {...}\nTraceback: nan\n"
+    text = (
+        "".join(f"line {number}\n" for number in range(5000))
+        + "2026-11-28 10:00:00 rank 0 INFO environment {...}\nTraceback: nan\n"
+    )
     (folder / "attempt-1/rank-2.log").write_text(text)
     verdict = judge(folder / "attempt-1", 1, 4)
     assert verdict["remedy"] == "do this"

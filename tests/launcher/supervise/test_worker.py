@@ -68,8 +68,8 @@ def seen(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
 
 def shown(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
     """The environment that the log shows."""
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("muster: environment ")]
-    found: dict[str, str] = json.loads(line.removeprefix("muster: environment "))
+    [line] = [line for line in done.stdout.splitlines() if " INFO environment {" in line]
+    found: dict[str, str] = json.loads(line.partition(" INFO environment ")[2])
     return found
 
 

@@ -1,0 +1,45 @@
+"""Sets up logging for one rank: every line has its time, rank and level, or is bare where a person reads it as it comes."""
+
+import logging
+import sys
+import time
+from typing import TextIO
+
+
+class RankFormatter(logging.Formatter):
+    """Puts time (local), rank and level before every line, so that lines of many ranks can be sorted and searched."""
+
+    def __init__(self, rank: int | None) -> None:
+        super().__init__()
+        self.rank = rank
+        """None writes bare messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self.rank is None:
+            return f"warning   {text}" if record.levelno >= logging.WARNING else text
+        now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        prefix = f"{now} rank {self.rank} {record.levelname} "
+        return "\n".join(prefix + line for line in text.split("\n"))
+
+
+class StdoutHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stdout is at the moment: tests and callers replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
+def set_up(rank: int | None = None) -> None:
+    """Send what Muster's loggers say to standard output: with time, rank and level, or bare without a rank."""
+    handler = StdoutHandler()
+    handler.setFormatter(RankFormatter(rank))
+    for name in ("jobs", "launcher"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
