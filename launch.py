@@ -1,8 +1,11 @@
-"""The one command: composes the config groups, checks, plans, then prints (dry_run=true) or submits every job of a run."""
+"""Launches a run: composes the config groups, checks them, plans the jobs, then prints (dry_run=true) or submits them.
+
+`python launch.py KEY=VALUE...` and `muster run KEY=VALUE...` are the same.
+"""
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -15,6 +18,7 @@ from conf.schema import Config
 from launcher import plan
 from launcher.check import command_line, localize, observe, resume, rules
 from launcher.estimate import auto_settings
+from launcher.paths import CLONE
 from launcher.submit import preview, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -23,7 +27,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 _composed: list[DictConfig] = []
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CLONE / "conf"), config_name="config")
 def compose(config: DictConfig) -> None:
     """Only keep what Hydra composed: an error raised in here would be printed twice. With -m there are several."""
     _composed.append(config)
@@ -51,27 +55,31 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     return submit.submit(config, jobs, command=sys.argv)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
+    """Launch what the arguments (default: those of the process) ask for; `prog` stands before messages. Returns the exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
+    if arguments is not None:
+        sys.argv = [prog, *arguments]  # Hydra reads them there, and they are recorded in run.json
+    _composed.clear()
     try:
-        if problems := command_line.problems(sys.argv[1:], Path(__file__).parent / "conf"):
+        if problems := command_line.problems(sys.argv[1:], CLONE / "conf"):
             raise ConfigError(*problems)
         sys.argv[1:] = command_line.opened(sys.argv[1:])
         compose()
         suffixes = [f"-{number}" for number, _ in enumerate(_composed)] if len(_composed) > 1 else [""]
         return max((launch(*each) for each in zip(_composed, suffixes, strict=False)), default=0)
     except UserError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
-        print(f"launch.py: {': '.join(causes)}", file=sys.stderr)
+        print(f"{prog}: {': '.join(causes)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... dry_run=true | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("launch.py: stopped", file=sys.stderr)
+        print(f"{prog}: stopped", file=sys.stderr)
         return 130
 
 

@@ -1,26 +1,26 @@
-"""`python -m launcher status|logs|why|stop|cancel|resume|merge RUN`: everything one asks of a run once it has been started."""
+"""The commands: `muster run KEY=VALUE...` launches a run, the others look at it or change it. `python -m launcher` is the same."""
 
 import argparse
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conf.errors import UserError
-from launcher import slurm
+from launcher import slurm, version
 from launcher.paths import CLONE
 from launcher.status import state, tables
 
 
 def status(options: argparse.Namespace) -> int:
-    """Every job with its state, step and verdict; exit code 1 when a job has failed."""
+    """Show every job of a run: state, step, verdict and last error. Exits with 1 when a job has failed."""
     jobs = state.job_states(options.run)
     tables.status(jobs)
     return 1 if any(job.failed for job in jobs) else 0
 
 
 def logs(options: argparse.Namespace) -> int:
-    """The log of one rank; --follow goes on until interrupted."""
+    """Print the log of one rank; with --follow until interrupted."""
     path = state.logs(options.run, options.job, options.rank)
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -32,7 +32,7 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def why(options: argparse.Namespace) -> int:
-    """Why each job waits, or how it failed: the first rank's words, what helps, and what comes next."""
+    """Say why each job waits or how it failed: the first error, what helps, and what happens next."""
     for job in state.job_states(options.run):
         if job.state == "PENDING":
             reason, start = slurm.pending_reason(job.job_id)
@@ -44,54 +44,82 @@ def why(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Let training save and end at its next step; it does not start again until `resume`."""
+    """Let training save a checkpoint at its next step and end. It starts again only with `resume`."""
     state.stop(options.run)
-    print("training will save at its next step and end; python -m launcher status shows when it has")
+    print("training will save at its next step and end; muster status RUN shows when it has")
     return 0
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """End every job of the run that waits or runs."""
+    """End every job of the run that waits or runs, without saving."""
     print(f"cancelled {len(state.cancel(options.run))} jobs")
     return 0
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Start what is left of the run."""
-    return _launch(options, [])
+    """Start the jobs that are left; training continues from its newest complete checkpoint."""
+    return run([f"resume={options.run}", *options.overrides], prog=f"{options.prog} resume")
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Consolidate the newest checkpoint into RUN/model."""
-    return _launch(options, ["pipeline=consolidate"])
+    """Consolidate the newest checkpoint into RUN/model (consolidate.step=500: an older one)."""
+    return run([f"resume={options.run}", "pipeline=consolidate", *options.overrides], prog=f"{options.prog} merge")
 
 
-def _launch(options: argparse.Namespace, words: list[str]) -> int:
-    return subprocess.call(
-        [sys.executable, str(CLONE / "launch.py"), f"resume={options.run}", *words, *options.overrides]
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Launch a run. Its own arguments, --help too, go to Hydra as they are."""
+    import launch  # Hydra and submitit: the commands that only look at a run start faster without
+
+    return launch.main(arguments, prog)
+
+
+ON_A_RUN: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge)
+"""Commands whose first argument is a run's folder."""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of every command but `run`, whose arguments are Hydra's."""
+    result = argparse.ArgumentParser(
+        prog=prog,
+        description="Fine-tune an LLM on a SLURM cluster: launch runs, look at them, stop, resume and merge them.",
+        epilog=f"`{prog} run --help` lists the config groups; `{prog} COMMAND --help` explains a command.",
     )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (status, logs, why, stop, cancel, resume, merge):
-        sub = commands.add_parser(command.__name__, help=command.__doc__)
+    result.add_argument("--version", action="version", version=version.text(CLONE))
+    commands = result.add_subparsers(required=True, metavar="COMMAND")
+    launching = commands.add_parser(
+        "run", help="Launch a run: KEY=VALUE... as for launch.py; alone, the demo on this machine."
+    )
+    launching.set_defaults(command=run)
+    for command in ON_A_RUN:
+        sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, prog=prog)
         if command is logs:
-            sub.add_argument("--job", default="train")
-            sub.add_argument("--rank", type=int, default=0)
-            sub.add_argument("--follow", "-f", action="store_true")
+            sub.add_argument("--job", default="train", help="default: train")
+            sub.add_argument("--rank", type=int, default=0, help="default: 0")
+            sub.add_argument("--follow", "-f", action="store_true", help="print new lines until interrupted")
         if command in (resume, merge):
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch.py")
-    options = parser.parse_args()
+            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `run`")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher") -> int:
+    """Run one command and return its exit code: 2 for a user's error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:
+        return run(words[1:], prog=f"{prog} run")
+    if words and "=" in words[0]:
+        print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
+        return 2
+    options = parser(prog).parse_args(words)
     options.run = options.run.resolve()
     try:
         return int(options.command(options))
     except (UserError, slurm.SlurmError) as error:
-        print(f"launcher: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `muster logs RUN | head`: nobody reads on
+        return 141
     except KeyboardInterrupt:
         return 130
 

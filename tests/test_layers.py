@@ -196,8 +196,8 @@ def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     users = {name for name in FILES if name.startswith("launcher.") and "subprocess" in imports(FILES[name])}
     assert users == {
         "launcher.slurm",
-        "launcher.submit.snapshot",  # git
-        "launcher.__main__",  # launch.py
+        "launcher.version",  # git
+        "launcher.submit.snapshot",
         "launcher.check.observe",  # nvidia-smi
     }
 
