@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError, UserError
@@ -24,13 +25,32 @@ from launcher.submit import preview, submit
 ConfigStore.instance().store(name="schema", node=Config)
 
 
+CONF = str(CLONE / "conf")
+
 _composed: list[DictConfig] = []
 
 
-@hydra.main(version_base="1.3", config_path=str(CLONE / "conf"), config_name="config")
-def compose(config: DictConfig) -> None:
-    """Only keep what Hydra composed: an error raised in here would be printed twice. With -m there are several."""
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def hydra_command_line(config: DictConfig) -> None:
+    """Only keep what Hydra composed: it would print an error raised in here twice. With -m it calls this several times."""
     _composed.append(config)
+
+
+def compose(words: Sequence[str]) -> list[DictConfig]:
+    """The configs that the words ask for: one, several with -m, none where Hydra printed something (--help, --cfg job).
+
+    hydra.main composes every config twice, first to learn whether there are several, which takes as long as everything else in a
+    dry run. So it is called only for what is its own: flags, and keys of `hydra`.
+    """
+    if any(word.lstrip("+~").startswith(("-", "hydra")) for word in words):
+        hydra_command_line()
+        return _composed
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=CONF):
+        config = hydra.compose("config", overrides=list(words), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # for interpolations of ${hydra:...}
+    with open_dict(config):
+        del config["hydra"]
+    return [config]
 
 
 def launch(composed: DictConfig, suffix: str = "") -> int:
@@ -65,9 +85,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         if problems := command_line.problems(sys.argv[1:], CLONE / "conf"):
             raise ConfigError(*problems)
         sys.argv[1:] = command_line.opened(sys.argv[1:])
-        compose()
-        suffixes = [f"-{number}" for number, _ in enumerate(_composed)] if len(_composed) > 1 else [""]
-        return max((launch(*each) for each in zip(_composed, suffixes, strict=False)), default=0)
+        configs = compose(sys.argv[1:])
+        suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
+        return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
