@@ -33,7 +33,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_rows(
 )
 def test_deepspeed_is_told_what_the_loop_does(compose: Compose, words: list[str]) -> None:
     config = compose("cluster=slurm", "model=llama8b", "train.micro_batch=3", "train.global_batch=192", *words)
-    plan = deepspeed.plan(config, 32)
+    plan = deepspeed.deepspeed_config(config, 32)
     micro, accumulated = plan["train_micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"]
     assert (micro, accumulated) == split(config, 32)
     assert plan["train_batch_size"] == micro * accumulated * 32
@@ -44,5 +44,5 @@ def test_deepspeed_is_told_what_the_loop_does(compose: Compose, words: list[str]
 
 @pytest.mark.parametrize(("precision", "enabled"), [(Precision.bf16, True), (Precision.fp32, False)])
 def test_deepspeed_computes_in_the_precision_of_training(compose: Compose, precision: Precision, enabled: bool) -> None:
-    plan = deepspeed.plan(put(compose("parallel=zero3"), {"train.precision": precision}), 2)
+    plan = deepspeed.deepspeed_config(put(compose("parallel=zero3"), {"train.precision": precision}), 2)
     assert plan["bf16"]["enabled"] is enabled

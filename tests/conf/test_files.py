@@ -117,7 +117,7 @@ def test_what_a_killed_writer_left_is_not_in_the_next_folder(tmp_path: Path) -> 
 def test_a_whole_folder_is_never_replaced(tmp_path: Path) -> None:
     with files.new_folder(tmp_path / "folder") as beside:
         (beside / "first").touch()
-    with pytest.raises(FileExistsError, match="folder is there already"), files.new_folder(tmp_path / "folder"):
+    with pytest.raises(FileExistsError, match="folder already exists"), files.new_folder(tmp_path / "folder"):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "first"]
 
@@ -125,7 +125,7 @@ def test_a_whole_folder_is_never_replaced(tmp_path: Path) -> None:
 def test_publish_refuses_to_replace(tmp_path: Path) -> None:
     for folder in (tmp_path / "folder", files.partial(tmp_path / "folder")):
         folder.mkdir()
-    with pytest.raises(FileExistsError, match="folder is there already"):
+    with pytest.raises(FileExistsError, match="folder already exists"):
         files.publish(tmp_path / "folder")
     assert files.partial(tmp_path / "folder").exists()
 

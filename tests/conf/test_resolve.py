@@ -121,11 +121,11 @@ def test_the_digest_does_not_depend_on_the_process(compose: Compose, tmp_path: P
         ("data.sets", {"a": {"path": "x", "wait": 2}}, "data.sets.a.wait: no such key"),
         ("data.sets", {"a": {"weight": 2}}, "data.sets.a.path: needs a value"),
         ("data.sets", {"a": {"path": "x", "weight": "two"}}, "data.sets.a.weight: .*two"),
-        ("data.sets", {"a": 3}, "data.sets.a=3: is a section"),
+        ("data.sets", {"a": 3}, "data.sets.a=3: must be a section"),
         ("train.steps", "many", "train.steps: .*many"),
         ("train.activation_checkpointing", "maybe", "train.activation_checkpointing: .*maybe"),
         ("parallel.backend", "horovod", "parallel.backend: .*horovod"),
-        ("cluster.modules", {"a": 1}, "cluster.modules=.* is not a list"),
+        ("cluster.modules", {"a": 1}, "cluster.modules=.* must be a list"),
         ("name", "${nowhere}", "name: .*nowhere"),
     ],
 )

@@ -15,13 +15,13 @@ def said(*words: str) -> list[str]:
     [
         ("modle=tiny", "modle", "did you mean 'model'"),
         ("experiments=llama8b_fsdp", "experiments", "did you mean 'experiment'"),
-        ("model=llama7b", "model=llama7b", "there are hub, llama405b, llama70b"),
+        ("model=llama7b", "model=llama7b", "Choose from hub, llama405b, llama70b"),
         ("parallel=zero4", "parallel=zero4", "did you mean 'zero"),
         ("adapter=loora", "adapter=loora", "did you mean 'lora'"),
         ("experiment=llama70b_zero", "experiment=llama70b_zero", "did you mean 'llama70b_zero3'"),
-        ("cluster=perlmutter", "cluster=perlmutter", "there are local, slurm"),
-        ("model=null", "model=None", "there are hub"),
-        ("~model", "model=None", "there are hub"),
+        ("cluster=perlmutter", "cluster=perlmutter", "Choose from local, slurm"),
+        ("model=null", "model=None", "Choose from hub"),
+        ("~model", "model=None", "Choose from hub"),
         ("trian.steps=7", "trian.steps", "did you mean 'train.steps'"),
         ("train.step=7", "train.step", "did you mean 'train.steps'"),
         ("learning_rate=7", "learning_rate", "did you mean 'train.learning_rate'"),
@@ -29,7 +29,7 @@ def said(*words: str) -> list[str]:
         ("++train.stepz=7", "train.stepz", "did you mean 'train.steps'"),
         ("+model.architecture.layers=7", "model.architecture.layers", "no such key"),
         ("~train.steps", "train.steps", "set it to null"),
-        ("train.steps=many", "train.steps=many", "a whole number, or null"),
+        ("train.steps=many", "train.steps=many", "a whole number or null"),
         ("train.global_batch=1.5", "train.global_batch=1.5", "a whole number"),
         ("train.global_batch=null", "train.global_batch", "a whole number"),
         ("train.learning_rate=fast", "train.learning_rate=fast", "a number"),
@@ -51,13 +51,13 @@ def test_a_wrong_word_is_named_with_its_remedy(word: str, key: str, remedy: str)
 
 def test_a_shape_that_the_model_does_not_have_is_an_error_with_a_remedy() -> None:
     [message] = said("model=hub", "model.source=x", "model.architecture={model_type: llama}")
-    assert "leave this out" in message
+    assert "Remove this override" in message
     [message] = said("model=hub", "model.source=x", "model.architecture.extra.rms_norm_eps=1e-5")
-    assert "leave this out" in message
+    assert "Remove this override" in message
     found = said("model=hub", "model.source=x", "model.architecture.hidden_size=64", "model.architecture.layers=2")
     assert len(found) == 2
     assert "model.architecture.layers: no such key" in found[0]
-    assert found[1].startswith("model.architecture.hidden_size=64: model=hub has the shape that its config.json says")
+    assert found[1].startswith("model.architecture.hidden_size=64: model=hub reads its shape from config.json")
 
 
 @pytest.mark.parametrize(

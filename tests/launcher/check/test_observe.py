@@ -42,7 +42,7 @@ def test_paths_are_absolute_where_there_is_something(compose: Compose, here: Pat
         folder.mkdir(exist_ok=True)
         (folder / "rows.jsonl").touch()
     config = put(compose(), {"data.path": given.format(**names)})
-    localize.localise(config, gpus=0)
+    localize.localize(config, gpus=0)
     assert config.data.path == found.format(**names)
 
 
@@ -50,7 +50,7 @@ def test_what_is_here_comes_before_what_is_in_the_clone(compose: Compose, here: 
     (here / "examples").mkdir()
     (here / "examples/sample.jsonl").touch()
     config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
-    localize.localise(config, gpus=0)
+    localize.localize(config, gpus=0)
     assert config.data.path == f"{here}/examples/sample.jsonl"
     assert config.run_dir == f"{here}/runs/a"
 
@@ -149,9 +149,9 @@ def test_a_new_run_folder_can_be_made_below_what_there_is(compose: Compose, here
 @pytest.mark.parametrize(
     ("run_dir", "error"),
     [
-        ("thesis", "is not a run"),
-        ("thesis/a.tex", "is not a run"),
-        ("thesis/a.tex/run", "not a folder you can write to"),
+        ("thesis", "is not a run folder"),
+        ("thesis/a.tex", "is not a run folder"),
+        ("thesis/a.tex/run", "not a folder that you can write to"),
     ],
 )
 def test_a_run_folder_that_cannot_be_used_is_seen(compose: Compose, here: Path, run_dir: str, error: str) -> None:
@@ -165,7 +165,7 @@ def test_a_run_folder_that_cannot_be_used_is_seen(compose: Compose, here: Path, 
 def test_a_run_folder_without_permission_is_seen(compose: Compose, here: Path) -> None:
     here.chmod(0o500)
     seen = observe.observe(put(compose(), {"run_dir": str(here / "run")}))
-    assert "not a folder you can write to" in str(seen.run_dir_error)
+    assert "not a folder that you can write to" in str(seen.run_dir_error)
 
 
 def test_a_run_folder_whose_name_is_too_long_is_seen(compose: Compose, here: Path) -> None:

@@ -26,7 +26,7 @@ def run(compose: Compose, tmp_path: Path) -> Path:
 def continued(compose: Compose, run: Path, *words: str) -> Config:
     """The config of `launch.py resume=RUN words...`."""
     composed = put(compose(*words), {"resume": str(run)})
-    return resume.continued(composed, [f"resume={run}", *words])
+    return resume.resumed_config(composed, [f"resume={run}", *words])
 
 
 def test_a_run_goes_on_with_its_own_config(compose: Compose, run: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_change_leaves_the_rest_as_it_was(compose: Compose, run: Path) -> None
     ],
 )
 def test_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
-    with pytest.raises(RunError, match="cannot change in a run; start a new one") as caught:
+    with pytest.raises(RunError, match="cannot change in a run. Start a new one") as caught:
         continued(compose, run, word)
     assert str(caught.value).startswith(word.lstrip("+").split("=")[0] + ":")
 
@@ -117,7 +117,7 @@ def test_every_changeable_key_exists() -> None:
 def test_what_is_no_run_is_refused(compose: Compose, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=f"^resume={tmp_path}/{name}: is no run folder: it has no config.yaml$"):
+    with pytest.raises(RunError, match=f"^resume={tmp_path}/{name}: is not a run folder: it has no config.yaml."):
         continued(compose, tmp_path / name)
 
 
@@ -130,15 +130,15 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(compose: Compose) 
     with pytest.raises(RunError) as caught:
         resume.require_same(compose(*BASE), asked)
     message = str(caught.value)
-    assert message.startswith("run_dir=/runs/golden: holds a run with ")
-    assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7);" in message
-    assert "take another run_dir, or continue that one with resume=/runs/golden" in message
+    assert message.startswith("run_dir=/runs/golden: already holds a run with ")
+    assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7)." in message
+    assert "Use another run_dir, or continue that run with resume=/runs/golden" in message
 
 
 def test_of_many_differences_some_are_named_and_all_counted(compose: Compose) -> None:
     asked = put(compose(*BASE), {f"train.{name}": 7 for name in ("seed", "steps", "beta1", "beta2", "eps")})
     put(asked, {"data.seed": 7, "data.max_rows": 7})
-    with pytest.raises(RunError, match=r"and 2 more; take another run_dir") as caught:
+    with pytest.raises(RunError, match=r"and 2 more\. Use another run_dir") as caught:
         resume.require_same(compose(*BASE), asked)
     assert str(caught.value).count("(now 7)") == 5
 
@@ -178,17 +178,17 @@ def test_a_job_is_done_when_its_newest_attempt_completed_under_this_config(
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     for status, digest in attempts:
         end(config, "preprocess", status, digest=digest)
-    assert resume.completed(config) == ({"preprocess"} if done else set())
+    assert resume.completed_jobs(config) == ({"preprocess"} if done else set())
 
 
 def test_a_job_whose_newest_attempt_goes_on_is_not_done(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
     attempt.begin(tmp_path / "jobs/preprocess")
-    assert resume.completed(config) == set()
+    assert resume.completed_jobs(config) == set()
 
 
 def test_only_jobs_that_are_asked_for_are_looked_at(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
-    assert resume.completed(put(config, {"jobs": ["train"]})) == set()
+    assert resume.completed_jobs(put(config, {"jobs": ["train"]})) == set()

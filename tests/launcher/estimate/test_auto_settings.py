@@ -17,14 +17,14 @@ LONG = ["data.max_length=8192", "cluster.train.nodes=1", "train.global_batch=64"
 def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micro: str) -> None:
     words = [*AUTO, *LONG, f"cluster.train.gpu_memory_gib={capacity}", f"train.micro_batch={micro}"]
     config = compose(*words)
-    found, (line,) = auto_settings.settled(config)
+    found, (line,) = auto_settings.choose(config)
     faster = []
     for tried in auto_settings._candidates(config):
         size = memory.estimate(tried)
         assert size
         if tried == found:
             fits = size.device.total <= auto_settings.MARGIN * capacity * GIB
-            assert fits or "takes least" in line
+            assert fits or "needs the least memory" in line
             break
         faster.append(size.device.total)
     assert all(total > auto_settings.MARGIN * capacity * GIB for total in faster)
@@ -33,7 +33,7 @@ def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micr
 
 
 def chosen(compose: Compose, *words: str) -> tuple[str, int | None, str]:
-    config, lines = auto_settings.settled(compose(*words))
+    config, lines = auto_settings.choose(compose(*words))
     return config.train.activation_checkpointing.name, config.train.micro_batch, " ".join(lines)
 
 
@@ -58,7 +58,7 @@ def test_gathered_parameters_stay_where_there_is_room(
     compose: Compose, layout: str, capacity: float, again: bool | None
 ) -> None:
     words = ["cluster=slurm", "model=llama8b", "train.micro_batch=1", f"cluster.train.gpu_memory_gib={capacity}", *LONG]
-    config, (line,) = auto_settings.settled(compose(*words, f"parallel={layout}"))
+    config, (line,) = auto_settings.choose(compose(*words, f"parallel={layout}"))
     assert config.train.activation_checkpointing is Checkpointing.none
     assert config.parallel.reshard_after_forward is again
     assert (f"parallel.reshard_after_forward={str(again).lower()}" in line) is (again is not None)
@@ -71,17 +71,17 @@ def test_what_was_asked_for_stays(compose: Compose) -> None:
         "parallel.reshard_after_forward=true",
     ]
     config = compose("cluster=slurm", "model=llama8b", "cluster.train.gpu_memory_gib=139", *asked)
-    assert auto_settings.settled(config) == (config, [])
+    assert auto_settings.choose(config) == (config, [])
 
 
 @pytest.mark.parametrize(
     ("words", "mode", "why"),
     [
-        ([*AUTO, "train.micro_batch=null"], "full", "with cluster.train.gpu_memory_gib the fastest"),
+        ([*AUTO, "train.micro_batch=null"], "full", "Set cluster.train.gpu_memory_gib to get the fastest"),
         (["cluster=slurm", "model=hub", "model.source=a/b", "train.activation_checkpointing=auto",
-          "cluster.train.gpu_memory_gib=79"], "full", "without model.architecture"),
+          "cluster.train.gpu_memory_gib=79"], "full", "Without model.architecture"),
         (["model=tiny"], "none", ""),  # on CPUs
-        (["cluster=slurm", "model=llama8b"], "full", "parallel.reshard_after_forward=true: what most likely fits"),
+        (["cluster=slurm", "model=llama8b"], "full", "parallel.reshard_after_forward=true: most likely fits"),
     ],
 )  # fmt: skip
 def test_where_nothing_is_known_it_is_said(compose: Compose, words: list[str], mode: str, why: str) -> None:
@@ -106,4 +106,4 @@ def test_the_run_folder_says_what_was_chosen(launch: Launch, tmp_path) -> None:
 def test_what_cannot_fit_is_refused_with_what_would(launch: Launch) -> None:
     done = launch(*AUTO, *LONG, "parallel=ddp", "cluster.train.gpu_memory_gib=79", "dry_run=true")
     assert done.returncode == 2
-    assert "with parallel=fsdp it would be" in done.stderr
+    assert "Use parallel=fsdp (" in done.stderr

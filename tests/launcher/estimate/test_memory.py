@@ -157,8 +157,8 @@ def test_the_estimate_is_shown_in_a_line_and_as_a_table(compose: Compose) -> Non
     found = estimate(compose("cluster=slurm", "model=llama8b"))
     assert found
     line, table = footprint.line(found, 139), footprint.table(found)
-    assert line.startswith(f"{found.device.total / GIB:.1f} of 139 GiB a GPU (parameters 0.9, gathered 3.2,")
-    assert "GiB a host, checkpoint 89.7 GiB on disk" in line
+    assert line.startswith(f"{found.device.total / GIB:.1f} of 139 GiB per GPU (parameters 0.9, gathered 3.2,")
+    assert "GiB per node, checkpoint 89.7 GiB on disk" in line
     assert f"{'GPU total':<22}{found.device.total / GIB:>10.1f} GiB" in table
     assert len({len(row) for row in table}) == 1
 
@@ -169,4 +169,4 @@ def test_on_a_cpu_everything_is_host_memory(compose: Compose) -> None:
     assert not found.on_gpu
     assert found.device.context == 0
     assert found.host.offload == 2 * found.device.total
-    assert " a rank (" in footprint.line(found)
+    assert " per rank (" in footprint.line(found)

@@ -29,18 +29,17 @@ def test_the_first_change_that_fits_is_named_and_does_fit(
     compose: Compose, words: str, capacity: float, change: str
 ) -> None:
     command = ["cluster=slurm", "model=llama8b", "train.activation_checkpointing=none", *words.split()]
-    said = suggest.that_fits(compose(*command), capacity)
-    assert said
-    named = said.removeprefix("with ").partition(" it would be ")[0]
-    assert named.endswith(change)
-    kept = [
-        word for word in command if word.partition("=")[0] not in {item.partition("=")[0] for item in named.split()}
-    ]
-    found = estimate(compose(*kept, *named.split()))
-    assert found
-    assert found.device.total <= capacity * GIB
-    assert said.endswith(f" it would be {found.device.total / GIB:.1f} GiB")
+    suggestion = suggest.first_that_fits(compose(*command), capacity)
+    assert suggestion
+    assert suggestion.overrides.endswith(change)
+    overrides = suggestion.overrides.split()
+    overridden = {override.partition("=")[0] for override in overrides}
+    kept = [word for word in command if word.partition("=")[0] not in overridden]
+    size = estimate(compose(*kept, *overrides))
+    assert size
+    assert size.device.total <= capacity * GIB
+    assert suggestion.device_bytes == size.device.total
 
 
 def test_no_change_is_named_where_none_is_enough(compose: Compose) -> None:
-    assert suggest.that_fits(compose("cluster=slurm", "model=llama405b"), 5) is None
+    assert suggest.first_that_fits(compose("cluster=slurm", "model=llama405b"), 5) is None
