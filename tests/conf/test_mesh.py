@@ -8,8 +8,10 @@ from conf.schema import Parallel
 from tests.conftest import Compose, Launch
 
 
-def fsdp(name: str = "fsdp", shard: int | None = None, **more: int) -> Parallel:
-    return Parallel(name=name, backend=Backend.fsdp, shard_ranks=shard, **more)
+def fsdp(name: str = "fsdp", shard: int | None = None, tensor_ranks: int = 1, context_ranks: int = 1) -> Parallel:
+    return Parallel(
+        name=name, backend=Backend.fsdp, shard_ranks=shard, tensor_ranks=tensor_ranks, context_ranks=context_ranks
+    )
 
 
 PICTURES = {
@@ -26,7 +28,7 @@ mesh      hsdp: 8 ranks on 2 nodes; 2 copies; each rank holds 1/4 of parameters,
 mesh      hsdp: 4 ranks on 1 node; 2 copies; each rank holds 1/2 of parameters, gradients and optimizer state
           node 0  | 0 1 | 2 3 |
           |: one copy; ranks 0 2 hold the same part of it, and average its gradients"""),
-    "copies over the borders of nodes": (fsdp("hsdp", 6), 3, 4, """\
+    "copies that span nodes": (fsdp("hsdp", 6), 3, 4, """\
 mesh      hsdp: 12 ranks on 3 nodes; 2 copies; each rank holds 1/6 of parameters, gradients and optimizer state
           node 0  |  0  1  2  3
           node 1     4  5 |  6  7
@@ -38,7 +40,7 @@ mesh      ddp: 2 ranks on 1 node; each holds the whole model, and gradients are 
     "zero1": (Parallel("zero1", Backend.zero, zero_stage=1), 1, 2, """\
 mesh      zero1: 2 ranks on 1 node; each holds the whole model, and 1/2 of optimizer state
           node 0  | 0 1 |"""),
-    "matrices and rows that are shared": (fsdp(tensor_ranks=2, context_ranks=2), 1, 8, """\
+    "tensor and context parallelism": (fsdp(tensor_ranks=2, context_ranks=2), 1, 8, """\
 mesh      fsdp: 8 ranks on 1 node; each holds 1/8 of parameters, gradients and optimizer state
           node 0  | 0+1~2+3 4+5~6+7 |
           +: these ranks share each matrix of a block
@@ -64,7 +66,7 @@ def test_a_layout_is_drawn(case: str) -> None:
     assert "\n".join(mesh.picture(parallel, nodes, ranks)) == drawn
 
 
-def test_nodes_have_their_names_where_they_are_known() -> None:
+def test_known_host_names_are_shown() -> None:
     lines = mesh.picture(fsdp(), 2, 2, ["gpu-a", "gpu-bcd"])
     assert lines[1:] == ["          gpu-a    | 0 1", "          gpu-bcd    2 3 |"]
 
@@ -77,6 +79,6 @@ def test_every_layout_has_a_picture_that_fits_a_terminal(compose: Compose, layou
     assert max(map(len, lines)) <= 132
 
 
-def test_a_launch_shows_it(launch: Launch) -> None:
+def test_a_launch_shows_the_picture(launch: Launch) -> None:
     shown = launch("cluster=slurm", "parallel=hsdp", "dry_run=true")
     assert "          node 3  | 24 25 26 27 28 29 30 31 |" in shown.stdout.splitlines(), shown.stderr

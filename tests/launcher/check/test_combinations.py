@@ -1,4 +1,4 @@
-"""launcher/check/combinations.py: what does not go together is refused by its values, each with what to take instead."""
+"""launcher/check/combinations.py: options that do not work together are refused, with what to use instead."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ HERE = ("cluster=slurm", "model=llama8b")
 BF16 = {"train.precision": Precision.bf16}
 
 
-def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> list[str]:
+def messages(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> list[str]:
     return [str(problem) for problem in rules.problems(put(compose(*HERE, *words), values), Facts())]
 
 
@@ -43,10 +43,10 @@ def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> li
         ((), BF16 | {"train.float8": Float8.rowwise, "model.architecture.hidden_size": 4100}, "train.float8=rowwise", "16"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_named_with_a_remedy(
+def test_options_that_do_not_work_together_are_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str, remedy: str
 ) -> None:
-    [message] = said(compose, words, values)
+    [message] = messages(compose, words, values)
     assert message.startswith(f"{key}: "), message
     assert remedy in message
 
@@ -60,7 +60,7 @@ def test_what_does_not_go_together_is_named_with_a_remedy(
         (("parallel=zero2",), {"train.precision": Precision.fp16}, "train.precision=fp16"),
     ],
 )
-def test_what_the_demo_on_a_cpu_has_not_is_refused(
+def test_options_that_need_a_gpu_are_refused_on_cpus(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str
 ) -> None:
     config = put(compose("model=tiny", "cluster.train.gpus_per_node=0", *words), values)
@@ -79,5 +79,5 @@ def test_what_the_demo_on_a_cpu_has_not_is_refused(
         (("parallel=zero2",), {"train.precision": Precision.fp16}),
     ],
 )
-def test_what_goes_together(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> None:
-    assert said(compose, words, values) == []
+def test_options_that_work_together(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> None:
+    assert messages(compose, words, values) == []

@@ -1,4 +1,4 @@
-"""launcher/check/rules.py: each rule across sections, with the key it names and what it says to do."""
+"""launcher/check/rules.py: each rule names its key and says what to do."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -16,13 +16,13 @@ from tests.conftest import Compose, put
 LOCAL, SLURM = ("cluster=local",), ("cluster=slurm", "model=llama8b")
 
 
-def said(config: Config, facts: Facts | None = None) -> list[str]:
+def messages(config: Config, facts: Facts | None = None) -> list[str]:
     return [str(problem) for problem in problems(config, facts or Facts())]
 
 
 @pytest.mark.parametrize("words", [LOCAL, SLURM], ids=["here", "on Slurm"])
 def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) -> None:
-    assert said(compose(*words)) == []
+    assert messages(compose(*words)) == []
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (SLURM, {"cluster.environment": {"DB_PASSWORD": "x"}}, "cluster.environment.DB_PASSWORD=(hidden)", "secrets"),
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
+def test_a_config_that_cannot_run_is_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str, remedy: str
 ) -> None:
-    [message] = said(put(compose(*words), values))
+    [message] = messages(put(compose(*words), values))
     assert message.startswith(f"{key}: "), message
     assert remedy in message
 
@@ -97,10 +97,10 @@ def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_site_that_lacks_something_is_named_by_key_with_a_remedy(
+def test_a_site_that_lacks_something_is_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], facts: Facts, key: str, remedy: str
 ) -> None:
-    [message] = said(compose(*words), facts)
+    [message] = messages(compose(*words), facts)
     assert message.startswith(key), message
     assert remedy in message
 
@@ -123,7 +123,7 @@ def test_a_site_that_lacks_something_is_named_by_key_with_a_remedy(
 )
 def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Format, columns: str, fits: bool) -> None:
     config = put(compose(), {"data.format": format})
-    assert (said(config, Facts(first_rows=(FirstRow("data.path", tuple(columns.split())),))) == []) is fits
+    assert (messages(config, Facts(first_rows=(FirstRow("data.path", tuple(columns.split())),))) == []) is fits
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,10 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         "GPUs of which none is used",
     ],
 )
-def test_what_is_allowed(compose: Compose, words: tuple[str, ...], values: dict[str, Any], facts: Facts) -> None:
-    assert said(put(compose(*words), values), facts) == []
+def test_configs_that_are_allowed(
+    compose: Compose, words: tuple[str, ...], values: dict[str, Any], facts: Facts
+) -> None:
+    assert messages(put(compose(*words), values), facts) == []
 
 
 def minimums(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -179,11 +181,11 @@ def minimums(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + item.name, item.metadata["minimum"]
 
 
-def test_every_number_below_its_minimum_is_named_at_once(compose: Compose) -> None:
+def test_all_numbers_below_their_minimum_are_reported(compose: Compose) -> None:
     config = compose(*SLURM)
     lowest = dict(minimums(config))
-    found = problems(put(config, {key: minimum - 1 for key, minimum in lowest.items()}), Facts())
-    for problem, (key, minimum) in zip(found, lowest.items(), strict=False):
+    reported = problems(put(config, {key: minimum - 1 for key, minimum in lowest.items()}), Facts())
+    for problem, (key, minimum) in zip(reported, lowest.items(), strict=False):
         assert (problem.key, problem.value) == (key, minimum - 1)
         assert problem.message.startswith(f"must be at least {minimum:g}")
     assert {"train.steps", "cluster.train.nodes", "cluster.cpu.time_min", "model.architecture.hidden_size"} <= set(
@@ -193,14 +195,14 @@ def test_every_number_below_its_minimum_is_named_at_once(compose: Compose) -> No
 
 def test_every_number_may_be_its_minimum(compose: Compose) -> None:
     config = compose(*SLURM)
-    found = said(put(config, dict(minimums(config))))
-    assert not [message for message in found if "must be at least" in message]
+    reported = messages(put(config, dict(minimums(config))))
+    assert not [message for message in reported if "must be at least" in message]
 
 
 def test_problems_of_several_rules_are_reported_together(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(), {"name": "a b", "cluster.train.nodes": 2, "data.validation_fraction": 0.9})
-    found = problems(config, Facts(run_dir_error="no", files_missing=(("data.path", str(tmp_path)),)))
-    assert [problem.key for problem in found] == [
+    reported = problems(config, Facts(run_dir_error="no", files_missing=(("data.path", str(tmp_path)),)))
+    assert [problem.key for problem in reported] == [
         "data.validation_fraction",
         "name",
         "data.path",
@@ -210,7 +212,7 @@ def test_problems_of_several_rules_are_reported_together(compose: Compose, tmp_p
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "TOKENIZER_PATH", "MAX_TOKENS"])
 def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) -> None:
-    assert said(put(compose(), {"cluster.environment": {name: "7"}})) == []
+    assert messages(put(compose(), {"cluster.environment": {name: "7"}})) == []
 
 
 @pytest.mark.parametrize(
@@ -227,5 +229,5 @@ def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) ->
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_a_value_that_no_job_can_use_is_named(compose: Compose, values: dict[str, Any]) -> None:
-    assert [message for message in said(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]
+def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[str, Any]) -> None:
+    assert [message for message in messages(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]
