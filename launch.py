@@ -57,18 +57,18 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
     config = resolve(composed)
     config.run_dir += suffix
-    localize.localise(config, observe.local_gpus())
+    localize.localize(config, observe.local_gpus())
     if config.resume:
-        config = resume.continued(config, sys.argv[1:])
+        config = resume.resumed_config(config, sys.argv[1:])
     seen = observe.observe(config)
     if problems := rules.problems(config, seen):
         raise ConfigError(*problems)
-    config, chosen = auto_settings.settled(config)
+    config, chosen = auto_settings.choose(config)
     if seen.existing:
         resume.require_same(seen.existing, config)
     for line in chosen if "train" in config.jobs else ():
         print(line, flush=True)
-    jobs = plan.plan(config, done=resume.completed(config))
+    jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
         print(preview.text(config, jobs), flush=True)
         return 0
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
     try:
         if problems := command_line.problems(sys.argv[1:], CLONE / "conf"):
             raise ConfigError(*problems)
-        sys.argv[1:] = command_line.opened(sys.argv[1:])
+        sys.argv[1:] = command_line.allow_new_entries(sys.argv[1:])
         configs = compose(sys.argv[1:])
         suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
         return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)

@@ -77,14 +77,14 @@ def config_for(rows: Path, words: Path, run: Path, *more: str) -> Any:
 
     from conf.resolve import resolve
     from conf.schema import Config
-    from launcher.check.localize import localise
+    from launcher.check.localize import localize
 
     ConfigStore.instance().store(name="schema", node=Config)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CLONE / "conf")):
         given = [f"run_dir={run}", f"data.path={rows}", f"model.tokenizer={words}", f"data.max_length={ROW}", *more]
         gates = [f"data.gates.{name}=1" for name in ("duplicates", "placeholders", "overlong", "empty")]
         config = resolve(hydra.compose("config", overrides=given + gates))
-    localise(config, 0)
+    localize(config, 0)
     return config
 
 

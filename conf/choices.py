@@ -1,4 +1,4 @@
-"""What can be chosen by a word: one enumeration a key, its members by their names in YAML. `conf.schema` says what they mean."""
+"""Lists the values of every key that has a fixed set of them, one enumeration per key. `conf.schema` explains the values."""
 
 from enum import Enum
 

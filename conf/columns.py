@@ -1,4 +1,4 @@
-"""How rows are known: the columns of each format, and the notation of a part of them; read on both sides of a launch."""
+"""Names the columns of each data format, and the notation for a range of rows. The launcher's checks and the jobs both use them."""
 
 import re
 
@@ -8,4 +8,4 @@ INPUT = ("input", "context")
 OUTPUT = ("output", "response", "RESPONSE", "answer", "generation")
 
 SPLIT = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
-"""`[:1000]`, `[10%:20%]`, `[-100:]`."""
+"""A range of rows: `[:1000]`, `[10%:20%]`, `[-100:]`."""

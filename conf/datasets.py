@@ -1,4 +1,4 @@
-"""The sets of rows that a config names, each with what it inherits; both sides of a launch ask for them."""
+"""Lists the data sets that a config names, each with the values it inherits from `data`. Launcher and jobs both use it."""
 
 from conf.schema import Data, DataSet
 
@@ -6,28 +6,31 @@ from conf.schema import Data, DataSet
 def training(data: Data) -> dict[str, DataSet]:
     """The training sets by name: those of `data.sets`, or the one at `data.path`."""
     if data.path is not None:
-        return {data.name: _inherited(DataSet(data.path, data.split), data)}
-    return {name: _inherited(one, data) for name, one in data.sets.items()}
+        return {data.name: _with_defaults(DataSet(data.path, data.split), data)}
+    return {name: _with_defaults(data_set, data) for name, data_set in data.sets.items()}
 
 
 def training_paths(data: Data) -> list[tuple[str, str]]:
-    """(key, path) of each training set."""
-    named = [(f"data.sets.{name}.path", one.path) for name, one in data.sets.items()]
-    return named if data.path is None else [("data.path", data.path), *named]
+    """(config key, path) of each training set."""
+    paths = [(f"data.sets.{name}.path", data_set.path) for name, data_set in data.sets.items()]
+    return paths if data.path is None else [("data.path", data.path), *paths]
 
 
 def held_out(data: Data) -> DataSet | None:
-    """The set at `data.validation_path`."""
-    return _inherited(DataSet(data.validation_path, data.validation_split), data) if data.validation_path else None
+    """The validation set at `data.validation_path`, if there is one."""
+    if not data.validation_path:
+        return None
+    return _with_defaults(DataSet(data.validation_path, data.validation_split), data)
 
 
-def _inherited(one: DataSet, data: Data) -> DataSet:
+def _with_defaults(data_set: DataSet, data: Data) -> DataSet:
+    """A copy of a set in which format, fields and roles that it does not have are those of `data`."""
     return DataSet(
-        path=one.path,
-        split=one.split,
-        format=one.format or data.format,
-        fields=one.fields or data.fields,
-        roles=one.roles or data.roles,
-        weight=one.weight,
-        num_samples=one.num_samples,
+        path=data_set.path,
+        split=data_set.split,
+        format=data_set.format or data.format,
+        fields=data_set.fields or data.fields,
+        roles=data_set.roles or data.roles,
+        weight=data_set.weight,
+        num_samples=data_set.num_samples,
     )

@@ -1,4 +1,4 @@
-"""Derives the DeepSpeed dictionary from a Config: the one place where ZeRO's settings are written, so they cannot disagree."""
+"""Builds the DeepSpeed config from a Config. No other file sets ZeRO options, so launcher and jobs cannot disagree."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from conf.choices import Precision
 from conf.schema import Config
 
 
-def plan(config: Config, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given; also written to RUN/deepspeed.json for Accelerate programs in the job.
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The config for `deepspeed.initialize`. It is also written to RUN/deepspeed.json for Accelerate programs in the job.
 
-    Gradients are reduced and accumulated in fp32 under either precision, as FSDP's are; but ZeRO-1 accumulates in bf16 under
-    bf16: with fp32 DeepSpeed would take another optimizer, whose checkpoints its own consolidation cannot read (0.19.8).
+    Gradients are reduced and accumulated in fp32 with every precision, as with FSDP. The exception is ZeRO-1 with bf16, which
+    accumulates in bf16: with fp32, DeepSpeed 0.19.8 would use another optimizer, and its own consolidation cannot read the
+    checkpoints of that one.
     """
     parallel, train = config.parallel, config.train
     micro, accumulated = split(config, world_size)
@@ -38,7 +39,7 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
     bf16 = train.precision is Precision.bf16
     fp16 = {"enabled": train.precision is Precision.fp16, "initial_scale_power": 16, "loss_scale_window": 1000}
     return {
-        "train_batch_size": micro * accumulated * world_size,  # DeepSpeed knows no ranks that share rows
+        "train_batch_size": micro * accumulated * world_size,  # DeepSpeed does not know ranks that share rows
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulated,
         "gradient_clipping": train.max_grad_norm,
@@ -48,6 +49,7 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # bitsandbytes'; tests/jobs/model/test_adapters.py holds it against plain training
-        "steps_per_print": 2**31 - 1,
+        # for bitsandbytes; tests/jobs/model/test_adapters.py compares it with training without DeepSpeed
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,  # never: Muster logs the steps itself
     }

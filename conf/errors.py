@@ -1,12 +1,12 @@
-"""The errors a user can mend: each is printed as one message with key, value and remedy, never as a traceback.
+"""Errors that a user can fix. Each is printed as one line per problem with key, value and what to do, never as a traceback.
 
 MusterError
-├── Stopped              a job saved its work and ended early because it was told to; not an error of anybody's
-└── UserError          something the user can change; carries every Problem found, exit code 2
+├── Stopped              a job was asked to stop early and has saved its work; nothing went wrong
+└── UserError          something that the user can change; carries every Problem that was found; exit code 2
     ├── ConfigError    a key or a value of the configuration
     ├── DataError      the rows, files or tokenizer given to preprocess
-    ├── RunError       the run folder: exists with another config, incomplete, not writable
-    ├── DivergedError  training whose loss no longer falls but rises, and stays up
+    ├── RunError       the run folder: it exists with another config, is incomplete or is not writable
+    ├── DivergedError  training whose loss rose and does not come down again
     └── SiteError      this machine or cluster lacks what the config asks for (Slurm, GPUs, ports)
 """
 
@@ -16,23 +16,25 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in words a user can act on."""
+    """One thing that is wrong. `str()` gives `key=value: message`."""
 
     key: str
     value: object
-    remedy: str
+    """The wrong value; None to show the key alone."""
+    message: str
+    """What is wrong, why, and what to type instead."""
 
     def __str__(self) -> str:
         shown = "" if self.value is None else f"={self.value}"
-        return f"{self.key}{shown}: {self.remedy}"
+        return f"{self.key}{shown}: {self.message}"
 
 
 class MusterError(Exception):
-    """Raised for anything Muster itself reports; never raised directly."""
+    """Base class of everything that Muster itself reports; never raised directly."""
 
 
 class Stopped(MusterError):
-    """Raised by a job that was told to end early, once its work is saved; `status` is its verdict."""
+    """Raised by a job that was asked to stop early, after it has saved its work. `status` becomes its verdict."""
 
     def __init__(self, status: str, message: str) -> None:
         self.status = status
@@ -40,7 +42,7 @@ class Stopped(MusterError):
 
 
 class UserError(MusterError):
-    """Raised when the user can mend what is wrong; str() is one line a problem."""
+    """Raised when the user can fix what is wrong. `str()` gives one line per problem."""
 
     exit_code: ClassVar[int] = 2
 
@@ -50,24 +52,25 @@ class UserError(MusterError):
 
 
 class ConfigError(UserError):
-    """Raised for a key or value of the configuration (e.g. `train.steps=-1`)."""
+    """Raised for a key or value of the configuration (for example `train.steps=-1`)."""
 
 
 class DataError(UserError):
-    """Raised for input rows that cannot be trained on (e.g. a file without the needed columns)."""
+    """Raised for input rows that cannot be trained on (for example a file without the needed columns)."""
 
 
 class RunError(UserError):
-    """Raised for a run folder that cannot be used (e.g. it holds a run with another config)."""
+    """Raised for a run folder that cannot be used (for example one that holds a run with another config)."""
 
 
 class DivergedError(UserError):
-    """Raised when training cannot come to anything: its loss has risen and stays up. Never started again by itself."""
+    """Raised when the training loss has risen and stays high. Muster never restarts such a job by itself."""
 
 
 class SiteError(UserError):
-    """Raised when this machine or cluster lacks what the config asks for (e.g. no sbatch, no free GPU)."""
+    """Raised when this machine or cluster lacks what the config asks for (for example sbatch, or a free GPU)."""
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,6 +1,6 @@
-"""Writes files and folders that are complete or absent: written beside, synced, then renamed into place."""
+"""Writes files and folders that are either complete or absent: write to a temporary name, fsync, then rename."""
 
-from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+from __future__ import annotations  # the node's own Python 3.9 runs this too, outside the container
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk; a rename is only safe once what it publishes has been written."""
+    """Flush a file or folder to disk. Without that, a crash after a rename may leave an empty file under the new name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file below `folder`, then the folders."""
+    """Flush every file in `folder`, then the folders themselves."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if not path.is_symlink():
             sync(path)
@@ -30,7 +30,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
-    """Publish `text` at `path`. A reader sees the old content or the new, never a part of it."""
+    """Write `text` to `path`. A reader sees the old content or the new, never part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -47,12 +47,12 @@ def write_text(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Publish `value` as indented JSON at `path`."""
+    """Write `value` as indented JSON to `path`, like `write_text`."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON at `path`, or None where there is no such file."""
+    """The JSON in `path`, or None if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,33 +60,33 @@ def read_json(path: Path) -> Any:
 
 
 def partial(folder: Path) -> Path:
-    """Where `folder` is written before it is published; names that start with a dot are never taken for whole."""
+    """The folder to write before it is renamed to `folder`. Names that start with a dot never count as complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def publish(folder: Path) -> None:
-    """Rename the finished `partial(folder)` to `folder`. Raises FileExistsError rather than replace a whole one."""
+    """Rename the finished `partial(folder)` to `folder`. Raises FileExistsError if `folder` exists."""
     publish_as(partial(folder), folder)
 
 
-def publish_as(beside: Path, folder: Path) -> None:
-    """Rename the finished folder `beside` to `folder`. Raises FileExistsError rather than replace a whole one."""
+def publish_as(finished: Path, folder: Path) -> None:
+    """Rename the folder `finished` to `folder`. Raises FileExistsError if `folder` exists."""
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already")
-    sync_tree(beside)
-    os.rename(beside, folder)
+        raise FileExistsError(f"{folder} already exists")
+    sync_tree(finished)
+    os.rename(finished, folder)
     sync(folder.parent)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `folder` when the block ends well, and vanishes when it does not."""
-    beside = partial(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    """Yield an empty folder to fill. It becomes `folder` when the block ends, and is removed if the block raises."""
+    unfinished = partial(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+    unfinished.mkdir(parents=True)
     try:
-        yield beside
+        yield unfinished
         publish(folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise

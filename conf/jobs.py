@@ -1,7 +1,7 @@
-"""The one table of job kinds: what each reads, which resources it gets, whether its ranks talk, whether it can continue.
+"""The one table of job kinds: what each reads, which resources it gets, whether its ranks communicate, whether it can resume.
 
-launcher/plan.py orders and sizes jobs by it, launcher/run_folder and launcher/supervise ask it what an attempt should leave,
-jobs/__init__.py looks names up in it.
+launcher/plan.py orders and sizes jobs by it. launcher/run_folder and launcher/supervise read from it what an attempt should
+leave behind. jobs/__init__.py looks up the names of jobs in it.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ class JobKind:
     """One kind of job."""
 
     after: tuple[str, ...]
-    """Jobs whose results this one reads; it starts after those of them that the run has."""
+    """Kinds whose results this one reads. It starts after the ones that the run has."""
     section: str
     """The section of `cluster` with its resources: `train`, `cpu` or `inference`."""
     distributed: bool = False
-    """Whether its ranks form a process group: they then need a rendezvous."""
+    """Whether its ranks form a process group, so that they need a rendezvous."""
     single_rank: bool = False
-    """Whether it is one process even where its section of `cluster` has more ranks."""
+    """Whether it runs as one process even if its section of `cluster` has more ranks."""
     resumable: bool = False
-    """Whether it saves checkpoints, so that an attempt without a new one made no progress."""
+    """Whether it saves checkpoints. An attempt without a new checkpoint then made no progress."""
 
 
 JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(

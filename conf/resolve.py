@@ -1,4 +1,4 @@
-"""Turns what Hydra composed into a Config, and a Config into the YAML of the run folder and back."""
+"""Converts what Hydra composed to a typed Config, and a Config to the YAML file of the run folder and back."""
 
 import hashlib
 import json
@@ -16,40 +16,41 @@ from conf.schema import Config
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The typed Config of a composed one.
+    """Convert a composed config to a typed Config.
 
-    Raises ConfigError naming every value still missing, every key the schema does not know, and every bad value.
+    Raises ConfigError naming every value that is missing, every key that the schema does not have, and the first value of a
+    wrong type.
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise ConfigError(*(Problem(key, None, f"needs a value: add {key}=... to the command") for key in missing))
+            raise ConfigError(*(Problem(key, None, f"needs a value. Add {key}=... to the command") for key in missing))
         plain = OmegaConf.to_container(composed, resolve=True)
-        if misfits := _misfits(plain, Config):
-            raise ConfigError(*misfits)
+        if problems := _schema_problems(plain, Config):
+            raise ConfigError(*problems)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
     assert isinstance(config, Config)
-    _sectioned(config)
+    _type_named_sections(config)
     return config
 
 
 LAUNCH_ONLY = ("resume", "dry_run", "submit")
-"""Keys that belong to one command, not to the run."""
+"""Keys that belong to one command, not to the run. They are not stored."""
 
 
 def dump(config: Config) -> str:
-    """The whole config as YAML text, in the order of the schema, without what belongs to one command."""
+    """The config as YAML text, in the order of the schema, without the keys in `LAUNCH_ONLY`."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config, without=LAUNCH_ONLY)))
 
 
 def digest(config: Config) -> str:
-    """What tells two configs of a run apart, whichever jobs are asked of them: 16 hexadecimal digits."""
+    """A hash of the config, 16 hexadecimal digits. `jobs` and the keys in `LAUNCH_ONLY` do not change it."""
     return hashlib.sha256(json.dumps(_plain(config, without=(*LAUNCH_ONLY, "jobs"))).encode()).hexdigest()[:16]
 
 
 def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
-    """Nested dictionaries of YAML's own types; written out because OmegaConf's conversion takes 30 ms a call."""
+    """The config as nested dictionaries of YAML's own types. Done by hand, because OmegaConf's conversion takes 30 ms."""
 
     def convert(value: Any) -> Any:
         if is_dataclass(value):
@@ -59,29 +60,29 @@ def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
         if isinstance(value, list):
             return [convert(item) for item in value]
         if isinstance(value, str):
-            return value.replace("${", "\\${")  # what is resolved already must not be taken for an interpolation again
+            return value.replace("${", "\\${")  # already resolved: must not be read as an interpolation again
         return value.name if isinstance(value, Enum) else value
 
     return {name: convert(value) for name, value in vars(config).items() if name not in without}
 
 
 def save(config: Config, path: Path) -> None:
-    """Publish the config as YAML, readable by the user alone."""
+    """Write the config as YAML. Only the user can read the file."""
     write_text(path, dump(config))
 
 
 def load(path: Path) -> Config:
-    """The config that `save` wrote. Raises ConfigError when the file is absent or does not fit the schema."""
+    """Read a config that `save` wrote. Raises ConfigError if the file is missing or does not match the schema."""
     try:
         stored = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(Problem(str(path), None, "no such file; a run folder has a config.yaml")) from None
+        raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
     assert isinstance(stored, DictConfig)
     return resolve(stored)
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type; dictionaries, whose keys are the user's, are one key."""
+    """Every dotted key of the schema with its type. A free-form dictionary is one key: its own keys are the user's."""
     found: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
@@ -93,13 +94,13 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def _section(hint: Any) -> type | None:
-    """The dataclass behind a field's type, also where it is optional."""
+    """The dataclass in a field's type, also in `Dataclass | None`; None for other types."""
     candidates = [hint, *get_args(hint)]
     return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
 
 
 def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
-    """Dotted keys of the dictionaries whose entries are sections, each with what an entry is."""
+    """The dictionaries of sections under names that the user chooses: dotted key -> dataclass of an entry."""
     found: dict[str, type] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
@@ -110,51 +111,51 @@ def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
     return found
 
 
-def _misfits(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
-    """Keys the schema does not know, and dictionaries where it has a list: OmegaConf names neither by its key."""
-    found = []
+def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
+    """Keys that the schema does not have, and dictionaries in place of a list. OmegaConf's errors do not name their keys."""
+    problems = []
     hints = get_type_hints(schema)
     named = {item.name: item.metadata["section"] for item in fields(schema) if "section" in item.metadata}
-    for key, value in plain.items():
-        path = prefix + key
-        if key not in hints:
-            found.append(Problem(path, None, "no such key"))
-        elif isinstance(value, dict) and str(hints[key]).startswith("list"):
-            found.append(Problem(path, value, "is not a list"))
-        elif key in named:
-            for name, entry in value.items():
-                found += _entry_misfits(entry, named[key], f"{path}.{name}")
-        elif (section := _section(hints[key])) and value is not None:
-            found += _misfits(value, section, f"{path}.")
-    return found
+    for name, value in plain.items():
+        key = prefix + name
+        if name not in hints:
+            problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
+        elif isinstance(value, dict) and str(hints[name]).startswith("list"):
+            problems.append(Problem(key, value, "must be a list, for example [a,b]"))
+        elif name in named:
+            for entry_name, entry in value.items():
+                problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
+        elif (section := _section(hints[name])) and value is not None:
+            problems += _schema_problems(value, section, f"{key}.")
+    return problems
 
 
-def _entry_misfits(entry: Any, section: type, path: str) -> list[Problem]:
-    """What is wrong with one entry of a dictionary of sections: its keys, its types, what it lacks."""
+def _entry_problems(entry: Any, section: type, key: str) -> list[Problem]:
+    """What is wrong with one entry of a dictionary of sections: unknown keys, wrong types, missing values."""
     if not isinstance(entry, dict):
-        return [Problem(path, entry, "is a section of its own: set keys inside it")]
-    if found := _misfits(entry, section, f"{path}."):
-        return found
+        return [Problem(key, entry, f"must be a section. Set keys in it, for example {key}.path=...")]
+    if problems := _schema_problems(entry, section, f"{key}."):
+        return problems
     try:
-        made = OmegaConf.merge(OmegaConf.structured(section), entry)
+        merged = OmegaConf.merge(OmegaConf.structured(section), entry)
     except OmegaConfBaseException as error:
-        return [Problem(f"{path}.{error.full_key}", None, str(error.msg).splitlines()[0])]
-    return [Problem(f"{path}.{key}", None, "needs a value") for key in sorted(OmegaConf.missing_keys(made))]
+        return [Problem(f"{key}.{error.full_key}", None, str(error.msg).splitlines()[0])]
+    missing = sorted(OmegaConf.missing_keys(merged))
+    return [Problem(f"{key}.{name}", None, f"needs a value. Add {key}.{name}=... to the command") for name in missing]
 
 
-def _sectioned(config: Config) -> None:
-    """Make typed entries of the dictionaries whose entries are sections: OmegaConf refuses such a type in `++key=value`."""
+def _type_named_sections(config: Config) -> None:
+    """Convert the entries of each dictionary of sections to dataclasses, in place.
+
+    The schema cannot give such a dictionary its type: OmegaConf then refuses `++key=value` overrides in it.
+    """
     for key, section in named_sections().items():
-        parent, name = config, key
-        while "." in name:
-            head, name = name.split(".", 1)
-            parent = getattr(parent, head)
-        plain = getattr(parent, name)
-        setattr(
-            parent,
-            name,
-            {
-                entry: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), value))
-                for entry, value in plain.items()
-            },
-        )
+        *parents, name = key.split(".")
+        parent: Any = config
+        for step in parents:
+            parent = getattr(parent, step)
+        entries = {
+            entry_name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), entry))
+            for entry_name, entry in getattr(parent, name).items()
+        }
+        setattr(parent, name, entries)

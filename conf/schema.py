@@ -1,9 +1,9 @@
-"""What can be configured: one dataclass a section, a sentence under each field with its unit and why that default.
+"""Defines every config key: one dataclass per section, and under each field what it means, its unit and why it has its default.
 
-Values that belong to one choice (a model, a layout, a cluster) stand in the YAML files beside this one;
-values that nearly everybody wants stand here as defaults. No value stands in both.
+Values that belong to one choice (a model, a layout, a cluster) are in the YAML files of this folder. Values that nearly
+everybody wants are defaults here. No value is in both places.
 
-Long because it is the one list of all keys.
+This file is long because it is the one list of all keys.
 """
 
 from dataclasses import dataclass, field
@@ -37,52 +37,57 @@ from conf.choices import (
 
 
 def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) -> Any:
-    """A field whose number has bounds; `launcher.check.rules` reads them from the metadata."""
+    """A number with bounds. `launcher.check.rules` reads them from the field's metadata."""
     return field(default=default, metadata={"minimum": minimum, "maximum": at_most})
 
 
 def entries(section: type) -> Any:
-    """A dictionary of sections under names that the user chooses; `conf.resolve` makes them what `section` says."""
+    """A dictionary of sections under names that the user chooses. `conf.resolve` converts each entry to `section`."""
     return field(default_factory=dict, metadata={"section": section})
 
 
 @dataclass
 class Architecture:
-    """The fields of a Hugging Face config.json that fix a model's shape: enough to build it, and to estimate its memory."""
+    """The fields of a Hugging Face config.json that define a model's shape: enough to build it and to estimate its memory."""
 
     model_type: str = MISSING
-    """Transformers' name of the family, such as `llama` or `qwen2`."""
+    """Name of the model family in transformers, for example `llama` or `qwen2`."""
     vocab_size: int = at_least(1)
+    """Tokens of the vocabulary: rows of the embedding and of the output head."""
     hidden_size: int = at_least(1)
     intermediate_size: int = at_least(1)
+    """Width of the MLP in each block."""
     num_hidden_layers: int = at_least(1)
+    """Number of decoder blocks."""
     num_attention_heads: int = at_least(1)
     num_key_value_heads: int = at_least(1)
     max_position_embeddings: int = at_least(1)
+    """Longest sequence that the model was made for, in tokens."""
     tie_word_embeddings: bool = False
+    """Whether the output head uses the weights of the embedding."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Any further fields of config.json, passed on as they are (rope parameters, head_dim, biases)."""
+    """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 
 
 @dataclass
 class Model:
     name: str = MISSING
-    """Short name, used in the run's name."""
+    """Short name, used in the name of the run."""
     source: str = MISSING
-    """Hub id, or folder, of the weights, config and tokenizer."""
+    """Hub id or folder with the weights, the config and the tokenizer."""
     revision: str | None = None
-    """Hub commit, tag or branch; pin a commit where a run must be repeatable."""
+    """Commit, tag or branch on the Hub. Set a commit if the run must be repeatable."""
     tokenizer: str | None = None
-    """Hub id or folder of another tokenizer than the one in `source`."""
+    """Hub id or folder of a tokenizer to use instead of the one in `source`."""
     init: Init = Init.pretrained
-    """`pretrained` reads weights from `source`; `random` builds `architecture` with fresh weights (demo, benchmarks)."""
+    """`pretrained`: read the weights from `source`. `random`: build `architecture` with new weights (demo, benchmarks)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, because that code runs with your rights."""
+    """Run Python code that comes with the model. Off, because that code runs with your permissions."""
     attention: Attention = Attention.auto
-    """Attention kernel. `auto` takes the fastest that the model, the GPU and `data.packing` allow, of torch's own, and says
-    which: `cudnn` for a sample a row on Hopper and later, `varlen` for packed rows. flash_attention_* need their package."""
+    """Attention kernel. `auto`: the fastest kernel of torch that model, GPU and `data.packing` allow; the log names it. That
+    is `cudnn` for rows of one sample on Hopper and later, and `varlen` for packed rows. `flash_attention_*` need their package."""
     architecture: Architecture | None = None
-    """Shape of the model; needed for `init: random`, and for checks and estimates without the network."""
+    """Shape of the model. Needed for `init: random`, and for checks and memory estimates without network access."""
 
 
 @dataclass
@@ -94,237 +99,264 @@ class DataSet:
     split: str | None = None
     """Like `data.split`."""
     format: Format | None = None
-    """Null is `data.format`; `fields` and `roles` are likewise the set's own, or else those of `data`."""
+    """Like `data.format`. Null: use that one."""
     fields: dict[str, str] = field(default_factory=dict)
+    """Like `data.fields`. Empty: use those."""
     roles: dict[str, str] = field(default_factory=dict)
+    """Like `data.roles`. Empty: use those."""
     weight: float = at_least(0.0001, 1.0)
-    """How often a row comes in an epoch: 2 is twice, 0.5 a random half of the rows, chosen by `data.seed`."""
+    """How often each row is used in an epoch. 2: twice. 0.5: a random half of the rows, chosen by `data.seed`."""
     num_samples: int | None = at_least(1, None, at_most=1e9)
-    """Rows an epoch, in place of `weight`: a random part of the set, or the set as often as it takes."""
+    """Rows of this set per epoch, used instead of `weight`: a random subset, or the set repeated as often as needed."""
 
 
 @dataclass
 class Gates:
-    """Share of the rows, from 0 to 1, above which preprocess stops; below it what was found is counted, shown and kept going.
+    """Limits on bad rows. Each is a share of all rows, from 0 to 1. Preprocess stops if more rows than that are bad.
 
-    1 never stops. Rows that cannot be used are left out where their gate lets the others pass.
+    Below its limit, bad rows are counted and shown, and preprocess continues. Rows that cannot be used are then left out.
+    1 never stops.
     """
 
     unreadable: float = at_least(0, 0.0, at_most=1)
-    """Lines that are not JSON, not UTF-8, or no object with named columns."""
+    """Lines that are not JSON, not UTF-8, or not an object with named columns."""
     unusable: float = at_least(0, 0.0, at_most=1)
-    """Rows that do not fit the format: columns missing or null, a text that is none, a template that refuses the turns."""
+    """Rows that do not match the format: a column is missing or null, a text is not a string, or the chat template raises an
+    error for the turns."""
     roles: float = at_least(0, 0.0, at_most=1)
-    """Rows with a speaker that is not known; see `data.roles`."""
+    """Rows with an unknown speaker. `data.roles` maps names of speakers."""
     empty: float = at_least(0, 0.0, at_most=1)
-    """Rows whose question or answer is empty."""
+    """Rows with an empty question or answer."""
     overlong: float = at_least(0, 0.2, at_most=1)
-    """Rows over `data.max_length` that are cut or dropped; where `data.overlong` splits them nothing is lost, or stopped."""
+    """Rows longer than `data.max_length` that are truncated or dropped. With `data.overlong=split` nothing is lost, so this
+    limit does not apply."""
     untrained: float = at_least(0, 0.05, at_most=1)
-    """Rows in which no token is trained (say, because the answer was cut off); they are left out."""
+    """Rows without a trained token, for example because the answer was cut off. They are left out."""
     endless: float = at_least(0, 0.05, at_most=1)
-    """Rows, not cut, whose last trained token does not end a turn or the text: a model that sees no end never stops."""
+    """Rows that were not truncated, but whose last trained token does not end a turn or the text. A model that never sees an
+    end token never stops generating."""
     placeholders: float = at_least(0, 0.02, at_most=1)
-    """Rows with a template's hole left open, such as {instruction} or {{ name }}."""
+    """Rows with an unfilled template placeholder, for example {instruction} or {{ name }}."""
     vocabulary: float = at_least(0, 0.0, at_most=1)
-    """Rows of finished tokens with an id that the tokenizer does not have; they are left out."""
+    """Rows of token ids (`data.format=tokenised`) with an id that the tokenizer does not have. They are left out."""
     duplicates: float = at_least(0, 0.2, at_most=1)
-    """Training rows that are equal to one before, token for token; see `data.drop_duplicates`."""
+    """Training rows with the same tokens as an earlier row. `data.drop_duplicates` removes them."""
     overlap: float = at_least(0, 0.01, at_most=1)
-    """Held-out rows that are trained on too: their loss says little."""
+    """Validation rows that are also training rows. Their loss says little."""
 
 
 @dataclass
 class Data:
     name: str = MISSING
+    """Short name, used in the name of the run."""
     path: str | None = MISSING
-    """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or a glob of
-    such files, or a Hub id, `owner/name` or `owner/name:train[:100]`."""
+    """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or glob pattern of
+    such files, or a Hub id: `owner/name` or `owner/name:train[:100]`."""
     split: str | None = None
-    """Part of the rows, in Python's and the Hub's notation: `[:1000]`, `[10%:]`, `[-100:]`."""
+    """Range of rows to use, in the notation of Python and the Hub: `[:1000]`, `[10%:]`, `[-100:]`."""
     sets: dict[str, Any] = entries(DataSet)
-    """Several sets in place of `path`: each by a name, with a path and a weight of its own."""
+    """Several training sets instead of `path`. Each has a name, a path and a weight."""
     format: Format = Format.auto
-    """Shape of a row; `auto` recognises it from the columns and says which it took."""
+    """Format of the rows. `auto` recognizes it from the columns and logs which one it is."""
     fields: dict[str, str] = field(default_factory=dict)
-    """For columns of other names: the format's column to yours, or to a Jinja text over the row ("{{ title }}: {{ body }}")."""
+    """Maps columns with other names: the format's column to your column, or to a Jinja template of the row
+    ("{{ title }}: {{ body }}")."""
     roles: dict[str, str] = field(default_factory=dict)
-    """For speakers of other names: yours to system, user, assistant or tool."""
+    """Maps speakers with other names: your name to system, user, assistant or tool."""
     chat_template: str | None = None
-    """Null is the tokenizer's own; else chatml, gemma, llama3, mistral, qwen, or a Jinja file. Goes into the merged model."""
+    """chatml, gemma, llama3, mistral, qwen, or the path of a Jinja file. Null: the tokenizer's own. It is saved with the
+    consolidated model."""
     mask: Mask = Mask.assistant
-    """What is trained of a chat: every assistant turn, the last one, or all; a turn's own `train` wins over it."""
+    """Which part of a chat is trained. `assistant`: every assistant turn. `last`: the last one. `all`: everything. If a turn
+    has a `train` field, that decides."""
     eos_token: str | None = None
-    """Token that ends a text, in place of the tokenizer's; also where generation stops."""
+    """Token that ends a text, and at which generation stops. Null: the tokenizer's own."""
     pad_token: str | None = None
-    """Token that fills rows up; null is the tokenizer's own, or else its end-of-text token."""
+    """Token that pads rows. Null: the tokenizer's own, or its end-of-text token if it has none."""
     special_tokens: list[str] = field(default_factory=list)
-    """Further tokens that are never split, such as `<|im_start|>`; the embedding grows where the model lacks rows for them."""
+    """Additional tokens that are never split, for example `<|im_start|>`. The embedding grows if the model has no rows for
+    them."""
     validation_path: str | None = None
-    """Held-out rows, named as in `path`; without it `validation_fraction` of the rows is held out."""
+    """Validation rows, written as in `path`. Null: `validation_fraction` of the training rows."""
     validation_split: str | None = None
-    """Part of `validation_path`, as in `split`; it may be another part of the training file."""
+    """Range of rows of `validation_path`, written as in `split`. It may be a range of the training file."""
     validation_fraction: float = at_least(0, 0.05, at_most=0.5)
-    """Share of rows held out where there is no `validation_path`: chosen by their content and `seed`, so that equal rows
-    stay together and a longer file keeps the choice."""
+    """Share of the rows that is used for validation if there is no `validation_path`. Rows are chosen by their content and
+    `seed`, so that equal rows are never in both parts, and adding rows to the file does not move the others."""
     max_length: int = at_least(2, 2048)
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate
-    """What happens to a sample longer than `max_length`; `split` goes on in a further one. Every case is counted."""
+    """What to do with a sample longer than `max_length`. `truncate`: cut it. `split`: continue it in further samples. `drop`:
+    leave it out. `error`: stop. All cases are counted."""
     packing: bool = False
-    """Put several samples into one row of `max_length` tokens, each attending only to itself; a row is then full, and
-    `train.global_batch` counts rows."""
+    """Put several samples into each row of `max_length` tokens. Attention stays inside each sample. `train.global_batch` then
+    counts full rows."""
     order: Order = Order.auto
-    """Of the rows in an epoch. `balanced` is random, but the rows of a step cost the same, so that no rank waits for
-    another; `random` draws freely; `file` keeps the order of the input, for a curriculum. `auto` balances packed rows, and
-    draws others freely, for steps of short samples alone would weigh their tokens more."""
+    """Order of the rows in an epoch. `balanced`: random, but all rows of a step take about the same time, so that ranks do not
+    wait for each other. `random`: no balancing. `file`: the order of the input, for a curriculum. `auto`: `balanced` for packed
+    rows, else `random`, because a step of only short samples would give their tokens more weight."""
     drop_duplicates: bool = False
-    """Keep only the first of training rows that are equal token for token."""
+    """Keep only the first of training rows with the same tokens."""
     max_rows: int | None = at_least(1, None)
-    """Use only the first rows of each set: a quick look before the whole of it."""
+    """Use only this many rows from the start of each set, for a quick look at the data. Null: all rows."""
     preview: int = at_least(0, 1)
-    """Samples shown in the log as the model will see them; RUN/data/preview.html has more."""
+    """Samples to show in the log as the model sees them. RUN/data/preview.html has more."""
     workers: int | None = at_least(1, None)
-    """Processes that tokenise; null is one a core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
+    """Processes that tokenize. Null: one for each CPU core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
     cache: str | None = None
-    """Folder of tokenised sets, shared between runs and named by their content; null is `.data` beside the run's folder."""
+    """Folder for tokenized sets. Runs share them; they are named by a hash of their content. Null: `.data` next to the
+    run folder."""
     seed: int = at_least(0, 0)
-    """Fixes the held-out rows, the parts taken of sets, and the order of training."""
+    """Seed for the choice of validation rows, for subsets of sets, and for the order of training rows."""
     gates: Gates = field(default_factory=Gates)
 
 
 @dataclass
 class Parallel:
     name: str = MISSING
+    """Name of the layout, used in the name of the run."""
     backend: Backend = MISSING
-    """Who shards: torch FSDP2 or DeepSpeed ZeRO."""
+    """Library that shards: `fsdp` (torch FSDP2) or `zero` (DeepSpeed ZeRO)."""
     shard_ranks: int | None = at_least(1, None)
-    """FSDP: ranks that share one sharded copy of the model. Null is all of them; 1 is plain data parallelism;
-    the ranks of a node is HSDP, which keeps parameter traffic inside the node."""
+    """FSDP: ranks that together hold one sharded copy of the model. Null: all ranks. 1: plain data parallelism (ddp). The
+    ranks of one node: HSDP, which keeps the traffic of parameters inside the node."""
     zero_stage: int = at_least(0, 0)
-    """ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters."""
+    """ZeRO stage. 1 shards optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
-    """Keep optimizer state and its step in host memory: slower, for models that do not fit."""
+    """Keep optimizer state in host memory and run the optimizer there. Slower; for models that do not fit otherwise."""
     offload_parameters: bool = False
-    """Keep sharded parameters in host memory between uses."""
+    """Keep sharded parameters in host memory while they are not used."""
     reshard_after_forward: bool | None = None
-    """FSDP: free gathered parameters after forward. False spends memory to gather once instead of twice a step; null does so
-    where that is estimated to fit into `cluster.train.gpu_memory_gib`."""
+    """FSDP: free gathered parameters after forward. False needs more memory, but gathers once per step instead of twice. Null:
+    false if it is estimated to fit into `cluster.train.gpu_memory_gib`, else true."""
     context_ranks: int = at_least(1, 1)
-    """Ranks that share the tokens of each row, for rows too long for one: they exchange heads for attention, so the number
-    must divide the model's heads. 1 keeps rows whole."""
+    """Context parallelism: ranks that share the tokens of each row, for rows that are too long for one rank. They exchange
+    attention heads, so this must divide the model's number of heads. 1: off."""
     tensor_ranks: int = at_least(1, 1)
-    """FSDP: ranks that share each matrix of a block, for blocks too large for one; they must be of one node."""
+    """Tensor parallelism, with FSDP only: ranks of one node that share each matrix of a block, for blocks that are too large
+    for one rank. 1: off."""
     bucket_elements: int = at_least(1, 200_000_000)
-    """ZeRO: elements a bucket of reduction and prefetch. 2e8 reached the raw loop's speed on H200; DeepSpeed's default did not."""
+    """ZeRO: elements in each bucket for reduction and prefetch. On H200s, 2e8 reached the speed of a training loop without
+    Muster; DeepSpeed's default did not."""
 
 
 @dataclass
 class Adapter:
     kind: AdapterKind = AdapterKind.none
+    """`none`: train all weights. `lora`: freeze the base and train a low-rank update."""
     r: int = at_least(1, 16)
     """Rank of the update B @ A."""
     alpha: float = at_least(0, 32.0)
     """The update is scaled by alpha / r."""
     dropout: float = at_least(0, 0.0, at_most=0.99)
+    """Dropout on the input of the adapter, as a probability."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the linear layers that get an adapter; `all-linear` is every one but the output head."""
+    """Names of the linear layers that get an adapter. `all-linear`: all except the output head."""
     rslora: bool = False
-    """Scale the update by alpha / sqrt(r) instead: a higher rank then does not learn slower (Kalajdzievski 2023)."""
+    """Scale the update by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski 2023)."""
     dora: bool = False
-    """Train the norm of each row of a weight apart from its direction (Liu 2024). Nearer to a full fine-tune at a low rank, for
-    about a third more time."""
+    """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
+    fine-tune, and takes about a third more time."""
     base: Frozen = Frozen.full
-    """How the frozen linear layers of blocks are kept: `full` in the precision of compute, `nf4` in 4 bits with double
-    quantisation (QLoRA, as bitsandbytes does it), `int8` in 8 bits with a scale a row; `float8` likewise, and multiplied in 8 bits
-    too, on Ada, Hopper or later: the fastest of all."""
+    """Precision of the frozen linear layers in blocks. `full`: the compute precision. `nf4`: 4 bits with double quantization
+    (QLoRA as in bitsandbytes). `int8`: 8 bits with one scale per row. `float8`: 8 bits with one scale per row, and also
+    multiplied in 8 bits; needs Ada, Hopper or later, and is the fastest."""
 
 
 @dataclass
 class Train:
     steps: int | None = at_least(1, None)
-    """Optimizer steps; null is as many as `epochs` takes."""
+    """Optimizer steps. Null: as many as `epochs` takes."""
     epochs: float | None = at_least(0.001, None)
-    """Passes over the training rows, where `steps` is null."""
+    """Passes over the training rows. Used if `steps` is null."""
     global_batch: int = at_least(1, 64)
-    """Rows an optimizer step, over all ranks. Independent of the number of GPUs, so a curve does not change with them."""
+    """Rows per optimizer step over all ranks. It does not depend on the number of GPUs, so neither does the loss curve."""
     micro_batch: int | None = at_least(1, None)
-    """Rows a rank holds at once, at most; the rest of its share of `global_batch` is accumulated. Null takes as many as are
-    estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens: more do not make a GPU faster. One on CPUs, and
-    where nobody says what a GPU has."""
+    """Most rows in one forward pass of a rank. Gradients are accumulated until `global_batch` is reached. Null: as many as are
+    estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens, because more do not make a GPU faster; 1 on CPUs
+    and if `gpu_memory_gib` is not set."""
     learning_rate: float = at_least(0)
-    """Peak, after warmup."""
+    """Peak learning rate, after warmup."""
     min_lr_ratio: float = at_least(0, 0.1, at_most=1)
-    """The cosine ends at this share of the peak."""
+    """The cosine schedule ends at this share of the peak."""
     warmup_steps: int = at_least(0, 0)
     """Steps of linear warmup."""
     weight_decay: float = at_least(0, 0.0)
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW. Applied to matrices only."""
     optimizer: Optimizer = Optimizer.adamw
-    """`adamw_8bit` and `paged_*` take bitsandbytes under ZeRO, `adamw_8bit` torchao under FSDP; `adafactor` and `muon` (matrices
-    of blocks, the rest by AdamW) need whole weights and thus FSDP. docs/adapters.md says what each costs."""
+    """`adamw_8bit`: from bitsandbytes with ZeRO, from torchao with FSDP. `paged_*`: from bitsandbytes, with ZeRO only.
+    `adafactor` and `muon` (matrices in blocks; AdamW for the rest): with FSDP only, because they need whole matrices.
+    docs/adapters.md lists what each costs."""
     beta1: float = at_least(0, 0.9, at_most=0.99999)
+    """Decay of AdamW's first moment."""
     beta2: float = at_least(0, 0.95, at_most=0.99999)
+    """Decay of AdamW's second moment."""
     eps: float = at_least(0, 1e-8)
+    """AdamW's epsilon."""
     max_grad_norm: float = at_least(0, 1.0)
-    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    """Clip gradients to this global norm. 0: no clipping."""
     precision: Precision = Precision.auto
-    """`bf16` computes in bfloat16 on fp32 master weights; `fp32` is for numerics and CPUs; `auto` is bf16 on GPUs, else fp32.
-    `fp16`, with a loss scale, is for GPUs older than Ampere, which have no bfloat16."""
+    """Compute precision. `bf16`: bfloat16, with fp32 master weights. `fp32`: to study numerics, and for CPUs. `fp16`: with loss
+    scaling, for GPUs before Ampere, which have no bfloat16. `auto`: `bf16` on GPUs, `fp32` on CPUs."""
     float8: Float8 = Float8.none
-    """Matrix products in 8 bits under FSDP, by torchao, on Hopper and later. `tensorwise` has one scale a weight, and gathers in
-    8 bits too; `rowwise` one a row, nearer to bf16 and slower (13,563 and 12,003 tok/s a H200 against 10,422)."""
+    """Matrix products in 8 bits, by torchao, with FSDP on Ada, Hopper or later. `tensorwise`: one scale per weight, and weights
+    are also gathered in 8 bits (13,563 tok/s per H200). `rowwise`: one scale per row, closer to bf16 (12,003 tok/s). `none`:
+    10,422 tok/s."""
     activation_checkpointing: Checkpointing = Checkpointing.auto
-    """What of a block is computed again in backward instead of kept. `selective` keeps attention and every second matrix product
-    (8 % slower than `none` on H200), `full` only the block's input (a quarter slower), `offload` moves that to host memory.
-    `auto` is the first of these that is estimated to fit into `cluster.train.gpu_memory_gib`, chosen before anything is queued;
-    `full` where nobody says what a GPU has, and `none` on CPUs."""
+    """Which activations of a block are recomputed in backward instead of kept. `none`: nothing is recomputed. `selective`:
+    keeps attention and every second matrix product (8 % slower than `none` on H200). `full`: keeps only the input of the block
+    (a quarter slower). `offload`: like `full`, with these inputs in host memory. `auto`: the first of these that is estimated
+    to fit into `cluster.train.gpu_memory_gib`, chosen before the job is queued; `full` if that is not set; `none` on CPUs."""
     compile: bool | None = None
-    """Compile each block by torch.compile. Null does on GPUs where triton is installed, but not for adapters under ZeRO-3, whose
-    hooks inside a block cut it into pieces."""
+    """Compile each block with torch.compile. Null: yes on GPUs if triton is installed, except for adapters with ZeRO-3, whose
+    hooks inside a block would break its graph into small parts."""
     seed: int = at_least(0, 0)
-    """Fixes initial weights and dropout."""
+    """Seed for random initial weights and dropout."""
     max_loss_rise: float | None = at_least(0, 2.0)
-    """Training whose loss (median of 21 steps) lies this far above its best, in nats, for 50 steps on end has diverged and ends;
-    null lets it go on. Two nats are a perplexity 7 times the best one: nothing that heals stays up there for 50 steps."""
+    """In nats. Training has diverged, and ends, if the loss (median of 21 steps) stays this far above its best for 50 steps in a
+    row. Null: no such check. The default of 2 nats is a perplexity 7 times the best: runs that recover do not stay there
+    for 50 steps."""
     profile: bool = False
-    """Write a trace of three early steps by torch's profiler to RUN/profile. Those steps are slower."""
+    """Write a trace of three early steps to RUN/profile with torch's profiler. These steps are slower."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that write one."""
+    """Ranks that write a trace."""
     log_every: int = at_least(1, 10)
-    """Steps between lines in the log; metrics.jsonl has every step."""
+    """Steps between lines in the log. metrics.jsonl has every step."""
     eval_every: int = at_least(0, 100)
-    """Steps between evaluations on held-out rows; 0 evaluates only before the first and after the last step."""
+    """Steps between evaluations on the validation rows. 0: only before the first and after the last step."""
     save_every: int = at_least(0, 500)
-    """Steps between checkpoints; 0 saves only at the end or when stopped."""
+    """Steps between checkpoints. 0: save only at the end, or when the job is asked to stop."""
     keep_checkpoints: int = at_least(1, 2)
-    """Newest complete checkpoints kept; two, because the last may be the one a disk failure hits."""
+    """Number of newest complete checkpoints to keep. Two, because a disk failure may damage the last one."""
     keep_every: int = at_least(0, 0)
-    """Checkpoints at multiples of this many steps are kept for good, beside the newest; 0 keeps none of them."""
+    """Also keep, for good, the checkpoints at multiples of this many steps. 0: none of them."""
     async_save: bool = True
-    """Copy what is saved to host memory, and write it while training goes on: ranks wait for the copy alone. On, because a
-    copy takes seconds where a write takes minutes; a node without room for it is told, and waits. The last is waited for."""
+    """Copy the training state to host memory and write it to disk while training continues. Ranks wait only for the copy, which
+    takes seconds where writing takes minutes. If a node has too little memory for the copy, the log says so and ranks wait
+    for the write. The last checkpoint is always waited for."""
     fingerprint: bool = False
-    """Record each final weight's SHA-256 beside the last checkpoint, gathered one at a time, so that consolidation
-    can prove its output equal to the live weights. Costs one more gather of the model."""
+    """Record the SHA-256 of each final weight with the last checkpoint, so that consolidation can prove that its output equals
+    the trained weights. Gathers every weight once more, one at a time."""
 
 
 @dataclass
 class Consolidate:
     step: int | None = at_least(1, None)
-    """Checkpoint to merge, by its step; null is the newest."""
+    """Step of the checkpoint to consolidate. Null: the newest."""
     dtype: OutputDtype = OutputDtype.auto
-    """Of the merged weights; `auto` is the precision trained in, `original` each weight's own in `model.source`."""
+    """Precision of the consolidated weights. `auto`: the compute precision of training. `original`: that of each weight in
+    `model.source`."""
     shard_gib: float = at_least(0.001, 5.0)
     """Largest safetensors file, in GiB."""
     adapter_only: bool = False
-    """Write the adapter alone, as a PEFT folder, and leave the base as it is."""
+    """Write only the adapter, as a PEFT folder, instead of merging it into the base."""
     base: MergeBase = MergeBase.original
-    """What an adapter on a quantised base is merged into: `original`, the stored weights, or `dequantised`, what it was
-    trained on."""
+    """Weights that an adapter with a quantized base is merged into. `original`: the stored weights. `dequantised`: the
+    quantized weights that it was trained on, converted back."""
     verify: Verify = Verify.weights
-    """Before a model is called whole: `weights` reads every byte back; `logits` also loads it, and compares its logits of a
-    held-out row with those that training recorded, set thus, beside its last checkpoint. Needs memory for the whole model."""
+    """Check before the model folder counts as complete. `weights`: read every byte back. `logits`: also load the model, and
+    compare its logits for a validation row with those that training then stores with its last checkpoint; set it before
+    training. Needs memory for the whole model."""
 
 
 @dataclass
@@ -332,122 +364,133 @@ class Generate:
     prompts: str = MISSING
     """JSONL file with a `prompt` in each row."""
     max_new_tokens: int = at_least(1, 128)
+    """Longest answer, in tokens."""
     temperature: float = at_least(0, 0.0)
-    """0 always takes the likeliest token, so that two runs can be compared."""
+    """0: always the most likely token, so that two runs can be compared."""
 
 
 @dataclass
 class Resources:
-    """What one kind of job asks of the scheduler."""
+    """What one kind of job asks Slurm for."""
 
     nodes: int = at_least(1, 1)
     ranks_per_node: int = at_least(1, 1)
-    """Processes a node; one a GPU where there are GPUs."""
+    """Processes per node. With GPUs, one for each GPU."""
     gpus_per_node: int | None = at_least(0, 0)
-    """Null, on `cluster=local` only: use GPUs if this machine has one for every rank, else the CPU."""
+    """Null, with `cluster=local` only: use GPUs if this machine has one for each rank, else the CPU."""
     gpu_type: str | None = None
-    """Slurm's name of the GPUs to ask for, where nodes have several."""
+    """Slurm's name of the GPU type to ask for, on clusters with several types."""
     gpu_memory_gib: float | None = at_least(1, None)
-    """Memory of one GPU, in GiB (80 GB cards have 79, an H200 has 139): what fits is chosen by it, and a run that is estimated
-    to need more is refused before it is queued. Null is what this machine's have on `cluster=local`; elsewhere nothing is
-    compared, because a login node cannot see the GPUs of others."""
+    """Memory of one GPU, in GiB (an 80 GB card has 79, an H200 has 139). Muster chooses settings that fit into it, and refuses a
+    run that is estimated to need more before it is queued. Null: with `cluster=local`, the memory of this machine's GPUs;
+    else nothing is compared, because a login node cannot see the GPUs of compute nodes."""
     cpus_per_rank: int = at_least(1, 1)
     memory_gib: int | None = at_least(0, None)
-    """Host memory a node; 0 is all of it, null the partition's default."""
+    """Host memory per node, in GiB. 0: all of it. Null: the partition's default."""
     time_min: int = at_least(1, 60)
     """Time limit, in minutes."""
     partition: str | None = None
-    """Null is the cluster's default partition."""
+    """Null: the cluster's default partition."""
     qos: str | None = None
+    """Slurm quality of service. Null: the default."""
     constraint: str | None = None
+    """Slurm features that the nodes must have."""
     exclude: str | None = None
     """Nodes not to use, in Slurm's notation."""
     exclusive: bool = False
-    """Take whole nodes."""
+    """Do not share nodes with other jobs."""
     sbatch: dict[str, str | None] = field(default_factory=dict)
-    """Any further sbatch options by long name, such as `{reservation: night}`; null leaves out one that Muster would set,
-    as in `{gpus-per-node: null, gres: "gpu:8"}`."""
+    """Any other sbatch options by their long name, for example `{reservation: night}`. Null removes an option that Muster sets:
+    `{gpus-per-node: null, gres: "gpu:8"}`."""
 
 
 @dataclass
 class Network:
     interface: str = "auto"
-    """Network interface of sockets. `auto` is, found on each node, the one that routes to MASTER_ADDR."""
+    """Network interface for sockets. `auto`: on each node, the interface that routes to MASTER_ADDR."""
     master_port: int | None = at_least(1024, None, at_most=65535)
-    """Null derives a free port below the ephemeral range from the job id, and reserves it for the job's life."""
+    """Null: a free port below the ephemeral range, derived from the job id and reserved while the job runs."""
     nccl_timeout_s: int = at_least(1, 1800)
-    """MUSTER_NCCL_TIMEOUT: seconds that start-up, or loading, may take without getting further; passed on to every library.
-    A rank that is silent for longer hangs: its node's watchdog says where, ends the job, and it starts again."""
+    """Sets MUSTER_NCCL_TIMEOUT and the timeouts of all libraries: seconds without progress that are allowed during start-up and
+    loading. A rank that is silent for longer hangs: the watchdog of its node writes where, ends the job, and the job
+    restarts."""
     step_timeout_s: int = at_least(1, 600)
-    """Likewise for a training step, or a batch of evaluation; shorter, because a step that hangs wastes every GPU."""
+    """The same for a training step or a batch of evaluation. Shorter, because a hanging step wastes every GPU."""
     save_timeout_s: int = at_least(1, 1800)
-    """Likewise for a checkpoint: long enough for the slowest disk."""
+    """The same for a checkpoint. Long enough for the slowest disk."""
 
 
 @dataclass
 class Cluster:
     name: str = MISSING
+    """Name of the cluster: the name of its YAML file."""
     executor: Executor = MISSING
+    """`slurm`: submit jobs. `local`: run them on this machine, one after the other."""
     train: Resources = field(default_factory=Resources)
-    """Preflight and training."""
+    """Resources for preflight and train."""
     cpu: Resources = field(default_factory=Resources)
-    """Preprocess and consolidate: no GPU waits for them. Several ranks share the files of a merge; preprocess takes one."""
+    """Resources for preprocess and consolidate, which need no GPU. Several ranks share the files of a consolidation; preprocess
+    always runs as one process."""
     inference: Resources = field(default_factory=Resources)
-    """Evaluate and generate: one process that may spread the model over several GPUs."""
+    """Resources for evaluate and generate: one process, which may spread the model over several GPUs."""
     account: str | None = None
+    """Slurm account to charge. Null: your default account."""
     python: str | None = None
-    """Interpreter on the compute nodes; null is the one that runs launch.py."""
+    """Python interpreter on the compute nodes. Null: the one that runs launch.py; in a container, `python3`."""
     modules: list[str] = field(default_factory=list)
-    """`module load` these first."""
+    """Environment modules to load first, with `module load`."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines run on the first node before the ranks start; one that must succeed ends in `|| exit 2`."""
+    """Shell lines to run on the first node before the ranks start. End a line that must succeed with `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables for every rank; they win over Muster's own. No secrets here: see `secrets`."""
+    """Environment variables for every rank. They override those that Muster sets. Put secrets into `secrets` instead."""
     secrets: list[str] = field(default_factory=list)
-    """Names of variables, such as HF_TOKEN, that the job needs. Only names are written down; a value comes from the
-    environment of `launch.py`, or from `secrets_file`, and is read inside the job."""
+    """Names of the secret variables that jobs need, for example HF_TOKEN. Only names are stored. The job reads the values from
+    the environment of `launch.py` or from `secrets_file`."""
     secrets_file: str = "~/.config/muster/secrets"
-    """`NAME=value` lines, readable by you alone, for secrets that the job's environment lacks."""
+    """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job."""
     scratch: str = "/tmp"
-    """Folder on each node's own disk for compiler caches; shared file systems corrupt them."""
+    """Folder on the local disk of each node for compiler caches. Shared file systems corrupt these caches."""
     hf_home: str | None = None
-    """HF_HOME of the jobs; null leaves it as it is."""
+    """HF_HOME of the jobs. Null: not changed."""
     offline: bool = False
-    """Compute nodes cannot reach the Hub: sets HF_HUB_OFFLINE=1, so that nothing waits for a time-out."""
+    """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout."""
     signal_s: int = at_least(1, 120)
-    """Seconds before the time limit at which the ranks save and stop; long enough for a checkpoint. Slurm may be 60 s early."""
+    """Seconds before the time limit at which ranks save and stop. Must be long enough for a checkpoint. Slurm may send the signal
+    up to 60 s earlier."""
     requeue: bool = True
-    """Start a job again that was preempted, ran into its time limit or failed, on the same id, so that what depends on it
-    waits. Never after a user's error. False leaves that to `python launch.py resume=RUN`."""
+    """Restart a job that was preempted, reached its time limit or failed, with the same job id, so that dependent jobs wait for
+    it. Never after a user error. False: you restart it with `python launch.py resume=RUN`."""
     max_restarts: int = at_least(0, 3)
-    """Restarts of a failing job since its last new checkpoint. Being preempted or out of time does not count."""
+    """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
     network: Network = field(default_factory=Network)
     container: Container = Container.none
-    """Runtime that wraps every rank; `container_image` says which image."""
+    """Container runtime that runs every rank. `container_image` is its image."""
     container_image: str | None = None
+    """Image that the runtime starts, for example `/images/muster.sif`."""
     container_mounts: list[str] = field(default_factory=list)
-    """Paths bound into the container; the run folder always is."""
+    """Paths to mount into the container. The run folder is always mounted."""
     srun_args: list[str] = field(default_factory=list)
-    """Further arguments of srun, such as `--mpi=none`."""
+    """Additional arguments for srun, for example `--mpi=none`."""
 
 
 @dataclass
 class Config:
-    """The whole run, as saved in RUN/config.yaml."""
+    """The whole config of a run, as stored in RUN/config.yaml."""
 
     name: str = MISSING
+    """Name of the run. Slurm jobs are named after it."""
     run_dir: str = MISSING
-    """Folder of the run, created once. Relative paths start where launch.py was started."""
+    """Folder of the run. Created once. A relative path starts at the folder in which launch.py is started."""
     jobs: list[str] = field(default_factory=list)
-    """What this command runs, in order: the pipeline group sets it."""
+    """Jobs that this command runs, in order. The pipeline group sets it."""
     resume: str | None = None
-    """Continue the run in this folder: jobs that have completed are skipped, training starts at its newest checkpoint."""
+    """Continue the run in this folder. Completed jobs are skipped; training continues at its newest checkpoint."""
     dry_run: bool = False
-    """Print every job's sbatch text and environment; write and submit nothing."""
+    """Print the sbatch script and environment of every job. Write and submit nothing."""
     submit: Submit = Submit.submitit
-    """`script` writes RUN/jobs/<job>.sbatch files for `sbatch` by hand, and submits nothing."""
+    """`submitit`: submit the jobs. `script`: write RUN/jobs/<job>.sbatch files for `sbatch`, and submit nothing."""
     tracker: Tracker = Tracker.none
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from conf import mesh
-from conf.batch import rows_at_once, split
+from conf.batch import micro_batch_limit, split
 from conf.choices import Verify
 from conf.errors import DivergedError
 from conf.files import write_json
@@ -213,7 +213,7 @@ def _evaluate(loop: Loop, step: int) -> bool:
         heartbeat.beat("evaluate", step)
         return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
 
-    micro = rows_at_once(loop.config)
+    micro = micro_batch_limit(loop.config)
     mine = loss.held_out(loop.engine.module, loop.validation, micro, loop.pad, world, told)
     if mine is None:
         return False

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.batch import copies, split
+from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
 from conf.resolve import digest
 from conf.schema import Config
@@ -142,7 +142,7 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
         block = BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
         if block:
             values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
-    if 1 < shard < apart or copies(config) > 1:
+    if 1 < shard < apart or ranks_per_row(config) > 1:
         values |= {
             "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
             "PARALLELISM_CONFIG_TP_SIZE": str(parallel.tensor_ranks),

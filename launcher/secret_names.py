@@ -1,4 +1,4 @@
-"""Which environment variables hold secrets, by their names."""
+"""Recognizes environment variables that hold secrets by their names."""
 
 import re
 
@@ -6,5 +6,5 @@ SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRI
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds what must not be written down (HF_TOKEN does, MAX_TOKENS does not)."""
+    """Whether the value of a variable with this name must not be written to a file or log (HF_TOKEN: yes; MAX_TOKENS: no)."""
     return SECRET.search(name) is not None

@@ -49,7 +49,7 @@ def _composed(words: tuple[str, ...], gpus: int) -> Config:
     ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         config = resolve(hydra.compose("config", overrides=[f"run_dir={RUN_DIR}", *words]))
-    localize.localise(config, gpus)
+    localize.localize(config, gpus)
     return config
 
 

@@ -51,6 +51,8 @@ PURE = (
     "launcher.plan",
     "launcher.check.rules",
     "launcher.check.combinations",
+    "launcher.check.data_rules",
+    "launcher.check.parallel_rules",
     "launcher.check.command_line",
     "launcher.submit.render",
     "launcher.submit.preview",

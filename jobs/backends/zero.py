@@ -44,7 +44,7 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         read = materialize.fill(model, skeleton, load(model, config, world), config, world, resumed)
     model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=optim.build(model, config), config=derived.plan(config, world.size)
+        model=model, optimizer=optim.build(model, config), config=derived.deepspeed_config(config, world.size)
     )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
     if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
@@ -93,7 +93,10 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
     """
     import deepspeed
 
-    dtype, context = compute_dtype(config), deepspeed.zero.Init(config_dict_or_path=derived.plan(config, world.size))
+    dtype, context = (
+        compute_dtype(config),
+        deepspeed.zero.Init(config_dict_or_path=derived.deepspeed_config(config, world.size)),
+    )
     if context.mem_efficient_linear and not compile.as_one(config, world):
         # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
         # for each block anew: it looks at a weight's number (torch 2.11).

@@ -1,1 +1,1 @@
-"""Everything that refuses a run before it is queued."""
+"""Refuses a run before it is queued; may import conf, launcher/estimate and launcher/run_folder, never torch."""

@@ -1,4 +1,7 @@
-"""Options that do not go together: adapter, optimizer and precision with each other and with the layout; pure."""
+"""Refuses pairs of options that do not work together: adapter, optimizer and precision with each other and with the layout.
+
+Pure: reads the config alone.
+"""
 
 from collections.abc import Iterator
 
@@ -6,87 +9,115 @@ from conf.choices import AdapterKind, Backend, Float8, Frozen, Init, MergeBase, 
 from conf.errors import Problem
 from conf.schema import Config
 
-BITSANDBYTES = (Optimizer.adamw_8bit, Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
-PAGED = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
-WHOLE = (Optimizer.adafactor, Optimizer.muon)
-"""Optimizers that look at a matrix as a whole."""
+PAGED_OPTIMIZERS = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
+MATRIX_OPTIMIZERS = (Optimizer.adafactor, Optimizer.muon)
+"""Optimizers that need each weight as a 2-D matrix. ZeRO gives its optimizer flattened 1-D parts."""
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Each pair by the values that make it, with what to take instead."""
+    """Yield one problem for each pair of values that does not work, with the value to use instead."""
     yield from _adapter(config)
+    yield from _merge_of_quantized_base(config)
     yield from _optimizer(config)
     yield from _precision(config)
+    if config.train.float8 is not Float8.none:
+        yield from _float8(config)
 
 
 def _adapter(config: Config) -> Iterator[Problem]:
     adapter, parallel = config.adapter, config.parallel
     if adapter.kind is AdapterKind.none:
-        for key, off in (("dora", False), ("rslora", False), ("base", Frozen.full)):
-            if (value := getattr(adapter, key)) is not off:
+        for key, default in (("dora", False), ("rslora", False), ("base", Frozen.full)):
+            value = getattr(adapter, key)
+            if value is not default:
                 shown = value.name if isinstance(value, Frozen) else value
-                yield Problem(f"adapter.{key}", shown, "goes with an adapter: take adapter=lora")
+                yield Problem(f"adapter.{key}", shown, "needs an adapter, but adapter.kind=none. Add adapter=lora")
         return
-    small = adapter.base is not Frozen.full
+    quantized = adapter.base is not Frozen.full
     if adapter.dora and parallel.backend is Backend.zero and parallel.zero_stage == 3:
-        said = "reads base weights after ZeRO-3 has given them back: take parallel=fsdp or parallel=zero2"
-        yield Problem("adapter.dora", True, said)
-    if adapter.dora and small:
-        said = f"needs the norms of weights that adapter.base={adapter.base.name} packs: set one of the two back"
-        yield Problem("adapter.dora", True, said)
-    if small and config.model.init is Init.random:
-        said = "quantises stored weights, and model.init=random has none: take adapter=lora, or a model folder"
-        yield Problem("adapter.base", adapter.base.name, said)
-    if config.consolidate.base is MergeBase.dequantised and adapter.base is not Frozen.nf4:
-        said = f"is for adapter.base=nf4, and this is {adapter.base.name}: take original"
-        yield Problem("consolidate.base", "dequantised", said)
-    if config.consolidate.verify is Verify.logits and small and config.consolidate.base is not MergeBase.dequantised:
-        said = f"compares with a model on an {adapter.base.name} base, which the merged one is not: take weights"
-        yield Problem("consolidate.verify", "logits", said + " or base=dequantised" * (adapter.base is Frozen.nf4))
+        message = "reads base weights after ZeRO-3 has freed them. Use parallel=fsdp or parallel=zero2"
+        yield Problem("adapter.dora", True, message)
+    if adapter.dora and quantized:
+        message = f"needs the norms of the base weights, but adapter.base={adapter.base.name} stores them quantized. "
+        yield Problem("adapter.dora", True, message + "Use adapter.base=full or adapter.dora=false")
+    if quantized and config.model.init is Init.random:
+        message = "quantizes weights that are read from files, but model.init=random reads none. "
+        message += "Use adapter=lora, or a model with model.init=pretrained"
+        yield Problem("adapter.base", adapter.base.name, message)
+
+
+def _merge_of_quantized_base(config: Config) -> Iterator[Problem]:
+    """Merging an adapter: into the original base, or into the dequantized one that it was trained on."""
+    adapter, into = config.adapter, config.consolidate.base
+    if adapter.kind is AdapterKind.none:
+        return
+    if into is MergeBase.dequantised and adapter.base is not Frozen.nf4:
+        message = (
+            f"works with adapter.base=nf4 only, but adapter.base={adapter.base.name}. Use consolidate.base=original"
+        )
+        yield Problem("consolidate.base", "dequantised", message)
+    quantized = adapter.base is not Frozen.full
+    if config.consolidate.verify is Verify.logits and quantized and into is not MergeBase.dequantised:
+        message = (
+            f"compares with logits that training computed on the {adapter.base.name} base, "
+            "but the adapter is merged into the original base, so they differ. Use consolidate.verify=weights"
+        )
+        message += " or consolidate.base=dequantised" if adapter.base is Frozen.nf4 else ""
+        yield Problem("consolidate.verify", "logits", message)
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
-    kind, parallel = config.train.optimizer, config.parallel
+    optimizer, parallel = config.train.optimizer, config.parallel
     zero = parallel.backend is Backend.zero
-    if kind is Optimizer.adamw:
+    if optimizer is Optimizer.adamw:
         return
-    if zero and kind in WHOLE:
-        said = "needs whole matrices, and ZeRO gives its optimizer flat pieces: take parallel=fsdp, hsdp or ddp"
-        yield Problem("train.optimizer", kind.name, said)
-    if not zero and kind in PAGED:
-        said = "is bitsandbytes', which cannot update FSDP's tensors: take adamw_8bit (torchao), or parallel=zero2"
-        yield Problem("train.optimizer", kind.name, said)
-    if kind in PAGED and config.cluster.train.gpus_per_node == 0:
-        yield Problem("train.optimizer", kind.name, "pages GPU memory, and no GPU is asked for: take adamw")
+    if zero and optimizer in MATRIX_OPTIMIZERS:
+        message = "needs 2-D weights, but ZeRO flattens them. Use parallel=fsdp, parallel=hsdp or parallel=ddp"
+        yield Problem("train.optimizer", optimizer.name, message)
+    if not zero and optimizer in PAGED_OPTIMIZERS:
+        message = "is from bitsandbytes, which cannot update the tensors of FSDP (and ddp). "
+        message += "Use train.optimizer=adamw_8bit (from torchao), or parallel=zero2"
+        yield Problem("train.optimizer", optimizer.name, message)
+    if optimizer in PAGED_OPTIMIZERS and config.cluster.train.gpus_per_node == 0:
+        message = "moves GPU memory to the host, but cluster.train.gpus_per_node=0. Use train.optimizer=adamw"
+        yield Problem("train.optimizer", optimizer.name, message)
     if parallel.offload_optimizer:
-        said = "keeps small state on the GPU, and parallel.offload_optimizer keeps it on the host: take adamw, or no offload"
-        yield Problem("train.optimizer", kind.name, said)
+        message = "keeps its state on the GPU, but parallel.offload_optimizer=true keeps it in host memory. "
+        message += "Use train.optimizer=adamw, or a layout without offload"
+        yield Problem("train.optimizer", optimizer.name, message)
     if parallel.tensor_ranks > 1:
-        said = f"is not proven where parallel.tensor_ranks={parallel.tensor_ranks} share a matrix: take adamw, or 1"
-        yield Problem("train.optimizer", kind.name, said)
+        message = f"is not tested with parallel.tensor_ranks={parallel.tensor_ranks}. "
+        message += "Use train.optimizer=adamw or parallel.tensor_ranks=1"
+        yield Problem("train.optimizer", optimizer.name, message)
 
 
 def _precision(config: Config) -> Iterator[Problem]:
+    zero = config.parallel.backend is Backend.zero
+    if config.train.precision is Precision.fp16 and zero and config.cluster.train.gpus_per_node == 0:
+        message = "DeepSpeed does not support fp16 on CPUs. Use train.precision=fp32 or parallel=fsdp"
+        yield Problem("train.precision", "fp16", message)
+
+
+def _float8(config: Config) -> Iterator[Problem]:
+    """Training in float8, which torchao does on FSDP's tensors."""
     train, parallel, shape = config.train, config.parallel, config.model.architecture
-    zero = parallel.backend is Backend.zero
-    if train.precision is Precision.fp16 and zero and config.cluster.train.gpus_per_node == 0:
-        yield Problem("train.precision", "fp16", "is not DeepSpeed's on CPUs: take fp32, or parallel=fsdp")
-    if train.float8 is Float8.none:
-        return
     key, value = "train.float8", train.float8.name
-    if zero:
-        yield Problem(key, value, "is torchao's, which works on FSDP's tensors: take parallel=fsdp, or none")
+    if parallel.backend is Backend.zero:
+        yield Problem(key, value, "works with FSDP only. Use parallel=fsdp or train.float8=none")
     if train.precision is not Precision.bf16:
-        yield Problem(
-            key, value, f"multiplies what is else bf16, and train.precision={train.precision.name}: take bf16"
-        )
+        message = f"needs train.precision=bf16 for all other operations, but train.precision={train.precision.name}. "
+        yield Problem(key, value, message + "Set train.precision=bf16")
     if config.adapter.kind is not AdapterKind.none:
-        yield Problem(
-            key, value, "trains whole weights, and an adapter freezes them: take adapter=lora_float8, or none"
-        )
+        message = "trains all weights, but an adapter freezes them. Use adapter=lora_float8 or train.float8=none"
+        yield Problem(key, value, message)
     if config.cluster.train.gpus_per_node == 0:
-        yield Problem(key, value, "needs GPUs with 8-bit products (Ada, Hopper or later): take none on CPUs")
+        message = "needs GPUs with 8-bit matrix products (Ada, Hopper or later), but cluster.train.gpus_per_node=0. "
+        yield Problem(key, value, message + "Use train.float8=none")
     if parallel.tensor_ranks > 1 or parallel.offload_parameters:
-        yield Problem(key, value, "is not proven with parallel.tensor_ranks or offload_parameters: take parallel=fsdp")
-    if shape and (odd := [size for size in (shape.hidden_size, shape.intermediate_size) if size % 16]):
-        yield Problem(key, value, f"needs widths that 16 divides, and this model has {odd[0]}: take none")
+        message = "is not tested with parallel.tensor_ranks above 1 or parallel.offload_parameters=true. "
+        yield Problem(key, value, message + "Use parallel=fsdp without them, or train.float8=none")
+    for name in ("hidden_size", "intermediate_size") if shape else ():
+        if (size := getattr(shape, name)) % 16:
+            message = f"needs layer sizes divisible by 16, but model.architecture.{name}={size}. Use train.float8=none"
+            yield Problem(key, value, message)
+            break  # one size is enough to say no

@@ -1,4 +1,7 @@
-"""Checks the words of a command line against the schema and the config groups, all at once, before Hydra stops at the first."""
+"""Checks the overrides of a command line against the schema and the config groups.
+
+Hydra stops at the first wrong override. This reports all of them, each with the nearest key or option that exists.
+"""
 
 import difflib
 from dataclasses import fields
@@ -33,37 +36,43 @@ FLAGS_WITH_VALUE = (
 
 def groups(folder: Path) -> dict[str, list[str]]:
     """Every config group below `folder` with its options, sorted."""
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*/*.yaml")):
-        found.setdefault(path.parent.name, []).append(path.stem)
-    return found
+        options.setdefault(path.parent.name, []).append(path.stem)
+    return options
 
 
 def problems(words: list[str], folder: Path) -> list[Problem]:
-    """What is wrong with the overrides among `words` (flags such as `--help` are Hydra's to judge)."""
-    known, options, schema, found = resolve.keys(), groups(folder), OmegaConf.structured(Config), []
-    right: list[Override] = []
-    schema.model.architecture = Architecture  # a section that may be absent
+    """What is wrong with the overrides among `words`, in their order.
+
+    `folder` holds the config groups. Flags such as `--help` are skipped: Hydra checks them.
+    """
+    known, options, found = resolve.keys(), groups(folder), list[Problem]()
+    schema = OmegaConf.structured(Config)
+    schema.model.architecture = Architecture  # optional, so None in the schema: its keys could not be tried otherwise
+    valid: list[Override] = []
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            found.append(
-                Problem(word, None, "is not of the form key=value; quote what the shell or Hydra would read otherwise")
-            )
+            message = "is not of the form key=value. Put quotes around characters that the shell or Hydra interprets"
+            found.append(Problem(word, None, message))
             continue
         problem = _problem(override, known, options, schema)
         if problem:
             found.append(problem)
         else:
-            right.append(override)
-    return found + _shapeless(right, folder, options)
+            valid.append(override)
+    return found + _shape_of_a_model_without_one(valid, folder, options)
 
 
-def opened(words: list[str]) -> list[str]:
-    """The same words, with Hydra's `++` before those that add to a free-form dictionary: nobody should have to know."""
+def allow_new_entries(words: list[str]) -> list[str]:
+    """Prefix overrides of free-form dictionaries with Hydra's `++`.
+
+    Hydra refuses `cluster.environment.NAME=1` without it, because the schema has no such key.
+    """
     free = [key for key, hint in resolve.keys().items() if str(hint).startswith("dict")]
     return [f"++{word}" if any(word.startswith((f"{key}=", f"{key}.")) for key in free) else word for word in words]
 
@@ -77,76 +86,82 @@ def _problem(
     if key == "experiment" and override.value() is None:
         return None
     if key in options:
-        return _option(key, str(override.value()), options[key])
+        value = str(override.value())
+        return None if value in options[key] else Problem(key, value, _unknown("option", value, options[key]))
     if key in known:
         return _value(key, override, known, schema)
     for free, hint in known.items():
         if str(hint).startswith("dict") and key.startswith(f"{free}."):
             return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
-    return Problem(key, None, f"no such key{nearest(key, [*known, *options])}")
+    return Problem(key, None, f"no such key{nearest(key, [*known, *options]) or '. conf/schema.py lists all keys'}")
 
 
-def _shapeless(overrides: list[Override], folder: Path, options: dict[str, list[str]]) -> list[Problem]:
-    """What is said of a shape that the named model does not have: Hydra cannot put it anywhere."""
-    values = {word.key_or_group: word.value() for word in overrides}
+def _shape_of_a_model_without_one(
+    overrides: list[Override], folder: Path, options: dict[str, list[str]]
+) -> list[Problem]:
+    """Overrides of `model.architecture` for a model that has none: Hydra could not merge them, and names no key."""
+    values = {override.key_or_group: override.value() for override in overrides}
     shape = {key: value for key, value in values.items() if key.startswith("model.architecture") and value is not None}
     model = str(values.get("model"))
     if not shape or model not in options["model"]:
         return []
     if "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
         return []
-    said = f"model={model} has the shape that its config.json says: leave this out, or take a model that is drawn by its shape"
-    return [Problem(key, value, said) for key, value in shape.items()]
+    message = f"model={model} reads its shape from config.json. Remove this override"
+    return [Problem(key, value, message) for key, value in shape.items()]
 
 
-def _entry(key: str, rest: list[str], section: type | None) -> Problem | None:
-    """A key inside a dictionary of sections: what stands after the name that the user chose."""
-    entries = [item.name for item in fields(section)] if section else []
-    leaf = rest[0].split(".")[0] if rest else None
-    if not entries or leaf is None or leaf in entries:
+def _entry(key: str, after_name: list[str], section: type | None) -> Problem | None:
+    """Check a key inside a dictionary of sections, such as `data.sets.NAME.path`.
+
+    `after_name` is empty or holds one string: what follows the name that the user chose.
+    """
+    names = [item.name for item in fields(section)] if section else []
+    leaf = after_name[0].split(".")[0] if after_name else None
+    if not names or leaf is None or leaf in names:
         return None
-    return Problem(key, None, f"no such key{nearest(leaf, entries)}; there are {', '.join(entries)}")
+    return Problem(key, None, _unknown("key", leaf, names))
 
 
-def _option(group: str, value: str, options: list[str]) -> Problem | None:
-    if value in options:
-        return None
-    return Problem(group, value, f"no such option{nearest(value, options)}; there are {', '.join(options)}")
+def _unknown(kind: str, word: str, candidates: list[str]) -> str:
+    """The message for a key or option that does not exist: the nearest one, and all that there are."""
+    return f"no such {kind}{nearest(word, candidates) or '.'} Choose from {', '.join(candidates)}"
 
 
 def _value(key: str, override: Override, known: dict[str, Any], schema: DictConfig) -> Problem | None:
-    """Try the value in an empty config: OmegaConf knows the types."""
+    """Check a value by setting it in an empty config: OmegaConf knows the types."""
     if override.is_delete():
-        return Problem(key, None, "cannot be deleted; set it to null where it may be empty")
+        return Problem(key, None, "cannot be deleted. If it is optional, set it to null")
     value = override.value()
-    if isinstance(value, str) and "${" in value:
+    if isinstance(value, str) and "${" in value:  # an interpolation: Hydra resolves it later
         return None
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, value, f"is not {_describe(known[key])}")
+        return Problem(key, value, f"must be {_describe(known[key])}")
     return None
 
 
 def _describe(hint: Any) -> str:
-    """A type in words: `a whole number`, `one of a, b`."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    """A type in plain words: `a whole number`, `one of a, b`."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if isinstance(hint, type) and hasattr(hint, "__members__"):
         return "one of " + ", ".join(hint.__members__)
     for kind, text in words.items():
         if hint is kind:
             return text
         if str(hint) == f"{kind.__name__} | None":
-            return f"{text}, or null"
+            return f"{text} or null"
+    if str(hint).startswith("list"):
+        return "a list, for example [a,b]"
     return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def nearest(word: str, candidates: list[str]) -> str:
-    """`: did you mean 'x'?`, or nothing where no candidate is near; a key is also compared by its last part."""
-    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if not found:
+    """`: did you mean 'x'?`, or an empty string if no candidate is similar. A key also matches by its last part alone."""
+    similar = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not similar:
         by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-        found = [
-            by_leaf[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
-        ]
-    return f": did you mean '{found[0]}'?" if found else ""
+        leaves = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
+        similar = [by_leaf[leaf] for leaf in leaves]
+    return f": did you mean '{similar[0]}'?" if similar else ""

@@ -1,4 +1,4 @@
-"""Fits cluster=local to the GPUs of this machine."""
+"""Fills in the values of a config that depend on this machine: absolute paths, interpreter, GPU or CPU, precision."""
 
 import os
 import sys
@@ -6,21 +6,27 @@ from pathlib import Path
 
 from conf.choices import Container, Executor, Precision
 from conf.schema import Config
-from launcher.check.observe import _matches, local_memory_gib
+from launcher.check.observe import local_memory_gib, path_exists
 from launcher.paths import CLONE
 
 
-def localise(config: Config, gpus: int) -> None:
-    """Settle what depends on this machine: absolute paths (tried here, then in the clone), interpreter, GPU or CPU, precision."""
+def localize(config: Config, gpus: int) -> None:
+    """Change `config` in place to fit this machine, which has `gpus` GPUs.
+
+    - Paths become absolute, because jobs start in another folder. A relative path is tried in the current folder, then in
+      the clone of Muster. A value that is neither (a Hub id) stays as it is.
+    - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
+    - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
+    - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    """
     config.run_dir = os.path.abspath(config.run_dir)
     if config.data.cache:
         config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
-    config.cluster.python = config.cluster.python or (
-        "python3" if config.cluster.container is not Container.none else sys.executable
-    )
+    interpreter = sys.executable if config.cluster.container is Container.none else "python3"
+    config.cluster.python = config.cluster.python or interpreter
     for section, name in (
         (config.data, "path"),
-        *((one, "path") for one in config.data.sets.values()),
+        *((data_set, "path") for data_set in config.data.sets.values()),
         (config.data, "validation_path"),
         (config.data, "chat_template"),
         (config.generate, "prompts"),
@@ -28,16 +34,23 @@ def localise(config: Config, gpus: int) -> None:
         (config.model, "tokenizer"),
     ):
         value = getattr(section, name)
-        candidates = (Path(value).expanduser(), CLONE / value) if value else ()
-        found = next((str(path.resolve()) for path in candidates if path.exists()), value)
-        if found and any(sign in found for sign in "*?[") and _matches(found):
-            found = os.path.abspath(Path(found).expanduser())  # jobs start elsewhere
-        setattr(section, name, found)
-    for part in (config.cluster.train, config.cluster.inference):
-        if part.gpus_per_node is None:
-            part.gpus_per_node = part.ranks_per_node if gpus >= part.ranks_per_node else 0
-    part = config.cluster.train
-    if config.cluster.executor is Executor.local and part.gpus_per_node and part.gpu_memory_gib is None:
-        part.gpu_memory_gib = local_memory_gib()
+        if value:
+            setattr(section, name, _absolute(value))
+    for resources in (config.cluster.train, config.cluster.inference):
+        if resources.gpus_per_node is None:
+            resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
+    train = config.cluster.train
+    if config.cluster.executor is Executor.local and train.gpus_per_node and train.gpu_memory_gib is None:
+        train.gpu_memory_gib = local_memory_gib()
     if config.train.precision is Precision.auto:
-        config.train.precision = Precision.bf16 if config.cluster.train.gpus_per_node else Precision.fp32
+        config.train.precision = Precision.bf16 if train.gpus_per_node else Precision.fp32
+
+
+def _absolute(value: str) -> str:
+    """The absolute path of an existing file, folder or glob pattern; `value` itself if nothing is there."""
+    for path in (Path(value).expanduser(), CLONE / value):
+        if path.exists():
+            return str(path.resolve())
+    if any(sign in value for sign in "*?[") and path_exists(value):
+        return os.path.abspath(Path(value).expanduser())
+    return value

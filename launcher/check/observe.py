@@ -1,4 +1,7 @@
-"""Looks at the world the checks need to know: files, GPUs, commands and the run folder; decides nothing."""
+"""Looks at what the checks need to know about this machine: files, GPUs, commands and the run folder.
+
+It only reports: `launcher.check.rules` decides what is wrong.
+"""
 
 import glob
 import json
@@ -7,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from conf import resolve
@@ -15,134 +18,141 @@ from conf.datasets import training_paths
 from conf.schema import Config
 
 FIRST_ROW_CHARACTERS = 2**20
-"""How much of a file is read to see its columns: the file may be huge, and this is a login node."""
-FILES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz"}
+"""Characters that are read of a file to see its columns: the file may be huge, and this runs on a login node."""
+DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz"}
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
 
 @dataclass(frozen=True)
 class FirstRow:
-    """What was seen of a training set: its first row's columns, where that could be read here, or why it could not."""
+    """The columns of a training set's first row, or why they could not be read.
+
+    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON and JSONL.
+    """
 
     key: str
-    """Of the set's path in the config."""
+    """Config key of the set's path, for example `data.path`."""
     columns: tuple[str, ...] | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen on the login node when the command was given."""
+    """What was seen on the machine where launch.py runs."""
 
     gpus: int = 0
-    """GPUs of this machine, within CUDA_VISIBLE_DEVICES."""
+    """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES names."""
     slurm_missing: tuple[str, ...] = ()
     """Slurm commands that are not on PATH."""
     files_missing: tuple[tuple[str, str], ...] = ()
-    """(key, value) of paths in the config at which there is nothing."""
-    first_rows: tuple["FirstRow", ...] = ()
-    """Of each training set."""
+    """(key, value) of each path in the config that does not exist."""
+    first_rows: tuple[FirstRow, ...] = ()
+    """One for each training set, in the order of `conf.datasets.training_paths`."""
     existing: Config | None = None
-    """The config that `run_dir` already holds."""
+    """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
-    """Why `run_dir` cannot be used."""
-    secrets_missing: tuple[str, ...] = field(default=())
-    """Names in `cluster.secrets` found neither in the environment nor in `cluster.secrets_file`."""
+    """Why `run_dir` cannot be used, and what to do."""
+    secrets_missing: tuple[str, ...] = ()
+    """Names in `cluster.secrets` that are neither in the environment nor in `cluster.secrets_file`."""
 
 
 def observe(config: Config) -> Facts:
-    """Look at everything the checks ask about. `localise` must have run."""
-    facts = Facts(gpus=local_gpus(), files_missing=tuple(_missing_files(config)))
+    """Look at everything that the checks ask about. `launcher.check.localize` must have run: paths must be absolute."""
     try:
         existing, run_dir_error = _run_dir(Path(config.run_dir))
     except OSError as error:
-        existing, run_dir_error = None, f"cannot be used: {error.strerror}"
-    return replace(
-        facts,
-        first_rows=tuple(FirstRow(key, *_first_row(Path(path))) for key, path in training_paths(config.data)),
+        existing, run_dir_error = None, f"cannot be used: {error.strerror}. Choose another run_dir"
+    return Facts(
+        gpus=local_gpus(),
+        slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
+        files_missing=tuple(_missing_files(config)),
+        first_rows=tuple(_first_row(key, Path(path)) for key, path in training_paths(config.data)),
         existing=existing,
         run_dir_error=run_dir_error,
-        slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         secrets_missing=tuple(_missing_secrets(config)),
     )
 
 
 def local_gpus() -> int:
-    """GPUs that a process started here would see; counted from device files, because torch is never imported here."""
+    """GPUs that a process started here would see. Counted from device files, because launcher/ never imports torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
-    if not Path("/proc/driver/nvidia/version").exists():
-        found = 0
-    return found if visible is None else min(found, len([item for item in visible.split(",") if item.strip()]))
+    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    # device files without the kernel's driver are of no use
+    count = len(devices) if Path("/proc/driver/nvidia/version").exists() else 0
+    return count if visible is None else min(count, len([item for item in visible.split(",") if item.strip()]))
 
 
 def local_memory_gib() -> float | None:
-    """Memory of the smallest GPU here, in GiB, less a two-hundredth that the driver keeps; None where nvidia-smi does not say."""
+    """Memory of the smallest GPU here, in whole GiB, less 0.5 % that the driver keeps. None if nvidia-smi does not tell."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(math.floor(0.995 * int(line) / 1024) for line in said.split())
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return min(math.floor(0.995 * int(line) / 1024) for line in output.split())  # lines are MiB
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
 def looks_like_file(value: str) -> bool:
-    """Whether a value means a path and not a Hub id (`owner/name`)."""
-    return value.startswith(("/", ".", "~")) or bool(set(Path(value).suffixes) & FILES)
+    """Whether a value is a path, not a Hub id (`owner/name`)."""
+    return value.startswith(("/", ".", "~")) or bool(set(Path(value).suffixes) & DATA_SUFFIXES)
 
 
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
-    named = {
+    paths = {
         **dict(training_paths(config.data)),
         "data.validation_path": config.data.validation_path,
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,
     }
     if "generate" in config.jobs:
-        named["generate.prompts"] = config.generate.prompts
-    for key, value in named.items():
-        if value and (looks_like_file(value) or key == "generate.prompts") and not _matches(value):
+        paths["generate.prompts"] = config.generate.prompts
+    for key, value in paths.items():
+        if value and (looks_like_file(value) or key == "generate.prompts") and not path_exists(value):
             yield key, value
 
 
-def _matches(value: str) -> bool:
-    """Whether there is a file or folder at a path, or one that fits a pattern."""
+def path_exists(value: str) -> bool:
+    """Whether a path exists, or at least one path matches a glob pattern."""
     return bool(Path(value).exists() or glob.glob(str(Path(value).expanduser()), recursive=True))
 
 
-def _first_row(path: Path) -> tuple[tuple[str, ...] | None, str | None]:
-    """Columns of the first row of a JSON or JSONL file, or why there are none; (None, None) for what is no such file."""
+def _first_row(key: str, path: Path) -> FirstRow:
+    """Read the columns of the first row of a JSON or JSONL file. Other files are left to the preprocess job."""
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return None, None
+        return FirstRow(key)
     text = ""
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:  # later rows are the gates' to judge
+        with path.open(encoding="utf-8-sig", errors="replace") as file:  # preprocess reports bytes that are not UTF-8
             text = file.read(FIRST_ROW_CHARACTERS).lstrip().removeprefix("[").lstrip()
         row = json.JSONDecoder().raw_decode(text)[0] if text and text != "]" else None
     except (json.JSONDecodeError, RecursionError) as error:
-        if len(text) > FIRST_ROW_CHARACTERS // 2:
-            return None, None  # a row too long to judge from here
-        return None, f"the first row is not valid JSON ({error})"
+        if len(text) > FIRST_ROW_CHARACTERS // 2:  # the row may be longer than what was read
+            return FirstRow(key)
+        return FirstRow(key, error=f"the first row is not valid JSON ({error}). Write one JSON object per line")
     except OSError as error:
-        return None, f"cannot be read ({error.strerror})"
+        return FirstRow(key, error=f"cannot be read ({error.strerror}). Check its permissions")
+    if row is None:
+        return FirstRow(key, error="has no rows. Write one JSON object per line")
     if not isinstance(row, dict):
-        return None, "has no rows" if row is None else "the first row is not an object with named columns"
-    return tuple(row), None
+        return FirstRow(key, error='the first row is not an object with named columns. Write rows like {"text": "..."}')
+    return FirstRow(key, columns=tuple(row))
 
 
 def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
+    """(the config stored in `folder`, why `folder` cannot be used); both None for a folder that can be created."""
     if (folder / "config.yaml").exists():
         return resolve.load(folder / "config.yaml"), None
+    # hidden names do not count: a partial folder of a killed launch starts with a dot
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
-        return None, "is there already and is not a run; choose another run_dir"
+        return None, "already exists and is not a run folder. Choose another run_dir"
     parent = next(item for item in (folder, *folder.parents) if item.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-        return None, f"{parent} is not a folder you can write to; choose another run_dir"
+        return None, f"{parent} is not a folder that you can write to. Choose another run_dir"
     return None, None
 
 
 def _missing_secrets(config: Config) -> Iterator[str]:
     path = Path(config.cluster.secrets_file).expanduser()
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    names = {line.split("=", 1)[0].strip() for line in written.splitlines()}
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    names = {line.split("=", 1)[0].strip() for line in text.splitlines()}
     yield from (name for name in config.cluster.secrets if name not in os.environ and name not in names)

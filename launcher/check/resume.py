@@ -1,4 +1,4 @@
-"""Continues a run: its own config, with the few things that may change while a run lives."""
+"""Builds the config of a resumed run: the stored one, with the few keys that may change in a run."""
 
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -37,61 +37,57 @@ CHANGEABLE = (
     "train.profile",
     "train.profile_ranks",
 )
-"""What a resumed run may be given anew: where and how long it runs, never what is computed."""
+"""Keys that may change when a run is resumed: where and how long it runs, never what is computed."""
 
 
-def continued(composed: Config, words: list[str]) -> Config:
-    """The config stored in `composed.resume`, with what the command line changes of it.
+def resumed_config(composed: Config, words: list[str]) -> Config:
+    """The config stored in the run folder `composed.resume`, with the values that the command line changes.
 
-    Raises RunError for a folder that is no run, and for every change that would make it another run.
+    `words` are the command line; `composed` holds the values they have. Raises RunError for a folder that is not a run,
+    and for every override that may not change in a run.
     """
     folder = Path(str(composed.resume)).resolve()
     if not (folder / "config.yaml").exists():
-        raise RunError(Problem("resume", composed.resume, "is no run folder: it has no config.yaml"))
+        message = "is not a run folder: it has no config.yaml. Use the run_dir of an earlier run"
+        raise RunError(Problem("resume", composed.resume, message))
     config = resolve.load(folder / "config.yaml")
-    given = [
+    overridden = [
         word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))
     ]
-    fixed = [key for key in given if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
+    fixed = [key for key in overridden if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
-        raise RunError(
-            *(
-                Problem(
-                    key,
-                    None,
-                    "cannot change in a run; start a new one (model.source=RUN/model begins from this one's weights)",
-                )
-                for key in fixed
-            )
+        message = (
+            "cannot change in a run. Start a new one: with model.source=RUN/model it begins from this run's weights"
         )
-    for key in sorted(given):
+        raise RunError(*(Problem(key, None, message) for key in fixed))
+    for key in sorted(overridden):  # sorted: a group (cluster=...) is copied before keys inside it
         _copy(composed, config, "jobs" if key == "pipeline" else key)
     config.run_dir, config.resume = str(folder), str(folder)
     return config
 
 
-def require_same(stored: Config, asked: Config) -> None:
-    """Raise RunError when `run_dir` holds a run of another config, naming what differs; `resume=` has made it the same."""
-    if asked.resume:
+def require_same(stored: Config, requested: Config) -> None:
+    """Raise RunError naming what differs if `run_dir` already holds a run with another config.
+
+    With `resume=` there is nothing to compare: `resumed_config` started from the stored config.
+    """
+    if requested.resume:
         return
-    before, now = _flat(stored), _flat(asked)
+    before, now = _flat(stored), _flat(requested)
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     differing.sort(key=lambda key: (key.count("."), key))  # the name of a model before the numbers of its shape
     if differing:
         shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise RunError(
-            Problem(
-                "run_dir",
-                asked.run_dir,
-                f"holds a run with {shown}{more}; "
-                f"take another run_dir, or continue that one with resume={asked.run_dir}",
-            )
+        message = (
+            f"already holds a run with {shown}{more}. "
+            f"Use another run_dir, or continue that run with resume={requested.run_dir}"
         )
+        raise RunError(Problem("run_dir", requested.run_dir, message))
 
 
-def completed(config: Config) -> set[str]:
-    """Jobs of the run whose newest attempt completed under this very config."""
+def completed_jobs(config: Config) -> set[str]:
+    """Names of the jobs whose newest attempt completed with exactly this config. They need not run again."""
     jobs = Path(config.run_dir) / "jobs"
     verdicts = {name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir()}
     digest = resolve.digest(config)
@@ -103,7 +99,7 @@ def completed(config: Config) -> set[str]:
 
 
 def _copy(source: Any, target: Any, key: str) -> None:
-    """Set a dotted key of `target` to what it is in `source`; inside a free-form dictionary the whole of it is copied."""
+    """Copy the value of a dotted key from `source` to `target`. A free-form dictionary is copied as a whole."""
     name, _, rest = key.partition(".")
     if rest and is_dataclass(getattr(source, name)):
         _copy(getattr(source, name), getattr(target, name), rest)
@@ -112,10 +108,11 @@ def _copy(source: Any, target: Any, key: str) -> None:
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Dotted key -> value, without the keys that belong to one command only."""
+    values: dict[str, Any] = {}
     for name, value in vars(section).items():
         if is_dataclass(value):
-            found |= _flat(value, f"{prefix}{name}.")
+            values |= _flat(value, f"{prefix}{name}.")
         elif prefix or name not in resolve.LAUNCH_ONLY:
-            found[prefix + name] = value
-    return found
+            values[prefix + name] = value
+    return values

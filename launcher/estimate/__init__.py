@@ -1,1 +1,1 @@
-"""Memory estimates from a config alone, and the settings chosen by them."""
+"""Estimates memory from a config alone and chooses settings by it; may import conf only, and does no I/O."""

@@ -1,40 +1,43 @@
-"""Bytes that a weight takes, by what is done with it: kept frozen in few bits, or trained by one of the optimizers; pure."""
+"""Bytes per weight: frozen in few bits, or trained by one of the optimizers; pure."""
 
 from conf.choices import Frozen, Optimizer
 from conf.schema import Config
 from launcher.estimate.parameters import Counts
 
-PACKED = {Frozen.nf4: 0.5, Frozen.int8: 1.0, Frozen.float8: 1.0}
-"""Of a quantised weight of a block (jobs/model/quantized_linear.py)."""
-SCALES = {Frozen.nf4: 1 / 64 + 4 / (64 * 256), Frozen.int8: 0.001, Frozen.float8: 0.001}
-"""Of its scales, which every rank holds whole: a byte for 64 weights and fp32 for 256 of these, or fp32 for a row of thousands."""
-MOMENTS = {
+QUANTIZED_BYTES = {Frozen.nf4: 0.5, Frozen.int8: 1.0, Frozen.float8: 1.0}
+"""Bytes of one quantized weight in a block (jobs/model/quantized_linear.py)."""
+SCALE_BYTES = {Frozen.nf4: 1 / 64 + 4 / (64 * 256), Frozen.int8: 0.001, Frozen.float8: 0.001}
+"""Bytes of scale per weight, which every rank holds whole. NF4: one byte per 64 weights plus fp32 per 16,384 (double
+quantization). int8 and float8: one fp32 per row of a weight, which has thousands of numbers."""
+MOMENT_BYTES = {
     Optimizer.adamw: 8.0,
-    Optimizer.paged_adamw: 8.0,  # on the GPU as long as there is room
+    Optimizer.paged_adamw: 8.0,  # on the GPU while there is room
     Optimizer.adamw_8bit: 2.0,
     Optimizer.paged_adamw_8bit: 2.0,
-    Optimizer.adafactor: 0.1,  # a row and a column instead of a matrix
+    Optimizer.adafactor: 0.1,  # one row and one column instead of a matrix
 }
-"""Of optimizer state, for a trained weight."""
+"""Bytes of optimizer state per trained weight."""
 
 
 def frozen_width(config: Config, width: int) -> float:
-    """Of a frozen weight in a block, in the shard that holds it."""
-    return PACKED.get(config.adapter.base, width)
+    """Bytes of one frozen weight in a block; `width` is that of the compute precision."""
+    return QUANTIZED_BYTES.get(config.adapter.base, width)
 
 
 def frozen_bytes(config: Config, counts: Counts, width: int, shard: float) -> float:
-    """Of the base under an adapter on one of `shard` ranks: embedding and head are never quantised."""
+    """Bytes of the base under an adapter on one of `shard` ranks. Embedding and output head are never quantized."""
     if not counts.frozen:
         return 0
-    inside = counts.frozen - counts.root
-    return (width * counts.root + frozen_width(config, width) * inside) / shard + SCALES.get(
-        config.adapter.base, 0
-    ) * inside
+    in_blocks = counts.frozen - counts.root
+    sharded = (width * counts.root + frozen_width(config, width) * in_blocks) / shard
+    return sharded + SCALE_BYTES.get(config.adapter.base, 0) * in_blocks
 
 
 def moment_bytes(config: Config, counts: Counts) -> float:
-    """Of a trained weight's optimizer state, on average: Muon has one moment of matrices in blocks, AdamW two of the rest."""
+    """Bytes of optimizer state per trained weight, on average.
+
+    Muon keeps one fp32 moment for the matrices of blocks, and AdamW's two for all other weights.
+    """
     if config.train.optimizer is Optimizer.muon:
         return 4 + 4 * counts.trained_root / max(1, counts.trained)
-    return MOMENTS[config.train.optimizer]
+    return MOMENT_BYTES[config.train.optimizer]

@@ -1,87 +1,119 @@
-"""Names what would fit: the first change to a config, from the cheapest, that brings a GPU's estimate below its memory; pure."""
+"""Suggests the first change to a config, from the cheapest, with which training fits into the memory of a GPU; pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
-from conf.batch import rows_at_once
+from conf.batch import micro_batch_limit
 from conf.choices import Backend, Checkpointing
 from conf.schema import Config
 from launcher.estimate.memory import Loop, estimate
-from launcher.estimate.table import GIB, gib
-
-Values = dict[str, Any]
-"""Dotted keys of a config, with what they are set to."""
+from launcher.estimate.table import GIB
 
 
-def that_fits(config: Config, capacity_gib: float, loop: Loop | None = None) -> str | None:
-    """The first change, from the cheapest, with which the estimate fits into a GPU; None where none of them is enough."""
-    for words, values in _changes(config):
-        changed = deepcopy(config)
-        for key, value in values.items():
-            section, _, name = key.rpartition(".")
-            target: Any = changed
-            for step in section.split("."):
-                target = getattr(target, step)
-            setattr(target, name, value)
-        found = estimate(changed, loop)
+@dataclass(frozen=True)
+class Change:
+    """One change to a config."""
+
+    overrides: str
+    """What the user types, for example `parallel=zero3`."""
+    values: dict[str, Any]
+    """Dotted keys of the config and the values that `overrides` gives them."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Changes with which training fits."""
+
+    overrides: str
+    device_bytes: float
+    """Estimated memory per GPU with them."""
+
+
+def first_that_fits(config: Config, capacity_gib: float, loop: Loop | None = None) -> Suggestion | None:
+    """The first of the candidates whose estimate fits into `capacity_gib` GiB per GPU; None if none does."""
+    for changes in _candidates(config):
+        found = estimate(_changed(config, changes), loop)
         if found and found.device.total <= capacity_gib * GIB:
-            return f"with {words} it would be {gib(found.device.total)} GiB"
+            return Suggestion(" ".join(change.overrides for change in changes), found.device.total)
     return None
 
 
-def _changes(config: Config) -> Iterator[tuple[str, Values]]:
-    """Words to type, with the values they set: a cheaper layout, more nodes, less at once; then several of them together.
+def _changed(config: Config, changes: Sequence[Change]) -> Config:
+    copy = deepcopy(config)
+    for key, value in (item for change in changes for item in change.values.items()):
+        *sections, name = key.split(".")
+        target: Any = copy
+        for section in sections:
+            target = getattr(target, section)
+        setattr(target, name, value)
+    return copy
 
-    Shorter rows lose data, and offload is slow: these come last.
+
+def _candidates(config: Config) -> Iterator[list[Change]]:
+    """Changes to try, from the cheapest.
+
+    One change alone: a layout that shards more, more nodes, more recomputation, a smaller micro batch. Then the strongest
+    of these together. Shorter rows lose data and offload is slow, so they come last.
     """
-    layouts, nodes, ranks = list(_layouts(config)), config.cluster.train.nodes, config.cluster.train.ranks_per_node
-    yield from layouts
-    for more in (2 * nodes, 4 * nodes, 8 * nodes):
-        if config.train.global_batch % (more * ranks) == 0:
-            yield f"cluster.train.nodes={more}", {"cluster.train.nodes": more}
-    best = layouts[-1:]
-    heavier = list(_recomputed(config.train.activation_checkpointing))
-    yield from heavier
-    best += heavier[-1:]
-    batches = list(_halved("train.micro_batch", rows_at_once(config), least=1))
-    lengths = list(_halved("data.max_length", config.data.max_length, least=512))
-    yield from batches
-    least = [*best, *batches[-1:]]
-    spilled = [*least[len(layouts[-1:]) :], _offload_all(config)]  # a layout of its own
-    together = [best, *([*best, batch] for batch in batches), *([shorter] for shorter in lengths)]
-    together += [[*least, shorter] for shorter in lengths] + [spilled[-1:], spilled]
-    for changes in filter(None, together):
-        yield " ".join(words for words, _ in changes), dict(item for _, new in changes for item in new.items())
+    layouts, recomputation = list(_layouts(config)), list(_recomputation(config.train.activation_checkpointing))
+    batches = list(_halved("train.micro_batch", micro_batch_limit(config), smallest=1))
+    lengths = list(_halved("data.max_length", config.data.max_length, smallest=512))
+    offload = _offload(config)
+    yield from ([change] for change in (*layouts, *_more_nodes(config), *recomputation, *batches))
+
+    most_recomputed, smallest_batch = recomputation[-1:], batches[-1:]
+    sharded_and_recomputed = [*layouts[-1:], *most_recomputed]
+    if sharded_and_recomputed:
+        yield sharded_and_recomputed
+    yield from ([*sharded_and_recomputed, batch] for batch in batches)
+    yield from ([shorter] for shorter in lengths)
+    yield from ([*sharded_and_recomputed, *smallest_batch, shorter] for shorter in lengths)
+    yield [offload]
+    yield [*most_recomputed, *smallest_batch, offload]  # no other layout: offload is one of its own
 
 
-def _recomputed(mode: Checkpointing) -> Iterator[tuple[str, Values]]:
-    """Modes of recomputation that keep less, on the GPU alone."""
-    modes = [Checkpointing.none, Checkpointing.selective, Checkpointing.full]
-    for other in modes[modes.index(mode) + 1 :] if mode in modes else []:
-        yield f"train.activation_checkpointing={other.name}", {"train.activation_checkpointing": other}
-
-
-def _halved(key: str, value: int, least: int) -> Iterator[tuple[str, Values]]:
-    while value // 2 >= least:
-        value //= 2
-        yield f"{key}={value}", {key: value}
-
-
-def _layouts(config: Config) -> Iterator[tuple[str, Values]]:
-    """Layouts of the same backend that shard more, or hold less of it together."""
+def _layouts(config: Config) -> Iterator[Change]:
+    """Layouts of the same backend that shard more, or keep fewer gathered parameters."""
     if config.parallel.backend is Backend.zero:
         for stage in range(config.parallel.zero_stage + 1, 4):
-            yield f"parallel=zero{stage}", {"parallel.zero_stage": stage}
+            yield Change(f"parallel=zero{stage}", {"parallel.zero_stage": stage})
         return
     if config.parallel.shard_ranks != 1 and config.parallel.reshard_after_forward is False:
-        yield "parallel.reshard_after_forward=true", {"parallel.reshard_after_forward": True}
+        yield Change("parallel.reshard_after_forward=true", {"parallel.reshard_after_forward": True})
     if config.parallel.shard_ranks is not None:
-        yield "parallel=fsdp", {"parallel.shard_ranks": None, "parallel.reshard_after_forward": True}
+        values = {"parallel.shard_ranks": None, "parallel.reshard_after_forward": True}
+        yield Change("parallel=fsdp", values)
 
 
-def _offload_all(config: Config) -> tuple[str, Values]:
-    values: Values = {"parallel.offload_optimizer": True, "parallel.offload_parameters": True}
+def _more_nodes(config: Config) -> Iterator[Change]:
+    """Two, four and eight times the nodes, where `train.global_batch` still divides over the ranks."""
+    train = config.cluster.train
+    for nodes in (2 * train.nodes, 4 * train.nodes, 8 * train.nodes):
+        if config.train.global_batch % (nodes * train.ranks_per_node) == 0:
+            yield Change(f"cluster.train.nodes={nodes}", {"cluster.train.nodes": nodes})
+
+
+def _recomputation(mode: Checkpointing) -> Iterator[Change]:
+    """Modes of activation checkpointing that keep less than `mode`, without host memory."""
+    modes = [Checkpointing.none, Checkpointing.selective, Checkpointing.full]
+    for other in modes[modes.index(mode) + 1 :] if mode in modes else []:
+        overrides = f"train.activation_checkpointing={other.name}"
+        yield Change(overrides, {"train.activation_checkpointing": other})
+
+
+def _halved(key: str, value: int, smallest: int) -> Iterator[Change]:
+    """`value` halved again and again, down to `smallest`."""
+    while value // 2 >= smallest:
+        value //= 2
+        yield Change(f"{key}={value}", {key: value})
+
+
+def _offload(config: Config) -> Change:
+    """The layout of the same backend that keeps parameters and optimizer state in host memory."""
+    values: dict[str, Any] = {"parallel.offload_optimizer": True, "parallel.offload_parameters": True}
     if config.parallel.backend is Backend.fsdp:
-        return "parallel=fsdp_offload", values | {"parallel.shard_ranks": None, "parallel.reshard_after_forward": True}
-    return "parallel=zero3_offload", values | {"parallel.zero_stage": 3}
+        values |= {"parallel.shard_ranks": None, "parallel.reshard_after_forward": True}
+        return Change("parallel=fsdp_offload", values)
+    return Change("parallel=zero3_offload", values | {"parallel.zero_stage": 3})

@@ -1,7 +1,6 @@
-"""What an estimate of memory says, part by part in bytes, and how it is shown: in a line or as a table; pure."""
+"""Holds an estimate of memory, part by part in bytes, and formats it as one line or as a table; pure."""
 
 from dataclasses import astuple, dataclass, fields
-from typing import Any
 
 GIB = 2**30
 
@@ -11,22 +10,24 @@ class Device:
     """Bytes of one GPU (on CPUs: of one rank) at the peak of a training step."""
 
     parameters: float
-    """Kept between steps: fp32 masters, bf16 copies, a frozen base."""
+    """Kept between steps: fp32 master weights, bf16 copies, the frozen base under an adapter."""
     gathered: float
-    """Whole parameters that are gathered for compute."""
+    """Whole parameters, gathered for compute."""
     gradients: float
-    """Of the shards, as far as they do not take the place of activations."""
+    """Gradients of the rank's shards, minus the memory that they take over from freed activations."""
     optimizer: float
     activations: float
-    """Kept for backward, and what one block adds while it is recomputed and differentiated."""
+    """Saved for backward, plus what one block adds while it is recomputed and differentiated."""
     logits: float
-    """Of the output head, with their copies in cross entropy."""
+    """Logits of the output head with their copies in cross entropy."""
     communication: float
-    """Buffers of reduction."""
+    """Buffers for gradient reduction."""
     context: float
+    """Outside torch's allocator: CUDA context and NCCL."""
     slack: float
+    """Fragmentation of torch's caching allocator."""
     loading: float
-    """Another peak, before the first step, where the model goes to the GPU before it is sharded; not part of the sum."""
+    """A separate peak before the first step, if the whole model is on the GPU before it is sharded. Not part of `step`."""
 
     @property
     def total(self) -> float:
@@ -34,18 +35,18 @@ class Device:
 
     @property
     def step(self) -> float:
-        """Of a training step: the sum of the parts."""
+        """Bytes of a training step: the sum of all parts except `loading`."""
         return float(sum(astuple(self)[:-1]))
 
 
 @dataclass(frozen=True)
 class Host:
-    """Bytes of one node's host memory."""
+    """Bytes of host memory of one node."""
 
     loading: float
     """Weights while they are loaded; freed before training."""
     offload: float
-    """Sharded state that is kept here, pinned where it is copied from."""
+    """Sharded state that is kept in host memory, with its pinned buffers."""
     processes: float
 
     @property
@@ -55,14 +56,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes below RUN on the shared file system."""
+    """Bytes in the run folder on the shared file system."""
 
     checkpoint: float
-    """One checkpoint: fp32 weights and both moments of what is trained."""
+    """One checkpoint: fp32 weights and optimizer state of what is trained."""
     checkpoints: float
-    """As many as are kept, and the one that is being written."""
+    """All checkpoints that are kept, plus the one being written."""
     merged: float
-    """RUN/model."""
+    """RUN/model, the consolidated model."""
 
     @property
     def total(self) -> float:
@@ -71,41 +72,46 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
+    """What the train job is estimated to take."""
+
     device: Device
     host: Host
     disk: Disk
     on_gpu: bool
 
 
-def line(found: Estimate, capacity_gib: float | None = None) -> str:
-    """The estimate in one line."""
-    host, disk = gib(found.host.total), gib(found.disk.checkpoint)
-    return f"{device_line(found, capacity_gib)}, {host} GiB a host, checkpoint {disk} GiB on disk"
+def line(estimate: Estimate, capacity_gib: float | None = None) -> str:
+    """The estimate in one line. `capacity_gib` is the memory of one GPU in GiB, if known."""
+    host, disk = gib(estimate.host.total), gib(estimate.disk.checkpoint)
+    return f"{device_line(estimate, capacity_gib)}, {host} GiB per node, checkpoint {disk} GiB on disk"
 
 
-def device_line(found: Estimate, capacity_gib: float | None = None) -> str:
-    """A GPU's part of it; what rounds to nothing is left out."""
-    device = found.device
+def device_line(estimate: Estimate, capacity_gib: float | None = None) -> str:
+    """The part of one GPU in one line. Parts that round to 0.0 GiB are left out."""
+    device = estimate.device
     parts = {item.name: gib(getattr(device, item.name)) for item in fields(device) if item.name != "loading"}
     shown = ", ".join(f"{name} {size}" for name, size in parts.items() if size != "0.0")
     if device.total > device.step:
         shown = "while loading"
     of = "" if capacity_gib is None else f" of {capacity_gib:g}"
-    return f"{gib(device.total)}{of} GiB a {'GPU' if found.on_gpu else 'rank'}" + (f" ({shown})" if shown else "")
+    unit = "GPU" if estimate.on_gpu else "rank"
+    return f"{gib(device.total)}{of} GiB per {unit}" + (f" ({shown})" if shown else "")
 
 
-def table(found: Estimate) -> list[str]:
-    """The estimate as aligned lines: what, GiB. What is nothing is left out."""
-    rows: list[tuple[str, Any]] = []
-    for title, section in (
-        ("GPU" if found.on_gpu else "rank", found.device),
-        ("host", found.host),
-        ("disk", found.disk),
-    ):
+def table(estimate: Estimate) -> list[str]:
+    """The estimate as aligned lines, one for each part that is not zero."""
+    rows: list[tuple[str, float]] = []
+    sections: tuple[tuple[str, Device | Host | Disk], ...] = (
+        ("GPU" if estimate.on_gpu else "rank", estimate.device),
+        ("host", estimate.host),
+        ("disk", estimate.disk),
+    )
+    for title, section in sections:
         rows += [(f"{title} {item.name}", getattr(section, item.name)) for item in fields(section)]
         rows.append((f"{title} total", section.total))
-    return [f"{what:<22}{gib(size):>10} GiB" for what, size in rows if size]
+    return [f"{label:<22}{gib(size):>10} GiB" for label, size in rows if size]
 
 
 def gib(size: float) -> str:
+    """Bytes as GiB with one decimal, without the unit."""
     return f"{size / GIB:.1f}"

@@ -71,7 +71,7 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
         if config.parallel.backend is Backend.zero:
             part = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.plan(config, part.nodes * part.ranks_per_node))
+            write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, part.nodes * part.ranks_per_node))
         snapshot.take(CLONE, run)
         record.add_launch(run, command, config.cluster.executor.name, snapshot.provenance(CLONE, run))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""conf/batch.py and conf/deepspeed.py: how a global batch is split, and that DeepSpeed is told the same."""
+"""conf/batch.py and conf/deepspeed.py: how a global batch is split, and that the DeepSpeed config says the same."""
 
 import pytest
 
@@ -31,18 +31,18 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_rows(
 @pytest.mark.parametrize(
     "words", [["parallel=zero1"], ["parallel=zero2"], ["parallel=zero3"], ["parallel=zero3_offload"]]
 )
-def test_deepspeed_is_told_what_the_loop_does(compose: Compose, words: list[str]) -> None:
+def test_the_deepspeed_config_matches_the_training_loop(compose: Compose, words: list[str]) -> None:
     config = compose("cluster=slurm", "model=llama8b", "train.micro_batch=3", "train.global_batch=192", *words)
-    plan = deepspeed.plan(config, 32)
-    micro, accumulated = plan["train_micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"]
+    settings = deepspeed.deepspeed_config(config, 32)
+    micro, accumulated = settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]
     assert (micro, accumulated) == split(config, 32)
-    assert plan["train_batch_size"] == micro * accumulated * 32
-    assert plan["zero_optimization"]["stage"] == config.parallel.zero_stage
-    assert ("offload_param" in plan["zero_optimization"]) is config.parallel.offload_parameters
-    assert ("offload_optimizer" in plan["zero_optimization"]) is config.parallel.offload_optimizer
+    assert settings["train_batch_size"] == micro * accumulated * 32
+    assert settings["zero_optimization"]["stage"] == config.parallel.zero_stage
+    assert ("offload_param" in settings["zero_optimization"]) is config.parallel.offload_parameters
+    assert ("offload_optimizer" in settings["zero_optimization"]) is config.parallel.offload_optimizer
 
 
 @pytest.mark.parametrize(("precision", "enabled"), [(Precision.bf16, True), (Precision.fp32, False)])
 def test_deepspeed_computes_in_the_precision_of_training(compose: Compose, precision: Precision, enabled: bool) -> None:
-    plan = deepspeed.plan(put(compose("parallel=zero3"), {"train.precision": precision}), 2)
-    assert plan["bf16"]["enabled"] is enabled
+    settings = deepspeed.deepspeed_config(put(compose("parallel=zero3"), {"train.precision": precision}), 2)
+    assert settings["bf16"]["enabled"] is enabled

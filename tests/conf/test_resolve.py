@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Compose, put
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*/*.yaml"))
 BASE = {"model": "model=llama8b", "cluster": "cluster=slurm"}
-"""A model and a cluster that go with every option of the other groups."""
+"""A model and a cluster that work with every option of the other groups."""
 NEEDS = {
     "model=hub": ["model.source=owner/name"],
     "model=tiny": ["train.global_batch=512"],
@@ -24,7 +24,7 @@ NEEDS = {
     "train=smoke": ["cluster.train.nodes=2"],
     "cluster=local": ["train.micro_batch=1"],
 }
-"""What else the command line of an option must say."""
+"""Other overrides that an option needs."""
 
 
 def option_words(group: str, option: str) -> list[str]:
@@ -35,8 +35,8 @@ def option_words(group: str, option: str) -> list[str]:
 
 
 def test_the_groups_are_found() -> None:
-    found = {group for group, _ in OPTIONS}
-    assert found == {"model", "data", "parallel", "adapter", "train", "cluster", "pipeline", "experiment"}
+    names = {group for group, _ in OPTIONS}
+    assert names == {"model", "data", "parallel", "adapter", "train", "cluster", "pipeline", "experiment"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(item) for item in OPTIONS])
@@ -53,17 +53,17 @@ def test_an_option_has_the_name_of_its_file(compose: Compose, group: str, option
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/train_for").glob("*/*.yaml")), ids=lambda path: path.stem)
-def test_values_that_fit_a_choice_are_applied_after_train(compose: Compose, path: Path) -> None:
+def test_values_of_train_for_are_applied_after_train(compose: Compose, path: Path) -> None:
     config, written = compose(f"{path.parent.name}={path.stem}"), OmegaConf.load(path)
-    assert {key: getattr(config.train, key) for key in written} == dict(written)
+    assert {key: getattr(config.train, str(key)) for key in written} == dict(written)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/train_for").glob("*/*.yaml")), ids=lambda path: path.stem)
-def test_values_that_fit_a_choice_belong_to_an_option(path: Path) -> None:
+def test_every_file_in_train_for_belongs_to_an_option(path: Path) -> None:
     assert (path.parent.name, path.stem) in OPTIONS
 
 
-def test_the_command_line_wins_over_values_that_fit_a_choice(compose: Compose) -> None:
+def test_the_command_line_overrides_values_of_train_for(compose: Compose) -> None:
     config = compose("model=tiny", "adapter=lora", "train.learning_rate=0.5", "train.micro_batch=4")
     assert (config.train.learning_rate, config.train.micro_batch) == (0.5, 4)
 
@@ -81,7 +81,7 @@ def test_a_stored_config_is_read_back_the_same(compose: Compose, tmp_path: Path,
     assert resolve.load(tmp_path / "config.yaml") == config
 
 
-def test_a_stored_config_is_for_the_user_alone(compose: Compose, tmp_path: Path) -> None:
+def test_only_the_user_can_read_a_stored_config(compose: Compose, tmp_path: Path) -> None:
     resolve.save(compose(), tmp_path / "config.yaml")
     assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == 0o600
 
@@ -100,7 +100,9 @@ def test_a_stored_config_is_for_the_user_alone(compose: Compose, tmp_path: Path)
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
-def test_the_digest_tells_runs_apart_and_not_launches(compose: Compose, values: dict[str, object], same: bool) -> None:
+def test_the_digest_depends_on_the_run_and_not_on_the_launch(
+    compose: Compose, values: dict[str, object], same: bool
+) -> None:
     assert (resolve.digest(put(compose(), values)) == resolve.digest(compose())) is same
 
 
@@ -121,15 +123,15 @@ def test_the_digest_does_not_depend_on_the_process(compose: Compose, tmp_path: P
         ("data.sets", {"a": {"path": "x", "wait": 2}}, "data.sets.a.wait: no such key"),
         ("data.sets", {"a": {"weight": 2}}, "data.sets.a.path: needs a value"),
         ("data.sets", {"a": {"path": "x", "weight": "two"}}, "data.sets.a.weight: .*two"),
-        ("data.sets", {"a": 3}, "data.sets.a=3: is a section"),
+        ("data.sets", {"a": 3}, "data.sets.a=3: must be a section"),
         ("train.steps", "many", "train.steps: .*many"),
         ("train.activation_checkpointing", "maybe", "train.activation_checkpointing: .*maybe"),
         ("parallel.backend", "horovod", "parallel.backend: .*horovod"),
-        ("cluster.modules", {"a": 1}, "cluster.modules=.* is not a list"),
+        ("cluster.modules", {"a": 1}, "cluster.modules=.* must be a list"),
         ("name", "${nowhere}", "name: .*nowhere"),
     ],
 )
-def test_a_stored_config_that_does_not_fit_is_refused_by_key(
+def test_a_stored_config_that_does_not_match_the_schema_is_refused_by_key(
     compose: Compose, tmp_path: Path, key: str, value: object, message: str
 ) -> None:
     stored = OmegaConf.create(resolve.dump(compose()))
@@ -149,7 +151,7 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
         resolve.load(tmp_path / "config.yaml")
 
 
-def test_keys_go_down_to_optional_sections_and_stop_at_free_ones() -> None:
+def test_keys_include_optional_sections_but_not_entries_of_free_form_dictionaries() -> None:
     known = resolve.keys()
     assert {"train", "train.steps", "cluster.network.interface", "model.architecture.hidden_size"} <= set(known)
     assert not any(key.startswith(("cluster.environment.", "model.architecture.extra.")) for key in known)

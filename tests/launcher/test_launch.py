@@ -36,26 +36,26 @@ def refused(done: "subprocess.CompletedProcess[str]") -> list[str]:
 
 
 MISTAKES = {
-    "model=llama7b": "model=llama7b: no such option: did you mean 'llama70b'?; there are",
+    "model=llama7b": "model=llama7b: no such option: did you mean 'llama70b'? Choose from",
     "trian.steps=7": "trian.steps: no such key: did you mean 'train.steps'?",
     "+train.stepz=7": "train.stepz: no such key: did you mean 'train.steps'?",
     "cluster.train.nodes=-1": "cluster.train.nodes=-1: must be at least 1",
     "data.path=nowhere.jsonl": "data.path=nowhere.jsonl: no such file or folder",
-    "data=jsonl": "data.path: needs a value: add data.path=... to the command",
-    "data=mix": "data.path: name the rows: data.path=..., or several data.sets.NAME.path=...",
+    "data=jsonl": "data.path: needs a value. Add data.path=... to the command",
+    "data=mix": "data.path: training rows are missing. Set data.path=..., or data.sets.NAME.path=...",
     "data=mix data.sets.a.pth=x": "data.sets.a.pth: no such key: did you mean 'path'?",
     "data=mix data.sets.a.path=nowhere.jsonl": "data.sets.a.path=nowhere.jsonl: no such file or folder",
     "data=mix data.sets.a.path=messages.jsonl data.sets.a.weight=0": "data.sets.a.weight=0.0: must be at least 0.0001",
-    "data.split=first": "data.split=first: is not a part of rows: write [:1000], [10%:] or [-100:]",
-    "model=hub": "model.source: needs a value: add model.source=... to the command",
+    "data.split=first": "data.split=first: is not a range of rows. Write [:1000], [10%:] or [-100:]",
+    "model=hub": "model.source: needs a value. Add model.source=... to the command",
     "data.path=messages.jsonl data.format=alpaca": "but alpaca needs instruction and output",
-    "run_dir=file/run": "run_dir={here}/file/run: {here}/file is not a folder you can write to; choose another",
-    "run_dir=thesis": "run_dir={here}/thesis: is there already and is not a run; choose another run_dir",
-    "cluster.train.gpus_per_node=2": "cluster.train.gpus_per_node=2: this machine has 0: set it to 0",
-    "train.global_batch=7": "train.global_batch=7: is not divisible by the 2 ranks of cluster.train: take 6 or 8",
-    "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH: run this on a login node",
-    "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: export MY_TOKEN first, or put it into ~/.config",
-    "resume=thesis": "resume=thesis: is no run folder: it has no config.yaml",
+    "run_dir=file/run": "run_dir={here}/file/run: {here}/file is not a folder that you can write to. Choose another",
+    "run_dir=thesis": "run_dir={here}/thesis: already exists and is not a run folder. Choose another run_dir",
+    "cluster.train.gpus_per_node=2": "cluster.train.gpus_per_node=2: this machine has 0 GPUs. Set cluster.train.gpus_per_node=0",
+    "train.global_batch=7": "train.global_batch=7: must be divisible by the 2 ranks of cluster.train. Use 6 or 8",
+    "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH. Run this on a login node",
+    "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: MY_TOKEN has no value. Export it, or add MY_TOKEN=... to ~/.config",
+    "resume=thesis": "resume=thesis: is not a run folder: it has no config.yaml",
     "--config-name nowhere": "Cannot find primary config 'nowhere'",
     "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns question, reply, but alpaca needs instruction",
 }
@@ -83,7 +83,7 @@ def test_all_mistakes_of_a_kind_are_named_at_once(launch: Launch) -> None:
 @pytest.mark.parametrize("word", ["cluster.environment.MY_API_KEY=s3cr3t", "cluster.environment={HF_TOKEN:s3cr3t}"])
 def test_a_secret_is_refused_and_not_repeated(launch: Launch, tmp_path: Path, word: str) -> None:
     [line] = refused(launch(word))
-    assert "(hidden): would be written to files: name it in cluster.secrets=[" in line
+    assert "(hidden): would be written to files. Remove it, add cluster.secrets=[" in line
     assert "s3cr3t" not in line
     assert list(tmp_path.iterdir()) == []
 
@@ -114,14 +114,14 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
     words = ("cluster=slurm", "model=llama8b", "submit=script", "run_dir=run", "train.seed=7")
     [line] = refused(launch(*words, cwd=stored.parent))
     assert line.startswith(
-        f"run_dir={stored}: holds a run with train.seed=0 (now 7); take another run_dir, or continue"
+        f"run_dir={stored}: already holds a run with train.seed=0 (now 7). Use another run_dir, or continue"
     )
     assert (stored / "config.yaml").read_text() == before
 
 
 def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path) -> None:
     [line] = refused(launch(f"resume={stored}", "train.learning_rate=0.5", "submit=script"))
-    assert line.startswith("train.learning_rate: cannot change in a run; start a new one")
+    assert line.startswith("train.learning_rate: cannot change in a run. Start a new one")
 
 
 def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path, tmp_path: Path) -> None:

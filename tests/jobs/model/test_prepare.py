@@ -243,7 +243,7 @@ def test_compiled_pieces_are_right_under_zero3(compose):
 def _scarce(rank, config):
     from jobs.backends import zero
 
-    planned = zero.derived.plan
+    planned = zero.derived.deepspeed_config
     room = {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 10**4,
@@ -255,7 +255,7 @@ def _scarce(rank, config):
         found["zero_optimization"] |= room | {"stage3_prefetch_bucket_size": 10**4}
         return found
 
-    zero.derived.plan = plan
+    zero.derived.deepspeed_config = plan
     with process_group(config) as world:
         engine = zero.wrap(build.build(config), config, world)
         for _ in range(3):  # what is gathered ahead is known from the second on

@@ -1,4 +1,4 @@
-"""launcher/check/combinations.py: what does not go together is refused by its values, each with what to take instead."""
+"""launcher/check/combinations.py: options that do not work together are refused, with what to use instead."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ HERE = ("cluster=slurm", "model=llama8b")
 BF16 = {"train.precision": Precision.bf16}
 
 
-def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> list[str]:
+def messages(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> list[str]:
     return [str(problem) for problem in rules.problems(put(compose(*HERE, *words), values), Facts())]
 
 
@@ -25,28 +25,28 @@ def said(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> li
         ((), {"adapter.base": Frozen.nf4}, "adapter.base=nf4", "adapter=lora"),
         (("adapter=dora", "parallel=zero3"), {}, "adapter.dora=True", "parallel=zero2"),
         (("adapter=dora",), {"adapter.base": Frozen.int8}, "adapter.dora=True", "adapter.base=int8"),
-        (("adapter=lora",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "take original"),
-        (("adapter=qlora8",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "take original"),
+        (("adapter=lora",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
+        (("adapter=qlora8",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
         (("adapter=qlora",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "base=dequantised"),
-        (("adapter=qlora8",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "take weights"),
+        (("adapter=qlora8",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "consolidate.verify=weights"),
         (("parallel=zero2",), {"train.optimizer": Optimizer.muon}, "train.optimizer=muon", "parallel=fsdp"),
         (("parallel=zero1",), {"train.optimizer": Optimizer.adafactor}, "train.optimizer=adafactor", "parallel=fsdp"),
         ((), {"train.optimizer": Optimizer.paged_adamw_8bit}, "train.optimizer=paged_adamw_8bit", "torchao"),
         (("parallel=ddp",), {"train.optimizer": Optimizer.paged_adamw}, "train.optimizer=paged_adamw", "parallel=zero2"),
-        (("parallel=zero3_offload",), {"train.optimizer": Optimizer.adamw_8bit}, "train.optimizer=adamw_8bit", "no offload"),
-        (("parallel=fsdp_offload",), {"train.optimizer": Optimizer.muon}, "train.optimizer=muon", "no offload"),
-        ((), {"train.optimizer": Optimizer.muon, "parallel.tensor_ranks": 2}, "train.optimizer=muon", "take adamw"),
+        (("parallel=zero3_offload",), {"train.optimizer": Optimizer.adamw_8bit}, "train.optimizer=adamw_8bit", "without offload"),
+        (("parallel=fsdp_offload",), {"train.optimizer": Optimizer.muon}, "train.optimizer=muon", "without offload"),
+        ((), {"train.optimizer": Optimizer.muon, "parallel.tensor_ranks": 2}, "train.optimizer=muon", "train.optimizer=adamw"),
         (("parallel=zero3",), BF16 | {"train.float8": Float8.tensorwise}, "train.float8=tensorwise", "parallel=fsdp"),
-        ((), {"train.float8": Float8.rowwise, "train.precision": Precision.fp32}, "train.float8=rowwise", "take bf16"),
+        ((), {"train.float8": Float8.rowwise, "train.precision": Precision.fp32}, "train.float8=rowwise", "train.precision=bf16"),
         (("adapter=lora",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "adapter=lora_float8"),
         (("parallel=fsdp_offload",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "parallel=fsdp"),
         ((), BF16 | {"train.float8": Float8.rowwise, "model.architecture.hidden_size": 4100}, "train.float8=rowwise", "16"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_named_with_a_remedy(
+def test_options_that_do_not_work_together_are_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str, remedy: str
 ) -> None:
-    [message] = said(compose, words, values)
+    [message] = messages(compose, words, values)
     assert message.startswith(f"{key}: "), message
     assert remedy in message
 
@@ -60,7 +60,7 @@ def test_what_does_not_go_together_is_named_with_a_remedy(
         (("parallel=zero2",), {"train.precision": Precision.fp16}, "train.precision=fp16"),
     ],
 )
-def test_what_the_demo_on_a_cpu_has_not_is_refused(
+def test_options_that_need_a_gpu_are_refused_on_cpus(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str
 ) -> None:
     config = put(compose("model=tiny", "cluster.train.gpus_per_node=0", *words), values)
@@ -79,5 +79,5 @@ def test_what_the_demo_on_a_cpu_has_not_is_refused(
         (("parallel=zero2",), {"train.precision": Precision.fp16}),
     ],
 )
-def test_what_goes_together(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> None:
-    assert said(compose, words, values) == []
+def test_options_that_work_together(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -> None:
+    assert messages(compose, words, values) == []

@@ -1,4 +1,4 @@
-"""launcher/check/command_line.py: what is wrong with the words of a command line, with the nearest right one, all at once."""
+"""launcher/check/command_line.py: all wrong overrides are reported, each with the nearest valid one."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from launcher.check import command_line
 from tests.conftest import ROOT
 
 
-def said(*words: str) -> list[str]:
+def messages(*words: str) -> list[str]:
     return [str(problem) for problem in command_line.problems(list(words), ROOT / "conf")]
 
 
@@ -15,13 +15,13 @@ def said(*words: str) -> list[str]:
     [
         ("modle=tiny", "modle", "did you mean 'model'"),
         ("experiments=llama8b_fsdp", "experiments", "did you mean 'experiment'"),
-        ("model=llama7b", "model=llama7b", "there are hub, llama405b, llama70b"),
+        ("model=llama7b", "model=llama7b", "Choose from hub, llama405b, llama70b"),
         ("parallel=zero4", "parallel=zero4", "did you mean 'zero"),
         ("adapter=loora", "adapter=loora", "did you mean 'lora'"),
         ("experiment=llama70b_zero", "experiment=llama70b_zero", "did you mean 'llama70b_zero3'"),
-        ("cluster=perlmutter", "cluster=perlmutter", "there are local, slurm"),
-        ("model=null", "model=None", "there are hub"),
-        ("~model", "model=None", "there are hub"),
+        ("cluster=perlmutter", "cluster=perlmutter", "Choose from local, slurm"),
+        ("model=null", "model=None", "Choose from hub"),
+        ("~model", "model=None", "Choose from hub"),
         ("trian.steps=7", "trian.steps", "did you mean 'train.steps'"),
         ("train.step=7", "train.step", "did you mean 'train.steps'"),
         ("learning_rate=7", "learning_rate", "did you mean 'train.learning_rate'"),
@@ -29,7 +29,7 @@ def said(*words: str) -> list[str]:
         ("++train.stepz=7", "train.stepz", "did you mean 'train.steps'"),
         ("+model.architecture.layers=7", "model.architecture.layers", "no such key"),
         ("~train.steps", "train.steps", "set it to null"),
-        ("train.steps=many", "train.steps=many", "a whole number, or null"),
+        ("train.steps=many", "train.steps=many", "a whole number or null"),
         ("train.global_batch=1.5", "train.global_batch=1.5", "a whole number"),
         ("train.global_batch=null", "train.global_batch", "a whole number"),
         ("train.learning_rate=fast", "train.learning_rate=fast", "a number"),
@@ -43,21 +43,23 @@ def said(*words: str) -> list[str]:
         ("name='a", "name='a", "quote"),
     ],
 )
-def test_a_wrong_word_is_named_with_its_remedy(word: str, key: str, remedy: str) -> None:
-    [message] = said(word)
+def test_a_wrong_override_is_reported_with_its_remedy(word: str, key: str, remedy: str) -> None:
+    [message] = messages(word)
     assert message.startswith(f"{key}: "), message
     assert remedy in message
 
 
-def test_a_shape_that_the_model_does_not_have_is_an_error_with_a_remedy() -> None:
-    [message] = said("model=hub", "model.source=x", "model.architecture={model_type: llama}")
-    assert "leave this out" in message
-    [message] = said("model=hub", "model.source=x", "model.architecture.extra.rms_norm_eps=1e-5")
-    assert "leave this out" in message
-    found = said("model=hub", "model.source=x", "model.architecture.hidden_size=64", "model.architecture.layers=2")
-    assert len(found) == 2
-    assert "model.architecture.layers: no such key" in found[0]
-    assert found[1].startswith("model.architecture.hidden_size=64: model=hub has the shape that its config.json says")
+def test_a_shape_for_a_model_without_one_is_refused() -> None:
+    [message] = messages("model=hub", "model.source=x", "model.architecture={model_type: llama}")
+    assert "Remove this override" in message
+    [message] = messages("model=hub", "model.source=x", "model.architecture.extra.rms_norm_eps=1e-5")
+    assert "Remove this override" in message
+    reported = messages(
+        "model=hub", "model.source=x", "model.architecture.hidden_size=64", "model.architecture.layers=2"
+    )
+    assert len(reported) == 2
+    assert "model.architecture.layers: no such key" in reported[0]
+    assert reported[1].startswith("model.architecture.hidden_size=64: model=hub reads its shape from config.json")
 
 
 @pytest.mark.parametrize(
@@ -83,17 +85,17 @@ def test_a_shape_that_the_model_does_not_have_is_an_error_with_a_remedy() -> Non
     ],
     ids=" ".join,
 )
-def test_right_words_pass(words: list[str]) -> None:
-    assert said(*words) == []
+def test_valid_overrides_pass(words: list[str]) -> None:
+    assert messages(*words) == []
 
 
 def test_a_flag_takes_one_value_only() -> None:
-    assert said("--cfg", "job", "nonsense") == [said("nonsense")[0]]
+    assert messages("--cfg", "job", "nonsense") == [messages("nonsense")[0]]
 
 
-def test_all_wrong_words_are_named_at_once_in_their_order() -> None:
-    found = said("train.steps=many", "model=tiny", "trian.steps=7", "model=llama7b", "nonsense")
-    assert [message.split(":")[0] for message in found] == [
+def test_all_wrong_overrides_are_reported_in_their_order() -> None:
+    reported = messages("train.steps=many", "model=tiny", "trian.steps=7", "model=llama7b", "nonsense")
+    assert [message.split(":")[0] for message in reported] == [
         "train.steps=many",
         "trian.steps",
         "model=llama7b",
@@ -109,12 +111,12 @@ def test_all_wrong_words_are_named_at_once_in_their_order() -> None:
         ("zzz", ["nodes", "time"], ""),
     ],
 )
-def test_only_a_near_word_is_suggested(word: str, candidates: list[str], expected: str) -> None:
+def test_only_a_similar_word_is_suggested(word: str, candidates: list[str], expected: str) -> None:
     assert command_line.nearest(word, candidates) == expected
 
 
 def test_groups_are_folders_with_their_options() -> None:
-    found = command_line.groups(ROOT / "conf")
-    assert found["cluster"] == ["local", "slurm"]
-    assert "zero3" in found["parallel"]
-    assert "train_for" not in found
+    options = command_line.groups(ROOT / "conf")
+    assert options["cluster"] == ["local", "slurm"]
+    assert "zero3" in options["parallel"]
+    assert "train_for" not in options

@@ -1,4 +1,4 @@
-"""launcher/check/observe.py: what is seen of the machine: files, rows, folders, GPUs, secrets."""
+"""launcher/check/observe.py: what it reports about files, rows, folders, GPUs and secrets."""
 
 import json
 import os
@@ -36,21 +36,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=["here", "home", "absolute", "in the clone", "on the Hub", "nowhere"],
 )
-def test_paths_are_absolute_where_there_is_something(compose: Compose, here: Path, given: str, found: str) -> None:
+def test_existing_paths_become_absolute(compose: Compose, here: Path, given: str, found: str) -> None:
     names = {"here": here, "home": here.parent / "home", "root": ROOT}
     for folder in (here, here.parent / "home"):
         folder.mkdir(exist_ok=True)
         (folder / "rows.jsonl").touch()
     config = put(compose(), {"data.path": given.format(**names)})
-    localize.localise(config, gpus=0)
+    localize.localize(config, gpus=0)
     assert config.data.path == found.format(**names)
 
 
-def test_what_is_here_comes_before_what_is_in_the_clone(compose: Compose, here: Path) -> None:
+def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path) -> None:
     (here / "examples").mkdir()
     (here / "examples/sample.jsonl").touch()
     config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
-    localize.localise(config, gpus=0)
+    localize.localize(config, gpus=0)
     assert config.data.path == f"{here}/examples/sample.jsonl"
     assert config.run_dir == f"{here}/runs/a"
 
@@ -69,7 +69,7 @@ def test_what_is_here_comes_before_what_is_in_the_clone(compose: Compose, here: 
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
-def test_ranks_run_on_gpus_where_there_is_one_for_each(
+def test_local_ranks_use_gpus_if_there_is_one_for_each(
     compose: Compose, words: list[str], gpus: int, expected: tuple[int, Precision]
 ) -> None:
     config = compose(*words, gpus=gpus)
@@ -91,7 +91,7 @@ def test_ranks_run_on_gpus_where_there_is_one_for_each(
         ("7\n", None, "not an object"),
         ("instruction,output\na,b\n", None, "not valid JSON"),
         ('{"instruction": "a"', None, "not valid JSON"),
-        (b'{"text": "\xff"}\n', ("text",), None),  # the gates' to judge, row by row
+        (b'{"text": "\xff"}\n', ("text",), None),  # preprocess checks the rows
     ],
     ids=[
         *("a row", "blank lines before", "an array", "an indented array", "an indented row"),
@@ -103,16 +103,16 @@ def test_the_columns_are_those_of_the_first_row(
 ) -> None:
     path = here / "rows.jsonl"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    seen = observe.observe(put(compose(), {"data.path": str(path)}))
-    assert [row.columns for row in seen.first_rows] == [columns]
-    assert (error or "None") in str(seen.first_rows[0].error)
+    facts = observe.observe(put(compose(), {"data.path": str(path)}))
+    assert [row.columns for row in facts.first_rows] == [columns]
+    assert (error or "None") in str(facts.first_rows[0].error)
 
 
 @pytest.mark.parametrize("value", ["owner/name", "rows.parquet", "folder"])
-def test_what_is_no_json_file_is_left_to_the_job(compose: Compose, here: Path, value: str) -> None:
+def test_other_files_than_json_are_left_to_the_job(compose: Compose, here: Path, value: str) -> None:
     (here / "folder").mkdir()
-    seen = observe.observe(put(compose(), {"data.path": value}))
-    assert seen.first_rows == (observe.FirstRow("data.path"),)
+    facts = observe.observe(put(compose(), {"data.path": value}))
+    assert facts.first_rows == (observe.FirstRow("data.path"),)
 
 
 @pytest.mark.parametrize(
@@ -128,57 +128,57 @@ def test_what_is_no_json_file_is_left_to_the_job(compose: Compose, here: Path, v
         ("generate.prompts", "prompts", True),
     ],
 )
-def test_a_path_that_leads_nowhere_is_seen(compose: Compose, key: str, value: str, missing: bool) -> None:
-    seen = observe.observe(put(compose(), {key: value}))
-    assert seen.files_missing == (((key, value),) if missing else ())
+def test_a_missing_path_is_reported(compose: Compose, key: str, value: str, missing: bool) -> None:
+    facts = observe.observe(put(compose(), {key: value}))
+    assert facts.files_missing == (((key, value),) if missing else ())
 
 
-def test_prompts_matter_only_where_they_are_read(compose: Compose) -> None:
+def test_missing_prompts_are_reported_only_if_a_job_reads_them(compose: Compose) -> None:
     config = put(compose(), {"generate.prompts": "nowhere", "jobs": ["train"]})
     assert observe.observe(config).files_missing == ()
 
 
-def test_a_new_run_folder_can_be_made_below_what_there_is(compose: Compose, here: Path) -> None:
+def test_a_run_folder_may_be_new_or_empty(compose: Compose, here: Path) -> None:
     (here / "empty").mkdir()
     for name in ("a/b/c", "empty"):
-        seen = observe.observe(put(compose(), {"run_dir": str(here / name)}))
-        assert (seen.existing, seen.run_dir_error) == (None, None)
+        facts = observe.observe(put(compose(), {"run_dir": str(here / name)}))
+        assert (facts.existing, facts.run_dir_error) == (None, None)
     assert [path.name for path in here.iterdir()] == ["empty"]
 
 
 @pytest.mark.parametrize(
     ("run_dir", "error"),
     [
-        ("thesis", "is not a run"),
-        ("thesis/a.tex", "is not a run"),
-        ("thesis/a.tex/run", "not a folder you can write to"),
+        ("thesis", "is not a run folder"),
+        ("thesis/a.tex", "is not a run folder"),
+        ("thesis/a.tex/run", "not a folder that you can write to"),
     ],
 )
-def test_a_run_folder_that_cannot_be_used_is_seen(compose: Compose, here: Path, run_dir: str, error: str) -> None:
+def test_a_run_folder_that_cannot_be_used_is_reported(compose: Compose, here: Path, run_dir: str, error: str) -> None:
     (here / "thesis").mkdir()
     (here / "thesis/a.tex").touch()
-    seen = observe.observe(put(compose(), {"run_dir": str(here / run_dir)}))
-    assert error in str(seen.run_dir_error)
+    facts = observe.observe(put(compose(), {"run_dir": str(here / run_dir)}))
+    assert error in str(facts.run_dir_error)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_run_folder_without_permission_is_seen(compose: Compose, here: Path) -> None:
+def test_a_run_folder_without_permission_is_reported(compose: Compose, here: Path) -> None:
     here.chmod(0o500)
-    seen = observe.observe(put(compose(), {"run_dir": str(here / "run")}))
-    assert "not a folder you can write to" in str(seen.run_dir_error)
+    facts = observe.observe(put(compose(), {"run_dir": str(here / "run")}))
+    assert "not a folder that you can write to" in str(facts.run_dir_error)
 
 
-def test_a_run_folder_whose_name_is_too_long_is_seen(compose: Compose, here: Path) -> None:
+def test_a_run_folder_with_too_long_a_name_is_reported(compose: Compose, here: Path) -> None:
     assert observe.observe(put(compose(), {"run_dir": str(here / ("a" * 300))})).run_dir_error
 
 
-def test_a_run_in_the_folder_is_seen(compose: Compose, here: Path) -> None:
+def test_an_existing_run_is_read(compose: Compose, here: Path) -> None:
     stored = put(compose("train.seed=7"), {"run_dir": str(here)})
     resolve.save(stored, here / "config.yaml")
     assert observe.observe(put(compose(), {"run_dir": str(here)})).existing == stored
 
 
-def test_slurms_commands_that_are_missing_are_named(compose: Compose, programs: Programs) -> None:
+def test_missing_slurm_commands_are_reported(compose: Compose, programs: Programs) -> None:
     programs(sbatch="", squeue="")
     assert observe.observe(compose()).slurm_missing == ("srun", "scontrol")
 
@@ -210,5 +210,5 @@ def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
     assert observe.observe(config).secrets_missing == missing
 
 
-def test_no_gpu_is_seen_where_none_is_visible() -> None:
+def test_no_gpu_is_counted_if_none_is_visible() -> None:
     assert observe.local_gpus() == 0

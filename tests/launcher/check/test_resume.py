@@ -1,4 +1,4 @@
-"""launcher/check/resume.py: what a continued run keeps, what may be given anew, and which of its jobs are done."""
+"""launcher/check/resume.py: what a resumed run keeps, what may change, and which of its jobs are done."""
 
 from pathlib import Path
 
@@ -26,20 +26,22 @@ def run(compose: Compose, tmp_path: Path) -> Path:
 def continued(compose: Compose, run: Path, *words: str) -> Config:
     """The config of `launch.py resume=RUN words...`."""
     composed = put(compose(*words), {"resume": str(run)})
-    return resume.continued(composed, [f"resume={run}", *words])
+    return resume.resumed_config(composed, [f"resume={run}", *words])
 
 
-def test_a_run_goes_on_with_its_own_config(compose: Compose, run: Path) -> None:
+def test_a_resumed_run_keeps_its_config(compose: Compose, run: Path) -> None:
     assert continued(compose, run) == put(resolve.load(run / "config.yaml"), {"resume": str(run)})
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(compose: Compose, run: Path) -> None:
+def test_a_moved_run_resumes_in_its_new_folder(compose: Compose, run: Path) -> None:
     moved = run.rename(run.with_name("moved"))
     config = continued(compose, moved)
     assert (config.run_dir, config.resume) == (str(moved), str(moved))
 
 
-def test_a_relative_folder_is_found_from_here(compose: Compose, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_folder_starts_at_the_current_folder(
+    compose: Compose, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(run.parent)
     assert continued(compose, Path("run")).run_dir == str(run)
 
@@ -63,14 +65,16 @@ def test_a_relative_folder_is_found_from_here(compose: Compose, run: Path, monke
         ("+cluster.environment.MINE=7", "cluster.environment", {"MINE": "7"}),
     ],
 )
-def test_where_and_how_long_it_runs_may_change(compose: Compose, run: Path, word: str, key: str, value: object) -> None:
-    found: object = continued(compose, run, word)
+def test_keys_of_where_and_how_long_it_runs_may_change(
+    compose: Compose, run: Path, word: str, key: str, value: object
+) -> None:
+    current: object = continued(compose, run, word)
     for name in key.split("."):
-        found = getattr(found, name)
-    assert found == value
+        current = getattr(current, name)
+    assert current == value
 
 
-def test_a_change_leaves_the_rest_as_it_was(compose: Compose, run: Path) -> None:
+def test_a_change_leaves_other_keys_unchanged(compose: Compose, run: Path) -> None:
     config = continued(compose, run, "cluster=local", "cluster.train.ranks_per_node=4", "pipeline=train")
     assert config.cluster.train.ranks_per_node == 4
     assert (config.model.name, config.parallel.name, config.train.epochs) == ("llama8b", "zero3", 3)
@@ -93,19 +97,19 @@ def test_a_change_leaves_the_rest_as_it_was(compose: Compose, run: Path) -> None
         "++train.learning_rate=0.5",
     ],
 )
-def test_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
-    with pytest.raises(RunError, match="cannot change in a run; start a new one") as caught:
+def test_keys_of_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
+    with pytest.raises(RunError, match="cannot change in a run. Start a new one") as caught:
         continued(compose, run, word)
     assert str(caught.value).startswith(word.lstrip("+").split("=")[0] + ":")
 
 
-def test_all_that_may_not_change_is_named_at_once(compose: Compose, run: Path) -> None:
+def test_all_keys_that_may_not_change_are_reported(compose: Compose, run: Path) -> None:
     with pytest.raises(RunError) as caught:
         continued(compose, run, "train.seed=7", "train.steps=7", "data.seed=7")
     assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["train.seed", "data.seed"]
 
 
-def test_hydras_own_words_change_nothing(compose: Compose, run: Path) -> None:
+def test_overrides_of_hydra_change_nothing(compose: Compose, run: Path) -> None:
     assert continued(compose, run, "hydra.verbose=true")
 
 
@@ -114,10 +118,10 @@ def test_every_changeable_key_exists() -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "empty"])
-def test_what_is_no_run_is_refused(compose: Compose, tmp_path: Path, name: str) -> None:
+def test_a_folder_without_a_run_is_refused(compose: Compose, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=f"^resume={tmp_path}/{name}: is no run folder: it has no config.yaml$"):
+    with pytest.raises(RunError, match=f"^resume={tmp_path}/{name}: is not a run folder: it has no config.yaml."):
         continued(compose, tmp_path / name)
 
 
@@ -130,28 +134,28 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(compose: Compose) 
     with pytest.raises(RunError) as caught:
         resume.require_same(compose(*BASE), asked)
     message = str(caught.value)
-    assert message.startswith("run_dir=/runs/golden: holds a run with ")
-    assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7);" in message
-    assert "take another run_dir, or continue that one with resume=/runs/golden" in message
+    assert message.startswith("run_dir=/runs/golden: already holds a run with ")
+    assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7)." in message
+    assert "Use another run_dir, or continue that run with resume=/runs/golden" in message
 
 
-def test_of_many_differences_some_are_named_and_all_counted(compose: Compose) -> None:
+def test_only_the_first_of_many_differences_are_named(compose: Compose) -> None:
     asked = put(compose(*BASE), {f"train.{name}": 7 for name in ("seed", "steps", "beta1", "beta2", "eps")})
     put(asked, {"data.seed": 7, "data.max_rows": 7})
-    with pytest.raises(RunError, match=r"and 2 more; take another run_dir") as caught:
+    with pytest.raises(RunError, match=r"and 2 more\. Use another run_dir") as caught:
         resume.require_same(compose(*BASE), asked)
     assert str(caught.value).count("(now 7)") == 5
 
 
 @pytest.mark.parametrize(("before", "now"), [("llama8b", "hub"), ("hub", "llama8b")])
-def test_a_section_that_one_lacks_is_a_difference(compose: Compose, before: str, now: str) -> None:
+def test_a_section_that_only_one_has_is_a_difference(compose: Compose, before: str, now: str) -> None:
     configs = [compose(f"model={name}", "model.source=owner/name", "name=same") for name in (before, now)]
     with pytest.raises(RunError, match=r"model\.architecture\.hidden_size="):
         resume.require_same(*configs)
 
 
 def end(config: Config, job: str, status: str, *, digest: str | None = None) -> None:
-    """One more attempt of a job, begun for `digest` (of this config where None), ended with `status`."""
+    """Record one more attempt of a job with `status`; `digest` is that of this config if None."""
     folder = Path(config.run_dir) / "jobs" / job
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MUSTER_CONFIG", digest or resolve.digest(config))
@@ -178,17 +182,17 @@ def test_a_job_is_done_when_its_newest_attempt_completed_under_this_config(
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     for status, digest in attempts:
         end(config, "preprocess", status, digest=digest)
-    assert resume.completed(config) == ({"preprocess"} if done else set())
+    assert resume.completed_jobs(config) == ({"preprocess"} if done else set())
 
 
-def test_a_job_whose_newest_attempt_goes_on_is_not_done(compose: Compose, tmp_path: Path) -> None:
+def test_a_job_whose_newest_attempt_is_running_is_not_done(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
     attempt.begin(tmp_path / "jobs/preprocess")
-    assert resume.completed(config) == set()
+    assert resume.completed_jobs(config) == set()
 
 
-def test_only_jobs_that_are_asked_for_are_looked_at(compose: Compose, tmp_path: Path) -> None:
+def test_only_requested_jobs_count_as_done(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
-    assert resume.completed(put(config, {"jobs": ["train"]})) == set()
+    assert resume.completed_jobs(put(config, {"jobs": ["train"]})) == set()

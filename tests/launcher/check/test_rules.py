@@ -1,4 +1,4 @@
-"""launcher/check/rules.py: each rule across sections, with the key it names and what it says to do."""
+"""launcher/check/rules.py: each rule names its key and says what to do."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -16,65 +16,65 @@ from tests.conftest import Compose, put
 LOCAL, SLURM = ("cluster=local",), ("cluster=slurm", "model=llama8b")
 
 
-def said(config: Config, facts: Facts | None = None) -> list[str]:
+def messages(config: Config, facts: Facts | None = None) -> list[str]:
     return [str(problem) for problem in problems(config, facts or Facts())]
 
 
 @pytest.mark.parametrize("words", [LOCAL, SLURM], ids=["here", "on Slurm"])
 def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) -> None:
-    assert said(compose(*words)) == []
+    assert messages(compose(*words)) == []
 
 
 @pytest.mark.parametrize(
     ("words", "values", "key", "remedy"),
     [
         (LOCAL, {"name": "a b/c"}, "name=a b/c", "letters, digits"),
-        (LOCAL, {"name": ""}, "name=", "is empty"),
-        (LOCAL, {"jobs": ["train", "trian"]}, "jobs=trian", "there are preflight, preprocess, train"),
+        (LOCAL, {"name": ""}, "name=", "must not be empty"),
+        (LOCAL, {"jobs": ["train", "trian"]}, "jobs=trian", "Choose from preflight, preprocess, train"),
         (LOCAL, {"jobs": []}, "jobs=[]", "pipeline=finetune"),
-        ((*LOCAL, "data.packing=true", "model.attention=cudnn"), {}, "model.attention=cudnn", "auto or varlen"),
+        ((*LOCAL, "data.packing=true", "model.attention=cudnn"), {}, "model.attention=cudnn", "Use model.attention=auto"),
         (LOCAL, {"train.steps": None, "train.epochs": None}, "train.steps=null", "train.epochs"),
         (LOCAL, {"train.steps": 10, "train.warmup_steps": 10}, "train.warmup_steps=10", "below train.steps=10"),
-        (LOCAL, {"train.global_batch": 7}, "train.global_batch=7", "2 ranks of cluster.train: take 6 or 8"),
-        (LOCAL, {"train.global_batch": 1}, "train.global_batch=1", "take 2"),
-        (SLURM, {"train.global_batch": 40}, "train.global_batch=40", "32 ranks of cluster.train: take 32 or 64"),
+        (LOCAL, {"train.global_batch": 7}, "train.global_batch=7", "2 ranks of cluster.train. Use 6 or 8"),
+        (LOCAL, {"train.global_batch": 1}, "train.global_batch=1", "Use 2"),
+        (SLURM, {"train.global_batch": 40}, "train.global_batch=40", "32 ranks of cluster.train. Use 32 or 64"),
         ((*SLURM, "parallel=zero3"), {"parallel.zero_stage": 0}, "parallel.zero_stage=0", "1, 2 or 3"),
         ((*SLURM, "parallel=zero3"), {"parallel.zero_stage": 4}, "parallel.zero_stage=4", "1, 2 or 3"),
         ((*SLURM, "parallel=zero2"), {"parallel.offload_parameters": True}, "parallel.offload_parameters=True", "zero_stage=3"),
-        ((*SLURM, "parallel=zero1"), {"parallel.shard_ranks": 8}, "parallel.shard_ranks=8", "is for FSDP"),
-        (SLURM, {"parallel.shard_ranks": 5}, "parallel.shard_ranks=5", "does not divide the 32 ranks"),
-        (SLURM, {"parallel.shard_ranks": 64}, "parallel.shard_ranks=64", "does not divide the 32 ranks"),
-        (SLURM, {"parallel.offload_optimizer": True}, "parallel.offload_optimizer=True", "both offload_*"),
-        (SLURM, {"parallel.offload_parameters": True}, "parallel.offload_optimizer=False", "both offload_*"),
+        ((*SLURM, "parallel=zero1"), {"parallel.shard_ranks": 8}, "parallel.shard_ranks=8", "FSDP only"),
+        (SLURM, {"parallel.shard_ranks": 5}, "parallel.shard_ranks=5", "must divide the 32 ranks"),
+        (SLURM, {"parallel.shard_ranks": 64}, "parallel.shard_ranks=64", "must divide the 32 ranks"),
+        (SLURM, {"parallel.offload_optimizer": True}, "parallel.offload_optimizer=True", "parallel=fsdp_offload"),
+        (SLURM, {"parallel.offload_parameters": True}, "parallel.offload_optimizer=False", "parallel=fsdp_offload"),
         (LOCAL, {"cluster.train.nodes": 2}, "cluster.train.nodes=2", "cluster=slurm"),
         (LOCAL, {"cluster.cpu.nodes": 2, "jobs": ["train"]}, "cluster.cpu.nodes=2", "cluster=slurm"),
-        (LOCAL, {"cluster.train.gpus_per_node": 2}, "cluster.train.gpus_per_node=2", "0 to run on the CPU"),
+        (LOCAL, {"cluster.train.gpus_per_node": 2}, "cluster.train.gpus_per_node=2", "gpus_per_node=0 to run on the CPU"),
         (LOCAL, {"cluster.inference.gpus_per_node": 1}, "cluster.inference.gpus_per_node=1", "this machine has 0"),
-        (SLURM, {"cluster.cpu.gpus_per_node": None}, "cluster.cpu.gpus_per_node=null", "give a number"),
+        (SLURM, {"cluster.cpu.gpus_per_node": None}, "cluster.cpu.gpus_per_node=null", "must be a number"),
         (SLURM, {"cluster.train.gpus_per_node": 4}, "cluster.train.ranks_per_node=8", "cluster.train.gpus_per_node=4"),
-        (SLURM, {"cluster.inference.ranks_per_node": 2, "jobs": ["evaluate"]}, "cluster of evaluate=2", "one rank"),
-        (SLURM, {"cluster.inference.nodes": 2, "jobs": ["generate"]}, "cluster of generate=2", "one node"),
+        (SLURM, {"cluster.inference.ranks_per_node": 2, "jobs": ["evaluate"]}, "cluster.inference.ranks_per_node=2", "evaluate"),
+        (SLURM, {"cluster.inference.nodes": 2, "jobs": ["generate"]}, "cluster.inference.nodes=2", "generate"),
         (("model=tiny",), {"model.architecture": None}, "model.architecture", "model.init=random"),
         (("model=tiny",), {"adapter.kind": AdapterKind.lora}, "adapter.kind=lora", "model.init=pretrained"),
         (LOCAL, {"data.validation_fraction": 0.6}, "data.validation_fraction=0.6", "at most 0.5"),
         (LOCAL, {"submit": Submit.script}, "submit=script", "cluster=slurm"),
-        (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "is no less than cluster.train.time_min=2 (120 s)"),
+        (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "must be below cluster.train.time_min=2 (120 s)"),
         (SLURM, {"cluster.container": Container.apptainer}, "cluster.container_image", "cluster.container"),
         (SLURM, {"cluster.container_image": "/a.sif"}, "cluster.container_image=/a.sif", "cluster.container=apptainer"),
         (SLURM, {"cluster.network.master_port": 65536}, "cluster.network.master_port=65536", "at most 65535"),
         ((*SLURM, "train.activation_checkpointing=none"), {"cluster.train.gpu_memory_gib": 17.5},
-         "cluster.train.gpu_memory_gib=17.5", "with cluster.train.nodes=8 it"),
+         "cluster.train.gpu_memory_gib=17.5", "Use cluster.train.nodes=8 ("),
         ((*SLURM, "parallel=ddp"), {"cluster.train.gpu_memory_gib": 79.0}, "cluster.train.gpu_memory_gib=79.0", "parallel=fsdp"),
-        (SLURM, {"cluster.train.gpu_memory_gib": 5.0}, "cluster.train.gpu_memory_gib=5.0", "no layout, batch or number"),
+        (SLURM, {"cluster.train.gpu_memory_gib": 5.0}, "cluster.train.gpu_memory_gib=5.0", "No other layout, batch size or number"),
         (SLURM, {"cluster.environment": {"HF_TOKEN": "hf_x"}}, "cluster.environment.HF_TOKEN=(hidden)", "secrets=[HF_TOKEN]"),
         (SLURM, {"cluster.environment": {"my_api_key": "x"}}, "cluster.environment.my_api_key=(hidden)", "secrets"),
         (SLURM, {"cluster.environment": {"DB_PASSWORD": "x"}}, "cluster.environment.DB_PASSWORD=(hidden)", "secrets"),
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
+def test_a_config_that_cannot_run_is_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], values: dict[str, Any], key: str, remedy: str
 ) -> None:
-    [message] = said(put(compose(*words), values))
+    [message] = messages(put(compose(*words), values))
     assert message.startswith(f"{key}: "), message
     assert remedy in message
 
@@ -91,16 +91,16 @@ def test_a_config_that_cannot_run_is_named_by_key_with_a_remedy(
             "data.path=",
             "alpaca needs instruction",
         ),
-        (LOCAL, Facts(run_dir_error="is there already"), "run_dir=", "is there already"),
-        (LOCAL, Facts(secrets_missing=("HF_TOKEN",)), "cluster.secrets=HF_TOKEN", "export HF_TOKEN first"),
+        (LOCAL, Facts(run_dir_error="already exists"), "run_dir=", "already exists"),
+        (LOCAL, Facts(secrets_missing=("HF_TOKEN",)), "cluster.secrets=HF_TOKEN", "Export it"),
         (SLURM, Facts(slurm_missing=("sbatch", "srun")), "cluster=slurm", "sbatch is not on PATH"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_site_that_lacks_something_is_named_by_key_with_a_remedy(
+def test_a_site_that_lacks_something_is_refused_with_a_remedy(
     compose: Compose, words: tuple[str, ...], facts: Facts, key: str, remedy: str
 ) -> None:
-    [message] = said(compose(*words), facts)
+    [message] = messages(compose(*words), facts)
     assert message.startswith(key), message
     assert remedy in message
 
@@ -123,7 +123,7 @@ def test_a_site_that_lacks_something_is_named_by_key_with_a_remedy(
 )
 def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Format, columns: str, fits: bool) -> None:
     config = put(compose(), {"data.format": format})
-    assert (said(config, Facts(first_rows=(FirstRow("data.path", tuple(columns.split())),))) == []) is fits
+    assert (messages(config, Facts(first_rows=(FirstRow("data.path", tuple(columns.split())),))) == []) is fits
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,10 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         "GPUs of which none is used",
     ],
 )
-def test_what_is_allowed(compose: Compose, words: tuple[str, ...], values: dict[str, Any], facts: Facts) -> None:
-    assert said(put(compose(*words), values), facts) == []
+def test_configs_that_are_allowed(
+    compose: Compose, words: tuple[str, ...], values: dict[str, Any], facts: Facts
+) -> None:
+    assert messages(put(compose(*words), values), facts) == []
 
 
 def minimums(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -179,13 +181,13 @@ def minimums(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + item.name, item.metadata["minimum"]
 
 
-def test_every_number_below_its_minimum_is_named_at_once(compose: Compose) -> None:
+def test_all_numbers_below_their_minimum_are_reported(compose: Compose) -> None:
     config = compose(*SLURM)
     lowest = dict(minimums(config))
-    found = problems(put(config, {key: minimum - 1 for key, minimum in lowest.items()}), Facts())
-    for problem, (key, minimum) in zip(found, lowest.items(), strict=False):
+    reported = problems(put(config, {key: minimum - 1 for key, minimum in lowest.items()}), Facts())
+    for problem, (key, minimum) in zip(reported, lowest.items(), strict=False):
         assert (problem.key, problem.value) == (key, minimum - 1)
-        assert problem.remedy.startswith(f"must be at least {minimum:g}")
+        assert problem.message.startswith(f"must be at least {minimum:g}")
     assert {"train.steps", "cluster.train.nodes", "cluster.cpu.time_min", "model.architecture.hidden_size"} <= set(
         lowest
     )
@@ -193,14 +195,14 @@ def test_every_number_below_its_minimum_is_named_at_once(compose: Compose) -> No
 
 def test_every_number_may_be_its_minimum(compose: Compose) -> None:
     config = compose(*SLURM)
-    found = said(put(config, dict(minimums(config))))
-    assert not [message for message in found if "must be at least" in message]
+    reported = messages(put(config, dict(minimums(config))))
+    assert not [message for message in reported if "must be at least" in message]
 
 
 def test_problems_of_several_rules_are_reported_together(compose: Compose, tmp_path: Path) -> None:
     config = put(compose(), {"name": "a b", "cluster.train.nodes": 2, "data.validation_fraction": 0.9})
-    found = problems(config, Facts(run_dir_error="no", files_missing=(("data.path", str(tmp_path)),)))
-    assert [problem.key for problem in found] == [
+    reported = problems(config, Facts(run_dir_error="no", files_missing=(("data.path", str(tmp_path)),)))
+    assert [problem.key for problem in reported] == [
         "data.validation_fraction",
         "name",
         "data.path",
@@ -210,7 +212,7 @@ def test_problems_of_several_rules_are_reported_together(compose: Compose, tmp_p
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "TOKENIZER_PATH", "MAX_TOKENS"])
 def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) -> None:
-    assert said(put(compose(), {"cluster.environment": {name: "7"}})) == []
+    assert messages(put(compose(), {"cluster.environment": {name: "7"}})) == []
 
 
 @pytest.mark.parametrize(
@@ -227,5 +229,5 @@ def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) ->
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_a_value_that_no_job_can_use_is_named(compose: Compose, values: dict[str, Any]) -> None:
-    assert [message for message in said(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]
+def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[str, Any]) -> None:
+    assert [message for message in messages(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]

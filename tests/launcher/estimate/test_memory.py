@@ -1,4 +1,4 @@
-"""launcher/estimate/memory.py and footprint.py: totals beside measured runs, and how they are shown."""
+"""launcher/estimate/memory.py and table.py: totals compared with measured runs, and their format."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from conf.choices import Checkpointing
 from conf.schema import Config
-from launcher.estimate import table as footprint
+from launcher.estimate import table
 from launcher.estimate.activations import Loss
 from launcher.estimate.memory import Loop, estimate
 from launcher.estimate.table import GIB
@@ -25,8 +25,8 @@ MEASURED = [
     ("zero3", 1, "none", replace(FUSED, fused_optimizer=False), 67),
     ("zero3", 2, "none", replace(FUSED, fused_optimizer=False), 102),
 ]
-"""Peak GiB that torch had reserved (CUDA context aside) on 8 H200, Llama 3.1 8B, rows of 8192 tokens, bf16; November 2026.
-The loops were written by hand, with the buckets and sharding of conf/parallel; ZeRO's reduced in bf16, which ours does in fp32;
+"""Peak GiB that torch had reserved (without the CUDA context) on 8 H200, Llama 3.1 8B, rows of 8192 tokens, bf16; November 2026.
+The loops were written by hand, with the buckets and sharding of conf/parallel; ZeRO's reduced in bf16, Muster's in fp32;
 its AdamW was unfused."""
 
 
@@ -43,7 +43,7 @@ def measured_run(compose: Compose, layout: str, micro_batch: int, checkpointing:
     )
 
 
-def test_nothing_is_estimated_of_an_unknown_family(compose: Compose) -> None:
+def test_an_unknown_family_is_not_estimated(compose: Compose) -> None:
     config = compose("cluster=slurm", "model=llama8b")
     assert config.model.architecture
     assert estimate(put(config, {"model.architecture.model_type": "mamba"})) is None
@@ -54,17 +54,17 @@ def test_nothing_is_estimated_of_an_unknown_family(compose: Compose) -> None:
 def test_estimates_agree_with_measured_runs(
     compose: Compose, layout: str, micro_batch: int, checkpointing: str, loop: Loop, measured: float
 ) -> None:
-    found = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
-    assert found
-    assert (found.device.total - found.device.context) / GIB == pytest.approx(measured, rel=0.1)
+    size = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
+    assert size
+    assert (size.device.total - size.device.context) / GIB == pytest.approx(measured, rel=0.1)
 
 
-def test_the_table_in_the_docs_is_what_is_estimated(compose: Compose) -> None:
+def test_the_table_in_the_docs_shows_the_estimates(compose: Compose) -> None:
     page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     for layout, micro_batch, checkpointing, loop, measured in MEASURED:
-        found = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
-        assert found
-        guess = (found.device.total - found.device.context) / GIB
+        size = estimate(measured_run(compose, layout, micro_batch, checkpointing), loop)
+        assert size
+        guess = (size.device.total - size.device.context) / GIB
         words = f"| {layout} | {micro_batch} | {checkpointing} | {loop.loss.name} |"
         assert f"{words} {guess:.1f} | {measured} | {guess / measured:.2f} |" in page
 
@@ -82,7 +82,8 @@ OURS = {
     "parallel=ddp adapter=lora_float8, 1 GPU": (
         ["parallel=ddp", "adapter=lora_float8", "model.init=pretrained"], 1, 4, 4096, 79.9),
 }  # fmt: skip
-"""Words, GPUs, rows at once, their tokens, and GiB reserved by runs of launch.py on H200s (docs/performance.md); context aside."""
+"""Overrides, GPUs, micro batch, tokens per row, and GiB reserved (without the CUDA context) by runs of launch.py on H200s
+(docs/performance.md)."""
 
 
 def test_our_own_runs_stay_below_their_estimates(compose: Compose) -> None:
@@ -90,33 +91,33 @@ def test_our_own_runs_stay_below_their_estimates(compose: Compose) -> None:
     for name, (words, gpus, rows, length, measured) in OURS.items():
         sizes = [f"cluster.train.ranks_per_node={gpus}", f"cluster.train.gpus_per_node={gpus}", "cluster.train.nodes=1"]
         batch = [f"train.micro_batch={rows}", f"train.global_batch={rows * gpus}", f"data.max_length={length}"]
-        found = estimate(
+        size = estimate(
             compose("cluster=slurm", "model=llama8b", "train.activation_checkpointing=none", *words, *sizes, *batch)
         )
-        assert found
-        guess = (found.device.total - found.device.context) / GIB
+        assert size
+        guess = (size.device.total - size.device.context) / GIB
         assert measured < guess < 1.4 * measured
         assert f"| {name} | {guess:.1f} | {measured} | {guess / measured:.2f} |" in page, f"{name}: {guess:.1f}"
 
 
-def device(compose: Compose, *words: str) -> footprint.Device:
-    found = estimate(compose("cluster=slurm", "model=llama8b", *words))
-    assert found
-    return found.device
+def device(compose: Compose, *words: str) -> table.Device:
+    size = estimate(compose("cluster=slurm", "model=llama8b", *words))
+    assert size
+    return size.device
 
 
-def test_a_layout_that_shards_more_takes_less(compose: Compose) -> None:
+def test_a_layout_that_shards_more_needs_less(compose: Compose) -> None:
     for layouts in (("ddp", "hsdp", "fsdp", "fsdp_offload"), ("zero1", "zero2", "zero3", "zero3_offload")):
         totals = [device(compose, f"parallel={layout}").total for layout in layouts]
         assert totals == sorted(totals, reverse=True), layouts
 
 
-def test_full_training_state_is_sixteen_bytes_a_parameter_over_the_shards(compose: Compose) -> None:
-    found = device(compose, "parallel=fsdp", "cluster.train.nodes=1", "train.micro_batch=1")  # of 8 a step
-    assert found.parameters + found.gradients + found.optimizer == 16 * 8_030_261_248 / 8
+def test_full_training_state_is_sixteen_bytes_per_parameter_over_the_shards(compose: Compose) -> None:
+    size = device(compose, "parallel=fsdp", "cluster.train.nodes=1", "train.micro_batch=1")  # of 8 a step
+    assert size.parameters + size.gradients + size.optimizer == 16 * 8_030_261_248 / 8
 
 
-def test_gradients_take_the_place_of_activations_unless_micro_batches_are_added_up(compose: Compose) -> None:
+def test_gradients_reuse_memory_of_activations_unless_they_are_accumulated(compose: Compose) -> None:
     words = ["parallel=fsdp", "cluster.train.nodes=1", "train.activation_checkpointing=none", "data.max_length=8192"]
     whole = 4 * 8_030_261_248 / 8
     assert device(compose, *words, "train.global_batch=8").gradients == 0
@@ -125,48 +126,48 @@ def test_gradients_take_the_place_of_activations_unless_micro_batches_are_added_
 
 
 def test_an_adapter_leaves_the_base_without_gradients_and_moments(compose: Compose) -> None:
-    found = device(compose, "parallel=ddp", "adapter=lora")
-    assert found.parameters > 2 * 8_030_261_248
-    assert found.gradients + found.optimizer < 0.04 * found.parameters
+    size = device(compose, "parallel=ddp", "adapter=lora")
+    assert size.parameters > 2 * 8_030_261_248
+    assert size.gradients + size.optimizer < 0.04 * size.parameters
 
 
-def test_what_is_offloaded_is_in_host_memory(compose: Compose) -> None:
+def test_offloaded_state_is_in_host_memory(compose: Compose) -> None:
     for layout in ("fsdp_offload", "zero3_offload"):
-        found = estimate(compose("cluster=slurm", "model=llama8b", f"parallel={layout}", "cluster.train.nodes=1"))
-        assert found
-        assert found.device.parameters + found.device.gradients + found.device.optimizer == 0
-        assert found.host.offload >= 16 * 8_030_261_248
+        size = estimate(compose("cluster=slurm", "model=llama8b", f"parallel={layout}", "cluster.train.nodes=1"))
+        assert size
+        assert size.device.parameters + size.device.gradients + size.device.optimizer == 0
+        assert size.host.offload >= 16 * 8_030_261_248
 
 
-def test_a_model_that_every_rank_loads_whole_counts_once_a_rank(compose: Compose) -> None:
-    found = estimate(compose("cluster=slurm", "model=llama70b", "parallel=fsdp"), Loop(sliced_loading=False))
-    assert found
-    assert found.host.loading == 8 * 4 * 70_553_706_496
-    assert found.device.total == 4 * 70_553_706_496 + found.device.context
-    assert "(while loading)" in footprint.line(found)
+def test_a_model_that_every_rank_loads_whole_counts_once_per_rank(compose: Compose) -> None:
+    size = estimate(compose("cluster=slurm", "model=llama70b", "parallel=fsdp"), Loop(sliced_loading=False))
+    assert size
+    assert size.host.loading == 8 * 4 * 70_553_706_496
+    assert size.device.total == 4 * 70_553_706_496 + size.device.context
+    assert "(while loading)" in table.line(size)
 
 
 def test_disk_holds_the_kept_checkpoints_the_next_one_and_the_merged_model(compose: Compose) -> None:
-    found = estimate(compose("cluster=slurm", "model=llama8b", "parallel=fsdp", "train.keep_checkpoints=3"))
-    assert found
-    assert found.disk.checkpoint == 12 * 8_030_261_248
-    assert found.disk.total == 4 * found.disk.checkpoint + 2 * 8_030_261_248
+    size = estimate(compose("cluster=slurm", "model=llama8b", "parallel=fsdp", "train.keep_checkpoints=3"))
+    assert size
+    assert size.disk.checkpoint == 12 * 8_030_261_248
+    assert size.disk.total == 4 * size.disk.checkpoint + 2 * 8_030_261_248
 
 
-def test_the_estimate_is_shown_in_a_line_and_as_a_table(compose: Compose) -> None:
-    found = estimate(compose("cluster=slurm", "model=llama8b"))
-    assert found
-    line, table = footprint.line(found, 139), footprint.table(found)
-    assert line.startswith(f"{found.device.total / GIB:.1f} of 139 GiB a GPU (parameters 0.9, gathered 3.2,")
-    assert "GiB a host, checkpoint 89.7 GiB on disk" in line
-    assert f"{'GPU total':<22}{found.device.total / GIB:>10.1f} GiB" in table
-    assert len({len(row) for row in table}) == 1
+def test_the_estimate_is_formatted_as_a_line_and_as_a_table(compose: Compose) -> None:
+    size = estimate(compose("cluster=slurm", "model=llama8b"))
+    assert size
+    line, rows = table.line(size, 139), table.table(size)
+    assert line.startswith(f"{size.device.total / GIB:.1f} of 139 GiB per GPU (parameters 0.9, gathered 3.2,")
+    assert "GiB per node, checkpoint 89.7 GiB on disk" in line
+    assert f"{'GPU total':<22}{size.device.total / GIB:>10.1f} GiB" in rows
+    assert len({len(row) for row in rows}) == 1
 
 
 def test_on_a_cpu_everything_is_host_memory(compose: Compose) -> None:
-    found = estimate(compose())
-    assert found
-    assert not found.on_gpu
-    assert found.device.context == 0
-    assert found.host.offload == 2 * found.device.total
-    assert " a rank (" in footprint.line(found)
+    size = estimate(compose())
+    assert size
+    assert not size.on_gpu
+    assert size.device.context == 0
+    assert size.host.offload == 2 * size.device.total
+    assert " per rank (" in table.line(size)

@@ -1,4 +1,4 @@
-"""launcher/estimate/parameters.py: counts equal to the libraries' own."""
+"""launcher/estimate/parameters.py: counts equal those of transformers and PEFT."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ def test_every_named_model_has_the_parameters_that_transformers_builds(compose: 
     shape = compose(f"model={name}").model.architecture
     assert shape
     model = built(shape)
-    found = count(shape, Adapter())
-    assert found
-    assert (found.total, found.largest) == (sum(sizes(model)), max(sizes(model)))
-    assert found.block == sum(sizes(model.model.layers[0]))
+    counts = count(shape, Adapter())
+    assert counts
+    assert (counts.total, counts.largest) == (sum(sizes(model)), max(sizes(model)))
+    assert counts.block == sum(sizes(model.model.layers[0]))
     lora = count(shape, Adapter(kind=AdapterKind.lora, r=8))
     assert lora
-    assert (lora.frozen, lora.trained) == (found.total, sum(sizes(adapted(model, ["all-linear"]), trained=True)))
+    assert (lora.frozen, lora.trained) == (counts.total, sum(sizes(adapted(model, ["all-linear"]), trained=True)))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -37,18 +37,18 @@ def test_every_named_model_has_the_parameters_that_transformers_builds(compose: 
 def test_every_family_has_the_parameters_that_transformers_builds(family: str, tied: bool) -> None:
     shape = small(family, tied=tied)
     model = built(shape)
-    found = count(shape, Adapter())
-    assert found
-    assert (found.total, found.largest) == (sum(sizes(model)), max(sizes(model)))
+    counts = count(shape, Adapter())
+    assert counts
+    assert (counts.total, counts.largest) == (sum(sizes(model)), max(sizes(model)))
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning:peft")
 @pytest.mark.parametrize("targets", TARGETS, ids=" ".join)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_have_the_parameters_that_peft_builds(family: str, targets: list[str]) -> None:
-    found = count(small(family), Adapter(kind=AdapterKind.lora, r=8, targets=targets))
-    assert found
-    assert found.trained == sum(sizes(adapted(built(small(family)), targets), trained=True))
+    counts = count(small(family), Adapter(kind=AdapterKind.lora, r=8, targets=targets))
+    assert counts
+    assert counts.trained == sum(sizes(adapted(built(small(family)), targets), trained=True))
 
 
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"]], ids=" ".join)
@@ -57,7 +57,7 @@ def test_dora_has_the_parameters_that_peft_builds(targets: list[str]) -> None:
 
     model = built(small("llama"))
     chosen = "all-linear" if targets == ["all-linear"] else targets
-    plan = LoraConfig(r=8, target_modules=chosen, use_dora=True, task_type="CAUSAL_LM")
-    found = count(small("llama"), Adapter(kind=AdapterKind.lora, r=8, targets=targets, dora=True))
-    assert found
-    assert found.trained == sum(sizes(get_peft_model(model, plan), trained=True))
+    lora = LoraConfig(r=8, target_modules=chosen, use_dora=True, task_type="CAUSAL_LM")
+    counts = count(small("llama"), Adapter(kind=AdapterKind.lora, r=8, targets=targets, dora=True))
+    assert counts
+    assert counts.trained == sum(sizes(get_peft_model(model, lora), trained=True))

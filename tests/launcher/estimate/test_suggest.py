@@ -1,4 +1,4 @@
-"""launcher/estimate/suggest.py: what it names does fit, and nothing cheaper is passed over."""
+"""launcher/estimate/suggest.py: its suggestion fits, and nothing cheaper does."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from launcher.estimate.memory import estimate
 from launcher.estimate.table import GIB
 from tests.conftest import Compose
 
-REMEDIES = [
+SUGGESTIONS = [
     ("parallel=ddp", 79, "parallel=fsdp"),
     ("parallel=zero1 cluster.train.nodes=1", 45, "parallel=zero2"),
     ("parallel=zero1 cluster.train.nodes=1", 31.5, "parallel=zero3 train.activation_checkpointing=full"),
@@ -24,23 +24,20 @@ REMEDIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "capacity", "change"), REMEDIES, ids=[item[2] for item in REMEDIES])
-def test_the_first_change_that_fits_is_named_and_does_fit(
-    compose: Compose, words: str, capacity: float, change: str
-) -> None:
+@pytest.mark.parametrize(("words", "capacity", "change"), SUGGESTIONS, ids=[item[2] for item in SUGGESTIONS])
+def test_the_first_change_that_fits_is_suggested(compose: Compose, words: str, capacity: float, change: str) -> None:
     command = ["cluster=slurm", "model=llama8b", "train.activation_checkpointing=none", *words.split()]
-    said = suggest.that_fits(compose(*command), capacity)
-    assert said
-    named = said.removeprefix("with ").partition(" it would be ")[0]
-    assert named.endswith(change)
-    kept = [
-        word for word in command if word.partition("=")[0] not in {item.partition("=")[0] for item in named.split()}
-    ]
-    found = estimate(compose(*kept, *named.split()))
-    assert found
-    assert found.device.total <= capacity * GIB
-    assert said.endswith(f" it would be {found.device.total / GIB:.1f} GiB")
+    suggestion = suggest.first_that_fits(compose(*command), capacity)
+    assert suggestion
+    assert suggestion.overrides.endswith(change)
+    overrides = suggestion.overrides.split()
+    overridden = {override.partition("=")[0] for override in overrides}
+    kept = [word for word in command if word.partition("=")[0] not in overridden]
+    size = estimate(compose(*kept, *overrides))
+    assert size
+    assert size.device.total <= capacity * GIB
+    assert suggestion.device_bytes == size.device.total
 
 
-def test_no_change_is_named_where_none_is_enough(compose: Compose) -> None:
-    assert suggest.that_fits(compose("cluster=slurm", "model=llama405b"), 5) is None
+def test_nothing_is_suggested_if_nothing_fits(compose: Compose) -> None:
+    assert suggest.first_that_fits(compose("cluster=slurm", "model=llama405b"), 5) is None

@@ -1,0 +1,71 @@
+"""Checks the training data that a config names: its files exist and its first rows have the columns of their format; pure."""
+
+import re
+from collections.abc import Iterator
+
+from conf.choices import Format
+from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
+from conf.datasets import training
+from conf.errors import Problem
+from conf.schema import Config, DataSet
+from launcher.check.observe import Facts, FirstRow
+
+COLUMNS = {
+    Format.alpaca: [{question, answer} for question in (*INSTRUCTION, *INPUT) for answer in OUTPUT],
+    Format.sharegpt: [{name} for name in reversed(MESSAGES)],
+    Format.messages: [{name} for name in MESSAGES],
+    Format.prompt_completion: [{"prompt", "completion"}],
+    Format.segments: [{"segments"}],
+    Format.text: [{"text"}],
+    Format.tokenised: [{"input_ids"}],
+}
+"""The sets of columns that each format may have. Checked on the login node, so that a wrong file is refused before it queues."""
+
+
+def problems(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Every problem with the training and validation data that can be seen before a job reads it."""
+    for key, path in facts.files_missing:
+        message = "no such file or folder, neither in the current folder nor in Muster's own"
+        yield Problem(key, path, message)
+    if config.data.path is None and not config.data.sets:
+        message = "training rows are missing. Set data.path=..., or data.sets.NAME.path=... for each of several sets"
+        yield Problem("data.path", None, message)
+    elif config.data.path is not None and config.data.sets:
+        message = "cannot be used with data.sets. Set data.path=null, or remove data.sets"
+        yield Problem("data.path", config.data.path, message)
+    else:
+        yield from _names(config)
+        yield from _splits(config)
+        # `facts` has no rows where nothing was observed
+        for first_row, data_set in zip(facts.first_rows, training(config.data).values(), strict=False):
+            yield from _first_row(first_row, data_set)
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    for name in training(config.data):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            key = f"data.sets.{name}" if config.data.path is None else "data.name"
+            message = "may contain only letters, digits, '.', '_' and '-', because a folder is named after it"
+            yield Problem(key, name, message)
+
+
+def _splits(config: Config) -> Iterator[Problem]:
+    splits = {"data.split": config.data.split, "data.validation_split": config.data.validation_split}
+    splits |= {f"data.sets.{name}.split": data_set.split for name, data_set in config.data.sets.items()}
+    for key, split in splits.items():
+        if split is not None and not SPLIT.fullmatch(split):
+            yield Problem(key, split, "is not a range of rows. Write [:1000], [10%:] or [-100:]")
+
+
+def _first_row(first_row: FirstRow, data_set: DataSet) -> Iterator[Problem]:
+    """Whether the first row of a set could be read, and has the columns of its format."""
+    if first_row.error:
+        yield Problem(first_row.key, data_set.path, first_row.error)
+    if first_row.columns is None or data_set.fields:  # `fields` maps columns of any name
+        return
+    fixed = data_set.format not in (None, Format.auto)
+    formats = [format for format in COLUMNS if not fixed or format is data_set.format]
+    if not any(columns <= set(first_row.columns) for format in formats for columns in COLUMNS[format]):
+        needed = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in formats)
+        message = f"has the columns {', '.join(first_row.columns)}, but {needed}. Map your columns with data.fields"
+        yield Problem(first_row.key, data_set.path, message)
