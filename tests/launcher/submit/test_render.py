@@ -161,7 +161,7 @@ def test_an_option_is_left_out(sample: Config, values: dict[str, object], option
 def exported(config: Config, environ: dict[str, str]) -> dict[str, str]:
     """The variables once bash has run the setup of a job up to its attempt; LOADED is what `module load` was given."""
     lines = render.parameters(config, job_of(config, "train"))["setup"]
-    end = next(number for number, line in enumerate(lines) if line.startswith("# open the next attempt"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("# Open the next attempt"))
     script = ['module() { export LOADED="${LOADED-}<$2>"; }', *lines[:end], f"exec {tool('env')} -0"]
     command = [tool("bash"), "-c", "\n".join(script)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=20)
