@@ -66,7 +66,7 @@ def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
     run = tmp_path / "run"
 
     def found():
-        return [rank["pid"] for rank in attempts.gathered(run / "jobs/train/attempt-1").values()]
+        return [rank["pid"] for rank in attempts.published_ranks(run / "jobs/train/attempt-1").values()]
 
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
     background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]  # as `launch.py &` does

@@ -20,7 +20,7 @@ from tests.conftest import Programs, module
 
 def launched(run: Path, cluster: str, **jobs: str) -> None:
     """Add a launch to RUN/run.json."""
-    launches = record.read(run) if (run / "run.json").exists() else []
+    launches = record.read_launches(run) if (run / "run.json").exists() else []
     write_json(run / "run.json", {"launches": [*launches, {"cluster": cluster, "jobs": jobs}]})
 
 
@@ -30,7 +30,7 @@ def ended(run: Path, job: str, job_id: str, status: str, reason: str = "") -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", job_id)
         number = int(attempt.begin(folder)[0]["MUSTER_ATTEMPT"])
-    attempt.record(folder, number, 0, status, reason, f"Traceback of {reason}" if reason else "")
+    attempt.record_end(folder, number, 0, status, reason, f"Traceback of {reason}" if reason else "")
     attempt.finish(folder, number, 0, 4)
 
 
@@ -105,20 +105,20 @@ def test_a_local_job_has_ended_when_its_process_is_not_there(tmp_path: Path, job
 
 def test_the_active_jobs_of_a_run_are_named(run: Path, programs: Programs) -> None:
     programs(squeue=SQUEUE, sacct="echo '101|COMPLETED'")
-    assert runs.active(run) == "train 102 is RUNNING, consolidate 103 is PENDING"
+    assert runs.active_jobs(run) == "train 102 is RUNNING, consolidate 103 is PENDING"
 
 
 def test_a_run_that_has_ended_is_not_active(run: Path, programs: Programs) -> None:
     programs(sacct='for id in 101 102 103; do echo "$id|COMPLETED"; done')
-    assert runs.active(run) is None
+    assert runs.active_jobs(run) is None
 
 
 def test_a_folder_that_is_no_run_is_not_active(tmp_path: Path) -> None:
-    assert runs.active(tmp_path) is None
+    assert runs.active_jobs(tmp_path) is None
 
 
 def test_a_folder_that_is_no_run_has_no_jobs(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RUN={tmp_path}: is no run folder: it has no run.json$"):
+    with pytest.raises(RunError, match=f"^RUN={tmp_path}: is not a run folder: it has no run.json$"):
         runs.job_states(tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_a_rank_without_a_log_is_told_which_there_are(tmp_path: Path) -> None:
 
 
 def test_a_job_without_logs_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RANK=0: no log of train: the job has not written any; .*{tmp_path}$"):
+    with pytest.raises(RunError, match=f"^RANK=0: no log of train: the job has not written any yet; .*{tmp_path}$"):
         runs.logs(tmp_path, "train", 0)
 
 
@@ -237,7 +237,7 @@ def test_only_a_training_that_runs_can_be_stopped(
     programs(squeue=f"echo '102|{state}'")
     done = module("launcher", "stop", run, env=surroundings)
     assert done.returncode == 2
-    assert f"its training does not run ({state.lower()}); python -m launcher cancel" in done.stderr
+    assert f"training is not running ({state.lower()}); python -m launcher cancel" in done.stderr
     assert not (run / "jobs/train/stop").exists()
 
 
@@ -246,7 +246,7 @@ def requeued(run: Path, number: int, **verdict: object) -> None:
     folder = run / "jobs/train"
     ended(run, "train", "102", "preempted", "saved at step 7")
     path = folder / f"attempt-{number}.json"
-    write_json(path, read_json(path) | {"requeued": True, "next": "goes on from its checkpoint"} | verdict)
+    write_json(path, read_json(path) | {"requeued": True, "next": "continues from its checkpoint"} | verdict)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_job_that_starts_again_has_not_failed(
     requeued(run, 1)
     done = module("launcher", "status", run, env=surroundings)
     assert done.returncode == code
-    assert "saved at step 7; goes on from its checkpoint" in done.stdout
+    assert "saved at step 7; continues from its checkpoint" in done.stdout
 
 
 def test_why_tells_every_attempt(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
@@ -272,7 +272,7 @@ def test_why_tells_every_attempt(run: Path, programs: Programs, surroundings: di
     write_json(path, read_json(path) | {"remedy": "less of it", "log": "step 8\nstep 9"})
     done = module("launcher", "why", run, env=surroundings)
     assert done.stdout.splitlines()[1:8] == [
-        "  attempt 1 preempted: saved at step 7; goes on from its checkpoint",
+        "  attempt 1 preempted: saved at step 7; continues from its checkpoint",
         f"train 102 failed (rank 0 on {socket.gethostname()}): loss is nan",
         "remedy: less of it",
         "Traceback of loss is nan",

@@ -23,7 +23,7 @@ def write_metrics(run: Path) -> None:
 
 def test_training_is_told_by_its_first_and_last_losses(tmp_path: Path) -> None:
     write_metrics(tmp_path)
-    assert tables.rows(tmp_path)[:4] == [
+    assert tables.result_rows(tmp_path)[:4] == [
         ("steps", "3"),
         ("training loss", "6.0000 first, 4.0000 last"),
         ("tokens/s", "2,000 (median step, all ranks)"),
@@ -37,7 +37,7 @@ def test_the_merged_model_is_told_with_its_folder_and_an_answer(tmp_path: Path) 
     (tmp_path / "evaluate.json").write_text(json.dumps({"loss": 4.25, "perplexity": 70.105}))
     answers = [{"prompt": "Who?", "answer": "Nobody."}]
     (tmp_path / "generations.json").write_text(json.dumps({"answers": answers}))
-    assert tables.rows(tmp_path) == [
+    assert tables.result_rows(tmp_path) == [
         ("merged model", "held-out loss 4.2500, perplexity 70.11"),
         ("model/", "3.0 MiB"),
         ("run", str(tmp_path)),
@@ -47,7 +47,7 @@ def test_the_merged_model_is_told_with_its_folder_and_an_answer(tmp_path: Path) 
 
 
 def test_a_run_of_which_nothing_is_left_has_only_its_folder(tmp_path: Path) -> None:
-    assert tables.rows(tmp_path) == [("run", str(tmp_path))]
+    assert tables.result_rows(tmp_path) == [("run", str(tmp_path))]
 
 
 def state(**more: Any) -> JobState:
@@ -84,5 +84,5 @@ def test_of_the_ranks_at_work_the_one_furthest_behind_is_shown(tmp_path: Path) -
         phases = ("train", "ended") if node else ("train", "train")
         found = {str(2 * node + rank): {"count": counts[rank], "phase": phases[rank]} for rank in (0, 1)}
         write_json(tmp_path / f"attempt-2/node-{node}.json", {"ranks": found})
-    assert runs._beat(tmp_path, 2) == {"count": 7, "phase": "train"}
-    assert runs._beat(tmp_path, 3) is None
+    assert runs._slowest_heartbeat(tmp_path, 2) == {"count": 7, "phase": "train"}
+    assert runs._slowest_heartbeat(tmp_path, 3) is None

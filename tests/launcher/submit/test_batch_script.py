@@ -19,7 +19,7 @@ SAY_COMPLETED = f"""
 "{sys.executable}" -c '
 import os, pathlib
 from launcher.supervise import attempt
-attempt.record(pathlib.Path(os.environ["MUSTER_RUN"], "jobs", os.environ["MUSTER_JOB"]), 1, 0, "completed")'
+attempt.record_end(pathlib.Path(os.environ["MUSTER_RUN"], "jobs", os.environ["MUSTER_JOB"]), 1, 0, "completed")'
 """
 TAKE_PORT = f"""
 "{sys.executable}" -c '

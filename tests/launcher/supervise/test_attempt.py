@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 def say(folder: Path, rank: int, status: str, reason: str = "", after_s: float = 0) -> None:
     """What a rank recorded at its end, `after_s` seconds after the first."""
-    attempt.record(folder, 1, rank, status, reason)
+    attempt.record_end(folder, 1, rank, status, reason)
     path = folder / f"attempt-1/rank-{rank}.json"
     write_json(path, read_json(path) | {"time": 1000.0 + after_s, "host": f"n{rank}"})
 
@@ -152,7 +152,7 @@ def test_the_verdict_names_the_cause(
 
 
 def test_the_verdict_has_the_traceback_of_the_cause(folder: Path) -> None:
-    attempt.record(folder, 1, 3, "failed", "KeyError: 'a'", "Traceback: the whole of it")
+    attempt.record_end(folder, 1, 3, "failed", "KeyError: 'a'", "Traceback: the whole of it")
     assert finish(folder)["error"] == "Traceback: the whole of it"
 
 
@@ -185,7 +185,7 @@ def test_half_written_files_are_never_taken_for_whole(folder: Path) -> None:
 def test_the_last_verdict_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
     for number in range(1, 12):
         attempt.begin(tmp_path)
-        attempt.record(tmp_path, number, 0, "failed", f"attempt {number}")
+        attempt.record_end(tmp_path, number, 0, "failed", f"attempt {number}")
         attempt.finish(tmp_path, number, 1, 1)
     verdict = attempts.last_verdict(tmp_path)
     assert verdict
@@ -256,7 +256,7 @@ def test_begin_with_a_port_that_is_taken_says_so_in_a_verdict(tmp_path: Path, su
     assert verdict["status"] == "user_error"
     for text in (verdict["reason"], done.stderr):
         assert f"cluster.network.master_port={port}" in text
-        assert "leave it null" in text
+        assert "master_port=null" in text
         assert "Traceback" not in text
 
 
@@ -364,7 +364,7 @@ def test_a_job_on_slurm_is_requeued_by_finish(folder: Path, surroundings: dict[s
     done = module("launcher.supervise.attempt", "finish", folder, *words, env=env)
     assert (done.returncode, done.stdout) == (
         1,
-        "muster: train preempted saved at step 7; goes on from its checkpoint\n",
+        "muster: train preempted saved at step 7; continues from its checkpoint\n",
     )
     assert "requeue" in (path / "scontrol.calls").read_text()
 

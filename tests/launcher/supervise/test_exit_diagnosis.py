@@ -7,7 +7,7 @@ import pytest
 
 from conf.files import write_json
 from launcher.supervise import attempt
-from launcher.supervise.exit_diagnosis import judge
+from launcher.supervise.exit_diagnosis import diagnose_exit
 
 KILLED = """srun: error: n2: task 3: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=3.0
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def say(folder: Path, rank: int, status: str, reason: str = "") -> None:
-    attempt.record(folder, 1, rank, status, reason, remedy="do this")
+    attempt.record_end(folder, 1, rank, status, reason, remedy="do this")
 
 
 def srun(folder: Path, text: str) -> None:
@@ -31,14 +31,14 @@ def srun(folder: Path, text: str) -> None:
 
 
 def found(folder: Path) -> tuple[str, int | None, str]:
-    verdict = judge(folder / "attempt-1", 137, 4)
+    verdict = diagnose_exit(folder / "attempt-1", 137, 4)
     return verdict["status"], verdict["rank"], verdict["reason"]
 
 
 @pytest.mark.parametrize(
     ("text", "status", "rank", "reason"),
     [
-        (KILLED, "failed", 3, "ended by a signal (Killed)"),
+        (KILLED, "failed", 3, "killed by a signal (Killed)"),
         ("srun: error: n2: tasks 2-3: Segmentation fault (core dumped)\n", "failed", 2, "Segmentation fault"),
         ("srun: error: n2: task 3: Out Of Memory\n", "out_of_memory", 3, "no host memory left"),
         (
@@ -47,11 +47,16 @@ def found(folder: Path) -> tuple[str, int | None, str]:
             3,
             "no host memory",
         ),
-        ("srun: error: n2: task 3: User defined signal 2\n", "preempted", 3, "while it started"),
-        ("srun: error: n2: task 3: Terminated\n", "preempted", 3, "while it started"),
+        ("srun: error: n2: task 3: User defined signal 2\n", "preempted", 3, "during startup"),
+        ("srun: error: n2: task 3: Terminated\n", "preempted", 3, "during startup"),
         ("srun: error: Node failure on n2\n" + KILLED, "bad_node", None, "Node failure on n2"),
         ("srun: error: Task launch for StepId=3.0 failed on node n2: Timeout\n", "bad_node", None, "failed on node n2"),
-        ("srun: error: n2: task 3: Exited with exit code 1\n" + KILLED, "failed", None, "killed before they could say"),
+        (
+            "srun: error: n2: task 3: Exited with exit code 1\n" + KILLED,
+            "failed",
+            None,
+            "killed before they could record why",
+        ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
@@ -62,7 +67,7 @@ def test_srun_names_the_rank_that_could_not(
     assert found(folder)[:2] == (status, rank)
     assert reason in found(folder)[2]
     if status == "bad_node" or rank is not None:
-        assert judge(folder / "attempt-1", 137, 4)["host"] == "n2"
+        assert diagnose_exit(folder / "attempt-1", 137, 4)["host"] == "n2"
 
 
 def test_an_oom_kill_may_stand_in_the_ranks_own_log(folder: Path) -> None:
@@ -109,7 +114,7 @@ def test_what_the_watchdog_found_outweighs_the_ranks_it_killed_and_those_that_ti
     say(folder, 1, "failed", VICTIM)
     srun(folder, KILLED)
     assert found(folder) == ("hang", 3, "rank 3 on n2 hangs")
-    assert judge(folder / "attempt-1", 137, 4)["error"] == "stack"
+    assert diagnose_exit(folder / "attempt-1", 137, 4)["error"] == "stack"
 
 
 @pytest.mark.parametrize(("later_s", "status"), [(60, "user_error"), (-60, "hang")], ids=["before", "since"])
@@ -122,7 +127,7 @@ def test_a_rank_that_failed_before_the_others_hung_is_the_cause(folder: Path, la
 def test_the_log_of_a_rank_of_the_local_executor_is_found(folder: Path) -> None:
     (folder / "77_2_log.out").write_text("its last words\n")
     say(folder, 2, "failed", "nan")
-    assert judge(folder / "attempt-1", 1, 4)["log"] == "its last words"
+    assert diagnose_exit(folder / "attempt-1", 1, 4)["log"] == "its last words"
 
 
 def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path) -> None:
@@ -132,7 +137,7 @@ def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path)
         + "2026-11-28 10:00:00 rank 0 INFO environment {...}\nTraceback: nan\n"
     )
     (folder / "attempt-1/rank-2.log").write_text(text)
-    verdict = judge(folder / "attempt-1", 1, 4)
+    verdict = diagnose_exit(folder / "attempt-1", 1, 4)
     assert verdict["remedy"] == "do this"
     assert verdict["log"].splitlines()[-2:] == ["line 4999", "Traceback: nan"]
     assert len(verdict["log"].splitlines()) == 20
@@ -141,4 +146,4 @@ def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path)
 def test_an_end_that_went_well_has_no_log(folder: Path) -> None:
     say(folder, 0, "completed")
     (folder / "attempt-1/rank-0.log").write_text("all good\n")
-    assert judge(folder / "attempt-1", 0, 4)["log"] == ""
+    assert diagnose_exit(folder / "attempt-1", 0, 4)["log"] == ""

@@ -180,6 +180,9 @@ def test_the_limit_is_named(phase: str, key: str) -> None:
 def test_a_recorder_is_read_without_running_what_it_holds() -> None:
     states = [(7, "nccl:all_gather", "completed"), (8, "nccl:all_reduce", "started"), (9, "nccl:barrier", "scheduled")]
     entries = [{"record_id": number, "profiling_name": name, "state": state} for number, name, state in states]
-    assert hang_diagnosis.flight(pickle.dumps({"entries": entries})) == {"last": 9, "waits": "nccl:all_reduce"}
-    assert hang_diagnosis.flight(pickle.dumps({"entries": print})) is None
-    assert hang_diagnosis.flight(b"half") is None
+    assert hang_diagnosis.read_flight_record(pickle.dumps({"entries": entries})) == {
+        "last": 9,
+        "waits": "nccl:all_reduce",
+    }
+    assert hang_diagnosis.read_flight_record(pickle.dumps({"entries": print})) is None
+    assert hang_diagnosis.read_flight_record(b"half") is None

@@ -43,8 +43,8 @@ def on(status: str) -> dict[str, Any]:
         ([ended("preempted")], True, "checkpoint"),
         ([ended("failed"), ended("preempted")], True, "checkpoint"),
         ([ended("failed"), ended("preempted"), ended("failed"), ended("failed")], False, "cluster.max_restarts=3"),
-        ([on("stopped")], False, "asked for"),
-        ([on("user_error")], False, "mend it"),
+        ([on("stopped")], False, "stopped on request"),
+        ([on("user_error")], False, "it would fail again"),
         ([ended("out_of_memory", step=5, resumed=5)], False, "before its first step"),
         ([ended("out_of_memory", step=6, resumed=5)], True, "restart 1 of 3"),
         ([ended("failed")], True, "restart 1 of 3"),
@@ -58,7 +58,7 @@ def on(status: str) -> dict[str, Any]:
         ([on("failed")] * 20, True, "restart 1 of 3"),
         ([*[on("preempted")] * 20, ended("failed")], True, "restart 2 of 3"),
         ([not_finite(7)], True, "restart 1 of 3"),
-        ([not_finite(7), not_finite(7)], False, "no device is at fault"),
+        ([not_finite(7), not_finite(7)], False, "at the same step twice"),
         ([not_finite(7), not_finite(9)], True, "restart 2 of 3"),
         ([not_finite(7), ended("failed", step=7)], True, "restart 2 of 3"),
     ],
@@ -113,7 +113,7 @@ def folder(tmp_path: Path) -> Path:
 def settle(folder: Path, verdict: dict[str, Any], restarts: int = 0) -> dict[str, Any]:
     """Settle the first attempt of job 7; what is written is what is returned."""
     write_json(folder / "attempt-1.json", verdict | {"attempt": 1, "job_id": "7"})
-    settled = requeue.settle(folder, read_json(folder / "attempt-1.json"), 3, restarts)
+    settled = requeue.decide_and_requeue(folder, read_json(folder / "attempt-1.json"), 3, restarts)
     assert read_json(folder / "attempt-1.json") == settled
     return settled
 
@@ -186,7 +186,7 @@ def test_a_job_that_slurm_refuses_to_requeue_says_so(folder: Path, programs: Pro
     programs(scontrol=f'case "$1" in requeue) echo "Requeue is disabled" >&2; exit 1;; esac\n{scontrol()}')
     verdict = settle(folder, on("preempted"))
     assert not verdict["requeued"]
-    assert "(Requeue is disabled); go on with python launch.py resume=RUN" in verdict["next"]
+    assert "(Requeue is disabled); resume with python launch.py resume=RUN" in verdict["next"]
 
 
 def test_a_node_without_scontrol_cannot_requeue_and_says_so(folder: Path, programs: Programs) -> None:
@@ -201,7 +201,7 @@ def test_attempts_of_an_earlier_submission_do_not_count(folder: Path, programs: 
     for number in range(1, 6):
         write_json(folder / f"attempt-{number}.json", ended("failed") | {"attempt": number, "job_id": "6"})
     write_json(folder / "attempt-6.json", ended("failed") | {"attempt": 6, "job_id": "7"})
-    assert "restart 1 of 3" in requeue.settle(folder, read_json(folder / "attempt-6.json"), 3, 0)["next"]
+    assert "restart 1 of 3" in requeue.decide_and_requeue(folder, read_json(folder / "attempt-6.json"), 3, 0)["next"]
 
 
 def test_a_job_whose_batch_script_was_killed_is_requeued_by_rank_0(
@@ -210,8 +210,8 @@ def test_a_job_whose_batch_script_was_killed_is_requeued_by_rank_0(
     path = programs(scontrol=scontrol("COMPLETING", reason="JobLaunchFailure"))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     attempt.begin(folder)
-    attempt.record(folder, 1, 0, "preempted", "saved at step 7")
-    attempt.adopt(folder, 1, 4, max_restarts=3)
+    attempt.record_end(folder, 1, 0, "preempted", "saved at step 7")
+    attempt.finish_for_killed_script(folder, 1, 4, max_restarts=3)
     verdict = read_json(folder / "attempt-1.json")
     assert (verdict["requeued"], verdict["reason"]) == (True, "its batch script was killed: saved at step 7")
     assert asked(path) == ["requeue 7"]
@@ -223,14 +223,14 @@ def test_rank_0_leaves_the_verdict_to_the_batch_script(
 ) -> None:
     programs(scontrol=scontrol(state))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    attempt.adopt(folder, 1, 4, max_restarts=3)
+    attempt.finish_for_killed_script(folder, 1, 4, max_restarts=3)
     assert not folder.exists()
 
 
 def test_rank_0_asks_nobody_outside_slurm(folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     programs()
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    attempt.adopt(folder, 1, 4, max_restarts=3)
+    attempt.finish_for_killed_script(folder, 1, 4, max_restarts=3)
     assert not folder.exists()
 
 

@@ -148,7 +148,7 @@ def test_two_nodes_give_one_verdict(attempt: Path, node: Ranks) -> None:
 @pytest.mark.proof
 def test_a_node_that_says_nothing_is_named_with_its_last_heartbeat(attempt: Path, node: Ranks) -> None:
     lost, *_ = node(1, "waits", world=2, first=1)
-    until(lambda: attempts.gathered(attempt))
+    until(lambda: attempts.published_ranks(attempt))
     lost.send_signal(signal.SIGSTOP)
     found = said_by_one(attempt, node(0, "waits", world=2, step=2))
     assert found["reason"].startswith(
@@ -172,18 +172,18 @@ def test_it_ends_with_its_ranks_and_has_nothing_to_say(attempt: Path, node: Rank
 
 def test_signals_for_the_ranks_do_not_end_it(attempt: Path, node: Ranks) -> None:
     dog, *ranks = node(0, "works", "reads", world=2, step=2)
-    until(lambda: attempts.gathered(attempt))
+    until(lambda: attempts.published_ranks(attempt))
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         dog.send_signal(number)
     time.sleep(3)  # past the limit: ranks that work are left alone, whether or not they get to another step
     assert [process.poll() for process in (dog, *ranks)] == [None] * 3
-    assert attempts.gathered(attempt)[0]["phase"] == "train"
+    assert attempts.published_ranks(attempt)[0]["phase"] == "train"
 
 
 @pytest.mark.proof
 def test_a_job_that_was_suspended_as_a_whole_does_not_hang(attempt: Path, node: Ranks) -> None:
     processes = node(0, "works", world=1, step=3)
-    until(lambda: attempts.gathered(attempt))
+    until(lambda: attempts.published_ranks(attempt))
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
             os.kill(process.pid, number)

@@ -34,8 +34,7 @@ def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank
             (tmp_path / "code").mkdir(exist_ok=True)
             (tmp_path / "code" / package).symlink_to(ROOT / package)
         (tmp_path / "code/jobs").mkdir()
-        for name in ("signals", "heartbeat"):
-            (tmp_path / f"code/jobs/{name}.py").symlink_to(ROOT / f"jobs/{name}.py")
+        (tmp_path / "code/jobs/distributed").symlink_to(ROOT / "jobs/distributed")
         (tmp_path / "code/jobs/__init__.py").write_text(JOBS.format(body=body))
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")
@@ -151,7 +150,7 @@ def test_a_config_that_is_not_there_has_no_traceback(surroundings: dict[str, str
 
 @pytest.mark.parametrize("name", ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"])
 def test_a_rank_at_work_is_watched(rank: Rank, tmp_path: Path, name: str) -> None:
-    local = watchdog.folder(str(tmp_path), tmp_path / "jobs/train/attempt-2", 1)
+    local = watchdog.heartbeat_folder(str(tmp_path), tmp_path / "jobs/train/attempt-2", 1)
     body = f"from pathlib import Path; print('BEAT', Path('{local}/rank-3.beat').read_text())"
     values = {"cluster.scratch": str(tmp_path), "cluster.network.save_timeout_s": 4000}
     done = rank(body, values, **TASK)
@@ -165,4 +164,4 @@ def test_where_nothing_can_be_marked_the_job_runs_and_says_so(rank: Rank, tmp_pa
     (tmp_path / "full").touch()
     done = rank("pass", {"cluster.scratch": f"{tmp_path}/full"}, **TASK)
     assert done.returncode == 0
-    assert f"nobody watches for hangs: cluster.scratch={tmp_path}/full" in done.stdout
+    assert f"cluster.scratch={tmp_path}/full: no watchdog, so hangs are not detected" in done.stdout
