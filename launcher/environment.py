@@ -1,4 +1,7 @@
-"""The environment contract: every variable that Muster sets, from the config and from Slurm's own; pure, but for `apply`."""
+"""The environment contract: every variable that Muster sets, computed from the config and from Slurm's own variables.
+
+Pure, except `set_variables` and `temporary_variables`.
+"""
 
 import math
 import os
@@ -13,18 +16,18 @@ from conf.resolve import digest
 from conf.schema import Config
 from launcher.plan import Job
 
-BLOCKS = {
+DECODER_BLOCKS = {
     "llama": "LlamaDecoderLayer",
     "mistral": "MistralDecoderLayer",
     "qwen2": "Qwen2DecoderLayer",
     "qwen3": "Qwen3DecoderLayer",
 }
-"""Class of a decoder block by model type; another model's own list is used by Accelerate where none is named."""
+"""Class of a decoder block by model type. For other types it is not set, and Accelerate uses the model's own list."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Where one process stands in its job."""
+class RankInfo:
+    """The rank of one process and the sizes of its job, as in torch.distributed."""
 
     rank: int
     local_rank: int
@@ -33,6 +36,7 @@ class Ranks:
     node_rank: int
 
     def variables(self) -> dict[str, str]:
+        """Return the variables that `init_process_group` and Accelerate read."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -43,25 +47,27 @@ class Ranks:
         }
 
 
-def ranks(environ: Mapping[str, str]) -> Ranks:
-    """From the variables of submitit's local executor, or of a Slurm task; a process started alone is rank 0 of 1."""
+def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
+    """Read the variables of submitit's local executor or of a Slurm task. A process started alone is rank 0 of 1."""
     if environ.get("SUBMITIT_EXECUTOR") == "local":
         rank, size = int(environ["SUBMITIT_LOCAL_GLOBALID"]), int(environ["SUBMITIT_LOCAL_NTASKS"])
-        return Ranks(rank, rank, size, size, 0)
+        return RankInfo(rank, rank, size, size, 0)
     if "SLURM_PROCID" not in environ:
-        return Ranks(0, 0, 1, 1, 0)
+        return RankInfo(0, 0, 1, 1, 0)
     node = int(environ["SLURM_NODEID"])
-    return Ranks(
-        int(environ["SLURM_PROCID"]),
-        int(environ["SLURM_LOCALID"]),
-        int(environ["SLURM_NTASKS"]),
-        _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ["SLURM_TASKS_PER_NODE"])[node],
-        node,
+    # The variable of the step comes first: a step may have fewer tasks than its job.
+    tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ["SLURM_TASKS_PER_NODE"]
+    return RankInfo(
+        rank=int(environ["SLURM_PROCID"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        world_size=int(environ["SLURM_NTASKS"]),
+        local_world_size=_tasks_per_node(tasks_per_node)[node],
+        node_rank=node,
     )
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    """Expand Slurm's `2(x3),1` to [2, 2, 2, 1]."""
     counts: list[int] = []
     for item in text.split(","):
         count, _, repeat = item.partition("(x")
@@ -70,7 +76,10 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def job_variables(config: Config, job: Job) -> dict[str, str]:
-    """What is the same on every rank and known before the job starts: exported by the batch script, shown by dry_run."""
+    """Return the variables that are equal on every rank and known before the job starts.
+
+    The batch script exports them, and dry_run=true shows them. `cluster.environment` wins over all of them.
+    """
     run, timeout_s = Path(config.run_dir), config.cluster.network.nccl_timeout_s
     values = {
         "MUSTER_RUN": str(run),
@@ -81,22 +90,22 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(job.resources.cpus_per_rank),
         "SRUN_CPUS_PER_TASK": str(job.resources.cpus_per_rank),
-        "SLURM_EXPORT_ENV": "ALL",  # a site's --export=NONE would keep all of this from the ranks
+        "SLURM_EXPORT_ENV": "ALL",  # with a site's --export=NONE the ranks would get none of these variables
     }
     if config.cluster.hf_home:
         values["HF_HOME"] = config.cluster.hf_home
     if config.cluster.offline:
         values |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if job.distributed:
-        flight = str(run / "jobs" / job.name / "flight_rank_")
+        flight_record = str(run / "jobs" / job.name / "flight_rank_")
         values |= {
             "MUSTER_NCCL_TIMEOUT": str(timeout_s),
             "AXOLOTL_NCCL_TIMEOUT": str(timeout_s),
-            "DEEPSPEED_TIMEOUT": str(math.ceil(timeout_s / 60)),  # minutes, unlike all others
+            "DEEPSPEED_TIMEOUT": str(math.ceil(timeout_s / 60)),  # in minutes, unlike all others
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             "TORCH_NCCL_DESYNC_DEBUG": "1",
             "TORCH_FR_BUFFER_SIZE": "2000",
-            "TORCH_FR_DUMP_TEMP_FILE": flight,
+            "TORCH_FR_DUMP_TEMP_FILE": flight_record,  # torch appends the rank
             "NCCL_DEBUG": "WARN",
         }
         values |= _accelerate(config, job)
@@ -106,16 +115,19 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
 
 
 def python_path(config: Config, environ: Mapping[str, str]) -> str:
-    """The run's own code before whatever PYTHONPATH already holds; PYTHONSAFEPATH keeps the working folder out of it."""
-    return ":".join(item for item in (f"{config.run_dir}/code", environ.get("PYTHONPATH")) if item)
+    """Return PYTHONPATH with the run's own code first, before the entries that it has already.
+
+    PYTHONSAFEPATH, see `job_variables`, keeps Python from putting the working folder before them.
+    """
+    return ":".join(entry for entry in (f"{config.run_dir}/code", environ.get("PYTHONPATH")) if entry)
 
 
 def _accelerate(config: Config, job: Job) -> dict[str, str]:
-    """The plan in Accelerate's words, so that any Accelerate or Trainer program started in the job sees the same one."""
-    parallel, train, world = config.parallel, config.train, job.world_size
+    """Return the parallelism in Accelerate's variables, so that any Accelerate or Trainer program in the job uses the same."""
+    parallel = config.parallel
     values = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, world)[1]),
-        "ACCELERATE_MIXED_PRECISION": _mixed(train.precision),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, job.world_size)[1]),
+        "ACCELERATE_MIXED_PRECISION": _mixed_precision(config.train.precision),
     }
     if parallel.backend is Backend.zero:
         return values | {
@@ -124,55 +136,68 @@ def _accelerate(config: Config, job: Job) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(parallel.zero_stage),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _flag(parallel.zero_stage == 3),
         }
-    apart = world // parallel.tensor_ranks
-    shard = parallel.shard_ranks or apart
-    if shard > 1:
-        values |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_ACTIVATION_CHECKPOINTING": _flag(bool(train.activation_checkpointing)),
-            "FSDP_OFFLOAD_PARAMS": _flag(parallel.offload_parameters),
-            "FSDP_SYNC_MODULE_STATES": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-            "FSDP_USE_ORIG_PARAMS": "true",
-            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
-        }
-        block = BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
-        if block:
-            values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
-    if 1 < shard < apart or ranks_per_row(config) > 1:
+    data_ranks = job.world_size // parallel.tensor_ranks  # data and context parallel together
+    shard_ranks = parallel.shard_ranks or data_ranks
+    if shard_ranks > 1:
+        values |= _fsdp(config)
+    if 1 < shard_ranks < data_ranks or ranks_per_row(config) > 1:
         values |= {
             "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
             "PARALLELISM_CONFIG_TP_SIZE": str(parallel.tensor_ranks),
             "PARALLELISM_CONFIG_CP_SIZE": str(parallel.context_ranks),
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(max(1, shard // parallel.context_ranks)),
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(apart // shard),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(max(1, shard_ranks // parallel.context_ranks)),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(data_ranks // shard_ranks),
         }
     return values
 
 
-def network_variables(config: Config, found: str | None, environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """NCCL's and Gloo's interface on this node, and the reason, given what `network.interface_to(MASTER_ADDR)` found.
+def _fsdp(config: Config) -> dict[str, str]:
+    """Return Accelerate's variables for FSDP2."""
+    parallel, train = config.parallel, config.train
+    values = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_ACTIVATION_CHECKPOINTING": _flag(bool(train.activation_checkpointing)),
+        "FSDP_OFFLOAD_PARAMS": _flag(parallel.offload_parameters),
+        "FSDP_SYNC_MODULE_STATES": "true",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_USE_ORIG_PARAMS": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
+    }
+    block = DECODER_BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
+    if block:
+        values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
+    return values
 
-    A wrong name is worse than none: NCCL's is left unset unless the interface is certain. What the user set wins.
+
+def network_variables(
+    config: Config, routing_interface: str | None, environ: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """Return the network interface of NCCL and Gloo on this node as variables, and the reason for the choice.
+
+    `routing_interface` is the result of `rendezvous.interface_to(MASTER_ADDR)`. A wrong interface is worse than none, so
+    NCCL's stays unset unless it is certain. Variables that the user has set are not changed.
     """
-    wanted = config.cluster.network.interface
-    name = found if wanted == "auto" else wanted
+    setting = config.cluster.network.interface
+    name = routing_interface if setting == "auto" else setting
     if name is None:
-        return {}, "no interface routes to MASTER_ADDR: left to NCCL and Gloo"
+        return {}, "not set: no interface routes to MASTER_ADDR, so NCCL and Gloo choose"
     if name == "lo":
-        values, reason = {"GLOO_SOCKET_IFNAME": "lo"}, "MASTER_ADDR is this host itself: NCCL's left unset"
+        values, reason = {"GLOO_SOCKET_IFNAME": "lo"}, "MASTER_ADDR is this host itself, so NCCL's stays unset"
     else:
-        exact = f"={name}" if wanted == "auto" else name  # NCCL takes a bare name for the beginning of several
+        exact = f"={name}" if setting == "auto" else name  # without `=`, NCCL takes a name as a prefix of several
         values = {"NCCL_SOCKET_IFNAME": exact, "GLOO_SOCKET_IFNAME": name}
-        reason = "routes to MASTER_ADDR" if wanted == "auto" else "cluster.network.interface"
+        reason = "routes to MASTER_ADDR" if setting == "auto" else "cluster.network.interface"
     return {key: value for key, value in values.items() if key not in environ}, f"{name}: {reason}"
 
 
 def cache_variables(config: Config, user_id: int) -> dict[str, str]:
-    """Compiler caches on the node's own disk: on a shared file system they go stale, and another user's are unreadable."""
+    """Return the folders of compiler caches, on the node's own disk and one per user.
+
+    On a shared file system the caches go stale. Another user's cache on the same node cannot be read.
+    """
     base = f"{config.cluster.scratch}/muster-{user_id}"
     return {
         "TRITON_CACHE_DIR": f"{base}/triton",
@@ -181,39 +206,45 @@ def cache_variables(config: Config, user_id: int) -> dict[str, str]:
     }
 
 
-def watch_variables(config: Config, pipe: str) -> dict[str, str]:
-    """NCCL's recorder listens at `pipe`R.pipe on rank R; its own monitor, which ends a rank without a word, comes last."""
+def watchdog_variables(config: Config, pipe: str) -> dict[str, str]:
+    """Return the variables that let the watchdog ask NCCL's flight recorder for its file, through `pipe`R.pipe of rank R.
+
+    NCCL's own monitor kills a rank without a diagnosis, so its time limit is two minutes after the watchdog's longest.
+    """
     network = config.cluster.network
-    last_s = max(network.nccl_timeout_s, network.step_timeout_s, network.save_timeout_s) + 120
-    return {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(last_s)}
+    monitor_s = max(network.nccl_timeout_s, network.step_timeout_s, network.save_timeout_s) + 120
+    return {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe, "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(monitor_s)}
 
 
-def secrets(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
-    """Values of `cluster.secrets` that the environment lacks, from the NAME=value lines of the secrets file."""
+def secret_values(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
+    """Return the values of `cluster.secrets` that the environment lacks.
+
+    `text` is the content of the secrets file, with lines NAME=value.
+    """
     lines = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    written = {name.strip(): value.strip() for name, value in lines}
-    return {name: written[name] for name in config.cluster.secrets if name not in environ and name in written}
+    in_file = {name.strip(): value.strip() for name, value in lines}
+    return {name: in_file[name] for name in config.cluster.secrets if name not in environ and name in in_file}
 
 
-def apply(values: Mapping[str, str]) -> None:
-    """Set variables of this process: the one place that does."""
+def set_variables(values: Mapping[str, str]) -> None:
+    """Set environment variables of this process. The launcher sets them only here."""
     os.environ.update(values)
 
 
 @contextmanager
-def applied(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the processes started in the block, and put the old ones back."""
+def temporary_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started in the block, and restore the old ones afterwards."""
     before = dict(os.environ)
-    apply(values)
+    set_variables(values)
     try:
         yield
     finally:
         os.environ.clear()
-        apply(before)
+        set_variables(before)
 
 
-def _mixed(precision: Precision) -> str:
-    """In Accelerate's words."""
+def _mixed_precision(precision: Precision) -> str:
+    """Return Accelerate's name for a precision."""
     return precision.name if precision in (Precision.bf16, Precision.fp16) else "no"
 
 

@@ -1,4 +1,4 @@
-"""Decides which jobs a run has, what each asks of the scheduler, and which waits for which; pure."""
+"""Decides which jobs a run has, what resources each gets, and which jobs it waits for. Pure: reads only the config."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -9,9 +9,10 @@ from conf.schema import Config, Resources
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a name that `jobs.run` knows, resources, and the jobs that must complete before it."""
+    """One job of a run: its kind, its resources, and the jobs that must complete before it starts."""
 
     name: str
+    """A key of JOB_KINDS, and the name that `jobs.run` is called with."""
     resources: Resources
     after: tuple[str, ...] = ()
 
@@ -25,7 +26,7 @@ class Job:
 
 
 def resources(config: Config, name: str) -> Resources:
-    """The resources of a job: its kind's section of `cluster`, cut to one rank where the kind is one process."""
+    """Return the job's section of `cluster`, reduced to one rank for kinds that are a single process."""
     kind = JOB_KINDS[name]
     section: Resources = getattr(config.cluster, kind.section)
     if kind.single_rank and section.nodes * section.ranks_per_node > 1:
@@ -34,16 +35,16 @@ def resources(config: Config, name: str) -> Resources:
 
 
 def plan(config: Config, done: Collection[str] = ()) -> list[Job]:
-    """The jobs to start, each after those that it reads from.
+    """Return the jobs to start, in an order in which every job comes after its inputs.
 
-    Jobs in `done` are left out, unless a job whose result they read runs again.
+    Jobs in `done` are left out, unless a job that they read from runs again.
     """
     names: list[str] = []
     for name, kind in JOB_KINDS.items():
-        inputs_change = any(item in names for item in kind.after)
+        inputs_change = any(parent in names for parent in kind.after)
         if name in config.jobs and (name not in done or inputs_change):
             names.append(name)
     return [
-        Job(name, resources(config, name), tuple(item for item in JOB_KINDS[name].after if item in names))
+        Job(name, resources(config, name), tuple(parent for parent in JOB_KINDS[name].after if parent in names))
         for name in names
     ]

@@ -1,1 +1,1 @@
-"""What a run's folder records: launches, attempts, statuses. Standard library only."""
+"""Reads and writes what a run folder records: launches, attempts and statuses. May import `conf` and the standard library."""

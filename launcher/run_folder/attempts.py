@@ -1,6 +1,9 @@
-"""Reads what a job's attempts left behind: their verdicts, its newest checkpoint, and how far its metrics go."""
+"""Reads what the attempts of a job left behind: verdicts, heartbeats, the newest checkpoint, and the metrics.
 
-from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+Every function that takes `folder` means the job's folder, RUN/jobs/JOB.
+"""
+
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import json
 from contextlib import suppress
@@ -12,31 +15,31 @@ from conf.jobs import RESUMABLE
 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
-    """The verdict of a job's newest attempt; None when there was none, or it ended without one."""
-    number = newest(folder)
-    found = read_json(folder / f"attempt-{number}.json") if number else None
-    return found if isinstance(found, dict) else None
+    """Return the verdict of the newest attempt; None if there is no attempt, or the newest has no verdict (yet)."""
+    number = newest_attempt(folder)
+    verdict = read_json(folder / f"attempt-{number}.json") if number else None
+    return verdict if isinstance(verdict, dict) else None
 
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
-    """The verdicts of a job's attempts, oldest first."""
-    found = {int(path.stem.removeprefix("attempt-")): read_json(path) for path in folder.glob("attempt-*.json")}
-    return [found[number] | {"attempt": number} for number in sorted(found) if isinstance(found[number], dict)]
+    """Return the verdicts of all attempts of a job, oldest first."""
+    by_number = {int(path.stem.removeprefix("attempt-")): read_json(path) for path in folder.glob("attempt-*.json")}
+    return [verdict | {"attempt": number} for number, verdict in sorted(by_number.items()) if isinstance(verdict, dict)]
 
 
-def opened(folder: Path, number: int | str) -> dict[str, Any]:
-    """What was known when an attempt began; empty where it has not begun."""
+def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
+    """Return what `attempt.begin` wrote when an attempt began (host, job id, time); empty if it has not begun."""
     return read_json(folder / f"attempt-{number}" / "begin.json") or {}
 
 
-def newest(folder: Path) -> int | None:
-    """Number of the newest attempt of a job; None before the first."""
+def newest_attempt(folder: Path) -> int | None:
+    """Return the number of the newest attempt of a job; None before the first."""
     numbers = (int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
     return max(numbers, default=None)
 
 
-def last_saved(folder: Path) -> int | None:
-    """Step of the newest checkpoint; None where there is none, and for jobs that write none."""
+def newest_checkpoint(folder: Path) -> int | None:
+    """Return the step of the run's newest checkpoint; None if there is none, or if this job writes no checkpoints."""
     if folder.name not in RESUMABLE:
         return None
     names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
@@ -44,25 +47,26 @@ def last_saved(folder: Path) -> int | None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; one that is being written is passed over."""
-    found, path = [], run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Return the lines of RUN/metrics.jsonl. Skips a line that is being written."""
+    lines, path = [], run / "metrics.jsonl"
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(text))
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def last_step(folder: Path) -> int | None:
+    """Return the last training step in metrics.jsonl; None if there is none, or if this job does not train."""
     lines = metrics(folder.parent.parent) if folder.name in RESUMABLE else []
     return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
 
 
-def gathered(attempt: Path) -> dict[int, dict[str, Any]]:
-    """What the watchdogs of all nodes have written of their ranks, by rank."""
-    found: dict[int, dict[str, Any]] = {}
+def published_ranks(attempt: Path) -> dict[int, dict[str, Any]]:
+    """Return, by rank, the last heartbeat that the watchdogs of all nodes have published in the attempt's folder."""
+    ranks: dict[int, dict[str, Any]] = {}
     for path in attempt.glob("node-*.json"):
-        with suppress(OSError, ValueError):
-            found |= {int(rank): item for rank, item in (read_json(path) or {"ranks": {}})["ranks"].items()}
-    return found
+        with suppress(OSError, ValueError):  # skip a node whose file cannot be read: its ranks count as unknown
+            ranks |= {int(rank): heartbeat for rank, heartbeat in (read_json(path) or {"ranks": {}})["ranks"].items()}
+    return ranks

@@ -1,1 +1,4 @@
-"""What a started run is doing: the state of its jobs, shown as tables."""
+"""Shows what a started run is doing: the state of its jobs and its result, as data (state) and as tables (tables).
+
+May import `conf`, `launcher.run_folder` and `launcher.slurm`.
+"""

@@ -1,4 +1,4 @@
-"""Reads a run folder back: its jobs with their states, logs and verdicts. `python -m launcher` shows what this returns."""
+"""Combines Slurm's job states with the run folder: jobs with verdicts and logs. `python -m launcher` shows the result."""
 
 import os
 import signal
@@ -11,74 +11,97 @@ from conf.files import write_text
 from conf.jobs import JOB_KINDS
 from launcher import slurm
 from launcher.run_folder import attempts, record
-from launcher.run_folder import attempts as history
 from launcher.run_folder.status import COMPLETED
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job of a run as it stands: what the scheduler says, and what its attempts left behind."""
+    """The current state of one job of a run, from the scheduler and from the job's attempts."""
 
     name: str
     job_id: str
     state: str
+    """Slurm's state, or UNKNOWN; RUNNING or ENDED for a job on this machine."""
     verdict: dict[str, Any] | None
-    """Of the newest attempt; None while that one runs."""
+    """The verdict of the newest attempt; None while that attempt runs."""
     attempt: int | None = None
     """Number of the newest attempt; None before the first."""
     before: list[dict[str, Any]] = field(default_factory=list)
-    """Verdicts of the attempts before the newest, oldest first."""
+    """Verdicts of the earlier attempts, oldest first."""
     beat: dict[str, Any] | None = None
-    """While it runs: the last heartbeat of the rank that is furthest behind."""
+    """While the job runs: the last heartbeat of the rank that is furthest behind."""
 
     @property
     def failed(self) -> bool:
-        """Whether it ended otherwise than well, and does not start again by itself."""
+        """Whether the job ended without completing, and will not start again by itself."""
         if self.verdict is None or self.verdict["status"] == COMPLETED:
             return False
-        return not (self.verdict.get("requeued") and self.state in slurm.LIVE)
+        return not (self.verdict.get("requeued") and self.state in slurm.LIVE_STATES)
+
+
+@dataclass(frozen=True)
+class AttemptHistory:
+    """The attempts of one start (submission) of a job."""
+
+    number: int | None = None
+    """Of the newest attempt; None before the first."""
+    verdict: dict[str, Any] | None = None
+    """Of the newest attempt; None while it runs."""
+    before: list[dict[str, Any]] = field(default_factory=list)
+    """Verdicts of the earlier attempts, oldest first."""
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
-    """The newest start of each job, in the order of the pipeline; `strict` as in `slurm.states`."""
-    newest = record.newest_jobs(run)
-    on_slurm = slurm.states((job_id for job_id, cluster in newest.values() if cluster == "slurm"), strict)
-    found = []
-    for name in (name for name in JOB_KINDS if name in newest):
-        job_id, cluster = newest[name]
-        own = _own(run / "jobs" / name, job_id if cluster == "slurm" else None)
-        state = (
-            on_slurm.get(job_id, "UNKNOWN") if cluster == "slurm" else ("RUNNING" if _alive(job_id, run) else "ENDED")
-        )
-        at_work = state == "RUNNING" and own[0] is None and own[1] is not None
-        found.append(JobState(name, job_id, state, *own, _beat(run / "jobs" / name, own[1]) if at_work else None))
-    return found
+    """Return the newest start of each job, in the order of the pipeline. `strict`: see `slurm.states`.
 
-
-def _own(folder: Path, job_id: str | None) -> tuple[dict[str, Any] | None, int | None, list[dict[str, Any]]]:
-    """Verdict and number of the newest attempt that this start of the job has made, and the verdicts of those before.
-
-    `job_id` null takes the attempts of all starts: here every attempt is a start.
+    Raises RunError if `run` is not a run folder.
     """
-    number, verdict = history.newest(folder), history.last_verdict(folder)
-    older = [item for item in history.verdicts(folder) if item["attempt"] != number]
-    if job_id is None:
-        return verdict, number, older
-    begun = history.opened(folder, number) if number else {}
-    older = [item for item in older if str(item.get("job_id")) == job_id]
-    return (verdict, number, older) if str(begun.get("job_id")) == job_id else (None, None, older)
+    jobs = record.newest_jobs(run)
+    slurm_states = slurm.states((job.job_id for job in jobs.values() if job.cluster == "slurm"), strict)
+    return [_job_state(run, name, jobs[name], slurm_states) for name in JOB_KINDS if name in jobs]
 
 
-def _beat(folder: Path, number: int | None) -> dict[str, Any] | None:
-    """The heartbeat of the rank that has got least far in an attempt, as far as its node has published it."""
-    ranks = attempts.gathered(folder / f"attempt-{number}").values()
-    return min((item for item in ranks if item["phase"] != "ended"), key=lambda item: item["count"], default=None)
+def _job_state(run: Path, name: str, job: record.StartedJob, slurm_states: dict[str, str]) -> JobState:
+    folder = run / "jobs" / name
+    if job.cluster == "slurm":
+        state = slurm_states.get(job.job_id, "UNKNOWN")
+        history = _attempts_of_slurm_job(folder, job.job_id)
+    else:
+        state = "RUNNING" if _is_alive(job.job_id, run) else "ENDED"
+        history = _all_attempts(folder)
+    running = state == "RUNNING" and history.number is not None and history.verdict is None
+    heartbeat = _slowest_heartbeat(folder, history.number) if running else None
+    return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat)
 
 
-def active(run: Path) -> str | None:
-    """Names the jobs of a run that wait or run, or None; a folder that is no run is not active.
+def _all_attempts(folder: Path) -> AttemptHistory:
+    """Return the attempts of all starts of a job. On this machine every start is one attempt."""
+    number = attempts.newest_attempt(folder)
+    before = [verdict for verdict in attempts.verdicts(folder) if verdict["attempt"] != number]
+    return AttemptHistory(number, attempts.last_verdict(folder), before)
 
-    Raises SiteError when Slurm does not answer: to start a run twice would damage it.
+
+def _attempts_of_slurm_job(folder: Path, job_id: str) -> AttemptHistory:
+    """Return the attempts that one Slurm job has made, without those of earlier submissions."""
+    history = _all_attempts(folder)
+    before = [verdict for verdict in history.before if str(verdict.get("job_id")) == job_id]
+    begin_record = attempts.begin_record(folder, history.number) if history.number else {}
+    if str(begin_record.get("job_id")) != job_id:  # the newest attempt is that of another submission
+        return AttemptHistory(before=before)
+    return AttemptHistory(history.number, history.verdict, before)
+
+
+def _slowest_heartbeat(folder: Path, number: int | None) -> dict[str, Any] | None:
+    """Return the published heartbeat of the rank that is furthest behind in an attempt; None if there is none."""
+    heartbeats = attempts.published_ranks(folder / f"attempt-{number}").values()
+    running = (heartbeat for heartbeat in heartbeats if heartbeat["phase"] != "ended")
+    return min(running, key=lambda heartbeat: heartbeat["count"], default=None)
+
+
+def active_jobs(run: Path) -> str | None:
+    """Return the pending and running jobs of a run as text; None if there are none, or if the folder is not a run.
+
+    Raises SiteError if Slurm does not answer: starting a run twice would damage it.
     """
     if not (run / "run.json").exists():
         return None
@@ -86,32 +109,35 @@ def active(run: Path) -> str | None:
         jobs = job_states(run, strict=True)
     except slurm.SlurmError as error:
         raise SiteError(
-            Problem("run_dir", run, f"may be at work, and Slurm does not answer ({error}); try again")
+            Problem("run_dir", run, f"may be running already, and Slurm does not answer ({error}); try again later")
         ) from error
-    names = [f"{job.name} {job.job_id} is {job.state}" for job in jobs if job.state in slurm.LIVE]
+    names = [f"{job.name} {job.job_id} is {job.state}" for job in jobs if job.state in slurm.LIVE_STATES]
     return ", ".join(names) or None
 
 
 def cancel(run: Path) -> list[str]:
-    """End the jobs of a run that wait or run, wherever they are; their names."""
-    live = [job for job in job_states(run) if job.state in slurm.LIVE]
-    newest = record.newest_jobs(run)
-    on_slurm = [job.job_id for job in live if newest[job.name][1] == "slurm"]
-    if on_slurm:
-        slurm.cancel(on_slurm)
+    """End the pending and running jobs of a run, on Slurm and on this machine. Returns their names."""
+    live = [job for job in job_states(run) if job.state in slurm.LIVE_STATES]
+    jobs = record.newest_jobs(run)
+    slurm_ids = [job.job_id for job in live if jobs[job.name].cluster == "slurm"]
+    if slurm_ids:
+        slurm.cancel(slurm_ids)
     for job in live:
-        if job.job_id not in on_slurm:
+        if job.job_id not in slurm_ids:
             os.kill(int(job.job_id), signal.SIGINT)  # submitit's local controller then ends its ranks
     return [job.name for job in live]
 
 
 def stop(run: Path) -> Path:
-    """Ask the run's training to save and end, without Slurm: it looks for a file. Raises RunError where none runs."""
+    """Ask the run's training to save and end, by a file that it looks for; works without Slurm. Returns the file.
+
+    Raises RunError if no training is running.
+    """
     job = next((job for job in job_states(run) if job.name == "train"), None)
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(
-            Problem("RUN", run, f"its training does not run ({state}); python -m launcher cancel {run} ends what waits")
+            Problem("RUN", run, f"training is not running ({state}); python -m launcher cancel {run} ends pending jobs")
         )
     path = run / "jobs" / "train" / "stop"
     write_text(path, "")
@@ -119,36 +145,40 @@ def stop(run: Path) -> Path:
 
 
 def logs(run: Path, job: str, rank: int) -> Path:
-    """The log of one rank's newest attempt. Raises RunError naming the ranks there are."""
+    """Return the log of a rank's newest attempt. Raises RunError, which lists the ranks that have logs."""
     folder = run / "jobs" / job
-    found = sorted(_logs(folder, str(rank)), key=lambda path: path.stat().st_mtime)
-    if not found:
-        ranks = sorted({_rank(path) for path in _logs(folder, "*")})
-        there = (
-            f"there are ranks {ranks[0]} to {ranks[-1]}"
-            if ranks
-            else f"the job has not written any; make status RUN={run}"
-        )
-        raise RunError(Problem("RANK", rank, f"no log of {job}: {there}"))
-    return found[-1]
+    paths = sorted(_log_files(folder, str(rank)), key=lambda path: path.stat().st_mtime)
+    if paths:
+        return paths[-1]
+    ranks = sorted({_rank_of_log(path) for path in _log_files(folder, "*")})
+    if ranks:
+        available = f"there are ranks {ranks[0]} to {ranks[-1]}"
+    else:
+        available = f"the job has not written any yet; see make status RUN={run}"
+    raise RunError(Problem("RANK", rank, f"no log of {job}: {available}"))
 
 
-def _logs(folder: Path, rank: str) -> list[Path]:
-    """Logs of a rank, or with `*` of all: attempt-N/rank-R.log on Slurm, where ID_0_log.out is only the batch script's."""
-    attempts = [*folder.glob(f"attempt-*/rank-{rank}.log")]
-    batches = {
-        str(history.opened(folder, path.parent.name.removeprefix("attempt-")).get("job_id")) for path in attempts
+def _log_files(folder: Path, rank: str) -> list[Path]:
+    """Return the logs of a rank (`*`: of all ranks) in all attempts.
+
+    On Slurm a rank logs to attempt-N/rank-R.log, and ID_0_log.out is only the batch script's log. The local executor
+    writes ID_R_log.out for every rank R.
+    """
+    rank_logs = [*folder.glob(f"attempt-*/rank-{rank}.log")]
+    slurm_ids = {
+        str(attempts.begin_record(folder, path.parent.name.removeprefix("attempt-")).get("job_id"))
+        for path in rank_logs
     }
-    others = folder.glob(f"*_{rank}_log.out")
-    return [*attempts, *(path for path in others if path.name.split("_")[0] not in batches)]
+    submitit_logs = folder.glob(f"*_{rank}_log.out")
+    return [*rank_logs, *(path for path in submitit_logs if path.name.split("_")[0] not in slurm_ids)]
 
 
-def _rank(log: Path) -> int:
+def _rank_of_log(log: Path) -> int:
     return int(log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.split("_")[1])
 
 
-def _alive(process_id: str, run: Path) -> bool:
-    """Whether a local job's controller still runs, and is this run's."""
+def _is_alive(process_id: str, run: Path) -> bool:
+    """Return whether a local job's controller is running. The id may belong to another process by now, so check its words."""
     try:
         words = Path(f"/proc/{int(process_id)}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):

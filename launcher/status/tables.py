@@ -1,4 +1,4 @@
-"""Prints tables about a run for people to read: the states of its jobs, and what came of it at the end."""
+"""Prints tables about a run: the states of its jobs, how its attempts ended, and the result at the end."""
 
 import time
 from collections.abc import Iterable
@@ -7,27 +7,24 @@ from typing import Any
 
 from conf.files import read_json
 from launcher.run_folder.attempts import metrics
+from launcher.run_folder.status import COMPLETED
 from launcher.status.state import JobState
 
-LINES = 5
-"""Of a failed rank's log, under the table."""
+LOG_LINES = 5
+"""Number of lines of a failed rank's log that are shown under the table."""
 
 
 def status(jobs: Iterable[JobState]) -> None:
-    """One row a job: state, verdict of the newest attempt with rank and host, why it ended and what comes next."""
+    """Print one row per job: its state, the newest attempt's verdict with rank and host, the reason and what comes next."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("job", "id", "state", "attempt", "verdict", "step", "where", "reason"):
         table.add_column(heading, overflow="fold")
-    found = list(jobs)
-    for job in found:
+    jobs = list(jobs)
+    for job in jobs:
         verdict = job.verdict or {}
-        where = (
-            ""
-            if verdict.get("rank") is None or not verdict.get("reason")
-            else f"rank {verdict['rank']} on {verdict['host']}"
-        )
+        has_failed_rank = verdict.get("rank") is not None and verdict.get("reason")
         step = (job.beat or verdict).get("step")
         table.add_row(
             job.name,
@@ -36,102 +33,100 @@ def status(jobs: Iterable[JobState]) -> None:
             "" if job.attempt is None else str(job.attempt),
             verdict.get("status", ""),
             "" if step is None else str(step),
-            where,
-            _line(verdict) or _at_work(job.beat),
+            f"rank {verdict['rank']} on {verdict['host']}" if has_failed_rank else "",
+            _reason_and_next(verdict) or _activity(job.beat),
         )
     _console().print(table)
-    for job in (job for job in found if job.failed and job.verdict):
-        _failure(job.name, job.verdict or {})
+    for job in jobs:
+        if job.failed and job.verdict:
+            _print_failure(job.name, job.verdict)
 
 
-def _at_work(beat: dict[str, Any] | None) -> str:
-    """What a running job does: the phase and age of the last heartbeat of the rank that is furthest behind."""
-    if beat is None:
+def _activity(heartbeat: dict[str, Any] | None) -> str:
+    """Say what a running job is doing: phase and age of the last heartbeat of the rank that is furthest behind."""
+    if heartbeat is None:
         return ""
-    return f"{beat['phase']}, last heartbeat {max(0, time.time() - beat['time']):.0f} s ago"
+    return f"{heartbeat['phase']}, last heartbeat {max(0, time.time() - heartbeat['time']):.0f} s ago"
 
 
-def _failure(name: str, verdict: dict[str, Any]) -> None:
-    """What helps, and the last lines of the log of the rank that failed first; `why` has more."""
+def _print_failure(name: str, verdict: dict[str, Any]) -> None:
+    """Print the remedy and the last lines of the log of the rank that failed first. `why` shows more."""
     if verdict.get("remedy"):
         print(f"{name}: {verdict['remedy']}")
-    lines = str(verdict.get("log") or "").splitlines()[-LINES:]
+    lines = str(verdict.get("log") or "").splitlines()[-LOG_LINES:]
     if lines:
         print("\n".join([f"{name}, last lines of its log:", *(f"  {line}" for line in lines)]))
 
 
 def attempts(job: JobState) -> None:
-    """How each attempt of a job ended: a line for those before, and all that is known of the newest."""
+    """Print how each attempt of a job ended: one line for each earlier attempt, and all details of the newest."""
     for verdict in job.before:
-        print(f"  attempt {verdict['attempt']} {verdict['status']}: {_line(verdict)}")
+        print(f"  attempt {verdict['attempt']} {verdict['status']}: {_reason_and_next(verdict)}")
     newest = job.verdict
-    if newest is None or newest["status"] == "completed":
+    if newest is None or newest["status"] == COMPLETED:
         return
     where = "" if newest.get("rank") is None else f" (rank {newest['rank']} on {newest['host']})"
-    print(f"{job.name} {job.job_id} {newest['status']}{where}: {_line(newest)}")
-    for title in ("remedy", "error", "log"):
-        if text := newest.get(title):
-            print(
-                text
-                if title == "error"
-                else f"{title}: {text}"
-                if title == "remedy"
-                else f"last lines of its log:\n{text}"
-            )
+    print(f"{job.name} {job.job_id} {newest['status']}{where}: {_reason_and_next(newest)}")
+    if newest.get("remedy"):
+        print(f"remedy: {newest['remedy']}")
+    if newest.get("error"):
+        print(newest["error"])
+    if newest.get("log"):
+        print(f"last lines of its log:\n{newest['log']}")
 
 
-def _line(verdict: dict[str, Any]) -> str:
-    return "; ".join(item for item in (verdict.get("reason"), verdict.get("next")) if item)
+def _reason_and_next(verdict: dict[str, Any]) -> str:
+    return "; ".join(text for text in (verdict.get("reason"), verdict.get("next")) if text)
 
 
-def show(run: Path) -> None:
-    """What came of the run: losses, speed, sizes, where the model is, and a sample of its answers."""
+def show_result(run: Path) -> None:
+    """Print the result of a run: losses, speed, sizes, the folder of the model, and a sample of its answers."""
     from rich.table import Table
 
     table = Table(title=f"{run.name}", title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in rows(run):
+    for name, value in result_rows(run):
         table.add_row(name, value)
     _console().print("", table)
 
 
-def rows(run: Path) -> list[tuple[str, str]]:
-    """The lines of the final table; a job that did not run has none."""
-    found: list[tuple[str, str]] = []
+def result_rows(run: Path) -> list[tuple[str, str]]:
+    """Return name and value of each line of the result table. A job that did not run adds no line."""
+    rows: list[tuple[str, str]] = []
     lines = metrics(run)
-    steps = [item for item in lines if "loss" in item]
-    held_out = [item["eval_loss"] for item in lines if "eval_loss" in item]
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     if steps:
-        rates = sorted(item["tokens_per_s"] for item in steps)
-        found += [
+        rates = sorted(line["tokens_per_s"] for line in steps)
+        rows += [
             ("steps", str(steps[-1]["step"])),
             ("training loss", f"{steps[0]['loss']:.4f} first, {steps[-1]['loss']:.4f} last"),
             ("tokens/s", f"{rates[len(rates) // 2]:,.0f} (median step, all ranks)"),
         ]
     if held_out:
-        found.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
+        rows.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
     if merged := read_json(run / "evaluate.json"):
-        found.append(("merged model", f"held-out loss {merged['loss']:.4f}, perplexity {merged['perplexity']:.2f}"))
+        rows.append(("merged model", f"held-out loss {merged['loss']:.4f}, perplexity {merged['perplexity']:.2f}"))
     for name in ("data", "checkpoints", "model"):
         if (run / name).is_dir():
-            found.append((f"{name}/", f"{_size(run / name) / 2**20:,.1f} MiB"))
-    found.append(("run", str(run)))
+            rows.append((f"{name}/", f"{_folder_bytes(run / name) / 2**20:,.1f} MiB"))
+    rows.append(("run", str(run)))
     if (run / "model").is_dir():
-        found.append(("model", str(run / "model")))
+        rows.append(("model", str(run / "model")))
     answers: list[dict[str, Any]] = (read_json(run / "generations.json") or {}).get("answers", [])
     if answers:
-        found.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
-    return found
+        rows.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
+    return rows
 
 
 def _console() -> Any:
-    """Where there is no terminal to fit into, lines are long rather than folded: people grep them."""
+    """Return a console. Without a terminal its lines are long and not folded, because people grep them."""
     from rich.console import Console
 
     console = Console()
     return console if console.is_terminal else Console(width=240)
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

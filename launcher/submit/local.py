@@ -1,4 +1,4 @@
-"""Runs a run's jobs on this machine, one after the other through submitit's local executor, and shows what rank 0 prints."""
+"""Runs the jobs of a run on this machine, one after the other with submitit's local executor, and shows rank 0's log."""
 
 import os
 import re
@@ -16,49 +16,51 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from launcher import environment
 from launcher.plan import Job
-from launcher.run_folder.status import COMPLETED
+from launcher.run_folder.status import COMPLETED, USER_ERROR
 from launcher.status import tables
 from launcher.submit import render
 from launcher.supervise import attempt, worker
 
-PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+ ([A-Z]+) ")
-"""What jobs/distributed/logs.py puts before every line of a rank's log: the terminal does without."""
+LOG_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+ ([A-Z]+) ")
+"""Start of every line in a rank's log, written by jobs/distributed/logs.py. The terminal shows only other levels than INFO."""
 GRACE_S = 15
-"""How long the other ranks of a failed job may go on; nothing else ends ranks that wait for a dead one."""
+"""How long the other ranks may continue after one has failed. Without this, ranks that wait for a dead one never end."""
 
 
-def run(config: Config, jobs: Sequence[Job], config_path: Path, note: Callable[[str, str], None]) -> int:
-    """Run the jobs in order, telling `note` each name and id; a failed one ends the run. Returns the command's exit code."""
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # end it as Ctrl-C does: ranks have sessions of their own, and would go on
-        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callable[[str, str], None]) -> int:
+    """Run the jobs in order until one fails. Returns the exit code of the command.
+
+    Calls `on_start` with name and id of each job that has started. Raises SiteError if MASTER_PORT is in use.
+    """
+    # End on these signals as on Ctrl-C: the ranks have their own sessions, and would go on after a plain exit.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, SIGHUP is ignored and must stay so
             signal.signal(number, signal.default_int_handler)
     for job in jobs:
-        verdict = _run_job(config, job, config_path, note)
+        verdict = _run_job(config, job, config_path, on_start)
         if verdict["status"] != COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
             print(
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"go on     python launch.py resume={config.run_dir}",
+                f"resume    python launch.py resume={config.run_dir}",
                 file=sys.stderr,
             )
-            return 2 if verdict["status"] == "user_error" else 1
-    tables.show(Path(config.run_dir))
+            return 2 if verdict["status"] == USER_ERROR else 1
+    tables.show_result(Path(config.run_dir))
     return 0
 
 
-def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, str], None]) -> dict[str, Any]:
+def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[str, str], None]) -> dict[str, Any]:
+    """Run one attempt of a job as the batch script does on Slurm. Returns its verdict."""
     folder, part = render.job_folder(config, job), job.resources
     print(f"\n==== {job.name}", flush=True)
-    here = {"PYTHONPATH": environment.python_path(config, os.environ), "SUBMITIT_EXECUTOR": "local"}
-    with environment.applied(environment.job_variables(config, job) | here):
+    local_values = {"PYTHONPATH": environment.python_path(config, os.environ), "SUBMITIT_EXECUTOR": "local"}
+    with environment.temporary_variables(environment.job_variables(config, job) | local_values):
         port = config.cluster.network.master_port
         try:
-            opened, held = attempt.begin(folder, (port or 0) if job.distributed else None)
+            attempt_values, reservation = attempt.begin(folder, (port or 0) if job.distributed else None)
         except OSError as error:
-            remedy = f"{error.strerror}: leave it null, so that a free one is found"
+            remedy = f"{error.strerror}; set cluster.network.master_port=null to get a free port"
             raise SiteError(Problem("cluster.network.master_port", port, remedy)) from error
         executor = LocalExecutor(folder, python=render.python_command(config))
         executor.update_parameters(
@@ -66,24 +68,27 @@ def _run_job(config: Config, job: Job, config_path: Path, note: Callable[[str, s
             timeout_min=part.time_min,
             stderr_to_stdout=True,
             signal_delay_s=config.cluster.signal_s,
-            **_gpus(part.gpus_per_node or 0),
+            **_gpu_parameters(part.gpus_per_node or 0),
         )
-        with environment.applied(opened), _interruptible():
+        with environment.temporary_variables(attempt_values), _interruptible():
             started = executor.submit(worker.run, job.name, str(config_path))
-        note(job.name, started.job_id)
-        number = int(opened["MUSTER_ATTEMPT"])
+        on_start(job.name, started.job_id)
+        number = int(attempt_values["MUSTER_ATTEMPT"])
         try:
-            _follow(started, folder / f"attempt-{number}", show=sys.stdout)
+            _follow_log(started, folder / f"attempt-{number}", output=sys.stdout)
         finally:
-            code = _end(started)
-            if held:
-                held.close()
+            code = _end_ranks(started)
+            if reservation:
+                reservation.close()
         return attempt.finish(folder, number, code, job.world_size)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """What is started meanwhile can be ended by SIGINT, also where a shell began launch.py in the background, which ignores it."""
+    """Let processes that are started in the block react to SIGINT.
+
+    A shell that starts launch.py in the background makes it ignore SIGINT, and its children would inherit that.
+    """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,27 +99,28 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _gpus(count: int) -> dict[str, Any]:
-    """Of the GPUs this process may see, the first `count`; submitit would count from 0."""
-    visible = [int(item) for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip().isdigit()]
+def _gpu_parameters(count: int) -> dict[str, Any]:
+    """Return submitit's parameters for the first `count` GPUs that this process may see; submitit would count from 0."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [int(device) for device in devices if device.strip().isdigit()]
     return {"gpus_per_node": count, **({"visible_gpus": visible} if visible and count else {})}
 
 
-def _follow(job: Any, folder: Path, show: IO[str]) -> None:
-    """Copy rank 0's log to `show` until the job has ended; end the job once a rank has failed and the others go on."""
-    log, position, begun, failed_at = Path(job.paths.stdout), 0, "", None
+def _follow_log(job: Any, folder: Path, output: IO[str]) -> None:
+    """Copy rank 0's log to `output` until the job has ended, or until GRACE_S after a rank has failed.
+
+    `folder` is the attempt's folder, where a rank that has failed leaves its record.
+    """
+    log, position, unfinished_line, failed_at = Path(job.paths.stdout), 0, "", None
     while True:
-        ended = job.done()
+        ended = job.done()  # before reading, so that the last lines are read after the end
         if log.exists():
             with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)
                 text = file.read()
                 position = file.tell()
-            *lines, begun = (begun + text).split("\n")
-            for line in lines + [begun] * ended:
-                said = PREFIX.sub(lambda found: "" if found[1] == "INFO" else f"{found[1].lower():<9} ", line, count=1)
-                if not said.startswith(("submitit ", "environment {")):
-                    print(said, file=show, flush=True)
+            *lines, unfinished_line = (unfinished_line + text).split("\n")
+            _print_lines([*lines, unfinished_line] if ended else lines, output)
         if ended:
             return
         if failed_at is None and any(folder.glob("rank-*.json")):
@@ -124,11 +130,26 @@ def _follow(job: Any, folder: Path, show: IO[str]) -> None:
         time.sleep(0.2)
 
 
-def _end(job: Any) -> int:
-    """Exit code of the job's ranks: 0 when all ended by themselves with 0."""
+def _print_lines(lines: Sequence[str], output: IO[str]) -> None:
+    """Print log lines without their prefix. Leaves out submitit's own lines and the environment."""
+    for line in lines:
+        message = LOG_PREFIX.sub(_level_prefix, line, count=1)
+        if not message.startswith(("submitit ", "environment {")):
+            print(message, file=output, flush=True)
+
+
+def _level_prefix(match: re.Match[str]) -> str:
+    level = match[1]
+    return "" if level == "INFO" else f"{level.lower():<9} "
+
+
+def _end_ranks(job: Any) -> int:
+    """End ranks that still run. Returns the exit code of the job: 0 if all ranks ended by themselves with 0."""
     process = job._process
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         process.wait()
         return 143
-    return 0 if all(path.exists() for path in (sub.paths.result_pickle for sub in job._sub_jobs or [job])) else 1
+    # submitit writes a rank's result file only if its function has returned
+    tasks = job._sub_jobs or [job]
+    return 0 if all(task.paths.result_pickle.exists() for task in tasks) else 1

@@ -1,4 +1,4 @@
-"""What dry_run=true prints: the run in short, then each job's very sbatch text and environment; pure."""
+"""Builds the text of dry_run=true: a summary of the run, then the sbatch text and the environment of each job. Pure."""
 
 from collections.abc import Sequence
 
@@ -18,20 +18,20 @@ NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=<{interface}>"""
 
 
 def text(config: Config, jobs: Sequence[Job]) -> str:
-    """All that would be submitted; a dependency's id is not known yet and shows as the job's name in angle brackets."""
+    """Return everything that would be submitted.
+
+    The id of a dependency is not known yet, so the job's name in angle brackets stands for it.
+    """
     parts = [summary(config, jobs)]
+    on_slurm = config.cluster.executor is Executor.slurm
     for job in jobs:
-        parts.append(
-            _heading(f"{job.name}: sbatch")
-            if config.cluster.executor is Executor.slurm
-            else _heading(f"{job.name}: local")
-        )
-        if job.name == "train" and (found := memory.estimate(config)):
-            parts[-1:-1] = [_heading("train: memory"), *table.table(found)]
-        if config.cluster.executor is Executor.slurm:
+        if job.name == "train" and (estimate := memory.estimate(config)):
+            parts += [_heading("train: memory"), *table.table(estimate)]
+        parts.append(_heading(f"{job.name}: {'sbatch' if on_slurm else 'local'}"))
+        if on_slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
         parts.append(_heading(f"{job.name}: environment"))
-        parts.append(f"PYTHONPATH={config.run_dir}/code, then what it was")
+        parts.append(f"PYTHONPATH={config.run_dir}/code, then its present value")
         parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
         if job.distributed:
             network = config.cluster.network
@@ -47,7 +47,7 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
 
 
 def summary(config: Config, jobs: Sequence[Job]) -> str:
-    """The run in a few lines: what is trained, how it is laid out, and the jobs with their resources."""
+    """Return the run in a few lines: what is trained and how, the jobs with their resources, and the memory estimate."""
     train, adapter = config.train, config.adapter
     base = "" if adapter.base is Frozen.full else f" on a base in {adapter.base.name}"
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
@@ -58,21 +58,28 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}",
         f"config    {resolve.digest(config)}",
     ]
-    for job in jobs:
-        part = job.resources
-        gpus = f" x {part.gpus_per_node} GPU{'s' if part.gpus_per_node > 1 else ''}" if part.gpus_per_node else ""
-        after = f"  after {', '.join(job.after)}" if job.after else ""
-        lines.append(
-            f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
-            f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}"
-        )
+    lines += [_job_line(job) for job in jobs]
     if any(job.name == "train" for job in jobs):
-        found = memory.estimate(config)
-        capacity = config.cluster.train.gpu_memory_gib
-        said = table.line(found, capacity) if found else "not estimated without model.architecture"
-        lines.append(f"memory    train: {said}")
+        estimate = memory.estimate(config)
+        capacity_gib = config.cluster.train.gpu_memory_gib
+        need = (
+            table.line(estimate, capacity_gib) if estimate else "not estimated, because model.architecture is unknown"
+        )
+        lines.append(f"memory    train: {need}")
         lines += mesh.picture(config.parallel, config.cluster.train.nodes, config.cluster.train.ranks_per_node)
     return "\n".join(lines)
+
+
+def _job_line(job: Job) -> str:
+    part = job.resources
+    gpus = f" x {_count(part.gpus_per_node, 'GPU')}" if part.gpus_per_node else ""
+    after = f"  after {', '.join(job.after)}" if job.after else ""
+    ranks = _count(job.world_size, "rank")
+    return f"job       {job.name:<12} {_count(part.nodes, 'node')}{gpus}, {ranks}, {part.time_min} min{after}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _heading(title: str) -> str:

@@ -1,4 +1,4 @@
-"""Copies Muster's code into the run, so that a queued job cannot change under the user, and records which code it was."""
+"""Copies Muster's code into the run folder, and records its commit: a queued job must not change when the clone changes."""
 
 import shutil
 import subprocess
@@ -7,27 +7,27 @@ from typing import Any
 
 from conf.files import partial, sync_tree, write_text
 
-PARTS = ("conf", "launcher", "jobs", "slurm_templates")
+COPIED_FOLDERS = ("conf", "launcher", "jobs", "slurm_templates")
 
 
-def take(clone: Path, run: Path) -> None:
-    """Make RUN/code a copy of the clone's code, replacing an older one."""
+def copy_code(clone: Path, run: Path) -> None:
+    """Copy the clone's code to RUN/code. An older copy is replaced as a whole."""
     target = run / "code"
-    beside = partial(target)
-    shutil.rmtree(beside, ignore_errors=True)
-    for part in PARTS:
-        shutil.copytree(clone / part, beside / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    sync_tree(beside)
+    new = partial(target)
+    shutil.rmtree(new, ignore_errors=True)
+    for name in COPIED_FOLDERS:
+        shutil.copytree(clone / name, new / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    sync_tree(new)
     if target.exists():
         old = target.with_name(".code.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
-    beside.rename(target)
+    new.rename(target)
 
 
 def provenance(clone: Path, run: Path) -> dict[str, Any]:
-    """Commit of the clone; what differs from it goes into RUN/code.diff. Empty where there is no git."""
+    """Return the clone's commit and whether files differ from it; empty without git. Writes the diff to RUN/code.diff."""
 
     def git(*words: str) -> str | None:
         try:

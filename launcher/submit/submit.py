@@ -1,4 +1,4 @@
-"""Starts the jobs of a run: the only module that submits. Writes the run folder first, then chains on Slurm or runs here."""
+"""Starts the jobs of a run: writes the run folder, then submits a chain of Slurm jobs, or runs the jobs on this machine."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,46 +22,50 @@ from launcher.supervise import worker
 
 
 def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
-    """Write the run folder and start `jobs`; returns the exit code. At once on Slurm; here when the last job has ended.
+    """Write the run folder and start `jobs`. Returns the exit code.
 
-    Raises RunError when the run is active already, SiteError when Slurm refuses a job (those before it are cancelled).
+    On Slurm it returns once the jobs are submitted. On this machine it returns when the last job has ended.
+    Raises RunError if the run is already running, and SiteError if Slurm refuses a job (the jobs submitted before it
+    are then cancelled).
     """
     if not jobs:
-        print(f"run       {config.run_dir}\nnothing to do: {', '.join(config.jobs)} completed before, with this config")
-        return 0
-    if active := state.active(Path(config.run_dir)):
-        raise RunError(
-            Problem(
-                "run_dir", config.run_dir, f"is at work: {active}; wait, or python -m launcher cancel {config.run_dir}"
-            )
+        print(
+            f"run       {config.run_dir}\n"
+            f"nothing to do: {', '.join(config.jobs)} completed already, with this configuration"
         )
+        return 0
+    if active := state.active_jobs(Path(config.run_dir)):
+        remedy = f"is already running: {active}; wait, or python -m launcher cancel {config.run_dir}"
+        raise RunError(Problem("run_dir", config.run_dir, remedy))
     print(preview.summary(config, jobs), flush=True)
-    config_path = write_run(config, jobs, command)
+    config_path = write_run_folder(config, jobs, command)
     if config.submit is Submit.script:
         print(
-            f"\nwritten; submit with   bash {config.run_dir}/jobs/submit.sh   or each with sbatch {config.run_dir}/jobs/JOB.sbatch"
+            f"\nscripts written; submit all with   bash {config.run_dir}/jobs/submit.sh   "
+            f"or one with   sbatch {config.run_dir}/jobs/JOB.sbatch"
         )
     elif config.cluster.executor is Executor.slurm:
-        _chain(config, jobs, config_path)
+        _submit_chain(config, jobs, config_path)
     else:
         return local.run(config, jobs, config_path, partial(record.add_job, Path(config.run_dir)))
     return 0
 
 
-def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Path:
-    """Everything the jobs read, each file whole or absent. The config comes first: whatever else is missing,
-    the same command given again writes it.
+def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Path:
+    """Write everything that the jobs read, and return the path of the config.
 
-    A launch that does not train leaves the run's own config as it is, and keeps its config beside the job.
-    Raises RunError when the folder cannot be written.
+    Every file is complete or absent, and the config comes first: after an interruption, the same command writes the rest.
+    A launch without `train` does not change RUN/config.yaml. Its own config goes into the folder of its first job.
+    Raises RunError if the folder cannot be written.
     """
     run = Path(config.run_dir)
-    own = run / "config.yaml"
-    config_path = own if not own.exists() or "train" in config.jobs else run / "jobs" / jobs[0].name / "config.yaml"
+    run_config = run / "config.yaml"
+    replaces_config = "train" in config.jobs or not run_config.exists()
+    config_path = run_config if replaces_config else run / "jobs" / jobs[0].name / "config.yaml"
     try:
         resolve.save(config, config_path)
         for job in jobs:
-            # srun fails, and may exit 0 for all that, where the folder of its logs is missing
+            # Without the folder of its log files, srun fails, and may even exit with 0.
             render.job_folder(config, job).mkdir(parents=True, exist_ok=True)
             if config.cluster.executor is Executor.slurm:
                 write_text(
@@ -70,18 +74,18 @@ def write_run(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> Pa
         if config.cluster.executor is Executor.slurm:
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
         if config.parallel.backend is Backend.zero:
-            part = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, part.nodes * part.ranks_per_node))
-        snapshot.take(CLONE, run)
+            train = config.cluster.train
+            write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, train.nodes * train.ranks_per_node))
+        snapshot.copy_code(CLONE, run)
         record.add_launch(run, command, config.cluster.executor.name, snapshot.provenance(CLONE, run))
     except OSError as error:
-        raise RunError(
-            Problem("run_dir", config.run_dir, f"cannot be written: {error.strerror} ({error.filename})")
-        ) from error
+        remedy = f"cannot be written: {error.strerror} ({error.filename})"
+        raise RunError(Problem("run_dir", config.run_dir, remedy)) from error
     return config_path
 
 
-def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
+def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
+    """Submit the jobs to Slurm, each with its dependencies. Raises SiteError if Slurm refuses one."""
     ids: dict[str, str] = {}
     try:
         for job in jobs:
@@ -91,24 +95,20 @@ def _chain(config: Config, jobs: Sequence[Job], config_path: Path) -> None:
             record.add_job(Path(config.run_dir), job.name, ids[job.name])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except (FailedJobError, FailedSubmissionError) as error:
-        undone = _undo(ids)
-        said = next((line.strip() for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
-        raise SiteError(
-            Problem(
-                "cluster",
-                config.cluster.name,
-                f"Slurm refused {job.name}: {said}{undone}",
-            )
-        ) from None
+        cancelled = _cancel_submitted(ids)
+        lines = str(error).splitlines()
+        message = next((line.strip() for line in lines if "error:" in line), lines[0])
+        remedy = f"Slurm refused {job.name}: {message}{cancelled}"
+        raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
     print(f"\nwatch with   make status RUN={config.run_dir}   make logs RUN={config.run_dir}")
 
 
-def _undo(ids: dict[str, str]) -> str:
-    """Cancel the jobs submitted before one was refused; says what became of them."""
+def _cancel_submitted(ids: dict[str, str]) -> str:
+    """Cancel the jobs submitted before one was refused. Returns the result as the end of a message."""
     if not ids:
         return ""
     try:
         slurm.cancel(ids.values())
     except slurm.SlurmError as error:
-        return f"; cancel these by hand: {' '.join(ids.values())} ({error})"
+        return f"; the jobs before it could not be cancelled ({error}): run scancel {' '.join(ids.values())}"
     return f"; cancelled {', '.join(ids)}"

@@ -1,10 +1,10 @@
-"""One attempt of a job, seen from its first node: `begin` before the ranks start, `finish` with the verdict after they ended.
+"""Opens and closes one attempt of a job on its first node: `begin` before the ranks start, `finish` after they have ended.
 
-Called by the batch script (`python -m launcher.supervise.attempt begin|finish JOB_FOLDER ...`) and by the local executor. Standard
-library only: in a container job this runs outside, with whatever python3 the node has.
+Called by the batch script (`python -m launcher.supervise.attempt begin|finish JOB_FOLDER ...`) and by the local executor.
+Standard library only: in a container job this runs outside the container, with the node's own python3.
 """
 
-from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import argparse
 import os
@@ -20,72 +20,79 @@ from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import rendezvous, requeue
-from launcher.supervise.exit_diagnosis import judge
+from launcher.supervise.exit_diagnosis import diagnose_exit
+
+COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
+"""Fields of begin.json that the verdict repeats."""
 
 
 def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket.socket | None]:
-    """Open the next attempt of the job in `folder`; with `port` (0: any free one) also find where its ranks meet.
+    """Open the next attempt of the job in `folder`. With `port`, also reserve MASTER_PORT (0: any free port).
 
-    Returns the variables to export, and the socket that reserves the port while it stays open.
-    Raises OSError when a port that was asked for by number is in use.
+    Returns the variables to export, and the socket that reserves the port until it is closed.
+    Raises OSError if a port that was asked for by number is in use.
     """
     number = 1
     while True:
         try:
-            (folder / f"attempt-{number}").mkdir(parents=True)
+            (folder / f"attempt-{number}").mkdir(parents=True)  # atomic, so two starts never share a number
             break
         except FileExistsError:
             number += 1
-    values = {"MUSTER_ATTEMPT": str(number)}
-    opened = {
+    begin_record = {
         "host": host(),
         "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
-        "resumed": attempts.last_saved(folder),
+        "resumed": attempts.newest_checkpoint(folder),
     }
-    write_json(folder / f"attempt-{number}" / "begin.json", opened)
-    _tidy(folder, number, opened)
+    write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
+    _remove_leftovers(folder)
+    close_unfinished_attempt(folder, number - 1, begin_record)
+    values = {"MUSTER_ATTEMPT": str(number)}
     if port is None:
         return values, None
-    held = rendezvous.reserve_port(port or _first_port(), only=port != 0)
-    return values | {"MASTER_ADDR": _head(), "MASTER_PORT": str(held.getsockname()[1])}, held
+    reservation = rendezvous.reserve_port(port or _first_port(), only=port != 0)
+    return values | {"MASTER_ADDR": _master_address(), "MASTER_PORT": str(reservation.getsockname()[1])}, reservation
 
 
 def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, Any]:
-    """Write attempt-N.json, the verdict, from what the ranks recorded and the exit code of srun, and return it.
+    """Write attempt-N.json, the verdict, from the ranks' records and srun's exit code `code`. Returns the verdict.
 
-    `completed` needs rank 0's word that all ranks were done: srun alone can exit 0 though nothing ran (Slurm < 23.11.4).
+    `completed` needs a record of rank 0, written when all ranks were done. The exit code is not enough: before
+    Slurm 23.11.4, srun may exit with 0 although nothing ran.
     """
-    attempt = folder / f"attempt-{number}"
-    opened = attempts.opened(folder, number)
-    verdict = judge(attempt, code, world_size)
+    begin_record = attempts.begin_record(folder, number)
+    verdict = diagnose_exit(folder / f"attempt-{number}", code, world_size)
     verdict |= {
         "host": verdict["host"] or host(),
         "step": attempts.last_step(folder),
-        "saved": attempts.last_saved(folder),
+        "saved": attempts.newest_checkpoint(folder),
         "exit": code,
         "attempt": number,
         "ended": time.time(),
-        **{key: opened.get(key) for key in ("job_id", "config", "started", "resumed")},
+        **{key: begin_record.get(key) for key in COPIED_FROM_BEGIN},
     }
     write_json(folder / f"attempt-{number}.json", verdict)
     return verdict
 
 
-def adopt(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
-    """What rank 0 does once its work is saved: where the batch script was killed, the verdict and the requeue in its place."""
+def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
+    """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
-        if requeue.standing(os.environ["SLURM_JOB_ID"], restarts) != requeue.ORPHANED:
+        if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
             return
-    except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container: nobody to ask
+    except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container without Slurm's commands
         return
-    requeue.settle(folder, finish(folder, number, 137, world_size), max_restarts, restarts)
+    verdict = finish(folder, number, 137, world_size)  # 137: as if the script had seen SIGKILL
+    requeue.decide_and_requeue(folder, verdict, max_restarts, restarts)
 
 
-def record(folder: Path, number: int, rank: int, status: str, reason: str = "", error: str = "", **more: Any) -> None:
-    """What one rank has to say at its end; only rank 0 speaks when all went well."""
+def record_end(
+    folder: Path, number: int, rank: int, status: str, reason: str = "", error: str = "", **more: Any
+) -> None:
+    """Write rank-R.json: how one rank ended. `error` is the traceback. If all goes well, only rank 0 calls this."""
     write_json(
         folder / f"attempt-{number}" / f"rank-{rank}.json",
         {
@@ -100,32 +107,47 @@ def record(folder: Path, number: int, rank: int, status: str, reason: str = "", 
     )
 
 
-def _tidy(folder: Path, number: int, opened: dict[str, Any]) -> None:
-    """Leave nothing of the attempt before that would mislead this one: its verdict is written where it could not."""
+def _remove_leftovers(folder: Path) -> None:
+    """Delete files of earlier attempts that would stop or break this one."""
     (folder / "stop").unlink(missing_ok=True)
     for path in folder.glob("*.save_tmp"):
         path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
-    before = attempts.opened(folder, number - 1)
-    if before.get("job_id") != opened["job_id"] or (folder / f"attempt-{number - 1}.json").exists():
+
+
+def close_unfinished_attempt(folder: Path, number: int, next_begin: dict[str, Any]) -> None:
+    """Write the verdict of attempt `number` if Slurm ended it before it could, and then started the job again.
+
+    `next_begin` is the begin.json of the attempt that follows. Attempts of another Slurm job are left alone.
+    """
+    begin_record = attempts.begin_record(folder, number)
+    if begin_record.get("job_id") != next_begin["job_id"] or (folder / f"attempt-{number}.json").exists():
         return
-    reason = "Slurm ended it before the ranks had saved: a lost node, preemption without enough grace, or a killed batch script"
+    reason = (
+        "Slurm ended the job before its ranks had saved: a lost node, preemption with too little grace time, "
+        "or a killed batch script"
+    )
     verdict = {
         "status": FAILED,
         "reason": reason,
         "remedy": "",
-        "host": before.get("host"),
+        "host": begin_record.get("host"),
         "rank": None,
         "error": "",
         "log": "",
+        "step": attempts.last_step(folder),
+        "saved": next_begin["resumed"],
+        "exit": None,
+        "attempt": number,
+        "ended": next_begin["started"],
+        "requeued": True,
+        "next": requeue.BY_SLURM,
+        **{key: begin_record.get(key) for key in COPIED_FROM_BEGIN},
     }
-    verdict |= {"step": attempts.last_step(folder), "saved": opened["resumed"], "exit": None, "attempt": number - 1}
-    verdict |= {"ended": opened["started"], "requeued": True, "next": requeue.BY_SLURM}
-    verdict |= {key: before.get(key) for key in ("job_id", "config", "started", "resumed")}
-    write_json(folder / f"attempt-{number - 1}.json", verdict)
+    write_json(folder / f"attempt-{number}.json", verdict)
 
 
 def host() -> str:
-    """This node as Slurm calls it, so that it can be excluded by that name."""
+    """Return this node's name as Slurm knows it, so that the node can be excluded by that name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -135,27 +157,31 @@ def _first_port() -> int:
     )
 
 
-def _head() -> str:
-    """Name of the allocation's first host, or its NodeAddr where the name leads nowhere; this host outside Slurm."""
+def _master_address() -> str:
+    """Return the first host of the allocation, or its NodeAddr if the name does not resolve; 127.0.0.1 outside Slurm."""
     nodelist = os.environ.get("SLURM_JOB_NODELIST")
     if not nodelist or os.environ.get("SUBMITIT_EXECUTOR") == "local":
         return "127.0.0.1"
-    head = slurm.hostnames(nodelist)[0]
-    return head if rendezvous.resolves(head) else slurm.node_address(head) or head
+    first_host = slurm.hostnames(nodelist)[0]
+    return first_host if rendezvous.resolves(first_host) else slurm.node_address(first_host) or first_host
 
 
-def _hold(held: socket.socket) -> None:
-    """Keep the port until the batch script is gone, however it ends: until nobody can read this process's pipe any more."""
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)  # errors and hang-ups only
-    watch.poll()
-    held.close()
+def _hold_port(reservation: socket.socket) -> None:
+    """Keep the port reserved until the batch script has ended, in whatever way.
+
+    The script reads this process's stdout, so the pipe reports an error or a hang-up once the script is gone.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # 0: report errors and hang-ups only
+    poll.poll()
+    reservation.close()
 
 
-def _stop_at(before_s: float) -> dict[str, str]:
-    """MUSTER_STOP_AT, the time at which the ranks save and stop by themselves, whether or not Slurm's signal reaches them.
+def _stop_time(before_s: float) -> dict[str, str]:
+    """Return MUSTER_STOP_AT: the Unix time at which the ranks save and stop, even if Slurm's signal does not reach them.
 
-    Not before half of the time is over: a limit shorter than the warning would leave no time for a single step.
+    It is `before_s` before the time limit, but never in the first half of the time: with a limit shorter than
+    `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
     """
     try:
         left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
@@ -164,55 +190,54 @@ def _stop_at(before_s: float) -> dict[str, str]:
     return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Run `begin` or `finish`, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launcher.supervise.attempt", description=__doc__)
     parser.add_argument("action", choices=["begin", "finish"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--port", type=int, help="begin: reserve this port for MASTER_PORT, or with 0 a free one")
+    parser.add_argument("folder", type=Path, help="the job's folder, RUN/jobs/JOB")
+    parser.add_argument("--port", type=int, help="begin: reserve this port as MASTER_PORT; 0 for any free port")
     parser.add_argument("--stop-before", type=float, help="begin: seconds before the time limit at which ranks stop")
     parser.add_argument("--code", type=int, default=0, help="finish: exit code of srun")
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--max-restarts", type=int, help="finish: of a failing job; without it there is none of any")
-    options = parser.parse_args(words)
+    parser.add_argument("--world-size", type=int, default=1, help="finish: number of ranks of the job")
+    parser.add_argument("--max-restarts", type=int, help="finish: restarts allowed after a failure (default: none)")
+    options = parser.parse_args(arguments)
     if options.action == "finish":
-        return _finish(options)
+        return _finish_and_requeue(options)
     try:
-        values, held = begin(options.folder, options.port)
+        values, reservation = begin(options.folder, options.port)
     except (OSError, slurm.SlurmError) as error:
-        return _refuse(options, error)
+        return _record_failed_begin(options, error)
     if options.stop_before is not None:
-        values |= _stop_at(options.stop_before)
+        values |= _stop_time(options.stop_before)
+    # The batch script reads these lines until `ready`; see slurm_templates/setup.sh.j2.
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
-    if held:
-        _hold(held)
+    if reservation:
+        _hold_port(reservation)
     return 0
 
 
-def _finish(options: argparse.Namespace) -> int:
+def _finish_and_requeue(options: argparse.Namespace) -> int:
     verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
     if verdict["status"] != COMPLETED and "SLURM_JOB_ID" in os.environ:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        verdict = requeue.settle(options.folder, verdict, options.max_restarts, restarts)
-    then = f"; {verdict['next']}" if verdict.get("next") else ""
-    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + then, flush=True)
+        verdict = requeue.decide_and_requeue(options.folder, verdict, options.max_restarts, restarts)
+    next_step = f"; {verdict['next']}" if verdict.get("next") else ""
+    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step, flush=True)
     return 0 if verdict["status"] == COMPLETED else 1
 
 
-def _refuse(options: argparse.Namespace, error: Exception) -> int:
-    """The job cannot start: say so in a verdict, as for any other failure."""
-    folder, port, number = options.folder, options.port, attempts.newest(options.folder)
+def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
+    """Write a verdict for a job that cannot start, as for any other failure. Returns the exit code."""
+    folder, port, number = options.folder, options.port, attempts.newest_attempt(options.folder)
     if number is None:
-        print(f"muster: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
+        print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
         return 2
-    taken = f"cluster.network.master_port={port}: " if port else ""
-    remedy = "; leave it null, so that a free one is found" if port else ""
-    record(
-        folder,
-        number,
-        0,
-        USER_ERROR if port else FAILED,
-        f"{taken}{getattr(error, 'strerror', None) or error} on {socket.gethostname()}{remedy}",
-    )
+    problem = f"{getattr(error, 'strerror', None) or error} on {socket.gethostname()}"
+    if port:
+        problem = (
+            f"cluster.network.master_port={port}: {problem}; set cluster.network.master_port=null to get a free port"
+        )
+    record_end(folder, number, 0, USER_ERROR if port else FAILED, problem)
     verdict = finish(folder, number, 2, 1)
     print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
     return 2

@@ -1,29 +1,43 @@
-"""Tells kinds of failure apart by an exception's type and message, and says what helps; pure, and without torch."""
+"""Classifies exceptions by type and message, and names a remedy for each class. Pure, and without torch."""
 
-from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import errno
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from launcher.run_folder.status import BAD_NODE, FAILED, NCCL, OUT_OF_MEMORY, USER_ERROR
 
-HOST_MEMORY = "ask for more host memory (memory_gib in the job's section of cluster), or start fewer ranks a node"
+HOST_MEMORY = "ask for more host memory (memory_gib in the job's section of cluster), or start fewer ranks per node"
 
-RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
-    (
+
+class ErrorClass(NamedTuple):
+    """One kind of failure: how to recognize its exception, and what to do about it."""
+
+    status: str
+    """The status of attempt-N.json."""
+    types: tuple[str, ...]
+    """Names of exception classes. Names, because this module must not import torch."""
+    phrases: tuple[str, ...]
+    """Parts of the message, in any case."""
+    remedy: str
+
+
+ERROR_CLASSES = (
+    ErrorClass(
         USER_ERROR,
         (),
         ("/dev/shm/nccl", "shared memory segment", "out of shared memory"),
         "/dev/shm is full or too small: enlarge it for the container or node, or set NCCL_SHM_DISABLE=1 in cluster.environment",
     ),
-    (
+    ErrorClass(
         OUT_OF_MEMORY,
         ("OutOfMemoryError",),
         ("CUDA out of memory", "CUDA error: out of memory", "HIP out of memory"),
-        "a smaller train.micro_batch, train.activation_checkpointing=full, more ranks, or parallel=zero3_offload",
+        "use a smaller train.micro_batch, train.activation_checkpointing=full, more ranks, or parallel=zero3_offload",
     ),
-    (OUT_OF_MEMORY, ("MemoryError",), ("out of memory", "cannot allocate memory"), HOST_MEMORY),
-    (
+    ErrorClass(OUT_OF_MEMORY, ("MemoryError",), ("out of memory", "cannot allocate memory"), HOST_MEMORY),
+    ErrorClass(
         BAD_NODE,
         (),
         (
@@ -39,74 +53,86 @@ RULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
             "system not yet initialized",
             "hardware stack error",
         ),
-        "leave the node out (cluster.train.exclude=NODE) and tell the site's administrators",
+        "exclude the node (cluster.train.exclude=NODE) and report it to the administrators of the cluster",
     ),
-    (
+    ErrorClass(
         FAILED,
         (),
         ("device-side assert",),
-        "an index is out of range, most often a token id beyond the embedding: compare tokenizer and model; "
-        "CUDA_LAUNCH_BLOCKING=1 in cluster.environment names the line",
+        "an index is out of range, most often a token id beyond the embedding: check that the tokenizer fits the model; "
+        "CUDA_LAUNCH_BLOCKING=1 in cluster.environment shows the line that failed",
     ),
-    (
+    ErrorClass(
         USER_ERROR,
         (),
         ("no space left on device", "disk quota exceeded"),
         "the disk or your quota is full: free space, lower train.keep_checkpoints, or raise train.save_every; then resume",
     ),
-    (
+    ErrorClass(
         NCCL,
         ("DistBackendError", "DistNetworkError", "DistStoreError"),
         ("nccl",),
-        "look at the other ranks with python -m launcher logs, then try pipeline=preflight on these nodes",
+        "read the logs of the other ranks with python -m launcher logs, then run pipeline=preflight on these nodes",
     ),
-    (
+    ErrorClass(
         USER_ERROR,
         ("RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError", "OfflineModeIsEnabled"),
         (),
-        "name a folder that every node sees, or what the Hub has: gated models need HF_TOKEN in cluster.secrets, and nodes "
-        "without network what was downloaded before (cluster.hf_home)",
+        "give a folder that every node can read, or a name that exists on the Hub; a gated model needs HF_TOKEN in "
+        "cluster.secrets, and nodes without network need a model that was downloaded before (cluster.hf_home)",
     ),
-    (
+    ErrorClass(
         USER_ERROR,
         ("FileNotFoundError", "NotADirectoryError", "IsADirectoryError", "PermissionError"),
         (),
-        "every node must see this path, and you must have the right to use it: check it there, and cluster.container_mounts",
+        "every node must be able to reach this path, with the rights it needs: check the path on the node, and "
+        "cluster.container_mounts",
     ),
-    (
+    ErrorClass(
         USER_ERROR,
         ("ModuleNotFoundError", "ImportError"),
         (),
-        "install it for cluster.python, which the ranks run, or inside the container image",
+        "install the package for cluster.python, which runs the ranks, or in the container image",
     ),
-    (
+    ErrorClass(
         FAILED,
         ("FloatingPointError",),
         (),
-        "a smaller train.learning_rate, a longer train.warmup_steps, or cleaner data",
+        "use a smaller train.learning_rate, a longer train.warmup_steps, or cleaner data",
     ),
 )
-"""(status, types by name, words in the message, remedy): the first that fits wins. No torch is imported to name its types."""
+"""In order of precedence: the first class that fits wins. A full /dev/shm, for example, must come before a full disk."""
 
-ERRORS = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.ENOMEM: "out of memory"}
+ERRNO_TEXTS = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.ENOMEM: "out of memory",
+}
+"""English texts by errno, for machines whose C library answers in another language."""
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """The status of attempt-N.json that fits an exception of a rank, and what helps; of what caused it where that says more."""
-    for item in _chain(error):
-        names = {kind.__name__ for kind in type(item).__mro__}
-        text = f"{item} {ERRORS.get(getattr(item, 'errno', None) or 0, '')}".lower()
-        for status, types, words, remedy in RULES:
-            if names.intersection(types) or any(word.lower() in text for word in words):
-                return status, remedy
+    """Return the status of attempt-N.json for an exception of a rank, and the remedy (empty if none is known).
+
+    Also looks at the exceptions that it was raised from, because they are often more specific.
+    """
+    for cause in _causes(error):
+        type_names = {base.__name__ for base in type(cause).__mro__}
+        text = f"{cause} {ERRNO_TEXTS.get(getattr(cause, 'errno', None) or 0, '')}".lower()
+        for item in ERROR_CLASSES:
+            if type_names.intersection(item.types) or any(phrase.lower() in text for phrase in item.phrases):
+                return item.status, item.remedy
     return FAILED, ""
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, then what it was raised from; not what was merely handled when it came."""
-    found: BaseException | None = error
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those it was raised from (`raise ... from`), at most ten.
+
+    Not `__context__`: an exception that was only being handled at that time need not be the cause.
+    """
+    cause: BaseException | None = error
     for _ in range(10):
-        if found is None:
+        if cause is None:
             return
-        yield found
-        found = found.__cause__
+        yield cause
+        cause = cause.__cause__

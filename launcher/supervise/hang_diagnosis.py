@@ -1,4 +1,4 @@
-"""Names the rank that a hanging job waits for, in one line, from what the watchdogs of its nodes have seen; pure."""
+"""Names, in one line, the rank that a hanging job waits for, from what the watchdogs of its nodes have collected. Pure."""
 
 from __future__ import annotations
 
@@ -6,21 +6,82 @@ import io
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
 
 from launcher.run_folder.status import HANG
 
-Frame = tuple[str, int, str]
-"""File, line and function."""
 Evidence = Mapping[str, Any]
-"""Of one rank: its last heartbeat, and with it `state` (the letter in /proc), `stack` (faulthandler's text), `flight` (see
-`flight`) and `answered`, whether the watchdog of its node has looked at it since the silence began."""
+"""What is known about one rank: its last heartbeat, and in addition
+
+- `answered`: whether the watchdog of its node has inspected the rank since it fell silent;
+- `state`: the letter of the process's state in /proc;
+- `stack`: its Python stacks, as faulthandler writes them;
+- `flight`: see `read_flight_record`."""
+
+
+class Frame(NamedTuple):
+    """One line of a Python stack."""
+
+    file: str
+    line: int
+    function: str
+
+
+class PlaceKind(Enum):
+    """What a rank is doing."""
+
+    UNKNOWN = "unknown"
+    """It wrote no Python stack."""
+    COLLECTIVE = "collective"
+    """It is inside an operation of torch.distributed, so it waits for other ranks."""
+    CODE = "code"
+    """It is anywhere else."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the code a rank is."""
+
+    kind: PlaceKind
+    location: str = ""
+    """The innermost line of Muster's own code, e.g. `jobs/train.py:121 _step`."""
+    operation: str = ""
+    """Name of the collective, e.g. `all_reduce`."""
+    library_call: str = ""
+    """What that line is calling, e.g. `fsync (os.py:7)`; empty if the line itself is running."""
+
+    def __str__(self) -> str:
+        if self.kind is PlaceKind.UNKNOWN:
+            return ""
+        if self.kind is PlaceKind.COLLECTIVE:
+            return f"in {self.operation} ({self.location})"
+        return f"at {self.location}" + (f", inside {self.library_call}" if self.library_call else "")
+
+
+class Progress(NamedTuple):
+    """How far a rank has come. Compared field by field: the rank with the smallest value is the one the others wait for."""
+
+    answered: bool
+    """False: neither the rank nor the watchdog of its node has been heard of."""
+    can_run: bool = False
+    """False: the process is stopped, dead or stuck in a system call. Compared before the counts, because NCCL's threads
+    of a stopped process still send for steps that it has already launched."""
+    heartbeats: int = 0
+    """All ranks send heartbeats equally often."""
+    in_collective: bool = False
+    """Of ranks with equal counts, the one outside a collective keeps the others waiting."""
+    where_most_are: bool = False
+    last_collective: int = 0
+    """Number of the newest collective that it passed to NCCL."""
+
 
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$')
-COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/")
-OTHERS = ("/torch/distributed/checkpoint/", "c10d_logger.py")
-"""What of it is no collective by itself: a rank that waits for a disk is not one that waits for others."""
+COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/")
+NOT_COLLECTIVE = ("/torch/distributed/checkpoint/", "c10d_logger.py")
+"""Parts of COLLECTIVE_CODE that are no collective themselves: a rank that waits for a disk does not wait for other ranks."""
 STATES = {
     "T": "process stopped (T)",
     "t": "process held by a debugger (t)",
@@ -28,161 +89,179 @@ STATES = {
     "Z": "process dead (Z)",
 }
 REMEDY = {
-    "T": "something has stopped the process (kill -STOP, a debugger, the site's power or memory guard)",
+    "T": "something has stopped the process (kill -STOP, a debugger, or the site's power or memory guard)",
     "t": "detach the debugger",
-    "D": "a file system or device of the node does not answer: leave the node out (cluster.train.exclude=NODE) if this comes again",
-    "network": "no rank is behind, so look at the network between the nodes: pipeline=preflight measures it",
-    "node": "the node or its connection is lost: leave it out (cluster.train.exclude=NODE) if this comes again",
+    "D": "a file system or a device of the node does not answer: if this happens again, exclude the node "
+    "(cluster.train.exclude=NODE)",
+    "network": "no rank is behind, so check the network between the nodes: pipeline=preflight measures it",
+    "node": "the node or its connection is lost: if this happens again, exclude it (cluster.train.exclude=NODE)",
 }
-ELSE = (
-    "the Python stacks of all ranks are beside its log, in attempt-N/rank-R.stack; where it was only slow, raise {key}"
+OTHER_REMEDY = (
+    "read the Python stacks of all ranks in attempt-N/rank-R.stack, beside its log; if it was only slow, raise {key}"
 )
 LIMITS = {"train": "step", "evaluate": "step", "save": "save"}
-"""The phases that have a limit of their own; all others have that of the start, cluster.network.nccl_timeout_s."""
+"""Phases with their own limit. All other phases use cluster.network.nccl_timeout_s."""
 
 
 def limit_key(phase: str) -> str:
-    """The setting that says how long a rank may be silent in a phase."""
+    """Return the config key that limits how long a rank may be silent in a phase."""
     return f"cluster.network.{LIMITS.get(phase, 'nccl')}_timeout_s"
 
 
 def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[str, Any]:
-    """The verdict: which rank the others wait for, where it is and where they are. `code` is the folder of Muster's code."""
-    missing = {"answered": False, "count": -1, "step": 0, "phase": "start"}
-    whole: dict[int, Evidence] = {rank: ranks.get(rank, missing) for rank in range(world_size)}
-    left = {rank: item for rank, item in whole.items() if item.get("phase") != "ended"} or whole
-    places = {rank: place(item, code) for rank, item in left.items()}
-    usual = Counter(places.values()).most_common(1)[0][0]
-    keys = {rank: _key(item, places[rank], usual) for rank, item in left.items()}
-    behind = sorted(rank for rank in left if keys[rank] == min(keys.values()))
-    first = left[behind[0]]
+    """Return the verdict: which rank the others wait for, where that rank is, and where the others are.
+
+    `ranks` may lack ranks that were never heard of. `code` is the folder of Muster's code.
+    """
+    unheard = {"answered": False, "count": -1, "step": 0, "phase": "start"}
+    evidence: dict[int, Evidence] = {rank: ranks.get(rank, unheard) for rank in range(world_size)}
+    running = {rank: item for rank, item in evidence.items() if item.get("phase") != "ended"} or evidence
+    places = {rank: locate(item, code) for rank, item in running.items()}
+    usual_place = Counter(places.values()).most_common(1)[0][0]
+    progress = {rank: _progress(item, places[rank], usual_place) for rank, item in running.items()}
+    least = min(progress.values())
+    behind = sorted(rank for rank in running if progress[rank] == least)
+    first = running[behind[0]]
     step, key = f"step {first['step']}, phase {first['phase']}", limit_key(str(first["phase"]))
-    silent = f" (silent for {max(item.get('silent_s', 0) for item in left.values()):.0f} s, {key})"
-    if len(behind) == len(left) > 1:
-        reason = f"all {len(left)} ranks hang{_at(usual)}: {step}; none is behind"
+    silent = f" (silent for {max(item.get('silent_s', 0) for item in running.values()):.0f} s, {key})"
+    if len(behind) == len(running) > 1:
+        where = f" {usual_place}" if str(usual_place) else ""
+        reason = f"all {len(running)} ranks hang{where}: {step}; none is behind"
         return _verdict(reason + silent, REMEDY["network"], None, {**first, "host": ""})
-    others = {rank: text for rank, text in places.items() if rank not in behind and left[rank].get("answered")}
-    on = f" on {first['host']}" if first.get("host") else ""
-    who = f"rank {behind[0]}{on} hangs"
-    if len(behind) > 1:
-        who = f"ranks {', '.join(map(str, behind))} hang, first rank {behind[0]}{on}"
-    reason = f"{who}: {step}, {_doing(first, places[behind[0]])}{_waiting(others)}"
-    remedy = REMEDY["node"] if not first.get("answered") else REMEDY.get(str(first.get("state")), ELSE.format(key=key))
+    others = {rank: place for rank, place in places.items() if rank not in behind and running[rank].get("answered")}
+    doing = _describe_activity(first, places[behind[0]])
+    reason = f"{_describe_ranks(behind, first)}: {step}, {doing}{_describe_others(others)}"
+    state = str(first.get("state")) if first.get("answered") else "node"
+    remedy = REMEDY.get(state) or OTHER_REMEDY.format(key=key)
     return _verdict(reason + silent, remedy, behind[0], first)
 
 
-def _verdict(reason: str, remedy: str, rank: int | None, item: Evidence) -> dict[str, Any]:
+def _verdict(reason: str, remedy: str, rank: int | None, evidence: Evidence) -> dict[str, Any]:
     return {
         "status": HANG,
         "reason": reason,
         "remedy": remedy,
         "rank": rank,
-        "host": item.get("host", ""),
-        "error": item.get("stack", ""),
-        "step": item.get("step"),
-        "phase": item.get("phase"),
+        "host": evidence.get("host", ""),
+        "error": evidence.get("stack", ""),
+        "step": evidence.get("step"),
+        "phase": evidence.get("phase"),
     }
 
 
-def _key(item: Evidence, at: str, usual: str) -> tuple[Any, ...]:
-    """Smallest for the rank that is waited for: one not heard of, then one that cannot run, then the one that got least far.
-
-    Where all got equally far, it is the one that does not wait in a collective, is elsewhere than most, or has asked NCCL
-    for the fewest collectives. A stopped process comes before counts: NCCL's threads go on sending for steps already made.
-    """
-    if not item.get("answered"):
-        return (0,)
-    stopped, flight = item.get("state") in STATES, item.get("flight") or {}
-    return 1, not stopped, item["count"], at.startswith("in "), at == usual, flight.get("last", 0)
-
-
-def _doing(item: Evidence, at: str) -> str:
-    if not item.get("answered"):
-        return "no heartbeat ever came" if item["count"] < 0 else "and the watchdog of its node does not answer"
-    return STATES.get(str(item.get("state"))) or at or "without a Python stack"
+def _progress(evidence: Evidence, place: Place, usual_place: Place) -> Progress:
+    if not evidence.get("answered"):
+        return Progress(answered=False)
+    return Progress(
+        answered=True,
+        can_run=evidence.get("state") not in STATES,
+        heartbeats=evidence["count"],
+        in_collective=place.kind is PlaceKind.COLLECTIVE,
+        where_most_are=place == usual_place,
+        last_collective=(evidence.get("flight") or {}).get("last", 0),
+    )
 
 
-def _waiting(others: Mapping[int, str]) -> str:
-    """What the other ranks do, where that is known."""
-    [(usual, count)] = Counter(others.values()).most_common(1) or [("", 0)]
-    if not usual:
+def _describe_ranks(behind: Sequence[int], first: Evidence) -> str:
+    on_host = f" on {first['host']}" if first.get("host") else ""
+    if len(behind) == 1:
+        return f"rank {behind[0]}{on_host} hangs"
+    return f"ranks {', '.join(map(str, behind))} hang, first rank {behind[0]}{on_host}"
+
+
+def _describe_activity(evidence: Evidence, place: Place) -> str:
+    if not evidence.get("answered"):
+        return "no heartbeat ever came" if evidence["count"] < 0 else "and the watchdog of its node does not answer"
+    return STATES.get(str(evidence.get("state"))) or str(place) or "without a Python stack"
+
+
+def _describe_others(others: Mapping[int, Place]) -> str:
+    """Say where most of the other ranks wait; empty if that is unknown."""
+    if not others:
         return ""
-    who = "the others" if count == len(others) else f"{count} of {len(others)} others"
+    [(usual_place, count)] = Counter(others.values()).most_common(1)
+    if usual_place.kind is PlaceKind.UNKNOWN:
+        return ""
     if len(others) == 1:
-        who = f"rank {next(iter(others))}"
-    return f"; {who} {'waits' if len(others) == 1 else 'wait'} {usual}"
+        return f"; rank {next(iter(others))} waits {usual_place}"
+    who = "the others" if count == len(others) else f"{count} of {len(others)} others"
+    return f"; {who} wait {usual_place}"
 
 
-def _at(usual: str) -> str:
-    return f" {usual}" if usual else ""
-
-
-def place(item: Evidence, code: str) -> str:
-    """Where a rank is: `in all_reduce (jobs/distributed/process_group.py:93 total)`, or `at jobs/train.py:121
-    _step`, with what is called
-    there; empty if unknown."""
+def locate(evidence: Evidence, code: str) -> Place:
+    """Return where a rank is, from its Python stacks and, for the collective's name, NCCL's flight recorder."""
     root = code.rstrip("/") + "/"
-    stacks = at_work(threads(item.get("stack", "")), root)
+    stacks = working_stacks(parse_stacks(evidence.get("stack", "")), root)
     if not stacks:
-        return ""
-    frames, name = stacks[0], collective(stacks)
-    own = next((frame for frame in frames if frame[0].startswith(root)), frames[0])
-    where = f"{own[0].removeprefix(root)}:{own[1]} {own[2]}"
-    name = name or (item.get("flight") or {}).get("waits")
-    if name:
-        return f"in {name} ({where})"
-    file, line, function = frames[0]
-    return f"at {where}" + (f", inside {function} ({file.rpartition('/')[2]}:{line})" if frames[0] != own else "")
+        return Place(PlaceKind.UNKNOWN)
+    innermost = stacks[0][0]
+    own = next((frame for frame in stacks[0] if frame.file.startswith(root)), innermost)
+    location = f"{own.file.removeprefix(root)}:{own.line} {own.function}"
+    # A rank that waits for its GPU shows no collective in Python, so ask the flight recorder.
+    operation = collective_name(stacks) or (evidence.get("flight") or {}).get("waits")
+    if operation:
+        return Place(PlaceKind.COLLECTIVE, location, operation=operation)
+    if innermost == own:
+        return Place(PlaceKind.CODE, location)
+    file_name = innermost.file.rpartition("/")[2]
+    return Place(PlaceKind.CODE, location, library_call=f"{innermost.function} ({file_name}:{innermost.line})")
 
 
-def threads(text: str) -> list[list[Frame]]:
-    """faulthandler's text as frames, innermost first, of each thread; it writes the main thread last."""
-    found: list[list[Frame]] = []
+def parse_stacks(text: str) -> list[list[Frame]]:
+    """Parse faulthandler's text into the frames of each thread, innermost first. The main thread comes last."""
+    stacks: list[list[Frame]] = []
     for line in text.splitlines():
         if "(most recent call first)" in line:
-            found.append([])
-        elif (match := FRAME.match(line)) and found:
-            found[-1].append((match[1], int(match[2]), match[3]))
-    return [frames for frames in found if frames]
+            stacks.append([])
+        elif (match := FRAME.match(line)) and stacks:
+            stacks[-1].append(Frame(match[1], int(match[2]), match[3]))
+    return [frames for frames in stacks if frames]
 
 
-def at_work(stacks: list[list[Frame]], root: str) -> list[list[Frame]]:
-    """The stack that tells what a rank does, then those of threads that work for it: the main thread's, unless it waits for
-    a thread of ours (one that writes a checkpoint) to end."""
+def working_stacks(stacks: list[list[Frame]], root: str) -> list[list[Frame]]:
+    """Return the stack that shows what a rank is doing, followed by those of threads that work for it.
+
+    This is the main thread, unless the main thread only joins one of our own threads, e.g. the one that writes a
+    checkpoint. Then it is that thread.
+    """
     if not stacks:
         return []
     *others, main = stacks
-    file, _, function = main[0]
-    if file.endswith("/threading.py") and function in ("join", "_wait_for_tstate_lock"):
-        ours = [frames for frames in others if any(frame[0].startswith(root) for frame in frames)]
+    innermost = main[0]
+    if innermost.file.endswith("/threading.py") and innermost.function in ("join", "_wait_for_tstate_lock"):
+        ours = [frames for frames in others if any(frame.file.startswith(root) for frame in frames)]
         return ours[:1] or [main]
-    if file.endswith("/torch/autograd/graph.py"):  # on GPUs autograd has threads of its own
-        return [main, *(frames for frames in others if any(COLLECTIVE[0] in frame[0] for frame in frames))]
+    if innermost.file.endswith("/torch/autograd/graph.py"):  # on GPUs, autograd runs backward in threads of its own
+        return [main, *(frames for frames in others if any(COLLECTIVE_CODE[0] in frame.file for frame in frames))]
     return [main]
 
 
-def collective(stacks: list[list[Frame]]) -> str | None:
-    """What of torch.distributed the first of `at_work`'s stacks that is inside it does; None where none is."""
+def collective_name(stacks: Sequence[Sequence[Frame]]) -> str | None:
+    """Return the function of torch.distributed that the first of these stacks is in; None if none is in one."""
     for frames in stacks:
-        for file, _, name in frames:
-            if any(part in file for part in COLLECTIVE) and not any(part in file for part in OTHERS):
-                return name
+        for frame in frames:
+            in_collective = any(part in frame.file for part in COLLECTIVE_CODE)
+            if in_collective and not any(part in frame.file for part in NOT_COLLECTIVE):
+                return frame.function
     return None
 
 
-class _Plain(pickle.Unpickler):
-    """Reads plain values, and nothing that would be called."""
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values only: loading an object of a class could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a flight recorder's file")
 
 
-def flight(dump: bytes) -> dict[str, Any] | None:
-    """Of torch's flight recorder: `last`, the number of the newest collective, and `waits`, the name of the oldest unfinished."""
+def read_flight_record(dump: bytes) -> dict[str, Any] | None:
+    """Parse a dump of torch's flight recorder; None if it cannot be parsed.
+
+    Returns `last`, the number of the newest collective, and `waits`, the name of the oldest unfinished one (or None).
+    """
     try:
-        entries = _Plain(io.BytesIO(dump)).load()["entries"]
+        entries = _PlainUnpickler(io.BytesIO(dump)).load()["entries"]
         last = max(int(entry["record_id"]) for entry in entries)
-        waits: Iterable[str] = (entry["profiling_name"] for entry in entries if entry["state"] != "completed")
-        return {"last": last, "waits": next(iter(waits), None)}
-    except Exception:  # a format that torch may change is no reason to have no diagnosis
+        unfinished = (entry["profiling_name"] for entry in entries if entry["state"] != "completed")
+        return {"last": last, "waits": next(unfinished, None)}
+    except Exception:  # torch may change the format; the rest of the diagnosis must still work
         return None

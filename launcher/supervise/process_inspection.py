@@ -1,4 +1,7 @@
-"""Looks at ranks of this node that do not move: what the kernel says of them, their Python stacks, NCCL's flight recorder."""
+"""Inspects ranks of this node that have fallen silent: process states, Python stacks and NCCL's flight recorder.
+
+In this file a `heartbeat` is the record that jobs/distributed/heartbeat.py writes, with the watchdog's additions.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +15,62 @@ from typing import Any
 from launcher.supervise import hang_diagnosis
 
 ANSWER_S = 6.0
-"""How long ranks may take to write their stacks, and NCCL's recorder its file; it looks for the wish once a second."""
+"""How long ranks may take to write their stacks, and NCCL's flight recorder its file. It checks its pipe once a second."""
 PAUSE_S = 0.5
 LOOKS = 3
-"""Looks at a process before it counts as stuck in a system call: any process is in one now and then."""
+"""How often to look before a process counts as stuck in a system call: any process is in one now and then."""
 PIPE = "flight-"
-"""TORCH_NCCL_DEBUG_INFO_PIPE_FILE, with the folder of the heartbeats before it; torch adds the rank and `.pipe`."""
+"""End of TORCH_NCCL_DEBUG_INFO_PIPE_FILE, after the folder of the heartbeats. torch appends the rank and `.pipe`."""
 
 
-def ask(beats: dict[int, dict[str, Any]], local: Path, attempt: Path) -> None:
-    """Add `state`, `stack` and `flight` to the heartbeats of ranks; their stacks and recorders are kept with the attempt."""
-    alive = {rank: item for rank, item in beats.items() if item["phase"] != "ended"}
-    states: dict[int, set[str]] = {rank: set() for rank in alive}
-    asked, waits = time.time(), set(alive)
-    for rank, item in alive.items():
-        kill(item, signal.SIGQUIT)  # jobs.distributed.heartbeat.ASK
-        _poke(local / f"{PIPE}{rank}.pipe")
+def inspect_ranks(heartbeats: dict[int, dict[str, Any]], local: Path, attempt: Path) -> None:
+    """Add `state`, `stack` and `flight` to the heartbeats of ranks that have not ended.
+
+    `local` is the node's folder of heartbeats. Also copies the stacks and the recorders' files to the folder `attempt`.
+    """
+    running = {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat["phase"] != "ended"}
+    states: dict[int, set[str]] = {rank: set() for rank in running}
+    asked, waiting_for = time.time(), set(running)
+    for rank, heartbeat in running.items():
+        send_signal(heartbeat, signal.SIGQUIT)  # jobs.distributed.heartbeat.ASK: write the Python stacks
+        _request_flight_record(local / f"{PIPE}{rank}.pipe")
     for look in range(int(ANSWER_S / PAUSE_S)):
         time.sleep(PAUSE_S)
-        for rank, item in alive.items():
-            states[rank].add(state(item["pid"]))
-        waits = {
-            rank for rank in waits if not states[rank] & {"T", "t", "Z"} and not _answered(rank, local, attempt, asked)
+        for rank, heartbeat in running.items():
+            states[rank].add(process_state(heartbeat["pid"]))
+        waiting_for = {
+            rank
+            for rank in waiting_for
+            if not states[rank] & {"T", "t", "Z"} and not _has_answered(rank, local, attempt, asked)
         }
-        if not waits and look + 1 >= LOOKS:
+        if not waiting_for and look + 1 >= LOOKS:
             break
-    for rank, item in alive.items():
+    for rank, heartbeat in running.items():
         seen = states[rank]
-        item["state"] = next((letter for letter in "ZTt" if letter in seen), seen.pop() if len(seen) == 1 else "S")
-        item["stack"] = _kept(local / f"rank-{rank}.stack", attempt)
-        item["flight"] = _flight(rank, attempt, asked)
+        # Several letters mean that the process was changing between states, so it is not stuck: S.
+        letter = next(iter(seen)) if len(seen) == 1 else "S"
+        heartbeat["state"] = next((stopped for stopped in "ZTt" if stopped in seen), letter)
+        heartbeat["stack"] = _copy_stack(local / f"rank-{rank}.stack", attempt)
+        heartbeat["flight"] = _keep_flight_record(rank, attempt, asked)
 
 
-def _answered(rank: int, local: Path, attempt: Path, asked: float) -> bool:
-    """Whether the stacks are there and, where NCCL was asked, its file, both at rest."""
-    wanted = [local / f"rank-{rank}.stack"]
+def _has_answered(rank: int, local: Path, attempt: Path, asked: float) -> bool:
+    """Return whether the rank's files are complete: its stacks and, if it uses NCCL, the flight recorder's file.
+
+    A file counts as complete when it is new, not empty, and has not changed for PAUSE_S / 2.
+    """
+    expected = [local / f"rank-{rank}.stack"]
     if (local / f"{PIPE}{rank}.pipe").exists():
-        wanted.append(_dump(rank, attempt))
+        expected.append(_flight_file(rank, attempt))
     try:
-        about = [path.stat() for path in wanted]
+        stats = [path.stat() for path in expected]
     except OSError:
         return False
-    return all(item.st_size and asked - 1 <= item.st_mtime < time.time() - PAUSE_S / 2 for item in about)
+    return all(item.st_size and asked - 1 <= item.st_mtime < time.time() - PAUSE_S / 2 for item in stats)
 
 
-def _kept(path: Path, attempt: Path) -> str:
-    """The text of a file of stacks, once it stands with the attempt; empty where a rank wrote none."""
+def _copy_stack(path: Path, attempt: Path) -> str:
+    """Return the text of a file of stacks, and copy the file to `attempt`. Empty if the rank wrote none."""
     text = ""
     with suppress(OSError):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -66,23 +79,23 @@ def _kept(path: Path, attempt: Path) -> str:
     return text
 
 
-def _flight(rank: int, attempt: Path, asked: float) -> dict[str, Any] | None:
-    """What the recorder wrote since it was asked; its file then stands with the attempt, as flight-R."""
+def _keep_flight_record(rank: int, attempt: Path, asked: float) -> dict[str, Any] | None:
+    """Move the recorder's file to `attempt`/flight-R and return its content; None if it has written none since `asked`."""
     with suppress(OSError):
-        dump = _dump(rank, attempt)
+        dump = _flight_file(rank, attempt)
         if dump.stat().st_mtime >= asked - 1:
             os.replace(dump, attempt / f"flight-{rank}")
-            return hang_diagnosis.flight((attempt / f"flight-{rank}").read_bytes())
+            return hang_diagnosis.read_flight_record((attempt / f"flight-{rank}").read_bytes())
     return None
 
 
-def _dump(rank: int, attempt: Path) -> Path:
-    """What TORCH_FR_DUMP_TEMP_FILE, see `launcher.environment`, makes of a rank."""
+def _flight_file(rank: int, attempt: Path) -> Path:
+    """Return the file that torch writes for a rank: TORCH_FR_DUMP_TEMP_FILE (see launcher.environment) plus the rank."""
     return attempt.parent / f"flight_rank_{rank}"
 
 
-def _poke(pipe: Path) -> None:
-    """Ask torch's recorder for its file; there is a pipe where the rank uses NCCL."""
+def _request_flight_record(pipe: Path) -> None:
+    """Ask torch's flight recorder to write its file. The pipe exists only if the rank uses NCCL."""
     with suppress(OSError):
         descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         try:
@@ -91,31 +104,31 @@ def _poke(pipe: Path) -> None:
             os.close(descriptor)
 
 
-def kill(beat: dict[str, Any], number: signal.Signals) -> None:
-    """Send a signal to a rank, where it is still that process; SIGKILL ends a stopped one, too."""
-    if is_there(beat):
+def send_signal(heartbeat: dict[str, Any], number: signal.Signals) -> None:
+    """Send a signal to a rank, unless its process has ended. SIGKILL also ends a stopped process."""
+    if is_alive(heartbeat):
         with suppress(ProcessLookupError):
-            os.kill(beat["pid"], number)
+            os.kill(heartbeat["pid"], number)
 
 
-def is_there(beat: dict[str, Any]) -> bool:
-    """Whether the rank that left a heartbeat lives, and its number is not that of a later process."""
-    return beat["born"] is not None and born(beat["pid"]) == beat["born"]
+def is_alive(heartbeat: dict[str, Any]) -> bool:
+    """Return whether the rank's process is alive. Compares start times, because a later process may get the same id."""
+    return heartbeat["born"] is not None and start_ticks(heartbeat["pid"]) == heartbeat["born"]
 
 
-def born(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None once it is gone."""
-    words = _stat(pid)
-    return None if not words or words[0] in "ZX" else words[19]
+def start_ticks(pid: int) -> str | None:
+    """Return when a process started, in the kernel's clock ticks since boot; None if it has ended."""
+    fields = _stat_fields(pid)
+    return None if not fields or fields[0] in "ZX" else fields[19]
 
 
-def state(pid: int) -> str:
-    """The kernel's letter for what a process does: R, S, D, T, ...; Z where it is gone."""
-    return (_stat(pid) or ["Z"])[0]
+def process_state(pid: int) -> str:
+    """Return the kernel's letter for the state of a process: R, S, D, T, ...; Z if it has ended."""
+    return (_stat_fields(pid) or ["Z"])[0]
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on: the name before them may hold blanks and brackets."""
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third on (see proc(5)). The second, the name, may contain spaces and `)`."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -1,17 +1,18 @@
-"""Decides from a job's verdicts whether Slurm shall start it again, and asks Slurm to: the batch script's last act."""
+"""Decides from a job's verdicts whether Slurm should start it again, and requeues it: the last act of the batch script."""
 
-from __future__ import annotations  # Python 3.9 of a node outside its container runs this too
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.files import write_json
 from conf.jobs import RESUMABLE
 from launcher import slurm
-from launcher.run_folder import attempts as history
+from launcher.run_folder import attempts
 from launcher.run_folder.status import (
     BAD_NODE,
     COMPLETED,
@@ -25,154 +26,182 @@ from launcher.run_folder.status import (
     USER_ERROR,
 )
 
-RESUME = "go on with python launch.py resume=RUN"
+RESUME = "resume with python launch.py resume=RUN"
 WAIT_S, PAUSE_S = 600.0, 5.0
-ORPHANED = "orphaned"
-BY_SLURM = "Slurm itself has put the job back into the queue"
+"""How long to retry while the controller does not answer, and the pause between tries."""
+BY_SLURM = "Slurm itself has requeued the job"
+
+Answer = TypeVar("Answer")
+
+
+class SlurmView(Enum):
+    """How Slurm sees the job that this batch script belongs to."""
+
+    OURS = "running"
+    """It runs this start of the job."""
+    REQUEUED = "already requeued"
+    """Slurm has requeued it by itself."""
+    TIME_LIMIT = "past its time limit"
+    ORPHANED = "its batch script was killed"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the job starts again, and why, in words for `status`; `status` is what the verdict becomes."""
+    """Whether the job starts again."""
 
     again: bool
     why: str
+    """The reason, as `python -m launcher status` shows it."""
     status: str
+    """The final status of the verdict."""
 
 
-def settle(folder: Path, verdict: dict[str, Any], max_restarts: int | None, restarts: int) -> dict[str, Any]:
-    """Decide what becomes of a Slurm job, on its start number `restarts`, after this verdict; write that into the verdict,
-    and put the job back into the queue where it shall go on. Slurm then ends the batch script.
+def decide_and_requeue(
+    folder: Path, verdict: dict[str, Any], max_restarts: int | None, restarts: int
+) -> dict[str, Any]:
+    """Decide whether a Slurm job starts again after `verdict`, write that into the verdict, and requeue the job if so.
+
+    `folder` is the job's folder, `restarts` is Slurm's restart count of this start (SLURM_RESTART_COUNT), and
+    `max_restarts` is None if nothing may be requeued. Returns the changed verdict. After the requeue, Slurm ends the
+    batch script.
     """
     path, job_id = folder / f"attempt-{verdict['attempt']}.json", str(verdict["job_id"])
+    view: SlurmView | None = None
+    problem = ""
     try:
-        found = patiently(lambda: standing(job_id, restarts))
+        view = retry_while_unreachable(lambda: view_of_job(job_id, restarts))
     except slurm.SlurmError as error:
-        found = f"Slurm does not say how the job stands: {error}"
-    _as_slurm_has_it(verdict, found)
-    before = [item for item in history.verdicts(folder) if item["attempt"] < verdict["attempt"]]
-    same = [item for item in before if str(item.get("job_id")) == job_id]
-    decision = decide([*same, verdict], max_restarts, folder.name in RESUMABLE)
+        problem = f"Slurm does not give the job's state: {error}"
+    _correct_status(verdict, view)
+    earlier = [
+        item
+        for item in attempts.verdicts(folder)
+        if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == job_id
+    ]
+    decision = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE)
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
-    if found == "requeued":
+    if view is SlurmView.REQUEUED:
         verdict |= {"requeued": True, "next": BY_SLURM}
-    elif decision.again and found not in ("ours", TIME_LIMIT, ORPHANED):
-        verdict |= {"requeued": False, "next": f"cannot be requeued ({found}); {RESUME}"}
-    write_json(path, verdict)  # before Slurm is asked: there may be no time afterwards
-    if verdict["requeued"] and found != "requeued":
+    elif decision.again and view in (None, SlurmView.CANCELLED):
+        verdict |= {"requeued": False, "next": f"cannot be requeued ({problem or 'cancelled'}); {RESUME}"}
+    write_json(path, verdict)  # before the requeue, because Slurm may leave no time afterwards
+    if verdict["requeued"] and view is not SlurmView.REQUEUED:
         try:
-            verdict["next"] += patiently(lambda: again(job_id, verdict))
+            verdict["next"] += retry_while_unreachable(lambda: requeue_job(job_id, verdict))
         except slurm.SlurmError as error:
-            verdict |= {"requeued": False, "next": f"Slurm refused to requeue it ({error}); {RESUME}"}
+            verdict |= {"requeued": False, "next": f"Slurm refused to requeue the job ({error}); {RESUME}"}
         write_json(path, verdict)
     return verdict
 
 
-def _as_slurm_has_it(verdict: dict[str, Any], found: str) -> None:
-    """The ranks cannot tell why they got SIGTERM, or nothing before SIGKILL; Slurm can."""
+def _correct_status(verdict: dict[str, Any], view: SlurmView | None) -> None:
+    """Correct the verdict with what only Slurm knows: the ranks see just a SIGTERM, or nothing before a SIGKILL."""
     if verdict["status"] not in PLANNED and (verdict["status"] != FAILED or verdict.get("error")):
-        return  # a rank said what went wrong
-    if found == "cancelled":
+        return  # a rank recorded what went wrong
+    if view is SlurmView.CANCELLED:
         verdict |= {"status": STOPPED, "reason": f"cancelled: {verdict['reason']}"}
-    elif found == TIME_LIMIT:
+    elif view is SlurmView.TIME_LIMIT:
         verdict |= {"status": TIME_LIMIT, "reason": f"past its time limit: {verdict['reason']}"}
-    elif found == ORPHANED:
+    elif view is SlurmView.ORPHANED:
         verdict |= {"reason": f"its batch script was killed: {verdict['reason']}"}
 
 
-def decide(attempts: list[dict[str, Any]], max_restarts: int | None, saves: bool) -> Decision:
-    """What becomes of a job after the last verdict of `attempts`, those of its attempts from its submission on, in order.
+def decide(verdicts: list[dict[str, Any]], max_restarts: int | None, *, saves: bool) -> Decision:
+    """Decide whether a job starts again after the last of `verdicts`, which are those of one submission, in order.
 
-    Stops that were asked for go on without limit while checkpoints advance. Failures go on `max_restarts` times since the
-    last new checkpoint; null never. `saves`: the job writes checkpoints (training), so that a stopped one gets further.
+    Planned stops may follow each other without limit while checkpoints advance. After a failure, the job starts again
+    `max_restarts` times since the last new checkpoint; never if `max_restarts` is None.
+    `saves`: the job writes checkpoints (training), so a job that was stopped continues where it was.
     """
-    last = attempts[-1]
+    last = verdicts[-1]
     status = last["status"]
     if status == COMPLETED:
         return Decision(False, "", status)
-    never = _never(last, max_restarts, saves)
-    if never or max_restarts is None:
-        return Decision(False, never, status)
+    final_reason = _reason_never_to_restart(last, max_restarts, saves)
+    if final_reason or max_restarts is None:
+        return Decision(False, final_reason, status)
     if saves and status in (PREEMPTED, TIME_LIMIT):
-        if len(attempts) > 1 and all(item["status"] in PLANNED and not advanced(item) for item in attempts[-2:]):
+        if len(verdicts) > 1 and all(item["status"] in PLANNED and not made_progress(item) for item in verdicts[-2:]):
             why = f"two attempts without a new checkpoint ({status}): give it more time, or save more often (train.save_every)"
             return Decision(False, f"{why}; {RESUME}", NO_PROGRESS)
-        return Decision(True, "goes on from its checkpoint", status)
-    if len(attempts) > 1 and _same_numbers(*attempts[-2:]):
-        why = "the loss was no number at the same step again, so no device is at fault"
-        return Decision(False, f"{why}: mend it, then {RESUME}", status)
-    used = len(attempts) - 1 - max((number for number, item in enumerate(attempts) if advanced(item)), default=0)
+        return Decision(True, "continues from its checkpoint", status)
+    if len(verdicts) > 1 and _same_nan(*verdicts[-2:]):
+        why = "the loss was NaN or infinite at the same step twice, so look at the data or the settings, not at the hardware"
+        return Decision(False, f"{why}; once that is fixed, {RESUME}", status)
+    last_progress = max((number for number, item in enumerate(verdicts) if made_progress(item)), default=0)
+    used = len(verdicts) - 1 - last_progress
     if used >= max_restarts:
         why = f"{used} restarts without a new checkpoint (cluster.max_restarts={max_restarts})"
-        return Decision(False, f"{why}; once it is mended {RESUME}", status)
+        return Decision(False, f"{why}; once the cause is fixed, {RESUME}", status)
     return Decision(True, f"restart {used + 1} of {max_restarts} since the last new checkpoint", status)
 
 
-def advanced(verdict: dict[str, Any]) -> bool:
-    """Whether an attempt left a newer checkpoint than it began with."""
+def made_progress(verdict: dict[str, Any]) -> bool:
+    """Return whether an attempt left a newer checkpoint than it started from."""
     return (verdict.get("saved") or 0) > (verdict.get("resumed") or 0)
 
 
-def _same_numbers(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether both attempts ended in NaN or infinity, at the same step."""
+def _same_nan(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether both attempts ended with a NaN or infinite loss at the same step."""
     return one["step"] == other["step"] and all("FloatingPointError" in item["reason"] for item in (one, other))
 
 
-def _never(last: dict[str, Any], max_restarts: int | None, saves: bool) -> str:
-    """Why this end is for good whatever came before; empty where it is not."""
+def _reason_never_to_restart(last: dict[str, Any], max_restarts: int | None, saves: bool) -> str:
+    """Return why a job that ended like this must not start again, whatever came before; empty if it may."""
     status = last["status"]
     if status == STOPPED:
-        return f"that was asked for; {RESUME}"
+        return f"stopped on request; {RESUME}"
     if status == USER_ERROR:
-        return f"it would fail again: mend it, then {RESUME}"
+        return f"it would fail again; once the cause is fixed, {RESUME}"
     if max_restarts is None:
         return f"cluster.requeue=false; {RESUME}"
     if status == TIME_LIMIT and not saves:
-        return "it would begin from the start: give it a longer time_min"
+        return "it would start from the beginning and reach the limit again: raise time_min"
     if status == OUT_OF_MEMORY and (last.get("step") or 0) <= (last.get("resumed") or 0):
         return "it would fail again: it ran out of memory before its first step was done"
     return ""
 
 
-def patiently(ask: Callable[[], str]) -> str:
-    """What `ask` returns, asked again for WAIT_S while the controller does not answer: it may be restarting, the work is saved."""
-    until = time.monotonic() + WAIT_S
+def retry_while_unreachable(ask: Callable[[], Answer]) -> Answer:
+    """Return the result of `ask`. Retries for WAIT_S while Slurm's controller cannot be contacted.
+
+    The controller may be restarting, and the work is saved already, so waiting costs little. Raises SlurmError.
+    """
+    deadline = time.monotonic() + WAIT_S
     while True:
         try:
             return ask()
         except slurm.SlurmError as error:
-            if "contact" not in str(error) or time.monotonic() > until:
+            if "contact" not in str(error) or time.monotonic() > deadline:
                 raise
         time.sleep(PAUSE_S)
 
 
-def standing(job_id: str, restarts: int) -> str:
-    """How Slurm sees the job that this script belongs to, on its start number `restarts`.
-
-    `ours` (it runs), `requeued` (Slurm has put it back by itself), `time_limit`, `orphaned` (its batch script was killed)
-    or `cancelled`. Raises SlurmError.
-    """
-    job = slurm.job(job_id)
+def view_of_job(job_id: str, restarts: int) -> SlurmView:
+    """Ask Slurm how it sees the job whose restart count was `restarts` when this script started. Raises SlurmError."""
+    job = slurm.show_job(job_id)
     if int(job.get("Restarts", restarts)) > restarts:
-        return "requeued"
+        return SlurmView.REQUEUED
     if job.get("JobState") == "RUNNING":
-        return "ours"
-    return {"TimeLimit": TIME_LIMIT, "JobLaunchFailure": ORPHANED}.get(job.get("Reason", ""), "cancelled")
+        return SlurmView.OURS
+    by_reason = {"TimeLimit": SlurmView.TIME_LIMIT, "JobLaunchFailure": SlurmView.ORPHANED}
+    return by_reason.get(job.get("Reason", ""), SlurmView.CANCELLED)
 
 
-def again(job_id: str, verdict: dict[str, Any]) -> str:
-    """Put the job back into the queue, on other nodes where one is bad; returns what is to be said of that.
+def requeue_job(job_id: str, verdict: dict[str, Any]) -> str:
+    """Requeue the job, and exclude the node if it is bad. Returns what to add to the verdict's `next`.
 
-    Slurm sends SIGTERM to the batch script at once, and SIGKILL after KillWait, so nothing may be left to do.
-    Excluding comes second, because only a waiting job's nodes can be changed. Raises SlurmError.
+    Slurm sends SIGTERM to the batch script at once, and SIGKILL after KillWait, so this must be the script's last act.
+    The exclusion comes second, because Slurm changes the nodes of a pending job only. Raises SlurmError.
     """
-    before = slurm.job(job_id).get("ExcNodeList", "(null)")
+    excluded = slurm.show_job(job_id).get("ExcNodeList", "(null)")
     slurm.requeue(job_id)
     if verdict["status"] != BAD_NODE:
         return ""
     node = str(verdict["host"])
     try:
-        slurm.exclude(job_id, [node] if before == "(null)" else [before, node])
+        slurm.exclude(job_id, [node] if excluded == "(null)" else [excluded, node])
     except slurm.SlurmError as error:
         return f", but {node} could not be excluded ({error})"
     return f", without {node}"

@@ -1,7 +1,7 @@
-"""One process a node that watches its ranks' heartbeats, and ends a job that hangs once it knows, and has said, who is behind.
+"""The watchdog process, one per node: watches the heartbeats of its ranks, and diagnoses and ends a job that hangs.
 
-Started by the node's first rank, and gone when its ranks are. It lives outside them, so that it still works when they are
-stuck in C, hold the interpreter or are stopped. Standard library only.
+The node's first rank starts it, and it exits when its ranks have ended. It is a separate process, so that it still works
+when the ranks are stuck in C, hold the GIL or are stopped. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,43 +19,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.files import read_json, write_json
-from launcher.run_folder.attempts import gathered
+from launcher.run_folder.attempts import published_ranks
 from launcher.supervise import hang_diagnosis, process_inspection
 
-if TYPE_CHECKING:  # the process itself needs neither omegaconf nor the time to import it
+if TYPE_CHECKING:  # the process itself does not need omegaconf, and should not spend time on importing it
     from conf.schema import Config
-    from launcher.environment import Ranks
+    from launcher.environment import RankInfo
 
 POLL_S = 1.0
 PUBLISH_S = 10.0
-"""Between looks of other nodes and of `status` at this one: each is a file on the shared file system."""
+"""Time between two writes of this node's heartbeats for other nodes and `status`: each is a file on the shared file system."""
 GATHER_S = 20.0
-"""How long the first node to notice waits for what the others have seen; jobs.distributed.process_group.MARGIN_S
-leaves time for it."""
+"""How long the node that notices a hang first waits for the other nodes' evidence.
+jobs.distributed.process_group.MARGIN_S leaves time for it."""
 MARK = "hang.begun"
+"""File in the attempt's folder that tells all nodes that one of them has noticed a hang."""
 
 
 class Watchdog:
-    """Of the ranks on one node: `local` has their heartbeats, `attempt` is where all nodes write what they know."""
+    """Watches the ranks of one node.
+
+    `local` is the folder of their heartbeats on the node's own disk. `attempt` is the attempt's folder on the shared
+    file system, where all nodes publish what they know.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.local, self.attempt, self.node = options.local, options.attempt, options.node
-        self.here, self.world = options.here, options.world
-        step_s = options.step
-        self.limits = {"start": options.start, "train": step_s, "evaluate": step_s, "save": options.save}
-        self.beats: dict[int, dict[str, Any]] = {}
-        """Last heartbeat by rank, with `silent_s` since then and `born`, when its process started."""
+        self.local_world_size, self.world_size = options.here, options.world
+        self.limits_s = {"start": options.start, "train": options.step, "evaluate": options.step, "save": options.save}
+        """Longest silence allowed by phase; all other phases use that of `start`."""
+        self.heartbeats: dict[int, dict[str, Any]] = {}
+        """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
         self.looked, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
 
     def run(self) -> None:
-        """Until every rank of the node is gone, whether by itself or by this."""
+        """Watch until every rank of the node has ended, by itself or because this killed it."""
         while True:
-            silent_s = self._look()
-            if not any(item["phase"] != "ended" and process_inspection.is_there(item) for item in self.beats.values()):
-                for item in self.beats.values():
-                    item["phase"] = "ended"
-                self._publish(answered=True)  # nobody need wait for word from here
-                break  # a rank that never marked anything goes with the first, which did before it started this
+            silent_s = self._read_heartbeats()
+            if not any(
+                heartbeat["phase"] != "ended" and process_inspection.is_alive(heartbeat)
+                for heartbeat in self.heartbeats.values()
+            ):
+                for heartbeat in self.heartbeats.values():
+                    heartbeat["phase"] = "ended"
+                self._publish(answered=True)  # so that no other node waits for this one
+                # A rank that never wrote a heartbeat ends with the first rank, which wrote one before it started this.
+                break
             due = time.monotonic() - self.published >= PUBLISH_S
             if silent_s is not None or (due and (self.attempt / MARK).exists()):
                 self._end_hang()
@@ -65,68 +74,69 @@ class Watchdog:
             time.sleep(POLL_S)
         shutil.rmtree(self.local, ignore_errors=True)
 
-    def _look(self) -> float | None:
-        """Read the heartbeats; the longest silence, in seconds, where a rank has been silent for too long, else None.
+    def _read_heartbeats(self) -> float | None:
+        """Update `heartbeats`. Returns the longest silence in seconds if a rank has been silent too long, else None.
 
-        Time is counted by looks, so that a job that was suspended, and this process with it, is not taken for a hang.
+        A rank's silence is the sum of the times between looks, each at most 2 * POLL_S. So a job that Slurm suspended,
+        and this process with it, is not taken for a hang.
         """
         now = time.monotonic()
         passed, self.looked = min(now - self.looked, 2 * POLL_S), now
         self.age_s += passed
-        found = {item["rank"]: item for path in self.local.glob("rank-*.beat") if (item := _beat(path))}
-        for rank, item in found.items():
-            known = self.beats.get(rank)
-            if known and (known["count"], known["time"]) == (item["count"], item["time"]):
+        files = [_read_heartbeat(path) for path in self.local.glob("rank-*.beat")]
+        current = {heartbeat["rank"]: heartbeat for heartbeat in files if heartbeat}
+        for rank, heartbeat in current.items():
+            known = self.heartbeats.get(rank)
+            if known and (known["count"], known["time"]) == (heartbeat["count"], heartbeat["time"]):
                 known["silent_s"] += passed
             else:
-                self.beats[rank] = {
-                    **item,
-                    "silent_s": 0.0,
-                    "born": known["born"] if known else process_inspection.born(item["pid"]),
-                }
-        for rank, known in self.beats.items():
-            if rank not in found and not (self.local / f"rank-{rank}.beat").exists():
-                known["phase"] = "ended"
-        late = [known["silent_s"] for known in self.beats.values() if self._is_late(known)]
-        if len(self.beats) < self.here and self.age_s > self.limits["start"]:
-            late.append(self.age_s)
-        return max(late, default=None)
+                born = known["born"] if known else process_inspection.start_ticks(heartbeat["pid"])
+                self.heartbeats[rank] = {**heartbeat, "silent_s": 0.0, "born": born}
+        for rank, known in self.heartbeats.items():
+            if rank not in current and not (self.local / f"rank-{rank}.beat").exists():
+                known["phase"] = "ended"  # a rank deletes its file when it ends
+        silences_s = [known["silent_s"] for known in self.heartbeats.values() if self._is_late(known)]
+        if len(self.heartbeats) < self.local_world_size and self.age_s > self.limits_s["start"]:
+            silences_s.append(self.age_s)  # a rank has never written a heartbeat
+        return max(silences_s, default=None)
 
     def _is_late(self, known: dict[str, Any]) -> bool:
-        limit_s = self.limits.get(known["phase"], self.limits["start"])
-        return known["phase"] != "ended" and known["silent_s"] > limit_s and process_inspection.is_there(known)
+        limit_s = self.limits_s.get(known["phase"], self.limits_s["start"])
+        return known["phase"] != "ended" and known["silent_s"] > limit_s and process_inspection.is_alive(known)
 
     def _publish(self, answered: bool = False) -> None:
-        """For other nodes and `status`: what is known of this node's ranks; `answered` once they were asked for their stacks."""
-        ranks = {str(rank): {**item, "answered": answered} for rank, item in sorted(self.beats.items())}
-        with suppress(OSError):  # a file system that does not answer may be what is wrong
+        """Write this node's heartbeats for the other nodes and `status`. `answered`: the ranks have been inspected."""
+        ranks = {str(rank): {**heartbeat, "answered": answered} for rank, heartbeat in sorted(self.heartbeats.items())}
+        with suppress(OSError):  # a file system that does not answer may be the very cause of the hang
             write_json(self.attempt / f"node-{self.node}.json", {"ranks": ranks})
         self.published = time.monotonic()
 
     def _end_hang(self) -> None:
-        """Look at this node's ranks, wait for the other nodes to do so, write the verdict, and kill the ranks.
+        """Inspect this node's ranks, wait until the other nodes have done so, write the verdict, and kill the ranks.
 
-        The node that notices first writes it; where that one is lost, the others do.
+        The node that noticed first writes the verdict. If that node is lost, another one does, later.
         """
         patience_s = GATHER_S if self._is_first() else 2 * GATHER_S
-        process_inspection.ask(self.beats, self.local, self.attempt)
+        process_inspection.inspect_ranks(self.heartbeats, self.local, self.attempt)
         self._publish(answered=True)
-        verdict, until = self.attempt / "hang.json", time.monotonic() + patience_s
-        while not verdict.exists():
-            seen = {rank: {**item, "answered": True} for rank, item in self.beats.items()}
-            seen = gathered(self.attempt) | seen
-            if sum(item["answered"] for item in seen.values()) < self.world and time.monotonic() < until:
+        verdict_path, deadline = self.attempt / "hang.json", time.monotonic() + patience_s
+        while not verdict_path.exists():
+            own = {rank: {**heartbeat, "answered": True} for rank, heartbeat in self.heartbeats.items()}
+            evidence = published_ranks(self.attempt) | own
+            if sum(item["answered"] for item in evidence.values()) < self.world_size and time.monotonic() < deadline:
                 time.sleep(POLL_S / 2)
                 continue
             code = str(Path(__file__).resolve().parent.parent.parent)
             with suppress(OSError):
-                write_json(verdict, hang_diagnosis.diagnose(seen, self.world, code) | {"time": time.time()})
+                verdict = hang_diagnosis.diagnose(evidence, self.world_size, code)
+                write_json(verdict_path, verdict | {"time": time.time()})
             break
-        for item in self.beats.values():
-            if item["phase"] != "ended":
-                process_inspection.kill(item, signal.SIGKILL)
+        for heartbeat in self.heartbeats.values():
+            if heartbeat["phase"] != "ended":
+                process_inspection.send_signal(heartbeat, signal.SIGKILL)
 
     def _is_first(self) -> bool:
+        """Return whether this node is the first to notice the hang, and mark the hang for all nodes."""
         try:
             (self.attempt / MARK).open("x").close()
         except OSError:
@@ -134,45 +144,46 @@ class Watchdog:
         return True
 
 
-def _beat(path: Path) -> dict[str, Any] | None:
-    """A rank's heartbeat; None where there is none, or half of one."""
+def _read_heartbeat(path: Path) -> dict[str, Any] | None:
+    """Read a rank's heartbeat; None if there is none, or if the rank is just writing it."""
     with suppress(OSError, ValueError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else None
+        heartbeat = read_json(path)
+        return heartbeat if isinstance(heartbeat, dict) else None
     return None
 
 
-def folder(scratch: str, attempt: Path, node: int) -> Path:
-    """Where the ranks of a node leave their heartbeats: on its own disk, by a name that no other job has."""
+def heartbeat_folder(scratch: str, attempt: Path, node: int) -> Path:
+    """Return the folder for the heartbeats of a node's ranks: on the node's own disk, with a name that no other job has."""
     name = hashlib.sha256(str(attempt).encode()).hexdigest()[:16]
     return Path(scratch) / f"muster-{os.getuid()}" / f"watch-{name}-{node}"
 
 
-def start(config: Config, attempt: Path, where: Ranks) -> None:
-    """Start the watchdog of this node, as a session of its own: what stops this rank does not stop that."""
+def start(config: Config, attempt: Path, rank_info: RankInfo) -> None:
+    """Start the watchdog of this node in its own session, so that a signal that stops this rank does not stop it."""
     network = config.cluster.network
     words: list[object] = [sys.executable, "-m", "launcher.supervise.watchdog"]
-    words += [folder(config.cluster.scratch, attempt, where.node_rank), attempt]
-    words += ["--node", where.node_rank, "--here", where.local_world_size, "--world", where.world_size]
+    words += [heartbeat_folder(config.cluster.scratch, attempt, rank_info.node_rank), attempt]
+    words += ["--node", rank_info.node_rank, "--here", rank_info.local_world_size, "--world", rank_info.world_size]
     words += ["--start", network.nccl_timeout_s, "--step", network.step_timeout_s, "--save", network.save_timeout_s]
-    nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
-    # with the outputs of the rank srun would wait for this process, too
-    os.posix_spawn(sys.executable, [str(word) for word in words], os.environ, file_actions=nothing, setsid=True)
+    # srun waits until the rank's stdout and stderr are closed, so the watchdog must not inherit them.
+    dev_null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    os.posix_spawn(sys.executable, [str(word) for word in words], os.environ, file_actions=dev_null, setsid=True)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Run the watchdog. Writes the traceback to watchdog-NODE.log if it fails: nobody reads its stderr."""
     parser = argparse.ArgumentParser(prog="python -m launcher.supervise.watchdog", description=__doc__)
-    parser.add_argument("local", type=Path)
-    parser.add_argument("attempt", type=Path)
-    for name in ("node", "here", "world"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("local", type=Path, help="folder of the heartbeats on this node")
+    parser.add_argument("attempt", type=Path, help="folder of the attempt in the run")
+    parser.add_argument("--node", type=int, required=True, help="number of this node")
+    parser.add_argument("--here", type=int, required=True, help="ranks on this node")
+    parser.add_argument("--world", type=int, required=True, help="ranks of the job")
     for name in ("start", "step", "save"):
-        parser.add_argument(f"--{name}", type=float, required=True, help="limit, in seconds")
-    options = parser.parse_args(words)
+        parser.add_argument(f"--{name}", type=float, required=True, help="longest silence in this phase, in seconds")
+    options = parser.parse_args(arguments)
+    # Slurm may send signals to every process of a job step. The ranks decide when the step ends.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # Slurm may send to every process of a step; the ranks decide when it ends
+        signal.signal(number, signal.SIG_IGN)
     try:
         Watchdog(options).run()
     except Exception:

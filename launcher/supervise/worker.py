@@ -1,4 +1,4 @@
-"""What every rank runs: sets its environment, runs the job, and records how it ended. submitit pickles `run` with two strings."""
+"""Runs one rank of a job: sets its environment, runs the job, and records how it ended. submitit pickles `run`."""
 
 import atexit
 import json
@@ -23,103 +23,118 @@ from launcher.supervise import attempt, rendezvous, watchdog
 from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
 
-log = logging.getLogger("launcher.supervise.worker")  # its name also where it is run as __main__
+log = logging.getLogger("launcher.supervise.worker")  # not __name__, which is __main__ in a script submitted by hand
 
-SHOWN = re.compile(
+LOGGED_VARIABLES = re.compile(
     "MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$|NODE_(RANK|WORLD_SIZE)$|NCCL_|GLOO_|MUSTER_|AXOLOTL_|DEEPSPEED_|ACCELERATE_|FSDP_|PARALLELISM_"
     "|TORCH|TRITON_|PYTORCH_|OMP_|HF_HUB|HF_HOME|SRUN_CPUS|CUDA_VISIBLE"
 )
-"""The variables that a rank's log shows."""
+"""Names of the variables that a rank writes to its log."""
 
 
 def run(job: str, config_path: str) -> None:
-    """Run one rank of `job`. Leaves with exit code 2, without a traceback, for what the user can mend."""
-    # imported here, so that the login node can pickle this function without the packages of the jobs
+    """Run one rank of `job`, and exit: 2 for an error that the user can fix (no traceback), 3 after a planned stop."""
+    # Imported here, so that the login node can pickle this function without the packages of the jobs.
     from jobs import run as run_job
     from jobs.distributed import logs, stop_signals
 
-    stop_signals.listen()  # first of all: submitit's own handler would requeue the job before it is saved
-    try:
-        config = resolve.load(Path(config_path))
-    except UserError as error:  # the run folder is not known, so there is no place for a verdict
-        print(f"muster: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    where = environment.ranks(os.environ)
-    logs.set_up(where.rank)
-    _prepare(config, job, where)
+    stop_signals.listen()  # first of all: submitit's own signal handler would requeue the job before it has saved
+    config = _load_config(Path(config_path))
+    rank_info = environment.read_rank_info(os.environ)
+    logs.set_up(rank_info.rank)
+    _set_environment(config, job, rank_info)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
-    note = partial(attempt.record, folder, number, where.rank)
+    record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     started = time.time()
     if not JOB_KINDS[job].resumable:
-        stop_signals.leave_at_once(note)
+        stop_signals.leave_at_once(record_end)
+    watched = JOB_KINDS[job].distributed
     try:
-        with _watched(config, folder / f"attempt-{number}", where) if JOB_KINDS[job].distributed else nullcontext():
+        with _heartbeats(config, folder / f"attempt-{number}", rank_info) if watched else nullcontext():
             run_job(job, config_path)
     except Stopped as error:
-        note(error.status, str(error))
+        record_end(error.status, str(error))
         log.info(str(error))
-        if where.rank == 0:
-            cluster = config.cluster
-            attempt.adopt(folder, number, where.world_size, cluster.max_restarts if cluster.requeue else None)
+        if rank_info.rank == 0:
+            max_restarts = config.cluster.max_restarts if config.cluster.requeue else None
+            attempt.finish_for_killed_script(folder, number, rank_info.world_size, max_restarts)
         sys.exit(3)
     except UserError as error:
-        note(USER_ERROR, str(error))
+        record_end(USER_ERROR, str(error))
         log.error(str(error))
         sys.exit(error.exit_code)
     except BaseException as error:
         status, remedy = classify(error)
-        note(status, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc(), remedy=remedy)
+        record_end(status, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc(), remedy=remedy)
         raise
-    if where.rank == 0:
-        note(COMPLETED, seconds=round(time.time() - started, 2))
-    if where.world_size > 1:
-        atexit.register(_leave)
+    if rank_info.rank == 0:
+        record_end(COMPLETED, seconds=round(time.time() - started, 2))
+    if rank_info.world_size > 1:
+        atexit.register(_exit_at_once)
+
+
+def _load_config(path: Path) -> Config:
+    """Load the run's config. Exits without a verdict on an error, because the run folder is unknown without a config."""
+    try:
+        return resolve.load(path)
+    except UserError as error:
+        print(f"muster: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 @contextmanager
-def _watched(config: Config, folder: Path, where: environment.Ranks) -> Iterator[None]:
-    """Mark meanwhile how far this rank is; the first of a node starts the process that looks at the marks."""
+def _heartbeats(config: Config, folder: Path, rank_info: environment.RankInfo) -> Iterator[None]:
+    """Write heartbeats of this rank during the block; the first rank of a node also starts the node's watchdog.
+
+    `folder` is the attempt's folder. If the node's own disk cannot be used, logs a warning and runs without.
+    """
     from jobs.distributed import heartbeat
 
-    local = watchdog.folder(config.cluster.scratch, folder, where.node_rank)
+    local = watchdog.heartbeat_folder(config.cluster.scratch, folder, rank_info.node_rank)
     try:
         local.mkdir(parents=True, exist_ok=True)
-        heartbeat.listen(local, where.rank, attempt.host())
-        values = environment.watch_variables(config, str(local / PIPE))
-        environment.apply({key: value for key, value in values.items() if key not in os.environ})
-        if where.local_rank == 0:
+        heartbeat.listen(local, rank_info.rank, attempt.host())
+        values = environment.watchdog_variables(config, str(local / PIPE))
+        environment.set_variables({key: value for key, value in values.items() if key not in os.environ})
+        if rank_info.local_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            watchdog.start(config, folder, where)
+            watchdog.start(config, folder, rank_info)
     except OSError as error:
-        log.warning(f"nobody watches for hangs: cluster.scratch={config.cluster.scratch}: {error}")
+        log.warning(f"cluster.scratch={config.cluster.scratch}: no watchdog, so hangs are not detected: {error}")
     try:
         yield
     finally:
         heartbeat.close()
 
 
-def _leave() -> None:
-    """End a rank whose work is done before torch's threads are taken apart: now and then one aborts in that, srun then kills
-    the other ranks, and a job that has done all it should ends as a failure (seen with Gloo: `terminate called`)."""
+def _exit_at_once() -> None:
+    """Exit a rank whose work is done before torch destroys its threads.
+
+    Now and then a rank aborts in that destruction (seen with Gloo: `terminate called`). srun then kills the other
+    ranks, and a job that has done all its work ends as a failure.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _prepare(config: Config, job: str, where: environment.Ranks) -> None:
-    """Set this rank's variables, and show them in its log, but for secrets. What is set already stays."""
+def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) -> None:
+    """Set this rank's variables, and log them without secrets. A variable that is already set keeps its value."""
     caches = environment.cache_variables(config, os.getuid())
-    values = where.variables() | {key: value for key, value in caches.items() if key not in os.environ}
+    values = rank_info.variables() | {key: value for key, value in caches.items() if key not in os.environ}
     reason = "not needed"
-    if where.world_size > 1 and JOB_KINDS[job].distributed:
-        found = rendezvous.interface_to(os.environ["MASTER_ADDR"])
-        interface, reason = environment.network_variables(config, found, os.environ)
-        values |= interface
-    path = Path(config.cluster.secrets_file).expanduser()
-    values |= environment.secrets(config, os.environ, path.read_text(encoding="utf-8") if path.is_file() else "")
-    environment.apply(values)
+    if rank_info.world_size > 1 and JOB_KINDS[job].distributed:
+        interface = rendezvous.interface_to(os.environ["MASTER_ADDR"])
+        network_values, reason = environment.network_variables(config, interface, os.environ)
+        values |= network_values
+    secrets_path = Path(config.cluster.secrets_file).expanduser()
+    secrets_text = secrets_path.read_text(encoding="utf-8") if secrets_path.is_file() else ""
+    values |= environment.secret_values(config, os.environ, secrets_text)
+    environment.set_variables(values)
     hidden = {name for name in os.environ if name in config.cluster.secrets or secret_names.is_secret(name)}
-    shown = {name: value for name, value in sorted(os.environ.items()) if SHOWN.match(name) and name not in hidden}
+    shown = {
+        name: value for name, value in sorted(os.environ.items()) if LOGGED_VARIABLES.match(name) and name not in hidden
+    }
     log.info(f"network interface {reason}\nenvironment {json.dumps(shown)}")
 
 

@@ -47,7 +47,7 @@ def chained() -> None:
         (full, "user_error", "free space"),
         (chained, "user_error", "free space"),
         (lambda: torch.load("/nowhere/weights.pt"), "user_error", "every node"),
-        (lambda: AutoConfig.from_pretrained("/nowhere/model"), "user_error", "every node sees"),
+        (lambda: AutoConfig.from_pretrained("/nowhere/model"), "user_error", "every node can read"),
         (lambda: hf_hub_download("a/b", "config.json", local_files_only=True), "user_error", "gated"),
         (missing_module, "user_error", "cluster.python"),
         (rendezvous, "nccl", "preflight"),

@@ -8,7 +8,7 @@ import pytest
 from conf import resolve
 from conf.schema import Config
 from launcher import environment
-from launcher.environment import Ranks
+from launcher.environment import RankInfo
 from launcher.plan import plan
 from tests.conftest import RUN_DIR, Compose, put
 
@@ -167,23 +167,23 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "7", "SLURM_
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, Ranks(0, 0, 1, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Ranks(0, 0, 1, 1, 0)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, Ranks(5, 1, 7, 2, 2)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,2(x2)"}, Ranks(5, 1, 7, 2, 2)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),3"}, Ranks(5, 1, 7, 3, 2)),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x16)"}, Ranks(5, 1, 7, 8, 2)),
-        (SLURM | {"SLURM_TASKS_PER_NODE": "4(x8)"}, Ranks(5, 1, 7, 4, 2)),
-        (SLURM | {"SLURM_TASKS_PER_NODE": "9(x8)", "SLURM_STEP_TASKS_PER_NODE": "1,2,4"}, Ranks(5, 1, 7, 4, 2)),
+        ({}, RankInfo(0, 0, 1, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, RankInfo(0, 0, 1, 1, 0)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, RankInfo(5, 1, 7, 2, 2)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,2(x2)"}, RankInfo(5, 1, 7, 2, 2)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),3"}, RankInfo(5, 1, 7, 3, 2)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x16)"}, RankInfo(5, 1, 7, 8, 2)),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "4(x8)"}, RankInfo(5, 1, 7, 4, 2)),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "9(x8)", "SLURM_STEP_TASKS_PER_NODE": "1,2,4"}, RankInfo(5, 1, 7, 4, 2)),
         (
             {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"},
-            Ranks(1, 1, 2, 2, 0),
+            RankInfo(1, 1, 2, 2, 0),
         ),
         (
             SLURM | {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_NTASKS": "2"},
-            Ranks(0, 0, 2, 2, 0),
+            RankInfo(0, 0, 2, 2, 0),
         ),
-        (SLURM | {"SUBMITIT_EXECUTOR": "slurm", "SLURM_STEP_TASKS_PER_NODE": "7(x3)"}, Ranks(5, 1, 7, 7, 2)),
+        (SLURM | {"SUBMITIT_EXECUTOR": "slurm", "SLURM_STEP_TASKS_PER_NODE": "7(x3)"}, RankInfo(5, 1, 7, 7, 2)),
     ],
     ids=[
         "alone",
@@ -199,12 +199,12 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "7", "SLURM_
         "submitit on Slurm",
     ],
 )
-def test_ranks_come_from_who_started_them(environ: Mapping[str, str], expected: Ranks) -> None:
-    assert environment.ranks(environ) == expected
+def test_ranks_come_from_who_started_them(environ: Mapping[str, str], expected: RankInfo) -> None:
+    assert environment.read_rank_info(environ) == expected
 
 
 def test_ranks_as_torch_wants_them() -> None:
-    assert Ranks(rank=5, local_rank=1, world_size=7, local_world_size=2, node_rank=2).variables() == {
+    assert RankInfo(rank=5, local_rank=1, world_size=7, local_world_size=2, node_rank=2).variables() == {
         "RANK": "5",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "7",
@@ -221,7 +221,7 @@ BOTH = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
     ("interface", "found", "environ", "expected", "reason"),
     [
         ("auto", "ib0", {}, BOTH | {"NCCL_SOCKET_IFNAME": "=ib0"}, "ib0: routes to MASTER_ADDR"),
-        ("auto", "lo", {}, {"GLOO_SOCKET_IFNAME": "lo"}, "NCCL's left unset"),
+        ("auto", "lo", {}, {"GLOO_SOCKET_IFNAME": "lo"}, "NCCL's stays unset"),
         ("auto", None, {}, {}, "no interface routes to MASTER_ADDR"),
         ("ib0", "eth0", {}, BOTH, "ib0: cluster.network.interface"),
         ("ib0", None, {}, BOTH, "ib0: cluster.network.interface"),
@@ -271,7 +271,7 @@ def test_secrets_are_read_from_a_file_where_the_environment_lacks_them(
     compose: Compose, text: str, environ: dict[str, str], expected: dict[str, str]
 ) -> None:
     config = put(compose(*LLAMA), {"cluster.secrets": ["HF_TOKEN", "WANDB_API_KEY"]})
-    assert environment.secrets(config, environ, text) == expected
+    assert environment.secret_values(config, environ, text) == expected
 
 
 def test_the_runs_code_comes_before_the_users(compose: Compose) -> None:
@@ -285,7 +285,10 @@ def test_the_runs_code_comes_before_the_users(compose: Compose) -> None:
 def test_variables_are_put_back_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUSTER_TEST", "before")
     before = dict(os.environ)
-    with pytest.raises(ZeroDivisionError), environment.applied({"MUSTER_TEST": "in", "MUSTER_TEST_NEW": "in"}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        environment.temporary_variables({"MUSTER_TEST": "in", "MUSTER_TEST_NEW": "in"}),
+    ):
         assert (os.environ["MUSTER_TEST"], os.environ["MUSTER_TEST_NEW"]) == ("in", "in")
         raise ZeroDivisionError
     assert dict(os.environ) == before

@@ -1,4 +1,4 @@
-"""launch.py killed at any moment leaves no file that is half there, and the same command given again does the rest."""
+"""launch.py, killed at any moment, leaves no half-written file, and the same command given again writes the rest."""
 
 import json
 import random
@@ -18,39 +18,39 @@ from tests.test_readme import CLONE
 WORDS = ["cluster=slurm", "model=llama70b", "parallel=zero3", "submit=script"]
 
 
-def test_a_killed_launch_can_be_given_again(tmp_path):
-    chance, began = random.Random(0), time.monotonic()
+def test_a_killed_launch_can_be_repeated(tmp_path: Path) -> None:
+    generator, began = random.Random(0), time.monotonic()
     launch(tmp_path / "run99")
-    seconds, expected = time.monotonic() - began, files(tmp_path / "run99")
+    duration_s, expected = time.monotonic() - began, file_sizes(tmp_path / "run99")
     for number in range(12):
-        run = tmp_path / f"run{number:02d}"  # as long as run99, so that scripts are of equal size
-        with subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
-            time.sleep(seconds * chance.uniform(0.4, 1.0))
-            started.kill()
-        for name in files(run):
-            assert is_whole(run, name, expected[name]), name
+        run = tmp_path / f"run{number:02d}"  # as long a name as run99, so that the scripts have equal sizes
+        with subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(duration_s * generator.uniform(0.4, 1.0))
+            process.kill()
+        for name in file_sizes(run):
+            assert is_complete(run, name, expected[name]), name
         launch(run)
-        assert files(run).keys() == expected.keys()
+        assert file_sizes(run).keys() == expected.keys()
 
 
-def command(run):
-    return [sys.executable, CLONE / "launch.py", *WORDS, f"run_dir={run}"]
+def command(run: Path) -> list[str]:
+    return [sys.executable, str(CLONE / "launch.py"), *WORDS, f"run_dir={run}"]
 
 
-def launch(run):
+def launch(run: Path) -> None:
     done = subprocess.run(command(run), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def files(run):
-    """Size of every file that a later command would read: those whose names start with a dot are never read."""
-    found = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+def file_sizes(run: Path) -> dict[str, int]:
+    """Size of every file that a later command would read. Names that start with a dot are never read."""
+    paths = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
     return {
-        str(name): (run / name).stat().st_size for name in found if not any(part.startswith(".") for part in name.parts)
+        str(path): (run / path).stat().st_size for path in paths if not any(part.startswith(".") for part in path.parts)
     }
 
 
-def is_whole(run, name, size):
+def is_complete(run: Path, name: str, size: int) -> bool:
     path = run / name
     if name == "config.yaml":
         return resolve.load(path) is not None
@@ -61,21 +61,21 @@ def is_whole(run, name, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.proof)])
-def test_a_launch_that_is_ended_here_ends_its_ranks(tmp_path, number):
-    """They have sessions of their own, which neither a closed terminal nor `kill` reaches."""
+def test_ending_a_local_launch_ends_its_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    """The ranks have their own sessions, so neither a closed terminal nor `kill` reaches them directly."""
     run = tmp_path / "run"
 
-    def found():
-        return [rank["pid"] for rank in attempts.gathered(run / "jobs/train/attempt-1").values()]
+    def process_ids() -> list[int]:
+        return [rank["pid"] for rank in attempts.published_ranks(run / "jobs/train/attempt-1").values()]
 
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
     background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]  # as `launch.py &` does
-    line = [*background, sys.executable, CLONE / "launch.py", *words]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as started:
+    line = [*background, sys.executable, str(CLONE / "launch.py"), *words]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: any("loss" in line for line in attempts.metrics(run)))
-        until(lambda: len(found()) == 2)  # said every ten seconds
-        ranks = found()
-        started.send_signal(number)
-        assert started.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
-    assert started.returncode == 130
+        until(lambda: len(process_ids()) == 2)  # published every ten seconds
+        ranks = process_ids()
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
+    assert process.returncode == 130
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))

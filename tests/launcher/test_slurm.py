@@ -70,7 +70,7 @@ def test_nobody_is_asked_about_no_job(programs: Programs) -> None:
         ("echo 'sacct: error: no database' >&2; echo 'more' >&2; exit 1", "^sacct: error: no database$"),
         ("echo 'on stdout'; exit 1", "^on stdout$"),
         ("exit 3", "^sacct exited with 3$"),
-        ("while :; do :; done", "^sacct gave no answer in 0 s$"),
+        ("while :; do :; done", "^sacct did not answer within 0 s$"),
     ],
     ids=["its first error line", "its first line", "its exit code", "no answer"],
 )
@@ -143,7 +143,7 @@ def test_what_the_controller_holds_of_a_job(programs: Programs) -> None:
     programs(
         scontrol="echo 'JobId=7 JobName=a/train JobState=RUNNING Reason=None Restarts=2 ExcNodeList=n[1-2],n4 Comment=a=b'"
     )
-    found = slurm.job("7")
+    found = slurm.show_job("7")
     assert [found[name] for name in ("JobState", "Restarts", "ExcNodeList")] == ["RUNNING", "2", "n[1-2],n4"]
 
 

@@ -143,7 +143,7 @@ class Suite:
         after = runs.step(run) + step if found.struck else step
 
         def done() -> bool:
-            return bool(found.struck) and not runs.runs.active(run)
+            return bool(found.struck) and not runs.state.active_jobs(run)
 
         runs.until(lambda: (runs.step(run) >= after and len(scene.checkpoints) >= kind.checkpoints) or done(), END_S)
         if done():  # before it could be struck again
@@ -167,14 +167,14 @@ def pause(run: Path, number: int, at: float, restarts: bool) -> float | None:
     Where that attempt goes on, the longest pause between two of its steps until now; 0 where the run has ended.
     """
     folder = run / "jobs/train"
-    newest = attempts.newest(folder) or 0
+    newest = attempts.newest_attempt(folder) or 0
     times = [line["time"] for line in attempts.metrics(run)]
     if newest > number:
-        since = attempts.opened(folder, newest).get("started", time.time())
+        since = attempts.begin_record(folder, newest).get("started", time.time())
         return min((moment - at for moment in times if moment > since), default=None)
     ending = restarts or (folder / f"attempt-{number}/hang.begun").exists()
     if (folder / f"attempt-{number}.json").exists():
-        return None if runs.runs.active(run) else 0.0
+        return None if runs.state.active_jobs(run) else 0.0
     after = [moment for moment in times if moment > at]
     return None if ending or not after else max(map(sub, after, [at, *after]))
 

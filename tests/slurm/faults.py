@@ -59,7 +59,7 @@ class Scene:
     @property
     def attempt(self) -> int:
         """Number of the newest attempt; 0 before the first."""
-        return attempts.newest(self.folder) or 0
+        return attempts.newest_attempt(self.folder) or 0
 
     @property
     def job_id(self) -> str:
@@ -67,7 +67,7 @@ class Scene:
 
     @property
     def nodes(self) -> list[str]:
-        return slurm.hostnames(slurm.job(self.job_id)["NodeList"])
+        return slurm.hostnames(slurm.show_job(self.job_id)["NodeList"])
 
     @property
     def checkpoints(self) -> list[Path]:

@@ -46,10 +46,10 @@ def start(run: Path, *words: str) -> None:
 def finish(run: Path, timeout_s: float = 240) -> dict[str, state.JobState]:
     """Wait until no job of the run waits or runs; the states by job."""
     deadline = time.monotonic() + timeout_s
-    while state.active(run) and time.monotonic() < deadline:
+    while state.active_jobs(run) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not state.active(run), "\n".join(
-        [str(state.active(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*/rank-0.log"))]
+    assert not state.active_jobs(run), "\n".join(
+        [str(state.active_jobs(run)), *(log.read_text()[-2000:] for log in run.glob("jobs/*/*/rank-0.log"))]
     )
     return {job.name: job for job in state.job_states(run)}
 
@@ -63,7 +63,7 @@ def complete(run: Path, *words: str) -> None:
 
 def logs(run: Path, job: str) -> dict[int, str]:
     """What each rank of a job's newest attempt has printed."""
-    number = attempts.newest(run / "jobs" / job)
+    number = attempts.newest_attempt(run / "jobs" / job)
     found = (run / "jobs" / job / f"attempt-{number}").glob("rank-*.log")
     return {int(path.stem.removeprefix("rank-")): path.read_text() for path in sorted(found)}
 
@@ -133,8 +133,8 @@ def kill_a_rank(run: Path) -> None:
 
 def stop_rank(run: Path, rank: int) -> None:
     """SIGSTOP a rank of training's first attempt, as a debugger or a node's power guard does."""
-    until(lambda: rank in attempts.gathered(run / "jobs/train/attempt-1"))
-    os.kill(attempts.gathered(run / "jobs/train/attempt-1")[rank]["pid"], signal.SIGSTOP)
+    until(lambda: rank in attempts.published_ranks(run / "jobs/train/attempt-1"))
+    os.kill(attempts.published_ranks(run / "jobs/train/attempt-1")[rank]["pid"], signal.SIGSTOP)
 
 
 def fingerprints(run: Path) -> dict[str, str]:

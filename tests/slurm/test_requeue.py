@@ -39,7 +39,7 @@ def test_a_signalled_training_goes_on_and_what_follows_waits_for_its_end(whole, 
     trained(run, 5)
     commands.call("scancel", *words, runs.job_id(run, "train"))
     runs.until(lambda: (run / "jobs/train/attempt-1.json").exists())
-    states = {job.name: job for job in runs.runs.job_states(run)}
+    states = {job.name: job for job in runs.state.job_states(run)}
     assert (states["train"].state in commands.LIVE, states["train"].failed) == (True, False)
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)

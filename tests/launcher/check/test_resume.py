@@ -160,7 +160,7 @@ def end(config: Config, job: str, status: str, *, digest: str | None = None) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MUSTER_CONFIG", digest or resolve.digest(config))
         number = int(attempt.begin(folder)[0]["MUSTER_ATTEMPT"])
-    attempt.record(folder, number, 0, status)
+    attempt.record_end(folder, number, 0, status)
     attempt.finish(folder, number, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""launcher/status/state.py and `python -m launcher`: a run folder made by hand, read back."""
+"""launcher/status/state.py and `python -m launcher`: on run folders made by hand."""
 
 import os
 import socket
@@ -13,30 +13,30 @@ import pytest
 from conf.errors import RunError
 from conf.files import read_json, write_json
 from launcher.run_folder import record
-from launcher.status import state as runs
+from launcher.status import state as state_module
 from launcher.supervise import attempt
 from tests.conftest import Programs, module
 
 
 def launched(run: Path, cluster: str, **jobs: str) -> None:
     """Add a launch to RUN/run.json."""
-    launches = record.read(run) if (run / "run.json").exists() else []
+    launches = record.read_launches(run) if (run / "run.json").exists() else []
     write_json(run / "run.json", {"launches": [*launches, {"cluster": cluster, "jobs": jobs}]})
 
 
 def ended(run: Path, job: str, job_id: str, status: str, reason: str = "") -> None:
-    """Add an attempt of `job`, which ended."""
+    """Add an attempt of `job` that has ended."""
     folder = run / "jobs" / job
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", job_id)
         number = int(attempt.begin(folder)[0]["MUSTER_ATTEMPT"])
-    attempt.record(folder, number, 0, status, reason, f"Traceback of {reason}" if reason else "")
+    attempt.record_end(folder, number, 0, status, reason, f"Traceback of {reason}" if reason else "")
     attempt.finish(folder, number, 0, 4)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run on Slurm: preprocess completed, train runs, consolidate waits."""
+    """A run on Slurm: preprocess has completed, train is running, consolidate is pending."""
     run = tmp_path / "run"
     launched(run, "slurm", preprocess="101", train="102", consolidate="103")
     ended(run, "preprocess", "101", "completed")
@@ -47,11 +47,14 @@ SQUEUE = 'case "$*" in *--jobs*) echo "Dependency|N/A";; *) echo "102|RUNNING"; 
 
 
 def states(run: Path) -> dict[str, tuple[str, str, str | None]]:
-    """(job id, state, verdict) of each job."""
-    return {job.name: (job.job_id, job.state, job.verdict and job.verdict["status"]) for job in runs.job_states(run)}
+    """Return (job id, state, status of the verdict) of each job."""
+    return {
+        job.name: (job.job_id, job.state, job.verdict["status"] if job.verdict else None)
+        for job in state_module.job_states(run)
+    }
 
 
-def test_the_jobs_of_a_run_with_state_and_verdict(run: Path, programs: Programs) -> None:
+def test_jobs_have_state_and_verdict(run: Path, programs: Programs) -> None:
     programs(squeue=SQUEUE, sacct="echo '101|COMPLETED'")
     assert states(run) == {
         "preprocess": ("101", "COMPLETED", "completed"),
@@ -60,7 +63,7 @@ def test_the_jobs_of_a_run_with_state_and_verdict(run: Path, programs: Programs)
     }
 
 
-def test_a_state_that_nobody_knows_is_unknown(run: Path, programs: Programs) -> None:
+def test_a_job_that_slurm_does_not_know_is_unknown(run: Path, programs: Programs) -> None:
     programs()
     assert {state for _, state, _ in states(run).values()} == {"UNKNOWN"}
 
@@ -82,7 +85,7 @@ def test_jobs_are_in_the_order_of_the_pipeline(tmp_path: Path, programs: Program
 
 @pytest.fixture
 def local_run(tmp_path: Path) -> Iterator[Path]:
-    """A run on this machine whose training is at work: a process that has the run's folder among its words."""
+    """A run on this machine with a running training: a process with the run's folder in its command line."""
     run = tmp_path / "local"
     command = [sys.executable, "-c", "import time; time.sleep(60)", str(run / "jobs/train")]
     with subprocess.Popen(command) as process:
@@ -94,32 +97,32 @@ def local_run(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_local_job_runs_while_its_process_does(local_run: Path) -> None:
-    assert [job.state for job in runs.job_states(local_run)] == ["RUNNING"]
+    assert [job.state for job in state_module.job_states(local_run)] == ["RUNNING"]
 
 
 @pytest.mark.parametrize("job_id", [str(os.getpid()), "999999999", "local"], ids=["another's", "gone", "no id"])
-def test_a_local_job_has_ended_when_its_process_is_not_there(tmp_path: Path, job_id: str) -> None:
+def test_a_local_job_has_ended_if_its_process_is_gone(tmp_path: Path, job_id: str) -> None:
     launched(tmp_path / "run", "local", train=job_id)
-    assert [job.state for job in runs.job_states(tmp_path / "run")] == ["ENDED"]
+    assert [job.state for job in state_module.job_states(tmp_path / "run")] == ["ENDED"]
 
 
 def test_the_active_jobs_of_a_run_are_named(run: Path, programs: Programs) -> None:
     programs(squeue=SQUEUE, sacct="echo '101|COMPLETED'")
-    assert runs.active(run) == "train 102 is RUNNING, consolidate 103 is PENDING"
+    assert state_module.active_jobs(run) == "train 102 is RUNNING, consolidate 103 is PENDING"
 
 
 def test_a_run_that_has_ended_is_not_active(run: Path, programs: Programs) -> None:
     programs(sacct='for id in 101 102 103; do echo "$id|COMPLETED"; done')
-    assert runs.active(run) is None
+    assert state_module.active_jobs(run) is None
 
 
-def test_a_folder_that_is_no_run_is_not_active(tmp_path: Path) -> None:
-    assert runs.active(tmp_path) is None
+def test_a_folder_that_is_not_a_run_is_not_active(tmp_path: Path) -> None:
+    assert state_module.active_jobs(tmp_path) is None
 
 
-def test_a_folder_that_is_no_run_has_no_jobs(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RUN={tmp_path}: is no run folder: it has no run.json$"):
-        runs.job_states(tmp_path)
+def test_a_folder_that_is_not_a_run_has_no_jobs(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"^RUN={tmp_path}: is not a run folder: it has no run.json$"):
+        state_module.job_states(tmp_path)
 
 
 def log(run: Path, name: str, age_s: float = 0, text: str = "") -> Path:
@@ -136,19 +139,19 @@ def test_the_log_of_a_rank_is_its_newest(tmp_path: Path) -> None:
         log(tmp_path, name, age_s=60)
     for name in ("10_1_log.out", "10_10_log.out", "10_0_log.err"):
         log(tmp_path, name)
-    assert runs.logs(tmp_path, "train", 0) == newest
+    assert state_module.logs(tmp_path, "train", 0) == newest
 
 
-def test_a_rank_without_a_log_is_told_which_there_are(tmp_path: Path) -> None:
+def test_a_missing_log_names_the_ranks_that_have_one(tmp_path: Path) -> None:
     for rank in (10, 9, 0):
         log(tmp_path, f"7_{rank}_log.out")
     with pytest.raises(RunError, match="^RANK=11: no log of train: there are ranks 0 to 10$"):
-        runs.logs(tmp_path, "train", 11)
+        state_module.logs(tmp_path, "train", 11)
 
 
-def test_a_job_without_logs_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RANK=0: no log of train: the job has not written any; .*{tmp_path}$"):
-        runs.logs(tmp_path, "train", 0)
+def test_a_job_without_logs_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"^RANK=0: no log of train: the job has not written any yet; .*{tmp_path}$"):
+        state_module.logs(tmp_path, "train", 0)
 
 
 def test_status_shows_every_job(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
@@ -172,9 +175,7 @@ def test_status_exits_with_1_when_a_job_has_failed(run: Path, programs: Programs
     assert "loss is nan" in done.stdout
 
 
-def test_why_says_what_each_job_waits_for_or_how_it_failed(
-    run: Path, programs: Programs, surroundings: dict[str, str]
-) -> None:
+def test_why_shows_why_a_job_waits_or_failed(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
     programs(squeue=SQUEUE, sacct="echo '101|COMPLETED'; echo '102|FAILED'")
     ended(run, "train", "102", "failed", "loss is nan")
     launched(run, "slurm", evaluate="104")
@@ -194,7 +195,7 @@ def test_logs_prints_the_log_of_a_rank(run: Path, surroundings: dict[str, str]) 
     assert (done.returncode, done.stdout) == (0, f"==> {path}\nstep 1\nstep 2\n")
 
 
-def test_cancel_ends_what_waits_or_runs(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+def test_cancel_ends_pending_and_running_jobs(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
     folder = programs(squeue=SQUEUE, sacct="echo '101|COMPLETED'", scancel="exit 0")
     done = module("launcher", "cancel", run, env=surroundings)
     assert (done.returncode, done.stdout) == (0, "cancelled 2 jobs\n")
@@ -214,7 +215,7 @@ def test_cancel_never_gives_a_local_process_to_scancel(
     [["status", "{run}"], ["why", "{run}"], ["cancel", "{run}"], ["logs", "{run}"], ["resume", "{run}"]],
     ids=lambda words: words[0],
 )
-def test_what_is_no_run_is_named_without_a_traceback(
+def test_a_folder_that_is_not_a_run_gives_no_traceback(
     tmp_path: Path, surroundings: dict[str, str], words: list[str]
 ) -> None:
     done = module("launcher", *(word.format(run=tmp_path / "nowhere") for word in words), env=surroundings)
@@ -223,7 +224,7 @@ def test_what_is_no_run_is_named_without_a_traceback(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_stop_asks_training_by_a_file(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+def test_stop_writes_a_file_for_training(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
     programs(squeue=SQUEUE)
     done = module("launcher", "stop", run, env=surroundings)
     assert (done.returncode, "will save" in done.stdout) == (0, True)
@@ -231,13 +232,13 @@ def test_stop_asks_training_by_a_file(run: Path, programs: Programs, surrounding
 
 
 @pytest.mark.parametrize("state", ["PENDING", "COMPLETED"])
-def test_only_a_training_that_runs_can_be_stopped(
+def test_only_running_training_can_be_stopped(
     run: Path, programs: Programs, surroundings: dict[str, str], state: str
 ) -> None:
     programs(squeue=f"echo '102|{state}'")
     done = module("launcher", "stop", run, env=surroundings)
     assert done.returncode == 2
-    assert f"its training does not run ({state.lower()}); python -m launcher cancel" in done.stderr
+    assert f"training is not running ({state.lower()}); python -m launcher cancel" in done.stderr
     assert not (run / "jobs/train/stop").exists()
 
 
@@ -246,13 +247,13 @@ def requeued(run: Path, number: int, **verdict: object) -> None:
     folder = run / "jobs/train"
     ended(run, "train", "102", "preempted", "saved at step 7")
     path = folder / f"attempt-{number}.json"
-    write_json(path, read_json(path) | {"requeued": True, "next": "goes on from its checkpoint"} | verdict)
+    write_json(path, read_json(path) | {"requeued": True, "next": "continues from its checkpoint"} | verdict)
 
 
 @pytest.mark.parametrize(
     ("state", "code"),
     [("PENDING", 0), ("CANCELLED", 1)],
-    ids=["it starts again", "it was cancelled meanwhile"],
+    ids=["it starts again", "it has been cancelled"],
 )
 def test_a_job_that_starts_again_has_not_failed(
     run: Path, programs: Programs, surroundings: dict[str, str], state: str, code: int
@@ -261,10 +262,10 @@ def test_a_job_that_starts_again_has_not_failed(
     requeued(run, 1)
     done = module("launcher", "status", run, env=surroundings)
     assert done.returncode == code
-    assert "saved at step 7; goes on from its checkpoint" in done.stdout
+    assert "saved at step 7; continues from its checkpoint" in done.stdout
 
 
-def test_why_tells_every_attempt(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+def test_why_shows_every_attempt(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
     programs(sacct="echo '102|FAILED'")
     requeued(run, 1)
     ended(run, "train", "102", "failed", "loss is nan")
@@ -272,7 +273,7 @@ def test_why_tells_every_attempt(run: Path, programs: Programs, surroundings: di
     write_json(path, read_json(path) | {"remedy": "less of it", "log": "step 8\nstep 9"})
     done = module("launcher", "why", run, env=surroundings)
     assert done.stdout.splitlines()[1:8] == [
-        "  attempt 1 preempted: saved at step 7; goes on from its checkpoint",
+        "  attempt 1 preempted: saved at step 7; continues from its checkpoint",
         f"train 102 failed (rank 0 on {socket.gethostname()}): loss is nan",
         "remedy: less of it",
         "Traceback of loss is nan",
@@ -288,8 +289,8 @@ def test_the_log_of_a_rank_is_that_of_its_newest_attempt(tmp_path: Path) -> None
     log(tmp_path, "attempt-1/rank-0.log", age_s=60)
     newest = log(tmp_path, "attempt-2/rank-0.log", age_s=30)
     log(tmp_path, "7_0_log.out")  # the batch script's
-    assert runs.logs(tmp_path, "train", 0) == newest
+    assert state_module.logs(tmp_path, "train", 0) == newest
     with pytest.raises(RunError, match="ranks 0 to 0"):
-        runs.logs(tmp_path, "train", 1)
+        state_module.logs(tmp_path, "train", 1)
     here = log(tmp_path, "123_0_log.out")  # a later start on this machine
-    assert runs.logs(tmp_path, "train", 0) == here
+    assert state_module.logs(tmp_path, "train", 0) == here

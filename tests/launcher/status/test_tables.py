@@ -1,4 +1,4 @@
-"""launcher/status/tables.py: the table at the end of a run, from whatever its jobs have left."""
+"""launcher/status/tables.py: the tables of job states and of a run's result."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conf.files import write_json
-from launcher.status import state as runs
+from launcher.status import state as state_module
 from launcher.status import tables
 from launcher.status.state import JobState
 
@@ -21,9 +21,9 @@ def write_metrics(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_training_is_told_by_its_first_and_last_losses(tmp_path: Path) -> None:
+def test_the_result_has_the_first_and_last_losses(tmp_path: Path) -> None:
     write_metrics(tmp_path)
-    assert tables.rows(tmp_path)[:4] == [
+    assert tables.result_rows(tmp_path)[:4] == [
         ("steps", "3"),
         ("training loss", "6.0000 first, 4.0000 last"),
         ("tokens/s", "2,000 (median step, all ranks)"),
@@ -31,13 +31,13 @@ def test_training_is_told_by_its_first_and_last_losses(tmp_path: Path) -> None:
     ]
 
 
-def test_the_merged_model_is_told_with_its_folder_and_an_answer(tmp_path: Path) -> None:
+def test_the_result_has_the_merged_model_and_an_answer(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/weights").write_bytes(bytes(3 * 2**20))
     (tmp_path / "evaluate.json").write_text(json.dumps({"loss": 4.25, "perplexity": 70.105}))
     answers = [{"prompt": "Who?", "answer": "Nobody."}]
     (tmp_path / "generations.json").write_text(json.dumps({"answers": answers}))
-    assert tables.rows(tmp_path) == [
+    assert tables.result_rows(tmp_path) == [
         ("merged model", "held-out loss 4.2500, perplexity 70.11"),
         ("model/", "3.0 MiB"),
         ("run", str(tmp_path)),
@@ -46,23 +46,23 @@ def test_the_merged_model_is_told_with_its_folder_and_an_answer(tmp_path: Path) 
     ]
 
 
-def test_a_run_of_which_nothing_is_left_has_only_its_folder(tmp_path: Path) -> None:
-    assert tables.rows(tmp_path) == [("run", str(tmp_path))]
+def test_the_result_of_an_empty_run_is_its_folder(tmp_path: Path) -> None:
+    assert tables.result_rows(tmp_path) == [("run", str(tmp_path))]
 
 
 def state(**more: Any) -> JobState:
     return JobState(**{"name": "train", "job_id": "7", "state": "RUNNING", "verdict": None, "attempt": 2} | more)
 
 
-def test_a_running_job_is_shown_with_phase_step_and_age_of_its_last_heartbeat(
+def test_a_running_job_shows_its_last_heartbeat(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tables.status([state(beat={"phase": "save", "step": 40, "time": time.time() - 90, "count": 3})])
-    shown = capsys.readouterr().out
-    assert re.search(r"train +7 +running +2 +40 +save, last heartbeat 9[01] s ago", shown)
+    output = capsys.readouterr().out
+    assert re.search(r"train +7 +running +2 +40 +save, last heartbeat 9[01] s ago", output)
 
 
-def test_a_failed_job_is_shown_with_what_helps_and_the_last_lines_of_the_log(
+def test_a_failed_job_shows_the_remedy_and_the_end_of_its_log(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     verdict = {
@@ -74,15 +74,15 @@ def test_a_failed_job_is_shown_with_what_helps_and_the_last_lines_of_the_log(
         "log": "a\nb\nc\nd\ne\nf",
     }
     tables.status([state(state="FAILED", verdict=verdict)])
-    shown = capsys.readouterr().out
-    assert "rank 3 on n2  gone" in shown
-    assert shown.endswith("train: do this\ntrain, last lines of its log:\n  b\n  c\n  d\n  e\n  f\n")
+    output = capsys.readouterr().out
+    assert "rank 3 on n2  gone" in output
+    assert output.endswith("train: do this\ntrain, last lines of its log:\n  b\n  c\n  d\n  e\n  f\n")
 
 
-def test_of_the_ranks_at_work_the_one_furthest_behind_is_shown(tmp_path: Path) -> None:
+def test_the_slowest_running_rank_is_shown(tmp_path: Path) -> None:
     for node, counts in enumerate([(9, 8), (7, 3)]):
         phases = ("train", "ended") if node else ("train", "train")
-        found = {str(2 * node + rank): {"count": counts[rank], "phase": phases[rank]} for rank in (0, 1)}
-        write_json(tmp_path / f"attempt-2/node-{node}.json", {"ranks": found})
-    assert runs._beat(tmp_path, 2) == {"count": 7, "phase": "train"}
-    assert runs._beat(tmp_path, 3) is None
+        ranks = {str(2 * node + rank): {"count": counts[rank], "phase": phases[rank]} for rank in (0, 1)}
+        write_json(tmp_path / f"attempt-2/node-{node}.json", {"ranks": ranks})
+    assert state_module._slowest_heartbeat(tmp_path, 2) == {"count": 7, "phase": "train"}
+    assert state_module._slowest_heartbeat(tmp_path, 3) is None

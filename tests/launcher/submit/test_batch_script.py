@@ -1,4 +1,4 @@
-"""slurm_templates/: the whole batch script in a real bash, with a small program that stands for srun."""
+"""slurm_templates/: the whole batch script in a real bash, with a small program instead of srun."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ SAY_COMPLETED = f"""
 "{sys.executable}" -c '
 import os, pathlib
 from launcher.supervise import attempt
-attempt.record(pathlib.Path(os.environ["MUSTER_RUN"], "jobs", os.environ["MUSTER_JOB"]), 1, 0, "completed")'
+attempt.record_end(pathlib.Path(os.environ["MUSTER_RUN"], "jobs", os.environ["MUSTER_JOB"]), 1, 0, "completed")'
 """
 TAKE_PORT = f"""
 "{sys.executable}" -c '
@@ -32,7 +32,7 @@ NOTE_ENVIRONMENT = f'{tool("env")} -0 > "$MUSTER_RUN/environment"'
 
 @pytest.fixture(params=["run", """it's "$HOME" `id` & more"""], ids=["plain", "hostile"])
 def config(compose: Compose, tmp_path: Path, request: pytest.FixtureRequest) -> Config:
-    """A run on Slurm whose folder has been written, as far as a batch script needs it."""
+    """A run on Slurm, with the parts of its folder that a batch script needs."""
     config = compose("experiment=llama8b_fsdp", "pipeline=train")
     run = tmp_path / request.param
     for name in ("jobs/train", "jobs/preprocess"):
@@ -46,20 +46,23 @@ def config(compose: Compose, tmp_path: Path, request: pytest.FixtureRequest) -> 
 def batch(
     config: Config, name: str, *, by_hand: bool = False, environ: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Run the script of a job as slurmd would: its exit code and what it says. What holds the port may outlive it by a second."""
+    """Run the script of a job as slurmd would: return exit code and output.
+
+    The process that reserves the port may live a second longer.
+    """
     job = next(job for job in plan(config) if job.name == name)
     path = Path(config.run_dir) / "config.yaml"
     script = render.script_text(config, job, path) if by_hand else render.sbatch_text(config, job)
-    log = Path(config.run_dir) / "said"
+    log = Path(config.run_dir) / "output"
     surroundings = {"PATH": os.environ["PATH"]} | (environ or {})
-    with log.open("w") as said:
+    with log.open("w") as output:
         done = subprocess.run(
             [tool("bash"), "-s"],
             input=script,
             env=surroundings,
             cwd="/",
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             text=True,
             timeout=30,
         )
@@ -67,25 +70,25 @@ def batch(
 
 
 def verdict(config: Config, job: str) -> dict[str, object]:
-    found = read_json(Path(config.run_dir) / "jobs" / job / "attempt-1.json")
-    assert isinstance(found, dict)
-    return found
+    result = read_json(Path(config.run_dir) / "jobs" / job / "attempt-1.json")
+    assert isinstance(result, dict)
+    return result
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["submitit's", "by hand"])
-def test_a_job_that_ended_well_has_completed(config: Config, programs: Programs, by_hand: bool) -> None:
+def test_a_job_completes(config: Config, programs: Programs, by_hand: bool) -> None:
     programs(srun=SAY_COMPLETED)
     assert batch(config, "preprocess", by_hand=by_hand) == (0, "muster: preprocess completed\n")
-    found = verdict(config, "preprocess")
-    assert (found["status"], found["exit"], found["config"]) == ("completed", 0, resolve.digest(config))
+    result = verdict(config, "preprocess")
+    assert (result["status"], result["exit"], result["config"]) == ("completed", 0, resolve.digest(config))
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["submitit's", "by hand"])
 def test_the_verdict_has_the_exit_code_of_srun(config: Config, programs: Programs, by_hand: bool) -> None:
     programs(srun="exit 7")
     assert batch(config, "preprocess", by_hand=by_hand)[0] == 1
-    found = verdict(config, "preprocess")
-    assert (found["status"], found["exit"]) == ("failed", 7)
+    result = verdict(config, "preprocess")
+    assert (result["status"], result["exit"]) == ("failed", 7)
 
 
 def test_a_job_without_srun_fails_with_a_verdict(config: Config, programs: Programs) -> None:
@@ -94,29 +97,29 @@ def test_a_job_without_srun_fails_with_a_verdict(config: Config, programs: Progr
     assert verdict(config, "preprocess")["exit"] == 127
 
 
-def test_srun_gets_what_begin_found(config: Config, programs: Programs) -> None:
+def test_srun_gets_the_variables_of_begin(config: Config, programs: Programs) -> None:
     programs(srun=NOTE_ENVIRONMENT)
     batch(config, "train")
     text = (Path(config.run_dir) / "environment").read_text()
-    found = dict(item.split("=", 1) for item in text.rstrip("\0").split("\0"))
-    assert (found["MUSTER_ATTEMPT"], found["MASTER_ADDR"], found["MUSTER_RUN"]) == ("1", "127.0.0.1", config.run_dir)
-    assert 20_000 <= int(found["MASTER_PORT"]) < 32_768
+    result = dict(item.split("=", 1) for item in text.rstrip("\0").split("\0"))
+    assert (result["MUSTER_ATTEMPT"], result["MASTER_ADDR"], result["MUSTER_RUN"]) == ("1", "127.0.0.1", config.run_dir)
+    assert 20_000 <= int(result["MASTER_PORT"]) < 32_768
 
 
-def test_the_port_is_held_while_the_ranks_run(config: Config, programs: Programs) -> None:
+def test_the_port_stays_reserved_while_the_ranks_run(config: Config, programs: Programs) -> None:
     programs(srun=TAKE_PORT)
     batch(config, "train")
     assert "is in use" in (Path(config.run_dir) / "refused").read_text()
 
 
-def test_nothing_is_started_where_the_attempt_cannot_begin(config: Config, programs: Programs) -> None:
+def test_nothing_is_started_if_the_attempt_cannot_begin(config: Config, programs: Programs) -> None:
     folder = programs(srun="exit 0")
-    with reserve_port(22_000) as held:
-        port = held.getsockname()[1]
-        code, said = batch(put(config, {"cluster.network.master_port": port}), "train")
-    assert (code, said.count("\n")) == (2, 1)
+    with reserve_port(22_000) as reservation:
+        port = reservation.getsockname()[1]
+        code, output = batch(put(config, {"cluster.network.master_port": port}), "train")
+    assert (code, output.count("\n")) == (2, 1)
     assert not (folder / "srun.calls").exists()
-    assert f"cluster.network.master_port={port}" in said
+    assert f"cluster.network.master_port={port}" in output
     assert f"cluster.network.master_port={port}" in str(verdict(config, "train")["reason"])
 
 
@@ -124,22 +127,22 @@ def test_nothing_is_started_where_the_attempt_cannot_begin(config: Config, progr
 def test_a_signal_to_the_script_reaches_the_ranks_and_the_verdict_is_written(
     config: Config, programs: Programs, name: str, passed: str
 ) -> None:
-    told = "import os, signal, sys, time; signal.signal(signal.SIG" + passed + ", lambda *_: sys.exit(42))"
-    told += f"; os.kill(os.getppid(), signal.SIG{name}); time.sleep(20)"
-    programs(srun=f'exec "{sys.executable}" -c "{told}"')
+    program = "import os, signal, sys, time; signal.signal(signal.SIG" + passed + ", lambda *_: sys.exit(42))"
+    program += f"; os.kill(os.getppid(), signal.SIG{name}); time.sleep(20)"
+    programs(srun=f'exec "{sys.executable}" -c "{program}"')
     assert batch(config, "train")[0] == 1
     assert verdict(config, "train")["exit"] == 42
 
 
-def test_what_srun_says_is_kept_and_shown(config: Config, programs: Programs) -> None:
+def test_sruns_errors_are_kept_and_shown(config: Config, programs: Programs) -> None:
     programs(srun='echo "srun: error: n2: task 3: Killed" >&2; exit 137')
     assert "srun: error: n2: task 3: Killed\n" in batch(config, "train")[1]
-    found = verdict(config, "train")
-    assert (found["host"], found["rank"], found["log"]) == ("n2", 3, "")
+    result = verdict(config, "train")
+    assert (result["host"], result["rank"], result["log"]) == ("n2", 3, "")
 
 
 @pytest.mark.parametrize("requeue", [True, False])
-def test_a_job_is_requeued_where_that_is_wanted(config: Config, programs: Programs, requeue: bool) -> None:
+def test_a_job_is_requeued_only_with_requeue_true(config: Config, programs: Programs, requeue: bool) -> None:
     show = "echo JobState=RUNNING Restarts=0"
     folder = programs(srun="exit 1", scontrol=f'case "$*" in *"show job"*) {show};; *hostnames*) echo n1;; esac')
     put(config, {"cluster.requeue": requeue})
@@ -148,7 +151,7 @@ def test_a_job_is_requeued_where_that_is_wanted(config: Config, programs: Progra
     assert verdict(config, "train")["requeued"] is requeue
 
 
-def test_the_ranks_of_a_script_by_hand_are_the_worker(config: Config, programs: Programs) -> None:
+def test_a_script_by_hand_starts_the_worker(config: Config, programs: Programs) -> None:
     folder = programs(srun="exit 0")
     batch(config, "train", by_hand=True)
     called = (folder / "srun.calls").read_text()
@@ -158,7 +161,7 @@ def test_the_ranks_of_a_script_by_hand_are_the_worker(config: Config, programs: 
     assert called.endswith(f" {sys.executable} -u -m launcher.supervise.worker train {config.run_dir}/config.yaml\n")
 
 
-def test_the_chain_submits_each_job_after_those_it_reads(config: Config, programs: Programs, tmp_path: Path) -> None:
+def test_the_chain_submits_each_job_after_its_inputs(config: Config, programs: Programs, tmp_path: Path) -> None:
     folder = programs(sbatch=f'read -r last < "{tmp_path}/last"; echo $((last + 1)) | tee "{tmp_path}/last"')
     (tmp_path / "last").write_text("100\n")
     (folder / "tee").symlink_to(tool("tee"))
@@ -174,7 +177,7 @@ def test_the_chain_submits_each_job_after_those_it_reads(config: Config, program
     ]
 
 
-def test_the_chain_stops_where_sbatch_refuses(config: Config, programs: Programs) -> None:
+def test_the_chain_stops_if_sbatch_refuses_a_job(config: Config, programs: Programs) -> None:
     folder = programs(sbatch="echo 'sbatch: error: no such partition' >&2; exit 1")
     script = render.chain_text(config, plan(config))
     done = subprocess.run([tool("bash"), "-s"], input=script, text=True, timeout=20, capture_output=True)

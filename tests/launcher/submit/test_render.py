@@ -9,7 +9,9 @@ import pytest
 from submitit import SlurmExecutor
 
 from conf import resolve
+from conf.choices import Container
 from conf.schema import Config
+from launcher.environment import job_variables
 from launcher.plan import Job, plan
 from launcher.submit import render
 from tests.conftest import ROOT, Compose, Programs, put, tool
@@ -161,7 +163,7 @@ def test_an_option_is_left_out(sample: Config, values: dict[str, object], option
 def exported(config: Config, environ: dict[str, str]) -> dict[str, str]:
     """The variables once bash has run the setup of a job up to its attempt; LOADED is what `module load` was given."""
     lines = render.parameters(config, job_of(config, "train"))["setup"]
-    end = next(number for number, line in enumerate(lines) if line.startswith("# open the next attempt"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("# Open the next attempt"))
     script = ['module() { export LOADED="${LOADED-}<$2>"; }', *lines[:end], f"exec {tool('env')} -0"]
     command = [tool("bash"), "-c", "\n".join(script)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=20)
@@ -189,7 +191,7 @@ def test_the_runs_code_comes_before_the_users_python_path(sample: Config, given:
 
 
 def test_every_variable_of_the_preview_is_in_the_script(sample: Config) -> None:
-    shown = render.job_variables(sample, job_of(sample, "train"))
+    shown = job_variables(sample, job_of(sample, "train"))
     assert shown.items() <= exported(sample, {}).items()
 
 
@@ -205,7 +207,7 @@ def srun_words(config: Config) -> list[str]:
 
 def test_pyxis_is_asked_for_by_srun(sample: Config) -> None:
     mounts = [HOSTILE, "/data:/mnt/data"]
-    put(sample, {"cluster.container": render.Container.pyxis, "cluster.container_image": "nvcr.io#nvidia/pytorch"})
+    put(sample, {"cluster.container": Container.pyxis, "cluster.container_image": "nvcr.io#nvidia/pytorch"})
     put(sample, {"cluster.container_mounts": mounts, "cluster.python": "python3"})
     words = srun_words(sample)
     assert "--container-image=nvcr.io#nvidia/pytorch" in words
@@ -214,7 +216,7 @@ def test_pyxis_is_asked_for_by_srun(sample: Config) -> None:
 
 
 def test_apptainer_runs_the_python_of_every_rank(sample: Config) -> None:
-    put(sample, {"cluster.container": render.Container.apptainer, "cluster.container_image": "/images/it's.sif"})
+    put(sample, {"cluster.container": Container.apptainer, "cluster.container_image": "/images/it's.sif"})
     put(sample, {"cluster.container_mounts": [HOSTILE], "cluster.python": "/usr/bin/python3.12"})
     words = srun_words(sample)
     start = words.index("apptainer")
@@ -226,7 +228,7 @@ def test_apptainer_runs_the_python_of_every_rank(sample: Config) -> None:
 
 @pytest.mark.parametrize("container", ["apptainer", "pyxis"])
 def test_outside_a_container_the_nodes_own_python_keeps_the_attempt(sample: Config, container: str) -> None:
-    put(sample, {"cluster.container": render.Container[container], "cluster.container_image": "image"})
+    put(sample, {"cluster.container": Container[container], "cluster.container_image": "image"})
     put(sample, {"cluster.python": "/only/inside/python"})
     outside = [line for line in text(sample, "train").splitlines() if "launcher.supervise.attempt" in line]
     assert len(outside) == 2
@@ -239,7 +241,7 @@ def test_arguments_of_srun_come_last(sample: Config) -> None:
 
 
 def test_every_rendered_script_is_clean_to_shellcheck(compose: Compose, tmp_path: Path) -> None:
-    words = {name: (*CASES[name], *PATHS) for name in CASES}
+    words: dict[str, tuple[str, ...]] = {name: (*CASES[name], *PATHS) for name in CASES}
     words["odd"] = (*words["llama8b_fsdp"], "cluster.modules=[gcc]", "cluster.container=pyxis")
     for name, given in words.items():
         config = put(compose(*given), {"run_dir": '/runs/it\'s "ü" & more'} if name == "odd" else {})

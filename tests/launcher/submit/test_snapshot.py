@@ -12,7 +12,7 @@ from tests.conftest import Programs, tool
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A small clone with the parts that are copied, caches, and what is not copied."""
-    for part in (*snapshot.PARTS, "conf/__pycache__", "docs", ".git"):
+    for part in (*snapshot.COPIED_FOLDERS, "conf/__pycache__", "docs", ".git"):
         (tmp_path / "clone" / part).mkdir(parents=True)
     for name in ("conf/a.py", "conf/__pycache__/a.pyc", "conf/.a.py.swp", "docs/b.md", "launch.py"):
         (tmp_path / "clone" / name).write_text("first\n")
@@ -24,21 +24,21 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_the_parts_that_jobs_run_are_copied(clone: Path, tmp_path: Path) -> None:
-    snapshot.take(clone, tmp_path)
+    snapshot.copy_code(clone, tmp_path)
     assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
-    assert {path.name for path in (tmp_path / "code").iterdir()} == set(snapshot.PARTS)
+    assert {path.name for path in (tmp_path / "code").iterdir()} == set(snapshot.COPIED_FOLDERS)
 
 
 def test_a_copy_does_not_change_with_the_clone(clone: Path, tmp_path: Path) -> None:
-    snapshot.take(clone, tmp_path)
+    snapshot.copy_code(clone, tmp_path)
     (clone / "conf/a.py").write_text("second\n")
     assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
 
 
 def test_a_new_copy_replaces_the_old_one(clone: Path, tmp_path: Path) -> None:
-    snapshot.take(clone, tmp_path)
+    snapshot.copy_code(clone, tmp_path)
     (clone / "conf/a.py").rename(clone / "conf/b.py")
-    snapshot.take(clone, tmp_path)
+    snapshot.copy_code(clone, tmp_path)
     assert files(tmp_path / "code") == {"conf/b.py": "first\n"}
     assert {path.name for path in tmp_path.iterdir()} == {"clone", "code"}
 

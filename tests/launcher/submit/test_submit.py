@@ -138,7 +138,7 @@ def test_a_run_that_is_at_work_is_not_started_twice(launch: Launch, slurm: Path,
     programs(squeue="echo '103|RUNNING'")
     done = launch("resume=run")
     assert done.returncode == 2
-    assert "is at work: train 103 is RUNNING" in done.stderr
+    assert "is already running: train 103 is RUNNING" in done.stderr
     assert "python -m launcher cancel" in done.stderr
     assert (slurm / "last").read_text() == "106\n"
 

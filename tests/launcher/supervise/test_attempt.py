@@ -1,5 +1,4 @@
-"""launcher/supervise/attempt.py: one attempt from its first node: numbers that are never given twice, and the
-verdict at its end."""
+"""launcher/supervise/attempt.py: every attempt gets its own number, MASTER_PORT is reserved, and the verdict is right."""
 
 import json
 import signal
@@ -25,7 +24,7 @@ BEGIN = [sys.executable, "-m", "launcher.supervise.attempt", "begin"]
 
 @pytest.fixture(autouse=True)
 def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs these tests inside a job gets the same."""
+    """Remove the variables of Slurm, so that these tests also pass inside a job."""
     for name in (
         "SLURM_JOB_ID",
         "SLURM_JOB_NODELIST",
@@ -44,9 +43,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "jobs/train"
 
 
-def say(folder: Path, rank: int, status: str, reason: str = "", after_s: float = 0) -> None:
-    """What a rank recorded at its end, `after_s` seconds after the first."""
-    attempt.record(folder, 1, rank, status, reason)
+def record_rank(folder: Path, rank: int, status: str, reason: str = "", after_s: float = 0) -> None:
+    """Write the record of a rank's end, `after_s` seconds after the first."""
+    attempt.record_end(folder, 1, rank, status, reason)
     path = folder / f"attempt-1/rank-{rank}.json"
     write_json(path, read_json(path) | {"time": 1000.0 + after_s, "host": f"n{rank}"})
 
@@ -60,12 +59,16 @@ def test_attempts_are_numbered_in_turn(tmp_path: Path) -> None:
     assert numbers == ["1", "2", "3"]
 
 
-def test_attempts_that_begin_at_once_have_numbers_of_their_own(tmp_path: Path, surroundings: dict[str, str]) -> None:
+def test_attempts_that_begin_at_the_same_time_get_different_numbers(
+    tmp_path: Path, surroundings: dict[str, str]
+) -> None:
     command = [*BEGIN, str(tmp_path / "train")]
-    begun = [subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    said = [process.communicate(timeout=30)[0].split() for process in begun]
-    assert sorted(words[0] for words in said) == [f"MUSTER_ATTEMPT={number}" for number in range(1, 9)]
-    assert {words[1] for words in said} == {"ready"}
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    outputs = [process.communicate(timeout=30)[0].split() for process in processes]
+    assert sorted(lines[0] for lines in outputs) == [f"MUSTER_ATTEMPT={number}" for number in range(1, 9)]
+    assert {lines[1] for lines in outputs} == {"ready"}
 
 
 def test_an_attempt_records_where_and_for_which_config_it_began(
@@ -83,28 +86,28 @@ def test_an_attempt_records_where_and_for_which_config_it_began(
 def test_the_port_comes_from_the_job_id_and_the_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    values, held = attempt.begin(tmp_path / "train", port=0)
-    assert held
-    with held:
-        assert held.getsockname()[1] == int(values["MASTER_PORT"])
+    values, reservation = attempt.begin(tmp_path / "train", port=0)
+    assert reservation
+    with reservation:
+        assert reservation.getsockname()[1] == int(values["MASTER_PORT"])
         assert 0 <= int(values["MASTER_PORT"]) - first_port(4711, 2) < 16
     assert values["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_a_job_without_a_rendezvous_holds_no_port(tmp_path: Path) -> None:
-    values, held = attempt.begin(tmp_path / "train")
-    assert (values, held) == ({"MUSTER_ATTEMPT": "1"}, None)
+def test_a_job_without_a_rendezvous_reserves_no_port(tmp_path: Path) -> None:
+    values, reservation = attempt.begin(tmp_path / "train")
+    assert (values, reservation) == ({"MUSTER_ATTEMPT": "1"}, None)
 
 
-def test_completed_needs_the_word_of_rank_0(folder: Path) -> None:
-    say(folder, 0, "completed")
+def test_completed_needs_a_record_of_rank_0(folder: Path) -> None:
+    record_rank(folder, 0, "completed")
     verdict = finish(folder, code=0)
     assert (verdict["status"], verdict["rank"], verdict["exit"], verdict["attempt"]) == ("completed", 0, 0, 1)
     assert read_json(folder / "attempt-1.json") == verdict
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "status", "rank", "reason"),
+    ("records", "code", "status", "rank", "reason"),
     [
         ([(2, "failed", "loss is nan")], 1, "failed", 2, "loss is nan"),
         ([(3, "user_error", "data.path: no such file")], 2, "user_error", 3, "data.path"),
@@ -124,27 +127,27 @@ def test_completed_needs_the_word_of_rank_0(folder: Path) -> None:
     ],
     ids=[
         "one rank failed",
-        "the user can mend it",
-        "the first to fail is the cause",
-        "a closed connection is no cause",
-        "a reset connection is no cause",
-        "no victim is the cause",
-        "the first victim where all are",
-        "a rank failed though rank 0 was done",
+        "an error of the user",
+        "the first failure is the cause",
+        "a closed connection is not the cause",
+        "a reset connection is not the cause",
+        "lost connections are not the cause",
+        "the first lost connection if there is nothing else",
+        "a rank failed although rank 0 completed",
         "a failure outweighs preemption",
         "preempted",
         "all preempted",
-        "killed on its way out",
+        "killed while exiting",
         "srun exits with 0 though nothing ran",
-        "killed without a word",
-        "rank 0 was silent",
+        "killed without a record",
+        "no record of rank 0",
     ],
 )
 def test_the_verdict_names_the_cause(
-    folder: Path, said: list[tuple[int, str, str]], code: int, status: str, rank: int | None, reason: str
+    folder: Path, records: list[tuple[int, str, str]], code: int, status: str, rank: int | None, reason: str
 ) -> None:
-    for order, (speaker, ended, words) in enumerate(said):
-        say(folder, speaker, ended, words, after_s=order)
+    for order, (failed_rank, rank_status, rank_reason) in enumerate(records):
+        record_rank(folder, failed_rank, rank_status, rank_reason, after_s=order)
     verdict = finish(folder, code=code)
     assert (verdict["status"], verdict["rank"], verdict["exit"]) == (status, rank, code)
     assert reason in verdict["reason"]
@@ -152,7 +155,7 @@ def test_the_verdict_names_the_cause(
 
 
 def test_the_verdict_has_the_traceback_of_the_cause(folder: Path) -> None:
-    attempt.record(folder, 1, 3, "failed", "KeyError: 'a'", "Traceback: the whole of it")
+    attempt.record_end(folder, 1, 3, "failed", "KeyError: 'a'", "Traceback: the whole of it")
     assert finish(folder)["error"] == "Traceback: the whole of it"
 
 
@@ -168,14 +171,14 @@ def test_the_verdict_has_the_traceback_of_the_cause(folder: Path) -> None:
     ],
     ids=["last line", "half a line", "a line without", "empty", "absent", "another job"],
 )
-def test_the_verdict_says_how_far_training_came(tmp_path: Path, job: str, text: str | None, step: int | None) -> None:
+def test_the_verdict_has_the_last_training_step(tmp_path: Path, job: str, text: str | None, step: int | None) -> None:
     (tmp_path / "jobs" / job / "attempt-1").mkdir(parents=True)
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     assert finish(tmp_path / "jobs" / job)["step"] == step
 
 
-def test_half_written_files_are_never_taken_for_whole(folder: Path) -> None:
+def test_half_written_files_are_ignored(folder: Path) -> None:
     (folder / "attempt-1/.rank-0.json.k2j3").write_text('{"status": "comp')
     (folder / ".attempt-1.json.x8s7").write_text('{"status": "comp')
     assert attempts.last_verdict(folder) is None
@@ -185,7 +188,7 @@ def test_half_written_files_are_never_taken_for_whole(folder: Path) -> None:
 def test_the_last_verdict_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
     for number in range(1, 12):
         attempt.begin(tmp_path)
-        attempt.record(tmp_path, number, 0, "failed", f"attempt {number}")
+        attempt.record_end(tmp_path, number, 0, "failed", f"attempt {number}")
         attempt.finish(tmp_path, number, 1, 1)
     verdict = attempts.last_verdict(tmp_path)
     assert verdict
@@ -205,15 +208,15 @@ def test_there_is_no_last_verdict_without_attempts(tmp_path: Path) -> None:
 
 
 def exports(process: "subprocess.Popen[str]") -> dict[str, str]:
-    """The variables that `begin` prints before `ready`; it may go on after that, to hold the port."""
+    """Return the variables that `begin` prints before `ready`. It may then run on, to keep the port reserved."""
     assert process.stdout
     lines = [line.rstrip("\n") for line in iter(process.stdout.readline, "ready\n") if line or pytest.fail("not ready")]
     return dict(line.split("=", 1) for line in lines)
 
 
 @contextmanager
-def begun(folder: Path, *words: str, env: dict[str, str]) -> Iterator[dict[str, str]]:
-    """`begin`, as the batch script starts it: what it printed; it is ended with the block."""
+def begin_process(folder: Path, *words: str, env: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Run `begin` during the block, as the batch script does. Yields the variables that it prints."""
     pipe = subprocess.PIPE
     command = [*BEGIN, str(folder), *words]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
@@ -223,15 +226,15 @@ def begun(folder: Path, *words: str, env: dict[str, str]) -> Iterator[dict[str, 
             process.terminate()
 
 
-def test_begin_prints_what_to_export_and_holds_the_port(tmp_path: Path, surroundings: dict[str, str]) -> None:
-    with begun(tmp_path / "train", "--port", "0", env=surroundings) as values:
+def test_begin_prints_the_variables_and_reserves_the_port(tmp_path: Path, surroundings: dict[str, str]) -> None:
+    with begin_process(tmp_path / "train", "--port", "0", env=surroundings) as values:
         assert list(values) == ["MUSTER_ATTEMPT", "MASTER_ADDR", "MASTER_PORT"]
         with pytest.raises(OSError, match="in use"):
             reserve_port(int(values["MASTER_PORT"]), only=True)
     reserve_port(int(values["MASTER_PORT"]), only=True).close()
 
 
-def test_begin_lets_go_when_the_batch_script_is_killed(tmp_path: Path, surroundings: dict[str, str]) -> None:
+def test_begin_releases_the_port_when_the_batch_script_is_killed(tmp_path: Path, surroundings: dict[str, str]) -> None:
     script = f"{sys.executable} -m launcher.supervise.attempt begin {tmp_path}/train --port 0 & wait"
     command = ["/bin/sh", "-c", script]
     with subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, text=True) as process:
@@ -242,13 +245,13 @@ def test_begin_lets_go_when_the_batch_script_is_killed(tmp_path: Path, surroundi
         try:
             return reserve_port(port, only=True).close()
         except OSError:
-            assert time.monotonic() < deadline, f"port {port} is still held"
+            assert time.monotonic() < deadline, f"port {port} is still reserved"
             time.sleep(0.05)
 
 
-def test_begin_with_a_port_that_is_taken_says_so_in_a_verdict(tmp_path: Path, surroundings: dict[str, str]) -> None:
-    with reserve_port(21_000) as held:
-        port = held.getsockname()[1]
+def test_a_port_in_use_gives_a_verdict(tmp_path: Path, surroundings: dict[str, str]) -> None:
+    with reserve_port(21_000) as reservation:
+        port = reservation.getsockname()[1]
         done = module("launcher.supervise.attempt", "begin", tmp_path / "train", "--port", port, env=surroundings)
     verdict = attempts.last_verdict(tmp_path / "train")
     assert (done.returncode, done.stdout) == (2, "")
@@ -256,11 +259,11 @@ def test_begin_with_a_port_that_is_taken_says_so_in_a_verdict(tmp_path: Path, su
     assert verdict["status"] == "user_error"
     for text in (verdict["reason"], done.stderr):
         assert f"cluster.network.master_port={port}" in text
-        assert "leave it null" in text
+        assert "master_port=null" in text
         assert "Traceback" not in text
 
 
-def test_begin_in_a_folder_that_cannot_be_made_has_no_traceback(surroundings: dict[str, str]) -> None:
+def test_begin_in_a_folder_that_cannot_be_created_prints_no_traceback(surroundings: dict[str, str]) -> None:
     done = module("launcher.supervise.attempt", "begin", "/dev/null/train", "--port", 0, env=surroundings)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -273,20 +276,20 @@ def test_begin_in_a_folder_that_cannot_be_made_has_no_traceback(surroundings: di
         ("n[1-2]", 'case "$2" in hostnames) echo a.invalid; echo b.invalid;; *) echo "NodeAddr=10.9.8.7 x";; esac', "10.9.8.7"),
         ("n[1-2]", 'case "$2" in hostnames) echo a.invalid; echo b.invalid;; *) echo no address;; esac', "a.invalid"),
     ],
-    ids=["the first host", "its NodeAddr where the name leads nowhere", "its name where there is nothing better"],
+    ids=["the first host", "its NodeAddr if the name does not resolve", "its name if there is nothing better"],
 )  # fmt: skip
-def test_the_ranks_meet_on_the_first_host(
+def test_master_addr_is_the_first_host(
     tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, nodes: str, scontrol: str, address: str
 ) -> None:
     programs(scontrol=scontrol)
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
-    values, held = attempt.begin(tmp_path / "train", port=0)
-    assert held
-    held.close()
+    values, reservation = attempt.begin(tmp_path / "train", port=0)
+    assert reservation
+    reservation.close()
     assert values["MASTER_ADDR"] == address
 
 
-def test_a_nodelist_that_slurm_cannot_read_is_a_verdict(tmp_path: Path, programs: Programs) -> None:
+def test_an_invalid_nodelist_gives_a_verdict(tmp_path: Path, programs: Programs) -> None:
     path = programs(scontrol="echo 'scontrol: error: bad nodelist' >&2; exit 1")
     env = {"PATH": str(path), "SLURM_JOB_NODELIST": "n[1-"}
     done = module("launcher.supervise.attempt", "begin", tmp_path / "train", "--port", 0, env=env)
@@ -297,17 +300,17 @@ def test_a_nodelist_that_slurm_cannot_read_is_a_verdict(tmp_path: Path, programs
 
 
 @pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1), ("preempted", 1)])
-def test_finish_exits_with_0_for_a_completed_attempt_only(
+def test_finish_exits_with_0_only_for_a_completed_attempt(
     folder: Path, surroundings: dict[str, str], status: str, code: int
 ) -> None:
-    say(folder, 0, status, "because")
+    record_rank(folder, 0, status, "because")
     env = surroundings | {"MUSTER_ATTEMPT": "1"}
     done = module("launcher.supervise.attempt", "finish", folder, "--code", 0, "--world-size", 4, env=env)
     assert (done.returncode, done.stdout) == (code, f"muster: train {status} because\n")
     assert json.loads((folder / "attempt-1.json").read_text())["status"] == status
 
 
-def test_an_attempt_begins_where_the_one_before_left_off(folder: Path) -> None:
+def test_the_verdict_names_the_first_and_the_last_checkpoint(folder: Path) -> None:
     for step in (3, 12):
         (folder.parents[1] / f"checkpoints/step-{step:08d}").mkdir(parents=True)
     (folder.parents[1] / "checkpoints/.step-00000020.partial").mkdir()
@@ -317,7 +320,7 @@ def test_an_attempt_begins_where_the_one_before_left_off(folder: Path) -> None:
     assert (verdict["resumed"], verdict["saved"]) == (12, 15)
 
 
-def test_what_would_mislead_the_next_attempt_is_removed(folder: Path) -> None:
+def test_leftovers_of_an_earlier_attempt_are_removed(folder: Path) -> None:
     for name in ("stop", "7_0_result.pkl.save_tmp"):
         (folder / name).touch()
     attempt.begin(folder)
@@ -326,7 +329,7 @@ def test_what_would_mislead_the_next_attempt_is_removed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("then", "status"), [("7", "failed"), ("8", None)], ids=["requeued", "another submission"])
-def test_an_attempt_that_slurm_ended_without_a_word_gets_a_verdict(
+def test_an_attempt_that_slurm_ended_without_a_verdict_gets_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, status: str | None
 ) -> None:
     for job_id in ("7", then):
@@ -344,7 +347,7 @@ def test_an_attempt_that_slurm_ended_without_a_word_gets_a_verdict(
     [("10:00", 120, 480), ("1:00", 120, 30), ("UNLIMITED", 120, None)],
     ids=["before the limit", "not before half of it", "no limit"],
 )
-def test_begin_says_when_to_stop(
+def test_begin_prints_the_time_at_which_to_stop(
     tmp_path: Path, surroundings: dict[str, str], programs: Programs, left: str, before_s: int, expected_s: int | None
 ) -> None:
     programs(squeue=f"echo {left}")
@@ -358,20 +361,20 @@ def test_begin_says_when_to_stop(
 
 def test_a_job_on_slurm_is_requeued_by_finish(folder: Path, surroundings: dict[str, str], programs: Programs) -> None:
     path = programs(scontrol='case "$*" in *show*) echo "JobState=RUNNING Restarts=0";; esac')
-    say(folder, 0, "preempted", "saved at step 7")
+    record_rank(folder, 0, "preempted", "saved at step 7")
     env = surroundings | {"MUSTER_ATTEMPT": "1", "SLURM_JOB_ID": "7"}
     words = ("--code", 3, "--world-size", 4, "--max-restarts", 3)
     done = module("launcher.supervise.attempt", "finish", folder, *words, env=env)
     assert (done.returncode, done.stdout) == (
         1,
-        "muster: train preempted saved at step 7; goes on from its checkpoint\n",
+        "muster: train preempted saved at step 7; continues from its checkpoint\n",
     )
     assert "requeue" in (path / "scontrol.calls").read_text()
 
 
 def test_a_job_outside_slurm_is_never_requeued(folder: Path, surroundings: dict[str, str], programs: Programs) -> None:
     path = programs(scontrol="exit 0")
-    say(folder, 0, "preempted", "saved at step 7")
+    record_rank(folder, 0, "preempted", "saved at step 7")
     module(
         "launcher.supervise.attempt", "finish", folder, "--max-restarts", 3, env=surroundings | {"MUSTER_ATTEMPT": "1"}
     )

@@ -1,4 +1,4 @@
-"""launcher/supervise/error_classes.py: the status that fits an exception, by its type and message, and what helps."""
+"""launcher/supervise/error_classes.py: status and remedy of an exception, by its type and message."""
 
 import errno
 
@@ -9,7 +9,7 @@ from launcher.supervise.error_classes import classify
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
 DistBackendError = type("DistBackendError", (RuntimeError,), {})
 SafetensorError = type("SafetensorError", (Exception,), {})
-"""Named as torch's are: no torch is imported to judge them."""
+"""Exceptions with the names of torch's: error_classes does not import torch."""
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ SafetensorError = type("SafetensorError", (Exception,), {})
     ],
     ids=lambda value: str(value)[:40] or type(value).__name__,
 )
-def test_the_status_fits_the_exception(error: BaseException, status: str) -> None:
+def test_an_exception_has_the_right_status(error: BaseException, status: str) -> None:
     assert classify(error)[0] == status
 
 
@@ -67,19 +67,19 @@ def test_the_status_fits_the_exception(error: BaseException, status: str) -> Non
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_each_kind_has_a_remedy(error: BaseException, remedy: str) -> None:
-    found = classify(error)[1]
-    assert remedy in found
-    assert bool(found) is bool(remedy)
+def test_each_error_class_has_a_remedy(error: BaseException, remedy: str) -> None:
+    text = classify(error)[1]
+    assert remedy in text
+    assert bool(text) is bool(remedy)
 
 
 def raised(error: BaseException, cause: BaseException | None, handled: BaseException | None = None) -> BaseException:
-    """An exception as it comes out of a `raise ... from cause`, while `handled` was being handled."""
+    """Return an exception as raised by `raise ... from cause`, while `handled` was being handled."""
     error.__cause__, error.__context__ = cause, handled
     return error
 
 
-def test_the_cause_of_an_exception_counts_and_what_was_merely_handled_does_not() -> None:
+def test_the_cause_of_an_exception_counts_but_its_context_does_not() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     assert classify(raised(RuntimeError("could not save"), raised(ValueError("part 7"), full)))[0] == "user_error"
     assert classify(raised(RuntimeError("could not save"), None, ImportError("no flash_attn")))[0] == "failed"

@@ -1,4 +1,4 @@
-"""launcher/supervise/exit_diagnosis.py: the one cause of an attempt's end, in what ranks recorded and in srun's own words."""
+"""launcher/supervise/exit_diagnosis.py: the cause of an attempt's end, from the ranks' records and srun's errors."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from conf.files import write_json
 from launcher.supervise import attempt
-from launcher.supervise.exit_diagnosis import judge
+from launcher.supervise.exit_diagnosis import diagnose_exit
 
 KILLED = """srun: error: n2: task 3: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=3.0
@@ -22,23 +22,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def say(folder: Path, rank: int, status: str, reason: str = "") -> None:
-    attempt.record(folder, 1, rank, status, reason, remedy="do this")
+def record_rank(folder: Path, rank: int, status: str, reason: str = "") -> None:
+    attempt.record_end(folder, 1, rank, status, reason, remedy="do this")
 
 
 def srun(folder: Path, text: str) -> None:
     (folder / "attempt-1/srun.log").write_text(text)
 
 
-def found(folder: Path) -> tuple[str, int | None, str]:
-    verdict = judge(folder / "attempt-1", 137, 4)
+def diagnosis(folder: Path) -> tuple[str, int | None, str]:
+    verdict = diagnose_exit(folder / "attempt-1", 137, 4)
     return verdict["status"], verdict["rank"], verdict["reason"]
 
 
 @pytest.mark.parametrize(
     ("text", "status", "rank", "reason"),
     [
-        (KILLED, "failed", 3, "ended by a signal (Killed)"),
+        (KILLED, "failed", 3, "killed by a signal (Killed)"),
         ("srun: error: n2: tasks 2-3: Segmentation fault (core dumped)\n", "failed", 2, "Segmentation fault"),
         ("srun: error: n2: task 3: Out Of Memory\n", "out_of_memory", 3, "no host memory left"),
         (
@@ -47,98 +47,103 @@ def found(folder: Path) -> tuple[str, int | None, str]:
             3,
             "no host memory",
         ),
-        ("srun: error: n2: task 3: User defined signal 2\n", "preempted", 3, "while it started"),
-        ("srun: error: n2: task 3: Terminated\n", "preempted", 3, "while it started"),
+        ("srun: error: n2: task 3: User defined signal 2\n", "preempted", 3, "during startup"),
+        ("srun: error: n2: task 3: Terminated\n", "preempted", 3, "during startup"),
         ("srun: error: Node failure on n2\n" + KILLED, "bad_node", None, "Node failure on n2"),
         ("srun: error: Task launch for StepId=3.0 failed on node n2: Timeout\n", "bad_node", None, "failed on node n2"),
-        ("srun: error: n2: task 3: Exited with exit code 1\n" + KILLED, "failed", None, "killed before they could say"),
+        (
+            "srun: error: n2: task 3: Exited with exit code 1\n" + KILLED,
+            "failed",
+            None,
+            "killed before they could record why",
+        ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
-def test_srun_names_the_rank_that_could_not(
+def test_srun_names_a_rank_without_a_record(
     folder: Path, text: str, status: str, rank: int | None, reason: str
 ) -> None:
     srun(folder, text)
-    assert found(folder)[:2] == (status, rank)
-    assert reason in found(folder)[2]
+    assert diagnosis(folder)[:2] == (status, rank)
+    assert reason in diagnosis(folder)[2]
     if status == "bad_node" or rank is not None:
-        assert judge(folder / "attempt-1", 137, 4)["host"] == "n2"
+        assert diagnose_exit(folder / "attempt-1", 137, 4)["host"] == "n2"
 
 
-def test_an_oom_kill_may_stand_in_the_ranks_own_log(folder: Path) -> None:
+def test_an_oom_kill_is_found_in_the_ranks_own_log(folder: Path) -> None:
     srun(folder, KILLED)
     (folder / "attempt-1/rank-3.log").write_text("step 7\nslurmstepd: error: Detected 2 oom-kill event(s)\n")
-    assert found(folder)[:2] == ("out_of_memory", 3)
+    assert diagnosis(folder)[:2] == ("out_of_memory", 3)
 
 
-def test_a_killed_rank_is_the_cause_and_those_that_lost_it_are_not(folder: Path) -> None:
+def test_a_killed_rank_is_the_cause_and_lost_connections_are_not(folder: Path) -> None:
     srun(folder, KILLED)
-    say(folder, 0, "nccl", VICTIM)
-    assert found(folder)[:2] == ("failed", 3)
+    record_rank(folder, 0, "nccl", VICTIM)
+    assert diagnosis(folder)[:2] == ("failed", 3)
 
 
-def test_a_rank_that_recorded_its_end_was_not_ended_by_the_signal_after_it(folder: Path) -> None:
+def test_a_recorded_end_outweighs_a_later_signal(folder: Path) -> None:
     srun(folder, "srun: error: n2: task 3: Aborted\n")
-    say(folder, 3, "preempted", "saved at step 7")
-    assert found(folder) == ("preempted", 3, "saved at step 7")
+    record_rank(folder, 3, "preempted", "saved at step 7")
+    assert diagnosis(folder) == ("preempted", 3, "saved at step 7")
 
 
-def test_an_exception_outweighs_what_srun_says(folder: Path) -> None:
+def test_an_exception_outweighs_sruns_report(folder: Path) -> None:
     srun(folder, KILLED)
-    say(folder, 1, "user_error", "no rows")
-    assert found(folder) == ("user_error", 1, "no rows")
+    record_rank(folder, 1, "user_error", "no rows")
+    assert diagnosis(folder) == ("user_error", 1, "no rows")
 
 
 @pytest.mark.parametrize("status", ["preempted", "time_limit", "stopped"])
-def test_ranks_that_lost_one_that_was_told_to_stop_are_no_cause(folder: Path, status: str) -> None:
-    say(folder, 0, "nccl", VICTIM)
-    say(folder, 2, status, "saved at step 7")
-    assert found(folder) == (status, 2, "saved at step 7")
+def test_connections_lost_to_a_stopped_rank_are_not_the_cause(folder: Path, status: str) -> None:
+    record_rank(folder, 0, "nccl", VICTIM)
+    record_rank(folder, 2, status, "saved at step 7")
+    assert diagnosis(folder) == (status, 2, "saved at step 7")
 
 
 HANG = {"status": "hang", "reason": "rank 3 on n2 hangs", "remedy": "look", "rank": 3, "host": "n2", "error": "stack"}
 
 
-def hangs(folder: Path, later_s: float = 0) -> None:
+def write_hang(folder: Path, later_s: float = 0) -> None:
     write_json(folder / "attempt-1/hang.json", HANG | {"time": time.time() + later_s})
 
 
-def test_what_the_watchdog_found_outweighs_the_ranks_it_killed_and_those_that_timed_out(folder: Path) -> None:
-    say(folder, 0, "nccl", "DistBackendError: Watchdog caught collective operation timeout")
-    hangs(folder)
-    say(folder, 1, "failed", VICTIM)
+def test_a_hang_outweighs_killed_ranks_and_nccl_timeouts(folder: Path) -> None:
+    record_rank(folder, 0, "nccl", "DistBackendError: Watchdog caught collective operation timeout")
+    write_hang(folder)
+    record_rank(folder, 1, "failed", VICTIM)
     srun(folder, KILLED)
-    assert found(folder) == ("hang", 3, "rank 3 on n2 hangs")
-    assert judge(folder / "attempt-1", 137, 4)["error"] == "stack"
+    assert diagnosis(folder) == ("hang", 3, "rank 3 on n2 hangs")
+    assert diagnose_exit(folder / "attempt-1", 137, 4)["error"] == "stack"
 
 
 @pytest.mark.parametrize(("later_s", "status"), [(60, "user_error"), (-60, "hang")], ids=["before", "since"])
 def test_a_rank_that_failed_before_the_others_hung_is_the_cause(folder: Path, later_s: float, status: str) -> None:
-    say(folder, 1, "user_error", "no rows")
-    hangs(folder, later_s)
-    assert found(folder)[0] == status
+    record_rank(folder, 1, "user_error", "no rows")
+    write_hang(folder, later_s)
+    assert diagnosis(folder)[0] == status
 
 
-def test_the_log_of_a_rank_of_the_local_executor_is_found(folder: Path) -> None:
-    (folder / "77_2_log.out").write_text("its last words\n")
-    say(folder, 2, "failed", "nan")
-    assert judge(folder / "attempt-1", 1, 4)["log"] == "its last words"
+def test_the_log_of_a_rank_of_the_local_executor_is_used(folder: Path) -> None:
+    (folder / "77_2_log.out").write_text("the last line\n")
+    record_rank(folder, 2, "failed", "nan")
+    assert diagnose_exit(folder / "attempt-1", 1, 4)["log"] == "the last line"
 
 
-def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_rank(folder: Path) -> None:
-    say(folder, 2, "failed", "nan")
+def test_the_verdict_has_the_remedy_and_the_last_lines_of_the_log(folder: Path) -> None:
+    record_rank(folder, 2, "failed", "nan")
     text = (
         "".join(f"line {number}\n" for number in range(5000))
         + "2026-11-28 10:00:00 rank 0 INFO environment {...}\nTraceback: nan\n"
     )
     (folder / "attempt-1/rank-2.log").write_text(text)
-    verdict = judge(folder / "attempt-1", 1, 4)
+    verdict = diagnose_exit(folder / "attempt-1", 1, 4)
     assert verdict["remedy"] == "do this"
     assert verdict["log"].splitlines()[-2:] == ["line 4999", "Traceback: nan"]
     assert len(verdict["log"].splitlines()) == 20
 
 
-def test_an_end_that_went_well_has_no_log(folder: Path) -> None:
-    say(folder, 0, "completed")
+def test_a_completed_attempt_has_no_log(folder: Path) -> None:
+    record_rank(folder, 0, "completed")
     (folder / "attempt-1/rank-0.log").write_text("all good\n")
-    assert judge(folder / "attempt-1", 0, 4)["log"] == ""
+    assert diagnose_exit(folder / "attempt-1", 0, 4)["log"] == ""

@@ -1,5 +1,4 @@
-"""launcher/supervise/hang_diagnosis.py: the one line, from heartbeats, letters of the kernel, stacks as faulthandler
-writes them, and recorders."""
+"""launcher/supervise/hang_diagnosis.py: the line about a hang, from heartbeats, process states, stacks and flight records."""
 
 import pickle
 from typing import Any
@@ -43,7 +42,7 @@ HOOK = (
 
 def rank(number: int, count: int = 40, text: str = REDUCE, **more: Any) -> dict[str, Any]:
     host = f"n{number // 2 + 1}"
-    about = {
+    fields = {
         "rank": number,
         "host": host,
         "count": count,
@@ -52,29 +51,29 @@ def rank(number: int, count: int = 40, text: str = REDUCE, **more: Any) -> dict[
         "silent_s": 600.4,
         "state": "S",
     }
-    return about | {"stack": text, "flight": None, "answered": True} | more
+    return fields | {"stack": text, "flight": None, "answered": True} | more
 
 
 def line(*ranks: dict[str, Any], world_size: int = 4) -> tuple[int | None, str]:
-    found = hang_diagnosis.diagnose({item["rank"]: item for item in ranks}, world_size, "/run/code")
-    return found["rank"], found["reason"].partition(" (silent")[0]
+    result = hang_diagnosis.diagnose({item["rank"]: item for item in ranks}, world_size, "/run/code")
+    return result["rank"], result["reason"].partition(" (silent")[0]
 
 
 IN = "in all_reduce (jobs/distributed/process_group.py:93 total)"
 
 
-def test_the_stopped_one_is_named_with_what_the_others_wait_in() -> None:
-    found = line(rank(0), rank(1), rank(2), rank(3, text="", state="T"))
-    assert found == (3, f"rank 3 on n2 hangs: step 17, phase train, process stopped (T); the others wait {IN}")
+def test_a_stopped_rank_is_named_with_the_collective_of_the_others() -> None:
+    result = line(rank(0), rank(1), rank(2), rank(3, text="", state="T"))
+    assert result == (3, f"rank 3 on n2 hangs: step 17, phase train, process stopped (T); the others wait {IN}")
 
 
-def test_a_stopped_one_counts_more_than_one_that_got_less_far() -> None:
+def test_a_stopped_rank_outweighs_one_with_fewer_heartbeats() -> None:
     assert line(rank(0), rank(1), rank(2, count=39), rank(3, text="", state="T"))[0] == 3
 
 
-def test_the_one_that_got_least_far_is_named_with_its_place() -> None:
-    found = line(rank(0), rank(1, count=39, text=ASLEEP), rank(2), rank(3))
-    assert found == (
+def test_the_rank_with_the_fewest_heartbeats_is_named_with_its_place() -> None:
+    result = line(rank(0), rank(1, count=39, text=ASLEEP), rank(2), rank(3))
+    assert result == (
         1,
         f"rank 1 on n1 hangs: step 17, phase train, at jobs/data/batches.py:50 batch; the others wait {IN}",
     )
@@ -85,34 +84,34 @@ def test_the_one_that_got_least_far_is_named_with_its_place() -> None:
     [rank(1, text=ASLEEP), rank(1, text=""), rank(1, state="D")],
     ids=["not in a collective", "no stack", "in a system call"],
 )
-def test_of_equally_far_ones_the_odd_one_is_named(odd: dict[str, Any]) -> None:
+def test_of_ranks_with_equal_heartbeats_the_different_one_is_named(odd: dict[str, Any]) -> None:
     assert line(rank(0), odd, rank(2), rank(3))[0] == 1
 
 
-def test_where_all_wait_for_the_gpu_its_recorder_tells() -> None:
+def test_the_flight_recorder_decides_if_all_wait_for_the_gpu() -> None:
     waiting = [rank(number, text=SYNC, flight={"last": 300, "waits": "nccl:all_reduce"}) for number in range(3)]
-    found = line(*waiting, rank(3, text=SYNC, flight={"last": 299, "waits": None}))
+    result = line(*waiting, rank(3, text=SYNC, flight={"last": 299, "waits": None}))
     others = "the others wait in nccl:all_reduce (jobs/train.py:121 _step)"
-    assert found == (3, f"rank 3 on n2 hangs: step 17, phase train, at jobs/train.py:121 _step; {others}")
+    assert result == (3, f"rank 3 on n2 hangs: step 17, phase train, at jobs/train.py:121 _step; {others}")
 
 
-def test_a_collective_in_a_thread_of_autograd_counts() -> None:
-    found = line(rank(0, text=HOOK + AUTOGRAD), rank(1, text=ASLEEP, count=39), world_size=2)
-    assert found[1].endswith("; rank 0 waits in reduce_scatter (jobs/b.py:9 backward)")
+def test_a_collective_in_autograds_thread_counts() -> None:
+    result = line(rank(0, text=HOOK + AUTOGRAD), rank(1, text=ASLEEP, count=39), world_size=2)
+    assert result[1].endswith("; rank 0 waits in reduce_scatter (jobs/b.py:9 backward)")
 
 
-def test_a_rank_that_waits_for_a_disk_is_told_from_those_that_wait_for_it() -> None:
+def test_a_rank_that_waits_for_a_disk_is_named() -> None:
     disk = stack(
         '"/usr/lib/python3.12/os.py", line 7 in fsync',
         f'"{TORCH}/distributed/checkpoint/filesystem.py", line 400 in _write_files_from_queue',
         '"/run/code/jobs/backends/fsdp.py", line 110 in save',
     )
-    found = line(rank(0), rank(1, text=disk, phase="save"), rank(2), rank(3))
+    result = line(rank(0), rank(1, text=disk, phase="save"), rank(2), rank(3))
     doing = "at jobs/backends/fsdp.py:110 save, inside fsync (os.py:7)"
-    assert found == (1, f"rank 1 on n1 hangs: step 17, phase save, {doing}; the others wait {IN}")
+    assert result == (1, f"rank 1 on n1 hangs: step 17, phase save, {doing}; the others wait {IN}")
 
 
-def test_where_all_wait_for_a_thread_that_writes_the_thread_tells() -> None:
+def test_a_writing_thread_decides_if_all_wait_for_it() -> None:
     def saving(*frames: str) -> str:
         waits = stack(
             '"/usr/lib/python3.12/threading.py", line 1139 in join',
@@ -125,46 +124,46 @@ def test_where_all_wait_for_a_thread_that_writes_the_thread_tells() -> None:
 
     gather = saving(f'"{TORCH}/distributed/distributed_c10d.py", line 1 in gather_object')
     disk = saving('"/usr/lib/python3.12/os.py", line 7 in fsync')
-    found = line(rank(0, text=gather), rank(1, text=disk), rank(2, text=gather), rank(3, text=gather))
+    result = line(rank(0, text=gather), rank(1, text=disk), rank(2, text=gather), rank(3, text=gather))
     doing = "at jobs/backends/fsdp.py:120 write, inside fsync (os.py:7)"
     others = "the others wait in gather_object (jobs/backends/fsdp.py:120 write)"
-    assert found == (1, f"rank 1 on n1 hangs: step 17, phase train, {doing}; {others}")
+    assert result == (1, f"rank 1 on n1 hangs: step 17, phase train, {doing}; {others}")
 
 
-def test_where_none_is_behind_none_is_named() -> None:
+def test_no_rank_is_named_if_none_is_behind() -> None:
     assert line(*(rank(number) for number in range(4))) == (
         None,
         f"all 4 ranks hang {IN}: step 17, phase train; none is behind",
     )
 
 
-def test_a_rank_alone_is_behind() -> None:
+def test_a_single_rank_is_named() -> None:
     assert line(rank(0, text=ASLEEP), world_size=1) == (
         0,
         "rank 0 on n1 hangs: step 17, phase train, at jobs/data/batches.py:50 batch",
     )
 
 
-def test_ranks_whose_node_says_nothing_are_named_together() -> None:
-    found = line(rank(0), rank(1), rank(2, answered=False), rank(3, answered=False))
+def test_ranks_of_a_silent_node_are_named_together() -> None:
+    result = line(rank(0), rank(1), rank(2, answered=False), rank(3, answered=False))
     doing = "and the watchdog of its node does not answer"
-    assert found == (2, f"ranks 2, 3 hang, first rank 2 on n2: step 17, phase train, {doing}; the others wait {IN}")
+    assert result == (2, f"ranks 2, 3 hang, first rank 2 on n2: step 17, phase train, {doing}; the others wait {IN}")
 
 
-def test_a_rank_that_was_never_heard_of_is_named() -> None:
+def test_a_rank_without_any_heartbeat_is_named() -> None:
     assert line(rank(0), rank(1), rank(2)) == (
         3,
         f"rank 3 hangs: step 0, phase start, no heartbeat ever came; the others wait {IN}",
     )
 
 
-def test_a_rank_that_is_done_is_not_waited_for() -> None:
+def test_a_rank_that_has_ended_is_not_named() -> None:
     assert line(rank(0, count=1, phase="ended"), rank(1, count=39, text=ASLEEP), rank(2), rank(3))[0] == 1
 
 
-def test_others_that_do_different_things_are_counted() -> None:
-    found = line(rank(0), rank(1), rank(2, text=ASLEEP), rank(3, text="", state="T"))
-    assert found[1].endswith(f"process stopped (T); 2 of 3 others wait {IN}")
+def test_others_in_different_places_are_counted() -> None:
+    result = line(rank(0), rank(1), rank(2, text=ASLEEP), rank(3, text="", state="T"))
+    assert result[1].endswith(f"process stopped (T); 2 of 3 others wait {IN}")
 
 
 @pytest.mark.parametrize(
@@ -172,14 +171,17 @@ def test_others_that_do_different_things_are_counted() -> None:
     [("start", "nccl"), ("load", "nccl"), ("train", "step"), ("evaluate", "step"), ("save", "save")],
 )
 def test_the_limit_is_named(phase: str, key: str) -> None:
-    found = hang_diagnosis.diagnose({0: rank(0, phase=phase, text=ASLEEP)}, 1, "/run/code")
-    assert found["reason"].endswith(f"(silent for 600 s, cluster.network.{key}_timeout_s)")
-    assert f"{key}_timeout_s" in found["remedy"]
+    result = hang_diagnosis.diagnose({0: rank(0, phase=phase, text=ASLEEP)}, 1, "/run/code")
+    assert result["reason"].endswith(f"(silent for 600 s, cluster.network.{key}_timeout_s)")
+    assert f"{key}_timeout_s" in result["remedy"]
 
 
-def test_a_recorder_is_read_without_running_what_it_holds() -> None:
+def test_a_flight_record_is_read_without_running_code() -> None:
     states = [(7, "nccl:all_gather", "completed"), (8, "nccl:all_reduce", "started"), (9, "nccl:barrier", "scheduled")]
     entries = [{"record_id": number, "profiling_name": name, "state": state} for number, name, state in states]
-    assert hang_diagnosis.flight(pickle.dumps({"entries": entries})) == {"last": 9, "waits": "nccl:all_reduce"}
-    assert hang_diagnosis.flight(pickle.dumps({"entries": print})) is None
-    assert hang_diagnosis.flight(b"half") is None
+    assert hang_diagnosis.read_flight_record(pickle.dumps({"entries": entries})) == {
+        "last": 9,
+        "waits": "nccl:all_reduce",
+    }
+    assert hang_diagnosis.read_flight_record(pickle.dumps({"entries": print})) is None
+    assert hang_diagnosis.read_flight_record(b"half") is None

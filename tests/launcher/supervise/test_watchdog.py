@@ -1,5 +1,4 @@
-"""launcher/supervise/watchdog.py on real processes: ranks that stop, sleep, never start, or work; what is said, and
-that all are gone."""
+"""launcher/supervise/watchdog.py on real processes: ranks that stop, sleep, never start or work; the verdict and the kill."""
 
 import os
 import signal
@@ -52,7 +51,7 @@ else:
     heartbeat.beat("train", 2)
     wait_for_others()
 """
-Ranks = Callable[..., list["subprocess.Popen[bytes]"]]
+StartNode = Callable[..., list["subprocess.Popen[bytes]"]]
 
 
 @pytest.fixture
@@ -62,18 +61,18 @@ def attempt(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """All processes of a test; none is left."""
-    found: list[subprocess.Popen[bytes]] = []
-    yield found
-    for process in found:
+def test_processes() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes of a test. All are killed at its end."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
         process.kill()
         process.wait()
 
 
 @pytest.fixture
-def node(attempt: Path, started: list["subprocess.Popen[bytes]"]) -> Ranks:
-    """`node(0, "waits", "stops", world=2, step=1.5)`: a node's watchdog, then its ranks, which do so."""
+def start_node(attempt: Path, test_processes: list["subprocess.Popen[bytes]"]) -> StartNode:
+    """`start_node(0, "waits", "stops", world=2, step=1.5)`: start a node's watchdog and ranks that do this."""
 
     def start(number: int, *does: str, world: int, first: int = 0, here: int | None = None, **limits: float) -> Any:
         local = attempt.parent / f"local-{number}"
@@ -86,104 +85,108 @@ def node(attempt: Path, started: list["subprocess.Popen[bytes]"]) -> Ranks:
         return [python("-m", "launcher.supervise.watchdog", local, attempt, *words), *ranks]
 
     def python(*words: object) -> "subprocess.Popen[bytes]":
-        started.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT))
-        return started[-1]
+        test_processes.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT))
+        return test_processes[-1]
 
     return start
 
 
-def until(true: Callable[[], object]) -> None:
+def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def said(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
-    """The verdict, once all processes have ended: the ranks by SIGKILL."""
+def verdict_after_kill(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
+    """Return the verdict once all processes have ended. Checks that the ranks were killed by SIGKILL."""
     codes = [process.wait(40) for process in processes]
     assert codes == [0, *[-signal.SIGKILL] * (len(codes) - 1)]
     assert not list(attempt.parent.glob("local-*"))
-    found: dict[str, Any] = read_json(attempt / "hang.json")
-    return found
+    verdict: dict[str, Any] = read_json(attempt / "hang.json")
+    return verdict
 
 
-def test_a_stopped_rank_is_named_and_all_are_killed(attempt: Path, node: Ranks) -> None:
-    found = said(attempt, node(0, "waits", "stops", world=2, step=2))
-    assert found["reason"].startswith("rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at ")
-    assert (found["status"], found["rank"], found["host"], found["error"]) == ("hang", 1, "n2", "")
+def test_a_stopped_rank_is_named_and_all_are_killed(attempt: Path, start_node: StartNode) -> None:
+    verdict = verdict_after_kill(attempt, start_node(0, "waits", "stops", world=2, step=2))
+    assert verdict["reason"].startswith(
+        "rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at "
+    )
+    assert (verdict["status"], verdict["rank"], verdict["host"], verdict["error"]) == ("hang", 1, "n2", "")
     assert "wait_for_others" in (attempt / "rank-0.stack").read_text()
 
 
-def test_a_rank_that_sleeps_is_named_with_its_stack(attempt: Path, node: Ranks) -> None:
-    found = said(attempt, node(0, "waits", "sleeps", "waits", world=3, step=2))
-    assert found["rank"] == 1
-    assert "phase train, at <string>:" in found["reason"]
-    assert "most recent call first" in found["error"]
+def test_a_rank_that_sleeps_is_named_with_its_stack(attempt: Path, start_node: StartNode) -> None:
+    verdict = verdict_after_kill(attempt, start_node(0, "waits", "sleeps", "waits", world=3, step=2))
+    assert verdict["rank"] == 1
+    assert "phase train, at <string>:" in verdict["reason"]
+    assert "most recent call first" in verdict["error"]
 
 
 @pytest.mark.proof
-def test_a_rank_that_never_came_is_named(attempt: Path, node: Ranks) -> None:
-    found = said(attempt, node(0, "works", world=2, here=2, start=2))
-    assert found["rank"] == 1
-    assert "no heartbeat ever came" in found["reason"]
+def test_a_rank_without_any_heartbeat_is_named(attempt: Path, start_node: StartNode) -> None:
+    verdict = verdict_after_kill(attempt, start_node(0, "works", world=2, here=2, start=2))
+    assert verdict["rank"] == 1
+    assert "no heartbeat ever came" in verdict["reason"]
 
 
-def test_a_phase_has_its_own_limit(attempt: Path, node: Ranks) -> None:
+def test_a_phase_has_its_own_limit(attempt: Path, start_node: StartNode) -> None:
     began = time.monotonic()
-    found = said(attempt, node(0, "saves", world=1, step=1, save=4))
+    verdict = verdict_after_kill(attempt, start_node(0, "saves", world=1, step=1, save=4))
     assert time.monotonic() - began > 4
-    assert "step 1, phase save, at" in found["reason"]
+    assert "step 1, phase save, at" in verdict["reason"]
 
 
 @pytest.mark.proof
-def test_two_nodes_give_one_verdict(attempt: Path, node: Ranks) -> None:
-    nodes = [node(number, what, world=2, first=number, step=2) for number, what in enumerate(("waits", "stops"))]
+def test_two_nodes_write_one_verdict(attempt: Path, start_node: StartNode) -> None:
+    nodes = [start_node(number, what, world=2, first=number, step=2) for number, what in enumerate(("waits", "stops"))]
     for processes in nodes:
         assert [process.wait(60) for process in processes] == [0, -signal.SIGKILL]
-    found = read_json(attempt / "hang.json")
-    assert found["reason"].startswith("rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at ")
+    verdict = read_json(attempt / "hang.json")
+    assert verdict["reason"].startswith(
+        "rank 1 on n2 hangs: step 1, phase train, process stopped (T); rank 0 waits at "
+    )
 
 
 @pytest.mark.proof
-def test_a_node_that_says_nothing_is_named_with_its_last_heartbeat(attempt: Path, node: Ranks) -> None:
-    lost, *_ = node(1, "waits", world=2, first=1)
-    until(lambda: attempts.gathered(attempt))
+def test_a_silent_node_is_named_with_its_last_heartbeat(attempt: Path, start_node: StartNode) -> None:
+    lost, *_ = start_node(1, "waits", world=2, first=1)
+    until(lambda: attempts.published_ranks(attempt))
     lost.send_signal(signal.SIGSTOP)
-    found = said_by_one(attempt, node(0, "waits", world=2, step=2))
-    assert found["reason"].startswith(
+    verdict = verdict_of_killed_rank(attempt, start_node(0, "waits", world=2, step=2))
+    assert verdict["reason"].startswith(
         "rank 1 on n2 hangs: step 2, phase train, and the watchdog of its node does not answer"
     )
 
 
-def said_by_one(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
+def verdict_of_killed_rank(attempt: Path, processes: list["subprocess.Popen[bytes]"]) -> dict[str, Any]:
     assert [process.wait(60) for process in processes] == [0, -signal.SIGKILL]
-    found: dict[str, Any] = read_json(attempt / "hang.json")
-    return found
+    verdict: dict[str, Any] = read_json(attempt / "hang.json")
+    return verdict
 
 
 @pytest.mark.parametrize("does", ["ends", "fails"])
-def test_it_ends_with_its_ranks_and_has_nothing_to_say(attempt: Path, node: Ranks, does: str) -> None:
-    for process in node(0, does, world=1, start=1, step=1):
+def test_it_ends_with_its_ranks_without_a_verdict(attempt: Path, start_node: StartNode, does: str) -> None:
+    for process in start_node(0, does, world=1, start=1, step=1):
         process.wait(20)
     assert not (attempt / "hang.json").exists()
     assert not list(attempt.parent.glob("local-*"))
 
 
-def test_signals_for_the_ranks_do_not_end_it(attempt: Path, node: Ranks) -> None:
-    dog, *ranks = node(0, "works", "reads", world=2, step=2)
-    until(lambda: attempts.gathered(attempt))
+def test_signals_for_the_ranks_do_not_end_it(attempt: Path, start_node: StartNode) -> None:
+    dog, *ranks = start_node(0, "works", "reads", world=2, step=2)
+    until(lambda: attempts.published_ranks(attempt))
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         dog.send_signal(number)
-    time.sleep(3)  # past the limit: ranks that work are left alone, whether or not they get to another step
+    time.sleep(3)  # past the limit: ranks that work are not killed, whether or not they reach another step
     assert [process.poll() for process in (dog, *ranks)] == [None] * 3
-    assert attempts.gathered(attempt)[0]["phase"] == "train"
+    assert attempts.published_ranks(attempt)[0]["phase"] == "train"
 
 
 @pytest.mark.proof
-def test_a_job_that_was_suspended_as_a_whole_does_not_hang(attempt: Path, node: Ranks) -> None:
-    processes = node(0, "works", world=1, step=3)
-    until(lambda: attempts.gathered(attempt))
+def test_a_suspended_job_does_not_count_as_a_hang(attempt: Path, start_node: StartNode) -> None:
+    processes = start_node(0, "works", world=1, step=3)
+    until(lambda: attempts.published_ranks(attempt))
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
             os.kill(process.pid, number)

@@ -1,4 +1,4 @@
-"""launcher/supervise/worker.py: what a rank sees and leaves behind, with a small `jobs` package in place of the real one."""
+"""launcher/supervise/worker.py: a rank's environment and record, with a small `jobs` package instead of the real one."""
 
 import json
 import os
@@ -27,15 +27,14 @@ def run(name, config_path):
 
 @pytest.fixture
 def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank:
-    """`rank(body, values, **environ)` runs a rank of `train` in a run whose job is `body`, as the batch script would."""
+    """`rank(body, values, **environ)` runs one rank of `train` as the batch script does, with `body` as the job."""
 
     def run(body: str, values: dict[str, Any] | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
         for package in ("conf", "launcher"):
             (tmp_path / "code").mkdir(exist_ok=True)
             (tmp_path / "code" / package).symlink_to(ROOT / package)
         (tmp_path / "code/jobs").mkdir()
-        for name in ("signals", "heartbeat"):
-            (tmp_path / f"code/jobs/{name}.py").symlink_to(ROOT / f"jobs/{name}.py")
+        (tmp_path / "code/jobs/distributed").symlink_to(ROOT / "jobs/distributed")
         (tmp_path / "code/jobs/__init__.py").write_text(JOBS.format(body=body))
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")
@@ -59,43 +58,43 @@ TASK = {
 }
 
 
-def seen(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
-    """The environment that the job found."""
+def job_environment(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
+    """Return the environment that the job got."""
     [line] = [line for line in done.stdout.splitlines() if line.startswith("JOB ")]
-    found: dict[str, str] = json.loads(line.split(" ", 3)[3])
-    return found
+    values: dict[str, str] = json.loads(line.split(" ", 3)[3])
+    return values
 
 
-def shown(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
-    """The environment that the log shows."""
+def logged_environment(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
+    """Return the environment that the log shows."""
     [line] = [line for line in done.stdout.splitlines() if " INFO environment {" in line]
-    found: dict[str, str] = json.loads(line.partition(" INFO environment ")[2])
-    return found
+    values: dict[str, str] = json.loads(line.partition(" INFO environment ")[2])
+    return values
 
 
-def record(tmp_path: Path, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(tmp_path / f"jobs/train/attempt-2/rank-{number}.json")
-    return found
+def rank_record(tmp_path: Path, number: int) -> dict[str, Any]:
+    values: dict[str, Any] = read_json(tmp_path / f"jobs/train/attempt-2/rank-{number}.json")
+    return values
 
 
-def test_a_rank_knows_where_it_stands(rank: Rank, tmp_path: Path) -> None:
+def test_a_rank_gets_its_variables(rank: Rank, tmp_path: Path) -> None:
     done = rank("pass", **TASK)
-    found = seen(done)
+    values = job_environment(done)
     assert f"JOB train {tmp_path}/config.yaml" in done.stdout
-    assert [found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["3", "1", "4", "2"]
-    assert found["GLOO_SOCKET_IFNAME"] == "lo"
-    assert found["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
-    assert shown(done)["RANK"] == "3"
+    assert [values[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["3", "1", "4", "2"]
+    assert values["GLOO_SOCKET_IFNAME"] == "lo"
+    assert values["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
+    assert logged_environment(done)["RANK"] == "3"
 
 
-def test_only_rank_0_speaks_when_all_went_well(rank: Rank, tmp_path: Path) -> None:
+def test_a_completed_rank_other_than_0_writes_no_record(rank: Rank, tmp_path: Path) -> None:
     assert rank("pass", **TASK).returncode == 0
     assert not list(tmp_path.glob("jobs/train/attempt-2/rank-*.json"))
 
 
-def test_rank_0_says_that_all_were_done(rank: Rank, tmp_path: Path) -> None:
+def test_rank_0_records_completed(rank: Rank, tmp_path: Path) -> None:
     assert rank("pass", **TASK | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}).returncode == 0
-    assert record(tmp_path, 0)["status"] == "completed"
+    assert rank_record(tmp_path, 0)["status"] == "completed"
 
 
 @pytest.mark.parametrize(
@@ -109,39 +108,39 @@ def test_rank_0_says_that_all_were_done(rank: Rank, tmp_path: Path) -> None:
         ("raise RuntimeError('NCCL error')", 1, "nccl", "RuntimeError: NCCL error", True),
         ("sys.exit(9)", 9, "failed", "SystemExit: 9", True),
     ],
-    ids=["the user can mend it", "told to stop", "failed", "two lines", "out of memory", "nccl", "exit"],
+    ids=["an error of the user", "stopped", "failed", "two lines", "out of memory", "nccl", "exit"],
 )
-def test_a_rank_says_how_it_ended(
+def test_a_rank_records_how_it_ended(
     rank: Rank, tmp_path: Path, body: str, code: int, status: str, reason: str, traceback: bool
 ) -> None:
     done = rank(body, **TASK)
-    found = record(tmp_path, 3)
-    assert (done.returncode, found["status"], found["reason"], found["rank"]) == (code, status, reason, 3)
-    assert (found["error"].startswith("Traceback")) is traceback
+    values = rank_record(tmp_path, 3)
+    assert (done.returncode, values["status"], values["reason"], values["rank"]) == (code, status, reason, 3)
+    assert (values["error"].startswith("Traceback")) is traceback
     assert ("Traceback" in done.stderr) is (traceback and "exit" not in body)
 
 
-def test_secrets_reach_the_job_and_not_the_log(rank: Rank, tmp_path: Path, surroundings: dict[str, str]) -> None:
+def test_secrets_reach_the_job_but_not_the_log(rank: Rank, tmp_path: Path, surroundings: dict[str, str]) -> None:
     (tmp_path / "secrets").write_text("NODE_KEY=from the file\n")
     values = {"cluster.secrets": ["NODE_KEY", "RANK_KEY"], "cluster.secrets_file": str(tmp_path / "secrets")}
     done = rank("pass", values, **TASK, RANK_KEY="from outside")
-    assert (seen(done)["NODE_KEY"], seen(done)["RANK_KEY"]) == ("from the file", "from outside")
-    assert not {"NODE_KEY", "RANK_KEY"} & set(shown(done))
+    assert (job_environment(done)["NODE_KEY"], job_environment(done)["RANK_KEY"]) == ("from the file", "from outside")
+    assert not {"NODE_KEY", "RANK_KEY"} & set(logged_environment(done))
 
 
 def test_a_process_started_alone_is_rank_0_of_1(rank: Rank, tmp_path: Path) -> None:
     done = rank("pass")
-    assert (seen(done)["RANK"], seen(done)["WORLD_SIZE"]) == ("0", "1")
+    assert (job_environment(done)["RANK"], job_environment(done)["WORLD_SIZE"]) == ("0", "1")
     assert read_json(tmp_path / "jobs/train/attempt-1/rank-0.json")["status"] == "completed"
 
 
 @pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
-def test_what_the_user_sets_wins_over_what_the_worker_finds(rank: Rank, name: str) -> None:
+def test_a_variable_of_the_user_wins(rank: Rank, name: str) -> None:
     values = {"cluster.environment": {name: "/mine"}}
-    assert seen(rank("pass", values, **TASK, **{name: "/mine"}))[name] == "/mine"
+    assert job_environment(rank("pass", values, **TASK, **{name: "/mine"}))[name] == "/mine"
 
 
-def test_a_config_that_is_not_there_has_no_traceback(surroundings: dict[str, str]) -> None:
+def test_a_missing_config_gives_no_traceback(surroundings: dict[str, str]) -> None:
     command = [sys.executable, "-m", "launcher.supervise.worker", "train", "/nowhere/config.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=30)
     assert "/nowhere/config.yaml: no such file" in done.stderr
@@ -150,19 +149,19 @@ def test_a_config_that_is_not_there_has_no_traceback(surroundings: dict[str, str
 
 
 @pytest.mark.parametrize("name", ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"])
-def test_a_rank_at_work_is_watched(rank: Rank, tmp_path: Path, name: str) -> None:
-    local = watchdog.folder(str(tmp_path), tmp_path / "jobs/train/attempt-2", 1)
+def test_a_running_rank_is_watched(rank: Rank, tmp_path: Path, name: str) -> None:
+    local = watchdog.heartbeat_folder(str(tmp_path), tmp_path / "jobs/train/attempt-2", 1)
     body = f"from pathlib import Path; print('BEAT', Path('{local}/rank-3.beat').read_text())"
     values = {"cluster.scratch": str(tmp_path), "cluster.network.save_timeout_s": 4000}
     done = rank(body, values, **TASK)
     expected = {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": f"{local}/flight-", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "4120"}
-    assert (done.returncode, seen(done)[name]) == (0, expected[name])
+    assert (done.returncode, job_environment(done)[name]) == (0, expected[name])
     assert '"phase": "start"' in done.stdout
     assert not local.exists()
 
 
-def test_where_nothing_can_be_marked_the_job_runs_and_says_so(rank: Rank, tmp_path: Path) -> None:
+def test_without_a_writable_scratch_the_job_runs_and_warns(rank: Rank, tmp_path: Path) -> None:
     (tmp_path / "full").touch()
     done = rank("pass", {"cluster.scratch": f"{tmp_path}/full"}, **TASK)
     assert done.returncode == 0
-    assert f"nobody watches for hangs: cluster.scratch={tmp_path}/full" in done.stdout
+    assert f"cluster.scratch={tmp_path}/full: no watchdog, so hangs are not detected" in done.stdout
