@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::product")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::quantized_matmul")
 
 
 KEPT = {
@@ -27,7 +27,7 @@ KEPT = {
 Forward = Callable[..., Any]
 
 
-def _recomputed(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
+def recomputed_in_backward(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
     """`forward`, done again in backward. Random numbers are drawn as before only where something is dropped at random."""
     random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(
         getattr(module, "attention_dropout", 0) for module in block.modules()
@@ -45,7 +45,7 @@ def _recomputed(block: nn.Module, forward: Forward, offload: bool = False, **opt
     return recomputed
 
 
-def _keeping() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of forward and recomputation that keep what KEPT says."""
     products = {False: 0, True: 0}  # counted in forward and in recomputation
 

@@ -30,7 +30,7 @@ PACKAGES = {
 }
 
 
-def chosen(config: Config, shape: PreTrainedConfig) -> str:
+def select(config: Config, shape: PreTrainedConfig) -> str:
     """Transformers' name of the attention to train a model of this shape with; says so once, with the reason.
 
     Raises ConfigError where the config asks for what this machine does not have.

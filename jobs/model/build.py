@@ -18,7 +18,7 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
-from jobs.model.lora import adapted
+from jobs.model.lora import add_lora
 from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,14 +29,14 @@ def build(config: Config) -> Any:
 
     Raises ConfigError when the source cannot be loaded.
     """
-    model = skeleton(config)
-    materialize.materialise(model, lambda parameter: torch.empty_like(parameter, device="cpu"), torch.device("cpu"))
-    held = materialize.parts(model, lambda parameter: (parameter.shape, 0, parameter))
-    materialize.fill(model, skeleton, held, config)
+    model = build_on_meta(config)
+    materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device="cpu"), torch.device("cpu"))
+    held = materialize.local_parts(model, lambda parameter: (parameter.shape, 0, parameter))
+    materialize.fill(model, build_on_meta, held, config)
     return model
 
 
-def skeleton(config: Config, adapters: bool = True) -> Any:
+def build_on_meta(config: Config, adapters: bool = True) -> Any:
     """The model of `build` without weights: parameters on the meta device, buffers with their values, with its adapters or not.
 
     Its embedding has a row for every token of the tokenizer; rows that are in no file get the mean of the others.
@@ -51,8 +51,8 @@ def skeleton(config: Config, adapters: bool = True) -> Any:
             return model
         if config.adapter.base is not Frozen.full:
             on_gpu = config.cluster.train.gpus_per_node != 0
-            quantized_linear.replace(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
-        return adapted(config, model)
+            quantized_linear.replace_linears(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
+        return add_lora(config, model)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -94,12 +94,12 @@ def _weightless() -> Iterator[None]:
 
 def _described(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     shape = _shape(config) if config.model.init is Init.random else _stored_shape(config)
-    before = embedding_resize.grow(shape, load_tokenizer(config), config)
+    before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
     try:
         model = AutoModelForCausalLM.from_config(
             shape,
             dtype=dtype,
-            attn_implementation=attention.chosen(config, shape),
+            attn_implementation=attention.select(config, shape),
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:

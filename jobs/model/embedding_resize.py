@@ -11,7 +11,7 @@ from conf.schema import Config
 from jobs.tensor_io.slices import Part, Stored
 
 
-def grow(shape: PreTrainedConfig, words: PreTrainedTokenizerBase, config: Config) -> int | None:
+def resize_vocabulary(shape: PreTrainedConfig, words: PreTrainedTokenizerBase, config: Config) -> int | None:
     """Make room in a model's shape for all tokens; returns the rows before, None where nothing was added.
 
     Raises ConfigError under an adapter: the embedding is frozen there, and new rows would stay as they were drawn.
@@ -39,7 +39,7 @@ def stored_shapes(base: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     return {name: (before, *shape[1:]) if name in added else shape for name, shape in shapes.items()}
 
 
-def fill(
+def fill_added_rows(
     base: PreTrainedModel, held: Mapping[str, Part], places: Mapping[str, Stored], read: Callable[[Stored, Part], None]
 ) -> dict[str, Part]:
     """Give added rows the mean of those before, and return what is left to be read: rows that the files have.

@@ -18,18 +18,18 @@ MULTIPLE = 16
 """What torch's scaled product wants both widths of a weight to be a multiple of."""
 
 
-def takes(linear: nn.Linear) -> bool:
+def supports(linear: nn.Linear) -> bool:
     """Whether torch's scaled product takes a layer's weight."""
     return not any(size % MULTIPLE for size in linear.weight.shape)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
     """x @ W.T in the dtype of x (..., columns), on GPUs by way of bf16; `weight` is W's bytes, flat, `absmax` (rows) as
     `numbers` gives it."""
     return cast(torch.Tensor, _Product.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call]
 
 
-def numbers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix in 8 bits, and the largest magnitude of each row (rows, 1) in fp32, which becomes the largest number; rows of
     zeros stay zeros."""
     matrix = matrix.float()
@@ -60,7 +60,7 @@ def _multiplied(left: torch.Tensor, right: torch.Tensor, scales: torch.Tensor, d
 
     GPUs give bf16. On CPUs torch 2.11 takes one scale a matrix only, so there the same numbers are multiplied in fp32.
     """
-    small, absmax = numbers(left)
+    small, absmax = quantize_rows(left)
     scale = absmax / LARGEST
     if not left.is_cuda:
         return ((small.float() @ right.float()) * scale * scales).to(dtype)

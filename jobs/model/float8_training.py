@@ -11,10 +11,10 @@ from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.model.build import blocks
-from jobs.model.float8_matmul import CAPABILITY, takes
+from jobs.model.float8_matmul import CAPABILITY, supports
 
 
-def install(model: nn.Module, config: Config, world: World) -> None:
+def convert_linears(model: nn.Module, config: Config, world: World) -> None:
     """Exchange the layers that `train.float8` asks for. Raises ConfigError without torchao, or on a GPU without 8-bit products."""
     recipe = config.train.float8
     if recipe is Float8.none:
@@ -38,4 +38,4 @@ def install(model: nn.Module, config: Config, world: World) -> None:
 
 
 def _fits(module: nn.Module, _name: str) -> bool:
-    return isinstance(module, nn.Linear) and takes(module)
+    return isinstance(module, nn.Linear) and supports(module)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from jobs.model.unwrap import answering, causal
+from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 CHUNK = 2**28
 """Logits that exist at once: 1 GiB in fp32. Fewer would add up the head's gradient, of all its elements, more often."""
@@ -29,7 +29,7 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     after adapters and before sharding. False, and nothing changed, for a model that does more than apply its head to the
     last hidden state, such as scaling its logits. `compiled` fuses the softmax into one kernel.
     """
-    inside = causal(model)
+    inside = causal_lm(model)
     head = inside.get_output_embeddings()
     if head is None or not _is_all(inside, head):
         return False
@@ -67,7 +67,7 @@ def _is_all(inside: Any, head: nn.Module) -> bool:
 
     outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
     try:
-        with answering({inside.base_model: lambda *_, **__: outputs, head: stub}):
+        with stubbed_forwards({inside.base_model: lambda *_, **__: outputs, head: stub}):
             found = inside.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
     except Exception:  # of whatever code a model brings; the plain way then raises what must be raised
         return False
@@ -82,7 +82,7 @@ def _take_targets(head: nn.Linear, compiled: bool) -> None:
         if targets is None:
             return alone(rows)
         learns = torch.is_grad_enabled()  # inside the function it never is
-        return Summed.apply(rows.to(head.weight.dtype), head.weight, head.bias, targets, learns, compiled)
+        return FusedCrossEntropy.apply(rows.to(head.weight.dtype), head.weight, head.bias, targets, learns, compiled)
 
     head.forward = forward  # type: ignore[method-assign]
 
@@ -97,7 +97,7 @@ def _in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> tor
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-class Summed(torch.autograd.Function):
+class FusedCrossEntropy(torch.autograd.Function):
     """Cross entropy of `rows @ weight.T + bias`, summed in fp32. Gradients are made on the way forward, chunk by chunk, so
     that no logits are kept or computed again, and multiplied by the incoming one on the way back."""
 
@@ -113,7 +113,7 @@ class Summed(torch.autograd.Function):
     ) -> torch.Tensor:
         """rows (tokens, hidden), weight (vocabulary, hidden), targets (tokens,) int64 -> a scalar, fp32."""
         of_rows, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
-        score = _compiled() if compiled and learns else _scored
+        score = _compiled() if compiled and learns else _loss_and_grad
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
         grads = [
             torch.zeros_like(rows) if of_rows else None,
@@ -141,7 +141,7 @@ class Summed(torch.autograd.Function):
         return rows, *(None if grad is None else grad.to(ctx.dtype) for grad in (weight, bias)), None, None, None
 
 
-def _scored(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy of (tokens, vocabulary) in fp32, and its gradient in the precision of the logits."""
     scores, wanted = logits.float(), targets[:, None]
     total = scores.logsumexp(-1, keepdim=True)
@@ -157,4 +157,4 @@ def _scored(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tup
 
 @cache
 def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_scored)
+    return torch.compile(_loss_and_grad)

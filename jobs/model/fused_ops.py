@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.model.unwrap import answering
+from jobs.model.unwrap import stubbed_forwards
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -58,7 +58,7 @@ def _is_gated(mlp: Any) -> bool:
         return down
 
     try:
-        with answering({gate_proj: lambda _: gate, up_proj: lambda _: up, down_proj: stub}):
+        with stubbed_forwards({gate_proj: lambda _: gate, up_proj: lambda _: up, down_proj: stub}):
             found = mlp.forward(given)
     except Exception:  # of whatever code a model brings: it is then left as it is
         return False

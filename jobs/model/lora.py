@@ -10,7 +10,7 @@ from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 
 
-def adapted(config: Config, model: PreTrainedModel) -> Any:
+def add_lora(config: Config, model: PreTrainedModel) -> Any:
     """The model with a PEFT LoRA: fp32 adapters on a frozen base.
 
     Raises ConfigError for targets that are not there, or that DoRA has no norms for.

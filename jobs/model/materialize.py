@@ -21,7 +21,7 @@ def is_empty(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def materialise(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], device: torch.device) -> None:
+def materialize(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], device: torch.device) -> None:
     """Replace every parameter by what `make` gives for it, once each so that tied ones stay tied; buffers go to `device`.
 
     Not `to_empty`: it unties, and it empties buffers that no file can fill, such as rotary frequencies.
@@ -44,7 +44,9 @@ def materialise(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], 
                 module._buffers[name] = buffer.to(device)
 
 
-def parts(model: nn.Module, held: Callable[[nn.Parameter], tuple[torch.Size, int, torch.Tensor]]) -> dict[str, Part]:
+def local_parts(
+    model: nn.Module, held: Callable[[nn.Parameter], tuple[torch.Size, int, torch.Tensor]]
+) -> dict[str, Part]:
     """What this rank has to fill, by plain name; `held` gives whole shape, first element and local tensor of a parameter."""
     found = {}
     for name, parameter in model.named_parameters():
@@ -72,22 +74,22 @@ def fill(
             if part.trained:
                 part.into.fill_(torch.nan)
         held = {name: part for name, part in held.items() if not part.trained}
-    magnitudes = [] if resumed else random_init.magnitudes(held)
+    magnitudes = [] if resumed else random_init.dora_magnitudes(held)
     if config.adapter.kind is not AdapterKind.none:
         twin = again(config, adapters=True)
-        added = random_init.adapters(twin)
-        random_init.draw_adapters(twin, {name: part for name, part in held.items() if name in added}, config.train.seed)
+        added = random_init.adapter_weights(twin)
+        random_init.init_adapters(twin, {name: part for name, part in held.items() if name in added}, config.train.seed)
         held = {name: part for name, part in held.items() if name not in added}
     if not held:
         return 0
     base = again(config, adapters=False)
     if config.model.init is Init.random:
-        random_init.draw(base, held, config.train.seed, _drawn_on(held, world))
-        random_init.measure(magnitudes)
+        random_init.init_model(base, held, config.train.seed, _drawn_on(held, world))
+        random_init.init_dora_magnitudes(magnitudes)
         return 0
-    read = pretrained.load(base, held | _buffers(model), config, world, quantized_linear.layers(model))
-    quantized_linear.settle(model, held)
-    random_init.measure(magnitudes)
+    read = pretrained.load(base, held | _buffers(model), config, world, quantized_linear.quantized_layers(model))
+    quantized_linear.share_scales(model, held)
+    random_init.init_dora_magnitudes(magnitudes)
     return read
 
 

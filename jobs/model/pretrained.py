@@ -16,7 +16,7 @@ from conf.schema import Config
 from jobs.distributed.collectives import everywhere, first
 from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
-from jobs.model.quantized_linear import Quantised
+from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
 from jobs.tensor_io.model_files import find
 from jobs.tensor_io.slices import Part, Stored
@@ -40,7 +40,7 @@ def load(
     held: Mapping[str, Part],
     config: Config,
     world: World | None,
-    packed: Mapping[str, Quantised],
+    packed: Mapping[str, QuantizedLinear],
 ) -> int:
     """Fill the parts; returns the bytes read from files. `base` is the model without weights and adapters; of what `packed`
     names, a part is quantised as soon as it is read, one weight after another.
@@ -62,7 +62,7 @@ def load(
     places = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in held}
 
     def filled() -> int:
-        left = embedding_resize.fill(
+        left = embedding_resize.fill_added_rows(
             base, held, places, lambda place, part: _read(folder, [(place, part)], config, False)
         )
         done = _read(folder, [(places[key], part) for key, part in left.items() if key not in packed], config, main)
@@ -170,7 +170,7 @@ def _whole(
     held: Mapping[str, Part],
     config: Config,
     world: World | None,
-    packed: Mapping[str, Quantised],
+    packed: Mapping[str, QuantizedLinear],
 ) -> int:
     """One model at a time in a node's memory."""
     for turn in range(world.local_size if world else 1):
@@ -179,7 +179,9 @@ def _whole(
     return 0
 
 
-def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config, packed: Mapping[str, Quantised]) -> None:
+def _copy(
+    base: PreTrainedModel, held: Mapping[str, Part], config: Config, packed: Mapping[str, QuantizedLinear]
+) -> None:
     source = config.model.source
     try:
         whole, info = AutoModelForCausalLM.from_pretrained(

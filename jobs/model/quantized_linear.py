@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     absmax: torch.Tensor
 
 
-class Quantised(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer whose weight is packed. Frozen; a bias stays as it was."""
 
     def __init__(self, linear: nn.Linear, kind: Frozen, dtype: torch.dtype) -> None:
@@ -51,10 +51,12 @@ class Quantised(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind is Frozen.float8:
-            made = float8_matmul.product(x, self.weight, self.out_features, *self.scales())
+            made = float8_matmul.matmul(x, self.weight, self.out_features, *self.scales())
             return made if self.bias is None else made + self.bias
         shape = (self.out_features, self.in_features)
-        return cast(torch.Tensor, product(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales()))
+        return cast(
+            torch.Tensor, quantized_matmul(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales())
+        )
 
     def scales(self) -> tuple[torch.Tensor, ...]:
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
@@ -70,14 +72,14 @@ class Quantised(nn.Linear):
         begin, count = first * self.block, (last - first) * self.block
         original = torch.empty(count, dtype=self.dtype, device=part.into.device)
         done = read(Part((self.out_features, self.in_features), begin, original, trained=False))
-        packed, absmax = quantise(self.kind, original, self.block)
+        packed, absmax = quantize(self.kind, original, self.block)
         skip = part.begin * self.dtype.itemsize - nbytes(self.kind, begin)
         into = part.into.view(torch.uint8)
         into.copy_(packed[skip : skip + into.numel()])
         self._found = first, absmax
         return done
 
-    def settle(self, device: torch.device) -> None:
+    def share_scales(self, device: torch.device) -> None:
         """Bring the scales together once all ranks have taken their parts; all ranks call this together. `device`: where
         the packed parts are."""
         whole = torch.zeros(self.out_features * self.in_features // self.block, device=device)
@@ -91,8 +93,8 @@ class Quantised(nn.Linear):
             buffer.copy_(value)
 
 
-@torch.library.custom_op("muster::product", mutates_args=())
-def product(
+@torch.library.custom_op("muster::quantized_matmul", mutates_args=())
+def quantized_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -104,19 +106,19 @@ def product(
 
     An operator, so that a compiler cannot see that both unpack the same: it would keep all of the model unpacked.
     """
-    return F.linear(x, dequantised(weight, nf4, shape, x.dtype, *scales), bias)
+    return F.linear(x, dequantize(weight, nf4, shape, x.dtype, *scales), bias)
 
 
-@product.register_fake
+@quantized_matmul.register_fake
 def _(x: torch.Tensor, _weight: Any, _bias: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op("muster::product_backward", mutates_args=())
+@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())
 def _back(
     grad: torch.Tensor, weight: torch.Tensor, nf4: bool, shape: Sequence[int], scales: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    return grad @ dequantised(weight, nf4, shape, grad.dtype, *scales)
+    return grad @ dequantize(weight, nf4, shape, grad.dtype, *scales)
 
 
 @_back.register_fake
@@ -134,10 +136,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return _back(grad, weight, ctx.nf4, ctx.shape, scales), None, None, None, None, [None] * len(scales)
 
 
-product.register_autograd(_backward, setup_context=_keep)
+quantized_matmul.register_autograd(_backward, setup_context=_keep)
 
 
-def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
+def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
     """Let the linear layers of decoder blocks be quantised ones, without data yet. Router, head and embedding stay as they are,
     as do layers whose weights do not fill whole blocks of 64, or under float8 have widths that its product does not take.
 
@@ -153,30 +155,32 @@ def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu
         for name, module in list(block.named_modules()):
             if type(module) is nn.Linear and _fits(module, kind):
                 parent = block.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], Quantised(module, kind, dtype))
+                setattr(parent, name.rpartition(".")[2], QuantizedLinear(module, kind, dtype))
 
 
 def _fits(linear: nn.Linear, kind: Frozen) -> bool:
     if kind is Frozen.float8:
-        return float8_matmul.takes(linear)
+        return float8_matmul.supports(linear)
     return linear.weight.numel() % BLOCK == 0
 
 
-def layers(model: nn.Module) -> dict[str, Quantised]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Plain name of each packed weight -> its layer."""
-    return {plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, Quantised)}
+    return {
+        plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
 
 
-def settle(model: nn.Module, held: Mapping[str, Part]) -> None:
-    """`Quantised.settle` of every layer, in the same order on all ranks."""
-    for name, layer in layers(model).items():
-        layer.settle(held[name].into.device)
+def share_scales(model: nn.Module, held: Mapping[str, Part]) -> None:
+    """`QuantizedLinear.share_scales` of every layer, in the same order on all ranks."""
+    for name, layer in quantized_layers(model).items():
+        layer.share_scales(held[name].into.device)
 
 
-def quantise(kind: Frozen, original: torch.Tensor, block: int) -> Numbers:
+def quantize(kind: Frozen, original: torch.Tensor, block: int) -> Numbers:
     """Of a flat range of whole blocks, in the precision of compute."""
     if kind is Frozen.float8:
-        eighths, absmax = float8_matmul.numbers(original.view(-1, block))
+        eighths, absmax = float8_matmul.quantize_rows(original.view(-1, block))
         return Numbers(eighths.view(-1).view(torch.uint8), absmax.view(-1))
     if kind is Frozen.nf4:
         import bitsandbytes.functional as numbers
@@ -200,7 +204,7 @@ def scales(kind: Frozen, absmax: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return codes, state.absmax, state.code, offset
 
 
-def dequantised(
+def dequantize(
     weight: torch.Tensor,
     nf4: bool,
     shape: Sequence[int],
@@ -210,11 +214,13 @@ def dequantised(
 ) -> torch.Tensor:
     """The weight (rows, columns) in `dtype`."""
     if nf4:
-        return unpacked(weight, _decoded(absmax, *nested), shape, dtype)
+        return dequantize_nf4(weight, _decoded(absmax, *nested), shape, dtype)
     return (weight.view(torch.int8).view(shape) * (absmax / 127).unsqueeze(1)).to(dtype)
 
 
-def unpacked(weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def dequantize_nf4(
+    weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
     """NF4 numbers times their blocks' magnitudes, fp32.
 
     A block a row, whatever the shape: bitsandbytes 0.50.2 on CPUs gives blocks that reach over the end of a row wrong scales.
@@ -225,7 +231,7 @@ def unpacked(weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], d
     )
 
 
-def scales_again(absmax: torch.Tensor) -> torch.Tensor:
+def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """Magnitudes of all blocks of a weight as double quantisation leaves them, fp32."""
     return _decoded(*scales(Frozen.nf4, absmax))
 

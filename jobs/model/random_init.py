@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from jobs.tensor_io.slices import Part, plain
 
 
-def draw(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
+def init_model(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
     """Fill `parts` with the model's own initial weights. `twin` is the whole model without weights; it stays without.
 
     Each block is drawn whole and freed again: a rank that drew only its share would draw other numbers than its neighbours.
@@ -26,7 +26,7 @@ def draw(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: to
         module.to_empty(device="meta", recurse=recurse)
 
 
-def adapters(twin: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def adapter_weights(twin: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     """Plain name of each adapter weight -> the name of its layer, and the layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -39,9 +39,9 @@ def adapters(twin: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     }
 
 
-def draw_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None:
+def init_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None:
     """Fill `parts` as PEFT would: layer by layer, and on the CPU, since they are small."""
-    for name, layer in {name: layer for key, (name, layer) in adapters(twin).items() if key in parts}.items():
+    for name, layer in {name: layer for key, (name, layer) in adapter_weights(twin).items() if key in parts}.items():
         held = [getattr(layer, kind) for kind in layer.adapter_layer_names]
         for group in held:
             group.to_empty(device="cpu")
@@ -53,7 +53,7 @@ def draw_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None
             group.to_empty(device="meta")
 
 
-def magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
+def dora_magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
     """Each of DoRA's magnitudes with the weight whose row norms it starts from."""
     suffix = ".lora_magnitude_vector.default.weight"
     return [
@@ -61,7 +61,7 @@ def magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
     ]
 
 
-def measure(pairs: list[tuple[Part, Part]]) -> None:
+def init_dora_magnitudes(pairs: list[tuple[Part, Part]]) -> None:
     """Set DoRA's magnitudes to the norms of their rows, once these are filled: the adapted model then equals its base.
 
     A rank that holds some rows of a weight must hold the same of its magnitudes, as under FSDP; ZeRO-3's partitions are

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 
-def causal(model: Any) -> Any:
+def causal_lm(model: Any) -> Any:
     """The causal language model inside DeepSpeed's engine and PEFT's wrapper."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
-def answering(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def stubbed_forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """These modules answer so meanwhile: a model's own code is tried without weights."""
     before = {module: module.forward for module in stubs}
     try:

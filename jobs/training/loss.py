@@ -13,13 +13,13 @@ from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
 
 
-def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def summed_cross_entropy(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's.
 
     A model with a fused head (`jobs.model.fused_cross_entropy.fuse`) returns it itself, for only inside its forward
     are sharded weights whole.
     """
-    inside = unwrap.causal(model)
+    inside = unwrap.causal_lm(model)
     inputs = _inputs(batch, inside.config._attn_implementation)
     lacking = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]  # none where the row goes on elsewhere
     following = F.pad(batch["labels"][:, 1:], (0, lacking), value=batches.IGNORED).flatten()
@@ -34,7 +34,7 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """(rows, length, vocabulary), or of this rank's stretch of the rows."""
-    found: torch.Tensor = model(**_inputs(batch, unwrap.causal(model).config._attn_implementation)).logits
+    found: torch.Tensor = model(**_inputs(batch, unwrap.causal_lm(model).config._attn_implementation)).logits
     return found
 
 
@@ -48,7 +48,7 @@ def _inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def held_out(
+def evaluate(
     model: nn.Module,
     rows: batches.Rows,
     micro_batch: int,
@@ -75,7 +75,7 @@ def held_out(
         if not len(mine):
             batch["labels"].fill_(batches.IGNORED)
             batch["trained"] = batch["trained"][:0]
-        found[0] += summed(model, batch).double()
+        found[0] += summed_cross_entropy(model, batch).double()
         found[1] += len(batch["trained"])
     model.train()
     return found

@@ -1,6 +1,6 @@
 """The optimizer, and the learning rate as a function of the step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -10,31 +10,40 @@ from torch import nn
 from conf.choices import Backend, Optimizer
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.model.unwrap import causal
+from jobs.model.unwrap import causal_lm
 from jobs.training.adafactor import Adafactor
 
 MOMENTUM = 0.95
 """Muon's, as in Jordan 2024 and in Liu 2025 (arXiv 2502.16982), which also scales its update to that of AdamW."""
 
 
-class Several(tuple[torch.optim.Optimizer, ...]):
-    """Optimizers of different parameters, stepped as one; torch's state dictionaries take them as they are."""
+class CombinedOptimizer:
+    """Optimizers of different parameters, used like one optimizer.
+
+    Iterating gives the optimizers: torch.distributed.checkpoint's state dictionaries take such an iterable.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.optimizers)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return [group for each in self for group in each.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> dict[torch.Tensor, Any]:
-        return {parameter: state for each in self for parameter, state in each.state.items()}
+        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
 
     def step(self) -> None:
-        for each in self:
-            each.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for each in self:
-            each.zero_grad(set_to_none)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
 
 def build(model: nn.Module, config: Config) -> Any:
@@ -50,7 +59,7 @@ def build(model: nn.Module, config: Config) -> Any:
     if kind is Optimizer.adafactor:
         return Adafactor(_groups(trainable, config), lr=train.learning_rate)
     if kind is Optimizer.muon:
-        inside = causal(model)
+        inside = causal_lm(model)
         outer = [inside.get_input_embeddings(), inside.get_output_embeddings()]
         outside = {id(parameter) for module in outer if module is not None for parameter in module.parameters()}
         hidden = [item for item in trainable if item.ndim == 2 and id(item) not in outside]
@@ -58,12 +67,12 @@ def build(model: nn.Module, config: Config) -> Any:
         decay = {"weight_decay": train.weight_decay, "momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
         muon = torch.optim.Muon(hidden, lr=train.learning_rate, **decay)
         if not others:  # under an adapter
-            return Several([muon])
-        return Several([muon, torch.optim.AdamW(_groups(others, config), **adam, fused=trainable[0].is_cuda)])
+            return CombinedOptimizer(muon)
+        return CombinedOptimizer(muon, torch.optim.AdamW(_groups(others, config), **adam, fused=trainable[0].is_cuda))
     return _small(config)(_groups(trainable, config), **adam)
 
 
-def set_rate(optimizer: Any, learning_rate: float) -> None:
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     """Of every group; in place where it is a tensor, which torchao compiles into its step and refuses to see replaced."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):

@@ -64,9 +64,9 @@ def activation_bytes(config: Config, *, fused_kernels: bool, compiled: bool = Fa
     block = saved_by_block(config, fused_kernels=fused_kernels)
     final = (4 + 2 * width) * shape.hidden_size  # the norm before the output head, and the head's input
     backward = width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
-    layers, whole = shape.num_hidden_layers, 1 if mode else shape.num_hidden_layers
+    layers, whole = shape.num_hidden_layers, 1 if mode.recomputes else shape.num_hidden_layers
     # inputs of recomputed blocks; offloaded ones are here only while they are copied, two at a time
-    inputs = 0 if not mode else min(2, layers) if mode is Checkpointing.offload else layers
+    inputs = 0 if not mode.recomputes else min(2, layers) if mode is Checkpointing.offload else layers
     kept = float(inputs * width * shape.hidden_size)
     if mode is Checkpointing.selective:
         kept += layers * kept_by_selection(config, compiled=compiled)

@@ -18,7 +18,7 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
     rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
-    unwrap.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
+    unwrap.causal_lm(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]

@@ -130,9 +130,9 @@ def linear(rows: int = 48, columns: int = 128) -> nn.Linear:
     return made
 
 
-def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int]) -> quantized_linear.Quantised:
+def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int]) -> quantized_linear.QuantizedLinear:
     """Quantised by several ranks one after another, each of which holds the packed numbers between two cuts."""
-    made = quantized_linear.Quantised(source, kind, dtype)
+    made = quantized_linear.QuantizedLinear(source, kind, dtype)
     numbers = torch.empty(made.weight.shape, dtype=dtype)
     original = source.weight.detach().to(dtype).flatten()
     found = []
@@ -149,7 +149,7 @@ def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int])
     for first, absmax in found:
         blocks[first : first + absmax.numel()] = torch.maximum(blocks[first : first + absmax.numel()], absmax)
     made._found = (0, blocks)
-    made.settle(torch.device("cpu"))
+    made.share_scales(torch.device("cpu"))
     made.weight = nn.Parameter(numbers, requires_grad=False)
     return made
 
@@ -163,7 +163,7 @@ def test_nf4_has_the_numbers_of_bitsandbytes(dtype, cuts):
     made = packed(source, Frozen.nf4, dtype, cuts)
     numbers, state = theirs.quantize_4bit(source.weight.detach().to(dtype), quant_type="nf4", compress_statistics=True)
     assert torch.equal(made.weight.view(torch.uint8), numbers.flatten())
-    whole = quantized_linear.dequantised(made.weight, True, (48, 128), dtype, *made.scales())
+    whole = quantized_linear.dequantize(made.weight, True, (48, 128), dtype, *made.scales())
     assert torch.equal(whole, theirs.dequantize_4bit(numbers, state))
 
 
@@ -171,7 +171,7 @@ def test_rows_need_not_be_whole_blocks():
     """bitsandbytes' own way gives such weights wrong scales on CPUs (0.50.2)."""
     source = linear(columns=96)
     made = packed(source, Frozen.nf4, torch.float32, [])
-    found = quantized_linear.dequantised(made.weight, True, (48, 96), torch.float32, *made.scales())
+    found = quantized_linear.dequantize(made.weight, True, (48, 96), torch.float32, *made.scales())
     off = (found - source.weight).abs().view(-1, quantized_linear.BLOCK).amax(dim=1)
     assert (
         off <= 0.16 * source.weight.abs().view(-1, quantized_linear.BLOCK).amax(dim=1)
@@ -193,7 +193,7 @@ def test_int8_has_the_numbers_of_bitsandbytes():
 def test_a_packed_layer_is_its_dequantised_copy(kind, dtype):
     made = packed(linear(), kind, dtype, [])
     copy = deepcopy(linear()).to(dtype)
-    copy.weight.data = quantized_linear.dequantised(made.weight, kind is Frozen.nf4, (48, 128), dtype, *made.scales())
+    copy.weight.data = quantized_linear.dequantize(made.weight, kind is Frozen.nf4, (48, 128), dtype, *made.scales())
     made.bias = copy.bias
     outputs, gradients = [], []
     for layer in (made, copy):
@@ -249,8 +249,8 @@ def test_tokens_of_zeros_are_zeros_in_8_bits():
 
 def test_float8_leaves_widths_that_its_product_does_not_take():
     block = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 24))
-    quantized_linear.replace([block], Frozen.float8, torch.bfloat16)
-    assert [type(layer) for layer in block] == [quantized_linear.Quantised, nn.Linear]
+    quantized_linear.replace_linears([block], Frozen.float8, torch.bfloat16)
+    assert [type(layer) for layer in block] == [quantized_linear.QuantizedLinear, nn.Linear]
 
 
 def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeypatch):
@@ -258,14 +258,14 @@ def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(ConfigError, match="adapter.base=float8: .*NVIDIA A100 lacks: take int8"):
-        quantized_linear.replace([], Frozen.float8, torch.bfloat16, on_gpu=True)
-    quantized_linear.replace([], Frozen.float8, torch.bfloat16, on_gpu=False)
+        quantized_linear.replace_linears([], Frozen.float8, torch.bfloat16, on_gpu=True)
+    quantized_linear.replace_linears([], Frozen.float8, torch.bfloat16, on_gpu=False)
 
 
 def _is_sharded(_rank: int, config: Config) -> None:
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.skeleton(config), config, world)
-        layers = quantized_linear.layers(getattr(engine.module, "module", engine.module))
+        engine = backends.chosen(config).wrap(build.build_on_meta(config), config, world)
+        layers = quantized_linear.quantized_layers(getattr(engine.module, "module", engine.module))
         assert len(layers) == 7 * 4
         for name, layer in layers.items():
             whole = quantized_linear.nbytes(layer.kind, layer.in_features * layer.out_features)
@@ -309,7 +309,7 @@ def test_a_base_that_is_merged_dequantised_is_the_one_trained_on(dtype):
     made.settle()
     found = torch.cat([made.round(flat[begin : begin + 640], begin) for begin in range(0, flat.numel(), 640)])
     assert torch.equal(
-        found.view(48, 128), quantized_linear.dequantised(layer.weight, True, (48, 128), dtype, *layer.scales())
+        found.view(48, 128), quantized_linear.dequantize(layer.weight, True, (48, 128), dtype, *layer.scales())
     )
 
 

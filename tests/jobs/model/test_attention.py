@@ -19,7 +19,7 @@ LLAMA8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4
 
 def taught(made, *batches):
     """Loss and gradients of all batches."""
-    values = [loss.summed(made, batch) for batch in batches]
+    values = [loss.summed_cross_entropy(made, batch) for batch in batches]
     torch.stack(values).sum().backward()
     return sum(value.item() for value in values), gradients(made)
 
@@ -163,12 +163,12 @@ def test_what_cannot_be_done_is_refused_with_the_reason(compose, words, reason, 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "deepseek_v3"])
 def test_no_way_leaves_out_part_of_a_models_attention(compose, kind):
     with pytest.raises(ConfigError, match="does not compute the model's attention, which has"):
-        attention.chosen(compose("model.attention=varlen"), AutoConfig.for_model(kind))
+        attention.select(compose("model.attention=varlen"), AutoConfig.for_model(kind))
 
 
 def test_a_merge_on_a_node_without_gpus_asks_for_none(compose):
     config = compose("cluster=slurm", "model.attention=flash_attention_3")
-    assert attention.chosen(config, AutoConfig.for_model("llama", **SMALL)) == "eager"
+    assert attention.select(config, AutoConfig.for_model("llama", **SMALL)) == "eager"
 
 
 @pytest.mark.slow

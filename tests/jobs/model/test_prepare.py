@@ -28,7 +28,7 @@ WRAPS = {"whole": lambda made: made, "lora": adapted}
 
 def taught(made, found):
     torch.manual_seed(3)  # of dropout
-    value = loss.summed(made, whole(found))
+    value = loss.summed_cross_entropy(made, whole(found))
     value.backward()
     return value.item(), gradients(made)
 
@@ -39,7 +39,7 @@ def check_same(compose, wrap, pack_into, *words):
     first, second = (WRAPS[wrap](network(attention=way)) for _ in range(2))
     names = [name for name, _ in first.named_parameters()]
     expected, slopes = taught(first, found)
-    prepare.install(second, compose(*words), CPU)
+    prepare.prepare_model(second, compose(*words), CPU)
     assert [name for name, _ in second.named_parameters()] == names
     value, gradient = taught(second, found)
     assert value == pytest.approx(expected, rel=1e-6)
@@ -65,7 +65,7 @@ def test_compilation_changes_no_gradient(compose, kind, wrap, pack_into):
 @pytest.mark.parametrize("kind", ["none", "selective"])
 def test_compiled_pieces_change_no_gradient(compose, kind, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(compile, "_compiles", lambda world: True)
+    monkeypatch.setattr(compile, "_can_compile", lambda world: True)
     check_same(compose, "lora", None, f"train.activation_checkpointing={kind}", "parallel=zero3", "adapter=lora")
 
 
@@ -81,7 +81,7 @@ def test_pieces_are_norms_and_gated_products():
 def test_what_is_dropped_at_random_is_dropped_again(compose, kind):
     first, second = (adapted(network(), dropout=0.5) for _ in range(2))
     expected, slopes = taught(first, rows(LENGTHS))
-    prepare.install(second, compose(f"train.activation_checkpointing={kind}"), CPU)
+    prepare.prepare_model(second, compose(f"train.activation_checkpointing={kind}"), CPU)
     value, gradient = taught(second, rows(LENGTHS))
     assert value == pytest.approx(expected, rel=1e-6)
     check_equal(gradient, slopes, 1e-5)
@@ -110,8 +110,8 @@ def test_backward_computes_again_what_was_not_kept(compose, kind, products, atte
     found = []
     for mode in ("none", kind):
         made = network()
-        prepare.install(made, compose(f"train.activation_checkpointing={mode}"), CPU)
-        value = loss.summed(made, whole(rows(LENGTHS)))
+        prepare.prepare_model(made, compose(f"train.activation_checkpointing={mode}"), CPU)
+        value = loss.summed_cross_entropy(made, whole(rows(LENGTHS)))
         with Products() as counted:
             value.backward()
         found.append((counted.mm, counted.attention))
@@ -121,10 +121,10 @@ def test_backward_computes_again_what_was_not_kept(compose, kind, products, atte
 
 def test_evaluation_recomputes_nothing(compose):
     made = network()
-    expected = loss.summed(made, whole(rows(LENGTHS)))
-    prepare.install(made, compose("train.activation_checkpointing=full"), CPU)
+    expected = loss.summed_cross_entropy(made, whole(rows(LENGTHS)))
+    prepare.prepare_model(made, compose("train.activation_checkpointing=full"), CPU)
     with torch.no_grad():
-        assert loss.summed(made, whole(rows(LENGTHS))).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert loss.summed_cross_entropy(made, whole(rows(LENGTHS))).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_evaluation_recomputes_nothing(compose):
 def test_blocks_are_compiled_where_it_pays(compose, words, device, triton, expected, monkeypatch):
     monkeypatch.setattr(compile, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
-    assert compile.is_compiled(compose(*words), world) is expected
+    assert compile.compiles_blocks(compose(*words), world) is expected
     in_pieces = words == ["parallel=zero3", "adapter=lora"]
-    assert compile.has_pieces(compose(*words), world) is in_pieces
+    assert compile.compiles_fused_ops(compose(*words), world) is in_pieces
 
 
 def _sharded(rank, words, config):
@@ -157,12 +157,12 @@ def _sharded(rank, words, config):
         batches = [rows([9, 14, 11], None), rows([5, 12], None, trained=0.5 * (rank == 0))]
         for number, found in enumerate(batches, 1):
             batch = whole(found)
-            backend.backward(engine, loss.summed(engine.module, batch) / 10, last=number == len(batches))
+            backend.backward(engine, loss.summed_cross_entropy(engine.module, batch) / 10, last=number == len(batches))
         norm = backend.step(engine, 0.0)
         alone = build.build(config)
         for share in (0.5, 0.0):
             for found in (rows([9, 14, 11], None), rows([5, 12], None, trained=share)):
-                (loss.summed(alone, whole(found)) / 20).backward()
+                (loss.summed_cross_entropy(alone, whole(found)) / 20).backward()
         trained = [item.grad for item in alone.parameters() if item.requires_grad]
         assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4), words
 
@@ -196,16 +196,16 @@ def test_sharded_models_may_be_compiled(compose, layout, adapter):
 
 
 def _unbroken(rank, config):
-    compile._compiles = lambda world: True
+    compile._can_compile = lambda world: True
     torch.compile = partial(torch.compile, backend="eager")  # the compiler behind it is not asked
     torch._dynamo.reset()
     counters.clear()
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.skeleton(config), config, world)
-        loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
+        engine = backends.chosen(config).wrap(build.build_on_meta(config), config, world)
+        loss.summed_cross_entropy(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
     # one code for all blocks, or a second where no gradient goes in; the loss; gated products, where these are compiled alone
-    assert counters["frames"]["ok"] == 2 + adapted + compile.has_pieces(config, world)
+    assert counters["frames"]["ok"] == 2 + adapted + compile.compiles_fused_ops(config, world)
     assert not counters["graph_break"]
 
 
@@ -228,7 +228,7 @@ def test_no_hook_cuts_what_is_compiled(compose, layout, adapter):
 
 
 def _in_pieces(rank, words, config):
-    compile._compiles = lambda world: True
+    compile._can_compile = lambda world: True
     _sharded(rank, words, config)
 
 
@@ -259,10 +259,12 @@ def _scarce(rank, config):
     with process_group(config) as world:
         engine = zero.wrap(build.build(config), config, world)
         for _ in range(3):  # what is gathered ahead is known from the second on
-            zero.backward(engine, loss.summed(engine.module, whole(rows([9, 14, 11], None))) / 10, last=True)
+            zero.backward(
+                engine, loss.summed_cross_entropy(engine.module, whole(rows([9, 14, 11], None))) / 10, last=True
+            )
             norm = zero.step(engine, 0.0)
         alone = build.build(config)
-        (loss.summed(alone, whole(rows([9, 14, 11], None))) / 10).backward()
+        (loss.summed_cross_entropy(alone, whole(rows([9, 14, 11], None))) / 10).backward()
         trained = [item.grad for item in alone.parameters() if item.requires_grad]
         assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4)
 

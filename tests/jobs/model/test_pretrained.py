@@ -51,7 +51,7 @@ def stored(request, tmp_path_factory):
 
 def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     """Weights by plain name, gathered; buffers; the bytes that this rank read."""
-    engine = backends.chosen(config).wrap(model.skeleton(config), config, world)
+    engine = backends.chosen(config).wrap(model.build_on_meta(config), config, world)
     network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
     return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
 
@@ -156,7 +156,7 @@ def test_drawn_weights_have_the_models_own_scale(compose):
 
 def _refused(_rank: int, config: Config, words: list[str]) -> None:
     with process_group(config) as world, pytest.raises(ConfigError) as caught:
-        backends.chosen(config).wrap(model.skeleton(config), config, world)
+        backends.chosen(config).wrap(model.build_on_meta(config), config, world)
     for word in words:
         assert word in str(caught.value)
 
@@ -258,7 +258,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
     with process_group(config) as world:
         if config.parallel.backend.name == "zero":
             zero.start(world)
-        twin = model.skeleton(config)
+        twin = model.build_on_meta(config)
         before, peak, done = _resident(), [0], Event()
 
         def watch() -> None:
@@ -270,7 +270,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.skeleton, zero._partitioned(twin, config, world), config, world)
+            materialize.fill(twin, model.build_on_meta, zero._partitioned(twin, config, world), config, world)
         else:
             backends.chosen(config).wrap(twin, config, world)
         done.set()
@@ -297,7 +297,7 @@ def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compos
 def _skipped(_rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         full, lora = (
-            backends.chosen(config).wrap(model.skeleton(config), config, world, resumed=True) for config in configs
+            backends.chosen(config).wrap(model.build_on_meta(config), config, world, resumed=True) for config in configs
         )
     assert full.read_bytes == 0
     assert lora.read_bytes > 0

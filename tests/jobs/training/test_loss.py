@@ -36,7 +36,7 @@ def test_fused_loss_equals_plain_cross_entropy(tied, dtype, rel):
     made, batch = network(dtype=dtype, **HEADS[tied]), whole(rows(LENGTHS))
     expected, slopes = taught(plainly(made, batch), made)
     assert fused_cross_entropy.fuse(made)
-    value, found = taught(loss.summed(made, batch), made)
+    value, found = taught(loss.summed_cross_entropy(made, batch), made)
     assert value == pytest.approx(expected, rel=1e-6 if dtype is torch.float32 else 1e-5)
     check_equal(found, slopes, rel)
 
@@ -46,7 +46,7 @@ def test_fused_loss_equals_plain_cross_entropy_under_adapters(targets):
     made, batch = adapted(network(), targets), whole(rows(LENGTHS))
     expected, slopes = taught(plainly(made, batch), made)
     assert fused_cross_entropy.fuse(made)
-    value, found = taught(loss.summed(made, batch), made)
+    value, found = taught(loss.summed_cross_entropy(made, batch), made)
     assert value == pytest.approx(expected, rel=1e-6)
     check_equal(found, slopes, 1e-6)
     assert made.get_base_model().model.embed_tokens.weight.grad is None
@@ -57,7 +57,7 @@ def test_a_head_with_a_bias_learns_it():
     assert made.lm_head.bias is not None
     expected, slopes = taught(plainly(made, batch), made)
     assert fused_cross_entropy.fuse(made)
-    value, found = taught(loss.summed(made, batch), made)
+    value, found = taught(loss.summed_cross_entropy(made, batch), made)
     assert value == pytest.approx(expected, rel=1e-6)
     check_equal(found, slopes, 1e-6)
 
@@ -67,7 +67,7 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_gives_every_gradient(w
     """Else a rank whose rows train nothing would leave the others waiting for its gradients."""
     made = wrap(network())
     assert fused_cross_entropy.fuse(made)
-    value, found = taught(loss.summed(made, whole(rows(LENGTHS, trained=0.0))), made)
+    value, found = taught(loss.summed_cross_entropy(made, whole(rows(LENGTHS, trained=0.0))), made)
     assert value == 0
     assert all(not gradient.any() for gradient in found.values())
 
@@ -75,18 +75,20 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_gives_every_gradient(w
 def test_only_trained_tokens_reach_the_head(monkeypatch):
     made, batch, seen = network(), whole(rows(LENGTHS)), []
     assert fused_cross_entropy.fuse(made)
-    scored = fused_cross_entropy._scored
+    scored = fused_cross_entropy._loss_and_grad
     monkeypatch.setattr(
-        fused_cross_entropy, "_scored", lambda logits, *rest: seen.append(len(logits)) or scored(logits, *rest)
+        fused_cross_entropy, "_loss_and_grad", lambda logits, *rest: seen.append(len(logits)) or scored(logits, *rest)
     )
-    loss.summed(made, batch)
+    loss.summed_cross_entropy(made, batch)
     assert sum(seen) == (batch["labels"][:, 1:] != batches.IGNORED).sum() < batch["input_ids"].numel() / 2
 
 
 def test_trained_places_are_found_where_a_batch_does_not_name_them():
     made, batch = network(), whole(rows(LENGTHS))
     assert fused_cross_entropy.fuse(made)
-    assert loss.summed(made, batch) == loss.summed(made, {name: batch[name] for name in ("input_ids", "labels")})
+    assert loss.summed_cross_entropy(made, batch) == loss.summed_cross_entropy(
+        made, {name: batch[name] for name in ("input_ids", "labels")}
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_a_model_that_changes_its_logits_keeps_the_plain_way(kind, extra):
     made, batch = network(kind, "eager", **extra), whole(rows(LENGTHS))
     expected = plainly(made, batch).item()
     assert not fused_cross_entropy.fuse(made)
-    assert loss.summed(made, batch).item() == pytest.approx(expected, rel=1e-6)
+    assert loss.summed_cross_entropy(made, batch).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_fused_model_still_gives_logits():
@@ -113,7 +115,7 @@ def test_a_fused_model_still_gives_logits():
 
 def test_a_second_backward_is_refused():
     weight = nn.Parameter(torch.randn(97, 8))
-    value = fused_cross_entropy.Summed.apply(torch.randn(5, 8), weight, None, torch.arange(5), True, False)
+    value = fused_cross_entropy.FusedCrossEntropy.apply(torch.randn(5, 8), weight, None, torch.arange(5), True, False)
     value.backward(retain_graph=True)
     with pytest.raises(TypeError):
         value.backward()
@@ -122,10 +124,10 @@ def test_a_second_backward_is_refused():
 def test_evaluation_makes_no_gradients(monkeypatch):
     made, asked = network(), []
     assert fused_cross_entropy.fuse(made)
-    scored = fused_cross_entropy._scored
-    monkeypatch.setattr(fused_cross_entropy, "_scored", lambda *given: asked.append(given[2]) or scored(*given))
+    scored = fused_cross_entropy._loss_and_grad
+    monkeypatch.setattr(fused_cross_entropy, "_loss_and_grad", lambda *given: asked.append(given[2]) or scored(*given))
     with torch.no_grad():
-        loss.summed(made, whole(rows(LENGTHS)))
+        loss.summed_cross_entropy(made, whole(rows(LENGTHS)))
     assert not any(asked)
 
 
@@ -135,7 +137,7 @@ def test_held_out_loss_is_that_of_all_rows_on_any_number_of_ranks(ranks):
     expected = plainly(made.eval(), whole(found)).item()
     assert fused_cross_entropy.fuse(made)
     worlds = [World(rank, ranks, rank, ranks, torch.device("cpu")) for rank in range(ranks)]
-    shares = [loss.held_out(made, found, 2, 0, world) for world in worlds]
+    shares = [loss.evaluate(made, found, 2, 0, world) for world in worlds]
     summed, tokens = sum(shares).tolist()
     assert summed == pytest.approx(expected, rel=1e-6)
     assert tokens == found.counts.sum()

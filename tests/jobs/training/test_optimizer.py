@@ -40,7 +40,7 @@ def test_a_rate_that_is_a_tensor_stays_one():
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight], lr=torch.tensor(1.0), foreach=False)
     rate = optimizer.param_groups[0]["lr"]
-    optim.set_rate(optimizer, 0.25)
+    optim.set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
 
 

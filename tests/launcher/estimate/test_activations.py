@@ -104,7 +104,7 @@ def test_logits_are_held_as_the_loss_really_holds_them(compose: Compose, precisi
     model = torch.nn.Module()
     model.config = SimpleNamespace(_attn_implementation="sdpa")
     model.forward = lambda **_: SimpleNamespace(logits=head(states))
-    peak = peak_bytes(lambda: loss.summed(model, batch).backward())
+    peak = peak_bytes(lambda: loss.summed_cross_entropy(model, batch).backward())
     config = put(
         compose("cluster=slurm", "model=llama8b"),
         {
@@ -213,7 +213,7 @@ def test_what_a_recomputed_block_keeps_is_what_is_estimated(
         if targets:
             model = adapted(model, targets)
             model.enable_input_require_grads()
-        prepare.install(model, config, cpu)
+        prepare.prepare_model(model, config, cpu)
         ids = torch.randint(0, config.model.architecture.vocab_size, (1, tokens))
         found.append(kept_alive(model, ids))
     expected = 2 * config.model.architecture.hidden_size
