@@ -1,4 +1,4 @@
-"""Reaches the causal language model inside PEFT, DeepSpeed and compile wrappers."""
+"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and can replace forwards for a moment."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,19 +8,19 @@ from torch import nn
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal language model inside DeepSpeed's engine and PEFT's wrapper."""
+    """The transformers causal language model inside DeepSpeed's engine and PEFT's wrapper, either or both."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def stubbed_forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """These modules answer so meanwhile: a model's own code is tried without weights."""
-    before = {module: module.forward for module in stubs}
+    """Replace the forwards of these modules inside this context, to run a model's own code without its weights."""
+    originals = {module: module.forward for module in stubs}
     try:
         for module, stub in stubs.items():
-            module.forward = stub  # type: ignore[method-assign]
+            module.forward = stub  # type: ignore[method-assign, unused-ignore]
         yield
     finally:
-        for module, forward in before.items():
-            module.forward = forward  # type: ignore[method-assign]
+        for module, forward in originals.items():
+            module.forward = forward  # type: ignore[method-assign, unused-ignore]

@@ -143,12 +143,12 @@ def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int])
 
     edges = [0, *cuts, numbers.numel()]
     for begin, end in zip(edges, edges[1:], strict=False):
-        made.take(Part((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
-        found.append(made._found)
+        made.load(Part((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
+        found.append(made._local_absmax)
     blocks = torch.zeros(source.weight.numel() // made.block)
     for first, absmax in found:
         blocks[first : first + absmax.numel()] = torch.maximum(blocks[first : first + absmax.numel()], absmax)
-    made._found = (0, blocks)
+    made._local_absmax = (0, blocks)
     made.share_scales(torch.device("cpu"))
     made.weight = nn.Parameter(numbers, requires_grad=False)
     return made
@@ -190,7 +190,7 @@ def test_int8_has_the_numbers_of_bitsandbytes():
 
 @pytest.mark.parametrize("kind", [Frozen.nf4, Frozen.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_is_its_dequantised_copy(kind, dtype):
+def test_a_packed_layer_is_its_dequantized_copy(kind, dtype):
     made = packed(linear(), kind, dtype, [])
     copy = deepcopy(linear()).to(dtype)
     copy.weight.data = quantized_linear.dequantize(made.weight, kind is Frozen.nf4, (48, 128), dtype, *made.scales())
@@ -257,7 +257,7 @@ def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    with pytest.raises(ConfigError, match="adapter.base=float8: .*NVIDIA A100 lacks: take int8"):
+    with pytest.raises(ConfigError, match="adapter.base=float8: .*this one is NVIDIA A100: set adapter.base=int8"):
         quantized_linear.replace_linears([], Frozen.float8, torch.bfloat16, on_gpu=True)
     quantized_linear.replace_linears([], Frozen.float8, torch.bfloat16, on_gpu=False)
 

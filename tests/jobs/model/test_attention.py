@@ -125,7 +125,7 @@ def test_softcap_takes_flex_where_triton_is(compose, installed, monkeypatch):
 
 @pytest.mark.parametrize("way", ["sdpa", "eager", "varlen", "auto"])
 def test_a_config_builds_its_way_and_the_log_says_it_once(compose, way, capsys):
-    attention._say.cache_clear()
+    attention._log_once.cache_clear()
     config = compose(f"model.attention={way}")
     names = [build.build(config).config._attn_implementation for _ in range(2)]
     assert names == [{"varlen": "muster_varlen", "auto": "sdpa"}.get(way, way)] * 2
@@ -135,7 +135,7 @@ def test_a_config_builds_its_way_and_the_log_says_it_once(compose, way, capsys):
 
 @pytest.mark.parametrize("way", ["cudnn", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4"])
 def test_what_needs_a_gpu_is_refused_without_one(compose, way):
-    with pytest.raises(ConfigError, match=f"model.attention={way}: trains on GPUs only; model.attention=auto"):
+    with pytest.raises(ConfigError, match=f"model.attention={way}: runs on GPUs only; set model.attention=auto"):
         build.build(compose(f"model.attention={way}"))
 
 
@@ -143,7 +143,7 @@ def test_what_needs_a_gpu_is_refused_without_one(compose, way):
     ("words", "reason"),
     [
         (["model.attention=cudnn", "train.precision=fp32"], "bf16"),
-        (["model.attention=cudnn", "data.packing=true"], "samples of packed rows"),
+        (["model.attention=cudnn", "data.packing=true"], "the samples of packed rows"),
         (["model.attention=flash_attention_2"], "package flash_attn,"),
         (["model.attention=flash_attention_3"], "package flash_attn_interface,"),
         (["model.attention=flash_attention_4"], "package flash_attn,"),
@@ -155,14 +155,14 @@ def test_what_needs_a_gpu_is_refused_without_one(compose, way):
 def test_what_cannot_be_done_is_refused_with_the_reason(compose, words, reason, monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     config = compose("train.precision=bf16", *words)
-    found = attention._lacking(config, config.model.attention, "", on_gpu=True)
+    found = attention._why_unavailable(config, config.model.attention, "", on_gpu=True)
     assert reason in found
     assert bool(reason) == bool(found)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "deepseek_v3"])
 def test_no_way_leaves_out_part_of_a_models_attention(compose, kind):
-    with pytest.raises(ConfigError, match="does not compute the model's attention, which has"):
+    with pytest.raises(ConfigError, match="does not support this model: its attention has"):
         attention.select(compose("model.attention=varlen"), AutoConfig.for_model(kind))
 
 

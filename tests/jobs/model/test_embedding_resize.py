@@ -59,5 +59,5 @@ def test_new_rows_are_the_mean_of_those_before(tied, stored, compose):
 
 
 def test_an_adapter_cannot_learn_new_rows(stored, compose):
-    with pytest.raises(ConfigError, match="data.special_tokens.*an adapter leaves frozen"):
+    with pytest.raises(ConfigError, match="data.special_tokens.*an adapter does not train the embedding"):
         build.build(compose(*stored(False), "adapter=lora", "data.special_tokens=['<one>','<two>']"))

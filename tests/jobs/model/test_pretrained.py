@@ -200,7 +200,7 @@ def _gone(path, _tensors, _name):
 def test_files_that_do_not_fit_are_refused_on_every_rank(stored, compose, tmp_path, change, words):
     folder = _damaged(stored, tmp_path / "damaged", change)
     config = compose(*HUB, f"model.source={folder}", *COMMON, "parallel=fsdp")
-    spawn(_refused, 2, config, ["model.source", "fetch", *words])
+    spawn(_refused, 2, config, ["model.source", *words])
 
 
 def llama(*, vocabulary, hidden, inner, layers, heads):
