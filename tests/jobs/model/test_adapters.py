@@ -1,4 +1,4 @@
-"""Adapters, quantised bases and optimizers: each layout's curve against plain torch in one process, and what a start equals."""
+"""Adapters, quantized bases and optimizers: loss curves of each layout against plain torch in one process, and stored numbers."""
 
 import json
 from copy import deepcopy
@@ -19,6 +19,7 @@ from jobs.distributed.process_group import process_group
 from jobs.model import build, quantized_linear
 from jobs.tensor_io.slices import Part
 from jobs.tokenization.tokenizer import load_tokenizer
+from tests.conftest import Compose
 from tests.jobs import curves, ranks, reference
 from tests.jobs.ranks import spawn
 
@@ -38,27 +39,27 @@ def zero(stage: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RUN of a small model that has learnt something, with its rows."""
+    """RUN of a small trained model, with its rows."""
     run = tmp_path_factory.mktemp("base") / "run"
     ranks.run(f"run_dir={run}", *curves.SMALL, "train.steps=12", "jobs=[preprocess,train,consolidate]")
     return run
 
 
 @pytest.fixture(scope="module")
-def untrained(compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RUN/model of the same shape, from fresh weights: made in a second."""
+def untrained(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN/model of the same shape with random weights, made in a second."""
     run, config = tmp_path_factory.mktemp("untrained"), compose("model=tiny")
     build.build(config).save_pretrained(run / "model")
     load_tokenizer(config).save_pretrained(run / "model")
     return run
 
 
-def on(base: Path, compose, *words: str) -> Config:
+def on(base: Path, compose: Compose, *words: str) -> Config:
     return compose("model=hub", f"model.source={base}/model", *curves.SMALL, *words)
 
 
-def held_against_the_reference(configs: dict[str, list[Config]], base: Path) -> None:
-    """Curves of every config, within 2e-3 of their reference."""
+def check_against_reference(configs: dict[str, list[Config]], base: Path) -> None:
+    """Train every config; each loss must be within 2e-3 of the reference."""
     trained = curves.train_each([config for group in configs.values() for config in group])
     for name, group in configs.items():
         expected = [loss for loss, _ in reference.curve(group[0], base, 6)]
@@ -69,8 +70,8 @@ def held_against_the_reference(configs: dict[str, list[Config]], base: Path) -> 
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_every_adapter_equals_the_reference_under_fsdp(base, compose, tmp_path):
-    held_against_the_reference(
+def test_every_adapter_equals_the_reference_under_fsdp(base, compose: Compose, tmp_path: Path) -> None:
+    check_against_reference(
         {
             kind: curves.runs(on(base, compose, f"adapter={kind}", HIGH), base / "data", tmp_path / kind, FSDP)
             for kind in KINDS
@@ -95,15 +96,15 @@ def test_every_adapter_equals_the_reference_under_fsdp(base, compose, tmp_path):
         ("rslora", 3),
     ],
 )
-def test_every_adapter_equals_the_reference_under_zero(kind, stage, base, compose, tmp_path):
+def test_every_adapter_equals_the_reference_under_zero(kind, stage, base, compose: Compose, tmp_path: Path) -> None:
     config = on(base, compose, f"adapter={kind}", HIGH)
-    held_against_the_reference({kind: curves.runs(config, base / "data", tmp_path, {"zero": zero(stage)})}, base)
+    check_against_reference({kind: curves.runs(config, base / "data", tmp_path, {"zero": zero(stage)})}, base)
 
 
 @pytest.mark.proof
 @pytest.mark.slow
-def test_every_optimizer_equals_torchs_under_fsdp(base, compose, tmp_path):
-    held_against_the_reference(
+def test_every_optimizer_equals_torchs_under_fsdp(base, compose: Compose, tmp_path: Path) -> None:
+    check_against_reference(
         {
             kind: curves.runs(on(base, compose, f"train.optimizer={kind}", HIGH), base / "data", tmp_path / kind, FSDP)
             for kind in ("adafactor", "muon")
@@ -115,8 +116,10 @@ def test_every_optimizer_equals_torchs_under_fsdp(base, compose, tmp_path):
 @pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bitsandbytes_optimizer_stays_near_plain_training_under_zero(stage, base, compose, tmp_path):
-    """ZeRO cuts parameters at other places than blocks of 256 states, so that they round otherwise."""
+def test_bitsandbytes_optimizer_stays_near_plain_training_under_zero(
+    stage, base, compose: Compose, tmp_path: Path
+) -> None:
+    """Not equal, because ZeRO's shards do not begin at blocks of 256 states, so that other states share a scale."""
     config = on(base, compose, "train.optimizer=adamw_8bit")
     [found] = curves.train_each(curves.runs(config, base / "data", tmp_path, {"zero": zero(stage)}))
     expected = [loss for loss, _ in reference.curve(config, base, 6)]
@@ -131,7 +134,7 @@ def linear(rows: int = 48, columns: int = 128) -> nn.Linear:
 
 
 def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int]) -> quantized_linear.QuantizedLinear:
-    """Quantised by several ranks one after another, each of which holds the packed numbers between two cuts."""
+    """A quantized layer, filled part by part as several ranks would: each holds the packed numbers between two cuts."""
     made = quantized_linear.QuantizedLinear(source, kind, dtype)
     numbers = torch.empty(made.weight.shape, dtype=dtype)
     original = source.weight.detach().to(dtype).flatten()
@@ -156,7 +159,7 @@ def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int])
 
 @pytest.mark.parametrize("cuts", [[], [100, 101, 500]], ids=["whole", "cut inside blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_has_the_numbers_of_bitsandbytes(dtype, cuts):
+def test_nf4_has_the_numbers_of_bitsandbytes(dtype, cuts) -> None:
     from bitsandbytes import functional as theirs
 
     source = linear()
@@ -167,8 +170,8 @@ def test_nf4_has_the_numbers_of_bitsandbytes(dtype, cuts):
     assert torch.equal(whole, theirs.dequantize_4bit(numbers, state))
 
 
-def test_rows_need_not_be_whole_blocks():
-    """bitsandbytes' own way gives such weights wrong scales on CPUs (0.50.2)."""
+def test_rows_need_not_be_whole_blocks() -> None:
+    """bitsandbytes 0.50.2 on CPUs applies wrong scales to such weights."""
     source = linear(columns=96)
     made = packed(source, Frozen.nf4, torch.float32, [])
     found = quantized_linear.dequantize(made.weight, True, (48, 96), torch.float32, *made.scales())
@@ -178,7 +181,7 @@ def test_rows_need_not_be_whole_blocks():
     ).all()  # half the widest step of NF4
 
 
-def test_int8_has_the_numbers_of_bitsandbytes():
+def test_int8_has_the_numbers_of_bitsandbytes() -> None:
     from bitsandbytes import functional as theirs
 
     source = linear()
@@ -190,7 +193,7 @@ def test_int8_has_the_numbers_of_bitsandbytes():
 
 @pytest.mark.parametrize("kind", [Frozen.nf4, Frozen.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_is_its_dequantized_copy(kind, dtype):
+def test_a_packed_layer_is_its_dequantized_copy(kind, dtype) -> None:
     made = packed(linear(), kind, dtype, [])
     copy = deepcopy(linear()).to(dtype)
     copy.weight.data = quantized_linear.dequantize(made.weight, kind is Frozen.nf4, (48, 128), dtype, *made.scales())
@@ -206,15 +209,15 @@ def test_a_packed_layer_is_its_dequantized_copy(kind, dtype):
 
 
 def in_e4m3(matrix: torch.Tensor) -> torch.Tensor:
-    """Each row in 8 bits, its largest magnitude being the largest number, and back again."""
+    """Quantize each row to e4m3, its largest magnitude becoming the largest number, and dequantize it again."""
     scale = matrix.double().abs().amax(dim=1, keepdim=True) / 448
     return (matrix.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
 
 
 @pytest.mark.parametrize("cuts", [[], [100, 101, 500]], ids=["whole", "cut inside rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_float8_layer_multiplies_in_8_bits(dtype, cuts):
-    """Rows of its weight by tokens, and back by the tokens of the gradient."""
+def test_a_float8_layer_multiplies_in_8_bits(dtype, cuts) -> None:
+    """Forward quantizes the tokens of the input, backward the tokens of the gradient."""
     source = linear()
     made = packed(source, Frozen.float8, dtype, cuts)
     made.bias = nn.Parameter(source.bias.detach().to(dtype))
@@ -239,7 +242,7 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_tokens_of_zeros_are_zeros_in_8_bits():
+def test_tokens_of_zeros_are_zeros_in_8_bits() -> None:
     made = packed(linear(), Frozen.float8, torch.bfloat16, [])
     made.bias = None
     x = torch.zeros(2, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -247,13 +250,13 @@ def test_tokens_of_zeros_are_zeros_in_8_bits():
     assert not made(x).any() and not x.grad.any()
 
 
-def test_float8_leaves_widths_that_its_product_does_not_take():
+def test_float8_leaves_layers_of_unsupported_widths() -> None:
     block = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 24))
     quantized_linear.replace_linears([block], Frozen.float8, torch.bfloat16)
     assert [type(layer) for layer in block] == [quantized_linear.QuantizedLinear, nn.Linear]
 
 
-def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeypatch):
+def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
@@ -275,7 +278,7 @@ def _is_sharded(_rank: int, config: Config) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.proof)])
-def test_a_packed_base_is_really_sharded(layout, compose, untrained):
+def test_a_packed_base_is_really_sharded(layout, compose: Compose, untrained) -> None:
     config = on(
         untrained,
         compose,
@@ -287,8 +290,8 @@ def test_a_packed_base_is_really_sharded(layout, compose, untrained):
     spawn(_is_sharded, 2, config)
 
 
-def test_dora_starts_as_its_base(untrained, compose):
-    """Magnitudes are the norms of rows that were filled after the adapters were made."""
+def test_dora_starts_as_its_base(untrained, compose: Compose) -> None:
+    """The weights are filled after PEFT has made the magnitudes, so Muster computes these again."""
     tokens = torch.arange(3, 40)[None]
     for precision in ("fp32", "bf16"):
         words = (f"train.precision={precision}",)
@@ -300,7 +303,7 @@ def test_dora_starts_as_its_base(untrained, compose):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_base_that_is_merged_dequantised_is_the_one_trained_on(dtype):
+def test_a_base_that_is_merged_dequantized_is_the_one_trained_on(dtype) -> None:
     source = linear()
     layer = packed(source, Frozen.nf4, dtype, [])
     flat, made = source.weight.detach().flatten(), Nf4(dtype)
@@ -316,8 +319,8 @@ def test_a_base_that_is_merged_dequantised_is_the_one_trained_on(dtype):
 @pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["dora", "rslora", "qlora"])
-def test_the_merged_model_has_the_loss_of_the_live_one(adapter, base, tmp_path):
-    """Of a quantised base that is merged as it was trained on."""
+def test_the_merged_model_has_the_loss_of_the_live_one(adapter, base, tmp_path: Path) -> None:
+    """With qlora, the base is merged as it was in training (dequantized)."""
     merge = ["consolidate.base=dequantised"] if adapter == "qlora" else []
     words = ["model=hub", f"model.source={base}/model", *curves.SMALL, f"adapter={adapter}", HIGH, *merge]
     ranks.run(f"run_dir={tmp_path}/run", *words, "jobs=[preprocess,train,consolidate,evaluate]")

@@ -1,4 +1,6 @@
-"""Tokens added by the config: the tokenizer knows them whole, and the embedding has a row for each."""
+"""Tokens added by the config: the tokenizer never splits them, and the embedding has a row for each."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +9,12 @@ from transformers import AutoModelForCausalLM
 from conf.errors import ConfigError, DataError
 from jobs.model import build
 from jobs.tokenization.tokenizer import load_tokenizer
+from tests.conftest import Compose
 
 
 @pytest.fixture
-def stored(compose, tmp_path):
-    """A folder with a model whose embedding fits the bundled tokenizer; returns the words of its config."""
+def stored(compose: Compose, tmp_path: Path):
+    """A function that saves a model with an embedding of the bundled tokenizer's size, and returns the overrides that select it."""
 
     def saved(tied):
         config = compose(f"model.architecture.tie_word_embeddings={tied}".lower())
@@ -24,7 +27,7 @@ def stored(compose, tmp_path):
     return saved
 
 
-def test_added_tokens_are_never_split(compose):
+def test_added_tokens_are_never_split(compose: Compose) -> None:
     words = load_tokenizer(compose("data.special_tokens=['<tool>','</tool>']", "data.pad_token='<tool>'"))
     ids = words("a<tool>b</tool>", add_special_tokens=False).input_ids
     assert {"<tool>", "</tool>"} <= set(words.convert_ids_to_tokens(ids))
@@ -32,19 +35,19 @@ def test_added_tokens_are_never_split(compose):
     assert words.eos_token == "<|im_end|>"
 
 
-def test_the_end_of_text_can_be_another_token(compose):
+def test_the_end_of_text_can_be_another_token(compose: Compose) -> None:
     words = load_tokenizer(compose("data.special_tokens=['<stop>']", "data.eos_token='<stop>'"))
     assert words.eos_token_id == words.convert_tokens_to_ids("<stop>")
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
-def test_a_token_that_is_none_is_refused(key, compose):
+def test_an_unknown_token_is_refused(key, compose: Compose) -> None:
     with pytest.raises(DataError, match=f"data.{key}=<nothing>: is no token: add it to data.special_tokens"):
         load_tokenizer(compose(f"data.{key}='<nothing>'"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_are_the_mean_of_those_before(tied, stored, compose):
+def test_new_rows_are_the_mean_of_those_before(tied, stored, compose: Compose) -> None:
     words = stored(tied)
     before = AutoModelForCausalLM.from_pretrained(words[1].removeprefix("model.source="))
     grown = build.build(compose(*words, "data.special_tokens=['<one>','<two>']"))
@@ -58,6 +61,6 @@ def test_new_rows_are_the_mean_of_those_before(tied, stored, compose):
         torch.testing.assert_close(new[len(old) :], old.mean(0).expand(len(new) - len(old), -1))
 
 
-def test_an_adapter_cannot_learn_new_rows(stored, compose):
+def test_an_adapter_cannot_train_new_rows(stored, compose: Compose) -> None:
     with pytest.raises(ConfigError, match="data.special_tokens.*an adapter does not train the embedding"):
         build.build(compose(*stored(False), "adapter=lora", "data.special_tokens=['<one>','<two>']"))

@@ -1,5 +1,4 @@
-"""jobs/training/loss_scaling.py: gradients that fp16 would lose arrive, an overflow leaves a step out, and the scale
-is in the state."""
+"""Loss scaling keeps gradients that fp16 would round to zero, skips a step that overflowed, and is saved with the optimizer."""
 
 import torch
 
@@ -13,17 +12,17 @@ def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     return weight, optimizer
 
 
-def test_small_gradients_survive_fp16():
+def test_small_gradients_survive_fp16() -> None:
     weight, optimizer = made()
     small = torch.full((4,), 1e-8)
     assert not small.half().any()
     ((weight * small).sum() * loss_scaling.scale(optimizer)).backward()
-    weight.grad = weight.grad.half().float()  # as fp16 holds it
+    weight.grad = weight.grad.half().float()  # rounded as in fp16
     loss_scaling.unscale(optimizer)
     torch.testing.assert_close(weight.grad, small, rtol=1e-3, atol=0)
 
 
-def test_an_overflow_halves_the_scale_and_good_steps_double_it():
+def test_an_overflow_halves_the_scale_and_good_steps_double_it() -> None:
     _, optimizer = made()
     assert not loss_scaling.update(optimizer, float("inf"))
     assert loss_scaling.scale(optimizer) == loss_scaling.INITIAL / 2
@@ -34,7 +33,7 @@ def test_an_overflow_halves_the_scale_and_good_steps_double_it():
     assert loss_scaling.scale(optimizer) == loss_scaling.INITIAL / 2
 
 
-def test_the_scale_is_resumed():
+def test_the_scale_is_resumed() -> None:
     _, optimizer = made()
     loss_scaling.update(optimizer, float("inf"))
     _, other = made()
@@ -42,7 +41,7 @@ def test_the_scale_is_resumed():
     assert loss_scaling.scale(other) == loss_scaling.INITIAL / 2
 
 
-def test_without_fp16_nothing_is_scaled():
+def test_without_fp16_nothing_is_scaled() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     assert loss_scaling.scale(optimizer) == 1
     assert loss_scaling.update(optimizer, float("inf"))
