@@ -54,7 +54,7 @@ def attend(
     rows, _heads, length, _size = query.shape
     boundaries, longest = cu_seq_lens_q, max_length_q or 0
     if boundaries is None and sliding_window is not None and sliding_window < length:
-        # The varlen kernel has sliding windows and cuDNN has not: treat each row as one sample.
+        # scaled_dot_product_attention has no argument for a sliding window; the varlen kernel does. Each row becomes a sample.
         boundaries = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
         longest = length
     if boundaries is not None:

@@ -20,7 +20,7 @@ from jobs.model.unwrap import causal_lm, stubbed_forwards
 CHUNK = 2**28
 """Logits that exist at once: 1 GiB in fp32. Smaller chunks would add to the whole gradient of the head's weight more often."""
 PARTS = 8
-"""Chunks of a head that is not one plain matrix, such as one with an adapter. Fixed, so that all ranks call it equally often."""
+"""Chunks of a head that is not one plain matrix (one with an adapter). Fixed, so that all ranks call it equally often."""
 
 
 def fuse(model: nn.Module, compiled: bool = False) -> bool:

@@ -31,7 +31,7 @@ SHOWN = 20
 """Tensors that an error lists one by one; the others are counted."""
 
 
-class Plan(NamedTuple):
+class LoadMethod(NamedTuple):
     """How the weights are loaded; the same on all ranks."""
 
     stored: dict[str, Stored]
@@ -53,18 +53,18 @@ def load(
     one after another. Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
     """
     folder = _folder(config, world)
-    plan = first(lambda: _plan(base, folder, config))
+    method = first(lambda: _choose_method(base, folder, config))
     is_main = world is not None and world.is_main
-    if plan.why_whole:
+    if method.why_whole:
         if is_main:
-            log.info(f"weights   the ranks of each node load the whole model one after another: {plan.why_whole}")
+            log.info(f"weights   the ranks of each node load the whole model one after another: {method.why_whole}")
         return _load_whole(base, parts, config, world, quantized)
     assert folder is not None
     if is_main:
-        count = len({tensor.file for tensor in plan.stored.values()})
+        count = len({tensor.file for tensor in method.stored.values()})
         log.info(f"weights   {folder}: {count} safetensors files, each rank reads its own slices")
     names = _stored_names(base)
-    stored = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in parts}
+    stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
     def read_part(tensor: Stored, part: Part) -> int:
         return _read(folder, [(tensor, part)], config, show=False)
@@ -100,16 +100,16 @@ def _folder(config: Config, world: World | None) -> Path | None:
     return folder
 
 
-def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
+def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
     source = config.model.source
     if getattr(base.config, "quantization_config", None):
         raise ConfigError(
             Problem("model.source", source, "is stored quantized: set model.source to the original model")
         )
     if folder is None:
-        return Plan({}, f"{source} has no safetensors files")
+        return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
-        return Plan({}, f"{source} lists its files in config.json (transformers_weights)")
+        return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
     stored = slices.catalogue(folder, "model.source", source)
     if converted := _converted(base, stored):
         if getattr(base, "rows_before", None) is not None:
@@ -121,14 +121,14 @@ def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
                     "use tokens that the model reserves",
                 )
             )
-        return Plan({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
+        return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
     names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     stored = {name: tensor for name, tensor in stored.items() if not _is_ignored(base, name)}
     problems = slices.misfits(stored, names, shapes) or _differing_ties(folder, stored, names)
     if problems:
         raise ConfigError(*_problems(source, problems))
-    return Plan(stored)
+    return LoadMethod(stored)
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:

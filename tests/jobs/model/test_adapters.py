@@ -64,8 +64,8 @@ def check_against_reference(configs: dict[str, list[Config]], base: Path) -> Non
     for name, group in configs.items():
         expected = [loss for loss, _ in reference.curve(group[0], base, 6)]
         for config in group:
-            found = curves.losses(trained.pop(0))
-            assert found == pytest.approx(expected, rel=2e-3), (name, config.run_dir)
+            actual = curves.losses(trained.pop(0))
+            assert actual == pytest.approx(expected, rel=2e-3), (name, config.run_dir)
 
 
 @pytest.mark.proof
@@ -121,24 +121,24 @@ def test_bitsandbytes_optimizer_stays_near_plain_training_under_zero(
 ) -> None:
     """Not equal, because ZeRO's shards do not begin at blocks of 256 states, so that other states share a scale."""
     config = on(base, compose, "train.optimizer=adamw_8bit")
-    [found] = curves.train_each(curves.runs(config, base / "data", tmp_path, {"zero": zero(stage)}))
+    [result] = curves.train_each(curves.runs(config, base / "data", tmp_path, {"zero": zero(stage)}))
     expected = [loss for loss, _ in reference.curve(config, base, 6)]
-    assert curves.losses(found) == pytest.approx(expected, rel=5e-3)
+    assert curves.losses(result) == pytest.approx(expected, rel=5e-3)
 
 
 def linear(rows: int = 48, columns: int = 128) -> nn.Linear:
     torch.manual_seed(0)
-    made = nn.Linear(columns, rows, bias=True)
-    nn.init.normal_(made.weight, std=0.02)
-    return made
+    layer = nn.Linear(columns, rows, bias=True)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer
 
 
 def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int]) -> quantized_linear.QuantizedLinear:
     """A quantized layer, filled part by part as several ranks would: each holds the packed numbers between two cuts."""
-    made = quantized_linear.QuantizedLinear(source, kind, dtype)
-    numbers = torch.empty(made.weight.shape, dtype=dtype)
+    layer = quantized_linear.QuantizedLinear(source, kind, dtype)
+    numbers = torch.empty(layer.weight.shape, dtype=dtype)
     original = source.weight.detach().to(dtype).flatten()
-    found = []
+    absmaxes = []
 
     def read(part: Part) -> int:
         part.into.copy_(original[part.begin : part.begin + part.into.numel()])
@@ -146,15 +146,15 @@ def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int])
 
     edges = [0, *cuts, numbers.numel()]
     for begin, end in zip(edges, edges[1:], strict=False):
-        made.load(Part((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
-        found.append(made._local_absmax)
-    blocks = torch.zeros(source.weight.numel() // made.block)
-    for first, absmax in found:
+        layer.load(Part((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
+        absmaxes.append(layer._local_absmax)
+    blocks = torch.zeros(source.weight.numel() // layer.block)
+    for first, absmax in absmaxes:
         blocks[first : first + absmax.numel()] = torch.maximum(blocks[first : first + absmax.numel()], absmax)
-    made._local_absmax = (0, blocks)
-    made.share_scales(torch.device("cpu"))
-    made.weight = nn.Parameter(numbers, requires_grad=False)
-    return made
+    layer._local_absmax = (0, blocks)
+    layer.share_scales(torch.device("cpu"))
+    layer.weight = nn.Parameter(numbers, requires_grad=False)
+    return layer
 
 
 @pytest.mark.parametrize("cuts", [[], [100, 101, 500]], ids=["whole", "cut inside blocks"])
@@ -163,19 +163,19 @@ def test_nf4_has_the_numbers_of_bitsandbytes(dtype, cuts) -> None:
     from bitsandbytes import functional as theirs
 
     source = linear()
-    made = packed(source, Frozen.nf4, dtype, cuts)
+    layer = packed(source, Frozen.nf4, dtype, cuts)
     numbers, state = theirs.quantize_4bit(source.weight.detach().to(dtype), quant_type="nf4", compress_statistics=True)
-    assert torch.equal(made.weight.view(torch.uint8), numbers.flatten())
-    whole = quantized_linear.dequantize(made.weight, True, (48, 128), dtype, *made.scales())
+    assert torch.equal(layer.weight.view(torch.uint8), numbers.flatten())
+    whole = quantized_linear.dequantize(layer.weight, True, (48, 128), dtype, *layer.scales())
     assert torch.equal(whole, theirs.dequantize_4bit(numbers, state))
 
 
 def test_rows_need_not_be_whole_blocks() -> None:
     """bitsandbytes 0.50.2 on CPUs applies wrong scales to such weights."""
     source = linear(columns=96)
-    made = packed(source, Frozen.nf4, torch.float32, [])
-    found = quantized_linear.dequantize(made.weight, True, (48, 96), torch.float32, *made.scales())
-    off = (found - source.weight).abs().view(-1, quantized_linear.BLOCK).amax(dim=1)
+    layer = packed(source, Frozen.nf4, torch.float32, [])
+    dequantized = quantized_linear.dequantize(layer.weight, True, (48, 96), torch.float32, *layer.scales())
+    off = (dequantized - source.weight).abs().view(-1, quantized_linear.BLOCK).amax(dim=1)
     assert (
         off <= 0.16 * source.weight.abs().view(-1, quantized_linear.BLOCK).amax(dim=1)
     ).all()  # half the widest step of NF4
@@ -185,21 +185,23 @@ def test_int8_has_the_numbers_of_bitsandbytes() -> None:
     from bitsandbytes import functional as theirs
 
     source = linear()
-    made = packed(source, Frozen.int8, torch.bfloat16, [77, 1000])
+    layer = packed(source, Frozen.int8, torch.bfloat16, [77, 1000])
     codes, absmax, _ = theirs.int8_vectorwise_quant(source.weight.detach().bfloat16().half())
-    assert torch.equal(made.weight.view(torch.int8).view(48, 128), codes)
-    assert torch.equal(made.absmax, absmax.float())
+    assert torch.equal(layer.weight.view(torch.int8).view(48, 128), codes)
+    assert torch.equal(layer.absmax, absmax.float())
 
 
 @pytest.mark.parametrize("kind", [Frozen.nf4, Frozen.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_layer_is_its_dequantized_copy(kind, dtype) -> None:
-    made = packed(linear(), kind, dtype, [])
+    quantized = packed(linear(), kind, dtype, [])
     copy = deepcopy(linear()).to(dtype)
-    copy.weight.data = quantized_linear.dequantize(made.weight, kind is Frozen.nf4, (48, 128), dtype, *made.scales())
-    made.bias = copy.bias
+    copy.weight.data = quantized_linear.dequantize(
+        quantized.weight, kind is Frozen.nf4, (48, 128), dtype, *quantized.scales()
+    )
+    quantized.bias = copy.bias
     outputs, gradients = [], []
-    for layer in (made, copy):
+    for layer in (quantized, copy):
         x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         outputs.append(layer(x))
         outputs[-1].float().square().sum().backward()
@@ -219,35 +221,35 @@ def in_e4m3(matrix: torch.Tensor) -> torch.Tensor:
 def test_a_float8_layer_multiplies_in_8_bits(dtype, cuts) -> None:
     """Forward quantizes the tokens of the input, backward the tokens of the gradient."""
     source = linear()
-    made = packed(source, Frozen.float8, dtype, cuts)
-    made.bias = nn.Parameter(source.bias.detach().to(dtype))
+    layer = packed(source, Frozen.float8, dtype, cuts)
+    layer.bias = nn.Parameter(source.bias.detach().to(dtype))
     x, grad = torch.randn(3, 5, 128).to(dtype).requires_grad_(), torch.randn(3, 5, 48).to(dtype)
-    found = made(x)
-    found.backward(grad)
+    out = layer(x)
+    out.backward(grad)
     weight = source.weight.detach().to(dtype)
     scale = weight.double().abs().amax(dim=1) / 448
     kept = in_e4m3(weight)
-    expected = in_e4m3(x.detach().view(15, 128)) @ kept.T + made.bias.double()
+    expected = in_e4m3(x.detach().view(15, 128)) @ kept.T + layer.bias.double()
     back = in_e4m3(grad.view(15, 48) * scale) @ (kept / scale[:, None])
     near = 1e-4 if dtype is torch.float32 else 1e-2
     for seen, by_hand, plain in (
-        (found, expected, F.linear(x, weight, made.bias)),
+        (out, expected, F.linear(x, weight, layer.bias)),
         (x.grad, back, grad @ weight),
     ):
         assert off(seen.view(15, -1), by_hand) < near
         assert off(seen, plain) < 0.05
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def test_tokens_of_zeros_are_zeros_in_8_bits() -> None:
-    made = packed(linear(), Frozen.float8, torch.bfloat16, [])
-    made.bias = None
+    layer = packed(linear(), Frozen.float8, torch.bfloat16, [])
+    layer.bias = None
     x = torch.zeros(2, 128, dtype=torch.bfloat16, requires_grad=True)
-    made(x).backward(torch.zeros(2, 48, dtype=torch.bfloat16))
-    assert not made(x).any() and not x.grad.any()
+    layer(x).backward(torch.zeros(2, 48, dtype=torch.bfloat16))
+    assert not layer(x).any() and not x.grad.any()
 
 
 def test_float8_leaves_layers_of_unsupported_widths() -> None:
@@ -294,11 +296,11 @@ def test_dora_starts_as_its_base(untrained, compose: Compose) -> None:
     """The weights are filled after PEFT has made the magnitudes, so Muster computes these again."""
     tokens = torch.arange(3, 40)[None]
     for precision in ("fp32", "bf16"):
-        words = (f"train.precision={precision}",)
+        overrides = (f"train.precision={precision}",)
         losses = []
         for adapter in ("lora", "dora"):
-            made = build.build(on(untrained, compose, f"adapter={adapter}", *words)).eval()
-            losses.append(made(input_ids=tokens, labels=tokens).loss.item())
+            model = build.build(on(untrained, compose, f"adapter={adapter}", *overrides)).eval()
+            losses.append(model(input_ids=tokens, labels=tokens).loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-6 if precision == "fp32" else 1e-3)
 
 
@@ -306,13 +308,13 @@ def test_dora_starts_as_its_base(untrained, compose: Compose) -> None:
 def test_a_base_that_is_merged_dequantized_is_the_one_trained_on(dtype) -> None:
     source = linear()
     layer = packed(source, Frozen.nf4, dtype, [])
-    flat, made = source.weight.detach().flatten(), Nf4(dtype)
+    flat, rounding = source.weight.detach().flatten(), Nf4(dtype)
     for begin in range(0, flat.numel(), 1024):
-        made.look(flat[begin : begin + 1024])
-    made.settle()
-    found = torch.cat([made.round(flat[begin : begin + 640], begin) for begin in range(0, flat.numel(), 640)])
+        rounding.look(flat[begin : begin + 1024])
+    rounding.settle()
+    rounded = torch.cat([rounding.round(flat[begin : begin + 640], begin) for begin in range(0, flat.numel(), 640)])
     assert torch.equal(
-        found.view(48, 128), quantized_linear.dequantize(layer.weight, True, (48, 128), dtype, *layer.scales())
+        rounded.view(48, 128), quantized_linear.dequantize(layer.weight, True, (48, 128), dtype, *layer.scales())
     )
 
 
@@ -322,8 +324,8 @@ def test_a_base_that_is_merged_dequantized_is_the_one_trained_on(dtype) -> None:
 def test_the_merged_model_has_the_loss_of_the_live_one(adapter, base, tmp_path: Path) -> None:
     """With qlora, the base is merged as it was in training (dequantized)."""
     merge = ["consolidate.base=dequantised"] if adapter == "qlora" else []
-    words = ["model=hub", f"model.source={base}/model", *curves.SMALL, f"adapter={adapter}", HIGH, *merge]
-    ranks.run(f"run_dir={tmp_path}/run", *words, "jobs=[preprocess,train,consolidate,evaluate]")
+    overrides = ["model=hub", f"model.source={base}/model", *curves.SMALL, f"adapter={adapter}", HIGH, *merge]
+    ranks.run(f"run_dir={tmp_path}/run", *overrides, "jobs=[preprocess,train,consolidate,evaluate]")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     live = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert abs(live[-1] - live[0]) > 0.02

@@ -18,26 +18,26 @@ def stored(compose: Compose, tmp_path: Path):
 
     def saved(tied):
         config = compose(f"model.architecture.tie_word_embeddings={tied}".lower())
-        words = load_tokenizer(config)
+        tokenizer = load_tokenizer(config)
         whole = build.build(config)
         whole.save_pretrained(tmp_path / "model")
-        words.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
         return ["model=hub", f"model.source={tmp_path}/model", "model.init=pretrained"]
 
     return saved
 
 
 def test_added_tokens_are_never_split(compose: Compose) -> None:
-    words = load_tokenizer(compose("data.special_tokens=['<tool>','</tool>']", "data.pad_token='<tool>'"))
-    ids = words("a<tool>b</tool>", add_special_tokens=False).input_ids
-    assert {"<tool>", "</tool>"} <= set(words.convert_ids_to_tokens(ids))
-    assert words.pad_token == "<tool>"
-    assert words.eos_token == "<|im_end|>"
+    tokenizer = load_tokenizer(compose("data.special_tokens=['<tool>','</tool>']", "data.pad_token='<tool>'"))
+    ids = tokenizer("a<tool>b</tool>", add_special_tokens=False).input_ids
+    assert {"<tool>", "</tool>"} <= set(tokenizer.convert_ids_to_tokens(ids))
+    assert tokenizer.pad_token == "<tool>"
+    assert tokenizer.eos_token == "<|im_end|>"
 
 
 def test_the_end_of_text_can_be_another_token(compose: Compose) -> None:
-    words = load_tokenizer(compose("data.special_tokens=['<stop>']", "data.eos_token='<stop>'"))
-    assert words.eos_token_id == words.convert_tokens_to_ids("<stop>")
+    tokenizer = load_tokenizer(compose("data.special_tokens=['<stop>']", "data.eos_token='<stop>'"))
+    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<stop>")
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
@@ -48,9 +48,9 @@ def test_an_unknown_token_is_refused(key, compose: Compose) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_are_the_mean_of_those_before(tied, stored, compose: Compose) -> None:
-    words = stored(tied)
-    before = AutoModelForCausalLM.from_pretrained(words[1].removeprefix("model.source="))
-    grown = build.build(compose(*words, "data.special_tokens=['<one>','<two>']"))
+    overrides = stored(tied)
+    before = AutoModelForCausalLM.from_pretrained(overrides[1].removeprefix("model.source="))
+    grown = build.build(compose(*overrides, "data.special_tokens=['<one>','<two>']"))
     for old, new in (
         (before.get_input_embeddings().weight, grown.get_input_embeddings().weight),
         (before.get_output_embeddings().weight, grown.get_output_embeddings().weight),

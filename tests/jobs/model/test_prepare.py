@@ -34,13 +34,13 @@ def loss_and_gradients(model, all_rows):
     return value.item(), gradients(model)
 
 
-def check_same(compose: Compose, wrap, pack_into, *words) -> None:
+def check_same(compose: Compose, wrap, pack_into, *overrides) -> None:
     """A prepared model has the same loss and gradients as the same model without preparation."""
     attention, all_rows = "muster_varlen" if pack_into else "sdpa", rows(LENGTHS, pack_into)
     first, second = (WRAPS[wrap](network(attention=attention)) for _ in range(2))
     names = [name for name, _ in first.named_parameters()]
     expected, expected_gradients = loss_and_gradients(first, all_rows)
-    prepare.prepare_model(second, compose(*words), CPU)
+    prepare.prepare_model(second, compose(*overrides), CPU)
     assert [name for name, _ in second.named_parameters()] == names
     value, actual = loss_and_gradients(second, all_rows)
     assert value == pytest.approx(expected, rel=1e-6)
@@ -129,7 +129,7 @@ def test_evaluation_recomputes_nothing(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "triton", "expected"),
+    ("overrides", "device", "triton", "expected"),
     [
         ([], "cuda", True, True),
         ([], "cuda", False, False),
@@ -143,16 +143,16 @@ def test_evaluation_recomputes_nothing(compose: Compose) -> None:
     ],
 )
 def test_blocks_are_compiled_by_default_on_gpus_with_triton(
-    compose: Compose, words, device, triton, expected, monkeypatch: pytest.MonkeyPatch
+    compose: Compose, overrides, device, triton, expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
-    assert compile.compiles_blocks(compose(*words), world) is expected
-    compiles_ops = words == ["parallel=zero3", "adapter=lora"]
-    assert compile.compiles_fused_ops(compose(*words), world) is compiles_ops
+    assert compile.compiles_blocks(compose(*overrides), world) is expected
+    compiles_ops = overrides == ["parallel=zero3", "adapter=lora"]
+    assert compile.compiles_fused_ops(compose(*overrides), world) is compiles_ops
 
 
-def _sharded(rank, words, config) -> None:
+def _sharded(rank, overrides, config) -> None:
     """Two ranks, one of which has nothing to train in the second batch: the gradient norm equals that of one process."""
     with process_group(config) as world:
         backend = backends.chosen(config)
@@ -167,7 +167,7 @@ def _sharded(rank, words, config) -> None:
             for batch_rows in (rows([9, 14, 11], None), rows([5, 12], None, trained=share)):
                 (loss.summed_cross_entropy(alone, whole(batch_rows)) / 20).backward()
         trained = [item.grad for item in alone.parameters() if item.requires_grad]
-        assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4), words
+        assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4), overrides
 
 
 HEAD = ["adapter=lora", "adapter.targets=[q_proj,lm_head]"]
@@ -181,21 +181,21 @@ COMBINED = [
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("words", COMBINED, ids=" ".join)
-def test_sharded_models_compute_the_same(compose: Compose, words) -> None:
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+@pytest.mark.parametrize("overrides", COMBINED, ids=" ".join)
+def test_sharded_models_compute_the_same(compose: Compose, overrides) -> None:
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32", "train.compile=false")  # fmt: skip
-    spawn(_sharded, 2, words, config)
+    spawn(_sharded, 2, overrides, config)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_sharded_models_may_be_compiled(compose: Compose, layout, adapter) -> None:
-    words = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+    overrides = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
-    spawn(_sharded, 2, words, config)
+    spawn(_sharded, 2, overrides, config)
 
 
 def _has_no_graph_break(rank, config) -> None:
@@ -227,21 +227,21 @@ def _has_no_graph_break(rank, config) -> None:
     ],  # PEFT's DoRA is not traced
 )
 def test_no_hook_breaks_a_compiled_graph(compose: Compose, layout, adapter) -> None:
-    words = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
-    spawn(_has_no_graph_break, 2, compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
+    overrides = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
+    spawn(_has_no_graph_break, 2, compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
 
 
-def _sharded_with_compiled_ops(rank, words, config) -> None:
+def _sharded_with_compiled_ops(rank, overrides, config) -> None:
     compile._can_compile = lambda world: True
-    _sharded(rank, words, config)
+    _sharded(rank, overrides, config)
 
 
 @pytest.mark.proof
 def test_compiled_ops_are_right_under_zero3(compose: Compose) -> None:
-    words = ["parallel=zero3", "adapter=lora"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+    overrides = ["parallel=zero3", "adapter=lora"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
-    spawn(_sharded_with_compiled_ops, 2, words, config)
+    spawn(_sharded_with_compiled_ops, 2, overrides, config)
 
 
 def _gathers_little(rank, config):
@@ -275,8 +275,8 @@ def _gathers_little(rank, config):
 
 def test_zero3_may_gather_otherwise_in_recomputation(compose: Compose) -> None:
     """With memory for few parameters, ZeRO-3 gathers and frees inside a block, and not the same in recomputation as in forward."""
-    words = ["parallel=zero3", "adapter=lora", "train.activation_checkpointing=selective"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=2", "train.micro_batch=1",
+    overrides = ["parallel=zero3", "adapter=lora", "train.activation_checkpointing=selective"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=2", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
     spawn(_gathers_little, 2, config)
 

@@ -69,10 +69,10 @@ def _gathered(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach().clone()
 
 
-def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layout: str) -> None:
-    assert found.keys() == expected.keys(), layout
+def _equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layout: str) -> None:
+    assert actual.keys() == expected.keys(), layout
     for name, value in expected.items():
-        assert torch.equal(found[name], value.to(found[name].dtype)), f"{layout}: {name}"
+        assert torch.equal(actual[name], value.to(actual[name].dtype)), f"{layout}: {name}"
 
 
 def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
@@ -81,8 +81,8 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
         expected = dict(whole.named_parameters())
         size = sum(parameter.nbytes for parameter in expected.values())
         for layout, config in configs.items():
-            found, buffers, read = _wrapped(config, world)
-            _equal(found, expected, layout)
+            actual, buffers, read = _wrapped(config, world)
+            _equal(actual, expected, layout)
             for name, value in whole.named_buffers():
                 assert buffers[name].dtype is torch.float32, layout
                 assert torch.equal(buffers[name], value), layout
@@ -98,8 +98,8 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
 @pytest.mark.parametrize("world", [2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4))])
 def test_every_layout_starts_with_the_stored_weights(stored, compose: Compose, world) -> None:
     configs = {
-        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *words)
-        for name, words in LAYOUTS.items()
+        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *overrides)
+        for name, overrides in LAYOUTS.items()
         if name != "hsdp" or world % 2 == 0
     }
     spawn(_as_stored, world, configs)
@@ -123,8 +123,8 @@ def test_random_weights_are_equal_in_every_layout(compose: Compose, world) -> No
 @pytest.mark.slow
 def test_adapters_are_equal_in_every_layout_on_a_frozen_base_in_bf16(stored, compose: Compose) -> None:
     names = ["fsdp", "ddp", "zero2", "zero3"]
-    words = [*HUB, f"model.source={stored}", *COMMON, *LORA]
-    spawn(_like_the_whole, 3, {name: compose(*words, f"parallel={name}") for name in names})
+    overrides = [*HUB, f"model.source={stored}", *COMMON, *LORA]
+    spawn(_like_the_whole, 3, {name: compose(*overrides, f"parallel={name}") for name in names})
     spawn(_like_the_whole, 2, {name: compose(*COMMON, *LORA, f"parallel={name}") for name in names})  # a random base
 
 
@@ -155,10 +155,10 @@ def test_random_weights_have_the_scale_of_the_model(compose: Compose) -> None:
     assert not torch.equal(model.build(compose("train.seed=1")).lm_head.weight, built.lm_head.weight)
 
 
-def _refused(_rank: int, config: Config, words: list[str]) -> None:
+def _refused(_rank: int, config: Config, expected_words: list[str]) -> None:
     with process_group(config) as world, pytest.raises(ConfigError) as caught:
         backends.chosen(config).wrap(model.build_on_meta(config), config, world)
-    for word in words:
+    for word in expected_words:
         assert word in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def _gone(path, _tensors, _name) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected_words"),
     [
         (_shorter, ["model.layers.0.mlp.up_proj.weight", "[100, 56], not [101, 56]", ".safetensors"]),
         (_absent, ["model.layers.0.mlp.up_proj.weight is in none", "model.layers.0.mlp.other.weight", "no place"]),
@@ -199,11 +199,11 @@ def _gone(path, _tensors, _name) -> None:
     ],
 )
 def test_files_that_do_not_match_are_refused_on_every_rank(
-    stored, compose: Compose, tmp_path: Path, change, words
+    stored, compose: Compose, tmp_path: Path, change, expected_words
 ) -> None:
     folder = _damaged(stored, tmp_path / "damaged", change)
     config = compose(*HUB, f"model.source={folder}", *COMMON, "parallel=fsdp")
-    spawn(_refused, 2, config, ["model.source", *words])
+    spawn(_refused, 2, config, ["model.source", *expected_words])
 
 
 def llama(*, vocabulary, hidden, inner, layers, heads):
@@ -245,8 +245,8 @@ def _whole(_rank: int, configs: dict[str, Config], source: str) -> None:
     with process_group(configs["fsdp"]) as world:
         expected = dict(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).named_parameters())
         for layout, config in configs.items():
-            found, _, read = _wrapped(config, world)
-            _equal(found, expected, layout)
+            actual, _, read = _wrapped(config, world)
+            _equal(actual, expected, layout)
             assert read == 0
 
 
@@ -293,8 +293,8 @@ def test_no_rank_ever_holds_the_whole_model(layout, compose: Compose, tmp_path: 
 
 
 def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compose: Compose) -> None:
-    words = [*HUB, f"model.source={stored}", *COMMON]
-    spawn(_skipped, 2, [compose(*words, "parallel=fsdp"), compose(*words, "parallel=fsdp", *LORA)])
+    overrides = [*HUB, f"model.source={stored}", *COMMON]
+    spawn(_skipped, 2, [compose(*overrides, "parallel=fsdp"), compose(*overrides, "parallel=fsdp", *LORA)])
 
 
 def _skipped(_rank: int, configs: list[Config]) -> None:

@@ -5,7 +5,7 @@ import torch
 from jobs.training import loss_scaling
 
 
-def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+def scaled_optimizer() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     loss_scaling.install(optimizer)
@@ -13,7 +13,7 @@ def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
 
 
 def test_small_gradients_survive_fp16() -> None:
-    weight, optimizer = made()
+    weight, optimizer = scaled_optimizer()
     small = torch.full((4,), 1e-8)
     assert not small.half().any()
     ((weight * small).sum() * loss_scaling.scale(optimizer)).backward()
@@ -23,7 +23,7 @@ def test_small_gradients_survive_fp16() -> None:
 
 
 def test_an_overflow_halves_the_scale_and_good_steps_double_it() -> None:
-    _, optimizer = made()
+    _, optimizer = scaled_optimizer()
     assert not loss_scaling.update(optimizer, float("inf"))
     assert loss_scaling.scale(optimizer) == loss_scaling.INITIAL / 2
     assert not loss_scaling.update(optimizer, torch.tensor(float("nan")))
@@ -34,9 +34,9 @@ def test_an_overflow_halves_the_scale_and_good_steps_double_it() -> None:
 
 
 def test_the_scale_is_resumed() -> None:
-    _, optimizer = made()
+    _, optimizer = scaled_optimizer()
     loss_scaling.update(optimizer, float("inf"))
-    _, other = made()
+    _, other = scaled_optimizer()
     other.load_state_dict(optimizer.state_dict())
     assert loss_scaling.scale(other) == loss_scaling.INITIAL / 2
 

@@ -57,10 +57,10 @@ def test_muon_takes_matrices_of_blocks_and_adamw_the_rest(compose: Compose) -> N
     assert hidden | others == set(names.values()) and not hidden & others
 
 
-@pytest.mark.parametrize(("kind", "package", "words"), [("adamw_8bit", "torchao", ["parallel=fsdp"])])
+@pytest.mark.parametrize(("kind", "package", "overrides"), [("adamw_8bit", "torchao", ["parallel=fsdp"])])
 def test_a_package_that_is_missing_is_named(
-    kind, package, words, compose: Compose, monkeypatch: pytest.MonkeyPatch
+    kind, package, overrides, compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, f"{package}.optim", None)
     with pytest.raises(ConfigError, match=f"train.optimizer={kind}: needs {package}.*parallel=zero2"):
-        optim.build(nn.Linear(2, 2), compose(f"train.optimizer={kind}", *words))
+        optim.build(nn.Linear(2, 2), compose(f"train.optimizer={kind}", *overrides))
