@@ -97,8 +97,9 @@ class Checkpointing(Enum):
     offload = "offload"
     auto = "auto"
 
-    def __bool__(self) -> bool:
-        """Whether anything is computed again; what `auto` means is settled before that matters."""
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward computes anything again. False for `auto`: jobs never see it, the launcher replaces it first."""
         return self not in (Checkpointing.none, Checkpointing.auto)
 
 

@@ -118,7 +118,7 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     blue = weight_names.blueprint(empty)
     made = merge.merged(blue, found, base, dtype, settings)
     if config.consolidate.base is MergeBase.dequantised:
-        layers = quantized_linear.layers(build.skeleton(config))
+        layers = quantized_linear.quantized_layers(build.build_on_meta(config))
         computed = str(build.compute_dtype(config)).removeprefix("torch.")
         merge.dequantised(made, blue, layers, dtypes.EVERY[computed])
     return made

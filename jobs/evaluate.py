@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     rows = batches.read(Path(config.run_dir) / "data", "validation")
     alone = World(rank=0, size=1, local_rank=0, local_size=1, device=whole.device)
     pad = load_tokenizer(config).pad_token_id
-    summed, tokens = loss.held_out(whole, rows, micro_batch_limit(config), pad, alone).tolist()
+    summed, tokens = loss.evaluate(whole, rows, micro_batch_limit(config), pad, alone).tolist()
     found = {
         "loss": summed / tokens,
         "perplexity": math.exp(min(summed / tokens, 700)),

@@ -96,7 +96,7 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     pad = load_tokenizer(config).pad_token_id
     backend = backends.chosen(config)
     found = checkpointing.find(config, world)
-    skeleton = build.skeleton(config)
+    skeleton = build.build_on_meta(config)
     order = batches.ordered(rows, config, hidden_factor(skeleton.config))
     blocks, costs = build.blocks(skeleton), work(skeleton, config)  # before they are sharded
     engine = backend.wrap(skeleton, config, world, found is not None)
@@ -158,7 +158,7 @@ def _step(loop: Loop, step: int) -> bool:
         with timed("data"):
             batch = batches.batch(rows, part, loop.pad, device=world.device, share=world.share)
         with timed("forward"):
-            value = loss.summed(loop.engine.module, batch)
+            value = loss.summed_cross_entropy(loop.engine.module, batch)
         with timed("backward"):
             loop.backend.backward(loop.engine, value * (averaged / tokens), last=number == len(mine))
         summed += value.detach().double()
@@ -214,7 +214,7 @@ def _evaluate(loop: Loop, step: int) -> bool:
         return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
 
     micro = micro_batch_limit(loop.config)
-    mine = loss.held_out(loop.engine.module, loop.validation, micro, loop.pad, world, told)
+    mine = loss.evaluate(loop.engine.module, loop.validation, micro, loop.pad, world, told)
     if mine is None:
         return False
     found = total(mine).tolist()

@@ -157,7 +157,7 @@ def _fsdp(config: Config) -> dict[str, str]:
     values = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
-        "FSDP_ACTIVATION_CHECKPOINTING": _flag(bool(train.activation_checkpointing)),
+        "FSDP_ACTIVATION_CHECKPOINTING": _flag(train.activation_checkpointing.recomputes),
         "FSDP_OFFLOAD_PARAMS": _flag(parallel.offload_parameters),
         "FSDP_SYNC_MODULE_STATES": "true",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",

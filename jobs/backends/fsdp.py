@@ -26,7 +26,7 @@ from jobs.backends import Engine, grad_clip, tensor_parallel
 from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
-from jobs.model.build import blocks, compute_dtype, skeleton
+from jobs.model.build import blocks, build_on_meta, compute_dtype
 from jobs.tensor_io.slices import Part, plain
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
@@ -62,8 +62,8 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
         "offload_policy": offload,
     }
     parts = tensor_parallel.slice_matrices(model, whole[tensor_parallel.NAME]) if cut > 1 else []
-    float8_training.install(model, config, world)
-    prepare.install(model, config, world)
+    float8_training.convert_linears(model, config, world)
+    prepare.prepare_model(model, config, world)
     if not materialize.is_empty(model):
         model.to(world.device)
     if shard == 1:  # whole on every rank, and never changed: FSDP would copy it in every step
@@ -78,9 +78,9 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     read = 0
     if materialize.is_empty(model):
         home = torch.device("cpu") if config.parallel.offload_parameters else world.device
-        materialize.materialise(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
+        materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
         with tensor_parallel.columns() as held:
-            read = materialize.fill(model, skeleton, materialize.parts(model, held), config, world, resumed)
+            read = materialize.fill(model, build_on_meta, materialize.local_parts(model, held), config, world, resumed)
     model.train()
     optimizer = optim.build(model, config)
     if config.train.precision is Precision.fp16:
@@ -98,7 +98,7 @@ def _outer(model: nn.Module) -> list[nn.Module]:
     """Embedding and output head, each a group of its own, so that the head's gradient is reduced while blocks go backward, and
     the embedding's is all that is left in the end. Not where they are one weight, nor where nothing of them is trained.
     """
-    inside = unwrap.causal(model)
+    inside = unwrap.causal_lm(model)
     found = [inside.get_input_embeddings(), inside.get_output_embeddings()]
     weights = [parameter for module in found if module is not None for parameter in module.parameters()]
     apart = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
@@ -136,7 +136,7 @@ def step(engine: Engine, learning_rate: float) -> float:
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     assert engine.clip is not None
     norm = engine.clip(trainable, engine.max_grad_norm)
-    optim.set_rate(engine.optimizer, learning_rate)
+    optim.set_learning_rate(engine.optimizer, learning_rate)
     taken = loss_scaling.update(engine.optimizer, norm)
     if taken:
         engine.optimizer.step()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from conf.errors import ConfigError, Problem
-from jobs.model.unwrap import causal
+from jobs.model.unwrap import causal_lm
 
 NAME = "tensor"
 """Of the mesh's dimension."""
@@ -32,7 +32,7 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     Returns the modules whose weights are whole but see this rank's heads only: `clip` adds up their gradients. Raises
     ConfigError for a model without a plan, with one of other kinds, or with dimensions that cannot be cut.
     """
-    inside = causal(model)
+    inside = causal_lm(model)
     plan = getattr(inside.config.get_text_config(), "base_model_tp_plan", None) or {}
     problems = [f"is no plan for {name}: {style}" for name, style in plan.items() if style not in STYLES]
     if not plan or problems:

@@ -19,7 +19,7 @@ from jobs.backends import Engine, zero_partitions
 from jobs.backends.host_staging import Stager, collect
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
-from jobs.model.build import blocks, compute_dtype, skeleton
+from jobs.model.build import blocks, build_on_meta, compute_dtype
 from jobs.tensor_io.slices import Part
 from jobs.training import optimizer as optim
 
@@ -35,13 +35,15 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     start(world)
     import deepspeed
 
-    prepare.install(model, config, world)
-    if compile.as_one(config, world):  # hooks inside a block would cut its compiled code into dozens of pieces
+    prepare.prepare_model(model, config, world)
+    if compile.gathers_whole_blocks(
+        config, world
+    ):  # hooks inside a block would cut its compiled code into dozens of pieces
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
     if materialize.is_empty(model):
         load = _partitioned if config.parallel.zero_stage == 3 else _whole
-        read = materialize.fill(model, skeleton, load(model, config, world), config, world, resumed)
+        read = materialize.fill(model, build_on_meta, load(model, config, world), config, world, resumed)
     model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
         model=model, optimizer=optim.build(model, config), config=derived.deepspeed_config(config, world.size)
@@ -82,8 +84,8 @@ def _hide(offload: Any) -> None:
 def _whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
     """Room for every parameter on every rank, in the precision of compute: DeepSpeed makes its masters from that."""
     dtype = compute_dtype(config)
-    materialize.materialise(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    return materialize.parts(model, lambda item: (item.shape, 0, item))
+    materialize.materialize(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
+    return materialize.local_parts(model, lambda item: (item.shape, 0, item))
 
 
 def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
@@ -97,7 +99,7 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
         compute_dtype(config),
         deepspeed.zero.Init(config_dict_or_path=derived.deepspeed_config(config, world.size)),
     )
-    if context.mem_efficient_linear and not compile.as_one(config, world):
+    if context.mem_efficient_linear and not compile.gathers_whole_blocks(config, world):
         # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
         # for each block anew: it looks at a weight's number (torch 2.11).
         context._enable_mem_efficient_linear()
@@ -113,8 +115,8 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
         begin = min(parameter.ds_tensor.ds_numel * world.rank, parameter.ds_numel)
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
-    materialize.materialise(model, partition, world.device)
-    return materialize.parts(model, held)
+    materialize.materialize(model, partition, world.device)
+    return materialize.local_parts(model, held)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:

@@ -37,17 +37,17 @@ class Nf4:
 
     def look(self, block: torch.Tensor) -> None:
         """The next elements: a multiple of 64, but for the last."""
-        self._seen.append(quantized_linear.quantise(Frozen.nf4, block.to(self.dtype), quantized_linear.BLOCK).absmax)
+        self._seen.append(quantized_linear.quantize(Frozen.nf4, block.to(self.dtype), quantized_linear.BLOCK).absmax)
 
     def settle(self) -> None:
-        self._absmax = quantized_linear.scales_again(torch.cat(self._seen))
+        self._absmax = quantized_linear.double_quantized_absmax(torch.cat(self._seen))
 
     def round(self, block: torch.Tensor, start: int) -> torch.Tensor:
         """Elements from `start` on, both multiples of 64, in the precision of compute."""
-        packed = quantized_linear.quantise(Frozen.nf4, block.to(self.dtype), quantized_linear.BLOCK).packed
+        packed = quantized_linear.quantize(Frozen.nf4, block.to(self.dtype), quantized_linear.BLOCK).packed
         first = start // quantized_linear.BLOCK
         absmax = self._absmax[first : first + block.numel() // quantized_linear.BLOCK]
-        return quantized_linear.unpacked(packed, absmax, (1, block.numel()), self.dtype).view(-1)
+        return quantized_linear.dequantize_nf4(packed, absmax, (1, block.numel()), self.dtype).view(-1)
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:

@@ -21,7 +21,7 @@ def of_run(config: Config) -> Any:
     """The run's model on the meta device: names, shapes and settings."""
     from jobs.model import build
 
-    return build.skeleton(config, adapters=False)
+    return build.build_on_meta(config, adapters=False)
 
 
 def empty(source: str) -> Any:

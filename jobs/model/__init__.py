@@ -1,1 +1,4 @@
-"""The model: built without weights, changed for speed and memory, filled with weights."""
+"""Builds the model on the meta device, changes it for speed and memory, and fills in its weights.
+
+May import conf, jobs.distributed, jobs.tokenization, jobs.data and jobs.tensor_io.
+"""

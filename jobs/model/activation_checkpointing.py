@@ -1,4 +1,4 @@
-"""Activation checkpointing of decoder blocks: full, selective, or with the kept inputs in host memory."""
+"""Activation checkpointing of decoder blocks: full, selective, or full with the kept inputs offloaded to host memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::product")
+MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::quantized_matmul")
+"""Operators that count as matrix products. Selective checkpointing saves the output of every second one."""
 
-
-KEPT = {
+SAVED_OPS = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -21,77 +21,86 @@ KEPT = {
     "torch_attn::_varlen_attn",
     "flex_attention",
 }
-"""What selective recomputation keeps, besides every second matrix product: costly to compute for the memory it takes."""
+"""Operators that selective checkpointing always saves: attention costs much time for little memory."""
 
 
 Forward = Callable[..., Any]
 
 
-def _recomputed(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
-    """`forward`, done again in backward. Random numbers are drawn as before only where something is dropped at random."""
+def recomputed_in_backward(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
+    """Return `forward` under activation checkpointing; `options` go to torch.utils.checkpoint.
+
+    `offload` keeps the inputs of the block in host memory until backward. Without gradients, the plain `forward` runs.
+    """
+    # Saving and restoring the random state takes time, so it is done only for blocks that use dropout.
     random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(
         getattr(module, "attention_dropout", 0) for module in block.modules()
     )
-    again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random, **options)
+    checkpointed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random, **options)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if not offload:
-            return again(*args, **kwargs)
-        with _on_host():
-            return again(*args, **kwargs)
+            return checkpointed(*args, **kwargs)
+        with _saved_tensors_on_host():
+            return checkpointed(*args, **kwargs)
 
     return recomputed
 
 
-def _keeping() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of forward and recomputation that keep what KEPT says."""
-    products = {False: 0, True: 0}  # counted in forward and in recomputation
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of forward and recomputation: they save SAVED_OPS and every second of MATMULS, and recompute the rest."""
+    matmuls = {False: 0, True: 0}  # how many have run: in forward (False), in recomputation (True)
 
     def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         name = op._schema.name if hasattr(op, "_schema") else op.name()
-        kept = name in KEPT
-        if name in PRODUCTS:
-            products[context.is_recompute] += 1
-            kept = products[context.is_recompute] % 2 == 1
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = name in SAVED_OPS
+        if name in MATMULS:
+            matmuls[context.is_recompute] += 1
+            saved = matmuls[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call, unused-ignore]
+    return contexts
 
 
 @contextmanager
-def _on_host() -> Iterator[None]:
-    """What is kept for backward meanwhile, the inputs of recomputed blocks, waits in pinned host memory, copied beside the
-    computation. On CPUs it stays where it is. `save_on_cpu` would let the host wait for every copy."""
-    with saved_tensors_hooks(_park, _fetch):
+def _saved_tensors_on_host() -> Iterator[None]:
+    """Move tensors that autograd saves inside this context to pinned host memory. On CPUs they stay where they are.
+
+    The copy runs on its own stream, beside the computation. torch's `save_on_cpu` makes the host wait for every copy.
+    """
+    with saved_tensors_hooks(_copy_to_host, _copy_to_device):
         yield
 
 
-def _park(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+def _copy_to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
     if not tensor.is_cuda:
         return tensor.device, tensor
-    beside = _stream(tensor.device)
-    beside.wait_stream(torch.cuda.current_stream(tensor.device))
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    with torch.cuda.stream(beside):
-        kept.copy_(tensor, non_blocking=True)
-    tensor.record_stream(beside)  # its memory is not used again before the copy is done
-    return tensor.device, kept
+    stream = _copy_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    with torch.cuda.stream(stream):
+        host.copy_(tensor, non_blocking=True)
+    # Without this, the allocator could hand the tensor's memory to another tensor before the copy is done.
+    tensor.record_stream(stream)
+    return tensor.device, host
 
 
-def _fetch(parked: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    device, kept = parked
+def _copy_to_device(saved: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, host = saved
     if device.type != "cuda":
-        return kept
-    torch.cuda.current_stream(device).wait_stream(_stream(device))
-    return kept.to(device, non_blocking=True)
+        return host
+    torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
+    return host.to(device, non_blocking=True)
 
 
-STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+COPY_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in STREAMS:
-        STREAMS[device] = torch.cuda.Stream(device)
-    return STREAMS[device]
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in COPY_STREAMS:
+        COPY_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+    return COPY_STREAMS[device]

@@ -1,14 +1,15 @@
-"""Chooses how attention is computed: by what the model, the GPU, the precision and the rows allow.
+"""Selects the attention implementation, from the model, the GPU, the precision and whether rows are packed.
 
-Transformers makes no mask for functions without an entry in its table of mask functions (`_preprocess_mask_arguments`), such
-as those of `jobs.model.attention_kernels`; nor does it then look for packed rows in `position_ids`, which would wait
-for the GPU. So whoever
-packs rows must pass their borders; `jobs.training.loss` does.
+Two of the implementations are Muster's own (`jobs.model.attention_kernels`), registered with transformers at the end of
+this file. Transformers builds no mask for a function without an entry in its table of mask functions
+(`_preprocess_mask_arguments`). It also does not search `position_ids` for packed rows then, which would synchronize with the
+GPU. The caller must therefore pass the sample boundaries of packed rows: `jobs.training.loss` does.
 """
 
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,121 +23,133 @@ from jobs.model import attention_kernels
 log = logging.getLogger(__name__)
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
-"""Transformers' names of the ways that are called otherwise in a config."""
-PACKAGES = {
+"""`model.attention` -> the name in transformers, where the two differ."""
+PACKAGES = {  # model.attention -> the Python module it needs
     Attention.flash_attention_2: "flash_attn",
     Attention.flash_attention_3: "flash_attn_interface",
     Attention.flash_attention_4: "flash_attn.cute",
 }
 
 
-def chosen(config: Config, shape: PreTrainedConfig) -> str:
-    """Transformers' name of the attention to train a model of this shape with; says so once, with the reason.
+def select(config: Config, shape: PreTrainedConfig) -> str:
+    """Return transformers' name of the attention implementation for this model, and log the choice once with its reason.
 
-    Raises ConfigError where the config asks for what this machine does not have.
+    Raises ConfigError if the config names an implementation that the model or this machine cannot run.
     """
     on_gpu = config.cluster.train.gpus_per_node != 0
     if on_gpu and not torch.cuda.is_available():
-        return "eager"  # a merge, on a node without GPUs: it looks at names and shapes only
-    asked = config.model.attention
-    if asked is Attention.auto and config.parallel.context_ranks > 1:
-        asked = Attention.varlen if config.data.packing else Attention.cudnn
-        reason = "heads are exchanged between the ranks that share a row"
-        if odd := _odd(shape):
-            said = f"cannot exchange the heads of a model whose attention has {odd}: take 1, and more tensor_ranks or nodes"
-            raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, said))
-    elif asked is Attention.auto:
-        asked, reason = best(config, shape, torch.cuda.get_device_capability() if on_gpu else None)
+        return "eager"  # consolidation on a node without GPUs: it needs only the names and shapes of the weights
+    choice = config.model.attention
+    if choice is Attention.auto and config.parallel.context_ranks > 1:
+        choice = Attention.varlen if config.data.packing else Attention.cudnn
+        reason = "context parallelism exchanges heads between the ranks that share a row"
+        if feature := _unsupported_feature(shape):
+            message = (
+                f"does not work with this model: its attention has {feature}. "
+                "Set parallel.context_ranks=1, and use more parallel.tensor_ranks or more nodes"
+            )
+            raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, message))
+    elif choice is Attention.auto:
+        choice, reason = best(config, shape, torch.cuda.get_device_capability() if on_gpu else None)
     else:
-        reason = "as the config asks"
-        if lacking := _lacking(config, asked, _odd(shape), on_gpu):
-            advice = "model.attention=auto takes the best there is"
-            raise ConfigError(Problem("model.attention", asked.name, f"{lacking}; {advice}"))
-    _say(f"attention {asked.name}: {reason}")
-    return NAMES.get(asked, asked.name)
+        reason = "set in the config"
+        if why_not := _why_unavailable(config, choice, _unsupported_feature(shape), on_gpu):
+            remedy = "set model.attention=auto, which selects the fastest one that works"
+            raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
+    _log_once(f"attention {choice.name}: {reason}")
+    return NAMES.get(choice, choice.name)
 
 
 def best(config: Config, shape: PreTrainedConfig, capability: tuple[int, int] | None) -> tuple[Attention, str]:
-    """The way that `auto` takes, and why; `capability` is the GPU's, None on CPUs."""
+    """The implementation that `auto` selects, and the reason for the log.
+
+    `capability` is the compute capability of the GPU, None on CPUs.
+    """
     packed, half = config.data.packing, config.train.precision is not Precision.fp32
-    odd = _odd(shape)
-    if odd in ("softcap", "sinks"):
+    feature = _unsupported_feature(shape)
+    if feature in ("softcap", "sinks"):
         if capability and find_spec("triton"):
-            return Attention.flex, f"the model's attention has {odd}, which torch's other kernels lack"
-        return Attention.eager, f"the model's attention has {odd}, which torch's kernels lack"
-    if odd:
-        return Attention.sdpa, f"the model's attention has {odd}"
+            return Attention.flex, f"the model's attention has {feature}, which of torch's kernels only flex supports"
+        return Attention.eager, f"the model's attention has {feature}, which torch's kernels do not support"
+    if feature:
+        return Attention.sdpa, f"the model's attention has {feature}"
     if capability is None:
-        return (Attention.varlen, "packed rows, sample by sample on CPUs") if packed else (Attention.sdpa, "on CPUs")
+        if packed:
+            return Attention.varlen, "packed rows on CPUs, one sample after another"
+        return Attention.sdpa, "the default on CPUs"
     if not half:
-        return Attention.sdpa, "kernels for fp32 are chosen by torch"
+        return Attention.sdpa, "torch selects the kernel for fp32"
     if packed:
-        return Attention.varlen, "packed rows, by torch's own kernel without a mask"
+        return Attention.varlen, "packed rows, torch's kernel without a mask"
     if capability < (9, 0):
-        return Attention.sdpa, f"torch's flash kernel for compute capability {capability[0]}.{capability[1]}"
-    return Attention.cudnn, "the fastest for a sample a row on Hopper and later"
+        return Attention.sdpa, f"torch's flash kernel on compute capability {capability[0]}.{capability[1]}"
+    return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"
 
 
-def _odd(shape: PreTrainedConfig) -> str:
-    """What of a model's attention the two ways of this file do not compute; empty where they compute all of it."""
+def _unsupported_feature(shape: PreTrainedConfig) -> str:
+    """The first feature of the model's attention that `attention_kernels` does not compute, or an empty string."""
     text = shape.get_text_config()
     try:
-        kind = AutoModelForCausalLM._model_mapping[type(shape)]
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(shape)]
     except KeyError:
-        return "code of its own"
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    found = {
+        return "custom code"
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    features = {
         "softcap": getattr(text, "attn_logit_softcapping", None) is not None,
-        "sinks": not kind._supports_sdpa,
-        "code of its own": not (kind._supports_attention_backend and kind._supports_flash_attn),
-        "layers of other kinds": not set(getattr(text, "layer_types", None) or ())
+        # Models with attention sinks (logits added to the softmax, as in gpt_oss) declare that sdpa does not support them.
+        "sinks": not model_class._supports_sdpa,
+        "custom code": not (model_class._supports_attention_backend and model_class._supports_flash_attn),
+        "layer types other than full and sliding": not set(getattr(text, "layer_types", None) or ())
         <= {"full_attention", "sliding_attention"},
-        "latent heads": getattr(text, "kv_lora_rank", None) is not None,
+        "latent heads (MLA)": getattr(text, "kv_lora_rank", None) is not None,
         "dropout": bool(getattr(text, "attention_dropout", 0.0)),
-        f"heads of {head}": head % 8 != 0 or head > 256,
+        f"head size {head_dim}": head_dim % 8 != 0 or head_dim > 256,  # limits of the cuDNN and flash kernels
     }
-    return next((name for name, present in found.items() if present), "")
+    return next((name for name, present in features.items() if present), "")
 
 
-def _lacking(config: Config, asked: Attention, odd: str, on_gpu: bool) -> str:
-    """Why the model, or this machine, cannot do what is asked; empty where it can."""
-    if asked in (Attention.sdpa, Attention.eager):
+def _why_unavailable(config: Config, choice: Attention, feature: str, on_gpu: bool) -> str:
+    """Why the model or this machine cannot run the implementation, or an empty string.
+
+    `feature` is the model's unsupported feature, from `_unsupported_feature`.
+    """
+    if choice in (Attention.sdpa, Attention.eager):
         return ""
-    if asked in (Attention.cudnn, Attention.varlen) and odd not in ("", "dropout"):
-        return f"does not compute the model's attention, which has {odd}"
-    if asked is Attention.varlen:
+    if choice in (Attention.cudnn, Attention.varlen) and feature not in ("", "dropout"):
+        return f"does not support this model: its attention has {feature}"
+    if choice is Attention.varlen:
         return ""
     if not on_gpu:
-        return "trains on GPUs only"
-    return _missing(config, asked)
+        return "runs on GPUs only"
+    return _why_unavailable_on_gpu(config, choice)
 
 
-def _missing(config: Config, asked: Attention) -> str:
-    """Why it cannot be done on a GPU."""
-    if asked is Attention.flex:
-        return "" if find_spec("triton") else "needs triton, which is not installed"
+def _why_unavailable_on_gpu(config: Config, choice: Attention) -> str:
+    if choice is Attention.flex:
+        return "" if find_spec("triton") else "needs the package triton, which is not installed"
     if config.train.precision is Precision.fp32:
         return "computes in bf16 only: set train.precision=bf16"
-    if asked is Attention.cudnn and config.data.packing:
-        return "does not keep the samples of packed rows apart"
-    if asked in PACKAGES and not _installed(PACKAGES[asked]):
-        return f"needs the package {PACKAGES[asked].partition('.')[0]}, which is not installed"
+    if choice is Attention.cudnn and config.data.packing:
+        return "does not separate the samples of packed rows"
+    if choice in PACKAGES and not _installed(PACKAGES[choice]):
+        return f"needs the package {PACKAGES[choice].partition('.')[0]}, which is not installed"
     return ""
 
 
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:
+    except ModuleNotFoundError:  # of the parent: find_spec("flash_attn.cute") imports flash_attn
         return False
 
 
 @cache
-def _say(line: str) -> None:
-    """Once a process, and on the first rank alone."""
+def _log_once(line: str) -> None:
+    """Log a line once per process, on rank 0 only; the model is built more than once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         log.info(line)
 
 
-for way in (Attention.cudnn, Attention.varlen):  # `jobs.training.loss` gives the borders of samples to the second alone
-    AttentionInterface.register(NAMES[way], attention_kernels.attend)
+# One function serves both: `jobs.training.loss` passes sample boundaries to varlen only.
+for implementation in (Attention.cudnn, Attention.varlen):
+    AttentionInterface.register(NAMES[implementation], attention_kernels.attend)

@@ -1,6 +1,6 @@
-"""Causal attention as transformers calls it, in the two ways that it lacks: by cuDNN, and inside the samples of packed rows.
+"""Two attention functions for transformers: causal attention by cuDNN, and causal attention inside packed samples.
 
-Neither builds a mask, and neither asks the GPU anything.
+Both are `attend`. It builds no mask and never synchronizes with the GPU.
 """
 
 from inspect import signature
@@ -15,15 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from jobs.distributed import context_parallel
 
-FASTEST = [
-    SDPBackend.CUDNN_ATTENTION,  # 562/476 TFLOP/s forward/backward on H200, against 323/274 of torch's flash kernel
+BACKENDS = [  # in this order of preference
+    SDPBackend.CUDNN_ATTENTION,  # 562/476 TFLOP/s forward/backward on H200; torch's flash kernel: 323/274
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
 HALF = (torch.float16, torch.bfloat16)
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""Before torch 2.12 the kernel takes fewer heads of keys without being told."""
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""torch before 2.12 has no such argument: there the kernel accepts fewer key heads than query heads without it."""
 
 
 def attend(
@@ -40,53 +40,70 @@ def attend(
     max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row, by cuDNN where it can; inside each sample where `cu_seq_lens_q` says their borders,
-    int32 over all rows laid end to end, the longest of `max_length_q` tokens. Takes (rows, heads, length, head size), and
-    key and value with fewer heads; returns (rows, length, heads, head size)."""
+    """Causal attention, with the signature that transformers calls.
+
+    query: (rows, heads, length, head size). key and value: the same, or with fewer heads (grouped queries).
+    cu_seq_lens_q: int32, cumulative sample boundaries over all rows laid end to end, the longest sample having `max_length_q`
+    tokens. With it, attention stays inside each sample; without it, inside each row.
+    Returns (rows, length, heads, head size), and None in place of the attention weights.
+    """
     if context_parallel.ranks() > 1:
         query, key, value = (context_parallel.heads_of(item) for item in (query, key, value))
     elif attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    rows, _, length, _ = query.shape
-    borders, longest = cu_seq_lens_q, max_length_q or 0
-    if borders is None and sliding_window is not None and sliding_window < length:
-        borders = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
+    rows, _heads, length, _size = query.shape
+    boundaries, longest = cu_seq_lens_q, max_length_q or 0
+    if boundaries is None and sliding_window is not None and sliding_window < length:
+        # scaled_dot_product_attention has no argument for a sliding window; the varlen kernel does. Each row becomes a sample.
+        boundaries = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
         longest = length
-    if borders is not None:
-        out = _inside(query, key, value, borders, longest, dropout, scaling, sliding_window)
+    if boundaries is not None:
+        out = _packed_attention(query, key, value, boundaries, longest, dropout, scaling, sliding_window)
     else:
-        out = _causal(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous()
+        out = _causal_attention(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous()
     return context_parallel.tokens_of(out), None
 
 
-def _inside(
+def _packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    borders: torch.Tensor,
+    boundaries: torch.Tensor,
     longest: int,
     dropout: float,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention inside each sample, whatever rows they lie in; returns (rows, length, heads, head size)."""
+    """Causal attention inside each sample of packed rows. Returns (rows, length, heads, head size)."""
     rows, _, length, _ = query.shape
-    flat = [item.transpose(1, 2).flatten(0, 1) for item in (query, key, value)]  # (tokens, heads, head size)
-    if query.is_cuda and query.dtype in HALF and not dropout:  # torch's flash attention, which cannot drop
-        left = -1 if window is None else window - 1
-        out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED)
-        return out.unflatten(0, (rows, length))
-    sizes = borders.diff().tolist()
-    out = torch.cat(
-        [
-            _causal(*(part.transpose(0, 1)[None] for part in sample), dropout, scaling, window)[0].transpose(0, 1)
-            for sample in zip(*(item.split(sizes) for item in flat), strict=True)
-        ]
-    )
-    return out.unflatten(0, (rows, length))
+    flat_query, flat_key, flat_value = (item.transpose(1, 2).flatten(0, 1) for item in (query, key, value))
+    # Each is now (tokens, heads, head size).
+    if query.is_cuda and query.dtype in HALF and not dropout:  # torch's flash attention, which has no dropout
+        out: Any = varlen_attn(
+            flat_query,
+            flat_key,
+            flat_value,
+            boundaries,
+            boundaries,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0),
+            **GROUPED,
+        )
+        packed: torch.Tensor = out.unflatten(0, (rows, length))
+        return packed
+    sizes = boundaries.diff().tolist()
+    samples = zip(*(torch.split(item, sizes) for item in (flat_query, flat_key, flat_value)), strict=True)
+    outputs = []
+    for sample in samples:
+        one_query, one_key, one_value = (item.transpose(0, 1)[None] for item in sample)
+        attended = _causal_attention(one_query, one_key, one_value, dropout, scaling, window)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs).view(rows, length, *outputs[0].shape[1:])
 
 
-def _causal(
+def _causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -94,11 +111,14 @@ def _causal(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Of (rows, heads, length, head size), each token sees itself and those before it: all, or the last `window`."""
+    """Causal attention on (rows, heads, length, head size): each token sees itself and all tokens before it.
+
+    With `window`, it sees only the last `window` of them, itself included.
+    """
     length, mask = query.shape[2], None
     if window is not None and window < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    with sdpa_kernel(FASTEST, set_priority=True):
+    with sdpa_kernel(BACKENDS, set_priority=True):
         return F.scaled_dot_product_attention(
             query,
             key,

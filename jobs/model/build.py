@@ -1,4 +1,4 @@
-"""Builds tokenizer and model from the config: with or without weights, with or without adapters."""
+"""Builds the model that the config describes: with or without weights, with or without adapters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,113 +18,124 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
-from jobs.model.lora import adapted
+from jobs.model.lora import add_lora
 from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`train.precision` -> the dtype of compute."""
 
 
 def build(config: Config) -> Any:
-    """The whole model on the CPU: fp32 master weights, or under an adapter a frozen base in the precision of compute.
+    """Return the whole model on the CPU: fp32 weights, or with an adapter a frozen base in the dtype of compute.
 
-    Raises ConfigError when the source cannot be loaded.
+    Raises ConfigError if `model.source` cannot be loaded.
     """
-    model = skeleton(config)
-    materialize.materialise(model, lambda parameter: torch.empty_like(parameter, device="cpu"), torch.device("cpu"))
-    held = materialize.parts(model, lambda parameter: (parameter.shape, 0, parameter))
-    materialize.fill(model, skeleton, held, config)
+    model = build_on_meta(config)
+    materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device="cpu"), torch.device("cpu"))
+    parts = materialize.local_parts(model, lambda parameter: (parameter.shape, 0, parameter))
+    materialize.fill(model, build_on_meta, parts, config)
     return model
 
 
-def skeleton(config: Config, adapters: bool = True) -> Any:
-    """The model of `build` without weights: parameters on the meta device, buffers with their values, with its adapters or not.
+def build_on_meta(config: Config, adapters: bool = True) -> Any:
+    """Return the model without weights: parameters on the meta device, buffers with their values.
 
-    Its embedding has a row for every token of the tokenizer; rows that are in no file get the mean of the others.
-    Raises ConfigError when the source has no usable config.json.
+    `adapters=False` leaves out the adapters of the config. The embedding has a row for every token of the tokenizer, also
+    for tokens that the stored model lacks. Raises ConfigError if `model.source` has no usable config.json.
     """
     frozen = config.adapter.kind is not AdapterKind.none
     dtype = DTYPES[config.train.precision.name] if frozen else torch.float32
-    with _weightless():
-        model = _described(config, dtype)
+    with _parameters_on_meta():
+        model = _from_config(config, dtype)
         model.config.use_cache = False
         if not (frozen and adapters):
             return model
         if config.adapter.base is not Frozen.full:
             on_gpu = config.cluster.train.gpus_per_node != 0
-            quantized_linear.replace(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
-        return adapted(config, model)
+            quantized_linear.replace_linears(blocks(model), config.adapter.base, dtype, on_gpu=on_gpu)
+        return add_lora(config, model)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks, in order: what is sharded, recomputed and compiled as one."""
+    """The decoder blocks, in order. Each is one unit of sharding, recomputation and compilation.
+
+    Raises ConfigError for a model that does not name them.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    decoder_blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not decoder_blocks:
         raise ConfigError(
             Problem(
                 "model.source",
                 type(model).__name__,
-                "does not name its blocks (_no_split_modules), so it cannot be sharded",
+                "does not name its decoder blocks in _no_split_modules, so it cannot be sharded: use another model class",
             )
         )
-    return found
+    return decoder_blocks
 
 
 def compute_dtype(config: Config) -> torch.dtype:
+    """The dtype of forward and backward. `train.precision=auto` is fp32 here: training never sees it, the launcher replaces it."""
     return torch.float32 if config.train.precision is Precision.auto else DTYPES[config.train.precision.name]
 
 
 @contextmanager
-def _weightless() -> Iterator[None]:
-    """Modules made meanwhile have parameters without data. Under `torch.device("meta")` buffers would lose theirs as well,
-    and what a rotary embedding computed when it was made could only be guessed at afterwards."""
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules created inside this context have their parameters on the meta device and their buffers with values.
+
+    `torch.device("meta")` would put the buffers there too. A rotary embedding computes its buffers when it is created,
+    and nothing could restore them afterwards.
+    """
     register = nn.Module.register_parameter
 
-    def onto_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = onto_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment, unused-ignore]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign, unused-ignore]
 
 
-def _described(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    shape = _shape(config) if config.model.init is Init.random else _stored_shape(config)
-    before = embedding_resize.grow(shape, load_tokenizer(config), config)
+def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    shape = _configured_shape(config) if config.model.init is Init.random else _stored_shape(config)
+    rows_before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
     try:
-        model = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call, unused-ignore]
             shape,
             dtype=dtype,
-            attn_implementation=attention.chosen(config, shape),
+            attn_implementation=attention.select(config, shape),
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(config, error) from error
     if config.model.init is Init.pretrained:
-        model.rows_before = before
+        model.rows_before = rows_before  # type: ignore[assignment, unused-ignore] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model
 
 
-def _shape(config: Config) -> PreTrainedConfig:
+def _configured_shape(config: Config) -> PreTrainedConfig:
+    """The config of a model with random weights, from `model.architecture`."""
     shape = config.model.architecture
-    assert shape is not None  # launcher.check.rules
+    assert shape is not None  # launcher.check.rules refuses model.init=random without it
     fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
-    special = load_tokenizer(config)
-    ids = {name: getattr(special, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
+    tokenizer = load_tokenizer(config)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model_config: PreTrainedConfig = AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
+    return model_config
 
 
 def _stored_shape(config: Config) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
+        return model_config
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
 

@@ -1,4 +1,4 @@
-"""Decides what torch.compile compiles, whole blocks or their element-wise parts, and compiles it."""
+"""Decides what torch.compile compiles: whole decoder blocks, or only their element-wise operations."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,27 +11,35 @@ from jobs.distributed.process_group import World
 from jobs.model.activation_checkpointing import Forward
 
 
-def is_compiled(config: Config, world: World) -> bool:
-    """Whether blocks are compiled: as the config says, else on GPUs with triton where no hooks are needed inside."""
-    return _compiles(world) and not _hooked(config) if config.train.compile is None else config.train.compile
+def compiles_blocks(config: Config, world: World) -> bool:
+    """Whether decoder blocks are compiled: `train.compile`, or by default on GPUs with triton if no hooks run inside a block."""
+    if config.train.compile is not None:
+        return config.train.compile
+    return _can_compile(world) and not _has_inner_hooks(config)
 
 
-def has_pieces(config: Config, world: World) -> bool:
-    """Whether norms and gated products are compiled alone: where ZeRO-3's hooks inside a block would cut it to pieces."""
-    return config.train.compile is None and _compiles(world) and _hooked(config)
+def compiles_fused_ops(config: Config, world: World) -> bool:
+    """Whether norms and gated activations are compiled one by one (`jobs.model.fused_ops`).
+
+    This is the case where ZeRO-3 needs hooks inside a block: each hook would break the graph of a compiled block.
+    """
+    return config.train.compile is None and _can_compile(world) and _has_inner_hooks(config)
 
 
-def _compiles(world: World) -> bool:
+def _can_compile(world: World) -> bool:
     return world.device.type == "cuda" and find_spec("triton") is not None
 
 
-def as_one(config: Config, world: World) -> bool:
-    """Whether ZeRO-3 is to gather a block as one, without hooks inside. Not under an adapter, where DeepSpeed 0.19.8 then gives
-    backward a weight that it has partitioned already."""
-    return _is_stage_3(config) and config.adapter.kind is AdapterKind.none and is_compiled(config, world)
+def gathers_whole_blocks(config: Config, world: World) -> bool:
+    """Whether ZeRO-3 gathers each block as a whole, without hooks inside it (DeepSpeed calls this a leaf module).
+
+    Not with an adapter: DeepSpeed 0.19.8 then uses a weight in backward that it has already partitioned again.
+    """
+    return _is_stage_3(config) and config.adapter.kind is AdapterKind.none and compiles_blocks(config, world)
 
 
-def _hooked(config: Config) -> bool:
+def _has_inner_hooks(config: Config) -> bool:
+    """Whether ZeRO-3 hooks the modules inside a block: it does with an adapter, see `gathers_whole_blocks`."""
     return _is_stage_3(config) and config.adapter.kind is not AdapterKind.none
 
 
@@ -39,11 +47,15 @@ def _is_stage_3(config: Config) -> bool:
     return config.parallel.backend is Backend.zero and config.parallel.zero_stage == 3
 
 
-def _compiled(forward: Forward) -> Forward:
-    """For training alone: evaluation would take a compilation of its own, and let its ragged rows make training's sizes dynamic."""
-    fast = torch.compile(forward)
+def compiled_for_training(forward: Forward) -> Forward:
+    """Compile `forward` for training; evaluation keeps running the plain one.
 
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        return (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
+    Evaluation would need a compilation of its own. Its rows of many lengths would also make the compiler treat the sizes of
+    training as dynamic.
+    """
+    compiled = torch.compile(forward)
 
-    return compiled
+    def compiled_with_gradients(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return compiled_with_gradients

@@ -1,4 +1,4 @@
-"""Tokens that a config adds to a tokenizer, and the rows that a model's embedding then lacks."""
+"""Adds rows to a model's embedding for tokens that the config adds to the tokenizer."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,62 +11,70 @@ from conf.schema import Config
 from jobs.tensor_io.slices import Part, Stored
 
 
-def grow(shape: PreTrainedConfig, words: PreTrainedTokenizerBase, config: Config) -> int | None:
-    """Make room in a model's shape for all tokens; returns the rows before, None where nothing was added.
+def resize_vocabulary(shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config) -> int | None:
+    """Raise `vocab_size` in a model's config to the size of the tokenizer, if it is smaller.
 
-    Raises ConfigError under an adapter: the embedding is frozen there, and new rows would stay as they were drawn.
+    Returns the previous size, or None if nothing was added.
+    Raises ConfigError with an adapter: the embedding is frozen then, and the new rows could not be trained.
     """
-    before = shape.get_text_config().vocab_size
-    if len(words) <= before:
+    rows_before = shape.get_text_config().vocab_size
+    if len(tokenizer) <= rows_before:
         return None
     if config.adapter.kind is not AdapterKind.none:
         raise ConfigError(
             Problem(
                 "data.special_tokens",
-                len(words),
-                f"tokens are more than the {before} rows of the embedding, which an adapter leaves frozen: "
-                "use tokens that the model reserves, or adapter=none",
+                list(config.data.special_tokens),
+                f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows_before} rows, and an adapter does "
+                "not train the embedding. Use tokens that the model reserves, or adapter=none",
             )
         )
-    shape.get_text_config().vocab_size = len(words)
-    return int(before)
+    shape.get_text_config().vocab_size = len(tokenizer)
+    return int(rows_before)
 
 
-def stored_shapes(base: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the files must have: those of the model, but for rows that were added."""
-    before = getattr(base, "rows_before", None)
-    added = _added(base) if before is not None else set()
-    return {name: (before, *shape[1:]) if name in added else shape for name, shape in shapes.items()}
+def stored_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the weight files must have: those of the model, without added rows."""
+    rows_before: int | None = getattr(model, "rows_before", None)
+    if rows_before is None:
+        return dict(shapes)
+    resized = _resized_weights(model)
+    return {name: (rows_before, *shape[1:]) if name in resized else shape for name, shape in shapes.items()}
 
 
-def fill(
-    base: PreTrainedModel, held: Mapping[str, Part], places: Mapping[str, Stored], read: Callable[[Stored, Part], None]
+def fill_added_rows(
+    model: PreTrainedModel,
+    parts: Mapping[str, Part],
+    stored: Mapping[str, Stored],
+    read: Callable[[Stored, Part], object],
 ) -> dict[str, Part]:
-    """Give added rows the mean of those before, and return what is left to be read: rows that the files have.
+    """Set each added row to the mean of the stored rows. Returns the parts that must still be read from the files.
 
-    The mean makes a new token as likely as an average one at first, and no likelier (Hewitt 2021, "Initializing new word
-    embeddings for pretrained language models").
+    With the mean, a new token is at first as likely as an average token (Hewitt 2021, "Initializing new word embeddings for
+    pretrained language models").
     """
-    if getattr(base, "rows_before", None) is None:
-        return dict(held)
-    left = dict(held)
-    for name in _added(base) & held.keys():
-        part, place = held[name], places[name]
-        rows, width = place.shape
-        kept = max(0, min(part.into.numel(), rows * width - part.begin))
-        left[name] = Part(place.shape, part.begin, part.into[:kept], part.trained)
-        new = part.into[kept:]
-        if new.numel():
+    if getattr(model, "rows_before", None) is None:
+        return dict(parts)
+    to_read = dict(parts)
+    for name in _resized_weights(model) & parts.keys():
+        part, source = parts[name], stored[name]
+        rows, width = source.shape
+        in_file = max(0, min(part.into.numel(), rows * width - part.begin))
+        to_read[name] = Part(source.shape, part.begin, part.into[:in_file], part.trained)
+        added = part.into[in_file:]
+        if added.numel():
             whole = torch.empty(rows * width, dtype=torch.float32)
-            read(place, Part(place.shape, 0, whole, part.trained))
+            read(source, Part(source.shape, 0, whole, part.trained))
             mean = whole.view(rows, width).mean(0)
-            at = (part.begin + kept) % width
-            new.copy_(mean.repeat(-(-(at + new.numel()) // width))[at : at + new.numel()])
-    return left
+            # A part is a flat range: it may begin in the middle of an added row, at this column.
+            column = (part.begin + in_file) % width
+            repeats = -(-(column + added.numel()) // width)
+            added.copy_(mean.repeat(repeats)[column : column + added.numel()])
+    return to_read
 
 
-def _added(base: PreTrainedModel) -> set[str]:
-    """Names of the embedding and the head, tied ones once."""
-    modules = [base.get_input_embeddings(), base.get_output_embeddings()]
-    weights = {id(module.weight) for module in modules if module is not None}
-    return {name for name, parameter in base.named_parameters() if id(parameter) in weights}
+def _resized_weights(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of embedding and output head; a tied weight appears once."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    weights = {id(module.weight) for module in (model.get_input_embeddings(), head) if module is not None}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}

@@ -1,8 +1,10 @@
-"""Matrix products in 8 bits with a frozen weight: e4m3 numbers (Micikevicius 2022, arXiv 2209.05433), one scale a row of the
-weight and one a token. The weight is kept in 8 bits; what comes in, and its gradient, are brought to 8 bits each time.
+"""Matrix products in float8 (e4m3) with a frozen weight: one scale per row of the weight, one per token of the input.
 
-Written out rather than made an operator, as `quantised.product` is: a compiler then scales what comes in where it is made, and
-once for all layers that read it. It cannot keep the weight unpacked, which it never is.
+The weight stays in float8 (Micikevicius 2022, arXiv 2209.05433). The input and its gradient are quantized in every product.
+
+This is plain Python and not a custom operator like `quantized_linear.quantized_matmul`, so that a compiler can fuse the
+quantization of the input with what produced the input, and do it once for all layers that read it. A custom operator keeps
+the compiler from saving a dequantized weight; here no dequantized weight exists.
 """
 
 from typing import Any, cast
@@ -11,58 +13,67 @@ import torch
 from torch import nn
 
 CAPABILITY = (8, 9)
-"""Of Ada, the first GPUs with such products; Hopper has 9.0."""
+"""Compute capability of Ada, the first GPUs with float8 matrix products; Hopper has 9.0."""
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 MULTIPLE = 16
-"""What torch's scaled product wants both widths of a weight to be a multiple of."""
+"""torch._scaled_mm requires both dimensions of a weight to be multiples of this."""
 
 
-def takes(linear: nn.Linear) -> bool:
-    """Whether torch's scaled product takes a layer's weight."""
+def supports(linear: nn.Linear) -> bool:
+    """Whether torch's scaled product accepts the shape of this layer's weight."""
     return not any(size % MULTIPLE for size in linear.weight.shape)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
-    """x @ W.T in the dtype of x (..., columns), on GPUs by way of bf16; `weight` is W's bytes, flat, `absmax` (rows) as
-    `numbers` gives it."""
-    return cast(torch.Tensor, _Product.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call]
+def matmul(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
+    """Return x @ W.T for x (..., columns), in the dtype of x; on GPUs the product itself is rounded to bf16.
+
+    `weight` holds the e4m3 bytes of W (rows, columns), flat. `absmax` (rows, 1) or (rows,) is that of `quantize_rows`.
+    """
+    return cast(torch.Tensor, _Float8Matmul.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def numbers(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix in 8 bits, and the largest magnitude of each row (rows, 1) in fp32, which becomes the largest number; rows of
-    zeros stay zeros."""
+def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix to e4m3 by rows. Returns the float8 matrix, and the largest magnitude of each row (rows, 1) in fp32.
+
+    The largest magnitude of a row becomes the largest e4m3 number. Rows of zeros stay zeros.
+    """
     matrix = matrix.float()
     absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
     return (matrix * (LARGEST / absmax)).to(E4M3), absmax
 
 
-class _Product(torch.autograd.Function):
+class _Float8Matmul(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, absmax)
         ctx.rows = rows
-        found = _multiplied(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / LARGEST, x.dtype)
-        return found.view(*x.shape[:-1], rows)
+        out = _scaled_matmul(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / LARGEST, x.dtype)
+        return out.view(*x.shape[:-1], rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """grad @ W, whose scales lie along the sum and so are multiplied into grad. The product reads W by columns."""
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override, unused-ignore]
+        """Return grad @ W.
+
+        The scales of W's rows lie along the summed dimension here, where the kernel takes no scale. So they are multiplied
+        into grad before it is quantized. The kernel needs W in column-major order, hence the copy.
+        """
         weight, absmax = ctx.saved_tensors
-        matrix = weight.view(E4M3).view(ctx.rows, -1).t().contiguous().t()
-        scaled = grad.flatten(0, -2).float() * (absmax / LARGEST)
-        found = _multiplied(scaled, matrix, absmax.new_ones(matrix.shape[1]), grad.dtype)
-        return found.view(*grad.shape[:-1], matrix.shape[1]), None, None, None
+        column_major = weight.view(E4M3).view(ctx.rows, -1).t().contiguous().t()
+        scaled_grad = grad.flatten(0, -2).float() * (absmax / LARGEST)
+        ones = absmax.new_ones(column_major.shape[1])
+        out = _scaled_matmul(scaled_grad, column_major, ones, grad.dtype)
+        return out.view(*grad.shape[:-1], column_major.shape[1]), None, None, None
 
 
-def _multiplied(left: torch.Tensor, right: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in `dtype`; `right` lies in memory by columns, each of which has a scale.
+def _scaled_matmul(left: torch.Tensor, right: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return left @ right in `dtype`. `right` is e4m3 in column-major order, with one scale per column.
 
-    GPUs give bf16. On CPUs torch 2.11 takes one scale a matrix only, so there the same numbers are multiplied in fp32.
+    GPUs produce bf16. On CPUs, torch 2.11 supports only one scale per matrix, so the same numbers are multiplied in fp32.
     """
-    small, absmax = numbers(left)
+    quantized, absmax = quantize_rows(left)
     scale = absmax / LARGEST
     if not left.is_cuda:
-        return ((small.float() @ right.float()) * scale * scales).to(dtype)
-    made = torch._scaled_mm(small, right, scale, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True)
-    return made.to(dtype)
+        return ((quantized.float() @ right.float()) * scale * scales).to(dtype)
+    out = torch._scaled_mm(quantized, right, scale, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True)
+    return out.to(dtype)

@@ -1,7 +1,7 @@
-"""Output head and cross entropy as one, in chunks of tokens: the logits of a whole batch never exist, and no untrained ones.
+"""Computes output head and cross entropy as one operation, in chunks of tokens, so that all logits never exist at once.
 
-The head runs inside the model's own forward, where FSDP and ZeRO-3 have its weight whole, and is called equally often on all
-ranks whatever they train: with ZeRO-3 every call is a collective.
+Logits are computed only for tokens that are trained. The head runs inside the model's own forward, where FSDP and ZeRO-3 have
+gathered its weight. All ranks call it equally often, whatever their batches train: with ZeRO-3 every call is a collective.
 """
 
 from collections.abc import Callable
@@ -14,92 +14,113 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from jobs.model.unwrap import answering, causal
+from jobs.model import known_architectures
+from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 CHUNK = 2**28
-"""Logits that exist at once: 1 GiB in fp32. Fewer would add up the head's gradient, of all its elements, more often."""
+"""Logits that exist at once: 1 GiB in fp32. Smaller chunks would add to the whole gradient of the head's weight more often."""
 PARTS = 8
-"""Chunks of a head that is more than one matrix, such as under an adapter: a fixed number, see above."""
+"""Chunks of a head that is not one plain matrix (one with an adapter). Fixed, so that all ranks call it equally often."""
 
 
 def fuse(model: nn.Module, compiled: bool = False) -> bool:
-    """Let the model's forward, given `trained` and `targets`, return their summed loss; otherwise it is as it was.
+    """Let the model's forward return the summed loss when it is given `trained` and `targets`; other calls stay as they were.
 
-    `trained` (int64) are places in the batch, its rows laid end to end, and `targets` the tokens that follow them. Do this
-    after adapters and before sharding. False, and nothing changed, for a model that does more than apply its head to the
-    last hidden state, such as scaling its logits. `compiled` fuses the softmax into one kernel.
+    `trained` (int64) are the positions of trained tokens in the flattened batch, and `targets` (int64) the tokens that follow
+    them. `compiled` compiles the softmax into one kernel. Call it after adapters are added and before sharding.
+
+    Returns False, and changes nothing, for a model whose logits are more than its head applied to the last hidden state, for
+    example scaled or soft-capped logits.
     """
-    inside = causal(model)
-    head = inside.get_output_embeddings()
-    if head is None or not _is_all(inside, head):
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings()
+    if head is None or not _has_plain_head(inner, head):
         return False
-    whole = inside.forward
-    plain = type(head) is nn.Linear
-    if plain:
-        _take_targets(head, compiled)
+    original = inner.forward
+    is_plain_matrix = type(head) is nn.Linear
+    if is_plain_matrix:
+        _let_head_return_loss(head, compiled)
 
     def forward(
         *args: Any, trained: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         if trained is None or targets is None:
-            return whole(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all it knows
-        hidden = inside.base_model(*args, **given).last_hidden_state
+            return original(*args, **kwargs)
+        given = {
+            name: value for name, value in kwargs.items() if value is not None
+        }  # PEFT passes None for what it lacks
+        hidden = inner.base_model(*args, **given).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, trained)
-        return head(rows, targets) if plain else _in_parts(head, rows, targets)
+        return head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
 
-    inside.forward = forward
-    inside.muster_fused_head = True
+    inner.forward = forward
+    inner.muster_fused_head = True
     return True
 
 
-def is_fused(inside: nn.Module) -> bool:
-    return getattr(inside, "muster_fused_head", False)
+def is_fused(inner: nn.Module) -> bool:
+    """Whether `fuse` has changed this causal language model."""
+    return bool(getattr(inner, "muster_fused_head", False))
 
 
-def _is_all(inside: Any, head: nn.Module) -> bool:
-    """Whether logits are the head of the last hidden state and nothing else: tried on the model's own code, without weights."""
-    hidden, logits, seen = torch.randn(1, 2, 4), torch.randn(1, 2, 8), []
+def _has_plain_head(inner: Any, head: nn.Module) -> bool:
+    """Whether the model's logits are its head applied to the last hidden state, and nothing else."""
+    known = known_architectures.has_plain_head(inner)
+    return _returns_head_output(inner, head) if known is None else known
 
-    def stub(given: torch.Tensor) -> torch.Tensor:
-        seen.append(given)
+
+def _returns_head_output(inner: Any, head: nn.Module) -> bool:
+    """Run the model's own forward with stubs for the base model and the head, and look whether it changes their outputs."""
+    hidden, logits = torch.randn(1, 2, 4), torch.randn(1, 2, 8)
+    head_inputs: list[torch.Tensor] = []
+
+    def stub_head(head_input: torch.Tensor) -> torch.Tensor:
+        head_inputs.append(head_input)
         return logits
 
-    outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+    outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type, unused-ignore]
     try:
-        with answering({inside.base_model: lambda *_, **__: outputs, head: stub}):
-            found = inside.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    except Exception:  # of whatever code a model brings; the plain way then raises what must be raised
+        with stubbed_forwards({inner.base_model: lambda *_, **__: outputs, head: stub_head}):
+            returned = inner.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+    except Exception:  # a model may bring any code; the unfused way then raises what must be raised
         return False
-    return len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(found, logits)
+    return len(head_inputs) == 1 and torch.equal(head_inputs[0], hidden) and torch.equal(returned, logits)
 
 
-def _take_targets(head: nn.Linear, compiled: bool) -> None:
-    """Let the head return the summed loss where it is given targets. As a call of the module, so that ZeRO-3 gathers it."""
-    alone = head.forward
+def _let_head_return_loss(head: nn.Linear, compiled: bool) -> None:
+    """Let the head return the summed loss when it is called with targets. It stays a call of the module: ZeRO-3's hook on
+    that call gathers the weight."""
+    original = head.forward
 
     def forward(rows: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
-            return alone(rows)
-        learns = torch.is_grad_enabled()  # inside the function it never is
-        return Summed.apply(rows.to(head.weight.dtype), head.weight, head.bias, targets, learns, compiled)
+            return original(rows)
+        needs_grad = torch.is_grad_enabled()  # inside the autograd function it is always off
+        rows = rows.to(head.weight.dtype)
+        loss: torch.Tensor = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            rows, head.weight, head.bias, targets, needs_grad, compiled
+        )
+        return loss
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment, unused-ignore]
 
 
-def _in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The summed loss through any head; its logits are computed once more in backward."""
+def _loss_in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss through any head. Backward computes the logits a second time."""
 
-    def loss(some: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(some).float(), expected, reduction="sum")
+    def part_loss(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(part).float(), part_targets, reduction="sum")
 
     parts = zip(rows.tensor_split(PARTS), targets.tensor_split(PARTS), strict=True)
-    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
+    return torch.stack([checkpoint(part_loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-class Summed(torch.autograd.Function):
-    """Cross entropy of `rows @ weight.T + bias`, summed in fp32. Gradients are made on the way forward, chunk by chunk, so
-    that no logits are kept or computed again, and multiplied by the incoming one on the way back."""
+class FusedCrossEntropy(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """Cross entropy of `rows @ weight.T + bias`, summed in fp32.
+
+    Forward computes the gradients too, chunk by chunk, so that no logits are kept or computed twice. Backward only multiplies
+    them by the incoming gradient.
+    """
 
     @staticmethod
     def forward(
@@ -108,53 +129,62 @@ class Summed(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        learns: bool,
+        needs_grad: bool,
         compiled: bool,
     ) -> torch.Tensor:
-        """rows (tokens, hidden), weight (vocabulary, hidden), targets (tokens,) int64 -> a scalar, fp32."""
-        of_rows, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
-        score = _compiled() if compiled and learns else _scored
+        """rows (tokens, hidden), weight (vocabulary, hidden), bias (vocabulary,), targets (tokens,) int64 -> a scalar, fp32.
+
+        `needs_grad`: whether gradients are enabled outside. `compiled`: use the compiled softmax.
+        """
+        for_rows, for_weight, for_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
+        loss_and_grad = _compiled_loss_and_grad() if compiled and needs_grad else _loss_and_grad
         loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        grads = [
-            torch.zeros_like(rows) if of_rows else None,
-            torch.zeros_like(weight, dtype=torch.float32) if of_weight else None,
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and of_bias else None,
-        ]
-        size = max(1, CHUNK // weight.shape[0])
+        grad_rows = torch.zeros_like(rows) if for_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and for_bias else None
+        size = max(1, CHUNK // weight.shape[0])  # tokens in a chunk
         for begin in range(0, len(rows), size):
-            some, wanted = rows[begin : begin + size], targets[begin : begin + size]
-            part, grad = score(F.linear(some, weight, bias), wanted, of_rows or of_weight or of_bias)
-            loss += part
-            if grads[0] is not None:
-                torch.mm(grad, weight, out=grads[0][begin : begin + size])
-            if grads[1] is not None:
-                grads[1] += grad.t() @ some
-            if grads[2] is not None:
-                grads[2] += grad.sum(0, dtype=torch.float32)
-        ctx.grads, ctx.dtype = grads, weight.dtype
+            chunk, chunk_targets = rows[begin : begin + size], targets[begin : begin + size]
+            logits = F.linear(chunk, weight, bias)
+            chunk_loss, grad_logits = loss_and_grad(logits, chunk_targets, for_rows or for_weight or for_bias)
+            loss += chunk_loss
+            if grad_rows is not None:
+                torch.mm(grad_logits, weight, out=grad_rows[begin : begin + size])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ chunk
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        ctx.grads, ctx.dtype = (grad_rows, grad_weight, grad_bias), weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, factor: torch.Tensor) -> Any:
-        rows, weight, bias = (None if grad is None else grad.mul_(factor) for grad in ctx.grads)
-        ctx.grads = None  # they were scaled in place: a second backward must fail
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        rows, weight, bias = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads)
+        ctx.grads = None  # they were scaled in place, so a second backward must fail
         return rows, *(None if grad is None else grad.to(ctx.dtype) for grad in (weight, bias)), None, None, None
 
 
-def _scored(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross entropy of (tokens, vocabulary) in fp32, and its gradient in the precision of the logits."""
-    scores, wanted = logits.float(), targets[:, None]
-    total = scores.logsumexp(-1, keepdim=True)
-    loss = (total - scores.gather(1, wanted)).sum()
+def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy of logits (tokens, vocabulary) in fp32, and its gradient in the dtype of the logits.
+
+    Without `with_grad`, the second value has no meaning.
+    """
+    scores, target_columns = logits.float(), targets[:, None]
+    normalizer = scores.logsumexp(-1, keepdim=True)
+    loss = (normalizer - scores.gather(1, target_columns)).sum()
     if not with_grad:
         return loss, logits
-    chances = (scores - total).exp()
-    if torch.compiler.is_compiling():  # stays in registers; scattered, it would go through memory in fp32
-        places = torch.arange(logits.shape[1], device=logits.device)
-        return loss, torch.where(places == wanted, chances - 1, chances).to(logits.dtype)
-    return loss, chances.scatter_add_(1, wanted, torch.full_like(total, -1)).to(logits.dtype)
+    probabilities = (scores - normalizer).exp()
+    if torch.compiler.is_compiling():
+        # A comparison fuses into the kernel and stays in registers. A scatter would write fp32 values to memory first.
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        grad = torch.where(columns == target_columns, probabilities - 1, probabilities)
+        return loss, grad.to(logits.dtype)
+    minus_one = torch.full_like(normalizer, -1)
+    return loss, probabilities.scatter_add_(1, target_columns, minus_one).to(logits.dtype)
 
 
 @cache
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_scored)
+def _compiled_loss_and_grad() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(_loss_and_grad)
+    return function

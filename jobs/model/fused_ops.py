@@ -1,5 +1,8 @@
-"""The element-wise parts of a decoder block: its norms, and the product with a gate. Each is compiled to a kernel or two where
-the block cannot be as a whole, and then keeps only what goes in."""
+"""Compiles the element-wise operations of a decoder block: its norms, and the gated activation of its MLP.
+
+This is for models whose blocks cannot be compiled whole (adapters under ZeRO-3). Each operation becomes one or two kernels, and
+backward keeps only its inputs.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,59 +10,70 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.model.unwrap import answering
+from jobs.model import known_architectures
+from jobs.model.unwrap import stubbed_forwards
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def fuse(block: nn.Module, compiled: Compile) -> int:
-    """Put `compiled` around the forward of each norm and each gated product of `block`; returns how many there were.
+    """Apply `compiled` to the forward of each norm and to the gated activation of each MLP in `block`; returns how many.
 
-    Forwards, not modules: ZeRO-3's hooks, which gather what a module needs, stay outside. It hooks an activation, too, which
-    needs nothing; compiled along, that hook would be cut out of every block's code anew, until the compiler gives up.
+    Forwards are replaced, not modules. ZeRO-3's hooks, which gather a module's weights, thus stay outside the compiled code.
+    ZeRO-3 also hooks activation modules, which have no weights. With that hook compiled along, the code would be compiled again
+    for every block, until the compiler reaches its limit of recompilations. So the forward of the activation is called, not the
+    module.
     """
     norms = [module for module in block.modules() if type(module).__name__.endswith("Norm")]
-    gated = [module for module in block.modules() if _is_gated(module)]
+    mlps = [module for module in block.modules() if _is_gated_mlp(module)]
     for norm in norms:
-        norm.forward = compiled(norm.forward)  # type: ignore[method-assign]
-    for mlp in gated:
-        mlp.forward = _through(mlp, compiled(_product(getattr(mlp.act_fn, "forward", mlp.act_fn))))
-    return len(norms) + len(gated)
+        norm.forward = compiled(norm.forward)  # type: ignore[method-assign, unused-ignore]
+    for mlp in mlps:
+        mlp.forward = _mlp_forward(mlp, compiled(_gated_activation(mlp.act_fn)))  # type: ignore[method-assign, unused-ignore]
+    return len(norms) + len(mlps)
 
 
-def _product(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return act(gate) * up
+def _gated_activation(activation: Any) -> Callable[..., torch.Tensor]:
+    forward: Callable[[torch.Tensor], torch.Tensor] = getattr(activation, "forward", activation)
 
-    return product
+    def gated_activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return forward(gate) * up
+
+    return gated_activation
 
 
-def _through(mlp: Any, product: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+def _mlp_forward(mlp: Any, gated_activation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def forward(x: torch.Tensor) -> Any:
-        return mlp.down_proj(product(mlp.gate_proj(x), mlp.up_proj(x)))
+        return mlp.down_proj(gated_activation(mlp.gate_proj(x), mlp.up_proj(x)))
 
     return forward
 
 
-def _is_gated(mlp: Any) -> bool:
-    """Whether it computes down(act(gate(x)) * up(x)) and nothing else: tried on the model's own code, without weights."""
-    gate_proj, up_proj, down_proj = projections = [getattr(mlp, name, None) for name in PROJECTIONS]
-    act = getattr(mlp, "act_fn", None)
-    if not callable(act) or not all(isinstance(item, nn.Module) for item in projections):
+def _is_gated_mlp(module: Any) -> bool:
+    """Whether the module computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing else."""
+    activation = getattr(module, "act_fn", None)
+    if not callable(activation) or not all(isinstance(getattr(module, name, None), nn.Module) for name in PROJECTIONS):
         return False
-    if isinstance(act, nn.Module) and list(act.parameters()):
-        return False
-    given, gate, up, down = torch.randn(4, 1, 2, 8)
-    seen: list[torch.Tensor] = []
+    if isinstance(activation, nn.Module) and list(activation.parameters()):
+        return False  # under ZeRO-3 its parameters need the hooks that a call of its forward skips
+    known = known_architectures.is_gated_mlp(module)
+    return _computes_gated_mlp(module) if known is None else known
 
-    def stub(product: torch.Tensor) -> torch.Tensor:
-        seen.append(product)
+
+def _computes_gated_mlp(mlp: Any) -> bool:
+    """Run the module's own code with stubs for its projections, and compare the result with the formula."""
+    x, gate, up, down = torch.randn(4, 1, 2, 8).unbind()
+    down_inputs: list[torch.Tensor] = []
+
+    def down_proj(product: torch.Tensor) -> torch.Tensor:
+        down_inputs.append(product)
         return down
 
+    stubs = {mlp.gate_proj: lambda _: gate, mlp.up_proj: lambda _: up, mlp.down_proj: down_proj}
     try:
-        with answering({gate_proj: lambda _: gate, up_proj: lambda _: up, down_proj: stub}):
-            found = mlp.forward(given)
-    except Exception:  # of whatever code a model brings: it is then left as it is
+        with stubbed_forwards(stubs):
+            out = mlp.forward(x)
+    except Exception:  # a model may bring any code; one that fails here is left as it is
         return False
-    return found is down and len(seen) == 1 and torch.equal(seen[0], mlp.act_fn(gate) * up)
+    return out is down and len(down_inputs) == 1 and torch.equal(down_inputs[0], mlp.act_fn(gate) * up)

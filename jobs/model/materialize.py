@@ -1,6 +1,6 @@
-"""From a sharded model without weights to one with weights: no rank ever has the whole model in host memory.
+"""Gives memory and weights to a sharded model on the meta device. No rank ever holds the whole model in host memory.
 
-`materialise` makes room, `parts` says what of it this rank holds, `fill` fills it.
+Three steps: `materialize` allocates this rank's tensors, `local_parts` lists them, `fill` writes the weights into them.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,89 +17,102 @@ from jobs.tensor_io.slices import Part, plain
 
 
 def is_empty(model: nn.Module) -> bool:
-    """Whether weights are still to come."""
+    """Whether the model has parameters without data (on the meta device)."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def materialise(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], device: torch.device) -> None:
-    """Replace every parameter by what `make` gives for it, once each so that tied ones stay tied; buffers go to `device`.
+def materialize(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], device: torch.device) -> None:
+    """Replace every parameter by what `make` returns for it, and move the buffers to `device`.
 
-    Not `to_empty`: it unties, and it empties buffers that no file can fill, such as rotary frequencies.
+    `make` is called once per parameter, so that tied weights stay tied. `nn.Module.to_empty` would untie them, and it would
+    empty buffers that no file can fill, such as rotary frequencies.
     """
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if parameter not in made:
+            if parameter not in replaced:
                 value = make(parameter)
-                made[parameter] = (
+                replaced[parameter] = (
                     value
                     if isinstance(value, nn.Parameter)
                     else nn.Parameter(value, requires_grad=parameter.requires_grad)
                 )
-            module._parameters[name] = made[parameter]
+            module._parameters[name] = replaced[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
 
 
-def parts(model: nn.Module, held: Callable[[nn.Parameter], tuple[torch.Size, int, torch.Tensor]]) -> dict[str, Part]:
-    """What this rank has to fill, by plain name; `held` gives whole shape, first element and local tensor of a parameter."""
-    found = {}
+def local_parts(
+    model: nn.Module, local: Callable[[nn.Parameter], tuple[torch.Size, int, torch.Tensor]]
+) -> dict[str, Part]:
+    """Return what this rank must fill, by parameter name without wrappers' prefixes.
+
+    `local` returns for a parameter: the shape of the whole weight, the index of this rank's first element in it, and this
+    rank's tensor.
+    """
+    parts = {}
     for name, parameter in model.named_parameters():
-        shape, begin, local = held(parameter)
-        found[plain(name)] = Part(tuple(shape), begin, local.detach().view(-1), parameter.requires_grad)
-    return found
+        shape, begin, tensor = local(parameter)
+        parts[plain(name)] = Part(tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad)
+    return parts
 
 
 def fill(
     model: nn.Module,
-    again: Callable[..., Any],
-    held: dict[str, Part],
+    build_on_meta: Callable[..., Any],
+    parts: dict[str, Part],
     config: Config,
     world: World | None = None,
     resumed: bool = False,
 ) -> int:
-    """Fill the parts `held` of `model`; returns the bytes read from files. All ranks call this together.
+    """Fill `parts` of `model` with weights; returns the number of bytes read from files. All ranks must call this together.
 
-    `again(config, adapters)` makes the model once more, unsharded and without weights: names, shapes and initial values
-    come from that. Where a checkpoint follows (`resumed`), what it holds is left out, and is NaN until then.
-    Raises ConfigError, on all ranks, with every tensor that is missing, has no place or another shape.
+    `build_on_meta(config, adapters)` builds the model again, unsharded and without weights, to look up names, shapes and
+    initial values. `resumed`: a checkpoint will be loaded next. Its weights are then skipped here and set to NaN, so that a
+    weight missing from the checkpoint shows at once.
+    Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
     """
     if resumed:
-        for part in held.values():
+        for part in parts.values():
             if part.trained:
                 part.into.fill_(torch.nan)
-        held = {name: part for name, part in held.items() if not part.trained}
-    magnitudes = [] if resumed else random_init.magnitudes(held)
+        parts = {name: part for name, part in parts.items() if not part.trained}
+    magnitudes = [] if resumed else random_init.dora_magnitudes(parts)
     if config.adapter.kind is not AdapterKind.none:
-        twin = again(config, adapters=True)
-        added = random_init.adapters(twin)
-        random_init.draw_adapters(twin, {name: part for name, part in held.items() if name in added}, config.train.seed)
-        held = {name: part for name, part in held.items() if name not in added}
-    if not held:
+        twin = build_on_meta(config, adapters=True)
+        adapter_weights = random_init.adapter_weights(twin)
+        adapter_parts = {name: part for name, part in parts.items() if name in adapter_weights}
+        random_init.init_adapters(twin, adapter_parts, config.train.seed)
+        parts = {name: part for name, part in parts.items() if name not in adapter_weights}
+    if not parts:
         return 0
-    base = again(config, adapters=False)
+    base = build_on_meta(config, adapters=False)
     if config.model.init is Init.random:
-        random_init.draw(base, held, config.train.seed, _drawn_on(held, world))
-        random_init.measure(magnitudes)
+        random_init.init_model(base, parts, config.train.seed, _random_device(parts, world))
+        random_init.init_dora_magnitudes(magnitudes)
         return 0
-    read = pretrained.load(base, held | _buffers(model), config, world, quantized_linear.layers(model))
-    quantized_linear.settle(model, held)
-    random_init.measure(magnitudes)
-    return read
+    quantized = quantized_linear.quantized_layers(model)
+    read_bytes = pretrained.load(base, parts | _stored_buffers(model), config, world, quantized)
+    quantized_linear.share_scales(model, parts)
+    random_init.init_dora_magnitudes(magnitudes)
+    return read_bytes
 
 
-def _drawn_on(held: Mapping[str, Part], world: World | None) -> torch.device:
-    """A GPU draws in seconds what a core draws in minutes, but other numbers. A frozen base is in no checkpoint, and
-    whoever merges the adapters has to find it again, so that one is drawn on the CPU."""
-    frozen = not all(part.trained for part in held.values())
+def _random_device(parts: Mapping[str, Part], world: World | None) -> torch.device:
+    """Where random weights are generated. A GPU needs seconds where a CPU core needs minutes, but gives other numbers.
+
+    A frozen base is always generated on the CPU: it is in no checkpoint, and merging the adapter generates it again,
+    possibly on a node without GPUs.
+    """
+    frozen = not all(part.trained for part in parts.values())
     return torch.device("cpu") if frozen or world is None else world.device
 
 
-def _buffers(model: nn.Module) -> dict[str, Part]:
-    """The buffers that are stored with a model: small, and whole on every rank."""
+def _stored_buffers(model: nn.Module) -> dict[str, Part]:
+    """The buffers that are stored with a model. They are small, and every rank holds all of them."""
     return {
         plain(f"{prefix}.{name}"): Part(tuple(buffer.shape), 0, buffer.view(-1), trained=False)
         for prefix, module in model.named_modules()

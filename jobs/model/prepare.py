@@ -1,34 +1,46 @@
-"""Makes a model fast and small before it is sharded, in place: fused loss, recomputed blocks, compiled blocks."""
+"""Applies Muster's changes of a model's forwards before the model is sharded: fused loss, recomputation, compilation.
+
+The order matters:
+
+1. Context parallelism: open its process groups, if `parallel.context_ranks` asks for them. Attention uses them.
+2. Output head and loss become one operation (`fused_cross_entropy`).
+3. In every block, the first that applies comes innermost:
+   a. element-wise operations are compiled alone, where the block cannot be compiled whole (`fused_ops`);
+   b. selective recomputation, inside the compiled code: the compiler then knows what it must not keep for backward;
+   c. the block is compiled;
+   d. full recomputation, outside the compiled code.
+"""
 
 from typing import Any
 
 from conf.choices import Checkpointing
 from conf.schema import Config
-from jobs.distributed import context_parallel as context
+from jobs.distributed import context_parallel
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, fused_ops, unwrap
-from jobs.model.activation_checkpointing import _keeping, _recomputed
+from jobs.model.activation_checkpointing import recomputed_in_backward, selective_contexts
 from jobs.model.build import blocks
-from jobs.model.compile import _compiled, has_pieces, is_compiled
+from jobs.model.compile import compiled_for_training, compiles_blocks, compiles_fused_ops
 
 
-def install(model: Any, config: Config, world: World) -> None:
-    """Change the forwards of blocks and head; parameters keep their names. Before sharding, and after adapters.
+def prepare_model(model: Any, config: Config, world: World) -> None:
+    """Change the forwards of the output head and the blocks, in place. Call it after adapters are added and before sharding.
 
-    Forwards, not modules: what FSDP and ZeRO hook to a block's call stays outside, runs once, and is not traced.
+    Forwards are replaced, not modules, so that parameters keep their names. FSDP's and ZeRO's hooks on a block thus stay outside:
+    they run once per call, and the compiler does not trace them.
     """
-    context.install(unwrap.causal(model).config, world)
-    compiled, fused = is_compiled(config, world), has_pieces(config, world)
-    fused_cross_entropy.fuse(model, compiled or fused)
-    kind = config.train.activation_checkpointing
+    context_parallel.install(unwrap.causal_lm(model).config, world)
+    compiles_block, compiles_ops = compiles_blocks(config, world), compiles_fused_ops(config, world)
+    fused_cross_entropy.fuse(model, compiled=compiles_block or compiles_ops)
+    checkpointing = config.train.activation_checkpointing
     for block in blocks(model):
-        if fused:
-            fused_ops.fuse(block, _compiled)
+        if compiles_ops:
+            fused_ops.fuse(block, compiled_for_training)
         forward = block.forward
-        if kind is Checkpointing.selective:  # inside the compiled part: the compiler then knows what must not be kept
-            forward = _recomputed(block, forward, context_fn=_keeping)
-        if compiled:
-            forward = _compiled(forward)
-        if kind in (Checkpointing.full, Checkpointing.offload):
-            forward = _recomputed(block, forward, offload=kind is Checkpointing.offload)
-        block.forward = forward  # type: ignore[method-assign]
+        if checkpointing is Checkpointing.selective:
+            forward = recomputed_in_backward(block, forward, context_fn=selective_contexts)
+        if compiles_block:
+            forward = compiled_for_training(forward)
+        if checkpointing in (Checkpointing.full, Checkpointing.offload):
+            forward = recomputed_in_backward(block, forward, offload=checkpointing is Checkpointing.offload)
+        block.forward = forward  # type: ignore[method-assign, unused-ignore]

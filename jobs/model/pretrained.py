@@ -1,4 +1,8 @@
-"""Base weights from `model.source`: by slices where they are stored as they are used, else whole, a rank of a node at a time."""
+"""Loads the base weights of `model.source`.
+
+Normally each rank reads only its own slices of the safetensors files. Where that is impossible (other file formats, or weights
+that transformers converts while loading), the ranks of a node load the whole model one after another.
+"""
 
 import logging
 import re
@@ -6,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +20,7 @@ from conf.schema import Config
 from jobs.distributed.collectives import everywhere, first
 from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
-from jobs.model.quantized_linear import Quantised
+from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
 from jobs.tensor_io.model_files import find
 from jobs.tensor_io.slices import Part, Stored
@@ -24,114 +28,133 @@ from jobs.tensor_io.slices import Part, Stored
 log = logging.getLogger(__name__)
 
 SHOWN = 20
-"""Problems that are listed one by one."""
+"""Tensors that an error lists one by one; the others are counted."""
 
 
-class Plan(NamedTuple):
-    """How the weights come in, the same on all ranks."""
+class LoadMethod(NamedTuple):
+    """How the weights are loaded; the same on all ranks."""
 
     stored: dict[str, Stored]
-    whole: str = ""
-    """Why slices cannot be read, where they cannot."""
+    """The tensors in the files, by name."""
+    why_whole: str = ""
+    """Why each rank must load the whole model; empty if it can read slices."""
 
 
 def load(
     base: PreTrainedModel,
-    held: Mapping[str, Part],
+    parts: Mapping[str, Part],
     config: Config,
     world: World | None,
-    packed: Mapping[str, Quantised],
+    quantized: Mapping[str, QuantizedLinear],
 ) -> int:
-    """Fill the parts; returns the bytes read from files. `base` is the model without weights and adapters; of what `packed`
-    names, a part is quantised as soon as it is read, one weight after another.
+    """Fill `parts`; returns the number of bytes read from files (0 if the whole model was loaded).
 
-    Raises ConfigError, on all ranks, with every tensor that is missing, has no place or another shape.
+    `base` is the model without weights and adapters. Weights of `quantized` layers are quantized as soon as they are read,
+    one after another. Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
     """
     folder = _folder(config, world)
-    plan = first(lambda: _plan(base, folder, config))
-    main = world is not None and world.is_main
-    if plan.whole:
-        if main:
-            log.info(f"weights   whole, on one rank of each node after another: {plan.whole}")
-        return _whole(base, held, config, world, packed)
+    method = first(lambda: _choose_method(base, folder, config))
+    is_main = world is not None and world.is_main
+    if method.why_whole:
+        if is_main:
+            log.info(f"weights   the ranks of each node load the whole model one after another: {method.why_whole}")
+        return _load_whole(base, parts, config, world, quantized)
     assert folder is not None
-    if main:
-        count = len({place.file for place in plan.stored.values()})
-        log.info(f"weights   {folder}: {count} safetensors files, each rank reads what it holds")
-    names = _names(base)
-    places = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in held}
+    if is_main:
+        count = len({tensor.file for tensor in method.stored.values()})
+        log.info(f"weights   {folder}: {count} safetensors files, each rank reads its own slices")
+    names = _stored_names(base)
+    stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
-    def filled() -> int:
-        left = embedding_resize.fill(
-            base, held, places, lambda place, part: _read(folder, [(place, part)], config, False)
-        )
-        done = _read(folder, [(places[key], part) for key, part in left.items() if key not in packed], config, main)
-        for key, layer in packed.items():
-            place = places[key]
-            done += layer.take(left[key], lambda part, place=place: _read(folder, [(place, part)], config, False))
-        return done
+    def read_part(tensor: Stored, part: Part) -> int:
+        return _read(folder, [(tensor, part)], config, show=False)
 
-    return everywhere(filled)
+    def read_all() -> int:
+        to_read = embedding_resize.fill_added_rows(base, parts, stored, read_part)
+        wanted = [(stored[key], part) for key, part in to_read.items() if key not in quantized]
+        read_bytes = _read(folder, wanted, config, show=is_main)
+        for key, layer in quantized.items():
+            read_bytes += layer.load(to_read[key], partial(read_part, stored[key]))
+        return read_bytes
+
+    read_bytes: int = everywhere(read_all)
+    return read_bytes
 
 
 def _folder(config: Config, world: World | None) -> Path | None:
-    """Where the safetensors files are; the first rank of each node downloads what is not there, the others then find it."""
+    """The folder of the safetensors files, or None if there are none.
+
+    The first rank of each node downloads files that are missing; the other ranks then find them in the cache.
+    """
     source, revision = config.model.source, config.model.revision
 
-    def found(cached: bool) -> Path | None:
+    def locate(cached: bool) -> Path | None:
         try:
-            return find(source, revision, cached=cached)
+            folder: Path | None = find(source, revision, cached=cached)
         except (OSError, ValueError) as error:
-            raise ConfigError(Problem("model.source", source, f"cannot be fetched: {error}")) from error
+            raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
+        return folder
 
-    earlier = everywhere(lambda: found(cached=False) if world is None or world.local_rank == 0 else None)
-    return everywhere(lambda: earlier or found(cached=True))
+    downloaded = everywhere(lambda: locate(cached=False) if world is None or world.local_rank == 0 else None)
+    folder: Path | None = everywhere(lambda: downloaded or locate(cached=True))
+    return folder
 
 
-def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
+def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
     source = config.model.source
     if getattr(base.config, "quantization_config", None):
-        raise ConfigError(Problem("model.source", source, "is stored quantised: name the model it was made from"))
+        raise ConfigError(
+            Problem("model.source", source, "is stored quantized: set model.source to the original model")
+        )
     if folder is None:
-        return Plan({}, f"{source} has no safetensors files")
+        return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
-        return Plan({}, f"{source} names its files in config.json (transformers_weights)")
+        return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
     stored = slices.catalogue(folder, "model.source", source)
     if converted := _converted(base, stored):
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
-                Problem("data.special_tokens", len(stored), f"cannot be added where transformers converts {converted}")
+                Problem(
+                    "data.special_tokens",
+                    list(config.data.special_tokens),
+                    f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
+                    "use tokens that the model reserves",
+                )
             )
-        return Plan({}, f"transformers converts {converted} for {base.config.model_type}")
-    names = _names(base)
+        return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
+    names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
-    stored = {name: place for name, place in stored.items() if not _ignored(base, name)}
-    found = slices.misfits(stored, names, shapes) or _untied(folder, stored, names)
-    if found:
-        raise ConfigError(*_problems(source, found))
-    return Plan(stored)
+    stored = {name: tensor for name, tensor in stored.items() if not _is_ignored(base, name)}
+    problems = slices.misfits(stored, names, shapes) or _differing_ties(folder, stored, names)
+    if problems:
+        raise ConfigError(*_problems(source, problems))
+    return LoadMethod(stored)
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What must be stored: parameters, tied ones once, and the buffers that are saved with a model."""
+    """The tensors that the files must contain: parameters (tied ones once), and the buffers that are saved with a model."""
     state = base.state_dict(keep_vars=True)
     return dict(base.named_parameters()) | {
         name: value for name, value in state.items() if not isinstance(value, torch.nn.Parameter)
     }
 
 
-def _names(base: PreTrainedModel) -> dict[str, list[str]]:
-    """Name -> the names under which it may be stored: those tied to it, and all of these without the head's prefix."""
+def _stored_names(base: PreTrainedModel) -> dict[str, list[str]]:
+    """Name of each expected tensor -> the names that it may have in the files.
+
+    These are its own name, the names of weights tied to it, and all of them without the prefix of the base model
+    (`model.`): files saved from the model without its output head lack that prefix.
+    """
     expected = _expected(base)
     key = {id(value): name for name, value in expected.items()}
     names: dict[str, list[str]] = {name: [] for name in expected}
     for name, value in base.state_dict(keep_vars=True).items():
         names[key[id(value)]] += [name, name.removeprefix(f"{base.base_model_prefix}.")]
-    return {name: list(dict.fromkeys(others)) for name, others in names.items()}
+    return {name: list(dict.fromkeys(candidates)) for name, candidates in names.items()}
 
 
 def _converted(base: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
-    """The first stored tensor that transformers would rename, fuse or turn on its way in; empty where there is none."""
+    """The first stored tensor that transformers would rename, fuse or transpose while loading; empty if there is none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     for transform in get_model_conversion_mapping(base, add_legacy=False):
@@ -142,47 +165,56 @@ def _converted(base: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
     return ""
 
 
-def _ignored(base: PreTrainedModel, name: str) -> bool:
-    """Stored by older versions of transformers, or for purposes other than this model's: what transformers leaves out too."""
+def _is_ignored(base: PreTrainedModel, name: str) -> bool:
+    """Whether transformers skips this stored tensor too: from an older version, or not needed by this model class."""
     patterns = [*(base._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _untied(folder: Path, stored: Mapping[str, Stored], names: Mapping[str, list[str]]) -> list[str]:
-    """Tensors that config.json ties, stored twice with different values: training would drop one without a word."""
-    found = []
-    for others in names.values():
-        for one, other in pairwise(name for name in others if name in stored):
+def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[str, list[str]]) -> list[str]:
+    """A sentence about each pair of tied tensors that the files store twice with different values.
+
+    Without this check, training would silently use one of the two and drop the other.
+    """
+    problems = []
+    for candidates in names.values():
+        for one, other in pairwise(name for name in candidates if name in stored):
             if not slices.alike(folder, stored[one], stored[other]):
-                found.append(f"{one} and {other} differ in the files, yet config.json ties them (tie_word_embeddings)")
-    return found
+                problems.append(
+                    f"{one} and {other} differ in the files, but config.json ties them (tie_word_embeddings)"
+                )
+    return problems
 
 
 def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show: bool) -> int:
     try:
-        return slices.read(folder, wanted, show)
+        read_bytes: int = slices.read(folder, wanted, show)
     except OSError as error:
-        raise ConfigError(Problem("model.source", config.model.source, f"{folder}: {error}; fetch it again")) from error
+        message = f"cannot be read in {folder}: {error}; download the model again"
+        raise ConfigError(Problem("model.source", config.model.source, message)) from error
+    return read_bytes
 
 
-def _whole(
+def _load_whole(
     base: PreTrainedModel,
-    held: Mapping[str, Part],
+    parts: Mapping[str, Part],
     config: Config,
     world: World | None,
-    packed: Mapping[str, Quantised],
+    quantized: Mapping[str, QuantizedLinear],
 ) -> int:
-    """One model at a time in a node's memory."""
+    """Load the whole model on one rank of each node after another, so that a node's memory holds only one copy."""
     for turn in range(world.local_size if world else 1):
-        mine = world is None or world.local_rank == turn
-        everywhere(partial(_copy, base, held, config, packed) if mine else lambda: None)
+        is_my_turn = world is None or world.local_rank == turn
+        everywhere(partial(_load_with_transformers, base, parts, config, quantized) if is_my_turn else lambda: None)
     return 0
 
 
-def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config, packed: Mapping[str, Quantised]) -> None:
+def _load_with_transformers(
+    base: PreTrainedModel, parts: Mapping[str, Part], config: Config, quantized: Mapping[str, QuantizedLinear]
+) -> None:
     source = config.model.source
     try:
-        whole, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.model.revision or "main",
             trust_remote_code=config.model.trust_remote_code,
@@ -191,25 +223,26 @@ def _copy(base: PreTrainedModel, held: Mapping[str, Part], config: Config, packe
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
+    whole, info = loaded
     state = whole.state_dict()
-    found = [f"{name} is in none of the files" for name in sorted(info["missing_keys"]) if name in held]
-    found += [f"{name} has no place in the model" for name in sorted(info["unexpected_keys"])]
-    if found:
-        raise ConfigError(*_problems(source, found))
+    problems = [f"{name} is in none of the files" for name in sorted(info["missing_keys"]) if name in parts]
+    problems += [f"{name} is in the files but not in the model" for name in sorted(info["unexpected_keys"])]
+    if problems:
+        raise ConfigError(*_problems(source, problems))
 
     def copy(part: Part, weight: torch.Tensor) -> int:
         part.into.copy_(weight.reshape(-1)[part.begin : part.begin + part.into.numel()])
         return 0
 
     with torch.no_grad():
-        for name, part in held.items():
-            if name in packed:
-                packed[name].take(part, partial(copy, weight=state[name]))
+        for name, part in parts.items():
+            if name in quantized:
+                quantized[name].load(part, partial(copy, weight=state[name]))
             else:
                 copy(part, state[name])
 
 
-def _problems(source: str, found: list[str]) -> list[Problem]:
-    more = [f"{len(found) - SHOWN} more tensors do not fit"] if len(found) > SHOWN else []
-    remedy = "fetch the model again, or take the config.json that belongs to these files"
-    return [Problem("model.source", source, f"{text}: {remedy}") for text in found[:SHOWN] + more]
+def _problems(source: str, sentences: list[str]) -> list[Problem]:
+    more = [f"{len(sentences) - SHOWN} more tensors do not match"] if len(sentences) > SHOWN else []
+    remedy = "download the model again, or use the config.json that belongs to these files"
+    return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:SHOWN] + more]

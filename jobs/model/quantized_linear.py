@@ -1,11 +1,13 @@
-"""Frozen linear layers in 4 or 8 bits: how they are kept so that FSDP2 and ZeRO-3 shard them, filled by slices, and multiplied.
+"""A frozen linear layer with a 4-bit or 8-bit weight that FSDP2 and ZeRO-3 can shard, and that is filled slice by slice.
 
-The numbers are bitsandbytes' own, bit for bit: NF4 in blocks of 64 with double quantisation (Dettmers 2023, arXiv 2305.14314,
-section 3), or int8 with one scale a row (Dettmers 2022, arXiv 2208.07339); or they are e4m3 with one scale a row, which
-`jobs.model.float8_matmul` multiplies as they are. What differs is where they stand. `weight` is one parameter, the
-packed bytes seen as
-numbers of the precision of compute: any backend can cut it, gather it, and never casts it. Its scales, 3 % of its size or less,
-are buffers and whole on every rank.
+`nf4` and `int8` equal bitsandbytes bit for bit: NF4 in blocks of 64 with double quantization (Dettmers 2023,
+arXiv 2305.14314, section 3), and int8 with one scale per row (Dettmers 2022, arXiv 2208.07339). `float8` is e4m3 with one scale
+per row; `jobs.model.float8_matmul` multiplies it without dequantizing. Only the storage differs from bitsandbytes. `weight`
+is one parameter: the packed bytes viewed as numbers of the dtype of compute. Every backend can shard and gather such a
+parameter, and none casts it. The scales (at most 3 % of its size) are buffers, whole on every rank.
+
+Filling takes two steps: each rank calls `QuantizedLinear.load` for its own part of the weight, then all ranks call
+`share_scales` together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,77 +24,87 @@ from jobs.model import float8_matmul
 from jobs.tensor_io.slices import Part, plain
 
 BLOCK, NESTED = 64, 256
-"""Weights that share a scale, and scales that share one of their own: bitsandbytes' defaults."""
+"""NF4 weights that share a scale, and scales that share a scale of their own: the defaults of bitsandbytes."""
 
 
-class Numbers(NamedTuple):
-    """A quantised range of a weight: packed bytes, and the largest magnitude of each block, fp32."""
+class Packed(NamedTuple):
+    """A quantized range of a weight: the packed bytes, and the largest magnitude of each block in fp32."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
 
 
-class Quantised(nn.Linear):
-    """A linear layer whose weight is packed. Frozen; a bias stays as it was."""
+class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
+    """A linear layer with a packed, frozen weight. A bias stays as it was."""
 
     def __init__(self, linear: nn.Linear, kind: Frozen, dtype: torch.dtype) -> None:
-        """`dtype`: of compute, in which the packed bytes are kept too. Made without data, like the rest of a skeleton."""
+        """`dtype` is the dtype of compute; the packed bytes are viewed as numbers of it. The weight is made on the meta device."""
         nn.Module.__init__(self)
         if kind is not Frozen.float8:
-            import bitsandbytes  # noqa: F401 -- brings its operators
+            import bitsandbytes  # noqa: F401 -- registers its operators with torch
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.kind, self.dtype, numel = kind, dtype, linear.weight.numel()
         packed = torch.empty(nbytes(kind, numel) // dtype.itemsize, dtype=dtype, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.block = BLOCK if kind is Frozen.nf4 else self.in_features
-        for name, shape, of in _scales(kind, numel, self.out_features):
-            self.register_buffer(name, torch.empty(shape, dtype=of), persistent=False)
-        self._found: tuple[int, torch.Tensor] | None = None
+        for name, shape, scale_dtype in _scale_buffers(kind, numel, self.out_features):
+            self.register_buffer(name, torch.empty(shape, dtype=scale_dtype), persistent=False)
+        self._local_absmax: tuple[int, torch.Tensor] | None = None
+        """Between `load` and `share_scales`: the first block of this rank's part, and the magnitudes of its blocks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind is Frozen.float8:
-            made = float8_matmul.product(x, self.weight, self.out_features, *self.scales())
-            return made if self.bias is None else made + self.bias
+            out = float8_matmul.matmul(x, self.weight, self.out_features, *self.scales())
+            return out if self.bias is None else out + self.bias
         shape = (self.out_features, self.in_features)
-        return cast(torch.Tensor, product(x, self.weight, self.bias, self.kind is Frozen.nf4, shape, self.scales()))
+        is_nf4 = self.kind is Frozen.nf4
+        return cast(torch.Tensor, quantized_matmul(x, self.weight, self.bias, is_nf4, shape, self.scales()))
 
     def scales(self) -> tuple[torch.Tensor, ...]:
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
 
-    def take(self, part: Part, read: Callable[[Part], int]) -> int:
-        """Quantise what this rank holds: `part` of the packed weight, from as much of the original as it takes, which `read`
-        fills in. Returns what `read` does. Blocks are read whole, so that the cut of a shard may lie anywhere."""
+    def load(self, part: Part, read: Callable[[Part], int]) -> int:
+        """Fill this rank's `part` of the packed weight. Returns what `read` returns (bytes read).
+
+        `read` fills a Part of the original weight. It is asked for whole blocks, because a shard may begin and end inside a
+        block.
+        """
         if not part.into.numel():
             return 0
-        numel, each = self.out_features * self.in_features, self.dtype.itemsize * (2 if self.kind is Frozen.nf4 else 1)
-        first = part.begin * each // self.block
-        last = -(-min(numel, (part.begin + part.into.numel()) * each) // self.block)
-        begin, count = first * self.block, (last - first) * self.block
+        numel = self.out_features * self.in_features
+        weights_per_element = self.dtype.itemsize * (2 if self.kind is Frozen.nf4 else 1)  # NF4: two weights in a byte
+        end = min(numel, (part.begin + part.into.numel()) * weights_per_element)
+        first_block = part.begin * weights_per_element // self.block
+        last_block = -(-end // self.block)
+        begin, count = first_block * self.block, (last_block - first_block) * self.block
         original = torch.empty(count, dtype=self.dtype, device=part.into.device)
-        done = read(Part((self.out_features, self.in_features), begin, original, trained=False))
-        packed, absmax = quantise(self.kind, original, self.block)
-        skip = part.begin * self.dtype.itemsize - nbytes(self.kind, begin)
+        read_bytes = read(Part((self.out_features, self.in_features), begin, original, trained=False))
+        packed, absmax = quantize(self.kind, original, self.block)
+        skipped = part.begin * self.dtype.itemsize - nbytes(self.kind, begin)
         into = part.into.view(torch.uint8)
-        into.copy_(packed[skip : skip + into.numel()])
-        self._found = first, absmax
-        return done
+        into.copy_(packed[skipped : skipped + into.numel()])
+        self._local_absmax = first_block, absmax
+        return read_bytes
 
-    def settle(self, device: torch.device) -> None:
-        """Bring the scales together once all ranks have taken their parts; all ranks call this together. `device`: where
-        the packed parts are."""
-        whole = torch.zeros(self.out_features * self.in_features // self.block, device=device)
-        if self._found is not None:
-            first, absmax = self._found
-            whole[first : first + absmax.numel()] = absmax
-            self._found = None
+    def share_scales(self, device: torch.device) -> None:
+        """Gather the scales of all ranks' parts. Collective: all ranks must call it, after each has called `load`.
+
+        `device` is where the packed parts are.
+        """
+        absmax_of_all = torch.zeros(self.out_features * self.in_features // self.block, device=device)
+        if self._local_absmax is not None:
+            first_block, absmax = self._local_absmax
+            absmax_of_all[first_block : first_block + absmax.numel()] = absmax
+            self._local_absmax = None
         if dist.is_initialized():
-            dist.all_reduce(whole, dist.ReduceOp.MAX)  # a block that two ranks share is equal on both
-        for buffer, value in zip(self.scales(), scales(self.kind, whole), strict=True):
+            # Both ranks that share a block have computed the same value for it, so the maximum is that value.
+            dist.all_reduce(absmax_of_all, dist.ReduceOp.MAX)
+        for buffer, value in zip(self.scales(), scales(self.kind, absmax_of_all), strict=True):
             buffer.copy_(value)
 
 
-@torch.library.custom_op("muster::product", mutates_args=())
-def product(
+@torch.library.custom_op("muster::quantized_matmul", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def quantized_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -100,107 +112,115 @@ def product(
     shape: Sequence[int],
     scales: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """x @ W.T + bias of a packed W, which is unpacked again for the gradient of x instead of kept.
+    """Return x @ W.T + bias for a packed W of `shape`, x (..., columns). Backward dequantizes W again for the gradient of x.
 
-    An operator, so that a compiler cannot see that both unpack the same: it would keep all of the model unpacked.
+    A custom operator, because a compiler looks inside plain Python: it would see that forward and backward dequantize the
+    same weight, and keep the dequantized weights of the whole model in memory.
     """
-    return F.linear(x, dequantised(weight, nf4, shape, x.dtype, *scales), bias)
+    return F.linear(x, dequantize(weight, nf4, shape, x.dtype, *scales), bias)
 
 
-@product.register_fake
+@quantized_matmul.register_fake  # type: ignore[untyped-decorator, unused-ignore]
 def _(x: torch.Tensor, _weight: Any, _bias: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op("muster::product_backward", mutates_args=())
-def _back(
+@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def _quantized_matmul_backward(
     grad: torch.Tensor, weight: torch.Tensor, nf4: bool, shape: Sequence[int], scales: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    return grad @ dequantised(weight, nf4, shape, grad.dtype, *scales)
+    return grad @ dequantize(weight, nf4, shape, grad.dtype, *scales)
 
 
-@_back.register_fake
+@_quantized_matmul_backward.register_fake  # type: ignore[untyped-decorator, unused-ignore]
 def _(grad: torch.Tensor, _weight: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, _, ctx.nf4, ctx.shape, scales = inputs
     ctx.save_for_backward(weight, *scales)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     weight, *scales = ctx.saved_tensors
-    return _back(grad, weight, ctx.nf4, ctx.shape, scales), None, None, None, None, [None] * len(scales)
+    grad_of_x = _quantized_matmul_backward(grad, weight, ctx.nf4, ctx.shape, scales)
+    return grad_of_x, None, None, None, None, [None] * len(scales)
 
 
-product.register_autograd(_backward, setup_context=_keep)
+quantized_matmul.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def replace(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
-    """Let the linear layers of decoder blocks be quantised ones, without data yet. Router, head and embedding stay as they are,
-    as do layers whose weights do not fill whole blocks of 64, or under float8 have widths that its product does not take.
+def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
+    """Replace the linear layers of decoder blocks by quantized ones on the meta device, in place.
 
-    Raises ConfigError for float8 if it is for training on a GPU (`on_gpu`) and the one that is here has no such products.
+    Embedding, output head and routers stay as they are. So do layers with a weight that is not a multiple of 64 elements, and
+    for float8 layers with dimensions that the float8 product does not support.
+
+    Raises ConfigError for float8 if the model is for training on a GPU (`on_gpu`) and this machine's GPU has no float8 products.
     """
-    seen = on_gpu and kind is Frozen.float8 and torch.cuda.is_available()  # a merge of such a run needs no GPU
-    if seen and torch.cuda.get_device_capability() < float8_matmul.CAPABILITY:
-        said = (
-            f"needs products in 8 bits (compute capability 8.9), which {torch.cuda.get_device_name()} lacks: take int8"
+    # Consolidation of a float8 run also comes here, possibly on a node without GPUs; it multiplies nothing.
+    checks_gpu = on_gpu and kind is Frozen.float8 and torch.cuda.is_available()
+    if checks_gpu and torch.cuda.get_device_capability() < float8_matmul.CAPABILITY:
+        message = (
+            "needs a GPU with float8 products (compute capability 8.9 or later), but this one is "
+            f"{torch.cuda.get_device_name()}: set adapter.base=int8"
         )
-        raise ConfigError(Problem("adapter.base", kind.name, said))
+        raise ConfigError(Problem("adapter.base", kind.name, message))
     for block in blocks:
         for name, module in list(block.named_modules()):
-            if type(module) is nn.Linear and _fits(module, kind):
+            if type(module) is nn.Linear and _can_quantize(module, kind):
                 parent = block.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], Quantised(module, kind, dtype))
+                setattr(parent, name.rpartition(".")[2], QuantizedLinear(module, kind, dtype))
 
 
-def _fits(linear: nn.Linear, kind: Frozen) -> bool:
+def _can_quantize(linear: nn.Linear, kind: Frozen) -> bool:
     if kind is Frozen.float8:
-        return float8_matmul.takes(linear)
-    return linear.weight.numel() % BLOCK == 0
+        return float8_matmul.supports(linear)
+    return bool(linear.weight.numel() % BLOCK == 0)
 
 
-def layers(model: nn.Module) -> dict[str, Quantised]:
-    """Plain name of each packed weight -> its layer."""
-    return {plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, Quantised)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Name of each packed weight, without wrappers' prefixes -> its layer."""
+    return {
+        plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
 
 
-def settle(model: nn.Module, held: Mapping[str, Part]) -> None:
-    """`Quantised.settle` of every layer, in the same order on all ranks."""
-    for name, layer in layers(model).items():
-        layer.settle(held[name].into.device)
+def share_scales(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Call `QuantizedLinear.share_scales` of every layer, in the same order on all ranks."""
+    for name, layer in quantized_layers(model).items():
+        layer.share_scales(parts[name].into.device)
 
 
-def quantise(kind: Frozen, original: torch.Tensor, block: int) -> Numbers:
-    """Of a flat range of whole blocks, in the precision of compute."""
+def quantize(kind: Frozen, original: torch.Tensor, block: int) -> Packed:
+    """Quantize a flat range of whole blocks of `block` weights; `original` is in the dtype of compute."""
     if kind is Frozen.float8:
-        eighths, absmax = float8_matmul.numbers(original.view(-1, block))
-        return Numbers(eighths.view(-1).view(torch.uint8), absmax.view(-1))
+        codes, absmax = float8_matmul.quantize_rows(original.view(-1, block))
+        return Packed(codes.view(-1).view(torch.uint8), absmax.view(-1))
     if kind is Frozen.nf4:
-        import bitsandbytes.functional as numbers
+        import bitsandbytes.functional as bnb
 
-        packed, state = numbers.quantize_4bit(original, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
-        return Numbers(packed.view(-1), state.absmax)
+        packed, state = bnb.quantize_4bit(original, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
+        return Packed(packed.view(-1), state.absmax)
     rows = original.view(-1, block).float()
     absmax = rows.abs().amax(dim=1)
     packed = (rows * (127 / absmax.clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)).round()
-    return Numbers(packed.to(torch.int8).view(-1).view(torch.uint8), absmax)
+    return Packed(packed.to(torch.int8).view(-1).view(torch.uint8), absmax)
 
 
 def scales(kind: Frozen, absmax: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What is kept of the blocks' largest magnitudes: in 8 bits for NF4 (double quantisation), else as they are."""
+    """The scale buffers made from the blocks' largest magnitudes: 8-bit for NF4 (double quantization), else fp32 as they are."""
     if kind is not Frozen.nf4:
         return (absmax,)
-    import bitsandbytes.functional as numbers
+    import bitsandbytes.functional as bnb
 
     offset = absmax.mean()
-    codes, state = numbers.quantize_blockwise(absmax - offset, blocksize=NESTED)
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED)
     return codes, state.absmax, state.code, offset
 
 
-def dequantised(
+def dequantize(
     weight: torch.Tensor,
     nf4: bool,
     shape: Sequence[int],
@@ -208,39 +228,48 @@ def dequantised(
     absmax: torch.Tensor,
     *nested: torch.Tensor,
 ) -> torch.Tensor:
-    """The weight (rows, columns) in `dtype`."""
+    """The weight (rows, columns) in `dtype`; `nf4=False` means int8. `absmax` and `nested` are the scale buffers in order."""
     if nf4:
-        return unpacked(weight, _decoded(absmax, *nested), shape, dtype)
+        return dequantize_nf4(weight, _dequantize_absmax(absmax, *nested), shape, dtype)
     return (weight.view(torch.int8).view(shape) * (absmax / 127).unsqueeze(1)).to(dtype)
 
 
-def unpacked(weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """NF4 numbers times their blocks' magnitudes, fp32.
+def dequantize_nf4(
+    weight: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Dequantize packed NF4 weights with the fp32 magnitudes of their blocks.
 
-    A block a row, whatever the shape: bitsandbytes 0.50.2 on CPUs gives blocks that reach over the end of a row wrong scales.
+    The operator gets one block per row, whatever the shape: bitsandbytes 0.50.2 on CPUs applies wrong scales to blocks that
+    extend over the end of a row.
     """
     blocks = (absmax.numel(), BLOCK)
-    return torch.ops.bitsandbytes.dequantize_4bit.default(weight.view(-1, 1), absmax, BLOCK, "nf4", blocks, dtype).view(
-        shape
+    out: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.view(-1, 1), absmax, BLOCK, "nf4", blocks, dtype
     )
+    return out.view(shape)
 
 
-def scales_again(absmax: torch.Tensor) -> torch.Tensor:
-    """Magnitudes of all blocks of a weight as double quantisation leaves them, fp32."""
-    return _decoded(*scales(Frozen.nf4, absmax))
+def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
+    """The magnitudes of all blocks of a weight after double quantization and back, fp32."""
+    return _dequantize_absmax(*scales(Frozen.nf4, absmax))
 
 
-def _decoded(codes: torch.Tensor, nested: torch.Tensor, code: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, nested, code, NESTED, torch.float32) + offset
+def _dequantize_absmax(
+    codes: torch.Tensor, nested_absmax: torch.Tensor, code: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
+    absmax: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        codes, nested_absmax, code, NESTED, torch.float32
+    )
+    return absmax + offset
 
 
 def nbytes(kind: Frozen, numel: int) -> int:
-    """Of `numel` packed weights."""
+    """Bytes of `numel` packed weights."""
     return numel // 2 if kind is Frozen.nf4 else numel
 
 
-def _scales(kind: Frozen, numel: int, rows: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of the buffers, in the order in which `scales` gives them."""
+def _scale_buffers(kind: Frozen, numel: int, rows: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of the scale buffers, in the order in which `scales` returns them."""
     if kind is not Frozen.nf4:
         return [("absmax", (rows,), torch.float32)]
     blocks = numel // BLOCK

@@ -1,7 +1,12 @@
-"""Weights that are in no file: drawn from (train.seed, name) one block at a time, so that every layout starts from the same."""
+"""Generates weights that are in no file: the random weights of a new model, and the initial weights of adapters.
+
+The seed of each unit (a decoder block, or a module outside the blocks) comes from `train.seed` and its name. The weights are
+therefore the same for every number of ranks and every way to shard them.
+"""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,62 +15,65 @@ from transformers import PreTrainedModel
 from jobs.tensor_io.slices import Part, plain
 
 
-def draw(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
-    """Fill `parts` with the model's own initial weights. `twin` is the whole model without weights; it stays without.
+def init_model(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
+    """Fill `parts` with the model's own initial weights, generated on `device`.
 
-    Each block is drawn whole and freed again: a rank that drew only its share would draw other numbers than its neighbours.
+    `twin` is the whole model on the meta device, and is there again afterwards. Each unit is generated whole and freed again:
+    a rank that generated only its own share would get other numbers than its neighbors.
     """
     for name, module, recurse in _units(twin, "", set(twin._no_split_modules or ())):
-        if not any(parts[key].into.numel() for key, _ in _tensors(name, module, recurse) if key in parts):
+        if not any(parts[key].into.numel() for key, _ in _named_weights(name, module, recurse) if key in parts):
             continue
         module.to_empty(device=device, recurse=recurse)
         torch.manual_seed(_seed(seed, name))
-        for child in _inside_out(module) if recurse else (module,):
-            twin._init_weights(child)
-        _hand_out(_tensors(name, module, recurse), parts)
+        for child in _children_first(module) if recurse else (module,):
+            twin._init_weights(child)  # type: ignore[no-untyped-call, unused-ignore]
+        _copy_to_parts(_named_weights(name, module, recurse), parts)
         module.to_empty(device="meta", recurse=recurse)
 
 
-def adapters(twin: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """Plain name of each adapter weight -> the name of its layer, and the layer."""
+def adapter_weights(twin: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Name of each adapter weight, without wrappers' prefixes -> the name of its layer, and the layer (PEFT's BaseTunerLayer)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in twin.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     return {
-        plain(f"{name}.{key}"): (name, module)
-        for name, module in twin.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for key, _ in module.named_parameters()
-        if key.split(".")[0] in module.adapter_layer_names
+        plain(f"{name}.{key}"): (name, layer)
+        for name, layer in layers
+        for key, _ in layer.named_parameters()
+        if key.split(".")[0] in layer.adapter_layer_names
     }
 
 
-def draw_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None:
-    """Fill `parts` as PEFT would: layer by layer, and on the CPU, since they are small."""
-    for name, layer in {name: layer for key, (name, layer) in adapters(twin).items() if key in parts}.items():
-        held = [getattr(layer, kind) for kind in layer.adapter_layer_names]
-        for group in held:
+def init_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None:
+    """Fill `parts` with PEFT's initial adapter weights, layer by layer. They are small, so they are generated on the CPU."""
+    for name, layer in {name: layer for key, (name, layer) in adapter_weights(twin).items() if key in parts}.items():
+        groups = [getattr(layer, group_name) for group_name in layer.adapter_layer_names]
+        for group in groups:
             group.to_empty(device="cpu")
         torch.manual_seed(_seed(seed, name))
         for adapter in layer.active_adapters:
             layer.reset_lora_parameters(adapter, init_lora_weights=True)
-        _hand_out(((plain(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
-        for group in held:
+        _copy_to_parts(((plain(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
+        for group in groups:
             group.to_empty(device="meta")
 
 
-def magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
-    """Each of DoRA's magnitudes with the weight whose row norms it starts from."""
+def dora_magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
+    """Each DoRA magnitude vector, with the base weight that gives its initial value."""
     suffix = ".lora_magnitude_vector.default.weight"
     return [
         (part, parts[f"{name.removesuffix(suffix)}.weight"]) for name, part in parts.items() if name.endswith(suffix)
     ]
 
 
-def measure(pairs: list[tuple[Part, Part]]) -> None:
-    """Set DoRA's magnitudes to the norms of their rows, once these are filled: the adapted model then equals its base.
+def init_dora_magnitudes(pairs: list[tuple[Part, Part]]) -> None:
+    """Set each DoRA magnitude to the norm of its weight row, so that the adapted model equals its base at the start.
 
-    A rank that holds some rows of a weight must hold the same of its magnitudes, as under FSDP; ZeRO-3's partitions are
-    refused before (launcher/check/rules.py).
+    Call it once the base weights are filled. A rank must hold the magnitudes of exactly the rows that it holds, as under
+    FSDP. ZeRO-3 cuts inside rows, so launcher/check/combinations.py refuses that combination.
     """
     for magnitude, weight in pairs:
         columns = weight.shape[1]
@@ -74,36 +82,37 @@ def measure(pairs: list[tuple[Part, Part]]) -> None:
         magnitude.into.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
 
 
-def _units(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, with all below it) of what is drawn as one: a decoder block, or whatever else has weights of its own."""
-    if type(module).__name__ in blocks:
+def _units(module: nn.Module, name: str, block_names: set[str]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield (name, module, recurse) of each unit: a decoder block with all below it, or another module's own weights."""
+    if type(module).__name__ in block_names:
         yield name, module, True
         return
     if any(True for _ in module.parameters(recurse=False)):
         yield name, module, False
     for key, child in module.named_children():
-        yield from _units(child, f"{name}.{key}" if name else key, blocks)
+        yield from _units(child, f"{name}.{key}" if name else key, block_names)
 
 
-def _inside_out(module: nn.Module) -> Iterator[nn.Module]:
-    """Children before parents, as transformers does: a parent may draw a child's weights again, on another scale."""
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Children before parents, as in transformers: a parent may initialize a child's weights again, with another scale."""
     for child in module.children():
-        yield from _inside_out(child)
+        yield from _children_first(child)
     yield module
 
 
-def _tensors(name: str, module: nn.Module, recurse: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _named_weights(name: str, module: nn.Module, recurse: bool) -> Iterator[tuple[str, torch.Tensor]]:
     return ((plain(f"{name}.{key}"), value) for key, value in module.named_parameters(recurse=recurse))
 
 
-@torch.no_grad()
-def _hand_out(tensors: Iterator[tuple[str, torch.Tensor]], parts: Mapping[str, Part]) -> None:
-    for name, value in tensors:
-        if name in parts:
-            part = parts[name]
-            part.into.copy_(value.reshape(-1)[part.begin : part.begin + part.into.numel()])
+def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, Part]) -> None:
+    """Copy this rank's range of each whole weight."""
+    with torch.no_grad():
+        for name, value in weights:
+            if name in parts:
+                part = parts[name]
+                part.into.copy_(value.reshape(-1)[part.begin : part.begin + part.into.numel()])
 
 
 def _seed(seed: int, name: str) -> int:
-    """Of one unit; not `hash`, which differs between processes."""
+    """The seed of one unit. Python's `hash` would not do: it differs between processes."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{plain(name)}".encode()).digest()[:8], "little") >> 1

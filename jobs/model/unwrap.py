@@ -1,4 +1,4 @@
-"""Reaches the causal language model inside PEFT, DeepSpeed and compile wrappers."""
+"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and can replace forwards for a moment."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from typing import Any
 from torch import nn
 
 
-def causal(model: Any) -> Any:
-    """The causal language model inside DeepSpeed's engine and PEFT's wrapper."""
+def causal_lm(model: Any) -> Any:
+    """The transformers causal language model inside DeepSpeed's engine and PEFT's wrapper, either or both."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
-def answering(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """These modules answer so meanwhile: a model's own code is tried without weights."""
-    before = {module: module.forward for module in stubs}
+def stubbed_forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forwards of these modules inside this context, to run a model's own code without its weights."""
+    originals = {module: module.forward for module in stubs}
     try:
         for module, stub in stubs.items():
-            module.forward = stub  # type: ignore[method-assign]
+            module.forward = stub  # type: ignore[method-assign, unused-ignore]
         yield
     finally:
-        for module, forward in before.items():
-            module.forward = forward  # type: ignore[method-assign]
+        for module, forward in originals.items():
+            module.forward = forward  # type: ignore[method-assign, unused-ignore]

@@ -82,7 +82,7 @@ class Watch:
 
 def work(model: nn.Module, config: Config) -> Work:
     """What a model, whole and with its adapters, costs to train; it may be without weights."""
-    inside, frozen = unwrap.causal(model), config.adapter.kind is not AdapterKind.none
+    inside, frozen = unwrap.causal_lm(model), config.adapter.kind is not AdapterKind.none
     of = inside.config.get_text_config()
     chosen = getattr(of, "num_experts_per_tok", None) or 1
     embedding, last = inside.get_input_embeddings().weight, inside.get_output_embeddings()

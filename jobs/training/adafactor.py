@@ -1,31 +1,38 @@
-"""Adafactor on sharded weights: torch's own, whose in-place steps DTensors refuse (2.13), with the same numbers."""
+"""Adafactor for sharded weights, with the same numbers as torch.optim.Adafactor.
 
+The step of torch's own uses in-place operations that DTensor refuses (torch 2.13).
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 
-class Adafactor(torch.optim.Adafactor):
-    """Shazeer and Stern 2018 (arXiv 1804.04235) as in torch.optim: a row and a column of second moments a matrix.
+class Adafactor(torch.optim.Adafactor):  # type: ignore[misc, unused-ignore]
+    """Shazeer and Stern 2018 (arXiv 1804.04235), as in torch.optim: per matrix, one row and one column of second moments.
 
-    Rows are sharded like the weight, columns are whole on every rank; a test holds it against torch's on plain tensors.
+    Row moments are sharded like the weight; column moments are whole on every rank. A test compares it with torch's on plain
+    tensors.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group, self.state[parameter])
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override, unused-ignore]
+        """Take a step. `closure` is for the signature only; it is not called."""
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, parameter.grad, group, self.state[parameter])
 
     @staticmethod
     def _update(parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else eps1
         squared = grad * grad
+        # Names and shapes of the state are those of torch.optim.Adafactor.
         means = (
-            {"row_var": _whole(squared.mean(-1, keepdim=True)), "col_var": _whole(squared.mean(-2, keepdim=True))}
+            {"row_var": _reduced(squared.mean(-1, keepdim=True)), "col_var": _reduced(squared.mean(-2, keepdim=True))}
             if grad.dim() > 1
             else {"variance": squared}
         )
@@ -36,25 +43,27 @@ class Adafactor(torch.optim.Adafactor):
         step = float(state["step"])
         for name, mean in means.items():
             state[name].lerp_(mean, step ** group["beta2_decay"])
-        size = max(eps2, _rms(parameter)) * min(group["lr"], step**-0.5)
+        step_size = max(eps2, _rms(parameter)) * min(group["lr"], step**-0.5)
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         if grad.dim() > 1:
-            row = state["row_var"]
-            variance = row * state["col_var"] / _whole(row.mean(-2, keepdim=True)).clamp(min=eps1)
+            row_var = state["row_var"]
+            variance = row_var * state["col_var"] / _reduced(row_var.mean(-2, keepdim=True)).clamp(min=eps1)
         else:
             variance = state["variance"]
         update = grad * variance.clamp(min=eps1 * eps1).rsqrt()
-        parameter.add_(update, alpha=-size / max(1.0, _rms(update) / group["d"]))
+        parameter.add_(update, alpha=-step_size / max(1.0, _rms(update) / group["d"]))
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """Sums that are spread over ranks, brought together; what is sharded stays so."""
+def _reduced(value: torch.Tensor) -> torch.Tensor:
+    """Add up a DTensor's partial sums over the ranks that hold them. Sharded dimensions stay sharded."""
     if not isinstance(value, DTensor):
         return value
     return value.redistribute(placements=[Replicate() if item.is_partial() else item for item in value.placements])
 
 
 def _rms(value: torch.Tensor) -> float:
-    found = value.norm(2)
-    return float(found.full_tensor() if isinstance(found, DTensor) else found) / value.numel() ** 0.5
+    """Root mean square over the whole tensor, all ranks' shards included."""
+    norm = value.norm(2)
+    whole_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return whole_norm / float(value.numel() ** 0.5)

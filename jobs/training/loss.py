@@ -1,4 +1,4 @@
-"""The training objective, and its mean over the held-out rows: the same code in training and in evaluation."""
+"""The loss of a batch, and the summed loss over the held-out rows. Training and evaluation use the same code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,42 +13,45 @@ from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
 
 
-def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's.
+def summed_cross_entropy(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Cross entropy summed over the trained tokens of a batch, a scalar in fp32. The caller divides it by a number of tokens.
 
-    A model with a fused head (`jobs.model.fused_cross_entropy.fuse`) returns it itself, for only inside its forward
-    are sharded weights whole.
+    `fused_cross_entropy.fuse` makes the model return this loss from its forward, because sharded weights are whole only there.
+    Other models return logits, and the loss is computed here.
     """
-    inside = unwrap.causal(model)
-    inputs = _inputs(batch, inside.config._attn_implementation)
-    lacking = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]  # none where the row goes on elsewhere
-    following = F.pad(batch["labels"][:, 1:], (0, lacking), value=batches.IGNORED).flatten()
-    if not fused_cross_entropy.is_fused(inside):
+    inner = unwrap.causal_lm(model)
+    inputs = _model_inputs(batch, inner.config._attn_implementation)
+    # The target of a position is the next label, so a row's last position has none and is padded. With context parallelism
+    # the labels of a rank have one token more than its inputs, if the row continues on the next rank: nothing to pad then.
+    missing = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]
+    targets = F.pad(batch["labels"][:, 1:], (0, missing), value=batches.IGNORED).flatten()
+    if not fused_cross_entropy.is_fused(inner):
         logits = model(**inputs).logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, following, ignore_index=batches.IGNORED, reduction="sum")
+        return F.cross_entropy(logits, targets, ignore_index=batches.IGNORED, reduction="sum")
     trained = batch.get("trained")
-    if trained is None:  # waits for the GPU, so `data.batch` says it
-        trained = following.ne(batches.IGNORED).nonzero().squeeze(1)
-    return model(**inputs, trained=trained, targets=following[trained])
+    if trained is None:  # `nonzero` synchronizes with the GPU, so batches.batch computes this beforehand on the CPU
+        trained = targets.ne(batches.IGNORED).nonzero().squeeze(1)
+    loss: torch.Tensor = model(**inputs, trained=trained, targets=targets[trained])
+    return loss
 
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """(rows, length, vocabulary), or of this rank's stretch of the rows."""
-    found: torch.Tensor = model(**_inputs(batch, unwrap.causal(model).config._attn_implementation)).logits
-    return found
+    """Logits (rows, length, vocabulary); with context parallelism, of this rank's tokens only."""
+    inputs = _model_inputs(batch, unwrap.causal_lm(model).config._attn_implementation)
+    model_logits: torch.Tensor = model(**inputs).logits
+    return model_logits
 
 
-def _inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
-    """What the model's forward takes; the borders of packed samples under transformers' names, for attention that needs them."""
-    found = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+def _model_inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
+    """The arguments of the model's forward, with the sample boundaries of packed rows if this attention uses them."""
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     if "cu_seqlens" in batch and ("flash" in attention or "varlen" in attention):
         for side in "qk":
-            found |= {f"cu_seq_lens_{side}": batch["cu_seqlens"], f"max_length_{side}": batch["max_length"]}
-    return found | {"use_cache": False}
+            inputs |= {f"cu_seq_lens_{side}": batch["cu_seqlens"], f"max_length_{side}": batch["max_length"]}
+    return inputs | {"use_cache": False}
 
 
-@torch.no_grad()
-def held_out(
+def evaluate(
     model: nn.Module,
     rows: batches.Rows,
     micro_batch: int,
@@ -56,18 +59,27 @@ def held_out(
     world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:
-    """This rank's share of (summed loss, tokens) over all rows, float64 of shape (2,): add over ranks, then divide.
+    """Evaluate all rows. Returns this rank's part of (summed loss, tokens), float64 of shape (2,): add over ranks, then divide.
 
-    None where `stop`, asked before each batch and of one mind on all ranks, said so.
+    Returns None if `stop` returns True. It is called before each batch, and must return the same on all ranks.
 
-    Every rank runs the same number of batches, as sharded models need; one that has no row left runs an empty one.
+    Every rank runs the same number of batches, because a sharded model communicates in each. A rank without rows left runs a
+    batch that counts nothing.
     """
     model.eval()
-    order = np.argsort(rows.lengths, kind="stable")
-    found = torch.zeros(2, dtype=torch.float64, device=world.device)
+    with torch.no_grad():
+        sums = _evaluate_batches(model, rows, micro_batch, pad, world, stop)
+    model.train()
+    return sums
+
+
+def _evaluate_batches(
+    model: nn.Module, rows: batches.Rows, micro_batch: int, pad: int, world: World, stop: Callable[[], bool]
+) -> torch.Tensor | None:
+    order = np.argsort(rows.lengths, kind="stable")  # rows of similar length in a batch need little padding
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for start in range(0, len(order), micro_batch * world.data_size):
         if stop():
-            model.train()
             return None
         first = start + world.data_rank * micro_batch
         mine = order[first : first + micro_batch]
@@ -75,7 +87,6 @@ def held_out(
         if not len(mine):
             batch["labels"].fill_(batches.IGNORED)
             batch["trained"] = batch["trained"][:0]
-        found[0] += summed(model, batch).double()
-        found[1] += len(batch["trained"])
-    model.train()
-    return found
+        sums[0] += summed_cross_entropy(model, batch).double()
+        sums[1] += len(batch["trained"])
+    return sums

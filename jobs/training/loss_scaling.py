@@ -1,7 +1,8 @@
-"""The loss scale of fp16: gradients that fp16 would round to 0 are kept by a factor, which follows what overflows.
+"""Loss scaling for fp16 with FSDP: multiplies the loss by a factor, so that fp16 does not round small gradients to zero.
 
-DeepSpeed has its own. torch's GradScaler looks at each rank's gradients alone, so it cannot agree over FSDP2's shards; here the
-gradient norm, which all ranks share anyway, says whether anything overflowed.
+The factor is halved after a step with an overflow and doubled after many steps without one. The gradient norm, which all ranks
+compute together anyway, tells whether there was an overflow, so all ranks decide alike. DeepSpeed has loss scaling of its own
+for ZeRO. Why torch.amp.GradScaler is not used: docs/decisions.md, "Our own loss scaling".
 """
 
 from typing import Any
@@ -9,33 +10,35 @@ from typing import Any
 import torch
 
 INITIAL, GROWTH, PATIENCE = 2.0**16, 2.0, 1000
-"""As in torch.amp.GradScaler and DeepSpeed: doubled after so many good steps, halved after a bad one."""
+"""The first scale; the factor by which it changes; the number of good steps before it grows. As in torch.amp.GradScaler and
+DeepSpeed, it is doubled after so many good steps and halved after a bad one."""
 
 
 def install(optimizer: Any) -> None:
-    """Keep the scale in the optimizer's groups."""
+    """Enable loss scaling: keep the scale and the number of good steps in the optimizer's parameter groups."""
     for group in optimizer.param_groups:
         group |= {"loss_scale": INITIAL, "good_steps": 0}
 
 
 def state(optimizer: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of the scale; empty where there is none."""
+    """What a checkpoint stores of the scale; empty without loss scaling."""
     group = optimizer.param_groups[0]
     return {name: group[name] for name in ("loss_scale", "good_steps") if name in group}
 
 
 def restore(optimizer: Any, state: dict[str, Any]) -> None:
+    """Set what `state` returned, from a checkpoint."""
     for group in optimizer.param_groups:
         group |= state
 
 
 def scale(optimizer: Any) -> float:
-    """1 where there is none."""
+    """The factor for the loss; 1 without loss scaling."""
     return float(optimizer.param_groups[0].get("loss_scale", 1.0))
 
 
 def unscale(optimizer: Any) -> None:
-    """Divide the gradients by the scale."""
+    """Divide the gradients by the scale, in place."""
     if (factor := scale(optimizer)) != 1.0:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -44,14 +47,17 @@ def unscale(optimizer: Any) -> None:
 
 
 def update(optimizer: Any, norm: torch.Tensor | float) -> bool:
-    """Whether this step, whose unscaled gradients have this norm, can be taken; the scale follows."""
+    """Adjust the scale after backward. Returns whether the optimizer may take this step: False after an overflow.
+
+    `norm` is the norm of the unscaled gradients over all ranks.
+    """
     if "loss_scale" not in optimizer.param_groups[0]:
         return True
-    good = bool(torch.isfinite(torch.as_tensor(norm)))
+    is_finite = bool(torch.isfinite(torch.as_tensor(norm)))
     for group in optimizer.param_groups:
-        group["good_steps"] = group["good_steps"] + 1 if good else 0
-        if not good:
+        group["good_steps"] = group["good_steps"] + 1 if is_finite else 0
+        if not is_finite:
             group["loss_scale"] = max(1.0, group["loss_scale"] / GROWTH)
         elif group["good_steps"] == PATIENCE:
             group["loss_scale"], group["good_steps"] = group["loss_scale"] * GROWTH, 0
-    return good
+    return is_finite

@@ -67,7 +67,7 @@ def activation_bytes(config: Config, *, fused_kernels: bool, compiled: bool = Fa
     block = saved_by_block(config, fused_kernels=fused_kernels)
     final = (4 + 2 * width) * shape.hidden_size  # the norm before the output head, and the head's input
     backward = width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
-    recomputes = mode in (Checkpointing.selective, Checkpointing.full, Checkpointing.offload)
+    recomputes = mode.recomputes
     whole_blocks = 1 if recomputes else layers  # recomputed, one block at a time has all of its activations
     inputs = layers if recomputes else 0
     if mode is Checkpointing.offload:

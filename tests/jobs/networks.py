@@ -1,4 +1,4 @@
-"""Small models and packed batches for tests of the forward and backward pass."""
+"""Small models and batches for tests of the forward and backward pass."""
 
 from typing import Any
 
@@ -22,56 +22,57 @@ SMALL = {
 
 
 def network(kind: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
-    """A model of two small blocks with grouped queries; the same weights at every call."""
+    """A model of two small blocks with grouped queries. Every call with the same arguments gives the same weights."""
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(kind, **(SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | extra))
-    made = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=dtype)
+    special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shape = AutoConfig.for_model(kind, **(SMALL | special_tokens | extra))
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=dtype)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0, 0.2)
-    return made.train()
+    return model.train()
 
 
-def adapted(made: Any, targets: str | list[str] = "all-linear", dropout: float = 0.0) -> Any:
+def adapted(model: Any, targets: str | list[str] = "all-linear", dropout: float = 0.0) -> Any:
+    """The model with LoRA adapters that already change its output."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    plan = LoraConfig(r=4, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
-    made = get_peft_model(made, plan)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM"))
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
-    return made
+    return model
 
 
 def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5) -> batches.Rows:
-    """Samples of these lengths with random tokens, a share of them trained."""
-    chance = np.random.default_rng(0)
+    """Samples of these lengths with random tokens, of which the share `trained` is trained."""
+    random = np.random.default_rng(0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = chance.integers(3, SMALL["vocab_size"], size=offsets[-1]).astype(np.int32)
-    marked = (chance.random(offsets[-1]) < trained).astype(np.uint8)
-    found = token_dataset.of([Part(tokens, marked, offsets)])
-    return batches.arrange(found, np.arange(len(lengths)), pack_into)
+    tokens = random.integers(3, SMALL["vocab_size"], size=offsets[-1]).astype(np.int32)
+    is_trained = (random.random(offsets[-1]) < trained).astype(np.uint8)
+    samples = token_dataset.of([Part(tokens, is_trained, offsets)])
+    return batches.arrange(samples, np.arange(len(lengths)), pack_into)
 
 
-def whole(found: batches.Rows) -> dict[str, Any]:
+def whole(all_rows: batches.Rows) -> dict[str, Any]:
     """All rows in one batch."""
-    return batches.batch(found, np.arange(len(found)), pad=0)
+    return batches.batch(all_rows, np.arange(len(all_rows)), pad=0)
 
 
-def gradients(made: nn.Module) -> dict[str, torch.Tensor]:
-    """Of every trained parameter, which all must have one."""
-    found = {name: item.grad for name, item in made.named_parameters() if item.requires_grad}
-    assert all(value is not None for value in found.values())
-    made.zero_grad()
-    return found
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of every trainable parameter; fails if one has none. Clears them in the model."""
+    grads = {name: item.grad for name, item in model.named_parameters() if item.requires_grad}
+    assert all(value is not None for value in grads.values())
+    model.zero_grad()
+    return grads
 
 
-def check_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rel: float) -> None:
-    """Each gradient within `rel` of the other's norm."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        scale = other[name].float().norm().item() + 1e-8
-        assert (value.float() - other[name].float()).norm().item() <= rel * scale, name
+def check_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rel: float) -> None:
+    """Each gradient differs from the expected one by at most `rel` of its norm."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        scale = expected[name].float().norm().item() + 1e-8
+        assert (value.float() - expected[name].float()).norm().item() <= rel * scale, name

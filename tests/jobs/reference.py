@@ -1,4 +1,4 @@
-"""The reference that every layout is held against: one process, plain torch, no sharding and no accumulation."""
+"""The reference loss curve that every layout must reproduce: one process, plain torch, no sharding, no accumulation."""
 
 import math
 from pathlib import Path
@@ -15,17 +15,17 @@ from jobs.model import build, unwrap
 
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
+    """Train on the rows of `run`, with the global batches of `config`. Returns (loss, gradient norm) of each step."""
     rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
-    unwrap.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
+    unwrap.causal_lm(network).set_attn_implementation("sdpa")  # transformers' own mask separates packed samples
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2]
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
     order = batches.ordered(rows, config, hidden_factor(network.config))
-    found = []
+    points = []
     for step in range(steps):
         batch = batches.batch(rows, order.rows_of(step), pad=0)
         logits = network(**{name: batch[name] for name in ("input_ids", "position_ids") if name in batch}).logits
@@ -39,26 +39,26 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
                 group["lr"] = _rate(step, steps, config)
             optimizer.step()
             optimizer.zero_grad()
-        found.append((loss.item(), norm.item()))
-    return found
+        points.append((loss.item(), norm.item()))
+    return points
 
 
 def _optimizers(groups: list[dict[str, Any]], network: torch.nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """torch's own, and bitsandbytes'."""
+    """The optimizers of torch and bitsandbytes that Muster's must equal."""
     train = config.train
     adam: dict[str, Any] = {"betas": (train.beta1, train.beta2), "eps": train.eps}
     match train.optimizer:
         case Optimizer.adafactor:
             return [torch.optim.Adafactor(groups)]
         case Optimizer.muon:
-            inside = [item for name, item in network.named_parameters() if ".layers." in name and item.ndim == 2]
+            matrices = [item for name, item in network.named_parameters() if ".layers." in name and item.ndim == 2]
             muon = torch.optim.Muon(
-                [item for item in inside if item.requires_grad],
+                [item for item in matrices if item.requires_grad],
                 weight_decay=train.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
-            taken = {id(item) for item in inside}
-            rest = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+            matrix_ids = {id(item) for item in matrices}
+            rest = [group | {"params": [p for p in group["params"] if id(p) not in matrix_ids]} for group in groups]
             return [muon, torch.optim.AdamW(rest, **adam)]
         case Optimizer.adamw_8bit:
             from bitsandbytes.optim import AdamW8bit
@@ -68,7 +68,7 @@ def _optimizers(groups: list[dict[str, Any]], network: torch.nn.Module, config: 
 
 
 def _rate(step: int, steps: int, config: Config) -> float:
-    """Written out again, so that a wrong schedule shows: linear warmup, then half a cosine down to the floor."""
+    """The learning rate, written a second time so that a wrong schedule is noticed: linear warmup, then half a cosine."""
     peak, floor, warmup = config.train.learning_rate, config.train.min_lr_ratio, config.train.warmup_steps
     if step < warmup:
         return peak / warmup * (step + 1)

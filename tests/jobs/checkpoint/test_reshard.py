@@ -51,7 +51,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
     with process_group(next(iter(moves.values()))[0]) as world:
         for source, config in [(source, config) for source, configs in moves.values() for config in configs]:
             backend = backends.chosen(config)
-            engine = backend.wrap(build.skeleton(config), config, world, resumed=True)
+            engine = backend.wrap(build.build_on_meta(config), config, world, resumed=True)
             path, _ = checkpointing.to_merge(source)
             reshard.load(backend, engine, path, source.parallel.backend)
             assert loss(engine).item() == pytest.approx(torch.load(path.parent / "loss"), rel=1e-4)
@@ -110,7 +110,7 @@ def test_every_layout_into_every_other_on_fewer_and_more_ranks(words, compose, t
 def other(rank: int, source: Config, config: Config) -> None:
     with process_group(config) as world:
         backend = backends.chosen(config)
-        engine = backend.wrap(build.skeleton(config), config, world, resumed=True)
+        engine = backend.wrap(build.build_on_meta(config), config, world, resumed=True)
         with pytest.raises(RunError, match=r"lora_A.* is not in it: resume with the layout it is of"):
             reshard.load(backend, engine, checkpointing.to_merge(source)[0], Backend.zero)
 

@@ -95,7 +95,7 @@ def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
         total = 0.0
         network.zero_grad()
         for row in range(len(packed)):
-            value = loss.summed(network, batches.batch(packed, np.array([row]), pad=0))
+            value = loss.summed_cross_entropy(network, batches.batch(packed, np.array([row]), pad=0))
             value.backward()
             total += value.item()
         gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])

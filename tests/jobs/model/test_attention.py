@@ -1,4 +1,4 @@
-"""Every way of attention that runs on CPUs gives a packed sample what it gets alone; and which way is chosen, with the reason."""
+"""Attention gives a sample in a packed row the same result as in a row of its own; and which implementation is selected."""
 
 import numpy as np
 import pytest
@@ -10,29 +10,30 @@ from conf.errors import ConfigError
 from jobs.data import batches as data
 from jobs.model import attention, attention_kernels, build, fused_cross_entropy
 from jobs.training import loss
+from tests.conftest import Compose
 from tests.jobs.networks import SMALL, check_equal, gradients, network, rows, whole
 
 LENGTHS = [19, 30, 7, 1, 12, 25, 3]
-WAYS = ["muster_varlen", "sdpa", "eager"]
+IMPLEMENTATIONS = ["muster_varlen", "sdpa", "eager"]
 LLAMA8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
 
 
-def taught(made, *batches):
+def loss_and_gradients(model, *batches):
     """Loss and gradients of all batches."""
-    values = [loss.summed(made, batch) for batch in batches]
+    values = [loss.summed_cross_entropy(model, batch) for batch in batches]
     torch.stack(values).sum().backward()
-    return sum(value.item() for value in values), gradients(made)
+    return sum(value.item() for value in values), gradients(model)
 
 
-def alone(found):
-    return [data.batch(found, np.array([row]), pad=0) for row in range(len(found))]
+def one_row_batches(all_rows):
+    return [data.batch(all_rows, np.array([row]), pad=0) for row in range(len(all_rows))]
 
 
 @pytest.fixture
-def no_masks(monkeypatch):
-    """Fails where transformers builds a mask, or looks for packed rows, which on GPUs waits for the GPU."""
+def no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if transformers builds a mask, or searches for packed rows, which synchronizes with the GPU."""
 
-    def refused(*_, **__):
+    def refused(*_, **__) -> None:
         raise AssertionError("a mask was built")
 
     for name in ("sdpa_mask", "eager_mask", "find_packed_sequence_indices"):
@@ -42,39 +43,39 @@ def no_masks(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
-def test_packed_rows_equal_a_sample_a_row(way, kind):
+def test_packed_rows_equal_rows_of_one_sample(implementation, kind) -> None:
     extra = {"llama": {}, "qwen3": {"head_dim": 24}, "mistral": {"sliding_window": 9}}[kind]
-    expected, slopes = taught(network(kind, "eager", **extra), *alone(rows(LENGTHS)))
+    expected, expected_gradients = loss_and_gradients(network(kind, "eager", **extra), *one_row_batches(rows(LENGTHS)))
     packed = rows(LENGTHS, pack_into=40)
     assert len(packed) < len(LENGTHS) / 2
-    value, found = taught(network(kind, way, **extra), whole(packed))
+    value, actual = loss_and_gradients(network(kind, implementation, **extra), whole(packed))
     assert value == pytest.approx(expected, rel=1e-6)
-    check_equal(found, slopes, 1e-5)
+    check_equal(actual, expected_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("way", ["muster_cudnn", "muster_varlen"])
+@pytest.mark.parametrize("implementation", ["muster_cudnn", "muster_varlen"])
 @pytest.mark.parametrize("window", [None, 9])
-def test_padded_rows_equal_transformers_own(way, window):
+def test_padded_rows_equal_eager_attention(implementation, window) -> None:
     batch = whole(rows(LENGTHS))
-    expected, slopes = taught(network("mistral", "eager", sliding_window=window), batch)
-    value, found = taught(network("mistral", way, sliding_window=window), batch)
+    expected, expected_gradients = loss_and_gradients(network("mistral", "eager", sliding_window=window), batch)
+    value, actual = loss_and_gradients(network("mistral", implementation, sliding_window=window), batch)
     assert value == pytest.approx(expected, rel=1e-6)
-    check_equal(found, slopes, 1e-5)
+    check_equal(actual, expected_gradients, 1e-5)
 
 
 @pytest.mark.parametrize("packed", [None, 40])
-def test_no_mask_is_built(packed, no_masks):
-    found = rows(LENGTHS, packed)
-    made = network(attention="muster_varlen" if packed else "muster_cudnn")
-    assert fused_cross_entropy.fuse(made)
-    taught(made, whole(found))
+def test_no_mask_is_built(packed, no_masks) -> None:
+    all_rows = rows(LENGTHS, packed)
+    model = network(attention="muster_varlen" if packed else "muster_cudnn")
+    assert fused_cross_entropy.fuse(model)
+    loss_and_gradients(model, whole(all_rows))
     with pytest.raises(AssertionError, match="a mask was built"):
-        taught(network(attention="sdpa"), whole(found))
+        loss_and_gradients(network(attention="sdpa"), whole(all_rows))
 
 
-def test_dropout_of_attention_is_kept():
+def test_dropout_of_attention_is_kept() -> None:
     torch.manual_seed(0)
     query = torch.randn(1, 4, 16, 8)
     borders = torch.tensor([0, 10, 16], dtype=torch.int32)
@@ -109,41 +110,49 @@ def llama(**extra):
         ([], AutoConfig.for_model("gpt_oss"), None, Attention.eager),
     ],
 )
-def test_auto_takes_the_best_way_and_says_why(compose, words, shape, capability, expected):
+def test_auto_selects_the_best_implementation_and_gives_a_reason(
+    compose: Compose, words, shape, capability, expected
+) -> None:
     words = [*words, "train.precision=bf16"] if "train.precision=fp32" not in words else words
-    way, reason = attention.best(compose(*words), shape, capability)
-    assert way is expected
+    implementation, reason = attention.best(compose(*words), shape, capability)
+    assert implementation is expected
     assert reason
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_softcap_takes_flex_where_triton_is(compose, installed, monkeypatch):
+def test_softcap_uses_flex_if_triton_is_installed(compose: Compose, installed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: installed)
-    way, reason = attention.best(compose(), AutoConfig.for_model("gemma2"), (9, 0))
-    assert (way, "softcap" in reason) == (Attention.flex if installed else Attention.eager, True)
+    implementation, reason = attention.best(compose(), AutoConfig.for_model("gemma2"), (9, 0))
+    assert (implementation, "softcap" in reason) == (Attention.flex if installed else Attention.eager, True)
 
 
-@pytest.mark.parametrize("way", ["sdpa", "eager", "varlen", "auto"])
-def test_a_config_builds_its_way_and_the_log_says_it_once(compose, way, capsys):
-    attention._say.cache_clear()
-    config = compose(f"model.attention={way}")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "varlen", "auto"])
+def test_the_config_selects_attention_and_the_log_names_it_once(
+    compose: Compose, implementation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention._log_once.cache_clear()
+    config = compose(f"model.attention={implementation}")
     names = [build.build(config).config._attn_implementation for _ in range(2)]
-    assert names == [{"varlen": "muster_varlen", "auto": "sdpa"}.get(way, way)] * 2
+    assert names == [{"varlen": "muster_varlen", "auto": "sdpa"}.get(implementation, implementation)] * 2
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "attention" in line)
-    assert line.startswith(f"attention {'sdpa' if way == 'auto' else way}: ")
+    assert line.startswith(f"attention {'sdpa' if implementation == 'auto' else implementation}: ")
 
 
-@pytest.mark.parametrize("way", ["cudnn", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4"])
-def test_what_needs_a_gpu_is_refused_without_one(compose, way):
-    with pytest.raises(ConfigError, match=f"model.attention={way}: trains on GPUs only; model.attention=auto"):
-        build.build(compose(f"model.attention={way}"))
+@pytest.mark.parametrize(
+    "implementation", ["cudnn", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+)
+def test_implementations_for_gpus_are_refused_on_cpus(compose: Compose, implementation) -> None:
+    with pytest.raises(
+        ConfigError, match=f"model.attention={implementation}: runs on GPUs only; set model.attention=auto"
+    ):
+        build.build(compose(f"model.attention={implementation}"))
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["model.attention=cudnn", "train.precision=fp32"], "bf16"),
-        (["model.attention=cudnn", "data.packing=true"], "samples of packed rows"),
+        (["model.attention=cudnn", "data.packing=true"], "the samples of packed rows"),
         (["model.attention=flash_attention_2"], "package flash_attn,"),
         (["model.attention=flash_attention_3"], "package flash_attn_interface,"),
         (["model.attention=flash_attention_4"], "package flash_attn,"),
@@ -152,27 +161,29 @@ def test_what_needs_a_gpu_is_refused_without_one(compose, way):
         (["model.attention=varlen"], ""),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_the_reason(compose, words, reason, monkeypatch):
+def test_unavailable_implementations_are_refused_with_the_reason(
+    compose: Compose, words, reason, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     config = compose("train.precision=bf16", *words)
-    found = attention._lacking(config, config.model.attention, "", on_gpu=True)
-    assert reason in found
-    assert bool(reason) == bool(found)
+    reason_found = attention._why_unavailable(config, config.model.attention, "", on_gpu=True)
+    assert reason in reason_found
+    assert bool(reason) == bool(reason_found)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "deepseek_v3"])
-def test_no_way_leaves_out_part_of_a_models_attention(compose, kind):
-    with pytest.raises(ConfigError, match="does not compute the model's attention, which has"):
-        attention.chosen(compose("model.attention=varlen"), AutoConfig.for_model(kind))
+def test_features_of_a_model_are_never_left_out(compose: Compose, kind) -> None:
+    with pytest.raises(ConfigError, match="does not support this model: its attention has"):
+        attention.select(compose("model.attention=varlen"), AutoConfig.for_model(kind))
 
 
-def test_a_merge_on_a_node_without_gpus_asks_for_none(compose):
+def test_consolidation_on_a_node_without_gpus_needs_none(compose: Compose) -> None:
     config = compose("cluster=slurm", "model.attention=flash_attention_3")
-    assert attention.chosen(config, AutoConfig.for_model("llama", **SMALL)) == "eager"
+    assert attention.select(config, AutoConfig.for_model("llama", **SMALL)) == "eager"
 
 
 @pytest.mark.slow
-def test_attention_is_compiled_as_one_piece():
+def test_attention_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 24, 8), torch.randn(2, 2, 24, 8)

@@ -1,4 +1,4 @@
-"""Recomputation and compilation change what a step costs, never what it computes; and parameters keep their names."""
+"""Recomputation and compilation change the cost of a step, but neither its results nor the names of parameters."""
 
 from functools import partial
 
@@ -13,6 +13,7 @@ from jobs.distributed.process_group import World, process_group
 from jobs.model import build, compile, fused_ops, prepare
 from jobs.model.build import blocks
 from jobs.training import loss
+from tests.conftest import Compose
 from tests.jobs.networks import adapted, check_equal, gradients, network, rows, whole
 from tests.jobs.ranks import spawn
 
@@ -23,54 +24,54 @@ pytestmark = pytest.mark.filterwarnings(
 LENGTHS = [19, 30, 7, 12, 25]
 KINDS = [kind.name for kind in Checkpointing]
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-WRAPS = {"whole": lambda made: made, "lora": adapted}
+WRAPS = {"whole": lambda model: model, "lora": adapted}
 
 
-def taught(made, found):
-    torch.manual_seed(3)  # of dropout
-    value = loss.summed(made, whole(found))
+def loss_and_gradients(model, all_rows):
+    torch.manual_seed(3)  # for dropout
+    value = loss.summed_cross_entropy(model, whole(all_rows))
     value.backward()
-    return value.item(), gradients(made)
+    return value.item(), gradients(model)
 
 
-def check_same(compose, wrap, pack_into, *words):
-    """An installed model has the loss and gradients of the same one left alone."""
-    way, found = "muster_varlen" if pack_into else "sdpa", rows(LENGTHS, pack_into)
-    first, second = (WRAPS[wrap](network(attention=way)) for _ in range(2))
+def check_same(compose: Compose, wrap, pack_into, *overrides) -> None:
+    """A prepared model has the same loss and gradients as the same model without preparation."""
+    attention, all_rows = "muster_varlen" if pack_into else "sdpa", rows(LENGTHS, pack_into)
+    first, second = (WRAPS[wrap](network(attention=attention)) for _ in range(2))
     names = [name for name, _ in first.named_parameters()]
-    expected, slopes = taught(first, found)
-    prepare.install(second, compose(*words), CPU)
+    expected, expected_gradients = loss_and_gradients(first, all_rows)
+    prepare.prepare_model(second, compose(*overrides), CPU)
     assert [name for name, _ in second.named_parameters()] == names
-    value, gradient = taught(second, found)
+    value, actual = loss_and_gradients(second, all_rows)
     assert value == pytest.approx(expected, rel=1e-6)
-    check_equal(gradient, slopes, 1e-5)
+    check_equal(actual, expected_gradients, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("pack_into", [None, 40])
-def test_recomputation_changes_no_gradient(compose, kind, wrap, pack_into):
+def test_recomputation_changes_no_gradient(compose: Compose, kind, wrap, pack_into) -> None:
     check_same(compose, wrap, pack_into, f"train.activation_checkpointing={kind}")
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("wrap", "pack_into"), [("whole", None), ("lora", 40)])
-def test_compilation_changes_no_gradient(compose, kind, wrap, pack_into):
+def test_compilation_changes_no_gradient(compose: Compose, kind, wrap, pack_into) -> None:
     torch._dynamo.reset()  # code compiled for one test must not be another's
     check_same(compose, wrap, pack_into, f"train.activation_checkpointing={kind}", "train.compile=true")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "selective"])
-def test_compiled_pieces_change_no_gradient(compose, kind, monkeypatch):
+def test_compiled_ops_change_no_gradient(compose: Compose, kind, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(compile, "_compiles", lambda world: True)
+    monkeypatch.setattr(compile, "_can_compile", lambda world: True)
     check_same(compose, "lora", None, f"train.activation_checkpointing={kind}", "parallel=zero3", "adapter=lora")
 
 
-def test_pieces_are_norms_and_gated_products():
-    llama, wrapped = (blocks(made)[0] for made in (network(), adapted(network())))
+def test_norms_and_gated_activations_are_fused() -> None:
+    llama, wrapped = (blocks(model)[0] for model in (network(), adapted(network())))
     assert fused_ops.fuse(llama, lambda forward: forward) == fused_ops.fuse(wrapped, lambda forward: forward) == 3
     assert fused_ops.fuse(torch.nn.Sequential(torch.nn.Linear(4, 4)), lambda forward: forward) == 0
     llama.mlp.forward = lambda x: llama.mlp.down_proj(llama.mlp.gate_proj(x) * llama.mlp.up_proj(x))  # without a gate
@@ -78,19 +79,19 @@ def test_pieces_are_norms_and_gated_products():
 
 
 @pytest.mark.parametrize("kind", ["selective", "full", "offload"])
-def test_what_is_dropped_at_random_is_dropped_again(compose, kind):
+def test_recomputation_repeats_the_same_dropout(compose: Compose, kind) -> None:
     first, second = (adapted(network(), dropout=0.5) for _ in range(2))
-    expected, slopes = taught(first, rows(LENGTHS))
-    prepare.install(second, compose(f"train.activation_checkpointing={kind}"), CPU)
-    value, gradient = taught(second, rows(LENGTHS))
+    expected, expected_gradients = loss_and_gradients(first, rows(LENGTHS))
+    prepare.prepare_model(second, compose(f"train.activation_checkpointing={kind}"), CPU)
+    value, actual = loss_and_gradients(second, rows(LENGTHS))
     assert value == pytest.approx(expected, rel=1e-6)
-    check_equal(gradient, slopes, 1e-5)
+    check_equal(actual, expected_gradients, 1e-5)
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products and attention."""
+    """Counts matrix products and attention operators."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.mm = self.attention = 0
 
@@ -105,30 +106,30 @@ class Products(TorchDispatchMode):
     ("kind", "products", "attentions"),
     [("none", 0, 0), ("selective", 2 * 3, 0), ("full", 2 * 6, 2), ("offload", 2 * 6, 2)],
 )
-def test_backward_computes_again_what_was_not_kept(compose, kind, products, attentions):
-    """Of seven products in a block, selective computes three again; the last is needed by no gradient, so full computes six."""
-    found = []
+def test_backward_recomputes_what_was_not_saved(compose: Compose, kind, products, attentions) -> None:
+    """A block has seven products. Selective recomputes three; full recomputes six, because no gradient needs the last one."""
+    counts = []
     for mode in ("none", kind):
-        made = network()
-        prepare.install(made, compose(f"train.activation_checkpointing={mode}"), CPU)
-        value = loss.summed(made, whole(rows(LENGTHS)))
+        model = network()
+        prepare.prepare_model(model, compose(f"train.activation_checkpointing={mode}"), CPU)
+        value = loss.summed_cross_entropy(model, whole(rows(LENGTHS)))
         with Products() as counted:
             value.backward()
-        found.append((counted.mm, counted.attention))
-    assert found[1][0] - found[0][0] == products
-    assert found[1][1] - found[0][1] == attentions
+        counts.append((counted.mm, counted.attention))
+    assert counts[1][0] - counts[0][0] == products
+    assert counts[1][1] - counts[0][1] == attentions
 
 
-def test_evaluation_recomputes_nothing(compose):
-    made = network()
-    expected = loss.summed(made, whole(rows(LENGTHS)))
-    prepare.install(made, compose("train.activation_checkpointing=full"), CPU)
+def test_evaluation_recomputes_nothing(compose: Compose) -> None:
+    model = network()
+    expected = loss.summed_cross_entropy(model, whole(rows(LENGTHS)))
+    prepare.prepare_model(model, compose("train.activation_checkpointing=full"), CPU)
     with torch.no_grad():
-        assert loss.summed(made, whole(rows(LENGTHS))).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert loss.summed_cross_entropy(model, whole(rows(LENGTHS))).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "triton", "expected"),
+    ("overrides", "device", "triton", "expected"),
     [
         ([], "cuda", True, True),
         ([], "cuda", False, False),
@@ -141,30 +142,32 @@ def test_evaluation_recomputes_nothing(compose):
         (["train.compile=true"], "cpu", False, True),
     ],
 )
-def test_blocks_are_compiled_where_it_pays(compose, words, device, triton, expected, monkeypatch):
+def test_blocks_are_compiled_by_default_on_gpus_with_triton(
+    compose: Compose, overrides, device, triton, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compile, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
-    assert compile.is_compiled(compose(*words), world) is expected
-    in_pieces = words == ["parallel=zero3", "adapter=lora"]
-    assert compile.has_pieces(compose(*words), world) is in_pieces
+    assert compile.compiles_blocks(compose(*overrides), world) is expected
+    compiles_ops = overrides == ["parallel=zero3", "adapter=lora"]
+    assert compile.compiles_fused_ops(compose(*overrides), world) is compiles_ops
 
 
-def _sharded(rank, words, config):
-    """Two ranks with other rows, one of which trains nothing in the second batch: the gradient's norm is that of one process."""
+def _sharded(rank, overrides, config) -> None:
+    """Two ranks, one of which has nothing to train in the second batch: the gradient norm equals that of one process."""
     with process_group(config) as world:
         backend = backends.chosen(config)
         engine = backend.wrap(build.build(config), config, world)
         batches = [rows([9, 14, 11], None), rows([5, 12], None, trained=0.5 * (rank == 0))]
-        for number, found in enumerate(batches, 1):
-            batch = whole(found)
-            backend.backward(engine, loss.summed(engine.module, batch) / 10, last=number == len(batches))
+        for number, batch_rows in enumerate(batches, 1):
+            batch = whole(batch_rows)
+            backend.backward(engine, loss.summed_cross_entropy(engine.module, batch) / 10, last=number == len(batches))
         norm = backend.step(engine, 0.0)
         alone = build.build(config)
         for share in (0.5, 0.0):
-            for found in (rows([9, 14, 11], None), rows([5, 12], None, trained=share)):
-                (loss.summed(alone, whole(found)) / 20).backward()
+            for batch_rows in (rows([9, 14, 11], None), rows([5, 12], None, trained=share)):
+                (loss.summed_cross_entropy(alone, whole(batch_rows)) / 20).backward()
         trained = [item.grad for item in alone.parameters() if item.requires_grad]
-        assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4), words
+        assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4), overrides
 
 
 HEAD = ["adapter=lora", "adapter.targets=[q_proj,lm_head]"]
@@ -178,34 +181,35 @@ COMBINED = [
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("words", COMBINED, ids=" ".join)
-def test_sharded_models_compute_the_same(compose, words):
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+@pytest.mark.parametrize("overrides", COMBINED, ids=" ".join)
+def test_sharded_models_compute_the_same(compose: Compose, overrides) -> None:
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32", "train.compile=false")  # fmt: skip
-    spawn(_sharded, 2, words, config)
+    spawn(_sharded, 2, overrides, config)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_sharded_models_may_be_compiled(compose, layout, adapter):
-    words = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+def test_sharded_models_may_be_compiled(compose: Compose, layout, adapter) -> None:
+    overrides = [f"parallel={layout}", f"adapter={adapter}", "train.compile=true"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
-    spawn(_sharded, 2, words, config)
+    spawn(_sharded, 2, overrides, config)
 
 
-def _unbroken(rank, config):
-    compile._compiles = lambda world: True
-    torch.compile = partial(torch.compile, backend="eager")  # the compiler behind it is not asked
+def _has_no_graph_break(rank, config) -> None:
+    compile._can_compile = lambda world: True
+    torch.compile = partial(torch.compile, backend="eager")  # only tracing is tested, not code generation
     torch._dynamo.reset()
     counters.clear()
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.skeleton(config), config, world)
-        loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
+        engine = backends.chosen(config).wrap(build.build_on_meta(config), config, world)
+        loss.summed_cross_entropy(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
-    # one code for all blocks, or a second where no gradient goes in; the loss; gated products, where these are compiled alone
-    assert counters["frames"]["ok"] == 2 + adapted + compile.has_pieces(config, world)
+    # One graph for all blocks (with adapters two: the first block's input needs no gradient), one for the loss, and one for
+    # gated activations if these are compiled alone.
+    assert counters["frames"]["ok"] == 2 + adapted + compile.compiles_fused_ops(config, world)
     assert not counters["graph_break"]
 
 
@@ -222,25 +226,25 @@ def _unbroken(rank, config):
         ("ddp", "lora_float8"),
     ],  # PEFT's DoRA is not traced
 )
-def test_no_hook_cuts_what_is_compiled(compose, layout, adapter):
-    words = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
-    spawn(_unbroken, 2, compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
+def test_no_hook_breaks_a_compiled_graph(compose: Compose, layout, adapter) -> None:
+    overrides = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
+    spawn(_has_no_graph_break, 2, compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
 
 
-def _in_pieces(rank, words, config):
-    compile._compiles = lambda world: True
-    _sharded(rank, words, config)
+def _sharded_with_compiled_ops(rank, overrides, config) -> None:
+    compile._can_compile = lambda world: True
+    _sharded(rank, overrides, config)
 
 
 @pytest.mark.proof
-def test_compiled_pieces_are_right_under_zero3(compose):
-    words = ["parallel=zero3", "adapter=lora"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
+def test_compiled_ops_are_right_under_zero3(compose: Compose) -> None:
+    overrides = ["parallel=zero3", "adapter=lora"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
-    spawn(_in_pieces, 2, words, config)
+    spawn(_sharded_with_compiled_ops, 2, overrides, config)
 
 
-def _scarce(rank, config):
+def _gathers_little(rank, config):
     from jobs.backends import zero
 
     planned = zero.derived.deepspeed_config
@@ -251,29 +255,31 @@ def _scarce(rank, config):
     }
 
     def plan(*arguments):
-        found = planned(*arguments)
-        found["zero_optimization"] |= room | {"stage3_prefetch_bucket_size": 10**4}
-        return found
+        settings = planned(*arguments)
+        settings["zero_optimization"] |= room | {"stage3_prefetch_bucket_size": 10**4}
+        return settings
 
     zero.derived.deepspeed_config = plan
     with process_group(config) as world:
         engine = zero.wrap(build.build(config), config, world)
-        for _ in range(3):  # what is gathered ahead is known from the second on
-            zero.backward(engine, loss.summed(engine.module, whole(rows([9, 14, 11], None))) / 10, last=True)
+        for _ in range(3):  # from the second step on, ZeRO-3 knows what to prefetch
+            zero.backward(
+                engine, loss.summed_cross_entropy(engine.module, whole(rows([9, 14, 11], None))) / 10, last=True
+            )
             norm = zero.step(engine, 0.0)
         alone = build.build(config)
-        (loss.summed(alone, whole(rows([9, 14, 11], None))) / 10).backward()
+        (loss.summed_cross_entropy(alone, whole(rows([9, 14, 11], None))) / 10).backward()
         trained = [item.grad for item in alone.parameters() if item.requires_grad]
         assert norm == pytest.approx(torch.nn.utils.get_total_norm(trained).item(), rel=1e-4)
 
 
-def test_what_is_gathered_may_differ_when_a_block_is_recomputed(compose):
-    """With room for few parameters ZeRO-3 gathers and frees inside a block, in recomputation not as in forward."""
-    words = ["parallel=zero3", "adapter=lora", "train.activation_checkpointing=selective"]
-    config = compose(*words, "cluster.train.ranks_per_node=2", "train.global_batch=2", "train.micro_batch=1",
+def test_zero3_may_gather_otherwise_in_recomputation(compose: Compose) -> None:
+    """With memory for few parameters, ZeRO-3 gathers and frees inside a block, and not the same in recomputation as in forward."""
+    overrides = ["parallel=zero3", "adapter=lora", "train.activation_checkpointing=selective"]
+    config = compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=2", "train.micro_batch=1",
                      "train.max_grad_norm=0", "train.precision=fp32")  # fmt: skip
-    spawn(_scarce, 2, config)
+    spawn(_gathers_little, 2, config)
 
 
-def test_blocks_are_found_under_adapters():
+def test_blocks_are_found_under_adapters() -> None:
     assert len(blocks(adapted(network()))) == 2

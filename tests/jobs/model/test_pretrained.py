@@ -1,4 +1,4 @@
-"""Start-up: every layout begins with exactly the stored weights, or the same drawn ones, and no rank holds the whole model."""
+"""Start-up: every layout begins with exactly the stored weights, or the same random ones; no rank ever holds the whole model."""
 
 import json
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from jobs.model import materialize
 from jobs.tensor_io import model_files, slices
 from jobs.tensor_io.slices import plain
 from jobs.training import optimizer
+from tests.conftest import Compose
 from tests.jobs.ranks import spawn
 
 LAYOUTS = {
@@ -51,7 +52,7 @@ def stored(request, tmp_path_factory):
 
 def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     """Weights by plain name, gathered; buffers; the bytes that this rank read."""
-    engine = backends.chosen(config).wrap(model.skeleton(config), config, world)
+    engine = backends.chosen(config).wrap(model.build_on_meta(config), config, world)
     network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
     return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
 
@@ -68,10 +69,10 @@ def _gathered(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach().clone()
 
 
-def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layout: str) -> None:
-    assert found.keys() == expected.keys(), layout
+def _equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], layout: str) -> None:
+    assert actual.keys() == expected.keys(), layout
     for name, value in expected.items():
-        assert torch.equal(found[name], value.to(found[name].dtype)), f"{layout}: {name}"
+        assert torch.equal(actual[name], value.to(actual[name].dtype)), f"{layout}: {name}"
 
 
 def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
@@ -80,8 +81,8 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
         expected = dict(whole.named_parameters())
         size = sum(parameter.nbytes for parameter in expected.values())
         for layout, config in configs.items():
-            found, buffers, read = _wrapped(config, world)
-            _equal(found, expected, layout)
+            actual, buffers, read = _wrapped(config, world)
+            _equal(actual, expected, layout)
             for name, value in whole.named_buffers():
                 assert buffers[name].dtype is torch.float32, layout
                 assert torch.equal(buffers[name], value), layout
@@ -95,17 +96,17 @@ def _as_stored(_rank: int, configs: dict[str, Config]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, *(pytest.param(size, marks=pytest.mark.proof) for size in (1, 3, 4))])
-def test_every_layout_starts_with_the_stored_weights(stored, compose, world):
+def test_every_layout_starts_with_the_stored_weights(stored, compose: Compose, world) -> None:
     configs = {
-        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *words)
-        for name, words in LAYOUTS.items()
+        name: compose(*HUB, f"model.source={stored}", *COMMON, f"parallel={name}", *overrides)
+        for name, overrides in LAYOUTS.items()
         if name != "hsdp" or world % 2 == 0
     }
     spawn(_as_stored, world, configs)
 
 
 def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
-    """`build` on one process is what the reference curves start from."""
+    """Every layout has the weights of `build` in one process, from which the reference curves start."""
     with process_group(next(iter(configs.values()))) as world:
         for layout, config in configs.items():
             expected = {plain(name): value.detach() for name, value in model.build(config).named_parameters()}
@@ -114,20 +115,20 @@ def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.proof)])
-def test_drawn_weights_are_equal_in_every_layout(compose, world):
+def test_random_weights_are_equal_in_every_layout(compose: Compose, world) -> None:
     configs = {name: compose(*COMMON, f"parallel={name}") for name in LAYOUTS if name != "hsdp"}
     spawn(_like_the_whole, world, configs)
 
 
 @pytest.mark.slow
-def test_adapters_are_equal_in_every_layout_on_a_frozen_base_in_bf16(stored, compose):
+def test_adapters_are_equal_in_every_layout_on_a_frozen_base_in_bf16(stored, compose: Compose) -> None:
     names = ["fsdp", "ddp", "zero2", "zero3"]
-    words = [*HUB, f"model.source={stored}", *COMMON, *LORA]
-    spawn(_like_the_whole, 3, {name: compose(*words, f"parallel={name}") for name in names})
-    spawn(_like_the_whole, 2, {name: compose(*COMMON, *LORA, f"parallel={name}") for name in names})  # a drawn base
+    overrides = [*HUB, f"model.source={stored}", *COMMON, *LORA]
+    spawn(_like_the_whole, 3, {name: compose(*overrides, f"parallel={name}") for name in names})
+    spawn(_like_the_whole, 2, {name: compose(*COMMON, *LORA, f"parallel={name}") for name in names})  # a random base
 
 
-def test_the_whole_model_is_the_stored_one(stored, compose):
+def test_the_whole_model_is_the_stored_one(stored, compose: Compose) -> None:
     built = model.build(compose(*HUB, f"model.source={stored}"))
     expected = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     _equal(built.state_dict(), expected.state_dict(), "whole")
@@ -137,14 +138,14 @@ def test_the_whole_model_is_the_stored_one(stored, compose):
     assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
 
 
-def test_adapters_begin_as_the_identity_on_a_bf16_base(stored, compose):
+def test_adapters_begin_as_the_identity_on_a_bf16_base(stored, compose: Compose) -> None:
     built = model.build(compose(*HUB, f"model.source={stored}", *LORA))
     for name, parameter in built.named_parameters():
         assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16), name
         assert (parameter == 0).all() == ("lora_B" in name), name
 
 
-def test_drawn_weights_have_the_models_own_scale(compose):
+def test_random_weights_have_the_scale_of_the_model(compose: Compose) -> None:
     built = model.build(compose())
     assert built.model.embed_tokens.weight.std().item() == pytest.approx(built.config.initializer_range, rel=0.05)
     assert (built.model.norm.weight == 1).all()
@@ -154,15 +155,15 @@ def test_drawn_weights_have_the_models_own_scale(compose):
     assert not torch.equal(model.build(compose("train.seed=1")).lm_head.weight, built.lm_head.weight)
 
 
-def _refused(_rank: int, config: Config, words: list[str]) -> None:
+def _refused(_rank: int, config: Config, expected_words: list[str]) -> None:
     with process_group(config) as world, pytest.raises(ConfigError) as caught:
-        backends.chosen(config).wrap(model.skeleton(config), config, world)
-    for word in words:
+        backends.chosen(config).wrap(model.build_on_meta(config), config, world)
+    for word in expected_words:
         assert word in str(caught.value)
 
 
 def _damaged(stored, folder, change):
-    """A copy of the stored model in which `change` has been at work on the file that holds the first block's up projection."""
+    """A copy of the stored model, with `change` applied to the file that contains the first block's up projection."""
     folder.mkdir()
     for path in stored.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -172,24 +173,24 @@ def _damaged(stored, folder, change):
     return folder
 
 
-def _shorter(path, tensors, name):
+def _shorter(path, tensors, name) -> None:
     save_file(tensors | {name: tensors[name][:-1].contiguous()}, path)
 
 
-def _absent(path, tensors, name):
+def _absent(path, tensors, name) -> None:
     save_file({"model.layers.0.mlp.other.weight": tensors.pop(name), **tensors}, path)
 
 
-def _cut(path, _tensors, _name):
+def _cut(path, _tensors, _name) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def _gone(path, _tensors, _name):
+def _gone(path, _tensors, _name) -> None:
     path.unlink()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected_words"),
     [
         (_shorter, ["model.layers.0.mlp.up_proj.weight", "[100, 56], not [101, 56]", ".safetensors"]),
         (_absent, ["model.layers.0.mlp.up_proj.weight is in none", "model.layers.0.mlp.other.weight", "no place"]),
@@ -197,10 +198,12 @@ def _gone(path, _tensors, _name):
         (_gone, ["No such file"]),
     ],
 )
-def test_files_that_do_not_fit_are_refused_on_every_rank(stored, compose, tmp_path, change, words):
+def test_files_that_do_not_match_are_refused_on_every_rank(
+    stored, compose: Compose, tmp_path: Path, change, expected_words
+) -> None:
     folder = _damaged(stored, tmp_path / "damaged", change)
     config = compose(*HUB, f"model.source={folder}", *COMMON, "parallel=fsdp")
-    spawn(_refused, 2, config, ["model.source", "fetch", *words])
+    spawn(_refused, 2, config, ["model.source", *expected_words])
 
 
 def llama(*, vocabulary, hidden, inner, layers, heads):
@@ -215,7 +218,7 @@ def llama(*, vocabulary, hidden, inner, layers, heads):
     return LlamaForCausalLM(shape)
 
 
-def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(compose, tmp_path):
+def test_tied_weights_that_differ_in_the_files_are_refused(compose: Compose, tmp_path: Path) -> None:
     llama(vocabulary=1024, hidden=16, inner=16, layers=1, heads=2).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
@@ -223,7 +226,7 @@ def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(compos
         model.build(compose(*HUB, f"model.source={tmp_path}"))
 
 
-def _binary(folder):
+def _binary(folder) -> None:
     """The same weights as one pickle, which cannot be read in slices."""
     tensors = {}
     for path in folder.glob("*.safetensors*"):
@@ -232,7 +235,7 @@ def _binary(folder):
     torch.save(tensors, folder / "pytorch_model.bin")
 
 
-def test_weights_that_cannot_be_sliced_are_read_whole(stored, compose, tmp_path):
+def test_weights_that_cannot_be_sliced_are_read_whole(stored, compose: Compose, tmp_path: Path) -> None:
     folder = _damaged(stored, tmp_path / "bin", lambda path, _tensors, _name: _binary(path.parent))
     configs = {name: compose(*HUB, f"model.source={folder}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")}
     spawn(_whole, 2, configs, str(stored))
@@ -242,23 +245,23 @@ def _whole(_rank: int, configs: dict[str, Config], source: str) -> None:
     with process_group(configs["fsdp"]) as world:
         expected = dict(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).named_parameters())
         for layout, config in configs.items():
-            found, _, read = _wrapped(config, world)
-            _equal(found, expected, layout)
+            actual, _, read = _wrapped(config, world)
+            _equal(actual, expected, layout)
             assert read == 0
 
 
 def _resident() -> int:
-    """Bytes of this process's own memory; pages of mapped files, which the kernel may drop, are not among them."""
+    """Bytes of this process's anonymous memory: without pages of mapped files, which the kernel may drop."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
 def _measured(_rank: int, config: Config, size: int) -> None:
-    """What filling adds at its worst: this rank's half of the model and the readers' buffers, but never the model."""
+    """The peak of memory that filling adds: this rank's half of the model and read buffers, never the whole model."""
     with process_group(config) as world:
         if config.parallel.backend.name == "zero":
             zero.start(world)
-        twin = model.skeleton(config)
+        twin = model.build_on_meta(config)
         before, peak, done = _resident(), [0], Event()
 
         def watch() -> None:
@@ -270,7 +273,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.skeleton, zero._partitioned(twin, config, world), config, world)
+            materialize.fill(twin, model.build_on_meta, zero._partitioned(twin, config, world), config, world)
         else:
             backends.chosen(config).wrap(twin, config, world)
         done.set()
@@ -280,7 +283,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "zero3"])
-def test_no_rank_ever_holds_the_whole_model(layout, compose, tmp_path):
+def test_no_rank_ever_holds_the_whole_model(layout, compose: Compose, tmp_path: Path) -> None:
     whole = llama(vocabulary=16384, hidden=1024, inner=4096, layers=3, heads=8)
     size = sum(parameter.nbytes for parameter in whole.parameters())
     assert size > 300e6
@@ -289,15 +292,15 @@ def test_no_rank_ever_holds_the_whole_model(layout, compose, tmp_path):
     spawn(_measured, 2, compose(*HUB, f"model.source={tmp_path}", *COMMON, f"parallel={layout}"), size)
 
 
-def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compose):
-    words = [*HUB, f"model.source={stored}", *COMMON]
-    spawn(_skipped, 2, [compose(*words, "parallel=fsdp"), compose(*words, "parallel=fsdp", *LORA)])
+def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compose: Compose) -> None:
+    overrides = [*HUB, f"model.source={stored}", *COMMON]
+    spawn(_skipped, 2, [compose(*overrides, "parallel=fsdp"), compose(*overrides, "parallel=fsdp", *LORA)])
 
 
 def _skipped(_rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         full, lora = (
-            backends.chosen(config).wrap(model.skeleton(config), config, world, resumed=True) for config in configs
+            backends.chosen(config).wrap(model.build_on_meta(config), config, world, resumed=True) for config in configs
         )
     assert full.read_bytes == 0
     assert lora.read_bytes > 0
@@ -305,11 +308,13 @@ def _skipped(_rank: int, configs: list[Config]) -> None:
         for (
             name,
             parameter,
-        ) in engine.module.named_parameters():  # what a checkpoint were to leave out would show at once
+        ) in (
+            engine.module.named_parameters()
+        ):  # NaN until the checkpoint is loaded, so that a missing weight is noticed
             assert parameter.to_local().isnan().all() == parameter.requires_grad, name
 
 
-def test_fused_experts_are_converted_by_transformers(compose, tmp_path):
+def test_fused_experts_are_converted_by_transformers(compose: Compose, tmp_path: Path) -> None:
     shape = MixtralConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         num_local_experts=4,
@@ -324,7 +329,7 @@ def test_fused_experts_are_converted_by_transformers(compose, tmp_path):
     )
 
 
-def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "models--owner--name/snapshots" / commit
@@ -337,7 +342,7 @@ def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path, monkeypatch)
     assert len(slices.catalogue(snapshot, "model.source", "owner/name")) >= 29
 
 
-def test_weights_that_zero3_has_partitioned_still_decay(compose):
+def test_weights_that_zero3_has_partitioned_still_decay(compose: Compose) -> None:
     matrix, vector = (nn.Parameter(torch.empty(0)) for _ in range(2))
     matrix.ds_shape, vector.ds_shape = torch.Size([2, 3]), torch.Size([2])
     model = nn.ParameterList([matrix, vector])

@@ -104,7 +104,7 @@ def test_the_estimate_of_logits_matches_the_plain_loss(compose: Compose, precisi
     model = torch.nn.Module()
     model.config = SimpleNamespace(_attn_implementation="sdpa")
     model.forward = lambda **_: SimpleNamespace(logits=head(states))
-    peak = peak_bytes(lambda: loss.summed(model, batch).backward())
+    peak = peak_bytes(lambda: loss.summed_cross_entropy(model, batch).backward())
     config = put(
         compose("cluster=slurm", "model=llama8b"),
         {
@@ -213,7 +213,7 @@ def test_the_estimate_matches_what_a_recomputed_block_keeps(
         if targets:
             model = adapted(model, targets)
             model.enable_input_require_grads()
-        prepare.install(model, config, cpu)
+        prepare.prepare_model(model, config, cpu)
         ids = torch.randint(0, config.model.architecture.vocab_size, (1, tokens))
         sizes.append(kept_alive(model, ids))
     assert config.model.architecture
