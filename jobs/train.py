@@ -23,7 +23,7 @@ from jobs.data import batches
 from jobs.data.packing import hidden_factor
 from jobs.data.sampler import Order
 from jobs.distributed import heartbeat, stop_signals
-from jobs.distributed.collectives import first
+from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, process_group, set_timeout, total
 from jobs.evaluation import reference_logits
 from jobs.model import build
@@ -63,7 +63,8 @@ def run(config: Config) -> None:
         loop, step = _begin(config, world, stop)
         every, steps, stopped = config.train, loop.steps, False
         due = step in (0, steps) or _due(every.eval_every, step)
-        if due and not first(lambda: step in loop.metrics.evaluated):  # the first one, or one that a stop cut short
+        # The first evaluation, or one that a stop cut short
+        if due and not broadcast_from_rank0(lambda: step in loop.metrics.evaluated):
             stopped = not _evaluate(loop, step)
         set_timeout(config.cluster.network.step_timeout_s)
         begun = step
@@ -111,7 +112,7 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     watch = Watch(config, world, costs, rows)
     watch.phases.around(blocks)
     metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, watch.nodes))
-    divergence = Divergence(config.train.max_loss_rise, first(lambda: metrics.losses))
+    divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.losses))
     trace = Trace(config, world, step, steps)
     return (
         Loop(

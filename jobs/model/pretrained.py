@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.distributed.collectives import everywhere, first
+from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import Quantised
@@ -48,7 +48,7 @@ def load(
     Raises ConfigError, on all ranks, with every tensor that is missing, has no place or another shape.
     """
     folder = _folder(config, world)
-    plan = first(lambda: _plan(base, folder, config))
+    plan = broadcast_from_rank0(lambda: _plan(base, folder, config))
     main = world is not None and world.is_main
     if plan.whole:
         if main:
@@ -71,7 +71,7 @@ def load(
             done += layer.take(left[key], lambda part, place=place: _read(folder, [(place, part)], config, False))
         return done
 
-    return everywhere(filled)
+    return raise_on_all_ranks(filled)
 
 
 def _folder(config: Config, world: World | None) -> Path | None:
@@ -84,8 +84,8 @@ def _folder(config: Config, world: World | None) -> Path | None:
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be fetched: {error}")) from error
 
-    earlier = everywhere(lambda: found(cached=False) if world is None or world.local_rank == 0 else None)
-    return everywhere(lambda: earlier or found(cached=True))
+    earlier = raise_on_all_ranks(lambda: found(cached=False) if world is None or world.local_rank == 0 else None)
+    return raise_on_all_ranks(lambda: earlier or found(cached=True))
 
 
 def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
@@ -175,7 +175,7 @@ def _whole(
     """One model at a time in a node's memory."""
     for turn in range(world.local_size if world else 1):
         mine = world is None or world.local_rank == turn
-        everywhere(partial(_copy, base, held, config, packed) if mine else lambda: None)
+        raise_on_all_ranks(partial(_copy, base, held, config, packed) if mine else lambda: None)
     return 0
 
 
