@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from conf.errors import Problem, SiteError
 from conf.schema import Config
-from jobs.distributed.rank import place
+from jobs.distributed.rank import rank_and_world_size
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def process_group(config: Config) -> Iterator[World]:
 
     Raises SiteError when GPUs were asked for and this rank has none.
     """
-    rank, size = place()
+    rank, size = rank_and_world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size == 1:  # a rendezvous with oneself needs no network
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
