@@ -81,10 +81,10 @@ def run(config: Config) -> None:
                     _save(loop, step, wait=True)  # done before where it was due
         heartbeat.beat("finish", step)
         loop.trace.close()
-        told = stop.agreed() if stopped else None
+        request = stop.agree_on_request() if stopped else None
         loop.metrics.close()
-    if told:
-        stop.raise_stopped(told, step, steps)
+    if request:
+        stop.raise_stopped(request, step, steps)
 
 
 def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop, int]:
@@ -144,7 +144,7 @@ def _step(loop: Loop, step: int) -> bool:
     only that do not share matrices, which all have the same sum.
     """
     config, world, rows = loop.config, loop.world, loop.rows
-    began, stop, timed = time.perf_counter(), bool(loop.stop), loop.watch.phases
+    began, stop, timed = time.perf_counter(), loop.stop.requested(), loop.watch.phases
     loop.watch.begin(step, loop.steps)
     # dropout needs no saved state to be resumed, and is the same on ranks that share matrices
     torch.manual_seed(hash((config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
@@ -212,7 +212,7 @@ def _evaluate(loop: Loop, step: int) -> bool:
 
     def told() -> bool:
         heartbeat.beat("evaluate", step)
-        return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
+        return total(torch.tensor(float(loop.stop.requested()), device=world.device)).item() > 0
 
     micro = rows_at_once(loop.config)
     mine = loss.held_out(loop.engine.module, loop.validation, micro, loop.pad, world, told)
