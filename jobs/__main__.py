@@ -7,14 +7,15 @@ from conf.errors import UserError
 from conf.jobs import JOB_KINDS
 from jobs import run
 from jobs.distributed import logs
-from jobs.distributed.rank import place
+from jobs.distributed.rank import rank_and_world_size
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("job", choices=list(JOB_KINDS))
     parser.add_argument("config", help="RUN/config.yaml")
     options = parser.parse_args()
-    logs.set_up(place()[0] if place()[1] > 1 else None)
+    rank, world_size = rank_and_world_size()
+    logs.set_up(rank if world_size > 1 else None)
     try:
         run(options.job, options.config)
     except UserError as error:

@@ -23,7 +23,7 @@ from jobs.data import batches
 from jobs.data.packing import hidden_factor
 from jobs.data.sampler import Order
 from jobs.distributed import heartbeat, stop_signals
-from jobs.distributed.collectives import first
+from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, process_group, set_timeout, total
 from jobs.evaluation import reference_logits
 from jobs.model import build
@@ -63,7 +63,8 @@ def run(config: Config) -> None:
         loop, step = _begin(config, world, stop)
         every, steps, stopped = config.train, loop.steps, False
         due = step in (0, steps) or _due(every.eval_every, step)
-        if due and not first(lambda: step in loop.metrics.evaluated):  # the first one, or one that a stop cut short
+        # The first evaluation, or one that a stop cut short
+        if due and not broadcast_from_rank0(lambda: step in loop.metrics.evaluated):
             stopped = not _evaluate(loop, step)
         set_timeout(config.cluster.network.step_timeout_s)
         begun = step
@@ -80,10 +81,10 @@ def run(config: Config) -> None:
                     _save(loop, step, wait=True)  # done before where it was due
         heartbeat.beat("finish", step)
         loop.trace.close()
-        told = stop.agreed() if stopped else None
+        request = stop.agree_on_request() if stopped else None
         loop.metrics.close()
-    if told:
-        stop.raise_stopped(told, step, steps)
+    if request:
+        stop.raise_stopped(request, step, steps)
 
 
 def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop, int]:
@@ -111,7 +112,7 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     watch = Watch(config, world, costs, rows)
     watch.phases.around(blocks)
     metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, watch.nodes))
-    divergence = Divergence(config.train.max_loss_rise, first(lambda: metrics.losses))
+    divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.losses))
     trace = Trace(config, world, step, steps)
     return (
         Loop(
@@ -143,7 +144,7 @@ def _step(loop: Loop, step: int) -> bool:
     only that do not share matrices, which all have the same sum.
     """
     config, world, rows = loop.config, loop.world, loop.rows
-    began, stop, timed = time.perf_counter(), bool(loop.stop), loop.watch.phases
+    began, stop, timed = time.perf_counter(), loop.stop.requested(), loop.watch.phases
     loop.watch.begin(step, loop.steps)
     # dropout needs no saved state to be resumed, and is the same on ranks that share matrices
     torch.manual_seed(hash((config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
@@ -211,7 +212,7 @@ def _evaluate(loop: Loop, step: int) -> bool:
 
     def told() -> bool:
         heartbeat.beat("evaluate", step)
-        return total(torch.tensor(float(bool(loop.stop)), device=world.device)).item() > 0
+        return total(torch.tensor(float(loop.stop.requested()), device=world.device)).item() > 0
 
     micro = micro_batch_limit(loop.config)
     mine = loss.evaluate(loop.engine.module, loop.validation, micro, loop.pad, world, told)

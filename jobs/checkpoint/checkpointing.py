@@ -18,7 +18,7 @@ from conf.files import partial, publish, read_json, write_json, write_text
 from conf.schema import Config
 from jobs.checkpoint import manifest, paths, retention, write_errors
 from jobs.checkpoint.paths import folder
-from jobs.distributed.collectives import OtherRankError, first, together
+from jobs.distributed.collectives import OtherRankError, barrier, broadcast_from_rank0, gather
 from jobs.distributed.process_group import World
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def save(
 def begin(config: Config, step: int, world: World, expected_bytes: int = 0) -> Path | None:
     """The empty folder that the checkpoint of `step` is to be written into; None where that checkpoint is there, and whole."""
     target = place(config, step)
-    there = together(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]
+    there = gather(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]
     return None if there else partial(target)
 
 
@@ -73,14 +73,14 @@ def finish(config: Config, step: int, world: World, work: Callable[[], Part], ab
     """Publish what `work` has written, or writes now, once it has on all ranks; or else leave nothing of it. Raises as `save`."""
     target = place(config, step)
     try:
-        parts = together(work)
+        parts = gather(work)
         files = {name: entry for part, _ in parts for name, entry in part.items()}
         about = {"step": step, "world_size": world.size, **about}
-        together(lambda: _publish(target, files, about) if world.is_main else None)
+        gather(lambda: _publish(target, files, about) if world.is_main else None)
     except OSError as error:
         if world.is_main:
             shutil.rmtree(partial(target), ignore_errors=True)
-        together(lambda: None)  # it is gone: on a full disk there is room for a verdict again
+        barrier()  # it is gone: on a full disk there is room for a verdict again
         if isinstance(error, OtherRankError):
             time.sleep(1)  # a verdict quotes the rank that speaks first
         raise
@@ -165,18 +165,16 @@ def find(config: Config, world: World) -> Found | None:
     Damaged ones before it are named and set aside. Raises RunError where there are checkpoints, and all are damaged:
     to start over by itself would throw away a run because, say, a disk is not mounted.
     """
-    together(lambda: world.is_main and retention.sweep(config))
+    gather(lambda: world.is_main and retention.sweep(config))
     damaged: list[Path] = []
-    for path in first(lambda: paths.published(config)):
-        said = first(lambda path=path: manifest.torn(path))
+    for path in broadcast_from_rank0(lambda: paths.published(config)):
+        said = broadcast_from_rank0(lambda path=path: manifest.torn(path))
         if not said:
-            parts = together(lambda path=path: manifest.differing(path, world.rank, world.size))
+            parts = gather(lambda path=path: manifest.differing(path, world.rank, world.size))
             said = [item for part in parts for item in part]
         if not said:
-            together(
-                lambda damaged=damaged, path=path: world.is_main and retention.set_aside(config, damaged, good=path)
-            )
-            return path, first(lambda path=path: read_json(path / "checkpoint.json"))
+            gather(lambda damaged=damaged, path=path: world.is_main and retention.set_aside(config, damaged, good=path))
+            return path, broadcast_from_rank0(lambda path=path: read_json(path / "checkpoint.json"))
         damaged.append(path)
         if world.is_main:
             _say(path, said)

@@ -12,7 +12,7 @@ import torch
 from conf.choices import Backend
 from conf.errors import Problem, RunError
 from jobs.backends import Engine
-from jobs.distributed.collectives import everywhere, first
+from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.tensor_io import dcp, deepspeed
 from jobs.tensor_io.dtypes import memory
 from jobs.tensor_io.layout import Stored, blocks
@@ -35,10 +35,10 @@ def load(backend: ModuleType, engine: Engine, folder: Path, written_by: Backend)
     Nothing is written and no rank has a whole tensor: reads go in pieces of 16 MiB from the old shards to their place.
     Raises RunError, on all ranks, for a tensor that is missing, of another shape, or cut in a way that has no elements.
     """
-    saved = first(lambda: stored(folder, written_by))
+    saved = broadcast_from_rank0(lambda: stored(folder, written_by))
     held = backend.held(engine)
-    everywhere(lambda: _check(folder, saved, held))
-    count = everywhere(lambda: _fill(saved, held))
+    raise_on_all_ranks(lambda: _check(folder, saved, held))
+    count = raise_on_all_ranks(lambda: _fill(saved, held))
     backend.filled(engine)
     return count
 

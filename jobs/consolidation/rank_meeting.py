@@ -14,7 +14,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from jobs.consolidation.plan import Plan
-from jobs.distributed.rank import place
+from jobs.distributed.rank import rank_and_world_size
 
 WAIT_S = 1800
 """How long ranks may start after one another."""
@@ -32,7 +32,7 @@ class Meeting:
 
     def __init__(self, target: Path) -> None:
         self.target, self.folder = target, target.with_name(f".{target.name}.ranks")
-        self.rank, self.size = place()
+        self.rank, self.size = rank_and_world_size()
         self.own = uuid.uuid4().hex
         self._hellos: dict[int, str] = {}
 

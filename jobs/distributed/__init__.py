@@ -1,1 +1,1 @@
-"""What every rank has: its place, its process group, collectives, heartbeat, and the request to stop."""
+"""The process group of a job, and per rank: rank variables, collectives, heartbeat, stop flag, logging. May import `conf`."""

@@ -1,4 +1,8 @@
-"""What all ranks must see alike: one rank's answer for all, or one rank's error on all, so that none waits for a rank that left."""
+"""Collective helpers: send rank 0's result to all ranks, or raise one rank's error on all of them.
+
+If only the failing rank left, the others would wait for it in the next collective until a time-out. All ranks must call these
+functions, in the same order. Without a process group they only call their argument, so the same code also runs in one process.
+"""
 
 import errno
 import socket
@@ -13,63 +17,74 @@ T = TypeVar("T")
 
 
 class OtherRankError(OSError):
-    """An OSError that another rank met; that rank has it with its traceback."""
+    """An OSError that happened on another rank. That rank raises the original error, with its traceback."""
 
 
-def first(work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; its UserError too. Another rank may see an older state of the file system."""
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 only; return its result on every rank, or raise its UserError on every rank.
+
+    Use it for decisions that depend on the file system: another node may still see an older state of a network file system.
+    """
     if not dist.is_initialized():
         return work()
-    box: list[Any] = [_tried(work) if dist.get_rank() == 0 else None]
+    box: list[Any] = [_result_or_user_error(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
-    return _got(*box[0])
+    return _value_or_raise(*box[0])
 
 
-def everywhere(work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, once it went well on all; the first UserError of any rank on all of them."""
-    value, error = _tried(work)
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
+    """Call `work` on every rank and return this rank's own result. The first UserError of any rank is raised on all ranks."""
+    value, error = _result_or_user_error(work)
     if dist.is_initialized():
         errors: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
-        error = next((found for found in errors if found), None)
-    return _got(value, error)
+        error = next((other for other in errors if other), None)
+    return _value_or_raise(value, error)
 
 
-def together(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on each rank, once it went well on all. The first UserError of any rank is raised on all of them;
-    an OSError on the rank that it hit, and as OtherRankError, with that rank's name, on the others.
+def gather(work: Callable[[], T]) -> list[T]:
+    """Call `work` on every rank and return the results of all ranks, in rank order, on every rank.
+
+    The first UserError of any rank is raised on all ranks. An OSError is raised on the rank where it happened; the others raise
+    OtherRankError, with that rank's number and host in its text.
     """
-    failed: OSError | None = None
-    value, error = None, None
+    os_error: OSError | None = None
+    value, user_error = None, None
     try:
-        value, error = _tried(work)
-    except OSError as found:
-        failed = found
+        value, user_error = _result_or_user_error(work)
+    except OSError as error:
+        os_error = error
     if not dist.is_initialized():
-        if failed:
-            raise failed
-        return [_got(value, error)]
-    told = failed and (failed.errno or errno.EIO, f"rank {dist.get_rank()} on {socket.gethostname()}: {failed}")
+        if os_error:
+            raise os_error
+        return [_value_or_raise(value, user_error)]
+    # The number and the text: the error itself may hold objects that cannot be pickled
+    sent = os_error and (os_error.errno or errno.EIO, f"rank {dist.get_rank()} on {socket.gethostname()}: {os_error}")
     box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, (value, error, told))
-    if failed:
-        raise failed
-    for _, problem, _ in box:
-        _got(None, problem)
-    for _, _, said in box:
-        if said:
-            raise OtherRankError(*said)
+    dist.all_gather_object(box, (value, user_error, sent))
+    if os_error:
+        raise os_error
+    for _, error_of_rank, _ in box:
+        _value_or_raise(None, error_of_rank)
+    for _, _, received in box:
+        if received:
+            raise OtherRankError(*received)
     return [value for value, _, _ in box]
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
+def barrier() -> None:
+    """Wait until all ranks have come here."""
+    gather(lambda: None)
+
+
+def _result_or_user_error(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
     try:
         return work(), None
     except UserError as error:
         return None, error
 
 
-def _got(value: Any, error: UserError | None) -> Any:
+def _value_or_raise(value: Any, error: UserError | None) -> Any:
     if error is not None:
         raise error
     return value

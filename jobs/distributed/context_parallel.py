@@ -1,8 +1,8 @@
-"""Context parallelism: ranks that share the rows of a micro batch, each with a stretch of every row's tokens.
+"""Context parallelism: several ranks share the rows of a micro batch, and each rank has one part of every row's tokens.
 
-All but attention looks at one token at a time. For attention the ranks exchange, so that each has all tokens of some heads
-(Jacobs 2023, "DeepSpeed Ulysses"): every kernel works as it is, packed rows too, and all ranks do equal work, where rings over
-stretches of tokens would have to be balanced.
+Only attention mixes tokens, so only attention communicates. Before it, an all-to-all gives each rank all tokens of some heads;
+after it, another one gives each rank all heads of its tokens again (Jacobs 2023, "DeepSpeed Ulysses"). So every attention kernel
+works unchanged, packed rows too, and all ranks do equal work. Ring attention would need load balancing between the parts of a row.
 """
 
 import torch
@@ -17,9 +17,10 @@ _group: dist.ProcessGroup | None = None
 
 
 def install(shape: PreTrainedConfig, world: World) -> None:
-    """From now on attention is computed over the ranks that share rows. All ranks call this, before the model is used.
+    """Create the process group of the ranks that share rows; attention uses it from now on.
 
-    Raises ConfigError where the model's heads cannot be shared out.
+    All ranks call this before the model is used, because creating a group is collective. Raises ConfigError if the model's heads
+    cannot be divided over these ranks.
     """
     global _group
     _group = None
@@ -27,36 +28,40 @@ def install(shape: PreTrainedConfig, world: World) -> None:
     if size == 1:
         return
     text = shape.get_text_config()
-    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if heads % size or (shared % size and size % shared):
-        said = f"cannot share out the model's {heads} heads of queries and {shared} of keys: take a divisor of both"
-        raise ConfigError(Problem("parallel.context_ranks", size, said))
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        message = (
+            f"cannot divide the model's {heads} query heads and {kv_heads} key heads: take a divisor of both numbers"
+        )
+        raise ConfigError(Problem("parallel.context_ranks", size, message))
+    # Tensor ranks are neighbors, so the ranks of one context group are `tensor_ranks` apart. Every rank has to create every group.
     stride = world.tensor_ranks
     for first in range(0, world.size, size * stride):
-        for beside in range(stride):
-            members = list(range(first + beside, first + beside + size * stride, stride))
-            made = dist.new_group(members)
+        for offset in range(stride):
+            members = list(range(first + offset, first + offset + size * stride, stride))
+            group = dist.new_group(members)
             if world.rank in members:
-                _group = made
+                _group = group
 
 
 def ranks() -> int:
-    """How many ranks share a row."""
+    """Number of ranks that share a row."""
     return 1 if _group is None else _group.size()
 
 
 def heads_of(tensor: torch.Tensor) -> torch.Tensor:
     """(rows, heads, this rank's tokens, head size) -> (rows, this rank's heads, all tokens, head size).
 
-    Where there are fewer heads than ranks, as of grouped keys, neighbours get the same one.
+    If there are fewer heads than ranks (grouped keys), neighboring ranks get the same head.
     """
     size = ranks()
     if size == 1:
         return tensor
     if tensor.shape[1] < size:
         tensor = tensor.repeat_interleave(size // tensor.shape[1], dim=1)
-    found = _exchanged(tensor.unflatten(1, (size, -1)).movedim(1, 0))  # (ranks, rows, heads, tokens, head size)
-    return found.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    parts = _all_to_all(tensor.unflatten(1, (size, -1)).movedim(1, 0))  # (ranks, rows, heads, tokens, head size)
+    return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def tokens_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,12 +69,12 @@ def tokens_of(tensor: torch.Tensor) -> torch.Tensor:
     size = ranks()
     if size == 1:
         return tensor
-    found = _exchanged(tensor.unflatten(1, (size, -1)).movedim(1, 0))  # (ranks, rows, tokens, heads, head size)
-    return found.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    parts = _all_to_all(tensor.unflatten(1, (size, -1)).movedim(1, 0))  # (ranks, rows, tokens, heads, head size)
+    return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def _exchanged(tensor: torch.Tensor) -> torch.Tensor:
-    """Part i of the first dimension goes to rank i; what came from rank i is part i."""
+def _all_to_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Send part i of the first dimension to rank i; part i of the result came from rank i."""
     assert _group is not None
     flat = tensor.contiguous()
     return all_to_all_single_autograd(flat.flatten(0, 1), None, None, _group).unflatten(0, flat.shape[:2])

@@ -1,8 +1,7 @@
-"""The mark that a rank leaves at every step and phase: by it `launcher.supervise.watchdog`, another process, tells a
-hang from work.
+"""Writes a rank's heartbeat at every step and phase. `launcher.supervise.watchdog`, another process, reads it to detect hangs.
 
-The training loop makes it itself, since a thread would go on while the loop hangs; on the node's own disk, so that a network
-file system that does not answer holds up no step. Without `listen`, as under torchrun, nothing is marked.
+The training loop itself writes it: a thread would go on while the loop hangs. The file is on the node's local disk, so that a
+network file system that does not answer delays no step. Without `listen`, as under torchrun, nothing is written.
 """
 
 import faulthandler
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 BYTES = 256
-"""Of a record: one write into the same place, so that a reader hardly ever meets a half of it."""
+"""Length of a heartbeat. It is always written with one call at offset 0, so that a reader hardly ever sees half of one."""
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 ASK = signal.SIGQUIT
-"""Makes a rank write its Python stacks, also while it is stuck in C. Neither Slurm nor
-`jobs.distributed.stop_signals` has a use for it."""
+"""The signal that makes a rank write its Python stacks, even while it is stuck in C code. Neither Slurm nor
+`jobs.distributed.stop_signals` uses it."""
 
 _file: int | None = None
 _stacks: int | None = None
@@ -28,12 +27,12 @@ _record: dict[str, Any] = {}
 
 
 def listen(folder: Path, rank: int, host: str = "") -> None:
-    """Mark in `folder`/rank-R.beat from now on, and write the stacks to rank-R.stack when asked. Raises OSError."""
+    """From now on write heartbeats to `folder`/rank-R.beat, and on ASK the stacks to rank-R.stack. Raises OSError."""
     global _file, _stacks
     close()
     path = folder / f"rank-{rank}.beat"
     _stacks = os.open(path.with_suffix(".stack"), FLAGS, 0o600)
-    signal.signal(ASK, signal.SIG_IGN)  # what `close` brings back: asked too late, a rank must not die of it
+    signal.signal(ASK, signal.SIG_IGN)  # `close` restores this: a rank must not die if ASK comes after it
     faulthandler.register(ASK, _stacks, all_threads=True)
     _record.update(rank=rank, host=host or socket.gethostname(), pid=os.getpid(), count=0, step=0, path=str(path))
     _file = os.open(path, FLAGS, 0o600)
@@ -41,9 +40,9 @@ def listen(folder: Path, rank: int, host: str = "") -> None:
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """This rank gets on: it is in `phase` (start, load, train, evaluate, save or finish), and with `step` at that one.
+    """Record progress: this rank is in `phase` (start, load, train, evaluate, save or finish), and at `step` if it is given.
 
-    All ranks call this equally often, so the rank with the smallest count is behind. Takes microseconds.
+    All ranks call this equally often, so a rank with a smaller count is behind the others. It takes microseconds.
     """
     if _file is None:
         return
@@ -52,7 +51,7 @@ def beat(phase: str, step: int | None = None) -> None:
 
 
 def alive() -> None:
-    """This rank is at work on a part of its own, such as its slices of the weights: as far as it was, but not silent."""
+    """Refresh the time only, not the count. For work that each rank does alone, like reading its slices of the weights."""
     if _file is not None:
         _write()
 
@@ -60,13 +59,13 @@ def alive() -> None:
 def _write() -> None:
     assert _file is not None
     _record["time"] = round(time.time(), 3)
-    said = {key: value for key, value in _record.items() if key != "path"}
-    with suppress(OSError):  # a full disk under /tmp is no reason to end a training
-        os.pwrite(_file, json.dumps(said).encode().ljust(BYTES), 0)
+    heartbeat = {key: value for key, value in _record.items() if key != "path"}
+    with suppress(OSError):  # a full /tmp must not end a training
+        os.pwrite(_file, json.dumps(heartbeat).encode().ljust(BYTES), 0)
 
 
 def close() -> None:
-    """This rank is done: it is not waited for any more."""
+    """Delete this rank's files: it is done, and the watchdog no longer waits for it."""
     global _file, _stacks
     if _file is None or _stacks is None:
         return
@@ -77,5 +76,5 @@ def close() -> None:
     path = Path(_record["path"])
     for suffix in (".beat", ".stack"):
         path.with_suffix(suffix).unlink(missing_ok=True)
-    with suppress(OSError):  # others are still at work
+    with suppress(OSError):  # other ranks still have files in it
         path.parent.rmdir()

@@ -1,4 +1,4 @@
-"""Sets up logging for one rank: every line has its time, rank and level, or is bare where a person reads it as it comes."""
+"""Sets up logging for one rank: every line starts with time, rank and level, or has no prefix in a terminal."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ class RankFormatter(logging.Formatter):
     def __init__(self, rank: int | None) -> None:
         super().__init__()
         self.rank = rank
-        """None writes bare messages."""
+        """None: write messages without a prefix."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -24,7 +24,7 @@ class RankFormatter(logging.Formatter):
 
 
 class StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stdout is at the moment: tests and callers replace it."""
+    """Writes to the current sys.stdout, because tests and callers replace it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -35,7 +35,7 @@ class StdoutHandler(logging.StreamHandler[TextIO]):
 
 
 def set_up(rank: int | None = None) -> None:
-    """Send what Muster's loggers say to standard output: with time, rank and level, or bare without a rank."""
+    """Send messages of Muster's loggers to standard output, each line with time, rank and level; without them if `rank` is None."""
     handler = StdoutHandler()
     handler.setFormatter(RankFormatter(rank))
     for name in ("jobs", "launcher"):

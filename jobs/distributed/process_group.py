@@ -1,4 +1,4 @@
-"""Rank variables to process group and back: the one place of the compute side that reads them."""
+"""Creates the process group of a job from the rank variables (RANK, LOCAL_RANK, ...), and destroys it in the end."""
 
 import logging
 import os
@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from conf.errors import Problem, SiteError
 from conf.schema import Config
-from jobs.distributed.rank import place
+from jobs.distributed.rank import rank_and_world_size
 
 log = logging.getLogger(__name__)
 
 MARGIN_S = 60
-"""By so much torch's own time-outs, which end a process without a diagnosis, come later than the watchdog's limits."""
+"""Torch's own time-outs are this much longer than the watchdog's limits: torch would end a process without a diagnosis."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this rank stands, and the device it drives."""
+    """Rank, world size and device of this process, and how many ranks share rows and matrices."""
 
     rank: int
     size: int
@@ -31,11 +31,11 @@ class World:
     local_size: int
     device: torch.device
     interface: str = "?"
-    """Network interface of Gloo, where it is known."""
+    """Network interface that Gloo uses; `?` if it is not known."""
     context_ranks: int = 1
     """Ranks that share the tokens of a row; see `jobs.distributed.context_parallel`."""
     tensor_ranks: int = 1
-    """Neighbouring ranks that share every matrix of a block."""
+    """Neighboring ranks that share every matrix of a block; see `jobs.backends.tensor_parallel`."""
 
     @property
     def is_main(self) -> bool:
@@ -43,33 +43,34 @@ class World:
 
     @property
     def copies(self) -> int:
-        """Ranks that work on the same rows."""
+        """Number of ranks that work on the same rows."""
         return self.context_ranks * self.tensor_ranks
 
     @property
     def data_rank(self) -> int:
-        """Of the ranks that work on other rows, which this one is among."""
+        """Index of this rank's group, where all ranks of a group work on the same rows."""
         return self.rank // self.copies
 
     @property
     def data_size(self) -> int:
+        """Number of such groups."""
         return self.size // self.copies
 
     @property
     def share(self) -> tuple[int, int]:
-        """(which, of how many) stretches of a row's tokens this rank has."""
+        """(index, count): this rank has part `index` of `count` equal parts of every row's tokens."""
         return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
 
 
 @contextmanager
 def process_group(config: Config) -> Iterator[World]:
-    """Join the ranks of this job; NCCL where the config asks for GPUs, else Gloo. A process started alone is a world of 1.
+    """Join the process group of this job: NCCL if the config has GPUs, else Gloo. A process started alone has world size 1.
 
-    Raises SiteError when GPUs were asked for and this rank has none.
+    Raises SiteError if the config has GPUs and this rank sees none.
     """
-    rank, size = place()
+    rank, size = rank_and_world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if size == 1:  # a rendezvous with oneself needs no network
+    if size == 1:  # one process needs no network
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     device = _device(config, local_rank)
     network = config.cluster.network
@@ -81,7 +82,7 @@ def process_group(config: Config) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    # transformers would leave weights out on all ranks but the first; Muster's ranks read for themselves
+    # With true, transformers would load weights on rank 0 only; in Muster every rank reads its own part
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     yield World(
         rank,
@@ -93,8 +94,8 @@ def process_group(config: Config) -> Iterator[World]:
         config.parallel.context_ranks,
         config.parallel.tensor_ranks,
     )
-    # On the good path only: a rank that fails must say why, not wait in here for ranks that wait for it
-    dist.barrier()  # no rank leaves while another still needs its store
+    # Not in a `finally`: a rank that fails must exit with its error. In the barrier it would wait for ranks that wait for it.
+    dist.barrier()  # no rank may leave while another one still needs its store
     dist.destroy_process_group()
 
 
@@ -106,32 +107,37 @@ def _device(config: Config, local_rank: int) -> torch.device:
             Problem(
                 "cluster.train.gpus_per_node",
                 config.cluster.train.gpus_per_node,
-                f"local rank {local_rank} on {socket.gethostname()} sees {torch.cuda.device_count()} GPUs "
-                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): ask for "
-                "fewer, look at nvidia-smi on that node, or exclude it with cluster.train.exclude",
+                f"local rank {local_rank} on {socket.gethostname()} sees only {torch.cuda.device_count()} GPUs "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): "
+                "request fewer GPUs, run nvidia-smi on that node, or exclude the node with cluster.train.exclude",
             )
         )
     return torch.device("cuda", local_rank)
 
 
 def _peer_access(local_rank: int, local_size: int) -> None:
-    """Consumer cards lack peer access and hang in NCCL's first collective; what the user has set stays."""
+    """Set NCCL_P2P_DISABLE=1 if GPUs have no peer access (consumer cards hang in NCCL's first collective). A user's value stays."""
     others = [other for other in range(min(local_size, torch.cuda.device_count())) if other != local_rank]
     if "NCCL_P2P_DISABLE" not in os.environ and not all(
         torch.cuda.can_device_access_peer(local_rank, other) for other in others
     ):
         os.environ["NCCL_P2P_DISABLE"] = "1"
-        log.info("no peer access between this node's GPUs: NCCL_P2P_DISABLE=1")
+        log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective that takes much longer than this ends its rank, in any group of NCCL's. Gloo's stay as made."""
-    for group in list(dist.distributed_c10d._world.pg_map):  # torch gives groups of a mesh ten minutes of their own
+    """Set the time-out of collectives to `seconds` plus MARGIN_S in all NCCL groups. Gloo's groups keep theirs.
+
+    A collective that takes longer ends its rank.
+    """
+    for group in list(
+        dist.distributed_c10d._world.pg_map
+    ):  # groups of a device mesh get torch's default of ten minutes
         if "nccl" in dist.get_backend_config(group):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + MARGIN_S), group)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, on every rank."""
+    """Sum `value` over all ranks, in place; every rank gets the result."""
     dist.all_reduce(value)
     return value

@@ -1,4 +1,7 @@
-"""Being told to stop, by a signal, a stop file or the clock: only a flag is set, which training reads at step boundaries."""
+"""Receives requests to stop, by a signal, a stop file or the clock, and sets a flag that training reads at step boundaries.
+
+This file must not import torch at its top: the handlers are set before torch is imported, which takes seconds.
+"""
 
 import os
 import signal
@@ -13,72 +16,81 @@ from conf.errors import Stopped
 from conf.schema import Config
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-"""Slurm's warnings: USR2 before the time limit, as `--signal` asks, USR1 by hand, TERM for preemption and scancel."""
+"""USR2: Slurm sends it before the time limit, as `--signal` requests. USR1: sent by hand. TERM: preemption and scancel."""
 RANKING = ("preempted", "time_limit", "stopped")
-"""What all ranks say when they were told different things: the last of these."""
-LOOK_S = 5.0
-"""Seconds between looks for the stop file: on a network file system each is a round trip."""
+"""If ranks got different requests, all of them record the one that comes last in this tuple."""
+FILE_CHECK_S = 5.0
+"""Seconds between checks for the stop file. On a network file system each check is a round trip."""
 EARLY_S = 65
-"""Slurm sends its warning up to a minute early; a signal no earlier than this before MUSTER_STOP_AT is about the time limit."""
+"""Seconds before MUSTER_STOP_AT from which on a signal means the time limit: Slurm sends its warning up to a minute early."""
+
+Request = tuple[str, str]
+"""(status of the verdict, its reason)"""
 
 
 class Stop:
-    """Truthy once this rank was told to stop. Saving inside the handler would hang: the other ranks are elsewhere in the step."""
+    """The flag of one rank. Training asks `requested()` at step boundaries, and then all ranks save together.
+
+    Saving inside the signal handler would hang: the other ranks may be at another point of the step.
+    """
 
     def __init__(self, stop_at: float | None = None) -> None:
         self.stop_at = stop_at
-        """Unix time at which to stop by itself; see `launcher.supervise.attempt begin`."""
+        """Unix time at which to stop without a signal; `launcher.supervise.attempt begin` computes it."""
         self.file: Path | None = None
-        """Looked for by rank 0 alone, which tells the others."""
-        self.told: tuple[str, str] | None = None
-        """Status of the verdict, and its reason."""
+        """The stop file. Only rank 0 has a path here and checks for it; the others learn of it from rank 0."""
+        self.request: Request | None = None
+        """The first request that this rank noticed. It does not change afterwards."""
         self._signal: tuple[signal.Signals, float] | None = None
-        self._look_at = 0.0
+        self._next_file_check = 0.0
 
     def set(self, number: int, _: FrameType | None = None) -> None:
+        """The signal handler: record the signal and its time, nothing more."""
         self._signal = (signal.Signals(number), time.time())
 
-    def __bool__(self) -> bool:
-        self.told = self.told or self._by_signal() or self._by_clock() or self._by_file()
-        return self.told is not None
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop. Reads the clock, and on rank 0 the file system every FILE_CHECK_S seconds."""
+        self.request = self.request or self._by_signal() or self._by_clock() or self._by_file()
+        return self.request is not None
 
-    def _by_signal(self) -> tuple[str, str] | None:
+    def _by_signal(self) -> Request | None:
         if self._signal is None:
             return None
-        number, came = self._signal
-        late = self.stop_at is not None and came >= self.stop_at - EARLY_S
-        return ("time_limit" if late else "preempted", f"told to stop by {number.name}")
+        number, received_at = self._signal
+        near_limit = self.stop_at is not None and received_at >= self.stop_at - EARLY_S
+        return ("time_limit" if near_limit else "preempted", f"told to stop by {number.name}")
 
-    def _by_clock(self) -> tuple[str, str] | None:
+    def _by_clock(self) -> Request | None:
         if self.stop_at is None or time.time() < self.stop_at:
             return None
         return "time_limit", "the job's time is nearly up"
 
-    def _by_file(self) -> tuple[str, str] | None:
-        if self.file is None or time.monotonic() < self._look_at:
+    def _by_file(self) -> Request | None:
+        if self.file is None or time.monotonic() < self._next_file_check:
             return None
-        self._look_at = time.monotonic() + LOOK_S
+        self._next_file_check = time.monotonic() + FILE_CHECK_S
         return ("stopped", "told to stop by python -m launcher stop") if self.file.exists() else None
 
-    def agreed(self) -> tuple[str, str]:
-        """Status and reason that all ranks record; all call this together once any of them was told to stop."""
-        import torch.distributed as dist  # not before: a signal that comes while torch is imported must find its handler
+    def agree_on_request(self) -> Request:
+        """The status and reason that all ranks record. All ranks call this once any of them has a request."""
+        import torch.distributed as dist  # not at the top: a signal during the import of torch must find its handler
 
-        told: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, self.told if self else None)
-        return max((item for item in told if item), key=lambda item: RANKING.index(item[0]))
+        requests: list[Request | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(requests, self.request if self.requested() else None)
+        return max((request for request in requests if request), key=lambda request: RANKING.index(request[0]))
 
-    def raise_stopped(self, told: tuple[str, str], step: int, steps: int) -> None:
-        """Raise Stopped with what was agreed, once `step` of `steps` is saved."""
+    def raise_stopped(self, request: Request, step: int, steps: int) -> None:
+        """Raise Stopped with the request that the ranks agreed on, after `step` of `steps` is saved."""
+        status, reason = request
         saved = f"saved at step {step} of {steps}" if step else "nothing to save yet"
-        raise Stopped(told[0], f"{told[1]}; {saved}")
+        raise Stopped(status, f"{reason}; {saved}")
 
 
 _listening: Stop | None = None
 
 
 def listen() -> Stop:
-    """Let signals set the flag from now on; the same flag for all that call this in a process."""
+    """Install the signal handlers, and return the flag they set. Every call in a process returns the same flag."""
     global _listening
     if _listening is None:
         stop_at = os.environ.get("MUSTER_STOP_AT")  # noqa: TID251 (before jobs.distributed.process_group, which imports torch)
@@ -90,11 +102,13 @@ def listen() -> Stop:
 
 @contextmanager
 def watched(config: Config) -> Iterator[Stop]:
-    """Training's flag while the block runs: signals, also those since `listen`, the clock, and RUN/jobs/train/stop."""
+    """The flag that training reads while the block runs. It reacts to signals (also to those since `listen`), to the clock and
+    to the file RUN/jobs/train/stop. Afterwards the earlier signal handlers are restored.
+    """
     global _listening
     before = {number: signal.getsignal(number) for number in NUMBERS}
     stop = listen()
-    rank = os.environ.get("RANK", "0")  # noqa: TID251 (likewise)
+    rank = os.environ.get("RANK", "0")  # noqa: TID251 (same reason)
     stop.file = Path(config.run_dir) / "jobs" / "train" / "stop" if rank == "0" else None
     try:
         yield stop
@@ -105,17 +119,18 @@ def watched(config: Config) -> Iterator[Stop]:
 
 
 def leave_at_once(say: Callable[[str, str], None]) -> None:
-    """For jobs that have nothing to save: a signal ends the process with code 3, once `say` was given status and reason."""
+    """For jobs that have nothing to save: a signal calls `say(status, reason)` and ends the process with exit code 3."""
     stop, owner = listen(), os.getpid()
 
     def leave(number: int, _: FrameType | None = None) -> None:
         stop.set(number)
-        if os.getpid() == owner and stop and stop.told:  # a pool's workers were told too, and have nothing to say
-            say(*stop.told)
+        # The worker processes of a pool get the signal too, but only the job itself writes a verdict
+        if os.getpid() == owner and stop.requested() and stop.request:
+            say(*stop.request)
             sys.stdout.flush()
         os._exit(3)
 
-    if stop.told or stop:
+    if stop.requested():  # a signal came before this call
         leave(signal.SIGTERM)
     for number in NUMBERS:
         signal.signal(number, leave)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.distributed.collectives import everywhere, first
+from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import QuantizedLinear
@@ -53,7 +53,7 @@ def load(
     one after another. Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
     """
     folder = _folder(config, world)
-    method = first(lambda: _choose_method(base, folder, config))
+    method = broadcast_from_rank0(lambda: _choose_method(base, folder, config))
     is_main = world is not None and world.is_main
     if method.why_whole:
         if is_main:
@@ -77,8 +77,7 @@ def load(
             read_bytes += layer.load(to_read[key], partial(read_part, stored[key]))
         return read_bytes
 
-    read_bytes: int = everywhere(read_all)
-    return read_bytes
+    return raise_on_all_ranks(read_all)
 
 
 def _folder(config: Config, world: World | None) -> Path | None:
@@ -95,9 +94,8 @@ def _folder(config: Config, world: World | None) -> Path | None:
             raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
         return folder
 
-    downloaded = everywhere(lambda: locate(cached=False) if world is None or world.local_rank == 0 else None)
-    folder: Path | None = everywhere(lambda: downloaded or locate(cached=True))
-    return folder
+    downloaded = raise_on_all_ranks(lambda: locate(cached=False) if world is None or world.local_rank == 0 else None)
+    return raise_on_all_ranks(lambda: downloaded or locate(cached=True))
 
 
 def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
@@ -205,7 +203,9 @@ def _load_whole(
     """Load the whole model on one rank of each node after another, so that a node's memory holds only one copy."""
     for turn in range(world.local_size if world else 1):
         is_my_turn = world is None or world.local_rank == turn
-        everywhere(partial(_load_with_transformers, base, parts, config, quantized) if is_my_turn else lambda: None)
+        raise_on_all_ranks(
+            partial(_load_with_transformers, base, parts, config, quantized) if is_my_turn else lambda: None
+        )
     return 0
 
 

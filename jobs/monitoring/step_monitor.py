@@ -14,7 +14,7 @@ from torch import nn
 from conf.choices import AdapterKind, Precision
 from conf.schema import Config
 from jobs.data.batches import Rows
-from jobs.distributed.collectives import together
+from jobs.distributed.collectives import gather
 from jobs.distributed.process_group import World
 from jobs.model import unwrap
 from jobs.monitoring import stragglers
@@ -30,7 +30,7 @@ class Watch:
 
     def __init__(self, config: Config, world: World, work: Work, rows: Rows) -> None:
         self.phases = Phases(world.device)
-        hosts = together(socket.gethostname)
+        hosts = gather(socket.gethostname)
         self.nodes = hosts[:: world.local_size]
         """Their names."""
         self._world, self._work, self._rows, self._every = world, work, rows, config.train.log_every

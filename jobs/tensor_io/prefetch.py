@@ -11,7 +11,7 @@ from conf.choices import AdapterKind, Backend, Init
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from jobs.distributed import host_memory
-from jobs.distributed.rank import node
+from jobs.distributed.rank import local_and_node_rank
 from jobs.tensor_io import safetensors
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files, find
 
@@ -25,7 +25,7 @@ def begin(config: Config) -> list[threading.Thread]:
     None where weights are drawn or come from a checkpoint, where they are not in a folder of this machine, or where the host has
     less than twice their memory free. What cannot be read is left to whoever needs it, and says so.
     """
-    local_rank, node_rank = node()
+    local_rank, node_rank = local_and_node_rank()
     runs = [] if local_rank else _runs(config, node_rank)
     if not runs or 2 * sum(last - first for _, first, last in runs) > host_memory.free_bytes():
         return []

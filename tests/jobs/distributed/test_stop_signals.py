@@ -1,4 +1,4 @@
-"""jobs/distributed/stop_signals.py: three ways of being told to stop, one flag."""
+"""jobs/distributed/stop_signals.py: a signal, the clock and the stop file all set the same flag."""
 
 import os
 import signal
@@ -16,60 +16,60 @@ from jobs.distributed.stop_signals import Stop
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_nobody_has_said_stop():
-    assert not Stop()
-    assert not Stop(stop_at=time.time() + 60)
+def test_without_a_request_the_flag_is_not_set() -> None:
+    assert not Stop().requested()
+    assert not Stop(stop_at=time.time() + 60).requested()
 
 
 @pytest.mark.parametrize(
-    ("ahead_s", "status"),
+    ("seconds_to_limit", "status"),
     [(None, "preempted"), (3600, "preempted"), (60, "time_limit"), (0, "time_limit")],
     ids=["no limit", "long before", "a minute early", "in time"],
 )
-def test_a_signal_close_to_the_limit_is_about_the_limit(ahead_s, status):
-    stop = Stop(None if ahead_s is None else time.time() + ahead_s)
+def test_a_signal_close_to_the_time_limit_means_the_time_limit(seconds_to_limit, status) -> None:
+    stop = Stop(None if seconds_to_limit is None else time.time() + seconds_to_limit)
     stop.set(signal.SIGUSR2)
-    assert stop
-    assert stop.told == (status, "told to stop by SIGUSR2")
+    assert stop.requested()
+    assert stop.request == (status, "told to stop by SIGUSR2")
 
 
-def test_the_clock_needs_no_signal():
+def test_the_clock_alone_sets_the_flag() -> None:
     stop = Stop(time.time() - 1)
-    assert stop
-    assert stop.told[0] == "time_limit"
+    assert stop.requested()
+    assert stop.request[0] == "time_limit"
 
 
-def test_the_stop_file_is_looked_for_every_few_seconds(tmp_path, monkeypatch):
+def test_the_stop_file_is_checked_every_few_seconds(tmp_path, monkeypatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now)
     stop = Stop()
     stop.file = tmp_path / "stop"
-    assert not stop
+    assert not stop.requested()
     stop.file.touch()
-    now += stop_signals.LOOK_S - 0.1
-    assert not stop
+    now += stop_signals.FILE_CHECK_S - 0.1
+    assert not stop.requested()
     now += 0.2
-    assert stop
-    assert stop.told[0] == "stopped"
+    assert stop.requested()
+    assert stop.request[0] == "stopped"
 
 
-def test_what_was_told_first_stays():
+def test_the_first_request_stays() -> None:
     stop = Stop()
     stop.set(signal.SIGUSR1)
-    assert stop
+    assert stop.requested()
     stop.stop_at = 0.0
-    assert stop.told[0] == "preempted"
+    assert stop.request[0] == "preempted"
 
 
-@pytest.mark.parametrize(("step", "said"), [(7, "saved at step 7 of 9"), (0, "nothing to save yet")])
-def test_stopping_says_what_is_saved(step, said):
-    with pytest.raises(Stopped, match=f"because; {said}") as caught:
+@pytest.mark.parametrize(("step", "expected"), [(7, "saved at step 7 of 9"), (0, "nothing to save yet")])
+def test_the_error_names_the_saved_step(step, expected) -> None:
+    with pytest.raises(Stopped, match=f"because; {expected}") as caught:
         Stop().raise_stopped(("stopped", "because"), step, 9)
     assert caught.value.status == "stopped"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_training_watches_signals_clock_and_file(monkeypatch, tmp_path, rank):
+def test_training_watches_signals_clock_and_file(monkeypatch, tmp_path, rank) -> None:
     monkeypatch.setenv("MUSTER_STOP_AT", "4000000000")
     monkeypatch.setenv("RANK", str(rank))
     config = type("Config", (), {"run_dir": str(tmp_path)})
@@ -79,16 +79,16 @@ def test_training_watches_signals_clock_and_file(monkeypatch, tmp_path, rank):
             assert stop.stop_at == 4e9
             assert (stop.file == tmp_path / "jobs/train/stop") is (rank == 0)
             os.kill(os.getpid(), number)
-            assert stop
+            assert stop.requested()
     assert {number: signal.getsignal(number) for number in stop_signals.NUMBERS} == before
 
 
-def test_a_signal_that_came_while_the_rank_started_is_not_lost(tmp_path):
+def test_a_signal_during_start_up_is_not_lost(tmp_path) -> None:
     stop = stop_signals.listen()
     os.kill(os.getpid(), signal.SIGUSR2)
     with stop_signals.watched(type("Config", (), {"run_dir": str(tmp_path)})) as watched:
         assert watched is stop
-        assert watched
+        assert watched.requested()
     for number in stop_signals.NUMBERS:
         signal.signal(number, signal.SIG_DFL)
 
@@ -113,13 +113,13 @@ print("went on")
 
 
 @pytest.mark.parametrize(
-    ("when", "said"),
+    ("when", "expected"),
     [
         ("after", "preempted told to stop by SIGUSR2\n"),
         ("before", "preempted told to stop by SIGTERM\n"),
         ("pool", "child 3\npreempted told to stop by SIGUSR2\n"),
     ],
 )
-def test_a_job_with_nothing_to_save_leaves_at_once(when, said):
+def test_a_job_with_nothing_to_save_leaves_at_once(when, expected) -> None:
     done = subprocess.run([sys.executable, "-c", LEAVES, when], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, expected, "")
