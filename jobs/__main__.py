@@ -1,4 +1,4 @@
-"""`python -m jobs train RUN/config.yaml`: one job by hand, alone or as `torchrun --nproc-per-node N -m jobs train ...`."""
+"""Runs one job without the launcher: `python -m jobs train RUN/config.yaml`, or `torchrun --nproc-per-node N -m jobs train ...`."""
 
 import argparse
 import sys
@@ -12,9 +12,10 @@ from jobs.distributed.rank import place
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("job", choices=list(JOB_KINDS))
-    parser.add_argument("config", help="RUN/config.yaml")
+    parser.add_argument("config", help="path of the run's config: RUN/config.yaml")
     options = parser.parse_args()
-    logs.set_up(place()[0] if place()[1] > 1 else None)
+    rank, world_size = place()
+    logs.set_up(rank if world_size > 1 else None)
     try:
         run(options.job, options.config)
     except UserError as error:
