@@ -34,7 +34,7 @@ def _muster(*words):
 def test_a_run_is_followed_with_and_without_accounting(own_cluster, tmp_path):
     run = tmp_path / "run"
     runs.complete(run, "pipeline=preprocess", "data.max_rows=50")
-    (job,) = runs.runs.job_states(run)
+    (job,) = runs.state.job_states(run)
     assert job.state == "COMPLETED"
     if own_cluster:
         assert job.job_id in slurm.call("sacct", "--noheader", "--allocations", "--format=JobID", "--jobs", job.job_id)

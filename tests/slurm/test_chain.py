@@ -88,7 +88,7 @@ def test_a_failed_training_leaves_no_dependant_and_says_why(slurm, tmp_path):
 def test_gpus_that_torch_cannot_see_are_a_users_error(slurm, tmp_path):
     run = tmp_path / "run"
     runs.start(run, "pipeline=preflight", "cluster.train.gpus_per_node=2")
-    verdict = runs.finish(run)["preflight"].verdict
+    verdict = runs.final_verdict(run, "preflight")
     assert verdict["status"] == "user_error"
     assert "cluster.train.gpus_per_node=2" in verdict["reason"]
     assert {item["CUDA_VISIBLE_DEVICES"] for item in runs.environments(run, "preflight")} == {"0,1"}
@@ -104,7 +104,7 @@ def test_a_killed_rank_fails_the_job(slurm, tmp_path):
         ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
     )
     os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
-    verdict = runs.finish(run)["train"].verdict
+    verdict = runs.final_verdict(run, "train")
     assert verdict["status"] in ("failed", "nccl")
     assert verdict["exit"] != 0
     assert not runs.queue()

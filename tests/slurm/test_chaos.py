@@ -30,11 +30,11 @@ def test_a_training_that_meets_one_fault_after_another(whole, start, slurm, tmp_
     trained(run, 11)
     assert verdicts(run) == []  # none of that ends an attempt
 
-    runs.until(lambda: len(scene.checkpoints) >= 2)
+    runs.wait_until(lambda: len(scene.checkpoints) >= 2)
     faults.no_latest(scene)  # and the killed rank that it begins with
     damaged = faults.flip(scene, scene.checkpoints[-1]).split("/")[0]
     log = scene.folder / "attempt-2/rank-0.log"
-    runs.until(lambda: log.exists() and "\nstep " in log.read_text())
+    runs.wait_until(lambda: log.exists() and "\nstep " in log.read_text())
     assert f"checkpoint {damaged} is damaged and skipped" in log.read_text()
     faults.kill_script(scene)
     ends_as(run, whole)

@@ -65,7 +65,7 @@ def test_two_runs_on_the_same_nodes_do_not_collide(slurm, tmp_path):
     for run in both:
         runs.start(run, *words)
     for run in both:
-        assert runs.finish(run)["preflight"].verdict["status"] == "completed"
+        assert runs.final_verdict(run, "preflight")["status"] == "completed"
     ends = [runs.environments(run, "preflight")[0] for run in both]
     assert [end["MASTER_ADDR"] for end in ends] == ["n1", "n1"]
     assert ends[0]["MASTER_PORT"] != ends[1]["MASTER_PORT"]
@@ -81,7 +81,7 @@ def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm, tmp_path):
     run = tmp_path / "it's a $HOME run"
     done = runs.launch(f'run_dir="{run}"', "pipeline=preflight")
     assert done.returncode == 0, done.stderr
-    assert runs.finish(run)["preflight"].verdict["status"] == "completed"
+    assert runs.final_verdict(run, "preflight")["status"] == "completed"
 
 
 def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
@@ -98,7 +98,7 @@ def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
                 "cluster.network.master_port=21999",
                 "cluster.train.sbatch={nodelist: 'n[1-2]'}",
             )
-            verdict = runs.finish(run)["preflight"].verdict
+            verdict = runs.final_verdict(run, "preflight")
         finally:
             blocker.kill()
     assert verdict["status"] == "user_error"

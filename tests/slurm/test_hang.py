@@ -43,7 +43,7 @@ def start(whole, tmp_path):
 
 def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
     run = start("cluster.network.step_timeout_s=10", "cluster.network.save_timeout_s=10")
-    runs.until(lambda: runs.step(run) >= 12)
+    runs.wait_until(lambda: runs.step(run) >= 12)
     assert " s ago" in runs.command("status", run).stdout  # in whatever phase it was then
     runs.stop_rank(run, 3)
     ends_as(run, whole)
@@ -56,7 +56,7 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
     assert first["saved"] >= 5
     stacks = sorted(path.name for path in (run / "jobs/train/attempt-1").glob("*.stack"))
     assert stacks == [f"rank-{rank}.stack" for rank in range(3)]
-    runs.until(lambda: not left_of(run))
+    runs.wait_until(lambda: not left_of(run))
 
 
 def left_of(run: Path) -> str:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def trained(run: Path, steps: int) -> None:
-    runs.until(lambda: runs.step(run) >= steps)
+    runs.wait_until(lambda: runs.step(run) >= steps)
 
 
 def verdicts(run: Path) -> list[tuple[str, bool]]:
@@ -38,8 +38,8 @@ def test_a_signalled_training_goes_on_and_what_follows_waits_for_its_end(whole, 
     run = start("jobs=[train,consolidate]")
     trained(run, 5)
     commands.call("scancel", *words, runs.job_id(run, "train"))
-    runs.until(lambda: (run / "jobs/train/attempt-1.json").exists())
-    states = {job.name: job for job in runs.runs.job_states(run)}
+    runs.wait_until(lambda: (run / "jobs/train/attempt-1.json").exists())
+    states = {job.name: job for job in runs.state.job_states(run)}
     assert (states["train"].state in commands.LIVE, states["train"].failed) == (True, False)
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)
@@ -106,9 +106,9 @@ def test_a_training_that_fails_again_and_again_ends(start):
     run = start("cluster.max_restarts=1", "jobs=[train,consolidate]")
     for number in (1, 2):
         log, verdict = (run / f"jobs/train/attempt-{number}{rest}" for rest in ("/rank-0.log", ".json"))
-        runs.until(lambda log=log: log.exists() and "step" in log.read_text())
+        runs.wait_until(lambda log=log: log.exists() and "step" in log.read_text())
         runs.kill_a_rank(run)
-        runs.until(verdict.exists)
+        runs.wait_until(verdict.exists)
     jobs = runs.finish(run)
     assert verdicts(run) == [("failed", True), ("failed", False)]
     assert "cluster.max_restarts=1" in jobs["train"].verdict["next"]
@@ -174,7 +174,7 @@ builtins.__import__ = fails
 @pytest.mark.proof
 def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
-    runs.until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
+    runs.wait_until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
     job = commands.job(runs.job_id(run, "train"))
     assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
@@ -188,7 +188,7 @@ def test_a_job_that_may_not_be_requeued_says_so(start):
     run = start("cluster.requeue=false")
     trained(run, 3)
     commands.call("scancel", "--signal=USR1", runs.job_id(run, "train"))
-    assert "cluster.requeue=false" in runs.finish(run)["train"].verdict["next"]
+    assert "cluster.requeue=false" in runs.final_verdict(run, "train")["next"]
     assert verdicts(run) == [("preempted", False)]
 
 
@@ -214,7 +214,7 @@ def test_a_training_whose_node_is_lost_goes_on_elsewhere(whole, start, slurm):
         assert slurm.node_states()["n2"].startswith("down")
     finally:
         slurm.start_slurmd("n2")
-        runs.until(lambda: slurm.node_states()["n2"] == "idle")
+        runs.wait_until(lambda: slurm.node_states()["n2"] == "idle")
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["host"], first["next"]) == ("bad_node", "n2", requeue.BY_SLURM)
 

@@ -22,7 +22,7 @@ def test_a_signalled_run_resumes_to_the_same_weights(layout, slurm, tmp_path):
         time.sleep(0.1)
     job_id = json.loads((broken / "run.json").read_text())["launches"][-1]["jobs"]["train"]
     commands.call("scancel", "--signal=USR2", job_id)
-    verdict = runs.finish(broken)["train"].verdict
+    verdict = runs.final_verdict(broken, "train")
     assert verdict["status"] == "preempted", verdict
     assert 5 <= verdict["step"] < 60
     runs.complete(broken, *WORDS, f"parallel={layout}")  # the same command
