@@ -3,14 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from launcher import slurm
 from launcher.run_folder import attempts
@@ -168,3 +169,22 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launcher", *map(str, arguments)], capture_output=True, text=True, cwd=CLONE, check=False
     )
+
+
+class Start(Protocol):
+    """Starts a training with more overrides, on the preprocessed data of `whole`. Returns its run folder."""
+
+    def __call__(self, *overrides: str) -> Path: ...
+
+
+def starter(run: Path, data: Path, overrides: list[str]) -> Iterator[Start]:
+    """The function for a fixture `start`. The run is cancelled when the test ends."""
+
+    def begin(*more: str) -> Path:
+        start(run, *overrides, "jobs=[train]", *more)
+        # launch.py needs a new folder, so the data is copied afterwards, while the ranks still import torch
+        shutil.copytree(data, run / "data")
+        return run
+
+    yield begin
+    command("cancel", run)

@@ -1,25 +1,27 @@
-"""The environment contract on every rank of real two-node jobs: both ways onto Slurm, and two runs at once."""
+"""The environment variables of every rank in real two-node jobs: submitted, by sbatch by hand, and for two runs at once."""
 
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.slurm import runs
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def preflight(slurm, tmp_path_factory):
-    """A preflight run of 2 x 2 ranks under parallel=zero3."""
+def preflight(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preflight run with 2 x 2 ranks and parallel=zero3."""
     run = tmp_path_factory.mktemp("submitit") / "run"
     runs.complete(run, "pipeline=preflight", "parallel=zero3")
     return run
 
 
-def test_every_rank_has_the_contract(preflight, slurm):
+def test_every_rank_has_the_contract(preflight: Path, slurm: Cluster) -> None:
     found = runs.environments(preflight, "preflight")
     assert [item["RANK"] for item in found] == ["0", "1", "2", "3"]
     assert [item["LOCAL_RANK"] for item in found] == ["0", "1", "0", "1"]
@@ -40,7 +42,7 @@ def test_every_rank_has_the_contract(preflight, slurm):
     assert len({(item["MASTER_ADDR"], item["MASTER_PORT"]) for item in found}) == 1
 
 
-def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path):
+def test_a_script_by_hand_gives_the_same_environment(preflight: Path, slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(run, "pipeline=preflight", "parallel=zero3", "submit=script")
     assert not runs.queue()
@@ -59,11 +61,11 @@ def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path)
         assert differing - own <= changing, differing
 
 
-def test_two_runs_on_the_same_nodes_do_not_collide(slurm, tmp_path):
-    words = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
+def test_two_runs_on_the_same_nodes_do_not_collide(slurm: Cluster, tmp_path: Path) -> None:
+    overrides = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
     both = [tmp_path / "one", tmp_path / "two"]
     for run in both:
-        runs.start(run, *words)
+        runs.start(run, *overrides)
     for run in both:
         assert runs.final_verdict(run, "preflight")["status"] == "completed"
     ends = [runs.environments(run, "preflight")[0] for run in both]
@@ -71,25 +73,26 @@ def test_two_runs_on_the_same_nodes_do_not_collide(slurm, tmp_path):
     assert ends[0]["MASTER_PORT"] != ends[1]["MASTER_PORT"]
 
 
-def test_export_none_does_not_empty_the_ranks(slurm, tmp_path):
+def test_export_none_does_not_empty_the_ranks(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.complete(run, "pipeline=preflight", "cluster.train.sbatch={export: NONE}")
     assert len(runs.environments(run, "preflight")) == 4
 
 
-def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm, tmp_path):
+def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "it's a $HOME run"
     done = runs.launch(f'run_dir="{run}"', "pipeline=preflight")
     assert done.returncode == 0, done.stderr
     assert runs.final_verdict(run, "preflight")["status"] == "completed"
 
 
-def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
+def test_a_fixed_port_that_is_taken_is_named(slurm: Cluster, tmp_path: Path) -> None:
     listen = "import socket, time; held = socket.create_server(('', 21999)); print('up', flush=True); time.sleep(60)"
     with subprocess.Popen(
         ["nsenter", "--net=/var/run/netns/n1", "python3", "-c", listen], stdout=subprocess.PIPE
     ) as blocker:
         try:
+            assert blocker.stdout is not None
             assert blocker.stdout.readline() == b"up\n"
             run = tmp_path / "run"
             runs.start(
