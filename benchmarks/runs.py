@@ -88,7 +88,7 @@ def write_model(folder: Path, model: str, dtype: str = "bfloat16") -> int:
         list(pool.map(_write_file, files, parts, range(len(parts)), repeat(dtype)))
     index = {name: file.name for part, file in zip(parts, files, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return getattr(torch, dtype).itemsize * sum(prod(shape) for shape in shapes.values())
+    return int(getattr(torch, dtype).itemsize) * sum(prod(shape) for shape in shapes.values())
 
 
 def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int, dtype: str) -> None:

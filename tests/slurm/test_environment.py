@@ -22,24 +22,24 @@ def preflight(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_rank_has_the_contract(preflight: Path, slurm: Cluster) -> None:
-    found = runs.environments(preflight, "preflight")
-    assert [item["RANK"] for item in found] == ["0", "1", "2", "3"]
-    assert [item["LOCAL_RANK"] for item in found] == ["0", "1", "0", "1"]
-    assert [item["NODE_RANK"] for item in found] == ["0", "0", "1", "1"]
-    for item in found:
-        assert item["WORLD_SIZE"] == "4"
-        assert item["LOCAL_WORLD_SIZE"] == item["NODE_WORLD_SIZE"] == "2"
-        assert item["MASTER_ADDR"] in slurm.nodes
-        assert 20_000 <= int(item["MASTER_PORT"]) < 32_768
-        assert item["NCCL_SOCKET_IFNAME"] == "=eth0"
-        assert item["GLOO_SOCKET_IFNAME"] == "eth0"
-        assert item["MUSTER_NCCL_TIMEOUT"] == item["AXOLOTL_NCCL_TIMEOUT"] == "1800"
-        assert item["DEEPSPEED_TIMEOUT"] == "30"
-        assert item["ACCELERATE_USE_DEEPSPEED"] == "true"
-        assert item["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-        assert item["OMP_NUM_THREADS"] == item["SRUN_CPUS_PER_TASK"] == "1"
-        assert item["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
-    assert len({(item["MASTER_ADDR"], item["MASTER_PORT"]) for item in found}) == 1
+    ranks = runs.environments(preflight, "preflight")
+    assert [variables["RANK"] for variables in ranks] == ["0", "1", "2", "3"]
+    assert [variables["LOCAL_RANK"] for variables in ranks] == ["0", "1", "0", "1"]
+    assert [variables["NODE_RANK"] for variables in ranks] == ["0", "0", "1", "1"]
+    for variables in ranks:
+        assert variables["WORLD_SIZE"] == "4"
+        assert variables["LOCAL_WORLD_SIZE"] == variables["NODE_WORLD_SIZE"] == "2"
+        assert variables["MASTER_ADDR"] in slurm.nodes
+        assert 20_000 <= int(variables["MASTER_PORT"]) < 32_768
+        assert variables["NCCL_SOCKET_IFNAME"] == "=eth0"
+        assert variables["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert variables["MUSTER_NCCL_TIMEOUT"] == variables["AXOLOTL_NCCL_TIMEOUT"] == "1800"
+        assert variables["DEEPSPEED_TIMEOUT"] == "30"
+        assert variables["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+        assert variables["OMP_NUM_THREADS"] == variables["SRUN_CPUS_PER_TASK"] == "1"
+        assert variables["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
+    assert len({(variables["MASTER_ADDR"], variables["MASTER_PORT"]) for variables in ranks}) == 1
 
 
 def test_a_script_by_hand_gives_the_same_environment(preflight: Path, slurm: Cluster, tmp_path: Path) -> None:

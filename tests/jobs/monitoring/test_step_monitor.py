@@ -63,7 +63,7 @@ def test_flops_of_llama_8b_with_one_sample_per_row() -> None:
 
     def per_token(frozen: bool) -> float:
         model = ModelFlops(parameters - 2 * embedding, embedding, layers, hidden, frozen)
-        return model.training(tokens=length, trained_tokens=length, squared_lengths=length**2) / length
+        return float(model.training(tokens=length, trained_tokens=length, squared_lengths=length**2)) / length
 
     assert per_token(False) == 6 * (parameters - embedding) + attention == pytest.approx(51.5e9, rel=0.002)
     assert per_token(True) == 4 * (parameters - embedding) + attention
@@ -94,8 +94,12 @@ def test_an_unknown_gpu_has_no_peak(name: str) -> None:
 
 
 def test_phases_have_their_time_and_blocks_only_forwards() -> None:
+    def forward(value: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return value
+
     timer, block = StepTimer(CPU), nn.Linear(2, 2)
-    block.forward = lambda value: (time.sleep(0.02), value)[1]
+    block.forward = forward
     timer.time_blocks([block])
     for enabled in (True, False):
         timer.enabled = enabled
@@ -118,11 +122,12 @@ def warnings(
     cost: Sequence[float] = (1.0,) * 4,
 ) -> list[str]:
     """Of four ranks; memory in GiB."""
-    return detector.warnings(
+    messages: list[str] = detector.warnings(
         memory=np.array(memory, dtype=np.float64) * stragglers.GIB,
         busy=np.array(busy, dtype=np.float64),
         cost=np.array(cost, dtype=np.float64),
     )
+    return messages
 
 
 @pytest.fixture
@@ -203,7 +208,7 @@ def test_a_resumed_run_ends_at_the_same_step(resumed: int) -> None:
             divergence.see(step + 1, losses[step])
 
 
-RUN = [
+OVERRIDES = [
     "cluster.train.ranks_per_node=2", "cluster.train.gpus_per_node=0", "train.steps=8", "train.save_every=4",
     "train.global_batch=8", "train.eval_every=4", "train.log_every=4", "train.precision=fp32", "train.warmup_steps=0",
     "data.max_rows=120", "jobs=[preprocess,train]",
@@ -214,7 +219,7 @@ RUN = [
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run folder, and what the terminal showed."""
     run = tmp_path_factory.mktemp("monitored") / "run"
-    return run, ranks.run(f"run_dir={run}", *RUN, "train.profile=true", "train.profile_ranks=[0,1]")
+    return run, ranks.run(f"run_dir={run}", *OVERRIDES, "train.profile=true", "train.profile_ranks=[0,1]")
 
 
 @pytest.mark.slow
@@ -277,10 +282,14 @@ def test_a_loss_that_stays_up_ends_with_a_verdict_and_saves_nothing_after(tmp_pa
     rows += [{"instruction": noise[2 * number], "output": noise[2 * number + 1]} for number in range(1000)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"run_dir={run}", *RUN, "data=jsonl", f"data.path={path}", "data.order=file", "train.steps=180", "train.save_every=20",
+    overrides = [f"run_dir={run}", *OVERRIDES, "data=jsonl", f"data.path={path}", "data.order=file", "train.steps=180", "train.save_every=20",
              "train.eval_every=0", "data.max_rows=null", "train.max_loss_rise=1"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, ranks.CLONE / "launch.py", *words], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, ranks.CLONE / "launch.py", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "training has diverged" in done.stdout + done.stderr
