@@ -282,8 +282,10 @@ def test_a_loss_that_stays_up_ends_with_a_verdict_and_saves_nothing_after(tmp_pa
     rows += [{"instruction": noise[2 * number], "output": noise[2 * number + 1]} for number in range(1000)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [f"run_dir={run}", *OVERRIDES, "data=jsonl", f"data.path={path}", "data.order=file", "train.steps=180", "train.save_every=20",
-             "train.eval_every=0", "data.max_rows=null", "train.max_loss_rise=1"]  # fmt: skip
+    overrides = [
+        f"run_dir={run}", *OVERRIDES, "data=jsonl", f"data.path={path}", "data.order=file", "train.steps=180",
+        "train.save_every=20", "train.eval_every=0", "data.max_rows=null", "train.max_loss_rise=1",
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, ranks.CLONE / "launch.py", *overrides],
         capture_output=True,
