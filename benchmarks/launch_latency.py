@@ -1,8 +1,9 @@
-"""Whole-process seconds of the mission command's dry run, in turn with a bare `import hydra, submitit` of the same Python.
+"""Times a dry run of launch.py (70B on Slurm) and compares it with `import hydra, submitit` alone in the same Python.
 
     python benchmarks/launch_latency.py [rounds]
 
-The last line is RESULT with medians and the median of the ratios, pair by pair.
+Both are timed as whole processes, one after the other in each round. The last line is RESULT with the median seconds of both
+and the median over rounds of their ratio.
 """
 
 import json
@@ -20,6 +21,7 @@ COMMANDS = {
 
 
 def seconds(name: str) -> float:
+    """Run one of COMMANDS to its end."""
     began = time.perf_counter()
     subprocess.run([sys.executable, *COMMANDS[name]], cwd=CLONE, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - began
@@ -28,14 +30,14 @@ def seconds(name: str) -> float:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     for name in COMMANDS:
-        seconds(name)  # warm the page cache and the bytecode
+        seconds(name)  # not counted: fills the page cache and writes the bytecode
     pairs = [{name: seconds(name) for name in COMMANDS} for _ in range(rounds)]
     for name in COMMANDS:
-        taken = sorted(pair[name] for pair in pairs)
-        print(f"{name:<8} min {taken[0]:.3f}  median {statistics.median(taken):.3f}  max {taken[-1]:.3f} s")
-    figures = {f"{name}_s": round(statistics.median(pair[name] for pair in pairs), 3) for name in COMMANDS}
+        times = sorted(pair[name] for pair in pairs)
+        print(f"{name:<8} min {times[0]:.3f}  median {statistics.median(times):.3f}  max {times[-1]:.3f} s")
+    medians = {f"{name}_s": round(statistics.median(pair[name] for pair in pairs), 3) for name in COMMANDS}
     ratio = round(statistics.median(pair["dry_run"] / pair["bare"] for pair in pairs), 2)
-    print("RESULT", json.dumps({"rounds": rounds, "vs_bare": ratio, **figures}))
+    print("RESULT", json.dumps({"rounds": rounds, "vs_bare": ratio, **medians}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks of training share: rows, a tokenizer for any vocabulary, and a run that is ended when it has shown enough."""
+"""Shared by the training benchmarks: random rows, tokenizers and models, and a Muster run that ends once it has been measured."""
 
 import json
 import multiprocessing
@@ -25,70 +25,70 @@ from launcher.run_folder import attempts, record  # noqa: E402
 
 
 def architecture(model: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text(encoding="utf-8"))
-    return found["architecture"]
+    """`architecture` of conf/model/MODEL.yaml."""
+    group: dict[str, Any] = yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text(encoding="utf-8"))
+    fields: dict[str, Any] = group["architecture"]
+    return fields
 
 
 def shape(model: str) -> Any:
-    """The LlamaConfig of `conf/model/MODEL.yaml`, which is also what Muster trains."""
+    """The LlamaConfig of conf/model/MODEL.yaml. Muster trains the same model."""
     from transformers import LlamaConfig
 
-    found = architecture(model)
-    config = LlamaConfig(**found.pop("extra", {}), **found, use_cache=False)
+    fields = architecture(model)
+    config = LlamaConfig(**fields.pop("extra", {}), **fields, use_cache=False)
     config._attn_implementation = "sdpa"
     return config
 
 
-def write_tokenizer(folder: Path, words: int) -> Path:
-    """A tokenizer with as many words as the model has rows, for a machine without the model's own."""
+def write_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Write a tokenizer of this size, for machines that do not have the model's own. Returns the folder."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token="w1", pad_token="w2").save_pretrained(
-        folder
-    )
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    special = {"unk_token": "w0", "eos_token": "w1", "pad_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
 
 
-def write_rows(path: Path, words: int, lengths: list[int]) -> Path:
-    """Rows of random tokens, one of each length, as JSONL; the last token ends the text."""
+def write_rows(path: Path, vocab_size: int, lengths: list[int]) -> Path:
+    """Write JSONL with one row of random tokens per length. The last token is the end token. Returns the path."""
     random = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         for length in lengths:
-            file.write(json.dumps({"input_ids": [*random.integers(3, words, length - 1).tolist(), 1]}) + "\n")
+            file.write(json.dumps({"input_ids": [*random.integers(3, vocab_size, length - 1).tolist(), 1]}) + "\n")
     return path
 
 
-def ragged(longest: int, tokens: int) -> list[int]:
-    """Lengths as chats have them: log-normal around a twelfth of the longest, until there are so many tokens."""
-    random, found = np.random.default_rng(1), []
-    while sum(found) < tokens:
-        found.append(int(np.clip(random.lognormal(np.log(longest / 12), 1.0), 16, longest)))
-    return found
+def chat_lengths(longest: int, tokens: int) -> list[int]:
+    """Row lengths like those of chats: log-normal around longest / 12, until they add up to `tokens`."""
+    random, lengths = np.random.default_rng(1), list[int]()
+    while sum(lengths) < tokens:
+        lengths.append(int(np.clip(random.lognormal(np.log(longest / 12), 1.0), 16, longest)))
+    return lengths
 
 
 def write_model(folder: Path, model: str, dtype: str = "bfloat16") -> int:
-    """A folder as the Hub has them, of random weights in `dtype`, written by many processes; returns their bytes."""
+    """Write a Hugging Face folder with random weights in `dtype`, with many processes. Returns the bytes of the weights."""
     import torch
     from transformers import LlamaForCausalLM
 
     config = shape(model)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
-        every = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
     write_tokenizer(folder, config.vocab_size)
     config.save_pretrained(folder)
-    names = list(every)
-    parts = [names[at : at + 20] for at in range(0, len(names), 20)]
+    names = list(shapes)
+    parts = [{name: shapes[name] for name in names[at : at + 20]} for at in range(0, len(names), 20)]
     files = [folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    shapes = [{name: every[name] for name in part} for part in parts]
     workers = min(len(parts), os.cpu_count() or 1, 24)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_write_file, files, shapes, range(len(parts)), repeat(dtype)))
+        list(pool.map(_write_file, files, parts, range(len(parts)), repeat(dtype)))
     index = {name: file.name for part, file in zip(parts, files, strict=True) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return getattr(torch, dtype).itemsize * sum(prod(shape) for shape in every.values())
+    return int(getattr(torch, dtype).itemsize) * sum(prod(shape) for shape in shapes.values())
 
 
 def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int, dtype: str) -> None:
@@ -98,56 +98,57 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], number: int, dty
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     torch.manual_seed(number)
-    made = {
+    weights = {
         name: torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02).to(getattr(torch, dtype)).cpu()
         for name, shape in shapes.items()
     }
-    save_file(made, path, {"format": "pt"})
+    save_file(weights, path, {"format": "pt"})
 
 
 class Run:
-    """A run folder that something writes to."""
+    """A Muster run that is under way: its folder, the log of launch.py, and its process id."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         self.folder, self.log = folder, log
         self.pid = 0
 
     def steps(self) -> list[dict[str, Any]]:
-        """The steps so far."""
+        """Lines of metrics.jsonl for the training steps done so far."""
         return [line for line in attempts.metrics(self.folder) if "loss" in line]
 
     def text(self) -> str:
-        """Of its log so far."""
+        """The log so far."""
         return self.log.read_text(errors="replace")
 
 
 @contextmanager
 def muster(
     folder: Path,
-    words: list[str],
-    enough: Callable[[Run], bool],
+    overrides: list[str],
+    is_done: Callable[[Run], bool],
     limit_s: float,
     environment: dict[str, str] | None = None,
 ) -> Iterator[Run]:
-    """Start launch.py with `words`, wait until it has shown `enough`, and end it: what it would save is of no use here.
+    """Start launch.py with `overrides`, wait until `is_done`, and yield the run. Then kill it: its checkpoint is not needed.
 
-    Raises RuntimeError with the log's end where it ends before, or takes longer than `limit_s`.
+    Raises RuntimeError with the end of the log if the run ends earlier or takes longer than `limit_s`.
     """
     run = Run(folder, folder.with_suffix(".log"))
-    command = [sys.executable, str(ROOT / "launch.py"), *words]
+    command = [sys.executable, str(ROOT / "launch.py"), *overrides]
     with run.log.open("w") as out:
         started = subprocess.Popen(
             command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, env=os.environ | (environment or {})
         )
     run.pid = started.pid
-    slurm = any(word.startswith("cluster=slurm") for word in words)
+    slurm = any(override.startswith("cluster=slurm") for override in overrides)
     try:
-        until = time.monotonic() + limit_s
-        while not enough(run):
-            over = started.poll() is not None and not (slurm and started.returncode == 0)
-            if over and enough(run):
+        deadline = time.monotonic() + limit_s
+        while not is_done(run):
+            # on Slurm launch.py ends once it has submitted
+            ended = started.poll() is not None and not (slurm and started.returncode == 0)
+            if ended and is_done(run):  # it may have written its last steps since the last look
                 break
-            if over or time.monotonic() > until:
+            if ended or time.monotonic() > deadline:
                 raise RuntimeError(f"{folder.name}, {len(run.steps())} steps: {run.text()[-2000:]}")
             time.sleep(0.05)
         yield run
@@ -160,22 +161,24 @@ def muster(
 
 
 def _kill(started: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: submitit's controller and the ranks begin sessions of their own. Returns once all have
-    gone, and the memory of GPUs with them: to unpin a hundred gigabytes takes a while."""
-    every = below(started.pid)
-    for pid in every:
+    """Kill launch.py and its descendants; killing the session is not enough: submitit's controller and the ranks have their own.
+
+    Returns once their memory is free, that of GPUs too: unpinning a hundred gigabytes takes a while.
+    """
+    pids = descendants(started.pid)
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
     started.wait()
-    while any(_holds_memory(pid) for pid in every):
+    while any(_holds_memory(pid) for pid in pids):
         time.sleep(0.1)
     time.sleep(1)
 
 
 def _holds_memory(pid: int) -> bool:
-    """Whether a process that was killed is still on its way: it is gone, or nothing of it but its exit status is left."""
+    """Whether a killed process still has its memory. It does not if it is gone, or a zombie without other threads."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state != "Z" or len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
@@ -184,12 +187,12 @@ def _holds_memory(pid: int) -> bool:
 
 
 def resident(pid: int, *kinds: str) -> int:
-    """Bytes of memory of a process, of these lines of its status together; 0 where it has gone."""
+    """Sum of these lines of /proc/PID/status in bytes, for example `VmRSS:`. 0 if the process is gone."""
     return _sum(f"/proc/{pid}/status", kinds)
 
 
 def proportional(pid: int, *kinds: str) -> int:
-    """Likewise of its smaps_rollup, where each of the processes that share a page has a part of it."""
+    """The same for /proc/PID/smaps_rollup, which divides a shared page among the processes that share it."""
     return _sum(f"/proc/{pid}/smaps_rollup", kinds)
 
 
@@ -201,16 +204,17 @@ def _sum(path: str, kinds: tuple[str, ...]) -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
 
 
-def below(pid: int) -> set[int]:
-    """A process and all that it, and those, have started."""
+def descendants(pid: int) -> set[int]:
+    """A process, its children, their children, and so on."""
     parents = dict(_parents())
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+    pids = {pid}
+    while more := {child for child, parent in parents.items() if parent in pids} - pids:
+        pids |= more
+    return pids
 
 
 def _parents() -> Iterator[tuple[int, int]]:
+    """(process id, parent's process id) of all processes."""
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:

@@ -1,12 +1,14 @@
-"""From safetensors to the first step: Muster, whose ranks each read their own slices, beside Accelerate's broadcast from rank 0.
+"""Times the start-up from safetensors to the first step: Muster (each rank reads its slices), Accelerate (rank 0 broadcasts).
 
     python benchmarks/startup.py [--model llama8b] [--gpus N] [--folder DIR]
 
-Both train with FSDP2, bf16 and AdamW on the same random model, out of the page cache. Seconds run from the start of the ranks'
-launcher until the first step is done, imports and compilation included; `reading` is what Muster's bar says of it alone.
-Bytes are what the ranks of this node asked of its disk (read_bytes of /proc/PID/io), host memory is the peak over time of their
-anonymous and shared pages together, a page that several have counted once, and `copies` that peak in copies of the model: what
-`--model tiny` takes is no model's but torch's, CUDA's and the compiler's. Without GPUs it rehearses itself at a tiny size.
+Both train the same random model with FSDP2, bf16 and AdamW. The page cache is emptied before. Measured are:
+- s: seconds from the start of the ranks' launcher until the first step is done, with imports and compilation.
+- reading: the time that Muster's progress bar shows for reading alone.
+- read_gb: bytes that the ranks of this node read from its disk (read_bytes of /proc/PID/io).
+- host_gb: peak over time of the ranks' anonymous and shared memory together; a shared page counts once.
+- copies: host_gb in copies of the model. With `--model tiny`, it is the memory of torch, CUDA and the compiler.
+Without GPUs, a tiny model is trained on CPUs to try the benchmark itself.
 """
 
 import argparse
@@ -28,40 +30,41 @@ from benchmarks import runs  # noqa: E402
 from benchmarks.consolidate import cold  # noqa: E402
 
 LENGTH = 2048
-EVERY_S = 0.3
-"""Between two looks at the memory, each of which walks through all pages."""
+SAMPLE_EVERY_S = 0.3
+"""A sample of the memory is expensive: the kernel walks through all pages."""
 
 
 class Sampler:
-    """Host memory of a process and all below it, and what they have read."""
+    """Samples the host memory of a process with its descendants, and the bytes that they have read."""
 
     def __init__(self) -> None:
         self.peak = 0
-        self.read: dict[int, int] = {}
+        self.read_bytes: dict[int, int] = {}
 
-    def look(self, pid: int) -> None:
-        self.peak = max(self.peak, sum(self._one(pid) for pid in runs.below(pid)))
+    def sample(self, pid: int) -> None:
+        self.peak = max(self.peak, sum(self._sample_one(pid) for pid in runs.descendants(pid)))
 
-    def _one(self, pid: int) -> int:
-        with suppress(OSError):
-            said = dict(line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-            self.read[pid] = int(said["read_bytes"])
+    def _sample_one(self, pid: int) -> int:
+        with suppress(OSError):  # the process has ended meanwhile
+            counters = dict(line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+            self.read_bytes[pid] = int(counters["read_bytes"])
         return runs.proportional(pid, "Pss_Anon:", "Pss_Shmem:")
 
-    def found(self) -> dict[str, Any]:
-        return {"read_gb": round(sum(self.read.values()) / 1e9, 2), "host_gb": round(self.peak / 1e9, 2)}
+    def result(self) -> dict[str, Any]:
+        return {"read_gb": round(sum(self.read_bytes.values()) / 1e9, 2), "host_gb": round(self.peak / 1e9, 2)}
 
 
 def muster(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Start Muster with the model in `folder`."""
     rows = runs.write_rows(scratch / "rows.jsonl", runs.architecture(options.model)["vocab_size"], [LENGTH] * 64)
-    train = scratch / "run/jobs/train/attempt-1/begin.json"
+    begin = scratch / "run/jobs/train/attempt-1/begin.json"
     sampler = Sampler()
 
-    def sampled(run: runs.Run) -> bool:
-        """The memory of its processes, while they train; until there is a step."""
-        if train.exists():
-            sampler.look(run.pid)
-            time.sleep(EVERY_S)
+    def has_a_step(run: runs.Run) -> bool:
+        """Whether the first step is done. Also samples the memory once the train job has started."""
+        if begin.exists():
+            sampler.sample(run.pid)
+            time.sleep(SAMPLE_EVERY_S)
         return bool(run.steps())
 
     with runs.muster(
@@ -73,16 +76,17 @@ def muster(folder: Path, options: argparse.Namespace, scratch: Path) -> dict[str
             f"cluster.train.ranks_per_node={options.gpus}", f"train.global_batch={options.gpus}", "train.steps=20",
             "train.micro_batch=1", "train.eval_every=0", "data.validation_fraction=0.02",
         ],
-        sampled,
+        has_a_step,
         600,
     ) as run:  # fmt: skip
         first, log = run.steps()[0], run.text()
-    seconds = first["time"] - json.loads(train.read_text())["started"]
+    seconds = first["time"] - json.loads(begin.read_text())["started"]
     rates = re.findall(r"100%.*\[([\d:]+)<", log)
-    return {"s": round(seconds, 1), "first_step_s": first["seconds"], "reading": rates[-1:], **sampler.found()}
+    return {"s": round(seconds, 1), "first_step_s": first["seconds"], "reading": rates[-1:], **sampler.result()}
 
 
 def accelerate(folder: Path, options: argparse.Namespace, _: Path) -> dict[str, Any]:
+    """Start Accelerate's FSDP2 with the model in `folder`."""
     fsdp = {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_SYNC_MODULE_STATES": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -92,23 +96,23 @@ def accelerate(folder: Path, options: argparse.Namespace, _: Path) -> dict[str, 
     began, sampler = time.time(), Sampler()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}", __file__,
-        "--side", str(folder),
+        "--accelerate-rank", str(folder),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log:
         with subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | fsdp, cwd=ROOT) as started:
             while started.poll() is None:
-                sampler.look(started.pid)
-                time.sleep(EVERY_S)
+                sampler.sample(started.pid)
+                time.sleep(SAMPLE_EVERY_S)
         log.seek(0)
-        said = log.read()
+        text = log.read()
     if started.returncode:
-        raise RuntimeError(said[-2000:])
-    line = next(line for line in said.splitlines() if line.startswith("STEP "))
-    return {"s": round(float(line.split()[1]) - began, 1), **sampler.found()}
+        raise RuntimeError(text[-2000:])
+    line = next(line for line in text.splitlines() if line.startswith("STEP "))
+    return {"s": round(float(line.split()[1]) - began, 1), **sampler.result()}
 
 
-def side(folder: str) -> None:
-    """Accelerate's way, in a rank."""
+def accelerate_rank(folder: str) -> None:
+    """One rank of Accelerate: load, take one step, print the time."""
     import torch
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
@@ -134,28 +138,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
     parser.add_argument("--gpus", type=int, default=gpus or 2)
-    parser.add_argument("--folder", type=Path, help="where the model is written")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where to write the model")
+    parser.add_argument("--accelerate-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        side(options.side)
+    if options.accelerate_rank:
+        accelerate_rank(options.accelerate_rank)
         return
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="startup-") as scratch:
         folder = Path(scratch) / "model"
         size = runs.write_model(folder, options.model)
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         sides = {"accelerate": accelerate, "muster": muster}
-        for name, one in sides.items():
+        for name, start in sides.items():
             cold(folder)
             try:
-                found[name] = one(folder, options, Path(scratch))
-                found[name]["copies"] = round(found[name]["host_gb"] * 1e9 / size, 2)
+                results[name] = start(folder, options, Path(scratch))
+                results[name]["copies"] = round(results[name]["host_gb"] * 1e9 / size, 2)
             except RuntimeError as error:
-                found[name] = {"error": str(error)}
-            print(name, json.dumps(found[name]), flush=True)
-    theirs, ours = (found[name].get("s") for name in sides)
+                results[name] = {"error": str(error)}
+            print(name, json.dumps(results[name]), flush=True)
+    theirs, ours = (results[name].get("s") for name in sides)
     ratio = round(theirs / ours, 2) if theirs and ours else None
-    print("RESULT", json.dumps({"ratio": ratio, "gpus": options.gpus, "model_gb": round(size / 1e9, 2), **found}))
+    print("RESULT", json.dumps({"ratio": ratio, "gpus": options.gpus, "model_gb": round(size / 1e9, 2), **results}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Training through launch.py beside loops written by hand and transformers.Trainer, on this machine's GPUs, in one call.
+"""Compares the training speed of Muster with loops written by hand and with transformers.Trainer, on this machine's GPUs.
 
     python benchmarks/train_speed.py [--cases fsdp,zero3,float8,packed,lora,qlora,lora_float8] [--gpus N] [--with "..."]
 
-Muster is told the model, the layout and the adapter, and on Slurm by `--with "cluster=slurm ..."` what a site says (there also
-`cluster.train.gpu_memory_gib`); what it recomputes, how many rows it takes at once, kernels and compilation are its own choice.
-The loops (benchmarks/loops.py) are tuned by hand. Tokens/s are of one GPU, the median of the steps after the fourth; `ratio` is
-Muster's to the best loop's of the same case. Without GPUs it rehearses itself at a tiny size, and its figures mean nothing. Each
-case is written to `--out` when it is done.
+Muster gets the model, the layout and the adapter; on Slurm, `--with "cluster=slurm ..."` adds the settings of the site (and
+`cluster.train.gpu_memory_gib`). It chooses activation checkpointing, micro batch, kernels and compilation itself. The loops
+(benchmarks/loops.py) are tuned by hand. Tokens/s are per GPU, the median of the steps after the fourth. `ratio` is Muster's
+tokens/s divided by those of the fastest loop of the same case. Without GPUs, a tiny model is trained to try the benchmark
+itself: its figures mean nothing. `--out` is rewritten after each case.
 """
 
 import argparse
@@ -25,60 +25,64 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import runs  # noqa: E402
 
-WARM, STEPS = 4, 12
+WARMUP_STEPS, STEPS = 4, 12
+"""Steps that are not counted, and steps in total."""
 
 
 @dataclass(frozen=True)
 class Case:
-    words: list[str]
-    """Of Muster's command line."""
+    """One comparison."""
+
+    overrides: list[str]
+    """For launch.py."""
     loops: list[list[str]]
-    """What it is compared with, at each number of rows that a GPU takes in a step."""
-    alone: bool = False
-    """On one GPU."""
+    """Arguments of the loops that Muster is compared with. Each loop runs once for each micro batch."""
+    one_gpu: bool = False
     length: int = 8192
-    ragged: bool = False
-    stored: bool = False
-    """The model is read from files: quantised weights cannot be drawn, and frozen ones are drawn on one core."""
+    """Tokens of the longest row."""
+    varied_lengths: bool = False
+    """Rows of many lengths, as in chats, instead of equal ones."""
+    from_files: bool = False
+    """Read the model from files: quantized weights cannot be initialized at random, and frozen ones only slowly, on one core."""
 
 
 CASES = {
     "fsdp": Case(["parallel=fsdp"], [["fsdp"], ["trainer"], ["trainer", "--tuned"]]),
     "zero3": Case(["parallel=zero3"], [["zero3"]]),
     "float8": Case(["parallel=fsdp", "train.float8=tensorwise"], [["fsdp", "--float8", "tensorwise"]]),
-    "packed": Case(["parallel=fsdp", "data.packing=true"], [], ragged=True),
-    "lora": Case(["parallel=ddp", "adapter=lora"], [["lora"]], alone=True, length=4096, stored=True),
-    "qlora": Case(["parallel=ddp", "adapter=qlora"], [["qlora"]], alone=True, length=4096, stored=True),
+    "packed": Case(["parallel=fsdp", "data.packing=true"], [], varied_lengths=True),
+    "lora": Case(["parallel=ddp", "adapter=lora"], [["lora"]], one_gpu=True, length=4096, from_files=True),
+    "qlora": Case(["parallel=ddp", "adapter=qlora"], [["qlora"]], one_gpu=True, length=4096, from_files=True),
     "lora_float8": Case(
         ["parallel=ddp", "adapter=lora_float8"],
         [["lora"], ["lora", "--float8", "tensorwise"]],
-        alone=True,
+        one_gpu=True,
         length=4096,
-        stored=True,
+        from_files=True,
     ),
 }
 
 
-def visible(case: Case) -> dict[str, str]:
-    """The environment in which a case sees the GPUs that it is for."""
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if case.alone else {}
+def visible_gpus(case: Case) -> dict[str, str]:
+    """Environment variables that hide the other GPUs from a case for one GPU."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if case.one_gpu else {}
 
 
-def rows(case: Case, options: argparse.Namespace) -> list[int]:
-    """That a GPU may take in a step: the loops try each, Muster is told the most of them."""
-    return [4] if case.alone else [int(count) for count in options.rows.split(",")]
+def micro_batches(case: Case, options: argparse.Namespace) -> list[int]:
+    """Rows per GPU and step. The loops try each; Muster gets a global batch that allows the largest."""
+    return [4] if case.one_gpu else [int(count) for count in options.rows.split(",")]
 
 
-def ours(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The run of a case; without its checkpoint, which is of no use here."""
-    words = runs.architecture(options.model)["vocab_size"]
-    count = 1 if case.alone else options.gpus
-    length, batch = min(case.length, options.length), rows(case, options)[-1] * count
+def run_muster(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train with Muster. The run is killed before its checkpoint, which is not needed."""
+    vocab_size = runs.architecture(options.model)["vocab_size"]
+    gpus = 1 if case.one_gpu else options.gpus
+    length, batch = min(case.length, options.length), micro_batches(case, options)[-1] * gpus
     tokens = length * batch * (STEPS + 2)
-    lengths = runs.ragged(length, tokens) if case.ragged else [length] * (tokens // length)
-    data = runs.write_rows(folder / "rows.jsonl", words, lengths)
+    lengths = runs.chat_lengths(length, tokens) if case.varied_lengths else [length] * (tokens // length)
+    data = runs.write_rows(folder / "rows.jsonl", vocab_size, lengths)
     model = ["model.init=random", f"model.tokenizer={folder / 'tokenizer'}"]
-    if case.stored:
+    if case.from_files:
         stored = options.stored or folder / "model"
         if not (stored / "config.json").exists():
             runs.write_model(stored, options.model)
@@ -90,31 +94,30 @@ def ours(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any
             f"model={options.model}", *model, "pipeline=train",
             "data=jsonl", f"data.path={data}", f"data.max_length={length}", "data.validation_fraction=0.01",
             f"train.steps={STEPS + 1}", f"train.global_batch={batch}", "train.log_every=4", "train.eval_every=0",
-            "train.save_every=0", f"cluster.train.ranks_per_node={count}", *case.words, *options.extra,
+            "train.save_every=0", f"cluster.train.ranks_per_node={gpus}", *case.overrides, *options.extra,
         ],
         lambda run: len(run.steps()) >= STEPS,
         options.limit,
-        visible(case),
+        visible_gpus(case),
     ) as run:  # fmt: skip
-        found = run.steps()[:STEPS]
+        steps = run.steps()[:STEPS]
         log = run.text()
     chosen = [line for line in log.splitlines() if line.startswith(("chosen", "attention", "estimate"))]
-    timed = found[WARM:]
+    timed = steps[WARMUP_STEPS:]
     return {
         "tokens_per_s_per_rank": statistics.median(line["tokens_per_s_per_rank"] for line in timed),
         "mfu": statistics.median(line.get("mfu", 0) for line in timed),
-        "gib": max(line.get("memory_gib_max", 0) for line in found),
-        "first_step_s": found[0]["seconds"],
+        "gib": max(line.get("memory_gib_max", 0) for line in steps),
+        "first_step_s": steps[0]["seconds"],
         "chosen": chosen,
     }
 
 
-def loop(words: list[str], case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """A loop by hand, in processes of its own; with `error` where it does not run (out of memory, say)."""
-    count = 1 if case.alone else options.gpus
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if not case.alone else []
+def run_loop(arguments: list[str], case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a loop of benchmarks/loops.py. Returns its RESULT, or `error` if it fails, for example out of memory."""
+    start = [] if case.one_gpu else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
     command = [
-        sys.executable, *start, str(ROOT / "benchmarks/loops.py"), *words, "--shape", options.model,
+        sys.executable, *start, str(ROOT / "benchmarks/loops.py"), *arguments, "--shape", options.model,
         "--length", str(min(case.length, options.length)), "--steps", str(STEPS),
     ]  # fmt: skip
     try:
@@ -124,45 +127,47 @@ def loop(words: list[str], case: Case, options: argparse.Namespace) -> dict[str,
             capture_output=True,
             text=True,
             timeout=options.limit,
-            env=os.environ | visible(case),
+            env=os.environ | visible_gpus(case),
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"loop": " ".join(words), "error": f"longer than {options.limit} s"}
+        return {"loop": " ".join(arguments), "error": f"took longer than {options.limit} s"}
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return dict(json.loads(line.removeprefix("RESULT ")))
-    lines = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line] or [
-        done.stderr[-500:]
-    ]
-    return {"loop": " ".join(words), "error": lines[-1][-300:]}
+    # torchrun's own ChildFailedError comes last and says nothing about the cause
+    errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
+    return {"loop": " ".join(arguments), "error": (errors or [done.stderr])[-1][-300:]}
 
 
-def measured(name: str, case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(name: str, case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one case with Muster and with all its loops."""
     folder.mkdir()
     runs.write_tokenizer(folder / "tokenizer", runs.architecture(options.model)["vocab_size"])
     loops = [
-        loop([*words, "--micro-batch", str(count)], case, options)
-        for words in case.loops
-        for count in rows(case, options)
+        run_loop([*arguments, "--micro-batch", str(rows)], case, options)
+        for arguments in case.loops
+        for rows in micro_batches(case, options)
     ]
     try:
-        found = ours(case, options, folder)
+        ours = run_muster(case, options, folder)
     except RuntimeError as error:
         print(f"{name}: {error}", flush=True)
         return {"error": str(error)[-500:], "loops": loops}
     best = max((one["tokens_per_s_per_rank"] for one in loops if "error" not in one), default=None)
-    result = {"ratio": round(found["tokens_per_s_per_rank"] / best, 3) if best else None, **found, "loops": loops}
+    result = {"ratio": round(ours["tokens_per_s_per_rank"] / best, 3) if best else None, **ours, "loops": loops}
     show(name, result)
     return result
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    def line(who: str, one: dict[str, Any]) -> str:
-        if "error" in one:
-            return f"  {who:<28} {one['error'][:90]}"
-        peak = f"{one['gib']:6.1f} GiB" if one.get("gib") else ""
-        return f"  {who:<28} {one['tokens_per_s_per_rank']:9,.0f} tok/s a GPU  {one['mfu']:6.1%}  {peak}"
+    """Print a case: Muster first, then the loops."""
+
+    def line(label: str, figures: dict[str, Any]) -> str:
+        if "error" in figures:
+            return f"  {label:<28} {figures['error'][:90]}"
+        peak = f"{figures['gib']:6.1f} GiB" if figures.get("gib") else ""
+        return f"  {label:<28} {figures['tokens_per_s_per_rank']:9,.0f} tok/s per GPU  {figures['mfu']:6.1%}  {peak}"
 
     print(f"{name}: ratio {result['ratio']}")
     print(line("muster", result), *(f"    {text}" for text in result["chosen"]), sep="\n")
@@ -178,30 +183,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
-    parser.add_argument("--length", type=int, default=8192 if gpus else 64, help="longest row, in tokens")
+    parser.add_argument("--length", type=int, default=8192 if gpus else 64, help="tokens of the longest row")
     parser.add_argument(
-        "--rows", default="1,2", help="of --length tokens that a GPU may take in a step of a full fine-tune"
+        "--rows", default="1,2", help="micro batches to try in a full fine-tune, in rows of --length tokens"
     )
     parser.add_argument("--gpus", type=int, default=gpus or 2)
-    parser.add_argument(
-        "--stored", type=Path, help="folder of the model that adapters are put on; made where it is missing"
-    )
-    parser.add_argument("--limit", type=float, default=240, help="seconds that one side may take")
-    parser.add_argument("--with", dest="extra", default="cluster=local", help="further words for launch.py")
-    parser.add_argument("--out", type=Path, default=Path("train_speed.json"))
+    parser.add_argument("--stored", type=Path, help="folder of the base model for adapters; written if it is missing")
+    parser.add_argument("--limit", type=float, default=240, help="longest time of one run or loop in seconds")
+    parser.add_argument("--with", dest="extra", default="cluster=local", help="more overrides for launch.py")
+    parser.add_argument("--out", type=Path, default=Path("train_speed.json"), help="file for all results, as JSON")
     options = parser.parse_args()
     options.extra = options.extra.split()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
     with tempfile.TemporaryDirectory(prefix="train-speed-") as scratch:
         for name in options.cases.split(","):
-            found[name] = measured(name, CASES[name], options, Path(scratch) / name)
-            options.out.write_text(json.dumps(found, indent=1))
-    if "packed" in found and "fsdp" in found:
-        pair = [found[name].get("tokens_per_s_per_rank") for name in ("packed", "fsdp")]
-        found["packed"]["ratio"] = round(pair[0] / pair[1], 3) if all(pair) else None
-        options.out.write_text(json.dumps(found, indent=1))
-    ratios = {name: one.get("ratio") for name, one in found.items() if isinstance(one, dict)}
-    print("RESULT", json.dumps({"device": found["device"], "gpus": options.gpus, **ratios}))
+            results[name] = measure(name, CASES[name], options, Path(scratch) / name)
+            options.out.write_text(json.dumps(results, indent=1))
+    # rows of many lengths are compared with rows of equal length, not with a loop
+    if "packed" in results and "fsdp" in results:
+        pair = [results[name].get("tokens_per_s_per_rank") for name in ("packed", "fsdp")]
+        results["packed"]["ratio"] = round(pair[0] / pair[1], 3) if all(pair) else None
+        options.out.write_text(json.dumps(results, indent=1))
+    ratios = {name: one.get("ratio") for name, one in results.items() if isinstance(one, dict)}
+    print("RESULT", json.dumps({"device": results["device"], "gpus": options.gpus, **ratios}))
 
 
 if __name__ == "__main__":

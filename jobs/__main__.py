@@ -1,4 +1,4 @@
-"""`python -m jobs train RUN/config.yaml`: one job by hand, alone or as `torchrun --nproc-per-node N -m jobs train ...`."""
+"""Runs one job without the launcher: `python -m jobs train RUN/config.yaml`, or `torchrun --nproc-per-node N -m jobs train ...`."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from jobs.distributed.rank import rank_and_world_size
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m jobs", description=__doc__)
     parser.add_argument("job", choices=list(JOB_KINDS))
-    parser.add_argument("config", help="RUN/config.yaml")
+    parser.add_argument("config", help="path of the run's config: RUN/config.yaml")
     options = parser.parse_args()
     rank, world_size = rank_and_world_size()
     logs.set_up(rank if world_size > 1 else None)

@@ -1,12 +1,13 @@
-"""Looks at every rank of an allocation before hours are spent on it: device, memory, disk, arithmetic and all-reduce."""
+"""Tests every rank of an allocation before the long jobs run: device, memory, disks, matrix products and all-reduce."""
 
 import logging
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from statistics import median_high
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -18,33 +19,52 @@ from jobs.distributed.process_group import World, process_group
 
 log = logging.getLogger(__name__)
 
-FREE_GIB = 1
-"""Disk that is too full to hold even a log and a small checkpoint."""
+MIN_FREE_GIB = 1
+"""A disk with less free space has no room for even a log and a small checkpoint."""
 PAYLOAD_BYTES = {"cpu": 2**20, "cuda": 2**28}
+"""Size of the tensor that is all-reduced, by device type."""
+
+
+class RankReport(TypedDict):
+    """What one rank measured: an entry of RUN/preflight.json."""
+
+    rank: int
+    host: str
+    device: str
+    torch: str
+    interface: str
+    run_free_gib: float
+    scratch_free_gib: float
+    matmul_tflops: float
+    bus_gb_s: float
+    sum_is_right: bool
 
 
 def run(config: Config) -> None:
-    """Write RUN/preflight.json, one entry a rank. Raises SiteError naming every rank that is not fit."""
+    """Write RUN/preflight.json, one entry per rank. Raises SiteError that names every unfit rank."""
     with process_group(config) as world:
-        found: list[Any] = [None] * world.size
-        dist.all_gather_object(found, look(config, world))
+        reports: list[RankReport] = [None] * world.size  # type: ignore[list-item]  # filled by the next line
+        dist.all_gather_object(reports, measure(config, world))
         if world.is_main:
-            write_json(Path(config.run_dir) / "preflight.json", found)
-            for line in table(found):
+            write_json(Path(config.run_dir) / "preflight.json", reports)
+            for line in table(reports):
                 log.info(line)
-        if problems := list(judge(found)):
+        if problems := list(find_problems(reports)):
             raise SiteError(*problems)
 
 
-def look(config: Config, world: World) -> dict[str, Any]:
-    """What this rank has: host, device, versions, free GiB of the run's disk and of scratch, and two short measurements."""
+def measure(config: Config, world: World) -> RankReport:
+    """Measure this rank: matrix products (bf16 on GPUs, fp32 on CPUs), all-reduce and free disk space. All ranks call this.
+
+    `bus_gb_s` is the bus bandwidth of all-reduce as nccl-tests defines it.
+    """
     size, dtype = (8192, torch.bfloat16) if world.device.type == "cuda" else (256, torch.float32)
     values = torch.randn(size, size, device=world.device, dtype=dtype)
-    seconds = _timed(lambda: values @ values, world)
+    matmul_s = _median_seconds(lambda: values @ values, world)
     payload = torch.full((PAYLOAD_BYTES[world.device.type] // 4,), float(world.rank + 1), device=world.device)
     dist.all_reduce(payload)
-    right = payload[0].item() == world.size * (world.size + 1) / 2
-    reduce_s = _timed(lambda: dist.all_reduce(payload), world)
+    sum_is_right = payload[0].item() == world.size * (world.size + 1) / 2
+    all_reduce_s = _median_seconds(lambda: dist.all_reduce(payload), world)
     return {
         "rank": world.rank,
         "host": socket.gethostname(),
@@ -53,59 +73,64 @@ def look(config: Config, world: World) -> dict[str, Any]:
         "interface": world.interface,
         "run_free_gib": _free_gib(config.run_dir),
         "scratch_free_gib": _free_gib(config.cluster.scratch),
-        "matmul_tflops": 2 * size**3 / seconds / 1e12,
-        "bus_gb_s": 2 * (world.size - 1) / world.size * payload.nbytes / reduce_s / 1e9,
-        "sum_is_right": right,
+        "matmul_tflops": 2 * size**3 / matmul_s / 1e12,
+        "bus_gb_s": 2 * (world.size - 1) / world.size * payload.nbytes / all_reduce_s / 1e9,
+        "sum_is_right": sum_is_right,
     }
 
 
-def table(found: list[dict[str, Any]]) -> Iterator[str]:
+def table(reports: list[RankReport]) -> Iterator[str]:
+    """The reports as lines of a table with a header."""
     yield "rank  host          device            if     matmul TFLOP/s  all-reduce GB/s  run GiB free  scratch GiB free"
-    for item in found:
+    for report in reports:
         yield (
-            f"{item['rank']:>4}  {item['host']:<12}  {item['device']:<16}  {item['interface']:<5}  {item['matmul_tflops']:>14.2f}  "
-            f"{item['bus_gb_s']:>15.2f}  {item['run_free_gib']:>12.0f}  {item['scratch_free_gib']:>16.0f}"
+            f"{report['rank']:>4}  {report['host']:<12}  {report['device']:<16}  {report['interface']:<5}  "
+            f"{report['matmul_tflops']:>14.2f}  {report['bus_gb_s']:>15.2f}  {report['run_free_gib']:>12.0f}  "
+            f"{report['scratch_free_gib']:>16.0f}"
         )
 
 
-def judge(found: list[dict[str, Any]]) -> Iterator[Problem]:
-    """What makes an allocation unfit: a wrong sum, a full disk, other versions, or a device at under half the others' speed."""
-    median = sorted(item["matmul_tflops"] for item in found)[len(found) // 2]
-    for item in found:
-        where = f"rank {item['rank']} on {item['host']}"
-        if not item["sum_is_right"]:
-            yield Problem(
-                where,
-                None,
-                f"an all-reduce gave a wrong sum; leave the node out with cluster.train.exclude={item['host']}",
-            )
-        for name in ("run", "scratch"):
-            if item[f"{name}_free_gib"] < FREE_GIB:
-                yield Problem(where, None, f"the disk of {name} has {item[f'{name}_free_gib']:.1f} GiB free")
-        if item["torch"] != found[0]["torch"]:
-            yield Problem(where, None, f"has torch {item['torch']}, rank 0 has {found[0]['torch']}: see cluster.python")
-        if item["device"] != "cpu" and item["matmul_tflops"] < median / 2:
-            yield Problem(where, None, f"multiplies at {item['matmul_tflops']:.0f} TFLOP/s, the others at {median:.0f}: "
-                          f"leave it out with cluster.train.exclude={item['host']}")  # fmt: skip
+def find_problems(reports: list[RankReport]) -> Iterator[Problem]:
+    """What makes ranks unfit: a wrong sum, a full disk, another torch version, or a GPU slower than half the median."""
+    median_tflops = median_high(report["matmul_tflops"] for report in reports)
+    for report in reports:
+        where = f"rank {report['rank']} on {report['host']}"
+        exclude = f"exclude this node with cluster.train.exclude={report['host']}"
+        if not report["sum_is_right"]:
+            yield Problem(where, None, f"all-reduce returned a wrong sum: {exclude}")
+        for disk, setting, free_gib in (
+            ("run folder", "run_dir", report["run_free_gib"]),
+            ("scratch", "cluster.scratch", report["scratch_free_gib"]),
+        ):
+            if free_gib < MIN_FREE_GIB:
+                problem = f"the disk of the {disk} has only {free_gib:.1f} GiB free: delete files, or change {setting}"
+                yield Problem(where, None, problem)
+        if report["torch"] != reports[0]["torch"]:
+            versions = f"torch {report['torch']} here, torch {reports[0]['torch']} on rank 0"
+            yield Problem(where, None, f"{versions}: all nodes need the same version, see cluster.python")
+        if report["device"] != "cpu" and report["matmul_tflops"] < median_tflops / 2:
+            speeds = f"{report['matmul_tflops']:.0f} TFLOP/s, less than half of the median {median_tflops:.0f}"
+            yield Problem(where, None, f"matrix products run at {speeds}: {exclude}")
 
 
-def _timed(work: Any, world: World, repeats: int = 5) -> float:
-    """Median seconds of one call, after one that is not counted."""
+def _median_seconds(work: Callable[[], object], world: World, repeats: int = 5) -> float:
+    """Median seconds of a call. One call before is not counted: it loads kernels and opens connections."""
     seconds = []
     for _ in range(repeats + 1):
-        _synchronise(world)
+        _synchronize(world)
         began = time.perf_counter()
         work()
-        _synchronise(world)
+        _synchronize(world)
         seconds.append(time.perf_counter() - began)
     return sorted(seconds[1:])[repeats // 2]
 
 
-def _synchronise(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _free_gib(path: str) -> float:
+    """Free space on the disk of a path. The path itself may not exist yet: then its closest parent is used."""
     existing = next(item for item in (Path(path), *Path(path).parents) if item.exists())
     return shutil.disk_usage(existing).free / 2**30

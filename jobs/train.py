@@ -1,22 +1,25 @@
-"""Training, read from top to bottom: build, shard, resume, then steps until they are done or someone says stop."""
+"""Fine-tunes a model: set up, resume from the newest checkpoint, then train step by step with evaluations and checkpoints."""
 
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from conf import mesh
 from conf.batch import micro_batch_limit, split
-from conf.choices import Verify
+from conf.choices import AdapterKind, Verify
 from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends
-from jobs.backends import Engine
 from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
@@ -27,223 +30,271 @@ from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, process_group, set_timeout, total
 from jobs.evaluation import reference_logits
 from jobs.model import build
+from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
-from jobs.monitoring.profiler import Trace
-from jobs.monitoring.step_monitor import Watch, words, work
+from jobs.monitoring.profiler import Profiler
+from jobs.monitoring.step_monitor import StepMonitor, log_fields
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.training import loss, lr_schedule
 from jobs.training.divergence import Divergence
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What every step needs, and none changes."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that the training loop uses; `engine` is the sharded model and its optimizer. Set up once, never replaced."""
 
     config: Config
     world: World
-    backend: ModuleType
-    engine: Engine
-    rows: batches.Rows
-    validation: batches.Rows
-    order: Order
-    pad: int
-    """Token id that fills rows up."""
-    steps: int
-    metrics: Metrics
-    watch: Watch
-    divergence: Divergence
-    trace: Trace
-    saver: Saver
     stop: stop_signals.Stop
+    backend: ModuleType
+    engine: backends.Engine
+    train_rows: batches.Rows
+    validation_rows: batches.Rows
+    sampler: Order
+    pad_token: int
+    last_step: int
+    metrics: Metrics
+    monitor: StepMonitor
+    divergence: Divergence
+    profiler: Profiler
+    saver: Saver
+
+
+class StepTotals(NamedTuple):
+    """Sums over all ranks, from the all-reduce at the end of a step."""
+
+    loss: float
+    """Over the trained tokens of the global batch. Each rank of a tensor-parallel group adds the same sum."""
+    stop_requests: float
+    """Ranks that were asked to stop."""
+    finished_writes: float
+    """Ranks that have written their part of the pending checkpoint in the background."""
 
 
 def run(config: Config) -> None:
-    """Train to the last step and leave a sharded checkpoint. Raises Stopped, after saving, when one asked for it."""
-    with stop_signals.watched(config) as stop, process_group(config) as world:
-        loop, step = _begin(config, world, stop)
-        every, steps, stopped = config.train, loop.steps, False
-        due = step in (0, steps) or _due(every.eval_every, step)
-        # The first evaluation, or one that a stop cut short
-        if due and not broadcast_from_rank0(lambda: step in loop.metrics.evaluated):
-            stopped = not _evaluate(loop, step)
-        set_timeout(config.cluster.network.step_timeout_s)
-        begun = step
-        while step < steps and not stopped:
-            stopped = _step(loop, step)
-            step += 1
-            if step == begun + 1 and every.save_every and step + every.save_every < steps:
-                loop.saver.prepare(loop.backend, loop.engine)
-            if step == steps or stopped or _due(every.save_every, step):  # first: time may be short
-                _save(loop, step, wait=step == steps or stopped)
-            if (step == steps or _due(every.eval_every, step)) and not stopped:
-                stopped = not _evaluate(loop, step)
-                if stopped and step < steps:
-                    _save(loop, step, wait=True)  # done before where it was due
-        heartbeat.beat("finish", step)
-        loop.trace.close()
-        request = stop.agree_on_request() if stopped else None
-        loop.metrics.close()
-    if request:
-        stop.raise_stopped(request, step, steps)
+    """Train until the last step and leave a sharded checkpoint.
 
-
-def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop, int]:
-    """Everything built and sharded, and the newest checkpoint loaded; with the step that it was saved at."""
-    heartbeat.beat("load")
-    folder = Path(config.run_dir) / "data"
-    rows = batches.read(folder, "train", config.data.max_length if config.data.packing else None)
-    validation = batches.read(folder, "validation")
-    steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
-    pad = load_tokenizer(config).pad_token_id
-    backend = backends.chosen(config)
-    found = checkpointing.find(config, world)
-    skeleton = build.build_on_meta(config)
-    order = batches.ordered(rows, config, hidden_factor(skeleton.config))
-    blocks, costs = build.blocks(skeleton), work(skeleton, config)  # before they are sharded
-    engine = backend.wrap(skeleton, config, world, found is not None)
-    step = checkpointing.resume(
-        config,
-        world,
-        lambda path: backend.load(engine, path),
-        found,
-        lambda path, wrote: reshard.load(backend, engine, path, wrote),
-    )
-    metrics = Metrics(config, world, steps, step)
-    watch = Watch(config, world, costs, rows)
-    watch.phases.around(blocks)
-    metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, watch.nodes))
-    divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.losses))
-    trace = Trace(config, world, step, steps)
-    return (
-        Loop(
-            config,
-            world,
-            backend,
-            engine,
-            rows,
-            validation,
-            order,
-            pad,
-            steps,
-            metrics,
-            watch,
-            divergence,
-            trace,
-            Saver(config, world, metrics),
-            stop,
-        ),
-        step,
-    )
-
-
-def _step(loop: Loop, step: int) -> bool:
-    """One optimizer step over the global batch; returns whether any rank was told to stop.
-
-    The loss is the mean over all trained tokens of the global batch, whatever ranks and micro batches they fall into:
-    each rank's sum is divided by the global count, times the number of ranks because backends average gradients; over those
-    only that do not share matrices, which all have the same sum.
+    Raises Stopped, after saving a checkpoint, if a signal, the stop file or the time limit asks this run to stop.
     """
-    config, world, rows = loop.config, loop.world, loop.rows
-    began, stop, timed = time.perf_counter(), loop.stop.requested(), loop.watch.phases
-    loop.watch.begin(step, loop.steps)
-    # dropout needs no saved state to be resumed, and is the same on ranks that share matrices
-    torch.manual_seed(hash((config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
-    chosen = loop.order.rows_of(step)
-    tokens = int(rows.counts[chosen].sum())
-    mine = list(batches.micro_batches(chosen, split(config, world.size)[0], world.data_rank, world.data_size))
-    averaged = world.size // world.tensor_ranks
-    summed = torch.zeros((), dtype=torch.float64, device=world.device)
-    for number, part in enumerate(mine, 1):
-        heartbeat.beat("train", step + 1)
-        loop.watch.add(len(part), float(loop.order.costs[part].max()))
-        with timed("data"):
-            batch = batches.batch(rows, part, loop.pad, device=world.device, share=world.share)
-        with timed("forward"):
-            value = loss.summed_cross_entropy(loop.engine.module, batch)
-        with timed("backward"):
-            loop.backend.backward(loop.engine, value * (averaged / tokens), last=number == len(mine))
-        summed += value.detach().double()
-    heartbeat.beat("train", step + 1)
-    rate = lr_schedule.learning_rate(step, loop.steps, config)
-    with timed("optimizer"):
-        norm = loop.backend.step(loop.engine, rate)
-    flags = torch.tensor([stop, loop.saver.written], dtype=torch.float64, device=world.device)
-    agreed = total(torch.cat([summed[None], flags])).tolist()
+    with stop_signals.watched(config) as stop, process_group(config) as world:
+        training, step = _set_up(config, world, stop)  # step: of the checkpoint that training resumes from, or 0
+        step, stopped = _train(training, step)
+        heartbeat.beat("finish", step)
+        training.profiler.close()
+        stop_reason = stop.agree_on_request() if stopped else None
+        training.metrics.close()
+    if stop_reason:
+        stop.raise_stopped(stop_reason, step, training.last_step)
+
+
+def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Training, int]:
+    """Build the model and all that trains it, and load the newest checkpoint. Also returns the step to continue from."""
+    heartbeat.beat("load")
+
+    # Data: the rows of tokens that preprocess has written
+    data_folder = Path(config.run_dir) / "data"
+    train_rows = batches.read(data_folder, "train", config.data.max_length if config.data.packing else None)
+    validation_rows = batches.read(data_folder, "validation")
+    total_rows = (config.train.epochs or 1) * len(train_rows)
+    last_step = config.train.steps or max(1, math.ceil(total_rows / config.train.global_batch))
+    pad_token = load_tokenizer(config).pad_token_id
+
+    # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
+    backend = backends.chosen(config)
+    checkpoint = checkpointing.find(config, world)
+    model = build.build_on_meta(config)
+    sampler = batches.ordered(train_rows, config, hidden_factor(model.config))
+    # before sharding: FSDP and ZeRO replace the parameters by their shards
+    blocks = build.blocks(model)
+    model_flops = flops.count_weights(model, frozen=config.adapter.kind is not AdapterKind.none)
+    engine = backend.wrap(model, config, world, checkpoint is not None)
+
+    # Checkpoint: one of another layout or number of ranks is resharded while it is read
+    load, load_resharded = partial(backend.load, engine), partial(reshard.load, backend, engine)
+    step = checkpointing.resume(config, world, load, checkpoint, load_resharded)
+
+    # Reporting, and saving
+    metrics = Metrics(config, world, last_step=last_step, first_step=step)
+    monitor = StepMonitor(config, world, rows=train_rows, flops=model_flops, blocks=blocks)
+    metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, monitor.nodes))
+    divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.earlier_losses))
+    training = Training(
+        config=config,
+        world=world,
+        stop=stop,
+        backend=backend,
+        engine=engine,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        sampler=sampler,
+        pad_token=pad_token,
+        last_step=last_step,
+        metrics=metrics,
+        monitor=monitor,
+        divergence=divergence,
+        profiler=Profiler(config, world, first_step=step, last_step=last_step),
+        saver=Saver(config, world, metrics),
+    )
+    return training, step
+
+
+def _train(training: Training, step: int) -> tuple[int, bool]:
+    """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested)."""
+    train, last_step, first_step = training.config.train, training.last_step, step
+    stopped = False
+    # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
+    evaluation_is_due = step in (0, last_step) or _is_due(train.eval_every, step)
+    if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.evaluated_steps):
+        stopped = not _evaluate(training, step)
+    set_timeout(training.config.cluster.network.step_timeout_s)
+
+    while step < last_step and not stopped:
+        stopped = _train_step(training, step)
+        step += 1
+        # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs beside the next steps.
+        if step == first_step + 1 and train.save_every and step + train.save_every < last_step:
+            training.saver.prepare(training.backend, training.engine)
+        # Save before the evaluation: a requested stop may leave little time.
+        if step == last_step or stopped or _is_due(train.save_every, step):
+            _save_checkpoint(training, step, wait=step == last_step or stopped)
+        if (step == last_step or _is_due(train.eval_every, step)) and not stopped:
+            stopped = not _evaluate(training, step)
+            if stopped and step < last_step:
+                _save_checkpoint(training, step, wait=True)  # training ends here; a save that was due is only completed
+    return step, stopped
+
+
+def _train_step(training: Training, step: int) -> bool:
+    """One optimizer step over the global batch. Returns whether any rank was asked to stop. `step` counts from 0."""
+    world, monitor = training.world, training.monitor
+    began = time.perf_counter()
+    stop_requested = training.stop.requested()
+    monitor.begin_step(step, training.last_step)
+    # A seed per step lets dropout resume without saved state. Ranks that share matrices need the same dropout.
+    torch.manual_seed(hash((training.config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
+
+    rows = training.sampler.rows_of(step)
+    tokens = int(training.train_rows.counts[rows].sum())
+    loss_sum = _forward_backward(training, step, rows, tokens)
+    learning_rate = lr_schedule.learning_rate(step, training.last_step, training.config)
+    with monitor.timer("optimizer"):
+        grad_norm = training.backend.step(training.engine, learning_rate)
+
+    # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
+    flags = torch.tensor([stop_requested, training.saver.written], dtype=torch.float64, device=world.device)
+    totals = StepTotals(*total(torch.cat([loss_sum[None], flags])).tolist())
     seconds = time.perf_counter() - began
-    mean = agreed[0] / world.tensor_ranks / tokens
-    if not (math.isfinite(mean) and math.isfinite(norm)):  # equal on all ranks, and nothing of it is saved
-        loop.metrics.draw()
-        loop.saver.settle()
-        raise FloatingPointError(
-            f"step {step + 1}: loss {mean}, gradient norm {norm}; go back with a smaller learning rate"
-        )
-    found = {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "seconds": round(seconds, 4)}
-    _report(loop, step + 1, found | loop.watch.end(chosen, seconds))
-    loop.trace.step()
-    if agreed[2] == world.size:
-        loop.saver.settle()
-    return agreed[1] > 0
+    mean_loss = totals.loss / world.tensor_ranks / tokens
+    _check_finite(training, step + 1, mean_loss, grad_norm)
+    values = {"loss": mean_loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens}
+    values |= {"seconds": round(seconds, 4)} | monitor.end_step(rows, seconds)
+    _report(training, step + 1, values)
+    training.profiler.step()
+    if totals.finished_writes == world.size:
+        training.saver.settle()
+    return totals.stop_requests > 0
 
 
-def _report(loop: Loop, step: int, values: dict[str, float]) -> None:
-    """Write down what is known of a step that is done, and say it where a line is due. Raises DivergedError on all ranks."""
-    metrics = loop.metrics
-    due = step == loop.steps or _due(loop.config.train.log_every, step)
-    if due:
-        measured, warnings = loop.watch.gathered()
-        values |= measured | {"left_s": round(metrics.left(step))}
+def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], tokens: int) -> torch.Tensor:
+    """Forward and backward for this rank's micro batches. Returns their summed loss, a float64 scalar on the device.
+
+    `rows` is the global batch, int64 of shape (rows,), and `tokens` the number of its trained tokens. The loss to minimize is
+    the mean over these tokens, however they are split into ranks and micro batches. So each rank divides its sum by the
+    global number of tokens. Backends average gradients over ranks, so it also multiplies by the number of ranks; ranks of
+    one tensor-parallel group compute the same sum and count as one.
+    """
+    world, timer = training.world, training.monitor.timer
+    micro_batch_size, _ = split(training.config, world.size)
+    micro_batches = list(batches.micro_batches(rows, micro_batch_size, world.data_rank, world.data_size))
+    loss_scale = world.size // world.tensor_ranks / tokens
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for number, own_rows in enumerate(micro_batches, 1):
+        heartbeat.beat("train", step + 1)
+        training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
+        with timer("data"):
+            batch = batches.batch(
+                training.train_rows, own_rows, training.pad_token, device=world.device, share=world.share
+            )
+        with timer("forward"):
+            micro_batch_loss = loss.summed(training.engine.module, batch)
+        with timer("backward"):
+            is_last = number == len(micro_batches)  # replicas average gradients once per step, on the last micro batch
+            training.backend.backward(training.engine, micro_batch_loss * loss_scale, last=is_last)
+        loss_sum += micro_batch_loss.detach().double()
+    heartbeat.beat("train", step + 1)
+    return loss_sum
+
+
+def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: float) -> None:
+    """Raise FloatingPointError for NaN or infinity, on all ranks: they have the same values. The step is not saved."""
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        return
+    training.metrics.write_report()
+    training.saver.settle()  # the pending checkpoint is of an earlier step, and good
+    values = f"loss {mean_loss}, gradient norm {grad_norm}"
+    raise FloatingPointError(f"step {step}: {values}; go back to an earlier checkpoint and lower train.learning_rate")
+
+
+def _report(training: Training, step: int, values: dict[str, float]) -> None:
+    """Write a finished step to metrics.jsonl, and log it if a line is due. Raises DivergedError on all ranks."""
+    metrics = training.metrics
+    log_is_due = step == training.last_step or _is_due(training.config.train.log_every, step)
+    if log_is_due:
+        measured, warnings = training.monitor.gather()
+        values |= measured | {"left_s": round(metrics.seconds_left(step))}
         metrics.warn(step, warnings)
     metrics.write(step, **values)
-    if due:
-        loss, norm, rate = values["loss"], values["grad_norm"], values["learning_rate"]
-        shown = words(values, on_gpu=loop.world.device.type == "cuda")
-        metrics.show(step, loss=f"{loss:.4f}", norm=f"{norm:.3f}", lr=f"{rate:.2e}", **shown)
+    if log_is_due:
+        metrics.log_step(step, **log_fields(values, on_gpu=training.world.device.type == "cuda"))
     try:
-        loop.divergence.see(step, values["loss"])
+        training.divergence.see(step, values["loss"])
     except DivergedError:
-        metrics.draw()
-        loop.saver.settle()
+        metrics.write_report()
+        training.saver.settle()
         raise
 
 
-def _evaluate(loop: Loop, step: int) -> bool:
-    """Mean loss over all held-out tokens; False, and nothing written, where any rank was told to stop meanwhile."""
-    world, began = loop.world, time.perf_counter()
+def _evaluate(training: Training, step: int) -> bool:
+    """Compute and report the mean loss over all validation tokens. False, with nothing reported, if a stop cut it short."""
+    world, began = training.world, time.perf_counter()
 
-    def told() -> bool:
+    def stop_requested() -> bool:
         heartbeat.beat("evaluate", step)
-        return total(torch.tensor(float(loop.stop.requested()), device=world.device)).item() > 0
+        requested = training.stop.requested()
+        return bool(total(torch.tensor(float(requested), device=world.device)).item() > 0)
 
-    micro = micro_batch_limit(loop.config)
-    mine = loss.evaluate(loop.engine.module, loop.validation, micro, loop.pad, world, told)
-    if mine is None:
+    model, rows, micro_batch = training.engine.module, training.validation_rows, micro_batch_limit(training.config)
+    sums = loss.evaluate(model, rows, micro_batch, training.pad_token, world, stop_requested)
+    if sums is None:
         return False
-    found = total(mine).tolist()
-    loop.metrics.write(step, eval_loss=found[0] / found[1], evaluation_s=round(time.perf_counter() - began, 3))
-    loop.metrics.show(step, **{"held-out loss": f"{found[0] / found[1]:.4f}"})
+    loss_sum, tokens = total(sums).tolist()
+    training.metrics.write(step, eval_loss=loss_sum / tokens, evaluation_s=round(time.perf_counter() - began, 3))
+    training.metrics.log_step(step, **{"held-out loss": f"{loss_sum / tokens:.4f}"})
     return True
 
 
-def _save(loop: Loop, step: int, *, wait: bool) -> None:
-    """Begin the checkpoint of `step`; `wait` until it is whole."""
-    config, engine, backend = loop.config, loop.engine, loop.backend
+def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
+    """Start to save the checkpoint of `step`. With `wait`, return only when it is complete on disk."""
+    config, world, engine, backend = training.config, training.world, training.engine, training.backend
     heartbeat.beat("save", step)
-    about = {
-        **checkpointing.layout(config, loop.world),
+    description = {
+        **checkpointing.layout(config, world),
         "config": digest(config),
         "torch": torch.__version__,
         "rows_seen": step * config.train.global_batch,
     }
     set_timeout(config.cluster.network.save_timeout_s)
-    path = loop.saver.save(backend, engine, step, about, wait=wait)
-    if step == loop.steps and config.train.fingerprint:
-        prints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}
-        if loop.world.is_main:
-            write_json(path / "fingerprint.json", prints)
-    if step == loop.steps and config.consolidate.verify is Verify.logits:
-        reference_logits.record(path, engine.module, loop.validation, loop.pad, loop.world)
+    path = training.saver.save(backend, engine, step, description, wait=wait)
+    if step == training.last_step and config.train.fingerprint:
+        # gathering a weight is collective: all ranks go through all of them, rank 0 writes
+        fingerprints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}
+        if world.is_main:
+            write_json(path / "fingerprint.json", fingerprints)
+    if step == training.last_step and config.consolidate.verify is Verify.logits:
+        reference_logits.record(path, engine.module, training.validation_rows, training.pad_token, world)
     set_timeout(config.cluster.network.step_timeout_s)
 
 
-def _due(every: int, step: int) -> bool:
+def _is_due(every: int, step: int) -> bool:
+    """Whether `step` is a multiple of `every`. 0 turns it off."""
     return every > 0 and step % every == 0

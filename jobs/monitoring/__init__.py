@@ -1,1 +1,4 @@
-"""What is measured of a training and where it is written: metrics, step times, slow ranks, traces."""
+"""Measures a training and reports it: metrics, FLOPs, step times, stragglers and profiler traces.
+
+May import conf and the folders of jobs that come before it in tests/test_layers.py. Never imports backends or checkpoint.
+"""

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl with every step, log lines, a page, and a tracker where one is named."""
+"""Reports a training from rank 0: every step to metrics.jsonl, log lines, report.html, and a tracker (W&B, TensorBoard)."""
 
 import json
 import logging
@@ -15,92 +15,92 @@ from jobs.report import training_curves
 
 log = logging.getLogger(__name__)
 
-DRAW_S = 30.0
-"""Seconds between two drawings of the page at least, and a hundred times as long as drawing took: ranks wait for it."""
+REPORT_EVERY_S = 30.0
+"""Minimum seconds between two writes of report.html. At least 100 times the seconds that the last write took, because all
+ranks wait for it."""
 
 
 class Metrics:
-    """Rank 0's record; on other ranks every call does nothing. Continues the file of a resumed run after `step`."""
+    """Reports from rank 0; on other ranks every call does nothing. A resumed run continues the files after step `first_step`."""
 
-    def __init__(self, config: Config, world: World, steps: int, step: int) -> None:
-        self.config, self.steps, self.is_main, self.started, self.first = (
-            config,
-            steps,
-            world.is_main,
-            time.monotonic(),
-            step,
-        )
+    def __init__(self, config: Config, world: World, *, last_step: int, first_step: int) -> None:
+        self.config, self.last_step, self.first_step = config, last_step, first_step
+        self.is_main = world.is_main
         self.path = Path(config.run_dir) / "metrics.jsonl"
-        self.tracker = None
-        self.evaluated: set[int] = set()
-        """Steps whose held-out loss is on record already; known to rank 0."""
-        self.losses: list[float] = []
-        """Of the steps before the one that is resumed from; known to rank 0."""
+        self.evaluated_steps: set[int] = set()
+        """Steps that have an `eval_loss` in metrics.jsonl already. Only rank 0 knows them."""
+        self.earlier_losses: list[float] = []
+        """Losses of all steps up to the checkpoint that this attempt resumes from. Only rank 0 knows them."""
         self.warnings: list[str] = []
-        """Of this attempt."""
-        self._next: dict[str, float] = {}
-        self._draw_at = time.monotonic() + DRAW_S
+        """Warnings of this attempt."""
+        self.tracker: Any = None
+        self._started = time.monotonic()
+        self._for_next_line: dict[str, float] = {}
+        self._report_at = time.monotonic() + REPORT_EVERY_S
         if self.is_main:
-            kept = _truncate(self.path, step)
-            self.evaluated = {int(line["step"]) for line in kept if "eval_loss" in line}
-            self.losses = [float(line["loss"]) for line in kept if "loss" in line]
+            kept = _truncate(self.path, first_step)
+            self.evaluated_steps = {int(line["step"]) for line in kept if "eval_loss" in line}
+            self.earlier_losses = [float(line["loss"]) for line in kept if "loss" in line]
             self.file = self.path.open("a", encoding="utf-8")
-            self.tracker = _tracker(config, step)
+            self.tracker = _tracker(config, first_step)
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line, whole: a killed job leaves no half of it."""
+        """Append one line to metrics.jsonl and flush it, so that a killed job does not leave half a line."""
         if not self.is_main:
             return
-        values |= self._next
-        self._next = {}
+        values |= self._for_next_line
+        self._for_next_line = {}
         self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
         if self.tracker:
             self.tracker.log(values, step=step)
 
-    def show(self, step: int, /, **values: Any) -> None:
-        """A line for the log, with the time that is left; now and then also the page."""
-        if self.is_main:
-            text = "  ".join(f"{name} {value}" for name, value in values.items())
-            left = training_curves.clock(self.left(step))
-            log.info(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  left {left}")
-            if time.monotonic() >= self._draw_at:
-                self.draw()
-
-    def left(self, step: int) -> float:
-        """Seconds until the last step, at the rate of this attempt with all its evaluations and checkpoints."""
-        return (self.steps - step) * (time.monotonic() - self.started) / max(1, step - self.first)
-
     def note(self, **values: float) -> None:
-        """Numbers that go into the next line that is written."""
-        self._next |= values
+        """Add numbers to the next line of metrics.jsonl."""
+        self._for_next_line |= values
+
+    def log_step(self, step: int, /, **fields: Any) -> None:
+        """Log one line for a step, with the remaining time. Also rewrites report.html when that is due."""
+        if self.is_main:
+            text = "  ".join(f"{name} {value}" for name, value in fields.items())
+            left = training_curves.clock(self.seconds_left(step))
+            log.info(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}  left {left}")
+            if time.monotonic() >= self._report_at:
+                self.write_report()
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the last step, at the speed of this attempt including its evaluations and checkpoints."""
+        elapsed = time.monotonic() - self._started
+        return (self.last_step - step) * elapsed / max(1, step - self.first_step)
 
     def say(self, lines: list[str]) -> None:
-        """Lines for the log as they are."""
+        """Log lines from rank 0."""
         if self.is_main:
             log.info("\n".join(lines))
 
-    def warn(self, step: int, texts: list[str]) -> None:
-        """Say what is odd in the log, and on the page."""
+    def warn(self, step: int, messages: list[str]) -> None:
+        """Log warnings, and keep them for report.html."""
         if self.is_main:
-            for text in texts:
-                log.warning(f"step {step}: {text}")
-            self.warnings += [f"step {step}: {text}" for text in texts]
+            for message in messages:
+                log.warning(f"step {step}: {message}")
+            self.warnings += [f"step {step}: {message}" for message in messages]
 
-    def draw(self) -> None:
-        """Write RUN/report.html from all that has been written so far. A page that cannot be written ends no training."""
+    def write_report(self) -> None:
+        """Write RUN/report.html from metrics.jsonl. If that fails, log a warning: it is no reason to end a training."""
         if not self.is_main:
             return
         began = time.monotonic()
         try:
-            page = training_curves.html(self.config, self.path, self.steps, self.warnings)
+            page = training_curves.html(self.config, self.path, self.last_step, self.warnings)
             write_text(self.path.with_name("report.html"), page)
         except OSError as error:
-            log.warning(f"report.html: {error}")
-        self._draw_at = time.monotonic() + max(DRAW_S, 100 * (time.monotonic() - began))
+            log.warning(f"report.html: cannot be written ({error}); training continues")
+        took_s = time.monotonic() - began
+        self._report_at = time.monotonic() + max(REPORT_EVERY_S, 100 * took_s)
 
     def close(self) -> None:
-        self.draw()
+        """Write the last report, and close metrics.jsonl and the tracker."""
+        self.write_report()
         if self.is_main:
             self.file.close()
             if self.tracker:
@@ -108,15 +108,18 @@ class Metrics:
 
 
 def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what a killed attempt wrote after the checkpoint it is resumed from, and any torn last line; what is kept."""
+    """Remove the lines after `step`, which a killed attempt wrote after its last checkpoint, and a torn last line.
+
+    Returns the lines that are kept. `step` 0 is a new start and keeps none.
+    """
     if not path.exists():
         return []
     kept, lines = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found = json.loads(line)
-            if found["step"] <= step and step:
-                kept.append(found)
+            values = json.loads(line)
+            if values["step"] <= step and step:
+                kept.append(values)
                 lines.append(line + "\n")
         except (ValueError, KeyError):
             continue
@@ -125,20 +128,23 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _tracker_id(config: Config) -> str:
-    """One id for all attempts of a run, kept in its folder; a run folder's name alone may be that of another project's run."""
+    """One random id for all attempts of a run, kept in its folder. The folder's name would not do: runs of other projects
+    may have the same name."""
     path = Path(config.run_dir) / "tracker.json"
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:12]})
     return str(read_json(path)["id"])
 
 
-def _tracker(config: Config, step: int) -> Any:
+def _tracker(config: Config, first_step: int) -> Any:
+    """The tracker of `tracker`, started; None for none. It continues the curves of earlier attempts."""
     if config.tracker is Tracker.none:
         return None
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.tracking import TensorBoardTracker, WandBTracker  # type: ignore[import-untyped]  # imports the trackers
 
     if config.tracker is Tracker.tensorboard:
-        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir, purge_step=step + 1 if step else None)
+        purge_step = first_step + 1 if first_step else None  # hides what a killed attempt wrote after its checkpoint
+        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir, purge_step=purge_step)
     else:
         name = Path(config.run_dir).name
         tracker = WandBTracker(config.name, id=_tracker_id(config), name=name, resume="allow", dir=config.run_dir)

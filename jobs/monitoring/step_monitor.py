@@ -1,4 +1,4 @@
-"""What is seen of training beside its loss: speed and utilisation, where steps spend their time, memory and slow ranks."""
+"""Measures each training step on each rank: tokens/s, MFU, time per phase, memory. Gathers it for log lines, with warnings."""
 
 import math
 import socket
@@ -11,105 +11,100 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from conf.choices import AdapterKind, Precision
+from conf.choices import Precision
 from conf.schema import Config
 from jobs.data.batches import Rows
 from jobs.distributed.collectives import gather
 from jobs.distributed.process_group import World
-from jobs.model import unwrap
 from jobs.monitoring import stragglers
-from jobs.monitoring.flops import Work, peak
-from jobs.monitoring.step_timer import NAMES, Phases
+from jobs.monitoring.flops import ModelFlops, peak_flops
+from jobs.monitoring.step_timer import PHASES, StepTimer
 
-MEASURED = 10
-"""Steps before a line of the log whose phases are timed, at most: their events are kept until then."""
+TIMED_STEPS = 10
+"""At most this many steps before a log line are timed, because their CUDA events are kept until that line."""
 
 
-class Watch:
-    """Measures each step on each rank. What ranks measured is gathered where a line of the log is due, and never else."""
+class StepMonitor:
+    """Measures every step on every rank. Ranks exchange their measurements only when a log line is due."""
 
-    def __init__(self, config: Config, world: World, work: Work, rows: Rows) -> None:
-        self.phases = Phases(world.device)
+    def __init__(self, config: Config, world: World, *, rows: Rows, flops: ModelFlops, blocks: list[nn.Module]) -> None:
+        self.timer = StepTimer(world.device)
+        self.timer.time_blocks(blocks)
         hosts = gather(socket.gethostname)
         self.nodes = hosts[:: world.local_size]
-        """Their names."""
-        self._world, self._work, self._rows, self._every = world, work, rows, config.train.log_every
-        self._squares = rows.packs.sums(rows.samples.lengths[rows.chosen].astype(np.float64) ** 2)
-        self._peak = _peak(config, world)
-        self._spread = stragglers.Spread(hosts)
-        self._cost, self._steps = 0.0, 0
+        """Host name of each node."""
+        self._world, self._rows, self._flops = world, rows, flops
+        self._log_every = config.train.log_every
+        self._squared_lengths = rows.packs.sums(rows.samples.lengths[rows.chosen].astype(np.float64) ** 2)
+        self._peak_flops = _device_peak_flops(config, world)
+        self._stragglers = stragglers.StragglerDetector(hosts)
+        self._cost = 0.0
+        """What this rank's micro batches of the timed steps should cost (jobs.data.packing.attention_cost)."""
+        self._timed_steps = 0
 
-    def begin(self, step: int, steps: int) -> None:
-        """Before a step, counted from 0."""
-        line = min(steps, (step // self._every + 1) * self._every)  # after how many steps the next line is due
-        self.phases.on = line - step <= MEASURED
-        self._steps += self.phases.on
+    def begin_step(self, step: int, last_step: int) -> None:
+        """Call before each step, counted from 0. Turns the timer on for the last steps before a log line."""
+        next_line = min(last_step, (step // self._log_every + 1) * self._log_every)
+        self.timer.enabled = next_line - step <= TIMED_STEPS
+        if self.timer.enabled:
+            self._timed_steps += 1
 
-    def add(self, rows: int, dearest: float) -> None:
-        """A micro batch of so many rows, padded to the one that costs most (jobs.data.packing.attention_cost), is this rank's."""
-        self._cost += rows * dearest * self.phases.on
+    def add_micro_batch(self, rows: int, highest_cost: float) -> None:
+        """Call for each micro batch of this rank. All its rows are padded to the longest, so each costs `highest_cost`."""
+        if self.timer.enabled:
+            self._cost += rows * highest_cost
 
-    def end(self, chosen: NDArray[np.int64], seconds: float) -> dict[str, float]:
-        """After a step: its real tokens, without padding, and on known GPUs the share of their peak that its FLOPs take."""
-        self.phases.on = False  # an evaluation may come before the next step
-        tokens, trained = (int(values[chosen].sum()) for values in (self._rows.lengths, self._rows.counts))
-        each = tokens / seconds / self._world.size
-        found = {"tokens_per_s": round(each * self._world.size, 1), "tokens_per_s_per_rank": round(each, 1)}
-        if self._peak:
-            flops = self._work.flops(tokens, trained, float(self._squares[chosen].sum()))
-            found["mfu"] = round(flops / seconds / self._world.size / self._peak, 4)
-        return found
+    def end_step(self, chosen: NDArray[np.int64], seconds: float) -> dict[str, float]:
+        """Call after each step with the rows of its global batch, int64 of shape (rows,), and its seconds.
 
-    def gathered(self) -> tuple[dict[str, float], list[str]]:
-        """What all ranks measured since the last call, and warnings: all ranks call this together, once a step is done.
-
-        Seconds of a phase are those of one step, the mean over ranks and steps. Bytes are the peak since the rank started.
+        Returns tokens/s without padding, and on known GPUs the MFU: needed FLOP/s over the peak FLOP/s of all ranks.
         """
-        mine = self.phases.read()
-        row = [*mine.values(), self._cost, float(peak_bytes(self._world.device))]
-        steps, self._cost, self._steps = max(1, self._steps), 0.0, 0
-        sent = torch.tensor(row, dtype=torch.float64, device=self._world.device)
-        every = [torch.empty_like(sent) for _ in range(self._world.size)]
-        dist.all_gather(every, sent)
-        table = np.array([one.tolist() for one in every])
-        *phases, blocks, cost, memory = table.T
-        found = {
-            f"{name}_s": round(float(values.mean()) / steps, 5) for name, values in zip(NAMES, phases, strict=True)
+        self.timer.enabled = False  # an evaluation may come before the next step
+        tokens, trained_tokens = (int(counts[chosen].sum()) for counts in (self._rows.lengths, self._rows.counts))
+        per_rank = tokens / seconds / self._world.size
+        measured = {
+            "tokens_per_s": round(per_rank * self._world.size, 1),
+            "tokens_per_s_per_rank": round(per_rank, 1),
         }
-        found |= stragglers.summary("memory_gib", memory / stragglers.GIB)
-        return found, self._spread.warnings(memory, blocks + phases[0], cost)
+        if self._peak_flops:
+            flops = self._flops.training(
+                tokens=tokens,
+                trained_tokens=trained_tokens,
+                squared_lengths=float(self._squared_lengths[chosen].sum()),
+            )
+            measured["mfu"] = round(flops / seconds / self._world.size / self._peak_flops, 4)
+        return measured
+
+    def gather(self) -> tuple[dict[str, float], list[str]]:
+        """(measurements, warnings) of all ranks since the last call. Collective: all ranks call this after the same step.
+
+        Seconds of a phase are per step, the mean over ranks and timed steps. Memory is the peak since the rank started.
+        """
+        seconds = self.timer.read()
+        own = [*seconds.values(), self._cost, float(peak_memory_bytes(self._world.device))]
+        steps = max(1, self._timed_steps)
+        self._cost, self._timed_steps = 0.0, 0
+        sent = torch.tensor(own, dtype=torch.float64, device=self._world.device)
+        received = [torch.empty_like(sent) for _ in range(self._world.size)]
+        dist.all_gather(received, sent)
+        by_rank = np.array([values.tolist() for values in received])
+        *phases, blocks, cost, memory = by_rank.T
+        measured = {
+            f"{name}_s": round(float(values.mean()) / steps, 5) for name, values in zip(PHASES, phases, strict=True)
+        }
+        measured |= stragglers.summary("memory_gib", memory / stragglers.GIB)
+        # a rank waits for others in all phases but these two
+        busy = blocks + phases[PHASES.index("data")]
+        return measured, self._stragglers.warnings(memory=memory, busy=busy, cost=cost)
 
 
-def work(model: nn.Module, config: Config) -> Work:
-    """What a model, whole and with its adapters, costs to train; it may be without weights."""
-    inside, frozen = unwrap.causal_lm(model), config.adapter.kind is not AdapterKind.none
-    of = inside.config.get_text_config()
-    chosen = getattr(of, "num_experts_per_tok", None) or 1
-    embedding, last = inside.get_input_embeddings().weight, inside.get_output_embeddings()
-    while hasattr(last, "base_layer"):  # an adapter's
-        last = last.base_layer
-    outside = {id(embedding), id(last.weight) if last is not None else 0}
-    total = 0
-    for module in inside.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in outside or (frozen and parameter.requires_grad):
-                continue
-            outside.add(id(parameter))
-            if parameter is getattr(module, "weight", None) and isinstance(module, nn.Linear):
-                total += module.in_features * module.out_features  # a packed weight has fewer numbers
-            else:  # experts are stored as one: (experts, ., .)
-                total += int(parameter.numel() * (chosen / parameter.shape[0] if parameter.dim() == 3 else 1))
-    width = of.num_attention_heads * (getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads)
-    return Work(total, last.weight.numel() if last is not None else 0, of.num_hidden_layers, width, frozen)
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory: of torch's tensors on a GPU; of this process (resident) on CPUs.
 
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that torch's tensors took on a GPU so far; on CPUs the most resident memory of this process.
-
-    From /proc, because getrusage would count what the parent had before it started this one. 0 where there is no /proc.
+    Read from /proc, because getrusage also counts what the parent process had before it started this one. 0 without /proc.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return int(torch.cuda.max_memory_allocated(device))
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
@@ -117,23 +112,29 @@ def peak_bytes(device: torch.device) -> int:
     return next((1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM:")), 0)
 
 
-def words(values: dict[str, Any], on_gpu: bool) -> dict[str, str]:
-    """The measured part of a line of the log."""
-    found = {"tokens/s": f"{values['tokens_per_s']:,.0f}"}
+def log_fields(values: dict[str, Any], *, on_gpu: bool) -> dict[str, str]:
+    """A step's values, as in metrics.jsonl, as {label: text} for a log line."""
+    fields = {
+        "loss": f"{values['loss']:.4f}",
+        "norm": f"{values['grad_norm']:.3f}",
+        "lr": f"{values['learning_rate']:.2e}",
+        "tokens/s": f"{values['tokens_per_s']:,.0f}",
+    }
     if on_gpu:
-        found["a GPU"] = f"{values['tokens_per_s_per_rank']:,.0f}"
+        fields["per GPU"] = f"{values['tokens_per_s_per_rank']:,.0f}"
     if "mfu" in values:
-        found["MFU"] = f"{values['mfu']:.1%}"
-    timed = {name: values[f"{name}_s"] for name in NAMES}
-    whole = math.fsum(timed.values()) or 1.0
-    found["took"] = f"{values['seconds']:.2f} s (" + ", ".join(f"{n} {s / whole:.0%}" for n, s in timed.items()) + ")"
+        fields["MFU"] = f"{values['mfu']:.1%}"
+    seconds = {name: values[f"{name}_s"] for name in PHASES}
+    total = math.fsum(seconds.values()) or 1.0
+    shares = ", ".join(f"{name} {phase_s / total:.0%}" for name, phase_s in seconds.items())
+    fields["took"] = f"{values['seconds']:.2f} s ({shares})"
     low, high = values["memory_gib_min"], values["memory_gib_max"]
-    found["GiB"] = f"{high:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
-    return found
+    fields["GiB"] = f"{high:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
+    return fields
 
 
-def _peak(config: Config, world: World) -> float | None:
-    """Of bf16 on this rank's GPU: other precisions have other peaks, CPUs none that is known."""
+def _device_peak_flops(config: Config, world: World) -> float | None:
+    """bf16 peak of this rank's GPU in FLOP/s. None on CPUs and for other precisions, which have other peaks."""
     if world.device.type != "cuda" or config.train.precision is not Precision.bf16:
         return None
-    return peak(torch.cuda.get_device_name(world.device))
+    return peak_flops(torch.cuda.get_device_name(world.device))

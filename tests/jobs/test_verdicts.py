@@ -1,4 +1,4 @@
-"""launcher/supervise/error_classes.py on the very exceptions that torch, the Hub's client and the kernel raise."""
+"""launcher/supervise/error_classes.py classifies the exceptions that torch, the Hub's client and the kernel really raise."""
 
 import errno
 from collections.abc import Callable
@@ -14,13 +14,12 @@ from transformers import AutoConfig
 from launcher.supervise.error_classes import classify
 
 ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
-"""What CUDA's own errors are raised as."""
+"""The type of CUDA's own errors; RuntimeError in versions of torch without it."""
 
 
 def full() -> None:
-    with Path("/dev/full").open(
-        "r+b", buffering=0
-    ) as file:  # not "w", which would make a file where there is no such device
+    # "w" would create a file on systems without this device
+    with Path("/dev/full").open("r+b", buffering=0) as file:
         file.write(b"x")
 
 
@@ -54,12 +53,12 @@ def chained() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_is_really_raised(work: Callable[[], object], status: str, remedy: str) -> None:
+def test_errors_that_are_really_raised(work: Callable[[], object], status: str, remedy: str) -> None:
     with pytest.raises(Exception) as caught:
         work()
-    found = classify(caught.value)
-    assert found[0] == status, repr(caught.value)
-    assert remedy in found[1]
+    actual_status, actual_remedy = classify(caught.value)
+    assert actual_status == status, repr(caught.value)
+    assert remedy in actual_remedy
 
 
 @pytest.mark.parametrize(
@@ -77,6 +76,6 @@ def test_what_is_really_raised(work: Callable[[], object], status: str, remedy: 
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_needs_a_gpu_or_a_quota_to_be_raised(error: Exception, status: str) -> None:
-    """The types are torch's own; the words are those of the CUDA runtime and NCCL."""
+def test_errors_that_need_a_gpu_or_a_quota(error: Exception, status: str) -> None:
+    """Made here with torch's own types and the messages of the CUDA runtime and NCCL."""
     assert classify(error)[0] == status

@@ -1,4 +1,4 @@
-"""Writes docs/resilience.md from what the chaos suite has found: one line a kind of fault, then what was not survived."""
+"""Writes docs/resilience.md from the results of the chaos suite: a table with one line per kind of fault, then the wrong runs."""
 
 from pathlib import Path
 from statistics import median
@@ -10,88 +10,112 @@ from tests.slurm.kinds import KINDS
 TOP = """\
 # What a run survives
 
-`make chaos` strikes trainings on the four-node Slurm of the tests, and writes this page. A run counts as recovered when it ends by
-itself as `completed`, with the metrics of every step and the SHA-256 of every weight of the run of its layout that nothing struck.
-Where going on would be wrong, the right verdict counts as stopped rightly, if the run then reaches the same weights once
-the cause is gone and it is resumed. Anything else is wrong.
+`make chaos` injects faults into trainings on the four-node Slurm cluster of the tests, and writes this page. Each run has one
+of three outcomes:
 
-{faults} faults in {runs} runs (seed {seeds}), on 2 nodes: {recovered} recovered, {stopped} stopped rightly, {wrong} wrong. Runs
-have 40 steps and a checkpoint every 5, written while training goes on; {struck} of them were struck twice in a row.
+- **recovered**: it ended by itself as `completed`. Its metrics of every step, and the SHA-256 of every weight, equal those of a
+  run with the same layout and without a fault.
+- **stopped rightly**: continuing would be wrong, so it ended with the right verdict. After the cause was removed, it was
+  resumed and reached the same metrics and weights.
+- **wrong**: anything else.
+
+{faults} faults in {runs} runs (seed {seeds}), on 2 nodes: {recovered} recovered, {stopped} stopped rightly, {wrong} wrong.
+Each run has 40 steps and a checkpoint every 5 steps, written while training continues. {struck} runs got two faults in a row.
 Layouts (runs): {layouts}.
 
 | fault | faults | recovered | stopped rightly | wrong | steps lost | seconds without a step |
 |---|---|---|---|---|---|---|
 """
 BOTTOM = """
-Steps lost are those that were computed a second time, in a whole run; least, median and most. Per fault a signalled stop may
-lose none, a kill one interval, or two where a checkpoint was being written, and a damaged checkpoint one more: beyond that a
-run is wrong. Seconds are from the fault to the first step after it, with the 6 s in which Slurm starts a job again, and with
-start-up, for which all ranks share this machine's {cores} cores with those of another run; where no attempt ended, the longest
-pause. A node out of reach costs Slurm's time-out (30 s here) or the hang's limit (15 s here) as well.
+Three numbers are minimum / median / maximum.
 
-**Run it.** `make chaos` takes about an hour; `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` chooses, and
-`ARGS=--resume` goes on where it was cut short. What was drawn and found lies in runs/chaos/results.jsonl, one line a run, and
-the folder of each run that went wrong beside it. RESULT counts faults, and runs that went wrong: with one the exit status is 1.
+**Steps lost** are the steps of a whole run that were computed a second time. A run is wrong if it loses more than this per
+fault: none after a signal that asks it to stop; one checkpoint interval after a kill, or two if a checkpoint was being written;
+one more interval if a checkpoint was damaged.
 
-**What runs where.** `make test` has one run that meets a restarted controller, a killed slurmd and a pulled cable at once, then
-a slow rank, a killed rank with a damaged checkpoint and without `latest`, and a killed batch script
-(tests/slurm/test_chaos.py); a hang, a preemption and a user's error (test_requeue.py); a signal (test_resume.py); and, without
-Slurm, full disks and every damage to a checkpoint (tests/jobs/checkpoint/test_checkpointing.py, test_saving.py).
-`make proof` adds the time
-limit, `scontrol requeue`, a lost and a bad node, hangs at the start and in a checkpoint (tests/slurm/test_requeue.py,
-test_hang.py), and kills while a checkpoint is written (tests/jobs/checkpoint/test_async_save.py). `make chaos` has them all.
+**Seconds without a step** last from the fault to the next step, or are the longest pause if no attempt ended. They include the
+6 s that Slurm takes to start a job again, and the start-up, in which all ranks share this machine's {cores} cores with those of
+another run. If a node is out of reach, they also include Slurm's timeout (30 s here) or the hang limit (15 s here).
+
+## Run it
+
+`make chaos` takes about an hour. `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` selects faults, and
+`ARGS=--resume` continues a suite that was interrupted. runs/chaos/results.jsonl has one line per run, with its faults and its
+outcome. The folder of each wrong run is kept beside it. The last line of output is RESULT, with the number of faults and the
+number of wrong runs. If a run is wrong, the exit status is 1.
+
+## Which test covers what
+
+`make test`:
+
+- tests/slurm/test_chaos.py: one run with a restarted controller, a killed slurmd and a pulled cable at once, then a slow rank,
+  then a killed rank with a damaged checkpoint and without `latest`, then a killed batch script;
+- tests/slurm/test_requeue.py: a hang, a preemption, a user's error;
+- tests/slurm/test_resume.py: a signal;
+- without Slurm, tests/jobs/checkpoint/test_checkpointing.py and test_async_save.py: full disks, and every kind of damage to a
+  checkpoint.
+
+`make proof` adds:
+
+- tests/slurm/test_requeue.py: the time limit, `scontrol requeue`, a lost node, a bad node;
+- tests/slurm/test_hang.py: hangs during start-up and during a checkpoint;
+- tests/jobs/checkpoint/test_async_save.py: kills while a checkpoint is written.
+
+`make chaos` has all of them.
 """
 
 
-def write(path: Path, found: list[dict[str, Any]]) -> None:
-    """The page, from the lines of results.jsonl in any order."""
-    found = sorted(found, key=lambda item: item["number"])
-    lines = [_line(kind.what, [item for item in found if item["kind"] == name]) for name, kind in KINDS.items()]
-    write_text(path, _top(found) + "".join(lines) + _wrong(found) + _bottom(found), mode=0o644)
+Result = dict[str, Any]
+"""A line of results.jsonl: see `chaos.Result`."""
 
 
-def _top(found: list[dict[str, Any]]) -> str:
+def write(path: Path, results: list[Result]) -> None:
+    """Write the page from the lines of results.jsonl, in any order."""
+    results = sorted(results, key=lambda result: result["number"])
+    rows = [_row(kind.label, [result for result in results if result["kind"] == name]) for name, kind in KINDS.items()]
+    write_text(path, _top(results) + "".join(rows) + _wrong(results) + _bottom(results), mode=0o644)
+
+
+def _top(results: list[Result]) -> str:
+    layouts = sorted({result["layout"] for result in results})
     return TOP.format(
-        faults=_count(found),
-        runs=len(found),
-        seeds=", ".join(map(str, sorted({item["seed"] for item in found}))),
-        recovered=_count(found, "recovered"),
-        stopped=_count(found, "stopped rightly"),
-        wrong=_count(found, "wrong"),
-        struck=sum(item["faults"] > 1 for item in found),
-        layouts=", ".join(f"{name} {_with(found, name)}" for name in sorted({item["layout"] for item in found})),
+        faults=_count(results),
+        runs=len(results),
+        seeds=", ".join(map(str, sorted({result["seed"] for result in results}))),
+        recovered=_count(results, "recovered"),
+        stopped=_count(results, "stopped rightly"),
+        wrong=_count(results, "wrong"),
+        struck=sum(result["faults"] > 1 for result in results),
+        layouts=", ".join(f"{name} {sum(result['layout'] == name for result in results)}" for name in layouts),
     )
 
 
-def _with(found: list[dict[str, Any]], layout: str) -> int:
-    return sum(item["layout"] == layout for item in found)
+def _bottom(results: list[Result]) -> str:
+    return BOTTOM.format(cores=max((result["cores"] for result in results), default=1))
 
 
-def _bottom(found: list[dict[str, Any]]) -> str:
-    return BOTTOM.format(cores=max((item["cores"] for item in found), default=1))
+def _count(results: list[Result], outcome: str = "") -> int:
+    """Faults in the runs with this outcome, or in all runs."""
+    return sum(result["faults"] for result in results if outcome in ("", result["outcome"]))
 
 
-def _count(found: list[dict[str, Any]], outcome: str = "") -> int:
-    return sum(item["faults"] for item in found if outcome in ("", item["outcome"]))
+def _row(label: str, results: list[Result]) -> str:
+    counts = [_count(results, outcome) for outcome in ("", "recovered", "stopped rightly", "wrong")]
+    good = [result for result in results if result["outcome"] != "wrong"]
+    lost, seconds = [result["lost"] for result in good], [each for result in good for each in result["recovery_s"]]
+    cells = [label, *map(str, counts), _range(lost), _range(seconds)]
+    return f"| {' | '.join(cells)} |\n" if results else ""
 
 
-def _line(what: str, found: list[dict[str, Any]]) -> str:
-    counts = [_count(found, outcome) for outcome in ("", "recovered", "stopped rightly", "wrong")]
-    good = [item for item in found if item["outcome"] != "wrong"]
-    lost, seconds = [item["lost"] for item in good], [each for item in good for each in item["recovery_s"]]
-    cells = [what, *map(str, counts), _spread(lost), _spread(seconds)]
-    return f"| {' | '.join(cells)} |\n" if found else ""
-
-
-def _spread(values: list[float]) -> str:
-    """Least, median and most."""
+def _range(values: list[float]) -> str:
+    """Minimum / median / maximum."""
     return " / ".join(f"{value:.0f}" for value in (min(values), median(values), max(values))) if values else "-"
 
 
-def _wrong(found: list[dict[str, Any]]) -> str:
+def _wrong(results: list[Result]) -> str:
     lines = [
-        f"- run {item['number']} (seed {item['seed']}), {item['kind']} under {item['layout']}: {item['why']}\n"
-        for item in found
-        if item["outcome"] == "wrong"
+        f"- run {result['number']} (seed {result['seed']}), {result['kind']} under {result['layout']}: {result['why']}\n"
+        for result in results
+        if result["outcome"] == "wrong"
     ]
     return "\n" + "".join(lines) if lines else ""

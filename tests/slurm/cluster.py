@@ -1,9 +1,9 @@
-"""Start and stop a real Slurm of several nodes on one machine: `python tests/slurm/cluster.py up|down|status`.
+"""Starts and stops a real Slurm cluster of several nodes on one machine: `python tests/slurm/cluster.py up|down|status`.
 
-Each node is a network namespace with its own host name, `eth0` and address, on the machine's own file system. The
-controller, with munge and the database, is one more. The root namespace is the login node: export SLURM_CONF, and
-sbatch and the rest work there as they do inside jobs. There is at most one cluster on a machine. It needs root and a
-few Debian packages, which `available` names, but no systemd.
+Each node is a network namespace with its own host name, `eth0` and address; all share the machine's file system. One more
+namespace is for the controller, with munge and the database. The root namespace is the login node: after `export SLURM_CONF=...`,
+sbatch and the other commands work there as they do inside jobs. A machine can have one cluster. It needs root and a few
+Debian packages, which `available` names, but no systemd.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from . import config, machine
 from .daemon import ClusterError, Daemon, daemons, install_database, wait
 
 ROOT = Path("/tmp/muster-slurm")
-NETWORK = "198.18.77"  # from the range that is kept for benchmarks, so no real network has it
+NETWORK = "198.18.77"  # from the address range reserved for benchmarks, which no real network uses
 MAX_NODES = 200
-OWNED = ".muster-slurm"  # this file says that a folder is a cluster's, and may be deleted
+OWNED = ".muster-slurm"  # this file marks a folder of a cluster, which may be deleted
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster with its files in `root`. `up` and `running` return it."""
+    """A cluster with its files in `root`. Returned by `up` and `running`."""
 
     root: Path
     nodes: list[str]
@@ -40,22 +40,22 @@ class Cluster:
 
     @property
     def conf(self) -> Path:
-        """What SLURM_CONF must be to use this cluster."""
+        """The value of SLURM_CONF for this cluster."""
         return self.root / "slurm.conf"
 
     @property
     def addresses(self) -> dict[str, str]:
-        """Host name -> IPv4 address, of the nodes and of the controller `ctl`."""
+        """Host name -> IPv4 address, for the nodes and the controller `ctl`."""
         nodes = {node: f"{NETWORK}.{number}" for number, node in enumerate(self.nodes, start=1)}
         return nodes | {config.CONTROLLER: f"{NETWORK}.253"}
 
     @property
     def daemons(self) -> dict[str, Daemon]:
-        """Its daemons by name: munged, (mariadbd, slurmdbd,) slurmctld, slurmd-n1, ..."""
+        """Daemons by name: munged, (mariadbd, slurmdbd,) slurmctld, slurmd-n1, ..."""
         return daemons(root=self.root, nodes=self.nodes, accounting=self.accounting)
 
     def run(self, *command: str, timeout_s: float = 60) -> str:
-        """Run a command on the login node and return what it printed. Raises ClusterError with its complaint."""
+        """Run a command on the login node and return its output. Raises ClusterError with the output if it fails."""
         env = os.environ | {"SLURM_CONF": str(self.conf)}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         if result.returncode != 0:
@@ -63,8 +63,8 @@ class Cluster:
         return result.stdout
 
     def node_states(self) -> dict[str, str]:
-        """Node -> state as sinfo says it (`idle`, `mixed`, `down*`, ...); empty while no controller answers."""
-        if self.daemons["slurmctld"].pid() is None:  # sinfo would try again for a while
+        """Node -> state as sinfo prints it (`idle`, `mixed`, `down*`, ...). Empty while no controller answers."""
+        if self.daemons["slurmctld"].pid() is None:  # sinfo would retry for a while
             return {}
         with suppress(ClusterError, subprocess.TimeoutExpired):
             lines = self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T").splitlines()
@@ -72,7 +72,7 @@ class Cluster:
         return {}
 
     def problems(self) -> list[Daemon]:
-        """The daemons that do not run, or else the slurmd of nodes that take no job; empty when all is well."""
+        """The daemons that do not run. If all run: the slurmds of nodes that accept no jobs. Empty if all is well."""
         if dead := [daemon for daemon in self.daemons.values() if daemon.pid() is None]:
             return dead
         states = self.node_states()
@@ -81,57 +81,57 @@ class Cluster:
         return [self.daemons[f"slurmd-{node}"] for node in sick]
 
     def unplug(self, node: str) -> None:
-        """Pull the node's network cable. Its processes live on. Slurm calls it down after SlurmdTimeout, 30 s."""
+        """Disconnect a node's network. Its processes continue. Slurm marks it as down after SlurmdTimeout, 30 s."""
         machine.set_cable(node, plugged=False)
 
     def plug(self, node: str) -> None:
-        """Put the cable back."""
+        """Connect the node's network again."""
         machine.set_cable(node, plugged=True)
 
     def kill_slurmd(self, node: str) -> None:
-        """Kill -9 the node's slurmd alone. Job steps live on."""
+        """Kill -9 only the node's slurmd. Job steps continue."""
         self.daemons[f"slurmd-{node}"].stop(signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
-        """Start the node's slurmd after `kill_slurmd` or `crash`."""
+        """Start a node's slurmd again after `kill_slurmd` or `crash`."""
         slurmd = self.daemons[f"slurmd-{node}"]
         slurmd.start()
         wait(lambda: slurmd.pid() is not None, lambda: [slurmd])
 
     def crash(self, node: str) -> None:
-        """Cut the node's power: kill -9 all that runs on it. Slurm calls it down after SlurmdTimeout, 30 s.
+        """Cut a node's power: kill -9 all its processes. Slurm marks it as down after SlurmdTimeout, 30 s.
 
-        Wait for that before `start_slurmd`: with ReturnToService=2, Slurm overlooks the jobs lost in a quick reboot.
+        Wait for that before `start_slurmd`: with ReturnToService=2, Slurm does not notice jobs lost in a quick reboot.
         """
         machine.kill([node])
 
     def stop_controller(self) -> None:
-        """Stop slurmctld in good order. Jobs run on."""
+        """Stop slurmctld with SIGTERM. Jobs continue."""
         self.daemons["slurmctld"].stop(signal.SIGTERM)
 
     def start_controller(self) -> None:
-        """Start slurmctld from its saved state and wait until it answers. Nodes are `idle*` until their first answer."""
+        """Start slurmctld from its saved state and wait until it answers. A node is `idle*` until it has answered too."""
         slurmctld = self.daemons["slurmctld"]
         slurmctld.start()
         wait(lambda: bool(self.node_states()), lambda: [slurmctld])
 
     def restart_controller(self) -> None:
-        """Stop and start slurmctld. Jobs run on and are found again."""
+        """Stop and start slurmctld. Jobs continue, and Slurm finds them again."""
         self.stop_controller()
         self.start_controller()
 
     def down(self) -> None:
-        """Stop everything and leave nothing behind."""
+        """Stop and remove this cluster."""
         down(self.root)
 
 
 def available(accounting: bool = False) -> str | None:
-    """Say in one sentence why no real Slurm can be started here; None where one can."""
+    """Why no real Slurm can be started here, in one sentence. None if it can."""
     return machine.missing(accounting)
 
 
 def running(root: Path = ROOT) -> Cluster | None:
-    """The cluster in `root`, if it is up and well."""
+    """The cluster in `root`, if it is up and without problems."""
     cluster = _recorded(root)
     return cluster if cluster and not cluster.problems() else None
 
@@ -139,14 +139,14 @@ def running(root: Path = ROOT) -> Cluster | None:
 def up(nodes: int = 4, accounting: bool = False, root: Path = ROOT) -> Cluster:
     """Start a cluster and wait until all nodes are idle: 1 to 2 s, or 3 to 4 s with accounting (which sacct needs).
 
-    One that runs with the same settings is returned as it is; any other is taken down first.
-    Raises ClusterError, and leaves nothing behind, where it cannot start.
+    A running cluster with the same settings is returned as it is. Any other cluster is taken down first.
+    Raises ClusterError if it cannot start, and then removes everything.
     """
     if reason := available(accounting):
         raise ClusterError(reason)
     if not 1 <= nodes <= MAX_NODES:
         raise ClusterError(f"nodes={nodes}: ask for 1 to {MAX_NODES}")
-    cluster = _planned(nodes, accounting, root)
+    cluster = _cluster(nodes, accounting, root)
     with machine.lock():
         if _is_up(cluster):
             return cluster
@@ -160,12 +160,12 @@ def up(nodes: int = 4, accounting: bool = False, root: Path = ROOT) -> Cluster:
 
 
 def down(root: Path = ROOT) -> None:
-    """Leave nothing behind of the machine's cluster, whether it is up, half up or gone."""
+    """Remove everything of the machine's cluster, whether it is up, half up or gone."""
     with machine.lock():
         _take_down(root.absolute())
 
 
-def _planned(nodes: int, accounting: bool, root: Path) -> Cluster:
+def _cluster(nodes: int, accounting: bool, root: Path) -> Cluster:
     return Cluster(root.absolute(), [f"n{number}" for number in range(1, nodes + 1)], accounting)
 
 
@@ -174,7 +174,7 @@ def _files(cluster: Cluster) -> dict[str, str]:
 
 
 def _is_up(cluster: Cluster) -> bool:
-    """Is this very cluster, with these settings, up and well?"""
+    """Whether a cluster with exactly these settings is up and without problems."""
     with suppress(OSError):
         same = all((cluster.root / name).read_text() == text for name, text in _files(cluster).items())
         return same and not cluster.problems()
@@ -182,7 +182,7 @@ def _is_up(cluster: Cluster) -> bool:
 
 
 def _recorded(root: Path) -> Cluster | None:
-    """The cluster that the files in `root` describe."""
+    """The cluster that the files in `root` describe, up or not."""
     with suppress(OSError):
         nodes = re.findall(r"^NodeName=(\S+)", (root / "slurm.conf").read_text(), re.MULTILINE)
         return Cluster(root.absolute(), nodes, (root / "slurmdbd.conf").exists())
@@ -203,7 +203,7 @@ def _start(cluster: Cluster) -> None:
     machine.borrow(cluster.addresses, login_address=f"{NETWORK}.254", gpus=config.GPUS_PER_NODE, root=root)
     if cluster.accounting:
         install_database(root)
-    # Each of these dies, or sleeps for seconds, where the one before it does not answer yet.
+    # Each daemon exits, or sleeps for seconds, if the one before it does not answer yet.
     answers = {
         "munged": (root / "run" / "munge.socket").exists,
         "mariadbd": (root / "run" / "mariadb.socket").exists,
@@ -226,7 +226,7 @@ def _take_down(root: Path) -> None:
     roots = {root, *machine.roots()}
     for folder in roots:
         if folder.exists() and any(folder.iterdir()) and not (folder / OWNED).exists():
-            raise ClusterError(f"root={folder}: files that are not a cluster's lie there; name another folder")
+            raise ClusterError(f"root={folder}: has files that are not a cluster's; choose another folder")
     machine.release()
     for folder in roots:
         if folder.exists():
@@ -255,9 +255,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("up", "down", "status"):
-        commands.add_parser(name).add_argument("--root", type=Path, default=ROOT, help=f"its folder ({ROOT})")
-    commands.choices["up"].add_argument("--nodes", type=int, default=4)
-    commands.choices["up"].add_argument("--accounting", action="store_true", help="also a database, for sacct")
+        commands.add_parser(name).add_argument(
+            "--root", type=Path, default=ROOT, help=f"folder of the cluster ({ROOT})"
+        )
+    commands.choices["up"].add_argument("--nodes", type=int, default=4, help="number of nodes (4)")
+    commands.choices["up"].add_argument(
+        "--accounting", action="store_true", help="also start a database, so that sacct works"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "status":
@@ -266,7 +270,7 @@ def main() -> int:
             down(arguments.root)
         else:
             settings = (arguments.nodes, arguments.accounting, arguments.root)
-            if _is_up(_planned(*settings)):
+            if _is_up(_cluster(*settings)):
                 print("already up with these settings")
             print(f"export SLURM_CONF={up(*settings).conf}")
     except (ClusterError, OSError) as error:

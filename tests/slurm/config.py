@@ -1,4 +1,4 @@
-"""The configuration files of the test cluster, as text: pure functions, nothing is written here."""
+"""The configuration files of the test cluster, as text. Only pure functions: cluster.py writes the files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +18,11 @@ SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd-%n.pid
 
-# cred_expire: a requeued job waits for its old credential to expire, which takes two minutes by default.
+# cred_expire: a requeued job waits until its old credential expires, by default two minutes.
 AuthType=auth/munge
 AuthInfo=socket={root}/run/munge.socket,cred_expire=5
 
-# No cgroup and no systemd are needed: processes are tracked by parent, tasks are bound to nothing.
+# Works without cgroups and systemd: processes are tracked by their parent, and tasks are not bound to CPUs.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -30,15 +30,15 @@ MailProg=/bin/true
 JobAcctGatherType=jobacct_gather/{gather}
 AccountingStorageType=accounting_storage/{storage}
 {accounting_lines}
-# Schedule every second, so that a requeued job starts 6 s later instead of up to 20 s (by default, up to minutes).
+# Schedule every second, so that a requeued job starts after 6 s instead of up to 20 s (with the defaults, up to minutes).
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
-# Without DefMemPerCPU one job would take a node's whole memory.
+# Without DefMemPerCPU, one job gets the whole memory of a node.
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=1000
 
-# What a training job meets on a real cluster, with shorter waits.
+# Requeue, preemption and node failures as on a real cluster, with shorter waits.
 JobRequeue=1
 KillWait=10
 ReturnToService=2
@@ -47,7 +47,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 
-# config_overrides: claim the hardware below whatever the machine has.
+# config_overrides: report the hardware below, whatever the machine really has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
@@ -69,7 +69,7 @@ AccountingStoragePass={root}/run/munge.socket
 AccountingStorageTRES=gres/gpu
 """
 
-# The database is reached by MYSQL_UNIX_PORT in slurmdbd's environment: StorageHost takes no socket path.
+# slurmdbd reaches the database through MYSQL_UNIX_PORT in its environment, because StorageHost takes no socket path.
 SLURMDBD_CONF = """\
 DbdHost={controller}
 DbdAddr={address}
@@ -86,10 +86,7 @@ StorageLoc=slurm_acct_db
 
 
 def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict[str, str]:
-    """Return file name -> text for the folder `root`.
-
-    `addresses` maps every node, and CONTROLLER, to its IPv4 address.
-    """
+    """File name -> text, for the folder `root`. `addresses` maps every node, and CONTROLLER, to its IPv4 address."""
     controller_address = addresses[CONTROLLER]
     nodes = {name: address for name, address in addresses.items() if name != CONTROLLER}
     database = {"root": root, "address": controller_address, "port": SLURMDBD_PORT}
@@ -104,7 +101,7 @@ def files(*, root: Path, addresses: Mapping[str, str], accounting: bool) -> dict
             nodes="\n".join(NODE.format(name=name, address=nodes[name], gpus=GPUS_PER_NODE) for name in nodes),
         ),
         "gres.conf": f"NodeName={','.join(nodes)} Name=gpu File=/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n",
-        # Slurm 22.05 looks for a cgroup plugin even when none is used; v1 is the one that asks nothing of systemd.
+        # Slurm 22.05 loads a cgroup plugin even if it does not use it. Only v1 works without systemd.
         "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
     }
     if accounting:

@@ -1,4 +1,4 @@
-"""The daemons of the test cluster: their command lines, and the start, end and log of one of them."""
+"""The daemons of the test cluster: their command lines; starting, stopping and reading the log of each."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from . import config, machine
 
 
 class ClusterError(Exception):
-    """The cluster could not be started or used; the text ends with the logs of the daemons at fault."""
+    """The cluster could not be started or used. The text ends with the logs of the daemons at fault."""
 
 
 @dataclass(frozen=True)
 class Daemon:
-    """A daemon on one host. Its process id is in ROOT/run/NAME.pid, and all it says goes to ROOT/log/NAME.log."""
+    """A daemon on one host. ROOT/run/NAME.pid has its process id, ROOT/log/NAME.log its output."""
 
     name: str
     host: str
@@ -26,25 +26,25 @@ class Daemon:
     root: Path
 
     def pid(self) -> int | None:
-        """The process id; None where it does not run (a stale pid file counts for nothing)."""
+        """The process id. None if it does not run, even if a stale pid file exists."""
         with suppress(OSError, ValueError):
             pid = int((self.root / "run" / f"{self.name}.pid").read_text())
             return pid if machine.is_on(pid, [self.host]) else None
         return None
 
     def start(self) -> None:
-        """Start it detached from this process. It may not be ready yet: see `wait`.
+        """Start it detached from this process. It may not be ready when this returns: see `wait`.
 
-        Its environment is made here, so that nothing of the caller's reaches the jobs through it.
+        It gets a minimal environment, so that no variable of the caller reaches the jobs.
         """
         env = {"PATH": machine.PATH, "SLURM_CONF": f"{self.root}/slurm.conf"}
-        env["MYSQL_UNIX_PORT"] = f"{self.root}/run/mariadb.socket"  # for slurmdbd, whose own options have no socket
+        env["MYSQL_UNIX_PORT"] = f"{self.root}/run/mariadb.socket"  # slurmdbd has no option for the socket
         command = machine.inside(self.host, ["setsid", "--fork", *self.command])
         with (self.root / "log" / f"{self.name}.log").open("ab") as log:
             subprocess.run(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
 
     def stop(self, number: signal.Signals) -> None:
-        """Send it a signal and wait until it is gone. What it started lives on."""
+        """Send it a signal and wait until it has ended. Processes that it started continue."""
         pid = self.pid()
         if pid is None:
             raise ClusterError(f"{self.name} is not running")
@@ -60,7 +60,7 @@ class Daemon:
 
 
 def wait(ready: Callable[[], bool], suspects: Callable[[], Iterable[Daemon]], timeout_s: float = 20) -> None:
-    """Return as soon as `ready()` holds. Raises ClusterError with the logs of the `suspects()` after `timeout_s`."""
+    """Return as soon as `ready()` is true. After `timeout_s`, raises ClusterError with the logs of the `suspects()`."""
     deadline = time.monotonic() + timeout_s
     while not ready():
         if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ def wait(ready: Callable[[], bool], suspects: Callable[[], Iterable[Daemon]], ti
 
 
 def daemons(*, root: Path, nodes: Sequence[str], accounting: bool) -> dict[str, Daemon]:
-    """Every daemon by name, in starting order."""
+    """Every daemon by name, in the order in which they must start."""
     run = root / "run"
     commands = {
         "munged": [
@@ -86,15 +86,15 @@ def daemons(*, root: Path, nodes: Sequence[str], accounting: bool) -> dict[str, 
         ]  # fmt: skip
         commands["slurmdbd"] = ["slurmdbd", "-D"]
     commands["slurmctld"] = ["slurmctld", "-D", "-f", f"{root}/slurm.conf"]
-    found = {name: Daemon(name, config.CONTROLLER, command, root) for name, command in commands.items()}
+    by_name = {name: Daemon(name, config.CONTROLLER, command, root) for name, command in commands.items()}
     for node in nodes:
         name, command = f"slurmd-{node}", ["slurmd", "-D", "-f", f"{root}/slurm.conf", "-N", node]
-        found[name] = Daemon(name, node, command, root)
-    return found
+        by_name[name] = Daemon(name, node, command, root)
+    return by_name
 
 
 def install_database(root: Path) -> None:
-    """Make the empty database that mariadbd serves (1 s). On the controller's host, so that `release` ends it too."""
+    """Make the empty database for mariadbd (1 s). It runs on the controller's host, so that `release` also ends it."""
     command = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={root}/database", "--skip-test-db"]
     command.append("--auth-root-authentication-method=normal")
     wrapped = machine.inside(config.CONTROLLER, command)

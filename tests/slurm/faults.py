@@ -1,4 +1,4 @@
-"""What can happen to a training on the test cluster: one function a kind of fault, which makes it happen to a running one."""
+"""Faults for a running training on the test cluster. Each function injects one and returns a text with its random choices."""
 
 import os
 import re
@@ -25,28 +25,31 @@ import os, sys, time
 PACE, DISK = (float(os.environ.get(name, 0)) for name in ("FAULTS_STEP_S", "FAULTS_SYNC_S"))
 clock, fsync = time.perf_counter, os.fsync
 
-def paced():
-    if sys._getframe(1).f_globals.get("__name__") == "jobs.train" and sys._getframe(1).f_code.co_name == "_step":
-        time.sleep(PACE / 2)  # a step looks at the clock twice
+def slow_clock():
+    if sys._getframe(1).f_globals.get("__name__") == "jobs.train" and sys._getframe(1).f_code.co_name == "_train_step":
+        time.sleep(PACE / 2)  # a step reads the clock twice
     return clock()
 
-def slow(descriptor):
+def slow_fsync(descriptor):
     if ".partial/" in os.readlink(f"/proc/self/fd/{descriptor}"):
         time.sleep(DISK)
     return fsync(descriptor)
 
 if PACE:
-    time.perf_counter = paced
+    time.perf_counter = slow_clock
 if DISK:
-    os.fsync = slow
+    os.fsync = slow_fsync
 """
-"""What Python runs first in each rank: seconds more for each step, and for each flush of a file of a checkpoint."""
+"""sitecustomize.py for each rank: makes each step, and each fsync of a checkpoint's file, slower by some seconds.
+
+It knows training steps by the name of their function, jobs.train._train_step."""
 DISK_MB = 96
+"""Size of the file system that the fault `disk_full` fills."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A training that is running, and what its fault is drawn from."""
+    """A running training, with the cluster and the random numbers for its faults."""
 
     run: Path
     cluster: Cluster
@@ -71,25 +74,25 @@ class Scene:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Those that are published, oldest first."""
+        """The complete checkpoints, oldest first."""
         return sorted((self.run / "checkpoints").glob("step-*"))
 
 
-def _kill(scene: Scene, rank: int, number: signal.Signals = signal.SIGKILL) -> str:
+def _signal_rank(scene: Scene, rank: int, number: signal.Signals = signal.SIGKILL) -> str:
     os.kill(runs.ranks(scene.run)[rank], number)
     return f"rank {rank}"
 
 
-def _any(scene: Scene) -> int:
+def _random_rank(scene: Scene) -> int:
     return scene.random.choice(sorted(runs.ranks(scene.run)))
 
 
 def kill_rank(scene: Scene) -> str:
-    return _kill(scene, scene.random.choice(sorted(runs.ranks(scene.run))[1:]))
+    return _signal_rank(scene, scene.random.choice(sorted(runs.ranks(scene.run))[1:]))
 
 
-def kill_first(scene: Scene) -> str:
-    return _kill(scene, 0)
+def kill_rank_0(scene: Scene) -> str:
+    return _signal_rank(scene, 0)
 
 
 def kill_script(scene: Scene) -> str:
@@ -99,14 +102,14 @@ def kill_script(scene: Scene) -> str:
 
 
 def hang(scene: Scene) -> str:
-    return _kill(scene, _any(scene), signal.SIGSTOP)
+    return _signal_rank(scene, _random_rank(scene), signal.SIGSTOP)
 
 
 def slow(scene: Scene) -> str:
-    """One rank runs a tenth of the time, for 6 s."""
-    rank = _any(scene)
+    """Let one rank run only a tenth of the time, for 6 s."""
+    rank = _random_rank(scene)
     pid = runs.ranks(scene.run)[rank]
-    with suppress(ProcessLookupError):  # the training was done before
+    with suppress(ProcessLookupError):  # the training may end meanwhile
         for _ in range(12):
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.45)
@@ -116,59 +119,72 @@ def slow(scene: Scene) -> str:
 
 
 def kill_in_save(scene: Scene) -> str:
-    """Once a checkpoint is being written, and before it is published."""
+    """Kill a rank after a checkpoint has been started and before it is complete."""
     before = set(_partial(scene))
-    runs.until(lambda: set(_partial(scene)) - before)
+
+    def started_checkpoint() -> bool:
+        return bool(set(_partial(scene)) - before)
+
+    runs.wait_until(started_checkpoint)
     time.sleep(scene.random.uniform(0, 0.5))
-    return f"{_kill(scene, _any(scene))}, {' '.join(path.name for path in _partial(scene))} half written"
+    return f"{_signal_rank(scene, _random_rank(scene))}, {' '.join(path.name for path in _partial(scene))} half written"
 
 
 def _partial(scene: Scene) -> list[Path]:
+    """Folders of checkpoints that are being written."""
     return sorted((scene.run / "checkpoints").glob(".step-*.partial"))
 
 
 def slurmd(scene: Scene) -> str:
-    """Slurm calls a node down after 30 s: now and then it is back before that."""
-    return _away(scene, [3, 10, 38], scene.cluster.kill_slurmd, scene.cluster.start_slurmd)
+    """Kill slurmd and start it again, either before or after Slurm marks the node as down (30 s)."""
+    return _remove_for_a_while(scene, [3, 10, 38], scene.cluster.kill_slurmd, scene.cluster.start_slurmd)
 
 
 def power(scene: Scene) -> str:
+    """Cut a node's power. It comes back after Slurm has marked it as down."""
     node = scene.random.choice(scene.nodes)
     scene.cluster.crash(node)
-    runs.until(lambda: scene.cluster.node_states()[node].startswith("down"))
+
+    def is_down() -> bool:
+        return scene.cluster.node_states()[node].startswith("down")
+
+    runs.wait_until(is_down)
     scene.cluster.start_slurmd(node)
     return node
 
 
 def cable(scene: Scene) -> str:
-    return _away(scene, [3, 25, 45], scene.cluster.unplug, scene.cluster.plug)
+    return _remove_for_a_while(scene, [3, 25, 45], scene.cluster.unplug, scene.cluster.plug)
 
 
-def _away(scene: Scene, seconds: list[int], take: Callable[[str], None], give_back: Callable[[str], None]) -> str:
+def _remove_for_a_while(
+    scene: Scene, seconds: list[int], remove: Callable[[str], None], restore: Callable[[str], None]
+) -> str:
     node, wait_s = scene.random.choice(scene.nodes), scene.random.choice(seconds)
-    take(node)
+    remove(node)
     time.sleep(wait_s)
-    give_back(node)
+    restore(node)
     return f"{node}, for {wait_s} s"
 
 
-def told(scene: Scene) -> str:
-    words = [f"--signal={scene.random.choice(['USR1', 'USR2'])}", *scene.random.choice([[], ["--batch"]])]
-    slurm.call("scancel", *words, scene.job_id)
-    return " ".join(words)
+def send_signal(scene: Scene) -> str:
+    """Send USR1 or USR2 with scancel, to the ranks or to the batch script."""
+    options = [f"--signal={scene.random.choice(['USR1', 'USR2'])}", *scene.random.choice([[], ["--batch"]])]
+    slurm.call("scancel", *options, scene.job_id)
+    return " ".join(options)
 
 
 def preempt(scene: Scene) -> str:
     nodes = scene.nodes
-    where = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--output=/dev/null"]
-    slurm.call("sbatch", "--partition=high", *where, "--wrap=sleep 2")
+    options = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--output=/dev/null"]
+    slurm.call("sbatch", "--partition=high", *options, "--wrap=sleep 2")
     return ""
 
 
 def time_limit(scene: Scene) -> str:
-    """Nothing to do but wait: the run has two minutes."""
+    """Wait for the time limit: the run has two minutes."""
     verdict = scene.folder / f"attempt-{scene.attempt}.json"
-    runs.until(verdict.exists)
+    runs.wait_until(verdict.exists)
     assert read_json(verdict)["status"] == TIME_LIMIT, read_json(verdict)
     return ""
 
@@ -179,34 +195,39 @@ def requeue(scene: Scene) -> str:
 
 
 def controller(scene: Scene) -> str:
-    """Away for some seconds, in which now and then a rank dies, too."""
+    """Stop Slurm's controller for some seconds. Sometimes a rank is killed meanwhile."""
     killed, seconds = scene.random.choice([True, False]), scene.random.choice([1, 8, 15])
     scene.cluster.stop_controller()
-    said = f", and {_kill(scene, _any(scene))} killed meanwhile" if killed else ""
+    also = f", and {_signal_rank(scene, _random_rank(scene))} killed meanwhile" if killed else ""
     time.sleep(seconds)
     scene.cluster.start_controller()
-    return f"for {seconds} s{said}"
+    return f"for {seconds} s{also}"
 
 
-def _between(scene: Scene, damage: Callable[[Scene], str]) -> str:
-    """Kill a rank, and damage what the next attempt will read before it begins: Slurm takes some seconds to start it."""
-    number = scene.attempt
+def _between_attempts(scene: Scene, damage: Callable[[Scene], str]) -> str:
+    """Kill a rank, and damage files before the next attempt reads them: Slurm takes some seconds to start it."""
+    attempt = scene.attempt
     kill_rank(scene)
-    runs.until(lambda: (read_json(scene.folder / f"attempt-{number}.json") or {}).get("next"))
+
+    def is_requeued() -> bool:
+        return bool((read_json(scene.folder / f"attempt-{attempt}.json") or {}).get("next"))
+
+    runs.wait_until(is_requeued)
     return damage(scene)
 
 
-def _shard(scene: Scene, checkpoint: Path) -> Path:
-    return checkpoint / scene.random.choice(sorted(read_json(checkpoint / "manifest.json")["files"]))
+def _random_file(scene: Scene, checkpoint: Path) -> Path:
+    names: list[str] = sorted(read_json(checkpoint / "manifest.json")["files"])
+    return checkpoint / scene.random.choice(names)
 
 
 def corrupt(scene: Scene) -> str:
-    return _between(scene, lambda scene: flip(scene, scene.checkpoints[-1]))
+    return _between_attempts(scene, lambda scene: flip(scene, scene.checkpoints[-1]))
 
 
 def flip(scene: Scene, checkpoint: Path) -> str:
-    """One bit of one of its files."""
-    path = _shard(scene, checkpoint)
+    """Flip one bit in one file of a checkpoint."""
+    path = _random_file(scene, checkpoint)
     data = bytearray(path.read_bytes())
     data[scene.random.randrange(len(data))] ^= 1 << scene.random.randrange(8)
     path.write_bytes(data)
@@ -215,20 +236,20 @@ def flip(scene: Scene, checkpoint: Path) -> str:
 
 def truncate(scene: Scene) -> str:
     def cut(scene: Scene) -> str:
-        path = _shard(scene, scene.checkpoints[-1])
+        path = _random_file(scene, scene.checkpoints[-1])
         os.truncate(path, scene.random.randrange(path.stat().st_size))
         return f"{path.parent.name}/{path.name}"
 
-    return _between(scene, cut)
+    return _between_attempts(scene, cut)
 
 
 def no_latest(scene: Scene) -> str:
     def remove(scene: Scene) -> str:
         latest = scene.run / "checkpoints/latest"
-        latest.unlink(missing_ok=True)  # struck twice in a row, a run may not have saved meanwhile
+        latest.unlink(missing_ok=True)  # missing if this is the second fault, and no save came between
         return ""
 
-    return _between(scene, remove)
+    return _between_attempts(scene, remove)
 
 
 def corrupt_all(scene: Scene) -> str:
@@ -236,7 +257,7 @@ def corrupt_all(scene: Scene) -> str:
         shutil.copytree(scene.run / "checkpoints", _copy(scene))
         return ", ".join(flip(scene, item) for item in scene.checkpoints)
 
-    return _between(scene, flip_all)
+    return _between_attempts(scene, flip_all)
 
 
 def _copy(scene: Scene) -> Path:
@@ -244,38 +265,38 @@ def _copy(scene: Scene) -> Path:
 
 
 def fill_disk(scene: Scene) -> str:
-    """Before a checkpoint is begun, or while it is written."""
+    """Fill the disk before a checkpoint starts, or while it is written."""
     during, before = scene.random.choice([True, False]), set(_partial(scene))
     if during:
         deadline = time.monotonic() + 60
         while not set(_partial(scene)) - before and time.monotonic() < deadline:
             time.sleep(0.002)
-    home = scene.run / "checkpoints"
-    free = os.statvfs(home).f_bavail * os.statvfs(home).f_frsize
-    with (home / "filler").open("wb") as file, suppress(OSError):
-        file.write(bytes(free + 2**20))
+    folder = scene.run / "checkpoints"
+    free_bytes = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    with (folder / "filler").open("wb") as file, suppress(OSError):
+        file.write(bytes(free_bytes + 2**20))
     return "during a checkpoint" if during else "before a checkpoint"
 
 
 @contextmanager
 def small_disk(run: Path) -> Iterator[None]:
-    """The run's checkpoints lie on a file system of their own, of DISK_MB in a file."""
-    image, home = run.with_name(f"{run.name}.img"), run / "checkpoints"
+    """Mount a file system of DISK_MB, kept in a file, as the run's checkpoints folder."""
+    image, folder = run.with_name(f"{run.name}.img"), run / "checkpoints"
     with image.open("wb") as file:
         file.truncate(DISK_MB * 2**20)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True, capture_output=True)
-    home.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", image, home], check=True, capture_output=True)
-    shutil.rmtree(home / "lost+found")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True, capture_output=True)
+    shutil.rmtree(folder / "lost+found")
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", home], check=True, capture_output=True)
+        subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)
         image.unlink()
 
 
 def clear(run: Path) -> None:
-    """Leave nothing of a run, also of one whose suite was killed."""
+    """Delete all files of a run, also if the suite was killed while its disk was mounted."""
     subprocess.run(["umount", "--lazy", run / "checkpoints"], check=False, capture_output=True)
     for path in run.parent.glob(f"{run.name}*"):
         if path.name.removeprefix(run.name) in ("", ".img", ".copy", ".error"):
@@ -283,7 +304,7 @@ def clear(run: Path) -> None:
 
 
 def repair(scene: Scene, kind: str) -> None:
-    """What somebody does before he resumes a run that has rightly stopped: frees the disk, or brings the files back."""
+    """Do what a user does before resuming a run that was stopped rightly: free the disk, or restore the checkpoints."""
     if kind == "disk_full":
         (scene.run / "checkpoints/filler").unlink()
     else:
@@ -291,13 +312,13 @@ def repair(scene: Scene, kind: str) -> None:
         _copy(scene).rename(scene.run / "checkpoints")
 
 
-def lost(run: Path, steps: int) -> int:
-    """Steps that were computed more than once on the way to `steps`, by what rank 0 of each attempt has logged."""
-    done = 0
+def lost_steps(run: Path, steps: int) -> int:
+    """How many of the first `steps` steps were computed more than once, by the log of rank 0 of each attempt."""
+    computed = 0
     for log in (run / "jobs/train").glob("attempt-*/rank-0.log"):
         text = log.read_text(errors="replace")
-        numbers = [int(number) for number in re.findall(r"^step +(\d+)/", text, re.MULTILINE)]
-        began = re.search(r"^resumed from .*/step-(\d+)", text, re.MULTILINE)
-        first = int(began[1]) if began else 0
-        done += max([first, *numbers]) - first
-    return done - steps
+        logged = [int(number) for number in re.findall(r" INFO step +(\d+)/", text)]
+        resumed = re.search(r" INFO resumed from .*/step-(\d+)", text)
+        first = int(resumed[1]) if resumed else 0
+        computed += max([first, *logged]) - first
+    return computed - steps

@@ -1,4 +1,4 @@
-"""What the chaos suite draws from: the kinds of faults with what they may cost, and the runs that they strike."""
+"""The faults that the chaos suite can inject, what each may cost, and the random choice of runs and faults from a seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,104 +9,111 @@ from launcher.run_folder.status import USER_ERROR
 from tests.slurm import faults
 
 LAYOUTS = ("fsdp", "zero1", "zero2", "zero3", "hsdp")
-STEPS, EVERY = 40, 5
-WORDS = [
+STEPS, SAVE_EVERY = 40, 5
+OVERRIDES = [
     "train.global_batch=8", "train.micro_batch=2", f"train.steps={STEPS}", "train.learning_rate=3e-3", "train.precision=fp32",
-    "train.fingerprint=true", "train.eval_every=10", "train.log_every=1", "data.max_rows=120", f"train.save_every={EVERY}",
+    "train.fingerprint=true", "train.eval_every=10", "train.log_every=1", "data.max_rows=120", f"train.save_every={SAVE_EVERY}",
 ]  # fmt: skip
+"""Of every run of the suite."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault."""
 
-    what: str
-    """For the table."""
-    strike: Callable[[faults.Scene], str]
-    """Makes it happen; returns what was drawn, in words."""
-    words: tuple[str, ...] = ()
-    """Overrides of the run."""
+    label: str
+    """Its name in the table of docs/resilience.md."""
+    inject: Callable[[faults.Scene], str]
+    """Makes the fault happen. Returns a text with the random choices, for example which rank."""
+    overrides: tuple[str, ...] = ()
+    """More overrides of the run."""
     step_s: float = 0.1
-    """What the hook adds to a step, so that a fault finds the training at work."""
-    sync_s: float = 0.0
+    """Seconds by which HOOK slows down each step, so that the fault finds the training at work."""
+    fsync_s: float = 0.0
+    """Seconds by which HOOK slows down each fsync of a checkpoint's file."""
     alone: bool = False
-    """It touches more than the nodes of its run, so nothing may run beside it."""
-    lost: int = 1
-    """Checkpoint intervals that may have to be computed again, at most."""
-    checkpoints: int = 0
-    """How many must be there when it strikes."""
-    stops: str = ""
-    """The verdict with which the run must end, where going on would be wrong."""
-    restarts: bool = True
-    """It ends the attempt that it strikes."""
-    times: int = 2
-    """How often in a row it may strike one run."""
+    """It affects more than the nodes of its run, so no other run may be beside it."""
+    lost_intervals: int = 1
+    """How many checkpoint intervals may at most be computed again."""
+    min_checkpoints: int = 0
+    """How many checkpoints must exist before the fault."""
+    final_verdict: str = ""
+    """The verdict with which the run must end, if continuing would be wrong."""
+    ends_attempt: bool = True
+    """It ends the attempt in which it happens."""
+    max_times: int = 2
+    """How often in a row one run may get it."""
 
 
 HANGS = ("cluster.network.step_timeout_s=15", "cluster.network.save_timeout_s=15")
-LIMIT = ("cluster.train.time_min=2", "cluster.signal_s=30")
+"""Short hang limits."""
+TIME_LIMIT = ("cluster.train.time_min=2", "cluster.signal_s=30")
 """Slurm may send its signal 60 s early, so a limit of one minute might leave no time for a step."""
 KINDS: dict[str, Kind] = {
     "kill_rank": Kind("SIGKILL of a rank", faults.kill_rank),
-    "kill_rank_0": Kind("SIGKILL of rank 0", faults.kill_first),
+    "kill_rank_0": Kind("SIGKILL of rank 0", faults.kill_rank_0),
     "kill_script": Kind("SIGKILL of the batch script", faults.kill_script),
-    "kill_in_save": Kind("SIGKILL of a rank in the middle of a checkpoint", faults.kill_in_save, sync_s=0.5),
+    "kill_in_save": Kind("SIGKILL of a rank in the middle of a checkpoint", faults.kill_in_save, fsync_s=0.5),
     "hang": Kind("SIGSTOP of a rank", faults.hang, HANGS),
-    "slow": Kind("a rank that gets a tenth of its time", faults.slow, lost=0, restarts=False),
-    "signal": Kind("`scancel --signal`", faults.told, lost=0),
-    "preempt": Kind("preemption by a higher partition", faults.preempt, lost=0),
-    "time_limit": Kind("time limit", faults.time_limit, LIMIT, step_s=2.5, lost=0, times=1),
+    "slow": Kind("a rank that gets a tenth of its time", faults.slow, lost_intervals=0, ends_attempt=False),
+    "signal": Kind("`scancel --signal`", faults.send_signal, lost_intervals=0),
+    "preempt": Kind("preemption by a higher partition", faults.preempt, lost_intervals=0),
+    "time_limit": Kind("time limit", faults.time_limit, TIME_LIMIT, step_s=2.5, lost_intervals=0, max_times=1),
     "requeue": Kind("`scontrol requeue` from outside", faults.requeue),
-    "corrupt": Kind("a bit of the newest checkpoint flipped", faults.corrupt, lost=2, checkpoints=2),
-    "truncate": Kind("a file of the newest checkpoint cut short", faults.truncate, lost=2, checkpoints=2),
-    "no_latest": Kind("`latest` missing", faults.no_latest, checkpoints=1),
+    "corrupt": Kind("a bit of the newest checkpoint flipped", faults.corrupt, lost_intervals=2, min_checkpoints=2),
+    "truncate": Kind("a file of the newest checkpoint cut short", faults.truncate, lost_intervals=2, min_checkpoints=2),
+    "no_latest": Kind("`latest` missing", faults.no_latest, min_checkpoints=1),
     "all_corrupt": Kind(
-        "every checkpoint damaged", faults.corrupt_all, lost=2, checkpoints=2, stops=USER_ERROR, times=1
+        "every checkpoint damaged", faults.corrupt_all, lost_intervals=2, min_checkpoints=2, final_verdict=USER_ERROR, max_times=1
     ),
     "disk_full": Kind(
-        "disk full while saving", faults.fill_disk, ("train.keep_checkpoints=1",), checkpoints=1, stops=USER_ERROR, times=1
+        "disk full while saving", faults.fill_disk, ("train.keep_checkpoints=1",), min_checkpoints=1, final_verdict=USER_ERROR,
+        max_times=1,
     ),
-    "slurmd": Kind("a node's slurmd killed, and started again", faults.slurmd, HANGS, step_s=0.5, restarts=False),
+    "slurmd": Kind("a node's slurmd killed, and started again", faults.slurmd, HANGS, step_s=0.5, ends_attempt=False),
     "power": Kind("a node's power cut, and back", faults.power, HANGS),
-    "cable": Kind("a node's cable pulled, and put back", faults.cable, HANGS, restarts=False),
-    "controller": Kind("Slurm's controller restarted", faults.controller, step_s=0.5, alone=True, restarts=False),
+    "cable": Kind("a node's cable pulled, and put back", faults.cable, HANGS, ends_attempt=False),
+    "controller": Kind("Slurm's controller restarted", faults.controller, step_s=0.5, alone=True, ends_attempt=False),
 }  # fmt: skip
 """By the name that `--kinds` takes."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run of the suite."""
+class PlannedRun:
+    """One run of the suite. Its fields are written to results.jsonl."""
 
     number: int
     kind: str
     layout: str
     steps: list[int]
-    """At which it is struck, in order: the second one counts from when training goes on again."""
+    """The steps at which faults happen, in order. The second one counts from the step at which training goes on."""
 
 
-def draw(wanted: int, seed: int, kinds: list[str]) -> list[Plan]:
-    """Rounds in which each kind strikes one run, until there are as many faults as were asked for."""
-    plans: list[Plan] = []
+def draw(min_faults: int, seed: int, kinds: list[str]) -> list[PlannedRun]:
+    """Draw runs from the seed until they have at least `min_faults` faults. In each round, every kind gets one run."""
+    planned: list[PlannedRun] = []
     random, count = Random(seed), 0
-    while count < wanted:
-        for kind in random.sample(kinds, len(kinds)):
-            about = KINDS[kind]
-            times = 2 if about.times > 1 and random.random() < 0.5 else 1
-            steps = [random.randint(2 if not about.checkpoints else EVERY + 1, STEPS - 15), random.randint(0, 6)]
-            at = [1] if kind == "time_limit" else steps[:times]
-            plans.append(Plan(len(plans) + 1, kind, random.choice(LAYOUTS), at))
+    while count < min_faults:
+        for name in random.sample(kinds, len(kinds)):
+            kind = KINDS[name]
+            times = 2 if kind.max_times > 1 and random.random() < 0.5 else 1
+            first = random.randint(2 if not kind.min_checkpoints else SAVE_EVERY + 1, STEPS - 15)
+            steps = [first, random.randint(0, 6)]
+            at = [1] if name == "time_limit" else steps[:times]
+            planned.append(PlannedRun(len(planned) + 1, name, random.choice(LAYOUTS), at))
             count += times
-            if count >= wanted:
+            if count >= min_faults:
                 break
-    return plans
+    return planned
 
 
-def words(layout: str) -> list[str]:
-    """The overrides of every run of a layout: HSDP needs more than one rank a node."""
-    return [*WORDS, f"parallel={layout}", f"cluster.train.ranks_per_node={2 if layout == 'hsdp' else 1}"]
+def overrides(layout: str) -> list[str]:
+    """The overrides of every run of a layout. HSDP needs more than one rank per node."""
+    return [*OVERRIDES, f"parallel={layout}", f"cluster.train.ranks_per_node={2 if layout == 'hsdp' else 1}"]
 
 
 def environment(kind: Kind, hook: Path) -> str:
-    """The override by which each rank of a run runs HOOK, which lies in the folder `hook`."""
-    return f"cluster.environment={{PYTHONPATH: {hook}, FAULTS_STEP_S: '{kind.step_s}', FAULTS_SYNC_S: '{kind.sync_s}'}}"
+    """The override that makes every rank of a run execute HOOK, which is in the folder `hook`."""
+    return (
+        f"cluster.environment={{PYTHONPATH: {hook}, FAULTS_STEP_S: '{kind.step_s}', FAULTS_SYNC_S: '{kind.fsync_s}'}}"
+    )

@@ -1,7 +1,7 @@
-"""What the test cluster borrows from the machine, and gives back: namespaces, a bridge, names, device files.
+"""Creates and removes what the test cluster needs from the machine: network namespaces, a bridge, host names, device files.
 
-Everything borrowed can be told from what is not ours by itself, so that `release` works after any crash: our links are
-called `muster-HOST`, our lines of the hosts file are marked and name our namespaces, our GPUs are really /dev/null.
+Each of these can be recognized as ours without any record, so that `release` works after any crash: our links are called
+`muster-HOST`, our lines of the hosts file are marked and name our namespaces, and our GPUs are really /dev/null.
 """
 
 import fcntl
@@ -42,16 +42,16 @@ ACCOUNTING_PACKAGES = {
 
 
 def missing(accounting: bool) -> str | None:
-    """Say in one sentence why a real Slurm cannot run on this machine; None where it can."""
+    """Why a real Slurm cannot run on this machine, in one sentence. None if it can."""
     if os.geteuid() != 0:
-        return "A real Slurm needs root to make network namespaces, and this user is not root."
+        return "A real Slurm needs root, to make network namespaces: run this as root."
     programs = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     packages = sorted({package for name, package in programs.items() if shutil.which(name, path=PATH) is None})
     if accounting and not list(Path("/usr/lib").glob("*/slurm*/accounting_storage_mysql.so")):
         packages.append("slurm-wlm-mysql-plugin")
     if packages:
         return f"Programs are missing: apt-get install --no-install-recommends {' '.join(packages)}"
-    # Tried inside a throw-away namespace, so that asking changes nothing.
+    # Tried inside a temporary namespace, so that this check changes nothing on the machine.
     trial = "hostname trial && ip link add name veth0 type veth peer name veth1 && ip link add name bridge0 type bridge"
     result = subprocess.run(["unshare", "--net", "--uts", "sh", "-c", trial], capture_output=True, text=True)
     if result.returncode != 0:
@@ -61,18 +61,20 @@ def missing(accounting: bool) -> str | None:
 
 @contextmanager
 def lock() -> Iterator[None]:
-    """Let one process at a time start or stop a cluster. The hosts file is the lock: it needs no file of its own."""
+    """Let only one process at a time start or stop a cluster. The lock is on the hosts file, so no extra file is needed."""
     with HOSTS.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def borrow(addresses: Mapping[str, str], *, login_address: str, gpus: int, root: Path) -> None:
-    """Make one network namespace a host of `addresses` on a bridge, name them in the hosts file, make fake GPUs."""
+    """Make a network namespace for each host of `addresses`, all on one bridge; add names to the hosts file; make fake GPUs."""
     if taken := [host for host in addresses if (NAMESPACES / host).exists()]:
-        raise FileExistsError(f"there are network namespaces called {', '.join(taken)} that are not the cluster's")
-    # The names go first, since they say which namespaces are ours. And to the file's beginning: taking them out again
-    # then restores its bytes, with or without a newline at its end.
+        raise FileExistsError(
+            f"network namespaces {', '.join(taken)} exist already and are not a cluster's: remove with ip netns delete"
+        )
+    # The names are added first, because they tell which namespaces are ours. They go to the beginning of the file: removing
+    # them then restores its bytes, with or without a newline at its end.
     ours = [f"{address} {host} ".encode() + MARK + f" {root}\n".encode() for host, address in addresses.items()]
     HOSTS.write_bytes(b"".join(ours) + HOSTS.read_bytes())
     lines = [f"link add {BRIDGE} type bridge", f"address add {login_address}/24 dev {BRIDGE}", f"link set {BRIDGE} up"]
@@ -91,10 +93,12 @@ def borrow(addresses: Mapping[str, str], *, login_address: str, gpus: int, root:
 
 
 def release() -> None:
-    """Kill every process in our namespaces and take away all that `borrow` made, in whatever state it is."""
+    """Kill every process in our namespaces and remove all that `borrow` made, in whatever state it is."""
     hosts = [line.split()[1].decode() for line in _our_lines()]
     kill(hosts)
-    for link in Path("/sys/class/net").glob(f"{PREFIX}*"):  # before the namespaces: those go in the background
+    for link in Path("/sys/class/net").glob(
+        f"{PREFIX}*"
+    ):  # before the namespaces: the kernel deletes those in the background
         _ip("link", "delete", link.name)
     for host in hosts:
         if (NAMESPACES / host).exists():
@@ -112,38 +116,41 @@ def release() -> None:
 
 
 def roots() -> list[Path]:
-    """The folders of clusters whose names are in the hosts file (at most one, unless something went wrong)."""
+    """Folders of the clusters that have lines in the hosts file: at most one, unless something went wrong."""
     return sorted({Path(line.split(MARK)[1].strip().decode()) for line in _our_lines()})
 
 
 def inside(host: str, command: Sequence[str | Path]) -> list[str | Path]:
-    """Return `command` wrapped to run with the network and the host name of `host`.
+    """`command`, wrapped so that it runs with the network and the host name of `host`.
 
-    Not `ip netns exec`: that remounts /sys, and slurmd then finds no cgroup file system.
+    `ip netns exec` cannot be used: it remounts /sys, and slurmd then finds no cgroup file system.
     """
     rename = 'hostname "$0" && exec "$@"'
     return ["nsenter", f"--net={NAMESPACES / host}", "unshare", "--uts", "sh", "-c", rename, host, *command]
 
 
 def set_cable(host: str, *, plugged: bool) -> None:
-    """Switch the bridge's end of the cable of `host` on or off: the host then sees an eth0 without carrier."""
+    """Switch the bridge's end of a host's link on or off. When it is off, the host sees an eth0 without carrier."""
     _ip("link", "set", PREFIX + host, "up" if plugged else "down")
 
 
 def is_on(pid: int, hosts: Sequence[str]) -> bool:
-    """Is the process alive in the network namespace of one of `hosts`? (A zombie has no namespace any more.)"""
+    """Whether the process is alive in the network namespace of one of `hosts`. A zombie has no namespace anymore."""
     with suppress(OSError):
         return _identity(Path(f"/proc/{pid}/ns/net")) in _spaces(hosts)
     return False
 
 
 def kill(hosts: Sequence[str], timeout_s: float = 10) -> None:
-    """Kill -9 all processes of `hosts`: daemons, job steps and whatever these left behind, known by namespace only."""
+    """Kill -9 all processes of `hosts`, found by namespace: daemons, job steps and all that these have started.
+
+    Raises TimeoutError if some are still alive after `timeout_s`.
+    """
     deadline = time.monotonic() + timeout_s
-    while found := [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_on(int(entry.name), hosts)]:
+    while pids := [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_on(int(entry.name), hosts)]:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"processes {found} of {', '.join(hosts)} survive SIGKILL for {timeout_s:g} s")
-        for pid in found:
+            raise TimeoutError(f"processes {pids} of {', '.join(hosts)} are alive {timeout_s:g} s after SIGKILL")
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)

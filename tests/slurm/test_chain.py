@@ -1,11 +1,11 @@
-"""The whole chain on two nodes of a real Slurm, for every layout; and what is left when a job of it fails."""
+"""All jobs of a run on two nodes of a real Slurm, for every layout; and what happens when a job fails."""
 
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +13,7 @@ from conf import resolve
 from tests.jobs import reference
 from tests.jobs.backends.test_layouts import STEPS, check
 from tests.slurm import runs
+from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 TRAINING = [
@@ -23,7 +24,8 @@ TRAINING = [
 
 
 @pytest.fixture(scope="module")
-def curve(slurm, tmp_path_factory):
+def curve(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of the reference implementation."""
     run = tmp_path_factory.mktemp("reference") / "run"
     runs.complete(run, *TRAINING, "jobs=[preprocess]")
     return reference.curve(resolve.load(run / "config.yaml"), run, STEPS)
@@ -32,23 +34,26 @@ def curve(slurm, tmp_path_factory):
 @pytest.mark.parametrize(
     "layout", ["zero3", *(pytest.param(name, marks=pytest.mark.proof) for name in ("zero1", "zero2", "fsdp", "ddp"))]
 )
-def test_chain_equals_the_reference(layout, curve, slurm, tmp_path):
+def test_chain_equals_the_reference(
+    layout: str, curve: list[tuple[float, float]], slurm: Cluster, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     runs.complete(run, *TRAINING, f"parallel={layout}")
     check(run, curve)
 
 
-def test_two_nodes_share_a_merge(curve, slurm, tmp_path):
+def test_two_nodes_share_a_consolidation(curve: list[tuple[float, float]], slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shared = ["cluster.cpu.nodes=2", "cluster.cpu.ranks_per_node=2", "consolidate.shard_gib=0.001"]
     runs.complete(run, *TRAINING, "parallel=hsdp", *shared)
     check(run, curve)
-    wrote = [int(re.search(r"(\d+) tensors read back", text)[1]) for text in runs.logs(run, "consolidate").values()]
-    assert len(wrote) == 4 and all(wrote) and sum(wrote) == 38
+    logs = "\n".join(runs.logs(run, "consolidate").values())
+    written = [int(count) for count in re.findall(r"(\d+) tensors read back", logs)]
+    assert len(written) == 4 and all(written) and sum(written) == 38
     assert {item["NODE_RANK"] for item in runs.environments(run, "consolidate")} == {"0", "1"}
 
 
-def test_traffic_goes_over_eth0(slurm, tmp_path):
+def test_traffic_goes_over_eth0(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(
         run, *TRAINING, "train.steps=200", "cluster.train.sbatch={nodelist: 'n[1-2]'}", "jobs=[preprocess,train]"
@@ -63,38 +68,35 @@ def test_traffic_goes_over_eth0(slurm, tmp_path):
         text=True,
         check=True,
     ).stdout
-    subprocess.run([sys.executable, "-m", "launcher", "cancel", run], check=True, cwd=runs.CLONE)
+    assert runs.command("cancel", run).returncode == 0
     ends = [line.split()[-2:] for line in seen.splitlines()]
     assert ends
     assert not [end for end in ends if any(side.startswith("127.") for side in end)], seen
     assert [end for end in ends if end[0].startswith(own) and end[1].startswith(f"{slurm.addresses['n2']}:")], seen
 
 
-def test_a_failed_training_leaves_no_dependant_and_says_why(slurm, tmp_path):
+def test_a_failed_training_leaves_no_job_in_the_queue_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(run, *TRAINING, "model.source=examples/tokenizer", "model.init=pretrained")
-    jobs = runs.finish(run)
+    verdict = runs.final_verdict(run, "train")
     assert not runs.queue()
-    verdict = jobs["train"].verdict
     assert verdict["status"] == "user_error"
     assert "model.source" in verdict["reason"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "launcher", "status", run], capture_output=True, text=True, cwd=runs.CLONE, check=False
-    )
+    shown = runs.command("status", run)
     assert shown.returncode == 1
     assert re.search(r"train .*user_error .*rank \d on n\d .*model\.source", shown.stdout)
 
 
-def test_gpus_that_torch_cannot_see_are_a_users_error(slurm, tmp_path):
+def test_gpus_that_torch_cannot_see_are_a_users_error(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(run, "pipeline=preflight", "cluster.train.gpus_per_node=2")
-    verdict = runs.finish(run)["preflight"].verdict
+    verdict = runs.final_verdict(run, "preflight")
     assert verdict["status"] == "user_error"
     assert "cluster.train.gpus_per_node=2" in verdict["reason"]
     assert {item["CUDA_VISIBLE_DEVICES"] for item in runs.environments(run, "preflight")} == {"0,1"}
 
 
-def test_a_killed_rank_fails_the_job(slurm, tmp_path):
+def test_a_killed_rank_fails_the_job(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(run, *TRAINING, "train.steps=2000", "cluster.max_restarts=0")
     deadline = time.monotonic() + 120
@@ -104,7 +106,7 @@ def test_a_killed_rank_fails_the_job(slurm, tmp_path):
         ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
     )
     os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
-    verdict = runs.finish(run)["train"].verdict
+    verdict = runs.final_verdict(run, "train")
     assert verdict["status"] in ("failed", "nccl")
     assert verdict["exit"] != 0
     assert not runs.queue()

@@ -1,4 +1,4 @@
-"""Tests of the test cluster itself: it is a real Slurm, it can be broken, and it leaves nothing behind."""
+"""Tests of the test cluster itself: it is a real Slurm, it can be broken and repaired, and it leaves nothing behind."""
 
 import os
 import signal
@@ -21,11 +21,13 @@ DAEMONS = {"slurmctld", "slurmd", "slurmstepd", "slurmscriptd", "slurmdbd", "mun
 
 @pytest.fixture(autouse=True)
 def free_machine() -> Iterator[None]:
-    """A machine on which a test may start and stop clusters."""
+    """Skip the test unless it may start and stop clusters on this machine."""
     if reason := cluster.available():
         pytest.skip(reason)
     if up := [root for root in machine.roots() if cluster.running(root)]:
-        pytest.skip(f"A cluster is up in {up[0]}, and a machine has room for one: take it down to run this.")
+        pytest.skip(
+            f"A cluster is already up in {up[0]}, and a machine has room for one: take it down with make slurm-down."
+        )
     cluster.down()
     yield
     cluster.down()
@@ -39,7 +41,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 15) -> bool:
 
 
 def reaches(address: str) -> bool:
-    """Can the login node talk to the slurmd at this address?"""
+    """Whether the login node can connect to the slurmd at this address."""
     try:
         socket.create_connection((address, 6818), timeout=0.5).close()
     except OSError:
@@ -48,7 +50,7 @@ def reaches(address: str) -> bool:
 
 
 def traces() -> dict[str, object]:
-    """All that a cluster could leave on the machine."""
+    """Everything that a cluster could leave behind on the machine."""
     processes = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -134,7 +136,7 @@ def test_nodes_and_controller_can_be_broken_and_repaired() -> None:
     assert eventually(lambda: not started.problems()), started.node_states()
 
 
-def test_nothing_is_left_behind_whatever_state_it_was_in() -> None:
+def test_down_removes_everything_in_any_state() -> None:
     before = traces()
     command = [sys.executable, cluster.__file__]
     text = subprocess.run([*command, "up", "--nodes=2"], check=True, capture_output=True, text=True).stdout
@@ -156,12 +158,12 @@ def test_nothing_is_left_behind_whatever_state_it_was_in() -> None:
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     for action in (cluster.up, cluster.down):
-        with pytest.raises(ClusterError, match="files that are not a cluster's"):
+        with pytest.raises(ClusterError, match="has files that are not a cluster's"):
             action(root=tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_what_does_not_start_is_named_with_the_end_of_its_log() -> None:
+def test_a_daemon_that_does_not_start_is_named_with_the_end_of_its_log() -> None:
     started = cluster.up(nodes=1)
     with pytest.raises(ClusterError, match=r"(?s)slurmctld .*Running as primary controller"):
         wait(lambda: False, lambda: [started.daemons["slurmctld"]], timeout_s=0)

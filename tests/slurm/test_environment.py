@@ -1,46 +1,48 @@
-"""The environment contract on every rank of real two-node jobs: both ways onto Slurm, and two runs at once."""
+"""The environment variables of every rank in real two-node jobs: submitted, by sbatch by hand, and for two runs at once."""
 
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.slurm import runs
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
-def preflight(slurm, tmp_path_factory):
-    """A preflight run of 2 x 2 ranks under parallel=zero3."""
+def preflight(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preflight run with 2 x 2 ranks and parallel=zero3."""
     run = tmp_path_factory.mktemp("submitit") / "run"
     runs.complete(run, "pipeline=preflight", "parallel=zero3")
     return run
 
 
-def test_every_rank_has_the_contract(preflight, slurm):
-    found = runs.environments(preflight, "preflight")
-    assert [item["RANK"] for item in found] == ["0", "1", "2", "3"]
-    assert [item["LOCAL_RANK"] for item in found] == ["0", "1", "0", "1"]
-    assert [item["NODE_RANK"] for item in found] == ["0", "0", "1", "1"]
-    for item in found:
-        assert item["WORLD_SIZE"] == "4"
-        assert item["LOCAL_WORLD_SIZE"] == item["NODE_WORLD_SIZE"] == "2"
-        assert item["MASTER_ADDR"] in slurm.nodes
-        assert 20_000 <= int(item["MASTER_PORT"]) < 32_768
-        assert item["NCCL_SOCKET_IFNAME"] == "=eth0"
-        assert item["GLOO_SOCKET_IFNAME"] == "eth0"
-        assert item["MUSTER_NCCL_TIMEOUT"] == item["AXOLOTL_NCCL_TIMEOUT"] == "1800"
-        assert item["DEEPSPEED_TIMEOUT"] == "30"
-        assert item["ACCELERATE_USE_DEEPSPEED"] == "true"
-        assert item["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-        assert item["OMP_NUM_THREADS"] == item["SRUN_CPUS_PER_TASK"] == "1"
-        assert item["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
-    assert len({(item["MASTER_ADDR"], item["MASTER_PORT"]) for item in found}) == 1
+def test_every_rank_has_the_contract(preflight: Path, slurm: Cluster) -> None:
+    ranks = runs.environments(preflight, "preflight")
+    assert [variables["RANK"] for variables in ranks] == ["0", "1", "2", "3"]
+    assert [variables["LOCAL_RANK"] for variables in ranks] == ["0", "1", "0", "1"]
+    assert [variables["NODE_RANK"] for variables in ranks] == ["0", "0", "1", "1"]
+    for variables in ranks:
+        assert variables["WORLD_SIZE"] == "4"
+        assert variables["LOCAL_WORLD_SIZE"] == variables["NODE_WORLD_SIZE"] == "2"
+        assert variables["MASTER_ADDR"] in slurm.nodes
+        assert 20_000 <= int(variables["MASTER_PORT"]) < 32_768
+        assert variables["NCCL_SOCKET_IFNAME"] == "=eth0"
+        assert variables["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert variables["MUSTER_NCCL_TIMEOUT"] == variables["AXOLOTL_NCCL_TIMEOUT"] == "1800"
+        assert variables["DEEPSPEED_TIMEOUT"] == "30"
+        assert variables["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+        assert variables["OMP_NUM_THREADS"] == variables["SRUN_CPUS_PER_TASK"] == "1"
+        assert variables["TRITON_CACHE_DIR"] == f"/tmp/muster-{os.getuid()}/triton"
+    assert len({(variables["MASTER_ADDR"], variables["MASTER_PORT"]) for variables in ranks}) == 1
 
 
-def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path):
+def test_a_script_by_hand_gives_the_same_environment(preflight: Path, slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.start(run, "pipeline=preflight", "parallel=zero3", "submit=script")
     assert not runs.queue()
@@ -59,37 +61,38 @@ def test_a_script_by_hand_gives_the_same_environment(preflight, slurm, tmp_path)
         assert differing - own <= changing, differing
 
 
-def test_two_runs_on_the_same_nodes_do_not_collide(slurm, tmp_path):
-    words = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
+def test_two_runs_on_the_same_nodes_do_not_collide(slurm: Cluster, tmp_path: Path) -> None:
+    overrides = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
     both = [tmp_path / "one", tmp_path / "two"]
     for run in both:
-        runs.start(run, *words)
+        runs.start(run, *overrides)
     for run in both:
-        assert runs.finish(run)["preflight"].verdict["status"] == "completed"
+        assert runs.final_verdict(run, "preflight")["status"] == "completed"
     ends = [runs.environments(run, "preflight")[0] for run in both]
     assert [end["MASTER_ADDR"] for end in ends] == ["n1", "n1"]
     assert ends[0]["MASTER_PORT"] != ends[1]["MASTER_PORT"]
 
 
-def test_export_none_does_not_empty_the_ranks(slurm, tmp_path):
+def test_export_none_does_not_empty_the_ranks(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.complete(run, "pipeline=preflight", "cluster.train.sbatch={export: NONE}")
     assert len(runs.environments(run, "preflight")) == 4
 
 
-def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm, tmp_path):
+def test_a_run_folder_may_have_quotes_blanks_and_dollars(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "it's a $HOME run"
     done = runs.launch(f'run_dir="{run}"', "pipeline=preflight")
     assert done.returncode == 0, done.stderr
-    assert runs.finish(run)["preflight"].verdict["status"] == "completed"
+    assert runs.final_verdict(run, "preflight")["status"] == "completed"
 
 
-def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
+def test_a_fixed_port_that_is_taken_is_named(slurm: Cluster, tmp_path: Path) -> None:
     listen = "import socket, time; held = socket.create_server(('', 21999)); print('up', flush=True); time.sleep(60)"
     with subprocess.Popen(
         ["nsenter", "--net=/var/run/netns/n1", "python3", "-c", listen], stdout=subprocess.PIPE
     ) as blocker:
         try:
+            assert blocker.stdout is not None
             assert blocker.stdout.readline() == b"up\n"
             run = tmp_path / "run"
             runs.start(
@@ -98,7 +101,7 @@ def test_a_fixed_port_that_is_taken_is_named(slurm, tmp_path):
                 "cluster.network.master_port=21999",
                 "cluster.train.sbatch={nodelist: 'n[1-2]'}",
             )
-            verdict = runs.finish(run)["preflight"].verdict
+            verdict = runs.final_verdict(run, "preflight")
         finally:
             blocker.kill()
     assert verdict["status"] == "user_error"

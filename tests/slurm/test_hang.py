@@ -1,50 +1,42 @@
-"""A rank that hangs on a real Slurm: named within the limit, with what the others wait in; the job goes on by itself."""
+"""A rank that hangs on a real Slurm is named within the limit, with the call in which others wait. The job restarts by itself."""
 
 import json
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.run_folder import attempts
 from tests.slurm import runs
+from tests.slurm.cluster import Cluster
 from tests.slurm.test_requeue import ends_as, verdicts, with_hook
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.proof]
-WORDS = [
+OVERRIDES = [
     "train.global_batch=8", "train.micro_batch=1", "train.steps=30", "train.learning_rate=3e-3", "train.precision=fp32",
     "train.fingerprint=true", "train.eval_every=10", "data.max_rows=120", "train.save_every=5",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole(slurm, tmp_path_factory):
-    """The run in which nothing hangs."""
+def whole(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which nothing hangs: what the others are compared with."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    runs.complete(run, *WORDS, "jobs=[preprocess,train]")
+    runs.complete(run, *OVERRIDES, "jobs=[preprocess,train]")
     return run
 
 
 @pytest.fixture
-def start(whole, tmp_path):
-    """`start("jobs=[train]", ...)` starts a run on the rows of `whole`; it is cancelled in the end."""
-    run = tmp_path / "run"
-
-    def begin(*words: str) -> Path:
-        runs.start(run, *WORDS, "jobs=[train]", *words)
-        shutil.copytree(whole / "data", run / "data")
-        return run
-
-    yield begin
-    runs.command("cancel", run)
+def start(whole: Path, tmp_path: Path) -> Iterator[runs.Start]:
+    """`start("train.save_every=5", ...)` starts the training of `whole` with more overrides."""
+    yield from runs.starter(tmp_path / "run", whole / "data", OVERRIDES)
 
 
-def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
+def test_a_stopped_rank_is_named_and_the_job_restarts(whole: Path, start: runs.Start) -> None:
     run = start("cluster.network.step_timeout_s=10", "cluster.network.save_timeout_s=10")
-    runs.until(lambda: runs.step(run) >= 12)
-    assert " s ago" in runs.command("status", run).stdout  # in whatever phase it was then
+    runs.wait_until(lambda: runs.step(run) >= 12)
+    assert " s ago" in runs.command("status", run).stdout  # the last heartbeat, of any phase
     runs.stop_rank(run, 3)
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
@@ -56,18 +48,15 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on(whole, start):
     assert first["saved"] >= 5
     stacks = sorted(path.name for path in (run / "jobs/train/attempt-1").glob("*.stack"))
     assert stacks == [f"rank-{rank}.stack" for rank in range(3)]
-    runs.until(lambda: not left_of(run))
+    runs.wait_until(lambda: not watchdogs(run))
 
 
-def left_of(run: Path) -> str:
-    """Ids of the watchdogs of a run: they look once a second whether there is still somebody to watch."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"launcher.supervise.watchdog .*{run}"], capture_output=True, text=True, check=False
-    )
-    return found.stdout
+def watchdogs(run: Path) -> list[int]:
+    """Process ids of a run's watchdogs. Once a second they check whether their rank still exists, and end if it does not."""
+    return runs.processes(f"launcher.supervise.watchdog .*{run}")
 
 
-ASLEEP = """
+SLEEPING_IMPORT = """
 import builtins, os, time
 real = builtins.__import__
 def sleeps(name, *rest, **more):
@@ -77,11 +66,11 @@ def sleeps(name, *rest, **more):
     return real(name, *rest, **more)
 builtins.__import__ = sleeps
 """
-"""What Python runs first: rank 2 of the first attempt sleeps in an import."""
+"""sitecustomize.py that makes rank 2 of the first attempt sleep in an import."""
 
 
-def test_a_rank_that_does_not_get_through_its_start_is_named(whole, start, tmp_path):
-    run = start("cluster.network.nccl_timeout_s=40", with_hook(tmp_path, ASLEEP))
+def test_a_rank_that_hangs_during_startup_is_named(whole: Path, start: runs.Start, tmp_path: Path) -> None:
+    run = start("cluster.network.nccl_timeout_s=40", with_hook(tmp_path, SLEEPING_IMPORT))
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["rank"], first["host"]) == ("hang", 2, "n2")
@@ -90,7 +79,7 @@ def test_a_rank_that_does_not_get_through_its_start_is_named(whole, start, tmp_p
     assert "sleeps" in first["error"]
 
 
-NO_DISK = """
+HANGING_FSYNC = """
 import os, time
 real = os.fsync
 def hangs(descriptor):
@@ -100,11 +89,11 @@ def hangs(descriptor):
     return real(descriptor)
 os.fsync = hangs
 """
-"""Rank 1 of the first attempt gets no answer from the disk when it flushes its part of the second checkpoint."""
+"""sitecustomize.py that makes rank 1 of the first attempt hang in fsync, for its part of the second checkpoint."""
 
 
-def test_a_rank_that_does_not_get_through_a_checkpoint_is_named(whole, start, tmp_path):
-    run = start("cluster.network.save_timeout_s=10", with_hook(tmp_path, NO_DISK))
+def test_a_rank_that_hangs_in_a_checkpoint_is_named(whole: Path, start: runs.Start, tmp_path: Path) -> None:
+    run = start("cluster.network.save_timeout_s=10", with_hook(tmp_path, HANGING_FSYNC))
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["rank"], first["host"], first["saved"]) == ("hang", 1, "n1", 5), first["reason"]

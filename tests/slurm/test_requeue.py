@@ -1,6 +1,7 @@
-"""A training that is interrupted goes on by itself, to the weights of one that was not; or it ends, and says why."""
+"""An interrupted training restarts by itself and reaches the weights of one that was not interrupted. Or it ends and says why."""
 
 import subprocess
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -10,47 +11,51 @@ from launcher import slurm as commands
 from launcher.run_folder import attempts
 from launcher.supervise import requeue
 from tests.slurm import faults, runs
+from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-def trained(run: Path, steps: int) -> None:
-    runs.until(lambda: runs.step(run) >= steps)
+def wait_for_step(run: Path, step: int) -> None:
+    runs.wait_until(lambda: runs.step(run) >= step)
 
 
 def verdicts(run: Path) -> list[tuple[str, bool]]:
+    """(status, whether it was requeued) of each attempt."""
     return [(item["status"], item.get("requeued", False)) for item in attempts.verdicts(run / "jobs/train")]
 
 
 def ends_as(run: Path, whole: Path) -> None:
-    """It completed, with every step once, and the losses and weights of `whole`."""
-    jobs = runs.finish(run)
-    assert jobs["train"].verdict["status"] == "completed", verdicts(run)
+    """Wait for the end: the run must complete, with every step once, and with the losses and weights of `whole`."""
+    assert runs.final_verdict(run, "train")["status"] == "completed", verdicts(run)
     assert runs.curve(run) == runs.curve(whole)
     assert runs.fingerprints(run) == runs.fingerprints(whole)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    "words", [["--signal=USR1"], ["--signal=USR1", "--batch"]], ids=["to the ranks", "to the script"]
+    "options", [["--signal=USR1"], ["--signal=USR1", "--batch"]], ids=["to the ranks", "to the script"]
 )
-def test_a_signalled_training_goes_on_and_what_follows_waits_for_its_end(whole, start, words):
+def test_a_signalled_training_restarts_and_the_next_job_waits_for_its_end(
+    whole: Path, start: runs.Start, options: list[str]
+) -> None:
     run = start("jobs=[train,consolidate]")
-    trained(run, 5)
-    commands.call("scancel", *words, runs.job_id(run, "train"))
-    runs.until(lambda: (run / "jobs/train/attempt-1.json").exists())
-    states = {job.name: job for job in runs.state.job_states(run)}
+    wait_for_step(run, 5)
+    commands.call("scancel", *options, runs.job_id(run, "train"))
+    runs.wait_until(lambda: (run / "jobs/train/attempt-1.json").exists())
+    states = runs.job_states(run)
     assert (states["train"].state in commands.LIVE, states["train"].failed) == (True, False)
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]
-    train, merged = (attempts.last_verdict(run / "jobs" / name) for name in ("train", "consolidate"))
-    assert merged["status"] == "completed"
-    assert merged["started"] >= train["ended"]
+    train, consolidate = (attempts.last_verdict(run / "jobs" / name) for name in ("train", "consolidate"))
+    assert train and consolidate
+    assert consolidate["status"] == "completed"
+    assert consolidate["started"] >= train["ended"]
 
 
 def with_hook(tmp_path: Path, code: str) -> str:
-    """An override by which every Python of the job runs `code` first."""
+    """An override that makes every Python process of the job execute `code` first, as sitecustomize.py."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook/sitecustomize.py").write_text(code)
     return f"cluster.environment={{PYTHONPATH: {tmp_path}/hook}}"
@@ -65,22 +70,22 @@ def slow():
     return real()
 time.perf_counter = slow
 """
-"""Each step, which looks at the clock twice, takes 0.6 s longer."""
+"""sitecustomize.py that makes each step 0.6 s slower: a step reads the clock twice."""
 
 
 @pytest.mark.proof
-def test_a_training_at_its_time_limit_goes_on(whole, start, tmp_path):
+def test_a_training_at_its_time_limit_restarts(whole: Path, start: runs.Start, tmp_path: Path) -> None:
     run = start("cluster.train.time_min=1", "cluster.signal_s=25", with_hook(tmp_path, SLOW))
     ends_as(run, whole)
-    found = verdicts(run)
-    assert len(found) > 1
-    assert {status for status, _ in found[:-1]} == {"time_limit"}
+    statuses = [status for status, _ in verdicts(run)]
+    assert len(statuses) > 1
+    assert set(statuses[:-1]) == {"time_limit"}
 
 
 @pytest.mark.proof
-def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, start):
+def test_a_killed_rank_restarts_training_from_its_checkpoint(whole: Path, start: runs.Start) -> None:
     run = start("train.save_every=5")
-    trained(run, 13)
+    wait_for_step(run, 13)
     runs.kill_a_rank(run)
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
@@ -90,9 +95,9 @@ def test_a_training_whose_rank_is_killed_goes_on_from_its_checkpoint(whole, star
     assert first["saved"] >= 10
 
 
-def test_a_training_of_which_a_rank_hangs_goes_on_from_its_checkpoint(whole, start):
+def test_a_hanging_rank_restarts_training_from_its_checkpoint(whole: Path, start: runs.Start) -> None:
     run = start("train.save_every=5", "cluster.network.step_timeout_s=10", "cluster.network.save_timeout_s=10")
-    trained(run, 8)
+    wait_for_step(run, 8)
     runs.stop_rank(run, 1)
     ends_as(run, whole)
     assert verdicts(run) == [("hang", True), ("completed", False)]
@@ -102,38 +107,40 @@ def test_a_training_of_which_a_rank_hangs_goes_on_from_its_checkpoint(whole, sta
 
 
 @pytest.mark.proof
-def test_a_training_that_fails_again_and_again_ends(start):
+def test_a_training_that_keeps_failing_ends(start: runs.Start) -> None:
     run = start("cluster.max_restarts=1", "jobs=[train,consolidate]")
+
+    def has_a_step(log: Path) -> bool:
+        return log.exists() and "step" in log.read_text()
+
     for number in (1, 2):
-        log, verdict = (run / f"jobs/train/attempt-{number}{rest}" for rest in ("/rank-0.log", ".json"))
-        runs.until(lambda log=log: log.exists() and "step" in log.read_text())
+        runs.wait_until(partial(has_a_step, run / f"jobs/train/attempt-{number}/rank-0.log"))
         runs.kill_a_rank(run)
-        runs.until(verdict.exists)
-    jobs = runs.finish(run)
+        runs.wait_until((run / f"jobs/train/attempt-{number}.json").exists)
+    verdict = runs.final_verdict(run, "train")
     assert verdicts(run) == [("failed", True), ("failed", False)]
-    assert "cluster.max_restarts=1" in jobs["train"].verdict["next"]
-    assert jobs["consolidate"].state == "CANCELLED"
+    assert "cluster.max_restarts=1" in verdict["next"]
+    assert runs.job_states(run)["consolidate"].state == "CANCELLED"
     shown = runs.command("why", run).stdout
     assert "cluster.max_restarts=1" in shown
     assert "attempt 1 failed" in shown
 
 
-def test_a_users_error_is_not_repeated(start):
+def test_a_users_error_is_not_repeated(start: runs.Start) -> None:
     run = start("model.source=examples/tokenizer", "model.init=pretrained")
-    jobs = runs.finish(run)
+    verdict = runs.final_verdict(run, "train")
     assert verdicts(run) == [("user_error", False)]
-    assert "mend it" in jobs["train"].verdict["next"]
+    assert "mend it" in verdict["next"]
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("how", ["stop", "cancel"])
-def test_a_training_that_the_user_stops_is_saved_and_stays_ended(start, how):
+def test_a_training_stopped_by_the_user_is_saved_and_does_not_restart(start: runs.Start, how: str) -> None:
     run = start("train.steps=4000")
-    trained(run, 3)
+    wait_for_step(run, 3)
     assert runs.command(how, run).returncode == 0
-    jobs = runs.finish(run)
+    verdict = runs.final_verdict(run, "train")
     assert verdicts(run) == [("stopped", False)]
-    verdict = jobs["train"].verdict
     assert verdict["saved"] == verdict["step"] >= 3
     shown = runs.command("status", run)
     assert shown.returncode == 1
@@ -142,18 +149,18 @@ def test_a_training_that_the_user_stops_is_saved_and_stays_ended(start, how):
 
 
 @pytest.mark.proof
-def test_a_stopped_training_is_resumed_by_hand(whole, start):
+def test_a_stopped_training_is_resumed_by_hand(whole: Path, start: runs.Start) -> None:
     run = start()
-    trained(run, 3)
+    wait_for_step(run, 3)
     runs.command("stop", run)
     runs.finish(run)
     assert runs.command("resume", run).returncode == 0
     ends_as(run, whole)
 
 
-def test_a_preempted_training_goes_on_when_there_is_room_again(whole, start):
+def test_a_preempted_training_restarts_when_nodes_are_free_again(whole: Path, start: runs.Start) -> None:
     run = start("cluster.train.partition=gpu", "cluster.train.exclusive=true")
-    trained(run, 5)
+    wait_for_step(run, 5)
     commands.call("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]
@@ -168,13 +175,13 @@ def fails(name, *rest, **more):
     return real(name, *rest, **more)
 builtins.__import__ = fails
 """
-"""What Python runs first, so that every rank on n2 fails as on a broken GPU."""
+"""sitecustomize.py that makes every rank on n2 fail like one with a broken GPU."""
 
 
 @pytest.mark.proof
-def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
+def test_a_training_excludes_a_bad_node(whole: Path, start: runs.Start, tmp_path: Path) -> None:
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
-    runs.until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
+    runs.wait_until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
     job = commands.job(runs.job_id(run, "train"))
     assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
@@ -184,58 +191,58 @@ def test_a_training_leaves_a_bad_node(whole, start, tmp_path):
 
 
 @pytest.mark.proof
-def test_a_job_that_may_not_be_requeued_says_so(start):
+def test_without_requeue_the_verdict_says_so(start: runs.Start) -> None:
     run = start("cluster.requeue=false")
-    trained(run, 3)
+    wait_for_step(run, 3)
     commands.call("scancel", "--signal=USR1", runs.job_id(run, "train"))
-    assert "cluster.requeue=false" in runs.finish(run)["train"].verdict["next"]
+    assert "cluster.requeue=false" in runs.final_verdict(run, "train")["next"]
     assert verdicts(run) == [("preempted", False)]
 
 
 @pytest.mark.proof
-def test_a_training_whose_batch_script_is_killed_goes_on(whole, start, slurm):
+def test_a_killed_batch_script_restarts_training(whole: Path, start: runs.Start, slurm: Cluster) -> None:
     run = start("jobs=[train,consolidate]")
-    trained(run, 5)
+    wait_for_step(run, 5)
     faults.kill_script(faults.Scene(run, slurm, Random(0)))
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["requeued"]) == ("preempted", True)
     assert "its batch script was killed" in first["reason"]
-    assert attempts.last_verdict(run / "jobs/consolidate")["status"] == "completed"
+    assert runs.final_verdict(run, "consolidate")["status"] == "completed"
 
 
 @pytest.mark.proof
-def test_a_training_whose_node_is_lost_goes_on_elsewhere(whole, start, slurm):
+def test_a_lost_node_restarts_training_elsewhere(whole: Path, start: runs.Start, slurm: Cluster) -> None:
     run = start("train.save_every=5")
-    trained(run, 8)
+    wait_for_step(run, 8)
     slurm.crash("n2")
     try:
         ends_as(run, whole)
         assert slurm.node_states()["n2"].startswith("down")
     finally:
         slurm.start_slurmd("n2")
-        runs.until(lambda: slurm.node_states()["n2"] == "idle")
+        runs.wait_until(lambda: slurm.node_states()["n2"] == "idle")
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["host"], first["next"]) == ("bad_node", "n2", requeue.BY_SLURM)
 
 
 @pytest.mark.proof
-def test_what_slurm_ends_without_a_word_has_a_verdict_too(whole, start):
+def test_an_attempt_that_slurm_ends_without_a_signal_has_a_verdict(whole: Path, start: runs.Start) -> None:
     run = start("train.save_every=5")
-    trained(run, 7)
+    wait_for_step(run, 7)
     commands.call("scontrol", "requeue", runs.job_id(run, "train"))
     ends_as(run, whole)
     assert verdicts(run)[0] == ("preempted", True)
 
 
 @pytest.mark.proof
-def test_requeue_needs_nothing_but_python(whole, start):
-    """`sbatch` by hand of the script that was written gives the same job."""
+def test_a_script_submitted_by_hand_is_requeued(whole: Path, start: runs.Start) -> None:
+    """`sbatch` by hand, of the script that submit=script has written, gives the same job."""
     run = start("submit=script")
     done = subprocess.run(
         ["sbatch", "--parsable", run / "jobs/train.sbatch"], capture_output=True, text=True, check=True
     )
-    trained(run, 5)
+    wait_for_step(run, 5)
     commands.call("scancel", "--signal=USR2", done.stdout.strip())
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]

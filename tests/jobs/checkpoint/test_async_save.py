@@ -38,7 +38,7 @@ def both(rank: int, configs: list[Config]) -> None:
         for config in configs:
             backend = backends.chosen(config)
             engine = backend.wrap(build.build(config), config, world)
-            saver = Saver(config, world, Metrics(config, world, 9, 0))
+            saver = Saver(config, world, Metrics(config, world, last_step=9, first_step=0))
             update(backend, engine)
             saver.save(backend, engine, 1, checkpointing.layout(config, world), wait=True)
             saver.save(backend, engine, 2, checkpointing.layout(config, world), wait=False)
@@ -64,7 +64,7 @@ def prepared(rank: int, config: Config) -> None:
     with process_group(config) as world:
         backend = backends.chosen(config)
         engine = backend.wrap(build.build(config), config, world)
-        saver = Saver(config, world, Metrics(config, world, 9, 0))
+        saver = Saver(config, world, Metrics(config, world, last_step=9, first_step=0))
         update(backend, engine)
         saver.prepare(backend, engine)
         saver._stager.prepared()

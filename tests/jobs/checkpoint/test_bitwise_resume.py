@@ -25,14 +25,14 @@ LAYOUTS = {"fsdp": [], "hsdp": ["parallel.shard_ranks=2"], "zero1": [], "zero2":
 def phase(rank: int, config: Config, signalled: tuple[int, int] | None) -> None:
     """Train on from where it stands: to the end, or until the step before which one rank gets a signal."""
     torch.use_deterministic_algorithms(True)
-    real, stopped = train._step, None
+    real, stopped = train._train_step, None
 
-    def step(loop, number):
+    def step(training, number):
         if (number, rank) == signalled:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(loop, number)
+        return real(training, number)
 
-    train._step = step
+    train._train_step = step
     try:
         train.run(config)
     except Stopped as error:

@@ -25,10 +25,10 @@ def stopped_at(rank: int, config: str, step: int, said: str) -> None:
 
     evaluate = train._evaluate
 
-    def signalled(loop, at):
+    def signalled(training, at):
         if (at, rank) == (step, 1):
             os.kill(os.getpid(), signal.SIGUSR1)
-        return evaluate(loop, at)
+        return evaluate(training, at)
 
     train._evaluate = signalled
     with pytest.raises(Stopped, match=f"told to stop by SIGUSR1; {said}") as caught:

@@ -1,8 +1,9 @@
-"""jobs/monitoring/metrics.py: one record of a run over all its attempts."""
+"""jobs/monitoring/metrics.py: all attempts of a run write one record, with every step once."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
 
 
-def metrics(run: Path, step: int, tracker: Tracker = Tracker.none, rank: int = 0) -> Metrics:
-    config = SimpleNamespace(run_dir=str(run), name="tiny", tracker=tracker)
-    return Metrics(config, World(rank, 2, rank, 2, torch.device("cpu")), steps=10, step=step)
+def metrics(run: Path, first_step: int, tracker: Tracker = Tracker.none, rank: int = 0) -> Metrics:
+    config: Any = SimpleNamespace(run_dir=str(run), name="tiny", tracker=tracker)
+    return Metrics(config, World(rank, 2, rank, 2, torch.device("cpu")), last_step=10, first_step=first_step)
 
 
 def attempt(run: Path, first: int, last: int, resumed: int, tracker: Tracker = Tracker.none) -> None:
-    """Steps `first` to `last` of an attempt that began at the checkpoint `resumed`."""
+    """Write steps `first` to `last`, as an attempt does that resumes from the checkpoint of step `resumed`."""
     writer = metrics(run, resumed, tracker)
     for step in range(first, last + 1):
         writer.write(step, loss=1.0 / step)
@@ -27,62 +28,62 @@ def attempt(run: Path, first: int, last: int, resumed: int, tracker: Tracker = T
     writer.close()
 
 
-def lines(run: Path, key: str) -> list[int]:
-    return [item["step"] for item in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in item]
+def steps_with(run: Path, key: str) -> list[int]:
+    return [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in line]
 
 
-def test_a_resumed_run_has_every_step_once(tmp_path):
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 8, resumed=0)
     attempt(tmp_path, 6, 7, resumed=5)
     attempt(tmp_path, 8, 10, resumed=7)
-    assert lines(tmp_path, "loss") == list(range(1, 11))
-    assert lines(tmp_path, "eval_loss") == [5, 10]
+    assert steps_with(tmp_path, "loss") == list(range(1, 11))
+    assert steps_with(tmp_path, "eval_loss") == [5, 10]
 
 
-def test_a_torn_line_is_dropped(tmp_path):
+def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 4, resumed=0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     attempt(tmp_path, 4, 6, resumed=3)
-    assert lines(tmp_path, "loss") == list(range(1, 7))
+    assert steps_with(tmp_path, "loss") == list(range(1, 7))
 
 
-def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
+def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 4, resumed=0)
     attempt(tmp_path, 1, 2, resumed=0)
-    assert lines(tmp_path, "loss") == [1, 2]
+    assert steps_with(tmp_path, "loss") == [1, 2]
 
 
-@pytest.mark.parametrize(("resumed", "known"), [(4, set()), (5, {5}), (7, {5})])
-def test_it_is_known_which_evaluations_are_on_record(tmp_path, resumed, known):
+@pytest.mark.parametrize(("resumed", "evaluated"), [(4, set()), (5, {5}), (7, {5})])
+def test_evaluated_steps_are_read_from_the_record(tmp_path: Path, resumed: int, evaluated: set[int]) -> None:
     attempt(tmp_path, 1, 8, resumed=0)
     writer = metrics(tmp_path, resumed)
     writer.close()
-    assert writer.evaluated == known
+    assert writer.evaluated_steps == evaluated
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     writer = metrics(tmp_path, 0, rank=1)
     writer.write(1, loss=1.0)
     writer.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_shows_one_curve(tmp_path):
+def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     attempt(tmp_path, 1, 8, 0, Tracker.tensorboard)
     attempt(tmp_path, 6, 10, 5, Tracker.tensorboard)
     events = reader.EventAccumulator(str(tmp_path / "tiny"))
     events.Reload()
-    assert sorted(item.step for item in events.Scalars("loss")) == list(range(1, 11))
+    assert sorted(event.step for event in events.Scalars("loss")) == list(range(1, 11))
 
 
-def test_wandb_goes_on_under_one_id(tmp_path, monkeypatch):
-    started = []
+def test_all_attempts_share_one_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, object]] = []
 
     class WandBTracker:
-        def __init__(self, project: str, **words: object) -> None:
-            started.append((project, words))
+        def __init__(self, project: str, **options: object) -> None:
+            started.append(options)
 
         def start(self) -> None: ...
         def log(self, values: object, step: int) -> None: ...
@@ -94,6 +95,6 @@ def test_wandb_goes_on_under_one_id(tmp_path, monkeypatch):
     attempt(tmp_path / "a/run", 1, 2, 0, Tracker.wandb)
     attempt(tmp_path / "a/run", 3, 4, 2, Tracker.wandb)
     attempt(tmp_path / "b/run", 1, 2, 0, Tracker.wandb)
-    ids = [words["id"] for _, words in started]
+    ids = [options["id"] for options in started]
     assert ids[0] == ids[1] != ids[2]
-    assert {words["resume"] for _, words in started} == {"allow"}
+    assert {options["resume"] for options in started} == {"allow"}
