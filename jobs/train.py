@@ -156,7 +156,7 @@ def _step(loop: Loop, step: int) -> bool:
         heartbeat.beat("train", step + 1)
         loop.watch.add(len(part), float(loop.order.costs[part].max()))
         with timed("data"):
-            batch = batches.batch(rows, part, loop.pad, device=world.device, share=world.share)
+            batch = batches.collate(rows, part, loop.pad, device=world.device, share=world.share)
         with timed("forward"):
             value = loss.summed(loop.engine.module, batch)
         with timed("backward"):

@@ -13,7 +13,7 @@ from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
 
 
-def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def summed(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Cross entropy summed over the trained tokens of a batch, in fp32: a scalar. Dividing by a token count is the caller's.
 
     A model with a fused head (`jobs.model.fused_cross_entropy.fuse`) returns it itself, for only inside its forward
@@ -21,30 +21,29 @@ def summed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """
     inside = unwrap.causal(model)
     inputs = _inputs(batch, inside.config._attn_implementation)
-    lacking = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]  # none where the row goes on elsewhere
-    following = F.pad(batch["labels"][:, 1:], (0, lacking), value=batches.IGNORED).flatten()
+    lacking = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]  # none where the row goes on elsewhere
+    following = F.pad(batch.labels[:, 1:], (0, lacking), value=batches.IGNORED).flatten()
     if not fused_cross_entropy.is_fused(inside):
         logits = model(**inputs).logits.float().flatten(0, 1)
         return F.cross_entropy(logits, following, ignore_index=batches.IGNORED, reduction="sum")
-    trained = batch.get("trained")
-    if trained is None:  # waits for the GPU, so `data.batch` says it
-        trained = following.ne(batches.IGNORED).nonzero().squeeze(1)
-    return model(**inputs, trained=trained, targets=following[trained])
+    return model(**inputs, trained=batch.trained, targets=following[batch.trained])
 
 
-def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """(rows, length, vocabulary), or of this rank's stretch of the rows."""
     found: torch.Tensor = model(**_inputs(batch, unwrap.causal(model).config._attn_implementation)).logits
     return found
 
 
-def _inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
+def _inputs(batch: batches.Batch, attention: str) -> dict[str, Any]:
     """What the model's forward takes; the borders of packed samples under transformers' names, for attention that needs them."""
-    found = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    if "cu_seqlens" in batch and ("flash" in attention or "varlen" in attention):
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if batch.cu_seqlens is not None and ("flash" in attention or "varlen" in attention):
         for side in "qk":
-            found |= {f"cu_seq_lens_{side}": batch["cu_seqlens"], f"max_length_{side}": batch["max_length"]}
-    return found | {"use_cache": False}
+            inputs |= {f"cu_seq_lens_{side}": batch.cu_seqlens, f"max_length_{side}": batch.max_length}
+    return inputs
 
 
 @torch.no_grad()
@@ -71,11 +70,11 @@ def held_out(
             return None
         first = start + world.data_rank * micro_batch
         mine = order[first : first + micro_batch]
-        batch = batches.batch(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
+        batch = batches.collate(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
         if not len(mine):
-            batch["labels"].fill_(batches.IGNORED)
-            batch["trained"] = batch["trained"][:0]
+            batch.labels.fill_(batches.IGNORED)
+            batch.trained = batch.trained[:0]
         found[0] += summed(model, batch).double()
-        found[1] += len(batch["trained"])
+        found[1] += len(batch.trained)
     model.train()
     return found

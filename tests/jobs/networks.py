@@ -56,9 +56,9 @@ def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5)
     return batches.arrange(found, np.arange(len(lengths)), pack_into)
 
 
-def whole(found: batches.Rows) -> dict[str, Any]:
+def whole(found: batches.Rows) -> batches.Batch:
     """All rows in one batch."""
-    return batches.batch(found, np.arange(len(found)), pad=0)
+    return batches.collate(found, np.arange(len(found)), pad=0)
 
 
 def gradients(made: nn.Module) -> dict[str, torch.Tensor]:

@@ -27,10 +27,10 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     order = batches.ordered(rows, config, hidden_factor(network.config))
     found = []
     for step in range(steps):
-        batch = batches.batch(rows, order.rows_of(step), pad=0)
-        logits = network(**{name: batch[name] for name in ("input_ids", "position_ids") if name in batch}).logits
+        batch = batches.collate(rows, order.rows_of(step), pad=0)
+        logits = network(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=batches.IGNORED
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=batches.IGNORED
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)

@@ -44,22 +44,22 @@ def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch):
 
 
 def test_a_batch_is_padded_on_the_right_and_masked(rows):
-    made = batches.batch(rows, np.array([1, 2]), pad=99, multiple=4)
-    assert made["input_ids"].tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
-    assert made["labels"].tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
-    assert made["input_ids"].dtype is torch.int64
-    assert made["trained"].tolist() == [0, 4, 5]
-    assert "cu_seqlens" not in made  # a sample a row: causal attention alone keeps them apart
+    made = batches.collate(rows, np.array([1, 2]), pad=99, multiple=4)
+    assert made.input_ids.tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
+    assert made.labels.tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
+    assert made.input_ids.dtype is torch.int64
+    assert made.trained.tolist() == [0, 4, 5]
+    assert made.cu_seqlens is None  # a sample a row: causal attention alone keeps them apart
 
 
 def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(rows):
     packed = batches.arrange(rows.samples, rows.chosen, pack_into=10)
     (row,) = (number for number in range(len(packed)) if set(packed.packs.row(number)) == {0, 8})  # of 1 and 9 tokens
-    made = batches.batch(packed, np.array([row]), pad=99, multiple=4)
-    assert made["input_ids"].tolist() == [[8] * 9 + [0] + [99, 99]]
-    assert made["position_ids"].tolist() == [[*range(9), 0, 0, 1]]
-    assert made["labels"].tolist() == [[-100] + [8] * 8 + [-100] * 3]
-    assert made["trained"].tolist() == list(range(8))
+    made = batches.collate(packed, np.array([row]), pad=99, multiple=4)
+    assert made.input_ids.tolist() == [[8] * 9 + [0] + [99, 99]]
+    assert made.position_ids.tolist() == [[*range(9), 0, 0, 1]]
+    assert made.labels.tolist() == [[-100] + [8] * 8 + [-100] * 3]
+    assert made.trained.tolist() == list(range(8))
     assert packed.counts.sum() == rows.counts.sum()
     assert packed.lengths.max() == 10
 
@@ -70,11 +70,11 @@ def test_borders_of_packed_samples_go_over_all_rows_and_padding_is_a_sample_of_i
         next(number for number in range(len(packed)) if set(packed.packs.row(number)) == wanted)
         for wanted in ({0, 8}, {9})
     )
-    made = batches.batch(packed, np.array([first, full]), pad=99, multiple=4)
-    assert made["cu_seqlens"].tolist() == [0, 9, 10, 12, 22, 24]
-    assert made["cu_seqlens"].dtype is torch.int32
-    assert made["max_length"] == 10
-    assert type(made["max_length"]) is int
+    made = batches.collate(packed, np.array([first, full]), pad=99, multiple=4)
+    assert made.cu_seqlens.tolist() == [0, 9, 10, 12, 22, 24]
+    assert made.cu_seqlens.dtype is torch.int32
+    assert made.max_length == 10
+    assert type(made.max_length) is int
 
 
 def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
@@ -95,7 +95,7 @@ def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
         total = 0.0
         network.zero_grad()
         for row in range(len(packed)):
-            value = loss.summed(network, batches.batch(packed, np.array([row]), pad=0))
+            value = loss.summed(network, batches.collate(packed, np.array([row]), pad=0))
             value.backward()
             total += value.item()
         gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])

@@ -25,7 +25,7 @@ def taught(made, *batches):
 
 
 def alone(found):
-    return [data.batch(found, np.array([row]), pad=0) for row in range(len(found))]
+    return [data.collate(found, np.array([row]), pad=0) for row in range(len(found))]
 
 
 @pytest.fixture

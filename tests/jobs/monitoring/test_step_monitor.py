@@ -40,7 +40,7 @@ def test_flops_are_those_that_torch_counts(compose, kind, adapter):
         parameter.requires_grad_(adapter == "none")
     base.get_input_embeddings().weight.requires_grad_(True)  # so that gradients reach the first block
     with FlopCounterMode(display=False) as counted:
-        base(input_ids=whole(found)["input_ids"]).logits.sum().backward()
+        base(input_ids=whole(found).input_ids).logits.sum().backward()
     full = counted.get_total_flops()
     ours = work.flops(length, length, 2 * length**2)  # a full mask costs twice a causal one
     if adapter == "lora":  # eager attention differentiates both products, trained or not: only weights differ
