@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.data import batches, packing
-from jobs.data.sampler import Order, spread
+from jobs.data.sampler import Order
 
 LAWS = [("mean 643", 5.9964, 1.0, 4096), ("mean 1619", 7.1982, 0.7, 4096), ("mean 1274", 6.5957, 1.1, 8192)]
 """Name, mean and deviation of the logarithm, row: as long as chats, as long documents, and twice as long a tail."""
@@ -45,6 +45,17 @@ def ours_s(lengths: NDArray[np.int64], row: int) -> float:
     began = time.perf_counter()
     packing.pack(lengths, row)
     return time.perf_counter() - began
+
+
+def spread(costs: NDArray[np.float64], dealt: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(max - min) / mean over ranks of the cost that they process at the same time: the share that the fastest rank waits.
+
+    `costs` has shape (rows,). `dealt` holds row numbers, shape (micro-steps, ranks, rows of a micro batch). Returns shape
+    (micro-steps,); 0.02 is 2 %.
+    """
+    together = costs[dealt].sum(axis=2)
+    waits: NDArray[np.float64] = (together.max(axis=1) - together.min(axis=1)) / together.mean(axis=1)
+    return waits
 
 
 def p95_of_spread(costs: NDArray[np.float64], ranks: int) -> tuple[float, float]:

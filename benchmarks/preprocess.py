@@ -95,8 +95,8 @@ def ours(rows: Path, words: Path, run: Path) -> dict[str, float]:
 
     began = time.perf_counter()
     preprocess.run(config)
-    packed = batches.read(run / "data", "train", ROW)
-    held = batches.read(run / "data", "validation")
+    packed = batches.load_split(run / "data", "train", ROW)
+    held = batches.load_split(run / "data", "validation")
     seconds = time.perf_counter() - began
     tokens = int(packed.lengths.sum() + held.lengths.sum())
     return {"seconds": seconds, "tokens": tokens, "fill": float(packed.lengths.sum() / (len(packed) * ROW))}

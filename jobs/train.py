@@ -90,14 +90,14 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     """Everything built and sharded, and the newest checkpoint loaded; with the step that it was saved at."""
     heartbeat.beat("load")
     folder = Path(config.run_dir) / "data"
-    rows = batches.read(folder, "train", config.data.max_length if config.data.packing else None)
-    validation = batches.read(folder, "validation")
+    rows = batches.load_split(folder, "train", config.data.max_length if config.data.packing else None)
+    validation = batches.load_split(folder, "validation")
     steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
     pad = load_tokenizer(config).pad_token_id
     backend = backends.chosen(config)
     found = checkpointing.find(config, world)
     skeleton = build.skeleton(config)
-    order = batches.ordered(rows, config, hidden_factor(skeleton.config))
+    order = batches.training_order(rows, config, hidden_factor(skeleton.config))
     blocks, costs = build.blocks(skeleton), work(skeleton, config)  # before they are sharded
     engine = backend.wrap(skeleton, config, world, found is not None)
     step = checkpointing.resume(

@@ -1,9 +1,9 @@
-"""Token rows as preprocess chose them: what a row holds, and the batches that a rank gets of a step's rows."""
+"""Opens one split of the preprocessed data as training rows, and makes padded batches of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,68 +12,76 @@ from numpy.typing import NDArray
 from conf.errors import DataError, Problem
 from conf.files import read_json
 from conf.schema import Config
-from jobs.data import token_dataset as samples
+from jobs.data import token_dataset
 from jobs.data.packing import Packs, attention_cost, pack
-from jobs.data.sampler import Order
-from jobs.data.token_dataset import Samples
+from jobs.data.sampler import Kind, Order
+from jobs.data.token_dataset import TokenDataset
 
 IGNORED = -100
-"""Label of a token that is not trained; cross_entropy's own."""
+"""Label of a token that is not trained: the default `ignore_index` of torch's cross_entropy."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: row i holds the samples chosen[packs.row(i)], one or several.
+    """The training rows of one split. Row i holds the samples chosen[packs.row(i)]: one sample, or several if packed."""
 
-    `chosen` are sample numbers, int64 of shape (samples of the split,); `lengths` and `counts` are the tokens and the
-    trained labels of each row, int64 of shape (rows,).
-    """
-
-    samples: Samples
+    samples: TokenDataset
     chosen: NDArray[np.int64]
+    """Numbers of the split's samples in `samples`: shape (samples of the split,)."""
     packs: Packs
     lengths: NDArray[np.int64]
+    """Tokens of each row: shape (rows,)."""
     counts: NDArray[np.int64]
+    """Trained labels of each row: shape (rows,)."""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def costs(self, hidden_factor: float) -> NDArray[np.float64]:
-        """What each row takes to train, in tokens without attention: float64 of shape (rows,); see `attention_cost`."""
+        """Training cost of each row: float64, shape (rows,), in the unit of `attention_cost`."""
         return self.packs.sums(attention_cost(self.samples.lengths[self.chosen], hidden_factor))
 
 
-def read(folder: Path, split: str, pack_into: int | None = None) -> Rows:
-    """Open a split of RUN/data: a sample a row, or packed into rows of at most `pack_into` tokens.
+def load_split(folder: Path, split: str, pack_into: int | None = None) -> Rows:
+    """Open a split ("train" or "validation") of RUN/data: one sample per row, or rows of at most `pack_into` tokens.
 
-    Raises DataError where preprocess has not completed, or its tokens have been deleted.
+    Raises DataError if the preprocess job has not completed, or if the tokens in the cache were deleted.
     """
-    about = read_json(folder / "data.json")
-    if about is None:
+    description = read_json(folder / "data.json")
+    if description is None:
         raise DataError(
-            Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)")
+            Problem("data", folder, "is missing or incomplete: run the preprocess job first (pipeline=preprocess)")
         )
-    sets = [folder / "sets" / name for name in about["splits"][split]]
-    for one in sets:
-        if not samples.is_whole(one):
+    sets = [folder / "sets" / name for name in description["splits"][split]]
+    for path in sets:
+        if not token_dataset.is_complete(path):
             raise DataError(
-                Problem("data", one, f"its tokens at {one.resolve()} are gone: delete {folder}, and preprocess again")
+                Problem(
+                    "data", path, f"tokens at {path.resolve()} were deleted: delete {folder}, then preprocess again"
+                )
             )
-    return arrange(samples.read(sets), np.load(folder / f"{split}.npy"), pack_into)
+    return make_rows(token_dataset.open_sets(sets), np.load(folder / f"{split}.npy"), pack_into)
 
 
-def arrange(found: Samples, chosen: NDArray[np.int64], pack_into: int | None = None) -> Rows:
-    """Rows over these samples; what is packed together depends on their lengths alone."""
-    lengths, alone = found.lengths[chosen], np.arange(len(chosen) + 1)
-    packs = Packs(alone[:-1], alone) if pack_into is None else pack(lengths, pack_into)
-    sums = (packs.sums(values).astype(np.int64) for values in (lengths, found.labels[chosen]))
-    return Rows(found, chosen, packs, *sums)
+def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int | None = None) -> Rows:
+    """Rows of the chosen samples. Which samples share a row depends only on their lengths."""
+    lengths = samples.lengths[chosen]
+    if pack_into is None:
+        numbers = np.arange(len(chosen) + 1)
+        packs = Packs(numbers[:-1], numbers)
+    else:
+        packs = pack(lengths, pack_into)
+    row_lengths = packs.sums(lengths).astype(np.int64)
+    row_labels = packs.sums(samples.labels[chosen]).astype(np.int64)
+    return Rows(samples, chosen, packs, row_lengths, row_labels)
 
 
-def ordered(rows: Rows, config: Config, hidden_factor: float) -> Order:
-    """The order of training that the config asks for; a function of rows, seed and global batch, not of the ranks."""
-    asked = config.data.order.name
-    kind = asked if asked != "auto" else "balanced" if config.data.packing else "random"
+def training_order(rows: Rows, config: Config, hidden_factor: float) -> Order:
+    """The order of rows that data.order asks for. It depends on rows, seed and global batch, never on the ranks."""
+    name = config.data.order.name
+    if name == "auto":
+        name = "balanced" if config.data.packing else "random"
+    kind = cast(Kind, name)  # Order checks it
     return Order(rows.costs(hidden_factor), config.train.global_batch, config.data.seed, kind)
 
 
@@ -175,6 +183,10 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def micro_batches(
     chosen: NDArray[np.int64], micro_batch: int, rank: int, world_size: int
 ) -> Iterator[NDArray[np.int64]]:
-    """This rank's rows, one micro batch after the other; ranks hold rows of like length at the same time."""
+    """Yield this rank's rows of a step, one micro batch at a time.
+
+    Consecutive micro batches go to consecutive ranks. `chosen` is sorted by cost, so all ranks process rows of similar
+    cost at the same time.
+    """
     for start in range(rank * micro_batch, len(chosen), micro_batch * world_size):
         yield chosen[start : start + micro_batch]

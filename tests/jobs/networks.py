@@ -52,8 +52,8 @@ def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = chance.integers(3, SMALL["vocab_size"], size=offsets[-1]).astype(np.int32)
     marked = (chance.random(offsets[-1]) < trained).astype(np.uint8)
-    found = token_dataset.of([Part(tokens, marked, offsets)])
-    return batches.arrange(found, np.arange(len(lengths)), pack_into)
+    found = token_dataset.from_parts([Part(tokens, marked, offsets)])
+    return batches.make_rows(found, np.arange(len(lengths)), pack_into)
 
 
 def whole(found: batches.Rows) -> batches.Batch:

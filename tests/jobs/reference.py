@@ -16,7 +16,7 @@ from jobs.model import build, unwrap
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step on the global batches of `config`, with the rows of `run`."""
-    rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
+    rows = batches.load_split(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
     unwrap.causal(network).set_attn_implementation("sdpa")  # transformers' own mask keeps packed samples apart
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -24,7 +24,7 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
-    order = batches.ordered(rows, config, hidden_factor(network.config))
+    order = batches.training_order(rows, config, hidden_factor(network.config))
     found = []
     for step in range(steps):
         batch = batches.collate(rows, order.rows_of(step), pad=0)

@@ -40,7 +40,7 @@ def run(compose, tmp_path):
 
 def texts(folder, split, words):
     """Every sample of a split, decoded, with what is trained of it."""
-    rows = batches.read(folder, split)
+    rows = batches.load_split(folder, split)
     pairs = (rows.samples[number] for number in rows.chosen.tolist())
     return [(words.decode(ids), words.decode(ids[trained == 1])) for ids, trained in pairs]
 
@@ -117,7 +117,7 @@ def test_equal_rows_are_never_on_both_sides(run, words):
 
 def test_duplicates_can_be_dropped(run):
     folder = run(ROWS * 2, "data.drop_duplicates=true", "data.validation_fraction=0.1")
-    rows = batches.read(folder, "train")
+    rows = batches.load_split(folder, "train")
     assert len(rows) == len({tuple(rows.samples[number][0].tolist()) for number in rows.chosen.tolist()})
 
 
@@ -133,7 +133,7 @@ def test_overlong_rows_are_cut_split_or_dropped(policy, more, expected, run):
             run(long, *asked)
         return
     folder = run(long, *asked)
-    train, held = batches.read(folder, "train"), batches.read(folder, "validation")
+    train, held = batches.load_split(folder, "train"), batches.load_split(folder, "validation")
     assert max(train.lengths.max(), held.lengths.max()) <= 32
     assert (len(train) + len(held) == 20) is (policy == "truncate")
     if policy == "split":
@@ -176,7 +176,7 @@ def test_a_part_of_a_file_is_taken_as_python_counts(split, expected, run, words)
 def test_training_and_held_out_rows_may_be_parts_of_one_file(run, words, tmp_path):
     folder = run([{"text": f"Number {n}."} for n in range(100)], "data.split='[:90]'", "data.validation_split='[90:]'",
                  f"data.validation_path={tmp_path}/rows.jsonl")  # fmt: skip
-    assert (len(batches.read(folder, "train")), len(batches.read(folder, "validation"))) == (90, 10)
+    assert (len(batches.load_split(folder, "train")), len(batches.load_split(folder, "validation"))) == (90, 10)
 
 
 def test_rows_that_a_gate_lets_through_are_left_out_and_said(run, capsys, words):
@@ -213,8 +213,8 @@ def test_the_page_and_the_log_show_what_is_trained(run, tmp_path, capsys):
 
 def test_the_order_of_an_epoch_is_the_inputs_where_that_is_asked(run, words, compose, tmp_path):
     folder = run([{"text": f"Number {n}."} for n in range(100)], "data.order=file")
-    rows = batches.read(folder, "train")
-    order = batches.ordered(rows, compose("data.order=file", "train.global_batch=10"), 100.0)
+    rows = batches.load_split(folder, "train")
+    order = batches.training_order(rows, compose("data.order=file", "train.global_batch=10"), 100.0)
     assert np.array_equal(np.sort(order.rows_of(0)), np.arange(10))
 
 

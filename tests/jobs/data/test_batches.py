@@ -19,7 +19,7 @@ def arranged(tokens, trained, offsets, pack_into=None):
         Part(tokens[:at], trained[:at], offsets[: cut + 1]),
         Part(tokens[at:], trained[at:], offsets[cut:] - at),
     ]
-    return batches.arrange(token_dataset.of(parts), np.arange(len(offsets) - 1), pack_into)
+    return batches.make_rows(token_dataset.from_parts(parts), np.arange(len(offsets) - 1), pack_into)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_batch_is_padded_on_the_right_and_masked(rows):
 
 
 def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(rows):
-    packed = batches.arrange(rows.samples, rows.chosen, pack_into=10)
+    packed = batches.make_rows(rows.samples, rows.chosen, pack_into=10)
     (row,) = (number for number in range(len(packed)) if set(packed.packs.row(number)) == {0, 8})  # of 1 and 9 tokens
     made = batches.collate(packed, np.array([row]), pad=99, multiple=4)
     assert made.input_ids.tolist() == [[8] * 9 + [0] + [99, 99]]
@@ -65,7 +65,7 @@ def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(row
 
 
 def test_borders_of_packed_samples_go_over_all_rows_and_padding_is_a_sample_of_its_own(rows):
-    packed = batches.arrange(rows.samples, rows.chosen, pack_into=10)
+    packed = batches.make_rows(rows.samples, rows.chosen, pack_into=10)
     first, full = (
         next(number for number in range(len(packed)) if set(packed.packs.row(number)) == wanted)
         for wanted in ({0, 8}, {9})
@@ -106,10 +106,10 @@ def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
 
 def test_counts_leave_out_a_trained_first_token():
     trained, offsets = np.array([1, 1, 0, 1], dtype=np.uint8), np.array([0, 2, 4])
-    found = token_dataset.of([Part(np.arange(4, dtype=np.int32), trained, offsets)])
+    found = token_dataset.from_parts([Part(np.arange(4, dtype=np.int32), trained, offsets)])
     assert found.labels.tolist() == [1, 1]
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(DataError, match="preprocess"):
-        batches.read(tmp_path, "train")
+        batches.load_split(tmp_path, "train")

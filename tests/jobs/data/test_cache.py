@@ -1,4 +1,4 @@
-"""Tokenised sets: the same bytes however often the build is broken off, one build for all who ask, never a stale one."""
+"""Tokenized sets: the same bytes after any interruption, one build for all runs, and never a stale set."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def said(tmp_path):
 
 def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, small, tmp_path, monkeypatch):
     preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/whole"))
-    blocks, chance = sources.blocks, random.Random(0)
+    blocks, chance = sources.read_blocks, random.Random(0)
     taken = []
     for _ in range(4):
         stop_at = chance.randrange(5, 30)
@@ -98,11 +98,11 @@ def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, s
                     raise KeyboardInterrupt
                 yield block
 
-        monkeypatch.setattr(sources, "blocks", broken)
+        monkeypatch.setattr(sources, "read_blocks", broken)
         with pytest.raises(KeyboardInterrupt):
             preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
         taken.append(len(list((tmp_path / "broken").glob(".*.*-*/part-*"))))
-    monkeypatch.setattr(sources, "blocks", blocks)
+    monkeypatch.setattr(sources, "read_blocks", blocks)
     preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     assert max(taken) > 0
@@ -132,7 +132,7 @@ def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes
 def test_two_runs_started_together_build_once(program, said, tmp_path):
     both = [program(run, "data.workers=1", f"data.cache={tmp_path}/cache") for run in ("one", "two")]
     assert [process.wait(120) for process in both] == [0, 0], said("one") + said("two")
-    assert sum("tokenise: 100%" in said(run) for run in ("one", "two")) == 1
+    assert sum("tokenize: 100%" in said(run) for run in ("one", "two")) == 1
     assert [path.name for path in (tmp_path / "cache").glob(".*.*-*")] == []
     assert len({(tmp_path / run / "data/sets/sample").resolve() for run in ("one", "two")}) == 1
 
@@ -146,7 +146,7 @@ def test_many_workers_give_the_bytes_of_one(config, small, tmp_path):
 def key_of(config):
     words = preprocess.load_tokenizer(config)
     (one,) = preprocess.datasets.training(config.data).values()
-    return cache_key.key(one, config.data, words, "alpaca", preprocess.Path(config.run_dir) / "cache")
+    return cache_key.compute_key(one, config.data, words, "alpaca", preprocess.Path(config.run_dir) / "cache")
 
 
 @pytest.mark.parametrize(
@@ -192,21 +192,21 @@ def test_a_known_file_is_not_hashed_again(config, tmp_path, monkeypatch):
 def test_another_run_takes_what_is_there(config, capsys):
     preprocess.run(config())
     preprocess.run(config("data.seed=5", "data.packing=true", run="other"))
-    assert "there already" in capsys.readouterr().out
+    assert "already in the cache" in capsys.readouterr().out
 
 
 def test_tokens_that_were_deleted_are_told_with_the_remedy(config, tmp_path):
     preprocess.run(config(f"data.cache={tmp_path}/cache"))
     os.rename(tmp_path / "cache", tmp_path / "gone")
     with pytest.raises(DataError, match="preprocess again"):
-        batches.read(tmp_path / "run/data", "train")
+        batches.load_split(tmp_path / "run/data", "train")
 
 
 def test_every_sample_says_where_it_came_from(config, tmp_path):
     preprocess.run(config("data.max_rows=50"))
     one = tmp_path / "run/data/sets/sample"
-    found = token_dataset.read([one])
-    places = token_dataset.places(one, range(len(found)))
+    found = token_dataset.open_sets([one])
+    places = token_dataset.row_locations(one, range(len(found)))
     assert places == [f"{tmp_path}/rows.jsonl:{n + 1}" for n in range(50)]
 
 
@@ -220,6 +220,9 @@ def test_what_is_left_out_counts_as_a_row(config, tmp_path):
 
 def test_splits_hold_every_sample_once(config, tmp_path):
     preprocess.run(config())
-    train, held = batches.read(tmp_path / "run/data", "train"), batches.read(tmp_path / "run/data", "validation")
+    train, held = (
+        batches.load_split(tmp_path / "run/data", "train"),
+        batches.load_split(tmp_path / "run/data", "validation"),
+    )
     assert np.array_equal(np.sort(np.concatenate([train.chosen, held.chosen])), np.arange(2000))
     assert 60 < len(held) < 140

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.data.formats import CONVERT, convert, recognise
+from jobs.data.formats import CONVERTERS, convert, detect_format
 from jobs.tokenization.conversation import Sample, Turn
 
 HI, HELLO = Turn("user", "Hi"), Turn("assistant", "Hello!")
@@ -240,14 +240,14 @@ ROWS = {
 
 @pytest.mark.parametrize(("name", "row", "sample"), ROWS.values(), ids=ROWS)
 def test_a_documented_row_is_recognised_and_converted(name, row, sample):
-    found, why = recognise(row)
+    found, why = detect_format(row)
     assert found == name
     assert why.startswith("i")
     assert convert(row, name) == sample
 
 
 def test_every_format_has_a_row():
-    assert {name for name, _, _ in ROWS.values()} == set(CONVERT)
+    assert {name for name, _, _ in ROWS.values()} == set(CONVERTERS)
 
 
 MAPPED = {
@@ -280,7 +280,7 @@ MAPPED = {
 
 @pytest.mark.parametrize(("row", "fields", "name", "sample"), MAPPED.values(), ids=MAPPED)
 def test_any_other_schema_is_mapped(row, fields, name, sample):
-    assert recognise(row, fields)[0] == name
+    assert detect_format(row, fields)[0] == name
     assert convert(row, name, fields, {"customer": "user", "agent": "assistant"}) == sample
 
 
@@ -352,23 +352,23 @@ WRONG = {
 @pytest.mark.parametrize(("row", "says"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_learnt_is_said(row, says):
     with pytest.raises(ValueError, match=says):
-        convert(row, recognise(row)[0])
+        convert(row, detect_format(row)[0])
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "column chosen marks preferences"),
-        ({"instruction": "Hi", "output": "a", "kto_tag": False}, "column kto_tag marks preferences"),
-        ({"prompt": "Hi", "completion": "a", "label": False}, "column label marks preferences"),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "column chosen marks preference data"),
+        ({"instruction": "Hi", "output": "a", "kto_tag": False}, "column kto_tag marks preference data"),
+        ({"prompt": "Hi", "completion": "a", "label": False}, "column label marks preference data"),
         ({"instruction": "Hi", "output": "a", "images": ["x.png"]}, "column images is not text"),
-        ({"a": 1, "b": 2}, "no known format has the columns a, b: name the format"),
+        ({"a": 1, "b": 2}, "no known format has the columns a, b: set data.format"),
         ({"prompt": "The sky is"}, "no known format"),
     ],
 )
 def test_rows_that_must_not_be_learnt_are_refused(row, says):
     with pytest.raises(ValueError, match=says):
-        recognise(row)
+        detect_format(row)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_rows_that_must_not_be_learnt_are_refused(row, says):
             {"text": "x"},
             "alpaca",
             None,
-            "alpaca needs a column instruction or .*, and this row has text: all rows of a file",
+            "alpaca needs a column instruction or .*, and this row has text: all rows of a file must",
         ),
         ({"instruction": "x", "output": None}, "alpaca", None, "output is null: give its text"),
         ({"text": "x"}, "messages", None, "messages needs a column messages or"),
