@@ -43,7 +43,7 @@ def save_tokenizer(folder: Path, vocab: str | None, merges: str | None) -> None:
         lines = [line.split(" ") for line in Path(merges).read_text().splitlines()[1:]]
         bpe = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in lines if left + right in vocabulary]))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)  # type: ignore[no-untyped-call]  # transformers has no type here
         tokenizer.add_special_tokens(
             {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
         )
@@ -168,7 +168,8 @@ def measure(name: str, rows: Path, tokenizer_folder: Path) -> dict[str, float]:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.rsplit("SIDE ", 1)[1])
+    result: dict[str, float] = json.loads(done.stdout.rsplit("SIDE ", 1)[1])
+    return result
 
 
 def peak_mib(rows: Path, tokenizer_folder: Path) -> float:
@@ -214,7 +215,9 @@ def compare(kind: str, rows: Path, tokenizer_folder: Path, rounds: int) -> dict[
             print(f"{kind:<5} {name:<13} {result['tokens']:>11,} tokens {result['seconds']:7.1f} s "
                   f"{speeds[name][-1] / 1e6:6.2f} M tokens/s" + (f"  fill {result['fill']:.4%}" if "fill" in result else ""),
                   flush=True)  # fmt: skip
-    figures = {f"{name}_{kind}_tokens_per_s": round(statistics.median(each)) for name, each in speeds.items()}
+    figures: dict[str, float] = {
+        f"{name}_{kind}_tokens_per_s": round(statistics.median(each)) for name, each in speeds.items()
+    }
     for name in names[1:]:
         ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[name], strict=True)]
         figures[f"vs_{name}_{kind}"] = round(statistics.median(ratios), 2)
