@@ -49,8 +49,8 @@ class Order:
     def rows_of(self, step: int) -> NDArray[np.int64]:
         """The rows of a step (the first is 0): int64, shape (global_batch,), the cheapest row first.
 
-        They are sorted because `batches.micro_batches` gives neighbouring rows to all ranks at the same time, and
-        neighbours differ least in cost.
+        They are sorted because `batches.micro_batches` gives neighboring rows to all ranks at the same time, and
+        neighbors differ least in cost.
         """
         rows, start = len(self.costs), step * self.global_batch
         end = start + self.global_batch
