@@ -1,6 +1,7 @@
-"""Makes the bundled sample, and is the only file that does: sample.jsonl, prompts.jsonl and tokenizer/ from facts.txt.
+"""Generates the bundled sample from facts.txt: sample.jsonl, prompts.jsonl and tokenizer/.
 
-`python examples/make_sample.py` rewrites them byte for byte; `--check` exits 1 when the files on disk differ.
+`python examples/make_sample.py` writes them, with the same bytes every time. With `--check` it writes nothing, and exits with 1
+if a file on disk differs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
 SEED = 1024
-VOCAB_SIZE = 1024  # special tokens and the 256 bytes included; 1024 rows of embedding keep the demo model tiny
+VOCAB_SIZE = 1024  # special tokens and the 256 bytes included; an embedding of 1024 rows keeps the demo model tiny
 MAX_TOKENS = 512  # the longest row of the sample has about 80
 
-PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2; Llama has its eos at 2, too
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2; Llama's end-of-text token is 2 too
 
-# About facts that the sample teaches, in a wording that none of its rows has (`rows` refuses one that is there).
+# Questions about facts in the sample, in words that no row uses (`rows` raises an error if one does).
 PROMPTS = (
     "Please tell me what the command squeue does.",
     "Please explain what a shard is.",
@@ -29,7 +30,7 @@ PROMPTS = (
     "Could you tell me how to cancel a job?",
 )
 
-# `{% generation %}` marks what the assistant wrote, its end token included: there and nowhere else is the loss taken.
+# `{% generation %}` marks what the assistant wrote, including the end token. Only these tokens are trained.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role not in ("system", "user", "assistant") %}
@@ -53,7 +54,7 @@ Row = dict[str, str]  # instruction, input (may be empty), output
 
 @dataclass
 class Topic:
-    """Facts that are asked in the same ways and answered in the same form; a fact is its texts for x, y and z."""
+    """Facts that share their questions and their form of answer. A fact is a list of the texts for x, y and z."""
 
     name: str
     asks: list[str] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Topic:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file on disk differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file on disk differs")
     check = parser.parse_args().check
     stale = []
     for name, content in build().items():
@@ -75,7 +76,7 @@ def main() -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
     if check and stale:
-        print(f"examples/ is stale: {', '.join(stale)}; run `python examples/make_sample.py`", file=sys.stderr)
+        print(f"examples/ is out of date: {', '.join(stale)}; run `python examples/make_sample.py`", file=sys.stderr)
         return 1
     print(f"examples/ is up to date; {len(stale)} file(s) written")
     return 0
@@ -96,7 +97,7 @@ def build() -> dict[str, bytes]:
 
 
 def parse(text: str) -> list[Topic]:
-    """Read the topics of facts.txt, whose head explains the form."""
+    """Read the topics of facts.txt; the comment at its top explains the format."""
     topics: list[Topic] = []
     for line in text.splitlines():
         if not line or line.startswith("#"):
@@ -113,7 +114,7 @@ def parse(text: str) -> list[Topic]:
 
 
 def compute() -> list[Topic]:
-    """The topics that are worked out rather than written down."""
+    """The topics that are computed instead of written in facts.txt: sums and counting."""
     sums = [[str(a), str(b), str(a + b)] for a in range(1, 6) for b in range(a, 6)]
     counts = [[str(n), ", ".join(map(str, range(1, n)))] for n in range(3, 11)]
     sum_asks = ["What is {x} plus {y}?", "How much is {x} plus {y}?", "Tell me the sum of {x} and {y}."]
@@ -127,36 +128,37 @@ def compute() -> list[Topic]:
 
 
 def rows(topics: list[Topic]) -> list[Row]:
-    """Put every question of a topic to every fact of it, in one seeded random order.
+    """One row for every question of a topic and every fact of it, in a seeded random order.
 
-    Raises:
-        ValueError: a question is asked twice, or a prompt is asked verbatim.
+    Raises ValueError if a question appears twice, or if a prompt is also a question.
     """
     answers: dict[tuple[str, str], str] = {}
     for topic in topics:
         for fact in topic.facts:
-            words = forms(fact)
+            values = placeholders(fact)
             for ask in topic.asks:
-                instruction, _, given = ask.format(**words).partition(" | ")
+                instruction, _, given = ask.format(**values).partition(" | ")
                 if (instruction, given) in answers:
-                    raise ValueError(f"[{topic.name}] asks {instruction!r} (input {given!r}) a second time")
-                answers[instruction, given] = topic.say.format(**words)
-    if asked := [prompt for prompt in PROMPTS if (prompt, "") in answers]:
-        raise ValueError(f"the sample asks these prompts verbatim: {asked}")
-    order = random.Random(SEED)
-    shuffled = sorted(answers.items(), key=lambda _: order.random())  # random() alone is the same in every Python
+                    raise ValueError(f"[{topic.name}] asks {instruction!r} (input {given!r}) twice")
+                answers[instruction, given] = topic.say.format(**values)
+    if repeated := [prompt for prompt in PROMPTS if (prompt, "") in answers]:
+        raise ValueError(f"these prompts are also questions of the sample; reword them: {repeated}")
+    rng = random.Random(SEED)
+    shuffled = sorted(
+        answers.items(), key=lambda _: rng.random()
+    )  # only random() gives the same values in every Python version
     return [{"instruction": ask, "input": given, "output": say} for (ask, given), say in shuffled]
 
 
-def forms(fact: list[str]) -> dict[str, str]:
-    """What a question or an answer may name of a fact."""
+def placeholders(fact: list[str]) -> dict[str, str]:
+    """The placeholders that a question or an answer may use for this fact: x, y, z, X (x capitalized), w (x without article)."""
     x = fact[0]
     bare = x.removeprefix("a ").removeprefix("an ").removeprefix("the ")
     return {**dict(zip("xyz", fact, strict=False)), "X": x[0].upper() + x[1:], "w": bare}
 
 
 def train_tokenizer(sample: list[Row]) -> Tokenizer:
-    """A byte-level BPE, so that any UTF-8 comes back unchanged; digits stand alone, so that sums can be learnt."""
+    """A byte-level BPE, so that any UTF-8 text is decoded unchanged. Each digit is a token, so that a model can learn sums."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -168,7 +170,7 @@ def train_tokenizer(sample: list[Row]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    names = ["system\n", "user\n", "assistant\n"]  # the roles that the chat template writes before each text
+    names = ["system\n", "user\n", "assistant\n"]  # the chat template writes one of these before each text
     tokenizer.train_from_iterator([*names, *(text for row in sample for text in row.values())], trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"facts.txt is too short for {VOCAB_SIZE} tokens: got {tokenizer.get_vocab_size()}")
@@ -176,7 +178,7 @@ def train_tokenizer(sample: list[Row]) -> Tokenizer:
 
 
 def tokenizer_config() -> dict[str, object]:
-    """What AutoTokenizer reads beside tokenizer.json; written here, for `save_pretrained` differs between versions."""
+    """The file that AutoTokenizer reads besides tokenizer.json. `save_pretrained` would write other keys in each version."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MAX_TOKENS,

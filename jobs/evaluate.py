@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> None:
     """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, tokens."""
     whole = load(config)
-    rows = batches.read(Path(config.run_dir) / "data", "validation")
+    rows = batches.load_split(Path(config.run_dir) / "data", "validation")
     alone = World(rank=0, size=1, local_rank=0, local_size=1, device=whole.device)
     pad = load_tokenizer(config).pad_token_id
     summed, tokens = loss.evaluate(whole, rows, micro_batch_limit(config), pad, alone).tolist()

@@ -1,12 +1,12 @@
-"""Turns raw rows into what training reads: tokenised sets, built once for all runs, and this run's choice of their samples."""
+"""The preprocess job: tokenizes the raw rows (once for all runs that need the same tokens), and chooses the samples of this run."""
 
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,270 +14,197 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from conf import datasets
-from conf.choices import Executor, Format, Overlong
+from conf.choices import Overlong
 from conf.errors import DataError, Problem
 from conf.files import new_folder, read_json, write_json, write_text
-from conf.schema import Config, DataSet
-from jobs.data import batches, cache_key, formats, quality_gates, sources, token_dataset
-from jobs.data import cache as store
-from jobs.data import splits as selection
+from conf.schema import Config
+from jobs.data import batches, quality_gates, splits, token_dataset, tokenized_set
 from jobs.data.quality_gates import Findings
-from jobs.data.splits import Samples
-from jobs.data.tokenize import Recipe
+from jobs.data.splits import SampleNumbers
+from jobs.data.tokenized_set import TokenizedSet
 from jobs.report import data_preview
-from jobs.tokenization import encoder
 from jobs.tokenization.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-TRIED = 300
-"""Rows on which the encoder's fast ways are compared with the slow one before they are trusted."""
-VALIDATION = "validation"
+TRAIN, VALIDATION = "train", "validation"
 HELD_OUT = "held out"
-"""Name of the set at `data.validation_path`: no training set can have it."""
+"""Name of the set at `data.validation_path`. No training set can have this name."""
 
-
-@dataclass(frozen=True)
-class Built:
-    """A tokenised set, and where its rows lie now: another run may have built it from the same rows elsewhere."""
-
-    path: str
-    folder: Path
-    about: dict[str, Any]
-    """Its set.json."""
-
-    def here(self, place: str) -> str:
-        """`file:line` by the path of now."""
-        return place.replace(self.about["path"], self.path, 1)
-
-
-Sets = Mapping[str, Built]
+Sets = Mapping[str, TokenizedSet]
 
 
 def run(config: Config) -> None:
-    """Write RUN/data, unless it is there already. Raises DataError naming the bad rows by file and line."""
+    """Write RUN/data, unless it exists already. Raises DataError naming the bad rows by file and line."""
     folder = Path(config.run_dir) / "data"
     if read_json(folder / "data.json"):
-        log.info(f"data is there already: {folder}")
+        log.info(f"data      already exists: {folder}")
         return
-    words = load_tokenizer(config)
-    gc.freeze()  # what is imported and read by now stays: looking for garbage in it took an eighth of the whole time
-    trained = {name: tokenised(name, one, config, words) for name, one in datasets.training(config.data).items()}
-    held = datasets.held_out(config.data)
-    apart = {HELD_OUT: tokenised(HELD_OUT, held, config, words)} if held else {}
-    sets = trained | apart
-    findings = _findings(sets)
-    chosen = choose(trained, apart, config, findings)
-    every = token_dataset.read([one.folder for one in trained.values()])
-    others = token_dataset.read([one.folder for one in apart.values()]) if apart else every
-    rows = {
-        "train": batches.arrange(every, chosen["train"], config.data.max_length if config.data.packing else None),
-        VALIDATION: batches.arrange(others, chosen[VALIDATION]),
+    tokenizer = load_tokenizer(config)
+    gc.freeze()  # keeps everything loaded so far out of garbage collection, which took an eighth of the whole time
+
+    training = {
+        name: tokenized_set.find_or_build(name, dataset, config, tokenizer)
+        for name, dataset in datasets.training(config.data).items()
     }
-    about = _about(sets, {"train": list(trained), VALIDATION: list(apart or trained)}, rows)
-    verdicts = _judged(findings, about, config)
-    _write(folder, sets, about, rows, words, verdicts, config)
+    dataset = datasets.held_out(config.data)
+    held_out = {HELD_OUT: tokenized_set.find_or_build(HELD_OUT, dataset, config, tokenizer)} if dataset else {}
+    sets = training | held_out
+    set_names = {TRAIN: list(training), VALIDATION: list(held_out or training)}
+
+    findings = _collect_findings(sets)
+    chosen = choose_samples(training, held_out, config, findings)
+    training_tokens = token_dataset.open_sets([item.folder for item in training.values()])
+    held_out_tokens = (
+        token_dataset.open_sets([item.folder for item in held_out.values()]) if held_out else training_tokens
+    )
+    rows = {
+        TRAIN: batches.make_rows(
+            training_tokens, chosen[TRAIN], config.data.max_length if config.data.packing else None
+        ),
+        VALIDATION: batches.make_rows(held_out_tokens, chosen[VALIDATION]),
+    }
+    description = _describe(sets, set_names, rows)
+    verdicts = _apply_gates(findings, description, config)
+    _write(folder, sets, description, rows, tokenizer, verdicts, config)
 
 
-def _judged(findings: Findings, about: dict[str, Any], config: Config) -> list[quality_gates.Verdict]:
-    """What the gates found, said. Raises DataError with all that stops the run, or where a split is left without samples."""
-    rows = sum(one["rows"] for one in about["sets"].values())
+def choose_samples(training: Sets, held_out: Sets, config: Config, findings: Findings) -> dict[str, SampleNumbers]:
+    """The sample numbers of each split. Adds duplicates and overlap to `findings`."""
+    folders = [item.folder for item in training.values()]
+    hashes, origins = ([token_dataset.load_hashes(path, kind) for path in folders] for kind in ("hashes", "origins"))
+    first = [0, *accumulate(map(len, hashes))]
+    sets = splits.TrainingSets(np.concatenate(hashes), np.concatenate(origins), first)
+    if held_out:
+        held_out_hashes = token_dataset.load_hashes(held_out[HELD_OUT].folder)
+        train, validation = np.arange(len(sets.hashes)), np.arange(len(held_out_hashes))
+    else:
+        train, validation = splits.split_held_out(sets, config.data.validation_fraction, config.data.seed)
+
+    kept, duplicates = splits.split_duplicates(train, sets.hashes)
+    if config.data.drop_duplicates:
+        train = kept
+        log.info(f"dropped   {len(duplicates):,} samples that are equal to an earlier one")
+    else:
+        locations = _locations(training.values(), duplicates)
+        findings.add_many("duplicates", locations, len(duplicates), checked=len(train))
+    if held_out:
+        overlap = splits.find_overlap(held_out_hashes, sets.hashes[train])
+        locations = _locations(held_out.values(), overlap)
+        findings.add_many("overlap", locations, len(overlap), checked=len(validation))
+
+    train = splits.apply_weights(train, sets, datasets.training(config.data), config.data.seed)
+    return {TRAIN: train, VALIDATION: validation}
+
+
+def _collect_findings(sets: Sets) -> Findings:
+    """What the gates found when the sets were built, with the locations under this run's paths."""
+    findings = Findings()
+    for item in sets.values():
+        saved = Findings(**item.description["findings"])
+        first = {
+            gate: [(item.localize(location), detail) for location, detail in rows] for gate, rows in saved.first.items()
+        }
+        findings.merge(Findings(saved.counts, first))
+    return findings
+
+
+def _apply_gates(findings: Findings, description: dict[str, Any], config: Config) -> list[quality_gates.Verdict]:
+    """The verdicts of the gates; those that do not stop the run are logged as warnings.
+
+    Raises DataError with all verdicts that stop the run, or if a split has no samples.
+    """
+    rows = sum(item["rows"] for item in description["sets"].values())
     limits = config.data.gates
-    if config.data.overlong is Overlong.split:  # nothing is lost
+    if config.data.overlong is Overlong.split:  # splitting loses no tokens
         limits = replace(limits, overlong=1.0)
-    verdicts = quality_gates.judged(findings, rows, limits)
+    verdicts = quality_gates.judge(findings, rows, limits)
     for verdict in verdicts:
         if not verdict.stops:
             log.warning(f"{verdict}")
-    if stops := [verdict.problem for verdict in verdicts if verdict.stops]:
-        raise DataError(*stops)
-    for split in about["splits"]:
-        if not about[split]["samples"]:
+    if problems := [verdict.problem for verdict in verdicts if verdict.stops]:
+        raise DataError(*problems)
+    for split in description["splits"]:
+        if not description[split]["samples"]:
+            counts = (f", {count:,} {quality_gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
             raise DataError(
                 Problem(
                     "data.path",
-                    ", ".join(one["source"] for one in about["sets"].values()),
-                    f"leaves no samples for {split}: {rows:,} rows{_lost(findings)}; see data.max_length, data.overlong, "
+                    ", ".join(item["source"] for item in description["sets"].values()),
+                    f"leaves no samples for {split}: {rows:,} rows{''.join(counts)}; see data.max_length, data.overlong, "
                     "data.validation_fraction and the weights of data.sets",
                 )
             )
     return verdicts
 
 
-def _lost(findings: Findings) -> str:
-    return "".join(f", {count:,} {quality_gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
+def _locations(sets: Iterable[TokenizedSet], numbers: SampleNumbers) -> list[str]:
+    """Locations of the first few of these samples, as many as a message lists."""
+    return [_location(sets, number) for number in numbers[: quality_gates.LISTED].tolist()]
 
 
-def tokenised(name: str, one: DataSet, config: Config, words: PreTrainedTokenizerBase) -> Built:
-    """A tokenised set, found in the cache or built. Raises DataError for rows that cannot be read."""
-    asked = config.data
-    cache = Path(asked.cache) if asked.cache else Path(config.run_dir).parent / ".data"
-    blocks = partial(sources.blocks, one.path, one.split, asked.max_rows)
-
-    def unchanged() -> None:
-        if cache_key.states(one.path) != before:
-            said = "has changed while it was read: start again when nothing writes to it"
-            raise DataError(Problem("data.path", one.path, said))
-
-    first = list(islice(_readable(blocks()), TRIED))
-    if not first and not any(True for block in blocks() for _ in block.parsed()):
-        raise DataError(Problem("data.path", one.path, "has no rows"))
-    shape = _shape(name, first, one) if first else one.format.name
-    before = cache_key.states(one.path)
-    key = cache_key.key(one, asked, words, shape, cache)
-    folder = store.built(cache, key)
-    if folder:
-        log.info(f"tokens    {name}: there already, {folder}")
-    else:
-        recipe = Recipe(words, shape, one.fields, one.roles, asked.mask, asked.max_length, asked.overlong)
-        recipe = _tried(recipe, first)
-        size = sources.size(one.path)
-        total = (size, "B") if size is not None else (len(sources.hub(one.path)), " rows")
-        folder = store.build(cache, key, recipe, one.path, blocks, unchanged, workers=_workers(config), total=total)
-    return Built(one.path, folder, read_json(folder / "set.json"))
-
-
-def choose(trained: Sets, apart: Sets, config: Config, findings: Findings) -> dict[str, Samples]:
-    """The sample numbers of each split; what is found on the way is noted."""
-    folders = [one.folder for one in trained.values()]
-    hashes, origins = ([token_dataset.hashes(one, of) for one in folders] for of in ("hashes", "origins"))
-    sets = selection.Sets(np.concatenate(hashes), np.concatenate(origins), [0, *accumulate(map(len, hashes))])
-    if apart:
-        train, held_hashes = np.arange(len(sets.hashes)), token_dataset.hashes(apart[HELD_OUT].folder)
-        held = np.arange(len(held_hashes))
-    else:
-        train, held = selection.held_out(sets, config.data.validation_fraction, config.data.seed)
-    kept, doubles = selection.without_duplicates(train, sets.hashes)
-    if config.data.drop_duplicates:
-        train = kept
-        log.info(f"dropped   {len(doubles):,} samples that are equal to one before")
-    else:
-        places = [_place(trained.values(), number) for number in doubles[: quality_gates.FIRST].tolist()]
-        findings.note("duplicates", places, len(doubles), of=len(train))
-    if apart:
-        common = selection.overlap(held_hashes, sets.hashes[train])
-        places = [_place(apart.values(), number) for number in common[: quality_gates.FIRST].tolist()]
-        findings.note("overlap", places, len(common), of=len(held))
-    described = datasets.training(config.data)
-    return {"train": selection.weighted(train, sets, described, config.data.seed), VALIDATION: held}
-
-
-def _readable(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sources.Row]]:
-    for block in blocks:
-        for number, row in block.parsed():
-            if not isinstance(row, sources.Unreadable):
-                yield f"{block.place}{number}", row
-
-
-def _shape(name: str, rows: list[tuple[str, sources.Row]], one: DataSet) -> str:
-    """The format asked for, or the one that the first row's columns show, or else the next one's; says which, and why."""
-    assert one.format is not None
-    if one.format is not Format.auto:
-        return one.format.name
-    errors = []
-    for where, row in rows:
-        try:
-            shape, why = formats.recognise(row, one.fields)
-        except ValueError as error:
-            errors.append(Problem("data.format", "auto", f"{error} ({where})"))
-            continue
-        log.info(f"format    {name}: {shape}, because {why}")
-        return shape
-    raise DataError(errors[0])
-
-
-def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
-    """The recipe with the encoder's fast ways, unless they differ from the slow one on any of these rows."""
-    found = []
-    for _, row in rows:
-        try:
-            found.append(formats.convert(row, recipe.shape, recipe.fields, recipe.roles))
-        except ValueError:
-            continue  # the gates will say so
-    difference = encoder.same(recipe.tokenizer, found, mask=recipe.mask.name)
-    ways = encoder.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
-    log.info(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""))
-    return replace(recipe, fast=difference is None)
-
-
-def _workers(config: Config) -> int:
-    if config.data.workers:
-        return config.data.workers
-    return (
-        len(os.sched_getaffinity(0)) if config.cluster.executor is Executor.local else config.cluster.cpu.cpus_per_rank
-    )
-
-
-def _findings(sets: Sets) -> Findings:
-    """What the gates found when the sets were built."""
-    found = Findings()
-    for one in sets.values():
-        known = Findings(**one.about["findings"])
-        first = {
-            gate: [(one.here(place), detail) for place, detail in examples] for gate, examples in known.first.items()
-        }
-        found.merge(Findings(known.counts, first))
-    return found
-
-
-def _place(sets: Iterable[Built], number: int) -> str:
-    """`file:line` of a sample, numbered through these sets."""
-    for one in sets:
-        if number < one.about["samples"]:
-            return one.here(*token_dataset.places(one.folder, [number]))
-        number -= one.about["samples"]
+def _location(sets: Iterable[TokenizedSet], number: int) -> str:
+    """`file:line` of a sample; samples are numbered from 0 across these sets."""
+    for item in sets:
+        if number < item.description["samples"]:
+            return item.localize(*token_dataset.row_locations(item.folder, [number]))
+        number -= item.description["samples"]
     raise IndexError(number)
+
+
+def _describe(sets: Sets, set_names: dict[str, list[str]], rows: dict[str, batches.Rows]) -> dict[str, Any]:
+    """The content of RUN/data/data.json: the sets, the names of the sets in each split, and the size of each split."""
+    description: dict[str, Any] = {"sets": {}, "splits": set_names}
+    for name, item in sets.items():
+        counts = {key: item.description[key] for key in ("rows", "samples", "tokens", "trained_tokens")}
+        description["sets"][name] = {"source": item.path, "format": item.description["shape"], **counts, "epoch": 0}
+    for split, split_rows in rows.items():
+        description[split] = {
+            "samples": len(split_rows.chosen),
+            "tokens": int(split_rows.lengths.sum()),
+            "trained_tokens": int(split_rows.counts.sum()),
+        }
+    ends = np.cumsum([sets[name].description["samples"] for name in set_names[TRAIN]])
+    set_of_sample = np.searchsorted(ends, rows[TRAIN].chosen, side="right")
+    per_epoch = np.bincount(set_of_sample, minlength=len(ends)).tolist()
+    for name, count in zip(set_names[TRAIN], per_epoch, strict=True):
+        description["sets"][name]["epoch"] = count
+    return description
 
 
 def _write(
     folder: Path,
     sets: Sets,
-    about: dict[str, Any],
+    description: dict[str, Any],
     rows: dict[str, batches.Rows],
-    words: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     verdicts: list[quality_gates.Verdict],
     config: Config,
 ) -> None:
-    """Publish RUN/data: the choice, links to the sets, the tokenizer, and the page to look at."""
-    places = {split: partial(_place, [sets[name] for name in names]) for split, names in about["splits"].items()}
-    with new_folder(folder) as beside:
-        (beside / "sets").mkdir()
-        for name, one in sets.items():
-            target = os.path.relpath(one.folder.resolve(), folder.parent.resolve() / "data/sets")
-            (beside / "sets" / name).symlink_to(target)
-        for split, found in rows.items():
-            np.save(beside / f"{split}.npy", found.chosen)
-        words.save_pretrained(beside / "tokenizer")
-        write_json(beside / "data.json", about)
-        text = data_preview.html(
-            about,
+    """Publish RUN/data: the chosen samples, links to the sets, the tokenizer, and a preview page."""
+    locate: dict[str, Callable[[int], str]] = {
+        split: partial(_location, [sets[name] for name in names]) for split, names in description["splits"].items()
+    }
+    with new_folder(folder) as temporary:
+        (temporary / "sets").mkdir()
+        for name, item in sets.items():
+            target = os.path.relpath(item.folder.resolve(), folder.parent.resolve() / "data/sets")
+            (temporary / "sets" / name).symlink_to(target)
+        for split, split_rows in rows.items():
+            np.save(temporary / f"{split}.npy", split_rows.chosen)
+        tokenizer.save_pretrained(temporary / "tokenizer")
+        write_json(temporary / "data.json", description)
+        page = data_preview.html(
+            description,
             rows,
-            places,
-            words,
+            locate,
+            tokenizer,
             max_length=config.data.max_length,
             packed=config.data.packing,
             found=verdicts,
             seed=config.data.seed,
         )
-        write_text(beside / "preview.html", text)
-        log.info(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
-    log.info(f"data      {folder}, and what it looks like in preview.html")
-
-
-def _about(sets: Sets, splits: dict[str, list[str]], rows: dict[str, batches.Rows]) -> dict[str, Any]:
-    """What RUN/data/data.json says: each set, and each split's sets and sizes."""
-    about: dict[str, Any] = {"sets": {}, "splits": splits}
-    for name, one in sets.items():
-        counts = {key: one.about[key] for key in ("rows", "samples", "tokens", "trained_tokens")}
-        about["sets"][name] = {"source": one.path, "format": one.about["shape"], **counts, "epoch": 0}
-    for split, found in rows.items():
-        about[split] = {
-            "samples": len(found.chosen),
-            "tokens": int(found.lengths.sum()),
-            "trained_tokens": int(found.counts.sum()),
-        }
-    ends = np.cumsum([sets[name].about["samples"] for name in splits["train"]])
-    counts = np.bincount(np.searchsorted(ends, rows["train"].chosen, side="right"), minlength=len(ends))
-    for name, count in zip(splits["train"], counts.tolist(), strict=True):
-        about["sets"][name]["epoch"] = count
-    return about
+        write_text(temporary / "preview.html", page)
+        samples = data_preview.terminal(rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, colour=True)
+        log.info(samples)
+    log.info(f"data      {folder}; see preview.html in it")

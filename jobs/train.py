@@ -93,8 +93,8 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
 
     # Data: the rows of tokens that preprocess has written
     data_folder = Path(config.run_dir) / "data"
-    train_rows = batches.read(data_folder, "train", config.data.max_length if config.data.packing else None)
-    validation_rows = batches.read(data_folder, "validation")
+    train_rows = batches.load_split(data_folder, "train", config.data.max_length if config.data.packing else None)
+    validation_rows = batches.load_split(data_folder, "validation")
     total_rows = (config.train.epochs or 1) * len(train_rows)
     last_step = config.train.steps or max(1, math.ceil(total_rows / config.train.global_batch))
     pad_token = load_tokenizer(config).pad_token_id
@@ -103,7 +103,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
     backend = backends.chosen(config)
     checkpoint = checkpointing.find(config, world)
     model = build.build_on_meta(config)
-    sampler = batches.ordered(train_rows, config, hidden_factor(model.config))
+    sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
     blocks = build.blocks(model)
     model_flops = flops.count_weights(model, frozen=config.adapter.kind is not AdapterKind.none)
@@ -212,7 +212,7 @@ def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], to
         heartbeat.beat("train", step + 1)
         training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
         with timer("data"):
-            batch = batches.batch(
+            batch = batches.collate(
                 training.train_rows, own_rows, training.pad_token, device=world.device, share=world.share
             )
         with timer("forward"):

@@ -1,1 +1,4 @@
-"""Raw rows to token rows: reading, formats, quality gates, the tokenised cache, splits, packing, sampling, batches."""
+"""From raw rows to training batches: file reading, formats, quality gates, the token cache, splits, packing, sampling.
+
+It may import `conf`, `jobs.distributed` and `jobs.tokenization`.
+"""

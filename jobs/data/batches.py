@@ -1,9 +1,9 @@
-"""Token rows as preprocess chose them: what a row holds, and the batches that a rank gets of a step's rows."""
+"""Opens one split of the preprocessed data as training rows, and makes padded batches of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,141 +12,181 @@ from numpy.typing import NDArray
 from conf.errors import DataError, Problem
 from conf.files import read_json
 from conf.schema import Config
-from jobs.data import token_dataset as samples
+from jobs.data import token_dataset
 from jobs.data.packing import Packs, attention_cost, pack
-from jobs.data.sampler import Order
-from jobs.data.token_dataset import Samples
+from jobs.data.sampler import Kind, Order
+from jobs.data.token_dataset import TokenDataset
 
 IGNORED = -100
-"""Label of a token that is not trained; cross_entropy's own."""
+"""Label of a token that is not trained: the default `ignore_index` of torch's cross_entropy."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: row i holds the samples chosen[packs.row(i)], one or several.
+    """The training rows of one split. Row i holds the samples chosen[packs.row(i)]: one sample, or several if packed."""
 
-    `chosen` are sample numbers, int64 of shape (samples of the split,); `lengths` and `counts` are the tokens and the
-    trained labels of each row, int64 of shape (rows,).
-    """
-
-    samples: Samples
+    samples: TokenDataset
     chosen: NDArray[np.int64]
+    """Numbers of the split's samples in `samples`: shape (samples of the split,)."""
     packs: Packs
     lengths: NDArray[np.int64]
+    """Tokens of each row: shape (rows,)."""
     counts: NDArray[np.int64]
+    """Trained labels of each row: shape (rows,)."""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def costs(self, hidden_factor: float) -> NDArray[np.float64]:
-        """What each row takes to train, in tokens without attention: float64 of shape (rows,); see `attention_cost`."""
+        """Training cost of each row: float64, shape (rows,), in the unit of `attention_cost`."""
         return self.packs.sums(attention_cost(self.samples.lengths[self.chosen], hidden_factor))
 
 
-def read(folder: Path, split: str, pack_into: int | None = None) -> Rows:
-    """Open a split of RUN/data: a sample a row, or packed into rows of at most `pack_into` tokens.
+def load_split(folder: Path, split: str, pack_into: int | None = None) -> Rows:
+    """Open a split ("train" or "validation") of RUN/data: one sample per row, or rows of at most `pack_into` tokens.
 
-    Raises DataError where preprocess has not completed, or its tokens have been deleted.
+    Raises DataError if the preprocess job has not completed, or if the tokens in the cache were deleted.
     """
-    about = read_json(folder / "data.json")
-    if about is None:
+    description = read_json(folder / "data.json")
+    if description is None:
         raise DataError(
-            Problem("data", folder, "is not there or not whole: run the preprocess job first (pipeline=preprocess)")
+            Problem("data", folder, "is missing or incomplete: run the preprocess job first (pipeline=preprocess)")
         )
-    sets = [folder / "sets" / name for name in about["splits"][split]]
-    for one in sets:
-        if not samples.is_whole(one):
+    sets = [folder / "sets" / name for name in description["splits"][split]]
+    for path in sets:
+        if not token_dataset.is_complete(path):
             raise DataError(
-                Problem("data", one, f"its tokens at {one.resolve()} are gone: delete {folder}, and preprocess again")
+                Problem(
+                    "data", path, f"tokens at {path.resolve()} were deleted: delete {folder}, then preprocess again"
+                )
             )
-    return arrange(samples.read(sets), np.load(folder / f"{split}.npy"), pack_into)
+    return make_rows(token_dataset.open_sets(sets), np.load(folder / f"{split}.npy"), pack_into)
 
 
-def arrange(found: Samples, chosen: NDArray[np.int64], pack_into: int | None = None) -> Rows:
-    """Rows over these samples; what is packed together depends on their lengths alone."""
-    lengths, alone = found.lengths[chosen], np.arange(len(chosen) + 1)
-    packs = Packs(alone[:-1], alone) if pack_into is None else pack(lengths, pack_into)
-    sums = (packs.sums(values).astype(np.int64) for values in (lengths, found.labels[chosen]))
-    return Rows(found, chosen, packs, *sums)
+def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int | None = None) -> Rows:
+    """Rows of the chosen samples. Which samples share a row depends only on their lengths."""
+    lengths = samples.lengths[chosen]
+    if pack_into is None:
+        numbers = np.arange(len(chosen) + 1)
+        packs = Packs(numbers[:-1], numbers)
+    else:
+        packs = pack(lengths, pack_into)
+    row_lengths = packs.sums(lengths).astype(np.int64)
+    row_labels = packs.sums(samples.labels[chosen]).astype(np.int64)
+    return Rows(samples, chosen, packs, row_lengths, row_labels)
 
 
-def ordered(rows: Rows, config: Config, hidden_factor: float) -> Order:
-    """The order of training that the config asks for; a function of rows, seed and global batch, not of the ranks."""
-    asked = config.data.order.name
-    kind = asked if asked != "auto" else "balanced" if config.data.packing else "random"
+def training_order(rows: Rows, config: Config, hidden_factor: float) -> Order:
+    """The order of rows that data.order asks for. It depends on rows, seed and global batch, never on the ranks."""
+    name = config.data.order.name
+    if name == "auto":
+        name = "balanced" if config.data.packing else "random"
+    kind = cast(Kind, name)  # Order checks it
     return Order(rows.costs(hidden_factor), config.train.global_batch, config.data.seed, kind)
 
 
-def batch(
+@dataclass
+class Batch:
+    """One micro batch, or one rank's part of it under context parallelism.
+
+    Rows are padded on the right to the same length. Causal attention never reads the padding from a real token, so no
+    attention mask is needed. If a row holds several samples, `position_ids` (restart at 0 in each sample) or `cu_seqlens`
+    with `max_length` keep attention inside each sample.
+    """
+
+    input_ids: torch.Tensor
+    """int64, shape (rows, length)."""
+    labels: torch.Tensor
+    """int64, shape (rows, length), IGNORED where a token is not trained. A context-parallel part has one column more: the
+    label of the first token of the next part."""
+    trained: torch.Tensor
+    """Positions in the flattened batch whose next token is trained: int64, shape (trained tokens,). Computed on the CPU,
+    because finding them on the GPU would make the CPU wait for it."""
+    position_ids: torch.Tensor | None = None
+    """int64, shape (rows, length); None if no row is packed and there is no context parallelism."""
+    cu_seqlens: torch.Tensor | None = None
+    """Packed rows only: cumulative sample lengths over all rows, int32, shape (samples + 1,). They always describe whole
+    rows, also in a context-parallel part."""
+    max_length: int | None = None
+    """Packed rows only: tokens of the longest sample. An int, because reading it from a GPU tensor would wait for the GPU."""
+
+
+def collate(
     rows: Rows,
     chosen: NDArray[np.int64],
     pad: int,
     multiple: int = 8,
     device: torch.device | str = "cpu",
     share: tuple[int, int] = (0, 1),
-) -> dict[str, Any]:
-    """Rows padded on the right to the longest, rounded up: `input_ids` and `labels`, int64 of shape (rows, length).
+) -> Batch:
+    """Pad these rows on the right with token `pad` and make them a Batch on `device`.
 
-    `trained` are the places, all rows laid end to end, whose next token is trained: int64 of shape (trained tokens,).
-    Under causal attention padding on the right reaches no real token, so no mask is needed. Where a row holds several
-    samples, attention is kept inside them by `position_ids`, which begin again at each, or by `cu_seqlens` and `max_length`:
-    their borders, rows end to end, int32 of shape (samples + 1,), and the longest, an int, so that no GPU is waited for.
-
-    `share`: (which, of how many) equal stretches of every row's tokens. What is said of tokens is then of that stretch, with
-    `position_ids` in any case and one label more, that of the next stretch's first token; the borders are of whole rows.
+    The length is that of the longest row, rounded up to `multiple` (times the number of context-parallel ranks).
+    `share` is (index, count) of the context-parallel part: each rank gets an equal, contiguous part of every row.
     """
-    multiple *= share[1]
+    index, count = share
+    multiple *= count
     length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
+    ids, labels, positions = _padded(rows, chosen, pad, length)
+    cu_seqlens = max_length = None
+    if any(len(rows.packs.row(row)) > 1 for row in chosen):
+        # padding begins at position 0 too, so it counts as a sample of its own
+        cu_seqlens = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
+        max_length = int(np.diff(cu_seqlens).max())
+    begin, end = index * length // count, (index + 1) * length // count
+    ids, labels = ids[:, begin:end], labels[:, begin : end + 1]
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        return _to_device(torch.from_numpy(np.ascontiguousarray(array)), torch.device(device))
+
+    return Batch(
+        input_ids=tensor(ids),
+        labels=tensor(labels),
+        trained=tensor(_trained_positions(labels, end - begin)),
+        position_ids=None if cu_seqlens is None and count == 1 else tensor(positions[:, begin:end]),
+        cu_seqlens=None if cu_seqlens is None else tensor(cu_seqlens),
+        max_length=max_length,
+    )
+
+
+def _padded(
+    rows: Rows, chosen: NDArray[np.int64], pad: int, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(token ids, labels, positions), each int64 of shape (rows, length). Positions restart at 0 in each sample."""
     ids = np.full((len(chosen), length), pad, dtype=np.int64)
     labels = np.full((len(chosen), length), IGNORED, dtype=np.int64)
     positions = np.tile(np.arange(length), (len(chosen), 1))
-    packed = False
     for line, row in enumerate(chosen):
-        at, inside = 0, rows.packs.row(row)
-        packed |= len(inside) > 1
-        for sample in rows.chosen[inside].tolist():
+        begin = 0
+        for sample in rows.chosen[rows.packs.row(row)].tolist():
             tokens, trained = rows.samples[sample]
-            end = at + len(tokens)
-            ids[line, at:end] = tokens
-            labels[line, at:end] = np.where(trained, tokens, IGNORED)
-            labels[line, at] = IGNORED
-            positions[line, at:] = np.arange(length - at)
-            at = end
-        positions[line, at:] = np.arange(length - at)  # padding is a sample of its own
-    made: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    longest = {}
-    if share[1] > 1:
-        made = _stretch(made, *share)
-    elif not packed:
-        del made["position_ids"]
-    made["trained"] = _trained(made["labels"], made["input_ids"].shape[1])
-    if packed:
-        borders = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
-        made["cu_seqlens"] = borders
-        longest = {"max_length": int(np.diff(borders).max())}
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in made.items()}
-    return {name: _moved(value, torch.device(device)) for name, value in tensors.items()} | longest
+            end = begin + len(tokens)
+            ids[line, begin:end] = tokens
+            labels[line, begin:end] = np.where(trained, tokens, IGNORED)
+            labels[line, begin] = IGNORED  # no token of this sample predicts its first token
+            positions[line, begin:] = np.arange(length - begin)
+            begin = end
+        positions[line, begin:] = np.arange(length - begin)  # padding is a sample of its own
+    return ids, labels, positions
 
 
-def _stretch(whole: dict[str, NDArray[np.int64]], which: int, count: int) -> dict[str, NDArray[np.int64]]:
-    size = whole["input_ids"].shape[1] // count
-    begin, end = which * size, (which + 1) * size
-    return {name: value[:, begin : end + (name == "labels")] for name, value in whole.items()}
+def _trained_positions(labels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Positions in the flattened (rows, length) whose next token is trained; `labels` has `length` or `length` + 1 columns."""
+    targets = np.pad(labels[:, 1:], ((0, 0), (0, length + 1 - labels.shape[1])), constant_values=IGNORED)
+    return np.flatnonzero(targets != IGNORED)
 
 
-def _trained(labels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Places of tokens whose next one is trained; labels, one more than `length` or as many, end where nothing follows."""
-    following = np.pad(labels[:, 1:], ((0, 0), (0, length + 1 - labels.shape[1])), constant_values=IGNORED)
-    return np.flatnonzero(following != IGNORED)
-
-
-def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def micro_batches(
     chosen: NDArray[np.int64], micro_batch: int, rank: int, world_size: int
 ) -> Iterator[NDArray[np.int64]]:
-    """This rank's rows, one micro batch after the other; ranks hold rows of like length at the same time."""
+    """Yield this rank's rows of a step, one micro batch at a time.
+
+    Consecutive micro batches go to consecutive ranks. `chosen` is sorted by cost, so all ranks process rows of similar
+    cost at the same time.
+    """
     for start in range(rank * micro_batch, len(chosen), micro_batch * world_size):
         yield chosen[start : start + micro_batch]

@@ -1,9 +1,11 @@
-"""Tokenised sets on disk: built once for all runs that ask for the same, part by part, so that an interrupted build goes on.
+"""Builds tokenized sets on disk, once for all runs that ask for the same tokens. An interrupted build resumes at its last part.
 
-CACHE/KEY/set.json            what the set is: its shape, counts, and what the gates found
-CACHE/KEY/part-00000/*.npy    the samples: tokens (int32), trained (uint8), offsets (int64, one more than samples), and of
-                              each sample its trained labels (int32), hash and its row's (uint64), file and row (int32, int64)
-CACHE/.KEY.OWNER/             a build that goes on, or was interrupted; its whole parts are taken over by the next
+CACHE/KEY/set.json            path, format and counts of the set, and what the quality gates found
+CACHE/KEY/part-00000/*.npy    the samples: tokens (int32), trained (uint8) and offsets (int64, samples + 1), and for each
+                              sample: labels (int32, number of trained labels), hashes and origins (uint64, of the sample and of
+                              the first sample from its row), files (int32, index into `places` of set.json), places (int64,
+                              number of its row in that file)
+CACHE/.KEY.OWNER/             a build that is running or was interrupted; the next build of KEY takes over its complete parts
 """
 
 import fcntl
@@ -30,92 +32,96 @@ from tqdm import tqdm
 
 from conf.errors import Problem, SiteError
 from conf.files import new_folder, publish_as, read_json, write_json
-from jobs.data import token_dataset as samples
 from jobs.data import tokenize
 from jobs.data.quality_gates import Findings
 from jobs.data.sources import Block
-from jobs.data.tokenize import Recipe, Tokenised, Tokeniser
+from jobs.data.token_dataset import is_complete
+from jobs.data.tokenize import BlockTokenizer, TokenizedBlock, TokenizeSettings
 
 log = logging.getLogger(__name__)
 
 PART_TOKENS = 2**23
-"""Tokens of a part: 42 MB in memory while it fills, and what an interruption can cost."""
+"""Tokens of a part: 42 MB in memory while it fills, and the most work that an interruption can lose."""
 SILENT_S = 300
-"""Seconds after which a build that has published no part is taken for dead; one takes seconds."""
-ALONE = 8
-"""Blocks that are tokenised in this process before others are worth their start."""
+"""Seconds without a new part after which a build counts as dead. A part takes seconds."""
+SERIAL_BLOCKS = 8
+"""Up to this many blocks are tokenized in this process, because starting workers would take longer."""
 
 
 @dataclass
-class Tally:
-    """What a set holds so far; `blocks` of its source have gone into its parts."""
+class Progress:
+    """Counts of the parts written so far. Every part stores the counts up to itself, so that a build can resume after it."""
 
     parts: int = 0
     blocks: int = 0
+    """Blocks of the source that are in these parts; a resumed build skips them."""
     rows: int = 0
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     findings: Findings = field(default_factory=Findings)
     places: list[str] = field(default_factory=list)
-    """What comes before a row's number, of each file."""
+    """For each file, what precedes the row number in a location (see `Block.location`)."""
 
-    def plain(self) -> dict[str, Any]:
-        return vars(self) | {"findings": self.findings.plain()}
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"findings": self.findings.to_json()}
 
     @classmethod
-    def read(cls, plain: dict[str, Any]) -> "Tally":
-        return cls(**(plain | {"findings": Findings(**plain["findings"])}))
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        return cls(**(values | {"findings": Findings(**values["findings"])}))
 
 
-def built(cache: Path, key: str) -> Path | None:
-    """The folder of a set that is whole."""
-    return cache / key if samples.is_whole(cache / key) else None
+def find(cache: Path, key: str) -> Path | None:
+    """The folder of a set if it is complete."""
+    return cache / key if is_complete(cache / key) else None
 
 
 def build(
     cache: Path,
     key: str,
-    recipe: Recipe,
+    settings: TokenizeSettings,
     path: str,
-    blocks: Callable[[], Iterator[Block]],
-    unchanged: Callable[[], None],
+    read_blocks: Callable[[], Iterator[Block]],
+    check_unchanged: Callable[[], None],
     *,
     workers: int,
     total: tuple[int, str],
 ) -> Path:
-    """Tokenise a set unless it is there already; of several runs that ask for the same one, one builds and the others wait.
+    """Build a set unless it is complete, and return its folder. If several runs need the same set, one builds and the others wait.
 
-    `blocks` begins the source anew at each call; `total` is what its last block will have read, and the unit of that.
-    `unchanged` raises where the source is no longer what the key was made of. Raises what these two raise.
+    read_blocks: starts to read the source from its beginning at each call.
+    check_unchanged: raises if the source has changed since the key was computed.
+    total: `Block.read` of the last block and its unit, for the progress bar.
+
+    Raises what `read_blocks` and `check_unchanged` raise, and SiteError if a worker was killed or locks do not work.
     """
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(cache / f".{key}.lock", key) as locked:
-        if built(cache, key):
+    with _build_lock(cache / f".{key}.lock", key) as locked:
+        if find(cache, key):
             return cache / key
-        if (cache / key).exists():  # files of it have been deleted
+        if (cache / key).exists():  # some of its files were deleted
             _remove(cache / key)
-        folder = _own_folder(cache, key, adopt=locked)
-        tally = _tally(folder)
-        _fill(folder, tally, recipe, blocks, workers, total)
-        unchanged()
-        write_json(folder / "set.json", tally.plain() | {"shape": recipe.shape, "path": path})
+        folder = _build_folder(cache, key, adopt=locked)
+        progress = _read_progress(folder)
+        _write_parts(folder, progress, settings, read_blocks, workers=workers, total=total)
+        check_unchanged()
+        write_json(folder / "set.json", progress.to_json() | {"shape": settings.format, "path": path})
         try:
             publish_as(folder, cache / key)
-        except OSError:  # only where the file system has no locks: another run was first, with the same bytes
-            if not built(cache, key):
+        except OSError:  # without locks, another run can have published the same set first, with the same bytes
+            if not find(cache, key):
                 raise
             _remove(folder)
-        for left in _abandoned(cache, key):
-            _remove(left)
+        for abandoned in _abandoned_builds(cache, key):
+            _remove(abandoned)
         return cache / key
 
 
 @contextmanager
-def _alone(path: Path, key: str) -> Iterator[bool]:
-    """Hold the lock of a build; yields whether the file system has locks. It is the kernel's, so it goes with its process.
+def _build_lock(path: Path, key: str) -> Iterator[bool]:
+    """Hold the lock of a build; yields False if the file system has no locks. The kernel releases it when the process ends.
 
-    Without locks two runs may build the same set side by side, each in a folder of its own: the first to end publishes.
+    Without locks, two runs may build the same set at the same time, each in its own folder. The first to finish publishes.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -133,149 +139,159 @@ def _alone(path: Path, key: str) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _own_folder(cache: Path, key: str, *, adopt: bool) -> Path:
-    """A folder to build in, with the parts of one that was interrupted."""
-    own = cache / f".{key}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    left = _abandoned(cache, key) if adopt else []
-    if left:
-        os.rename(max(left, key=_parts), own)
-    own.mkdir(exist_ok=True, mode=0o700)
-    return own
+def _build_folder(cache: Path, key: str, *, adopt: bool) -> Path:
+    """A new folder to build in. With `adopt` it takes over the parts of the abandoned build that has most of them."""
+    folder = cache / f".{key}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    abandoned = _abandoned_builds(cache, key) if adopt else []
+    if abandoned:
+        os.rename(max(abandoned, key=_count_parts), folder)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder
 
 
-def _abandoned(cache: Path, key: str) -> list[Path]:
-    """Folders of builds that nobody goes on with: their process is gone, or has long written nothing.
+def _abandoned_builds(cache: Path, key: str) -> list[Path]:
+    """Folders of builds that are dead: the process does not exist any more, or has written no part for SILENT_S.
 
-    The lock would say so too, but not on file systems where each node locks for itself (Lustre's localflock, NFS's nolock).
+    The lock alone cannot tell, because on some file systems it only holds within a node (Lustre's localflock, NFS's nolock).
     """
-    found = []
+    abandoned = []
     with tempfile.NamedTemporaryFile(dir=cache) as fresh:
-        now = Path(fresh.name).stat().st_mtime  # the file system's clock, not this node's
+        now = Path(fresh.name).stat().st_mtime  # by the clock of the file system, which may differ from this node's
     for path in cache.glob(f".{key}.*-*-*"):
         host, pid = path.name.removeprefix(f".{key}.").rsplit("-", 1)[0].rsplit("-", 1)
-        here = host == socket.gethostname()
-        if (here and not Path(f"/proc/{pid}").exists()) or now - path.stat().st_mtime > SILENT_S:
-            found.append(path)
-    return found
+        on_this_node = host == socket.gethostname()
+        if (on_this_node and not Path(f"/proc/{pid}").exists()) or now - path.stat().st_mtime > SILENT_S:
+            abandoned.append(path)
+    return abandoned
 
 
 def _remove(folder: Path) -> None:
-    """Hide a folder first, so that half of it is never taken for whole."""
+    """Delete a folder. It is renamed first, so that a half-deleted folder is never taken for a complete one."""
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}.old")
     os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _parts(folder: Path) -> int:
+def _count_parts(folder: Path) -> int:
     return len(list(folder.glob("part-*")))
 
 
-def _tally(folder: Path) -> Tally:
-    """Where a build stands: what its newest part says."""
+def _read_progress(folder: Path) -> Progress:
+    """The progress of a build, from its newest part."""
     parts = sorted(folder.glob("part-*"))
-    return Tally.read(read_json(parts[-1] / "part.json")) if parts else Tally()
+    return Progress.from_json(read_json(parts[-1] / "part.json")) if parts else Progress()
 
 
-def _fill(
+def _write_parts(
     folder: Path,
-    tally: Tally,
-    recipe: Recipe,
-    blocks: Callable[[], Iterator[Block]],
+    progress: Progress,
+    settings: TokenizeSettings,
+    read_blocks: Callable[[], Iterator[Block]],
+    *,
     workers: int,
     total: tuple[int, str],
 ) -> None:
     """Write the parts that are missing."""
-    if tally.blocks:
-        log.info(f"going on with {tally.samples:,} samples of an interrupted build")
-    open_part = _Part(folder, tally)
-    with tqdm(total=total[0], unit=total[1], unit_scale=True, desc="tokenise", mininterval=1) as bar:
-        for block, done in _tokenised(islice(blocks(), tally.blocks, None), recipe, workers):
-            open_part.add(block, done)
+    if progress.blocks:
+        log.info(f"resuming an interrupted build that has {progress.samples:,} samples")
+    writer = _PartWriter(folder, progress)
+    size, unit = total
+    with tqdm(total=size, unit=unit, unit_scale=True, desc="tokenize", mininterval=1) as bar:
+        for block, tokenized in _tokenize(islice(read_blocks(), progress.blocks, None), settings, workers):
+            writer.add(block, tokenized)
             bar.update(block.read - bar.n)
             seconds = max(bar.format_dict["elapsed"], 1e-9)
-            speeds = open_part.rows / seconds, open_part.new_tokens / seconds
+            speeds = writer.rows / seconds, writer.new_tokens / seconds
             bar.set_postfix_str(f"{speeds[0]:,.0f} rows/s, {speeds[1]:,.0f} tokens/s", refresh=False)
-    open_part.close()
+    writer.close()
 
 
-def _tokenised(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[tuple[Block, Tokenised]]:
-    """Blocks with their tokens, in order, whoever made them; few are in flight, so memory does not grow."""
-    first = list(islice(blocks, ALONE + 1))
-    if workers == 1 or len(first) <= ALONE:
-        tokeniser = Tokeniser(recipe)
-        yield from ((block, tokeniser(block)) for block in chain(first, blocks))
+def _tokenize(
+    blocks: Iterator[Block], settings: TokenizeSettings, workers: int
+) -> Iterator[tuple[Block, TokenizedBlock]]:
+    """Yield each block with its tokens, in order, for any number of workers.
+
+    At most 2 * workers + 1 blocks are in flight, so that memory does not grow with the source.
+    """
+    first = list(islice(blocks, SERIAL_BLOCKS + 1))
+    if workers == 1 or len(first) <= SERIAL_BLOCKS:
+        tokenize_block = BlockTokenizer(settings)
+        yield from ((block, tokenize_block(block)) for block in chain(first, blocks))
         return
-    context = get_context("forkserver")  # a fork of this process would copy threads that hold locks
+    context = get_context("forkserver")  # a plain fork would copy locks that other threads of this process hold
     context.set_forkserver_preload(["jobs.data.tokenize"])
-    with ProcessPoolExecutor(workers, context, tokenize.begin, (recipe,)) as pool:
-        waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+    with ProcessPoolExecutor(workers, context, tokenize.start_worker, (settings,)) as pool:
+        in_flight: deque[tuple[Block, Future[TokenizedBlock]]] = deque()
         try:
             for block in chain(first, blocks):
-                waiting.append((block, pool.submit(tokenize.work, block)))
-                if len(waiting) > 2 * workers:
-                    yield waiting[0][0], waiting.popleft()[1].result()
-            while waiting:
-                yield waiting[0][0], waiting.popleft()[1].result()
+                in_flight.append((block, pool.submit(tokenize.tokenize_block, block)))
+                if len(in_flight) > 2 * workers:
+                    yield in_flight[0][0], in_flight.popleft()[1].result()
+            while in_flight:
+                yield in_flight[0][0], in_flight.popleft()[1].result()
         except BrokenProcessPool as error:
             raise SiteError(
-                Problem("data.workers", workers, "a process was killed, most likely for memory: use fewer")
+                Problem(
+                    "data.workers", workers, "a worker process was killed, most likely for memory: use fewer workers"
+                )
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Part:
-    """The part that is being filled, written when it is full and when all is read."""
+class _PartWriter:
+    """Collects tokenized blocks, and writes a part whenever it has PART_TOKENS, and at the end."""
 
-    def __init__(self, folder: Path, tally: Tally) -> None:
-        self.folder, self.tally = folder, tally
-        self.waiting: list[Tokenised] = []
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.folder, self.progress = folder, progress
+        self.pending: list[TokenizedBlock] = []
         self.files: list[int] = []
+        """For each pending block, the index of its file in `progress.places`."""
         self.size = self.rows = self.new_tokens = 0
 
-    def add(self, block: Block, done: Tokenised) -> None:
-        tally = self.tally
-        if block.place not in tally.places[-1:]:
-            tally.places.append(block.place)
-        self.waiting.append(done)
-        self.files.append(len(tally.places) - 1)
-        tally.findings.merge(done.findings)
-        tally.blocks += 1
-        tally.rows += done.rows
-        tally.samples += len(done.lengths)
-        tally.tokens += len(done.tokens)
-        tally.trained_tokens += int(done.labels.sum())
-        self.rows += done.rows
-        self.size += len(done.tokens)
-        self.new_tokens += len(done.tokens)
+    def add(self, block: Block, tokenized: TokenizedBlock) -> None:
+        progress = self.progress
+        if block.location not in progress.places[-1:]:
+            progress.places.append(block.location)
+        self.pending.append(tokenized)
+        self.files.append(len(progress.places) - 1)
+        progress.findings.merge(tokenized.findings)
+        progress.blocks += 1
+        progress.rows += tokenized.rows
+        progress.samples += len(tokenized.lengths)
+        progress.tokens += len(tokenized.tokens)
+        progress.trained_tokens += int(tokenized.labels.sum())
+        self.rows += tokenized.rows
+        self.size += len(tokenized.tokens)
+        self.new_tokens += len(tokenized.tokens)
         if self.size >= PART_TOKENS:
             self.close()
 
     def close(self) -> None:
-        """Publish the part, with the tally as it stands behind it; an interruption before loses the part alone."""
-        tally = self.tally
-        if tally.parts and not self.size:
+        """Write the pending blocks as one part, with the progress up to it."""
+        progress = self.progress
+        if progress.parts and not self.size:
             return
-        if not self.folder.exists() or _parts(self.folder) != tally.parts:
+        if not self.folder.exists() or _count_parts(self.folder) != progress.parts:
             raise SiteError(
                 Problem(
                     "data.cache",
                     self.folder.parent,
-                    "another node has taken this build over, so locks do not hold here between nodes: start again when it "
-                    "is done, or name a folder on a file system with locks (Lustre: mount with flock)",
+                    "another node has taken over this build, so file locks do not work between nodes: start again when that "
+                    "build is done, or use a folder on a file system with locks (Lustre: mount with flock)",
                 )
             )
-        number, tally.parts = tally.parts, tally.parts + 1
-        counts = [len(done.lengths) for done in self.waiting]
-        lengths = self._joined("lengths")
-        arrays = {name: self._joined(name) for name in ("tokens", "trained", "labels", "hashes", "origins", "places")}
-        arrays["offsets"] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        number, progress.parts = progress.parts, progress.parts + 1
+        counts = [len(tokenized.lengths) for tokenized in self.pending]
+        arrays = {name: self._concatenate(name) for name in ("tokens", "trained", "labels", "hashes", "origins")}
+        arrays["places"] = self._concatenate("row_numbers")
+        arrays["offsets"] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._concatenate("lengths"))])
         arrays["files"] = np.repeat(np.asarray(self.files, dtype=np.int32), counts)
-        with new_folder(self.folder / f"part-{number:05d}") as beside:
+        with new_folder(self.folder / f"part-{number:05d}") as temporary:
             for name, array in arrays.items():
-                np.save(beside / f"{name}.npy", array)
-            write_json(beside / "part.json", tally.plain())
-        self.waiting, self.files, self.size = [], [], 0
+                np.save(temporary / f"{name}.npy", array)
+            write_json(temporary / "part.json", progress.to_json())
+        self.pending, self.files, self.size = [], [], 0
 
-    def _joined(self, name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(done, name) for done in self.waiting])
+    def _concatenate(self, name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(tokenized, name) for tokenized in self.pending])

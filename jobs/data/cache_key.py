@@ -1,4 +1,4 @@
-"""Names a tokenised set by everything that its tokens depend on, so that it is made once and never stale."""
+"""Computes the cache key of a tokenized set from everything that decides its tokens, so that it is built once and never stale."""
 
 import hashlib
 import importlib.metadata
@@ -17,79 +17,83 @@ from transformers import PreTrainedTokenizerBase
 from conf.files import read_json, write_json
 from conf.schema import Data, DataSet
 from jobs.data import sources
+from jobs.data.file_readers import CHUNK, ROWS
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the files of a set; raise it when the same rows would become other files."""
+"""Version of the files of a set. Increase it when the same rows would give different files."""
 SETTLED_S = 10.0
-"""A file younger than this may be written to again within one tick of its clock, so its hash is not remembered."""
+"""The hash of a file younger than this is not remembered: the file may change again without a change of its timestamp, because
+the clocks of file systems are coarse."""
 
 
-def key(one: DataSet, data: Data, words: PreTrainedTokenizerBase, shape: str, cache: Path) -> str:
-    """20 hexadecimal digits: of the rows' bytes, the tokenizer, its template, and the settings that shape a sample."""
+def compute_key(dataset: DataSet, data: Data, tokenizer: PreTrainedTokenizerBase, format_name: str, cache: Path) -> str:
+    """20 hexadecimal digits: a hash of the rows' bytes, the tokenizer, its chat template, and the settings that decide a sample."""
     settings = {name: getattr(data, name) for name in ("mask", "max_length", "overlong", "max_rows")}
-    described = {
-        "format": [FORMAT, sources.CHUNK, sources.ROWS],
-        "rows": _content(one.path, cache),
-        "part": one.split,
-        "shape": [shape, one.fields, one.roles],
-        "tokenizer": tokenizer(words),
+    inputs = {
+        "format": [FORMAT, CHUNK, ROWS],
+        "rows": _hash_rows(dataset.path, cache),
+        "part": dataset.split,
+        "shape": [format_name, dataset.fields, dataset.roles],
+        "tokenizer": _hash_tokenizer(tokenizer),
         "settings": settings,
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
     }
-    if "strftime_now" in str(words.chat_template):
-        described["today"] = date.today().isoformat()
-        log.info("the chat template writes today's date: the same rows are tokenised anew every day")
-    return _digest(described)[:20]
+    if "strftime_now" in str(tokenizer.chat_template):
+        inputs["today"] = date.today().isoformat()
+        log.info("the chat template writes today's date, so the same rows are tokenized again every day")
+    return _hash_json(inputs)[:20]
 
 
-def tokenizer(words: PreTrainedTokenizerBase) -> str:
-    """Of everything in a tokenizer that decides ids: its merges and rules, its named tokens, its template."""
-    backend = getattr(words, "backend_tokenizer", None)
-    rules = words.get_vocab() if backend is None else json.loads(backend.to_str())
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything in a tokenizer that decides token ids: vocabulary, merges, rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        rules |= {"truncation": None, "padding": None}  # left behind by its last use, and set anew at each
-    named = {name: token for name, token in words.special_tokens_map.items() if name != "pad_token"}
-    return _digest([type(words).__name__, rules, named, words.chat_template, bool(words.split_special_tokens)])
+        rules |= {"truncation": None, "padding": None}  # left over from the last call; every call sets them again
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    split_special = bool(tokenizer.split_special_tokens)
+    return _hash_json([type(tokenizer).__name__, rules, special, tokenizer.chat_template, split_special])
 
 
-def states(path: str) -> Any:
-    """What changes with the files of a source: size, times and inode of each; of a Hub set nothing, for it is a snapshot."""
-    files = sources.files(path)
-    return None if files is None else [_state(file) for file in files]
+def file_states(path: str) -> list[list[int]] | None:
+    """Size, times and inode of each file of a source, to notice a change. None for a Hub set, which is a fixed snapshot."""
+    files = sources.data_files(path)
+    return None if files is None else [_file_state(file) for file in files]
 
 
-def _state(file: Path) -> list[int]:
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def _file_state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _content(path: str, cache: Path) -> Any:
-    """The hash and kind of each file by its order, whatever it is called; of a Hub set, the fingerprint `datasets` keeps.
+def _hash_rows(path: str, cache: Path) -> Any:
+    """[format, compression, SHA-256] of each file in order, without its name; for a Hub set the fingerprint of `datasets`.
 
-    A hash is remembered for as long as a file's state stays.
+    The SHA-256 of a file is remembered in the cache, and used again as long as the file's state is the same.
     """
-    files = sources.files(path)
+    files = sources.data_files(path)
     if files is None:
-        return sources.hub(path)._fingerprint
-    memory, found = cache / ".hashes.json", []
-    known = _remembered(memory)
-    fresh = {}
+        return sources.load_hub_dataset(path)._fingerprint
+    memory = cache / ".hashes.json"
+    known, fresh = _read_memory(memory), {}
+    hashes = []
     for file in files:
-        name, state = str(file.resolve()), _state(file)
-        digest = known[name]["sha256"] if known.get(name, {}).get("state") == state else _sha256(file)
+        name, state = str(file.resolve()), _file_state(file)
+        is_known = known.get(name, {}).get("state") == state
+        digest = known[name]["sha256"] if is_known else _sha256(file)
         settled = time.time() - max(state[1], state[2]) / 1e9 > SETTLED_S
-        if settled and known.get(name, {}).get("state") != state:
+        if settled and not is_known:
             fresh[name] = {"state": state, "sha256": digest}
-        found.append([sources.kind(file), file.suffix if file.suffix in sources.OPENERS else "", digest])
+        hashes.append([sources.file_format(file), file.suffix if file.suffix in sources.OPENERS else "", digest])
     if fresh:
-        with suppress(OSError):  # a cache that may only be read
-            write_json(memory, _remembered(memory) | fresh)
-    return found
+        with suppress(OSError):  # the cache may be read-only
+            write_json(memory, _read_memory(memory) | fresh)
+    return hashes
 
 
-def _remembered(memory: Path) -> dict[str, Any]:
+def _read_memory(memory: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return read_json(memory) or {}
     return {}
@@ -107,8 +111,8 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(value: Any) -> str:
-    def plain(item: Any) -> Any:
+def _hash_json(value: Any) -> str:
+    def to_json(item: Any) -> Any:
         return item.name if isinstance(item, Enum) else str(item)
 
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=to_json).encode()).hexdigest()

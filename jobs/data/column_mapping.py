@@ -1,4 +1,4 @@
-"""Gives a row of any schema the columns that a format wants: by their names, or by a Jinja text over the row."""
+"""Renames the columns of a row to those that a format expects (`data.fields`), by name or by a Jinja template over the row."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -9,20 +9,24 @@ from jinja2.sandbox import SandboxedEnvironment
 
 Row = Mapping[str, Any]
 Names = Mapping[str, str]
-"""A renaming: of columns, or of roles."""
+"""A renaming of columns or of roles."""
 
 
-def mapped(row: Row, fields: Names | None) -> Row:
-    """The row as the format names its columns. Only mapped columns are kept: what the user did not name is not looked at."""
-    wanted = {name: source for name, source in (fields or {}).items() if name not in ("role", "content")}
-    return {name: _value(row, name, source) for name, source in wanted.items()} if wanted else row
+def map_columns(row: Row, fields: Names | None) -> Row:
+    """The row with the columns that `fields` names, under the format's names; the whole row if `fields` names none.
+
+    Other columns are dropped, so that they cannot change how the row is read. `role` and `content` are keys of a message,
+    not columns, and are skipped. Raises ValueError if a column is missing or a template fails.
+    """
+    sources = {name: source for name, source in (fields or {}).items() if name not in ("role", "content")}
+    return {name: _value(row, name, source) for name, source in sources.items()} if sources else row
 
 
 def _value(row: Row, name: str, source: str) -> Any:
     if "{{" in source or "{%" in source:
         try:
             return _template(source).render(row)
-        except Exception as error:  # Jinja's own, and whatever the expressions raise on this row's values
+        except Exception as error:  # Jinja's errors, and anything that an expression raises on this row's values
             raise ValueError(
                 f"the template of {name} cannot be rendered: {error}; columns: {', '.join(row)}"
             ) from error

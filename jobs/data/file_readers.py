@@ -1,4 +1,4 @@
-"""Reads the rows of one file that has no lines to cut it at, each with its number: a JSON array, CSV, Parquet, Arrow."""
+"""Reads the rows of one file whose rows are not lines: a JSON array, CSV, TSV, Parquet or Arrow. Each row comes with its number."""
 
 import csv
 import io
@@ -13,134 +13,136 @@ from typing import IO, Any, BinaryIO
 from conf.errors import DataError, Problem
 
 CHUNK = 2**20
-"""Characters of a JSON array, or bytes of whole lines, that are read at a time."""
+"""How much is read at a time: characters of a JSON array, or bytes of a file of lines."""
 LONGEST = 2**28
-"""Characters or bytes of one row: a file without ends must not fill the memory."""
+"""Most characters or bytes of one row. Without this limit, a file without line ends would fill the memory."""
 ROWS = 256
-"""Rows of a block, where a file has no lines to cut it at."""
+"""Rows in a block of a file that is not read by lines."""
 NEAR = 64
-"""Characters before the end of what was read: an error there may be that of a row cut in two (`tru`, `1e`, `\\u12`)."""
-BLANKS = re.compile(r"[ \t\r\n]*")
+"""A JSON error this close (in characters) to the end of the text read so far may come from a value cut in two (`tru`, `1e`,
+`\\u12`): the reader then reads on and tries again."""
+WHITESPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 
 
 class Unreadable(ValueError):
-    """A line that holds no row."""
+    """A line or record that is not a row; the message says why."""
 
 
-class _Json:
-    """A file of JSON as it is read: what is not decoded yet, and the line where that begins."""
+class _JsonReader:
+    """Decodes a JSON file value by value. Keeps the text that is not decoded yet, and the line where it begins."""
 
     def __init__(self, source: IO[str], file: Path) -> None:
         self._source, self._file = source, file
-        self._text, self._at, self.line = "", 0, 1
+        self._text, self._position, self.line = "", 0, 1
 
-    def sign(self) -> str:
-        """The next character that is not blank; "" at the end of the file."""
+    def peek(self) -> str:
+        """The next character after whitespace, without consuming it; "" at the end of the file."""
         while True:
-            found = BLANKS.match(self._text, self._at)
-            assert found is not None  # it matches the empty text
-            self._pass(found.end())
-            if self._at < len(self._text) or not self._more():
-                return self._text[self._at : self._at + 1]
+            blank = WHITESPACE.match(self._text, self._position)
+            assert blank is not None  # the pattern matches the empty text too
+            self._advance(blank.end())
+            if self._position < len(self._text) or not self._read_more():
+                return self._text[self._position : self._position + 1]
 
-    def step(self) -> None:
-        """Over the sign."""
-        self._at += 1
+    def skip(self) -> None:
+        """Consume the character that `peek` returned."""
+        self._position += 1
 
-    def item(self) -> Any:
-        """The next value, however many chunks it is long."""
+    def value(self) -> Any:
+        """Decode the next value, which may extend over many chunks."""
         while True:
             try:
-                row, end = DECODER.raw_decode(self._text, self._at)
+                row, end = DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                if not (self._cut(error) and self._more()):
-                    raise self.wrong(error.msg, error.pos) from error
+                if not (self._may_be_cut(error) and self._read_more()):
+                    raise self.error(error.msg, error.pos) from error
             except RecursionError as error:
-                raise self.wrong("nested too deeply") from error
-            except ValueError as error:  # Python's limit on the digits of a number
-                raise self.wrong(str(error)) from error
+                raise self.error("nested too deeply") from error
+            except ValueError as error:  # Python limits the digits of a number
+                raise self.error(str(error)) from error
             else:
-                if len(self._text) - end < NEAR and self._more():
-                    continue  # a number may go on
-                self._pass(end)
+                if len(self._text) - end < NEAR and self._read_more():
+                    continue  # a number may have more digits in the next chunk
+                self._advance(end)
                 return row
 
-    def wrong(self, what: str, at: int | None = None) -> DataError:
-        """The error that names the line of `at`, or else of what comes next."""
-        line = self.line + self._text.count("\n", self._at, self._at if at is None else at)
-        return DataError(Problem("data.path", f"{self._file}:{line}", f"is not valid JSON: {what}"))
+    def error(self, reason: str, position: int | None = None) -> DataError:
+        """The error to raise. It names the line of `position`, or else the line of the next character."""
+        line = self.line + self._text.count("\n", self._position, self._position if position is None else position)
+        return DataError(Problem("data.path", f"{self._file}:{line}", f"is not valid JSON: {reason}"))
 
-    def _cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error may be only that the text ends here."""
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether the error may only mean that the rest of the value is not read yet."""
         return error.msg.startswith("Unterminated string") or len(self._text[error.pos :].strip()) <= NEAR
 
-    def _pass(self, end: int) -> None:
-        self.line += self._text.count("\n", self._at, end)
-        self._at = end
+    def _advance(self, end: int) -> None:
+        self.line += self._text.count("\n", self._position, end)
+        self._position = end
 
-    def _more(self) -> bool:
-        """Read on; False at the end of the file, and where one row is longer than any may be."""
-        rest = len(self._text) - self._at
+    def _read_more(self) -> bool:
+        """Read another chunk. False at the end of the file, and if the current row is longer than LONGEST."""
+        rest = len(self._text) - self._position
+        # at least as much as is left: a long row is then decoded again only after its text has doubled
         chunk = self._source.read(max(CHUNK, rest)) if rest < LONGEST else ""
         if chunk:
-            self._text, self._at = self._text[self._at :] + chunk, 0
+            self._text, self._position = self._text[self._position :] + chunk, 0
         return bool(chunk)
 
 
 @contextmanager
-def _text(opened: BinaryIO) -> Iterator[IO[str]]:
-    """The file as text; it stays open, for its position is asked for afterwards."""
+def _as_text(opened: BinaryIO) -> Iterator[IO[str]]:
+    """The file as UTF-8 text. The file itself stays open, because the caller asks for its position."""
     text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
     try:
         yield text
     finally:
-        with suppress(ValueError):  # closed already, where rows were read in part only
+        with suppress(ValueError):  # the file is closed already if the caller read only some rows
             text.detach()
 
 
-def _arrays(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """The items of an array, or of several one behind the other (`cat a.json b.json`), decoded as the file is read."""
-    with _text(opened) as source:
-        found = _Json(source, file)
-        while sign := found.sign():
-            if sign != "[":
-                raise found.wrong("something other than an array stands behind the array's end")
-            found.step()
-            yield from _items(found)
+def _json_arrays(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
+    """The items of one array, or of several in sequence (`cat a.json b.json`), decoded while the file is read."""
+    with _as_text(opened) as source:
+        reader = _JsonReader(source, file)
+        while character := reader.peek():
+            if character != "[":
+                raise reader.error("only another array may follow the end of an array")
+            reader.skip()
+            yield from _array_items(reader)
 
 
-def _items(found: _Json) -> Iterator[tuple[int, Any]]:
-    """The items up to the array's end, and over it."""
+def _array_items(reader: _JsonReader) -> Iterator[tuple[int, Any]]:
+    """(line, item) of each item of an array; consumes the closing bracket too."""
     first = True
-    while (sign := found.sign()) != "]":
-        if sign and not first:
-            if sign != ",":
-                raise found.wrong("a comma is missing between two rows")
-            found.step()
-            sign = found.sign()
-        if not sign:
-            raise found.wrong("the array does not end")
-        line, first = found.line, False
-        yield line, found.item()
-    found.step()
+    while (character := reader.peek()) != "]":
+        if character and not first:
+            if character != ",":
+                raise reader.error("a comma is missing between two rows")
+            reader.skip()
+            character = reader.peek()
+        if not character:
+            raise reader.error("the array does not end")
+        line, first = reader.line, False
+        yield line, reader.value()
+    reader.skip()
 
 
 def _csv(opened: BinaryIO, file: Path, dialect: str) -> Iterator[tuple[int, Any]]:
-    """Rows of a file with a heading."""
+    """The rows of a CSV file whose first record is the header."""
     csv.field_size_limit(LONGEST)
-    with _text(opened) as lines:
-        records = _records(csv.reader(lines, dialect, strict=True), file)
-        _, heading = next(records, (1, []))
+    with _as_text(opened) as lines:
+        records = _csv_records(csv.reader(lines, dialect, strict=True), file)
+        _, header = next(records, (1, []))
         for line, record in records:
-            if len(record) == len(heading):
-                yield line, dict(zip(heading, record, strict=True))
+            if len(record) == len(header):
+                yield line, dict(zip(header, record, strict=True))
             else:
-                yield line, Unreadable("has another number of columns than its heading")
+                yield line, Unreadable(f"has {len(record)} columns, but the header has {len(header)}")
 
 
-def _records(reader: Any, file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(the line where it begins, record) of each that is not blank."""
+def _csv_records(reader: Any, file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(first line, record) of each record that is not blank. `reader` is a csv.reader."""
     line = 1
     try:
         for record in reader:
@@ -154,41 +156,46 @@ def _records(reader: Any, file: Path) -> Iterator[tuple[int, list[str]]]:
 def _parquet(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as parquet
 
-    def batches() -> Any:  # read piece by piece: otherwise memory grows with the row group, which may be the whole file
+    def batches() -> Any:
+        # Without these two options memory grows with the row group, which may be the whole file.
         return parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20).iter_batches(batch_size=ROWS)
 
-    yield from _batches(file, batches)
+    yield from _arrow_rows(file, batches)
 
 
 def _arrow(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """An Arrow file, or the stream format that `datasets` writes."""
+    """The rows of an Arrow file, or of the Arrow stream format that `datasets` writes."""
     import pyarrow as arrow
 
     def batches() -> Any:
         try:
-            found = arrow.ipc.open_file(opened)
-            return (found.get_batch(number) for number in range(found.num_record_batches))
+            reader = arrow.ipc.open_file(opened)
+            return (reader.get_batch(number) for number in range(reader.num_record_batches))
         except arrow.ArrowInvalid:
             opened.seek(0)
             return arrow.ipc.open_stream(opened)
 
-    yield from _batches(file, batches)
+    yield from _arrow_rows(file, batches)
 
 
-def _batches(file: Path, opened: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
+def _arrow_rows(file: Path, open_batches: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
+    """(number, row) of all record batches, numbered from 1."""
     import pyarrow as arrow
 
     try:
-        yield from enumerate((row for batch in opened() for row in batch.to_pylist()), 1)
+        yield from enumerate((row for batch in open_batches() for row in batch.to_pylist()), 1)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(Problem("data.path", file, f"is damaged, or not of its kind: {error}")) from error
+        message = f"is damaged, or its content does not match its file ending: {error}"
+        raise DataError(Problem("data.path", file, message)) from error
 
 
 READERS: dict[str, Callable[[BinaryIO, Path], Iterator[tuple[int, Any]]]] = {
-    ".json": _arrays,
+    ".json": _json_arrays,
     ".csv": partial(_csv, dialect="excel"),
     ".tsv": partial(_csv, dialect="excel-tab"),
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-"""(number, row or what is wrong with it) of an opened file, by its ending."""
+"""By file ending, a function that reads an opened file and yields (number, row), or (number, Unreadable) for a broken row.
+
+The number is the line where the row begins, or for Parquet and Arrow the row number from 1."""

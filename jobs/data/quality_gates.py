@@ -1,4 +1,4 @@
-"""The gates that rows pass before they are trained on: what was found of each kind, where, and whether it stops the run."""
+"""The quality gates: counts bad rows by kind, with examples, and decides whether they stop the run."""
 
 import re
 from collections.abc import Iterable
@@ -7,86 +7,95 @@ from typing import Any
 
 from conf.errors import Problem
 from conf.schema import Gates
-from jobs.data.sources import Unreadable
+from jobs.data.file_readers import Unreadable
 from jobs.tokenization.conversation import Empty, Sample, UnknownRole
 
-FIRST = 10
-"""Places that a message names; all are counted."""
-LONGEST = 300
-"""Characters of what is said of one place."""
+LISTED = 10
+"""Rows of each gate that a message lists with their location; all rows are counted."""
+DETAIL_LENGTH = 300
+"""Most characters of the detail of one listed row."""
 MEANINGS = {
     "unreadable": "cannot be read",
     "unusable": "do not fit the format",
-    "roles": "have an unknown speaker",
+    "roles": "have an unknown role",
     "empty": "have an empty question or answer",
     "overlong": "are longer than data.max_length",
     "untrained": "have no trained token",
-    "endless": "do not end with a token that ends a turn or the text",
-    "placeholders": "have a template's hole left open",
-    "vocabulary": "have a token id that the tokenizer lacks",
-    "duplicates": "are equal to a row before",
-    "overlap": "are held out, and trained on too",
+    "endless": "do not end with an end-of-turn or end-of-text token",
+    "placeholders": "have an unfilled template placeholder",
+    "vocabulary": "have a token id outside the tokenizer's vocabulary",
+    "duplicates": "are equal to an earlier row",
+    "overlap": "are both held out and trained on",
 }
-"""Of each gate: what is said of its rows."""
-NAMES = "instruction|input|output|question|answer|response|context|prompt|completion|query|user|assistant|system|document|text"
-HOLE = re.compile(
-    r"\{(?:"  # first, and what may not stand before it behind: the search for one letter is fast
-    r"\{(?<![$\\{]\{\{)-? [A-Za-z_][\w.\[\]'\"|() ]{0,60} -?\}\}"  # {{ name }}, and not ${{ name }}, a GitHub action's
-    rf"|\{{(?<![\w$\\^{{}}\])=]\{{\{{)(?:{NAMES}|[a-z]+_[a-z_]+)\}}\}}"  # {{input}}, and not LaTeX's x^{{n}} or C's {{0}}
-    r"|%[-+]? *(?:if|elif|else|endif|for|endfor|set)\b[^%{}\n]{0,80}%\}"
-    rf"|(?<![\w$\\^{{}}\])(=/]\{{)(?:{NAMES})\}}(?! *(?:=(?!=)|from\b))"  # {input}, and not JSX's value={input}
-    r")"
-)
-"""A template's hole that nobody filled. Braces of JSON, LaTeX and code are none, as far as a look at them can tell."""
-FORMATTED = re.compile(r"\b[fF][rR]?[\"']|\b[rR][fF][\"']|\$@?\"|\.format\(")
-"""On the line of a {name}: code that fills it."""
+"""For each gate, the end of the sentence "N rows ..."."""
+
+# Template placeholders that nobody filled in. Braces of JSON, LaTeX and code must not match: this is a best guess from the
+# text around them. Each pattern continues after a first "{", so that the combined regex begins with one fixed character,
+# which makes the search fast. The lookbehinds (?<!...) check what stands before that first "{".
+#
+#   pattern            matches                           does not match
+#   JINJA_EXPRESSION   {{ name }}  {{- a.b | trim -}}    ${{ github.ref }} of GitHub Actions
+#   JINJA_BLOCK        {% if input %}  {%- endfor %}     {% a LaTeX comment
+#   DOUBLE_BRACES      {{input}}  {{first_name}}         x^{{text}} of LaTeX, style={{text}} of JSX, {{0}} of C
+#   SINGLE_BRACES      {instruction}  {question}: ...    value={input} of JSX, ${input} of shell, /users/{user} of a URL
+COLUMNS = "instruction|input|output|question|answer|response|context|prompt|completion|query|user|assistant|system|document|text"
+JINJA_EXPRESSION = r"\{(?<![$\\{]\{\{)-? [A-Za-z_][\w.\[\]'\"|() ]{0,60} -?\}\}"
+JINJA_BLOCK = r"%[-+]? *(?:if|elif|else|endif|for|endfor|set)\b[^%{}\n]{0,80}%\}"
+DOUBLE_BRACES = rf"\{{(?<![\w$\\^{{}}\])=]\{{\{{)(?:{COLUMNS}|[a-z]+_[a-z_]+)\}}\}}"
+SINGLE_BRACES = rf"(?<![\w$\\^{{}}\])(=/]\{{)(?:{COLUMNS})\}}(?! *(?:=(?!=)|from\b))"
+PLACEHOLDER = re.compile(rf"\{{(?:{JINJA_EXPRESSION}|{DOUBLE_BRACES}|{JINJA_BLOCK}|{SINGLE_BRACES})")
+STRING_FORMATTING = re.compile(r"\b[fF][rR]?[\"']|\b[rR][fF][\"']|\$@?\"|\.format\(")
+"""Code that fills a {name} on the same line: a Python f-string or .format(), a C# $"..."."""
 
 
 @dataclass
 class Findings:
-    """How many rows each gate found, and the first of them as (place, detail)."""
+    """How many rows each gate found, and the first of them."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    of: dict[str, int] = field(default_factory=dict)
-    """Rows that a gate looked at, where it was not all of them."""
+    """The first LISTED rows of each gate as (location, detail)."""
+    checked: dict[str, int] = field(default_factory=dict)
+    """How many rows a gate checked, for gates that do not check all rows."""
 
-    def add(self, gate: str, place: str, detail: str = "") -> None:
+    def add(self, gate: str, location: str, detail: str = "") -> None:
         self.counts[gate] = self.counts.get(gate, 0) + 1
-        if len(examples := self.first.setdefault(gate, [])) < FIRST:
-            examples.append((place, detail))
+        if len(listed := self.first.setdefault(gate, [])) < LISTED:
+            listed.append((location, detail))
 
-    def note(self, gate: str, places: Iterable[str], count: int, *, of: int | None = None) -> None:
-        """Add what was found at once: the places of the first few, how many there are, and of how many where not of all."""
+    def add_many(self, gate: str, locations: Iterable[str], count: int, *, checked: int | None = None) -> None:
+        """Add `count` rows at once, of which `locations` names the first few; `checked` if the gate did not check all rows."""
         if count:
-            looked_at = {} if of is None else {gate: of}
-            self.merge(Findings({gate: count}, {gate: [(place, "") for place in places]}, looked_at))
+            checked_rows = {} if checked is None else {gate: checked}
+            self.merge(Findings({gate: count}, {gate: [(location, "") for location in locations]}, checked_rows))
 
     def merge(self, other: "Findings") -> None:
         for gate, count in other.counts.items():
             self.counts[gate] = self.counts.get(gate, 0) + count
-            examples = self.first.setdefault(gate, [])
-            examples += [(place, detail) for place, detail in other.first.get(gate, [])[: FIRST - len(examples)]]
-        self.of |= other.of
+            listed = self.first.setdefault(gate, [])
+            listed += [(location, detail) for location, detail in other.first.get(gate, [])[: LISTED - len(listed)]]
+        self.checked |= other.checked
 
-    def plain(self) -> dict[str, Any]:
-        """What was found in rows as they were read, for JSON; `Findings(**plain)` reads it back."""
+    def to_json(self) -> dict[str, Any]:
+        """The findings of one set as JSON values; `Findings(**values)` restores them. (`checked` is only used across sets.)"""
         return {"counts": self.counts, "first": self.first}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one gate found: `count` of `rows` rows, and whether that is more than its limit lets through."""
+    """What one gate found, and whether that stops the run."""
 
     gate: str
     meaning: str
     count: int
+    """Rows that the gate found."""
     rows: int
+    """Rows that the gate checked."""
     limit: float
-    """Share of the rows."""
+    """Largest allowed share of the rows, from 0 to 1."""
     stops: bool
     first: list[tuple[str, str]]
-    """(place, detail) of the first few."""
+    """(location, detail) of the first few rows."""
 
     @property
     def key(self) -> str:
@@ -94,7 +103,7 @@ class Verdict:
 
     @property
     def share(self) -> float:
-        """Of the rows, from 0 to 1; a row may have been split into several that are found, and counts once."""
+        """Share of the rows, from 0 to 1. A row that was split can be counted several times, so it is capped at 1."""
         return min(1.0, self.count / max(1, self.rows))
 
     @property
@@ -103,49 +112,51 @@ class Verdict:
 
     @property
     def problem(self) -> Problem:
-        """What stops the run."""
-        return Problem(
-            self.key,
-            f"{self.limit:g}",
-            f"{self._said()} ({self.percent}); mend them, or raise the share that is let through:{self._listed()}",
+        """The error to raise if `stops`."""
+        reason = (
+            f"{self._summary()} ({self.percent}); fix the rows, or raise this limit to allow them:{self._rows_listed()}"
         )
+        return Problem(self.key, f"{self.limit:g}", reason)
 
     def __str__(self) -> str:
-        listed = self._listed()
-        return f"{self._said()} ({self.percent}, {self.key}={self.limit:g}){':' if listed else ''}{listed}"
+        listed = self._rows_listed()
+        return f"{self._summary()} ({self.percent}, {self.key}={self.limit:g}){':' if listed else ''}{listed}"
 
-    def _said(self) -> str:
+    def _summary(self) -> str:
         return f"{self.count:,} of {self.rows:,} rows {self.meaning}"
 
-    def _listed(self) -> str:
-        lines = [f"{place}: {' '.join(detail.split())[:LONGEST]}" if detail else place for place, detail in self.first]
+    def _rows_listed(self) -> str:
+        lines = [
+            f"{location}: {' '.join(detail.split())[:DETAIL_LENGTH]}" if detail else location
+            for location, detail in self.first
+        ]
         more = [f"... and {self.count - len(lines):,} more"] if lines and self.count > len(lines) else []
         return "".join(f"\n  {line}" for line in [*lines, *more])
 
 
-def of_error(error: ValueError) -> str:
-    """The gate of a row that could not be read, converted or rendered."""
-    kinds = {Unreadable: "unreadable", UnknownRole: "roles", Empty: "empty"}
-    return next((gate for kind, gate in kinds.items() if isinstance(error, kind)), "unusable")
+def gate_of(error: ValueError) -> str:
+    """The gate that counts a row which could not be read, converted or rendered."""
+    gates = {Unreadable: "unreadable", UnknownRole: "roles", Empty: "empty"}
+    return next((gate for kind, gate in gates.items() if isinstance(error, kind)), "unusable")
 
 
-def hole(sample: Sample) -> str | None:
-    """A placeholder that nobody filled, in any text of the sample; None where there is none."""
+def find_placeholder(sample: Sample) -> str | None:
+    """The first unfilled template placeholder in any text of the sample; None if there is none."""
     texts: Iterable[str] = [turn.content for turn in sample.turns] + [part for part, _ in sample.parts]
     for text in texts:
-        for found in HOLE.finditer(text) if "{" in text else ():
-            begin, end = text.rfind("\n", 0, found.start()) + 1, text.find("\n", found.end())
-            if not FORMATTED.search(text, begin, len(text) if end < 0 else end):
-                return found[0]
+        for match in PLACEHOLDER.finditer(text) if "{" in text else ():
+            line_start, line_end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+            if not STRING_FORMATTING.search(text, line_start, len(text) if line_end < 0 else line_end):
+                return match[0]
     return None
 
 
-def judged(findings: Findings, rows: int, limits: Gates) -> list[Verdict]:
-    """A verdict of each gate that found something in `rows` rows; a share exactly at the limit is let through."""
-    found = []
+def judge(findings: Findings, rows: int, limits: Gates) -> list[Verdict]:
+    """One verdict for each gate that found anything. A share exactly at the limit does not stop the run."""
+    verdicts = []
     for gate, meaning in MEANINGS.items():
         if count := findings.counts.get(gate, 0):
-            limit, looked_at = getattr(limits, gate), findings.of.get(gate, rows)
-            passed = Verdict(gate, meaning, count, looked_at, limit, False, list(findings.first.get(gate, [])))
-            found.append(replace(passed, stops=passed.share > limit))
-    return found
+            limit, checked = getattr(limits, gate), findings.checked.get(gate, rows)
+            verdict = Verdict(gate, meaning, count, checked, limit, False, list(findings.first.get(gate, [])))
+            verdicts.append(replace(verdict, stops=verdict.share > limit))
+    return verdicts

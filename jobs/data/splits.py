@@ -1,4 +1,4 @@
-"""Chooses the samples of an epoch and those held out, from the tokenised sets: numbers alone, so that it takes no time."""
+"""Chooses the samples of each epoch and the held-out samples, by their numbers only; it reads no tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,63 +9,71 @@ from numpy.typing import NDArray
 
 from conf.schema import DataSet
 
-Samples = NDArray[np.int64]
-"""Numbers of samples, counted through all sets in order."""
+SampleNumbers = NDArray[np.int64]
+"""Numbers of samples, counted from 0 across all sets in order."""
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
-class Sets:
-    """All training sets: of each sample its hash and its row's, and of each set the number of its first sample (one more)."""
+class TrainingSets:
+    """All training sets as one sequence of samples."""
 
     hashes: NDArray[np.uint64]
+    """Hash of each sample's tokens and trained mask: shape (samples,)."""
     origins: NDArray[np.uint64]
+    """For each sample, the hash of the first sample from the same row: shape (samples,)."""
     first: list[int]
+    """Number of the first sample of each set, and at the end the number of all samples."""
 
 
-def held_out(sets: Sets, fraction: float, seed: int) -> tuple[Samples, Samples]:
-    """(training, held out): about `fraction` of the rows, at least one, by a hash of their tokens and the seed.
+def split_held_out(sets: TrainingSets, fraction: float, seed: int) -> tuple[SampleNumbers, SampleNumbers]:
+    """(training samples, held-out samples). About `fraction` of the rows are held out, and at least one.
 
-    Equal rows stay on one side, as do the samples of one row, so none is held out and trained on too; a row keeps its side
-    when others are added.
+    A hash of a row's tokens and the seed decides. So equal rows, and all samples of one row, are on the same side, and
+    nothing is both held out and trained on. A row stays on its side when other rows are added.
     """
-    drawn = _mixed(sets.origins, seed)
-    below = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-    out = drawn < below
-    if len(drawn) and not out.any():
-        out = drawn == drawn.min()
-    if out.all():  # all rows alike
-        out = np.arange(len(drawn)) == 0
-    return np.flatnonzero(~out), np.flatnonzero(out)
+    row_hashes = _mix(sets.origins, seed)
+    threshold = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    held_out = row_hashes < threshold
+    if len(row_hashes) and not held_out.any():
+        held_out = row_hashes == row_hashes.min()
+    if held_out.all():  # all rows are equal
+        held_out = np.arange(len(row_hashes)) == 0
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def without_duplicates(samples: Samples, hashes: NDArray[np.uint64]) -> tuple[Samples, Samples]:
-    """(the first of each, the others) among samples that are equal token for token; both keep their order."""
+def split_duplicates(samples: SampleNumbers, hashes: NDArray[np.uint64]) -> tuple[SampleNumbers, SampleNumbers]:
+    """(first of each, the rest) of samples that are equal token for token. Both keep the order of `samples`."""
     _, first = np.unique(hashes[samples], return_index=True)
     kept = np.zeros(len(samples), dtype=bool)
     kept[first] = True
     return samples[kept], samples[~kept]
 
 
-def weighted(samples: Samples, sets: Sets, described: Mapping[str, DataSet], seed: int) -> Samples:
-    """The samples of an epoch: of each set as many as its weight or number asks, whole copies and a random part by seed."""
+def apply_weights(
+    samples: SampleNumbers, sets: TrainingSets, configs: Mapping[str, DataSet], seed: int
+) -> SampleNumbers:
+    """The samples of one epoch: from each set as many as its `weight` or `num_samples` asks.
+
+    These are whole copies of the set, plus a random part chosen by the seed.
+    """
     chosen = []
-    for number, (one, (begin, end)) in enumerate(zip(described.values(), pairwise(sets.first), strict=True)):
-        mine = samples[(samples >= begin) & (samples < end)]
-        wanted = one.num_samples if one.num_samples is not None else round(one.weight * len(mine))
-        copies, rest = divmod(wanted, len(mine)) if len(mine) else (0, 0)
-        part = np.random.default_rng([seed, number]).permutation(len(mine))[:rest]
-        chosen += [mine] * copies + [mine[np.sort(part)]]
+    for number, (config, (begin, end)) in enumerate(zip(configs.values(), pairwise(sets.first), strict=True)):
+        available = samples[(samples >= begin) & (samples < end)]
+        wanted = config.num_samples if config.num_samples is not None else round(config.weight * len(available))
+        copies, rest = divmod(wanted, len(available)) if len(available) else (0, 0)
+        part = np.random.default_rng([seed, number]).permutation(len(available))[:rest]
+        chosen += [available] * copies + [available[np.sort(part)]]
     return np.concatenate(chosen) if chosen else samples
 
 
-def overlap(held: NDArray[np.uint64], trained: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Which held-out samples are trained on too."""
-    return np.flatnonzero(np.isin(held, trained))
+def find_overlap(held_out: NDArray[np.uint64], trained: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Indices into `held_out` of the hashes that are in `trained` too."""
+    return np.flatnonzero(np.isin(held_out, trained))
 
 
-def _mixed(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Another uniform hash of each for each seed: splitmix64's finaliser, Steele et al. 2014, doi:10.1145/2660193.2660195."""
+def _mix(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """For each seed another uniform hash: the finalizer of splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195."""
     with np.errstate(over="ignore"):
         mixed = hashes + GOLDEN * np.uint64(seed % 2**64 + 1)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

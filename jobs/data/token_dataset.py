@@ -1,10 +1,11 @@
-"""Reads tokenised sets: any sample's tokens by its number, mapped from disk, and what is known of all of them."""
+"""Reads tokenized sets: any sample's tokens by its number, memory-mapped from disk, and the lengths of all samples."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from conf.files import read_json
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples one after the other: sample i is tokens[offsets[i]:offsets[i + 1]], and trained says which of it."""
+    """Consecutive samples: sample i is tokens[offsets[i]:offsets[i + 1]], and `trained` is 1 for its trained tokens."""
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.uint8]
@@ -22,87 +23,93 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The samples of all parts, numbered through. `lengths` and `labels` are the tokens and the trained labels of each.
-
-    Both are int64 of shape (samples,). A first token is never a label: nothing predicts it.
-    """
+class TokenDataset:
+    """The samples of all parts, numbered from 0 across all parts."""
 
     parts: Sequence[Part]
     first: NDArray[np.int64]
-    """Number of each part's first sample, and of samples in all: shape (parts + 1,)."""
+    """Number of each part's first sample, and at the end the number of all samples: shape (parts + 1,)."""
     lengths: NDArray[np.int64]
+    """Tokens of each sample: shape (samples,)."""
     labels: NDArray[np.int64]
+    """Trained labels of each sample: shape (samples,). A first token is never a label, because nothing predicts it."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """(ids, 1 where trained) of one sample."""
-        place = int(np.searchsorted(self.first, number, side="right")) - 1
-        part, inside = self.parts[place], number - self.first[place]
-        span = slice(part.offsets[inside], part.offsets[inside + 1])
+        """(token ids, 1 where trained) of one sample."""
+        part_number = int(np.searchsorted(self.first, number, side="right")) - 1
+        part, index = self.parts[part_number], number - self.first[part_number]
+        span = slice(part.offsets[index], part.offsets[index + 1])
         return part.tokens[span], part.trained[span]
 
 
-def of(parts: Sequence[Part], labels: Sequence[NDArray[np.int32]] | None = None) -> Samples:
-    """Samples of parts in memory or mapped; labels are counted where they are not known."""
+def from_parts(parts: Sequence[Part], labels: Sequence[NDArray[np.int32]] | None = None) -> TokenDataset:
+    """A dataset of these parts, in memory or memory-mapped. Without `labels`, the trained labels are counted here."""
     lengths = [np.diff(part.offsets).astype(np.int64) for part in parts]
-    found = [_labels(part) for part in parts] if labels is None else labels
+    counts = [_count_labels(part) for part in parts] if labels is None else labels
     first = np.concatenate([[0], np.cumsum([len(each) for each in lengths])]).astype(np.int64)
-    return Samples(parts, first, _joined(lengths), _joined(found))
+    return TokenDataset(parts, first, _concatenate(lengths), _concatenate(counts))
 
 
-def read(sets: Sequence[Path]) -> Samples:
-    """All samples of these sets, in order; tokens stay on disk until they are asked for."""
-    folders = _folders(sets)
+def open_sets(sets: Sequence[Path]) -> TokenDataset:
+    """All samples of these set folders, in order. Tokens stay on disk until a sample is read."""
+    folders = _part_folders(sets)
     parts = [
         Part(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "offsets")))
         for folder in folders
     ]
-    return of(parts, [np.load(folder / "labels.npy") for folder in folders])
+    return from_parts(parts, [np.load(folder / "labels.npy") for folder in folders])
 
 
-def is_whole(one: Path) -> bool:
-    """Whether a set is there with all its parts: what cleans a scratch disk deletes single files."""
-    about = read_json(one / "set.json")
-    return about is not None and all(
-        (one / f"part-{number:05d}" / f"{name}.npy").exists()
-        for number in range(about["parts"])
+def is_complete(set_folder: Path) -> bool:
+    """Whether the set exists with all files of all parts.
+
+    Every file is checked, because purge jobs of scratch file systems delete single files by age.
+    """
+    description = read_json(set_folder / "set.json")
+    return description is not None and all(
+        (set_folder / f"part-{number:05d}" / f"{name}.npy").exists()
+        for number in range(description["parts"])
         for name in ("tokens", "trained", "offsets", "labels")
     )
 
 
-def hashes(one: Path, of: str = "hashes") -> NDArray[np.uint64]:
-    """Of each sample of a set, 64 bits of its tokens and mask; `origins` are those of the first sample of its row."""
-    return _joined([np.load(folder / f"{of}.npy") for folder in _folders([one])], np.uint64)
+def load_hashes(set_folder: Path, kind: str = "hashes") -> NDArray[np.uint64]:
+    """A 64-bit hash for each sample of a set: shape (samples,).
+
+    `hashes`: of the sample's tokens and trained mask. `origins`: of the first sample from the same row, so that all
+    samples of a split row share it.
+    """
+    return _concatenate([np.load(folder / f"{kind}.npy") for folder in _part_folders([set_folder])], np.uint64)
 
 
-def places(one: Path, numbers: Sequence[int]) -> list[str]:
-    """`file:line` of samples of a set, by their numbers in it."""
-    names, folders = read_json(one / "set.json")["places"], _folders([one])
+def row_locations(set_folder: Path, numbers: Sequence[int]) -> list[str]:
+    """Where the rows of these samples (by their numbers in the set) were read: `file:line`, or `owner/name row N`."""
+    prefixes, folders = read_json(set_folder / "set.json")["places"], _part_folders([set_folder])
     first = [0, *accumulate(len(np.load(folder / "labels.npy", mmap_mode="r")) for folder in folders)]
-    found = []
+    locations = []
     for number in numbers:
-        which = bisect_right(first, number) - 1
+        part = bisect_right(first, number) - 1
         file, row = (
-            np.load(folders[which] / f"{name}.npy", mmap_mode="r")[number - first[which]]
-            for name in ("files", "places")
+            np.load(folders[part] / f"{name}.npy", mmap_mode="r")[number - first[part]] for name in ("files", "places")
         )
-        found.append(f"{names[file]}{row}")
-    return found
+        locations.append(f"{prefixes[file]}{row}")
+    return locations
 
 
-def _folders(sets: Sequence[Path]) -> list[Path]:
-    return [folder for one in sets for folder in sorted(one.glob("part-*"))]
+def _part_folders(sets: Sequence[Path]) -> list[Path]:
+    return [folder for set_folder in sets for folder in sorted(set_folder.glob("part-*"))]
 
 
-def _labels(part: Part) -> NDArray[np.int64]:
+def _count_labels(part: Part) -> NDArray[np.int64]:
     if len(part.offsets) == 1:
         return np.zeros(0, dtype=np.int64)
     starts = part.offsets[:-1]
-    return np.add.reduceat(part.trained, starts, dtype=np.int64) - part.trained[starts]
+    counts: NDArray[np.int64] = np.add.reduceat(part.trained, starts, dtype=np.int64)
+    return counts - part.trained[starts]
 
 
-def _joined(arrays: Sequence[NDArray], dtype: type = np.int64) -> NDArray:
+def _concatenate(arrays: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""One block of raw rows to tokens, and what the gates find in it: the work of every process of preprocess."""
+"""Tokenizes one block of raw rows and applies the quality gates to it: the work of each preprocess worker process."""
 
 import gc
 import hashlib
@@ -14,182 +14,193 @@ from transformers import PreTrainedTokenizerBase
 
 from conf.choices import Mask, Overlong
 from jobs.data import formats, quality_gates
+from jobs.data.file_readers import Unreadable
 from jobs.data.quality_gates import Findings
-from jobs.data.sources import Block, Row, Unreadable
+from jobs.data.sources import Block, Row
 from jobs.tokenization import reference
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.encoder import Encoder
 
 UNEXPECTED = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
-"""What a row's values can raise where nobody has thought of them."""
+"""Errors that values of a strange type can raise in code that has no check for them; such a row counts as unusable."""
+
+Tokens = tuple[NDArray[np.int32], NDArray[np.uint8]]
+"""Token ids of a sample, and 1 for each trained token."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that makes tokens of a row: what the parent decided, so that every process does the same."""
+class TokenizeSettings:
+    """Everything that decides a row's tokens. The parent process makes it once, so that all workers do the same."""
 
     tokenizer: PreTrainedTokenizerBase
-    shape: str
+    format: str
     fields: dict[str, str]
     roles: dict[str, str]
     mask: Mask
     max_length: int
     overlong: Overlong
     fast: bool = True
-    """Whether the encoder may take its fast ways; the parent has compared them with the slow one."""
+    """Whether the encoder may use its fast paths; the parent has compared them with the slow one."""
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """The samples of a block, one after the other; arrays, because thousands of small ones take long between processes."""
+class TokenizedBlock:
+    """The samples of a block, concatenated: sending thousands of small arrays between processes would be slow."""
 
     tokens: NDArray[np.int32]
+    """Shape (tokens,)."""
     trained: NDArray[np.uint8]
-    """Of each token."""
+    """1 for each trained token: shape (tokens,)."""
     lengths: NDArray[np.int64]
-    """Of each sample, in tokens."""
+    """Tokens of each sample: shape (samples,), like the arrays below."""
     labels: NDArray[np.int32]
-    """Trained tokens of each sample, but for its first: nothing predicts that one."""
+    """Trained tokens of each sample, without its first token, because nothing predicts that one."""
     hashes: NDArray[np.uint64]
-    """Of a sample's tokens and mask."""
+    """Hash of each sample's tokens and trained mask."""
     origins: NDArray[np.uint64]
-    """The hash of the first sample of the same row: parts of a long text are held out together."""
-    places: NDArray[np.int64]
-    """The number of its row in its file."""
+    """For each sample, the hash of the first sample from the same row, so that parts of a split row are held out together."""
+    row_numbers: NDArray[np.int64]
+    """For each sample, the number of its row in the file."""
     rows: int
-    """Rows read, of which some may have been left out."""
+    """Rows that were read, including those that were left out."""
     findings: Findings
 
 
-class Tokeniser:
-    """Makes tokens of blocks, as the recipe says."""
+class BlockTokenizer:
+    """Tokenizes blocks with the given settings."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        words = recipe.tokenizer
-        self.recipe = recipe
-        self.encode = Encoder(words, mask=recipe.mask.name, fast=recipe.fast)
-        self.vocabulary = len(words)
-        self.closing = reference.end_ids(words)
+    def __init__(self, settings: TokenizeSettings) -> None:
+        tokenizer = settings.tokenizer
+        self.settings = settings
+        self.encode = Encoder(tokenizer, mask=settings.mask.name, fast=settings.fast)
+        self.vocabulary_size = len(tokenizer)
+        self.end_ids = reference.end_ids(tokenizer)
 
-    def __call__(self, block: Block) -> Tokenised:
-        findings, samples, places, firsts = Findings(), [], [], []
-        rows = [(number, self._read(row)) for number, row in block.parsed()]
+    def __call__(self, block: Block) -> TokenizedBlock:
+        findings = Findings()
+        samples: list[Tokens] = []
+        row_numbers: list[int] = []
+        first_of_row: list[int] = []  # for each sample, the index of the first sample from the same row
+        rows = [(number, self._convert(row)) for number, row in block.parsed()]
+        # The whole block is encoded at once, which is faster. None means: this sample needs the slow path.
         encoded = iter(self.encode.fast([sample for _, sample in rows if isinstance(sample, Sample)]))
         for number, sample in rows:
-            place = f"{block.place}{number}"
+            location = f"{block.location}{number}"
             try:
                 if isinstance(sample, Exception):
                     raise sample
                 ids, trained = next(encoded) or self.encode.slow(sample)
             except ValueError as error:
-                findings.add(quality_gates.of_error(error), place, str(error))
+                findings.add(quality_gates.gate_of(error), location, str(error))
                 continue
             except UNEXPECTED as error:
-                said = (
-                    f"has a value of an unexpected kind ({type(error).__name__}: {error}): look at it, or drop the row"
+                message = (
+                    f"has a value of an unexpected type ({type(error).__name__}: {error}): correct or drop the row"
                 )
-                findings.add("unusable", place, said)
+                findings.add("unusable", location, message)
                 continue
-            kept = self._fitted(sample, ids, trained, findings, place)
-            firsts += [len(samples)] * len(kept)
+            kept = self._usable_samples(sample, ids, trained, findings, location)
+            first_of_row += [len(samples)] * len(kept)
             samples += kept
-            places += [number] * len(kept)
-        return _joined(samples, firsts, places, len(rows), findings)
+            row_numbers += [number] * len(kept)
+        return _concatenate(samples, first_of_row, row_numbers, rows=len(rows), findings=findings)
 
-    def _read(self, row: Row | Unreadable) -> Sample | Exception:
-        """The row's sample, or what is wrong with it, to be told in its turn."""
+    def _convert(self, row: Row | Unreadable) -> Sample | Exception:
+        """The row's sample, or the error. It is returned, not raised, so that errors are counted in the order of the rows."""
         if isinstance(row, Unreadable):
             return row
         try:
-            return formats.convert(row, self.recipe.shape, self.recipe.fields, self.recipe.roles)
+            return formats.convert(row, self.settings.format, self.settings.fields, self.settings.roles)
         except (ValueError, *UNEXPECTED) as error:
             return error
 
-    def _fitted(
-        self, sample: Sample, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, place: str
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
-        """The row's samples that can be trained on; the gates count what they see."""
-        if sample.ids is not None and (ids.min() < 0 or ids.max() >= self.vocabulary):
-            strange = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
-            findings.add("vocabulary", place, f"{strange} is not within the {self.vocabulary} tokens")
+    def _usable_samples(
+        self, sample: Sample, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, location: str
+    ) -> list[Tokens]:
+        """The samples of one row that can be trained on: none, one, or several if it is split. Counts what the gates find."""
+        if sample.ids is not None and (ids.min() < 0 or ids.max() >= self.vocabulary_size):
+            unknown = int(ids[(ids < 0) | (ids >= self.vocabulary_size)][0])
+            findings.add(
+                "vocabulary", location, f"token id {unknown} is not below the vocabulary size {self.vocabulary_size}"
+            )
             return []
-        if found := quality_gates.hole(sample):
-            findings.add("placeholders", place, found)
+        if placeholder := quality_gates.find_placeholder(sample):
+            findings.add("placeholders", location, placeholder)
         parts = [(ids, trained)]
-        if len(ids) > self.recipe.max_length:
-            parts = self._shortened(ids, trained, findings, place)
-        elif _learnt(trained) and not reference.ends_well(ids, trained, self.recipe.tokenizer, self.closing):
-            findings.add("endless", place, repr(self.recipe.tokenizer.decode(ids[-8:])))
-        kept = [part for part in parts if _learnt(part[1][1:])]
+        if len(ids) > self.settings.max_length:
+            parts = self._shorten(ids, trained, findings, location)
+        elif _any_trained(trained) and not reference.ends_well(ids, trained, self.settings.tokenizer, self.end_ids):
+            findings.add("endless", location, repr(self.settings.tokenizer.decode(ids[-8:])))
+        kept = [part for part in parts if _any_trained(part[1][1:])]
         if parts and not kept:
-            findings.add("untrained", place)
+            findings.add("untrained", location)
         return kept
 
-    def _shortened(
-        self, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, place: str
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
-        size, policy = self.recipe.max_length, self.recipe.overlong
+    def _shorten(
+        self, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, location: str
+    ) -> list[Tokens]:
+        """A sample over max_length, truncated, split or dropped as data.overlong says."""
+        size, policy = self.settings.max_length, self.settings.overlong
         if policy is Overlong.error:
-            findings.add("unusable", place, f"{len(ids)} tokens are over data.max_length={size}; see data.overlong")
+            message = f"{len(ids)} tokens are over data.max_length={size}; see data.overlong"
+            findings.add("unusable", location, message)
             return []
-        findings.add("overlong", place, f"{len(ids)} tokens")
+        findings.add("overlong", location, f"{len(ids)} tokens")
         if policy is Overlong.split:
             return [(ids[at : at + size], trained[at : at + size]) for at in range(0, len(ids), size)]
         return [(ids[:size], trained[:size])] if policy is Overlong.truncate else []
 
 
-def _joined(
-    samples: list[tuple[NDArray[np.int32], NDArray[np.uint8]]],
-    firsts: list[int],
-    places: list[int],
-    rows: int,
-    findings: Findings,
-) -> Tokenised:
+def _concatenate(
+    samples: list[Tokens], first_of_row: list[int], row_numbers: list[int], *, rows: int, findings: Findings
+) -> TokenizedBlock:
     count = len(samples)
     trained = np.concatenate([np.zeros(0, dtype=np.uint8), *(mask for _, mask in samples)])
     lengths = np.fromiter((len(ids) for ids, _ in samples), dtype=np.int64, count=count)
     starts = np.cumsum(lengths) - lengths
     hashes = np.fromiter((_hash(*sample) for sample in samples), dtype=np.uint64, count=count)
-    return Tokenised(
+    return TokenizedBlock(
         tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(ids for ids, _ in samples)]),
         trained=trained,
         lengths=lengths,
         labels=np.add.reduceat(trained, starts, dtype=np.int32) - trained[starts] if count else np.zeros(0, np.int32),
         hashes=hashes,
-        origins=hashes[np.asarray(firsts, dtype=np.int64)],
-        places=np.asarray(places, dtype=np.int64),
+        origins=hashes[np.asarray(first_of_row, dtype=np.int64)],
+        row_numbers=np.asarray(row_numbers, dtype=np.int64),
         rows=rows,
         findings=findings,
     )
 
 
-def _learnt(trained: NDArray[np.uint8]) -> bool:
-    return b"\1" in trained.tobytes()  # a fifth of the time of numpy's any
+def _any_trained(trained: NDArray[np.uint8]) -> bool:
+    return b"\1" in trained.tobytes()  # five times as fast as numpy's any()
 
 
 def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
-    found = hashlib.blake2b(ids.tobytes(), digest_size=8)
-    found.update(np.packbits(trained).tobytes())
-    return int.from_bytes(found.digest(), "little")
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
+    digest.update(np.packbits(trained).tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
-_tokeniser: Tokeniser | None = None
+_tokenizer: BlockTokenizer | None = None
+"""Of this worker process; see `start_worker`."""
 
 
-def begin(recipe: Recipe) -> None:
-    """Make this process a worker: it ends when its parent does, however that ends."""
-    global _tokeniser
-    _tokeniser = Tokeniser(recipe)
+def start_worker(settings: TokenizeSettings) -> None:
+    """Initialize a worker process. It exits when its parent ends for any reason, so that a killed job leaves no workers."""
+    global _tokenizer
+    _tokenizer = BlockTokenizer(settings)
     gc.freeze()  # as in preprocess.run
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     parent: Any = parent_process()
     connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def work(block: Block) -> Tokenised:
-    assert _tokeniser is not None
-    return _tokeniser(block)
+def tokenize_block(block: Block) -> TokenizedBlock:
+    """Tokenize one block in a worker process."""
+    assert _tokenizer is not None
+    return _tokenizer(block)

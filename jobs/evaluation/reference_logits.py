@@ -39,9 +39,9 @@ def record(folder: Path, model: nn.Module, rows: batches.Rows, pad: int, world: 
     fits = np.flatnonzero(rows.lengths <= LONGEST)
     row = int(fits[rows.lengths[fits].argmax()] if len(fits) else rows.lengths.argmin())
     tokens = int(rows.lengths[row])
-    whole = batches.batch(rows, np.array([row]), pad)["input_ids"][0, :tokens]
+    whole = batches.collate(rows, np.array([row]), pad).input_ids[0, :tokens]
     model.eval()
-    found = loss.logits(model, batches.batch(rows, np.array([row]), pad, device=world.device, share=world.share))
+    found = loss.logits(model, batches.collate(rows, np.array([row]), pad, device=world.device, share=world.share))
     model.train()
     if isinstance(found, DTensor):
         found = found.full_tensor()

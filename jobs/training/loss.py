@@ -13,7 +13,7 @@ from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
 
 
-def summed_cross_entropy(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Cross entropy summed over the trained tokens of a batch, a scalar in fp32. The caller divides it by a number of tokens.
 
     `fused_cross_entropy.fuse` makes the model return this loss from its forward, because sharded weights are whole only there.
@@ -23,32 +23,31 @@ def summed_cross_entropy(model: nn.Module, batch: dict[str, Any]) -> torch.Tenso
     inputs = _model_inputs(batch, inner.config._attn_implementation)
     # The target of a position is the next label, so a row's last position has none and is padded. With context parallelism
     # the labels of a rank have one token more than its inputs, if the row continues on the next rank: nothing to pad then.
-    missing = batch["input_ids"].shape[1] + 1 - batch["labels"].shape[1]
-    targets = F.pad(batch["labels"][:, 1:], (0, missing), value=batches.IGNORED).flatten()
+    missing = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]
+    targets = F.pad(batch.labels[:, 1:], (0, missing), value=batches.IGNORED).flatten()
     if not fused_cross_entropy.is_fused(inner):
         logits = model(**inputs).logits.float().flatten(0, 1)
         return F.cross_entropy(logits, targets, ignore_index=batches.IGNORED, reduction="sum")
-    trained = batch.get("trained")
-    if trained is None:  # `nonzero` synchronizes with the GPU, so batches.batch computes this beforehand on the CPU
-        trained = targets.ne(batches.IGNORED).nonzero().squeeze(1)
-    loss: torch.Tensor = model(**inputs, trained=trained, targets=targets[trained])
+    loss: torch.Tensor = model(**inputs, trained=batch.trained, targets=targets[batch.trained])
     return loss
 
 
-def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Logits (rows, length, vocabulary); with context parallelism, of this rank's tokens only."""
     inputs = _model_inputs(batch, unwrap.causal_lm(model).config._attn_implementation)
     model_logits: torch.Tensor = model(**inputs).logits
     return model_logits
 
 
-def _model_inputs(batch: dict[str, Any], attention: str) -> dict[str, Any]:
+def _model_inputs(batch: batches.Batch, attention: str) -> dict[str, Any]:
     """The arguments of the model's forward, with the sample boundaries of packed rows if this attention uses them."""
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    if "cu_seqlens" in batch and ("flash" in attention or "varlen" in attention):
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if batch.cu_seqlens is not None and ("flash" in attention or "varlen" in attention):
         for side in "qk":
-            inputs |= {f"cu_seq_lens_{side}": batch["cu_seqlens"], f"max_length_{side}": batch["max_length"]}
-    return inputs | {"use_cache": False}
+            inputs |= {f"cu_seq_lens_{side}": batch.cu_seqlens, f"max_length_{side}": batch.max_length}
+    return inputs
 
 
 def evaluate(
@@ -83,10 +82,10 @@ def _evaluate_batches(
             return None
         first = start + world.data_rank * micro_batch
         mine = order[first : first + micro_batch]
-        batch = batches.batch(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
+        batch = batches.collate(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
         if not len(mine):
-            batch["labels"].fill_(batches.IGNORED)
-            batch["trained"] = batch["trained"][:0]
+            batch.labels.fill_(batches.IGNORED)
+            batch.trained = batch.trained[:0]
         sums[0] += summed_cross_entropy(model, batch).double()
-        sums[1] += len(batch["trained"])
+        sums[1] += len(batch.trained)
     return sums

@@ -53,13 +53,13 @@ def rows(lengths: list[int], pack_into: int | None = None, trained: float = 0.5)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = random.integers(3, SMALL["vocab_size"], size=offsets[-1]).astype(np.int32)
     is_trained = (random.random(offsets[-1]) < trained).astype(np.uint8)
-    samples = token_dataset.of([Part(tokens, is_trained, offsets)])
-    return batches.arrange(samples, np.arange(len(lengths)), pack_into)
+    samples = token_dataset.from_parts([Part(tokens, is_trained, offsets)])
+    return batches.make_rows(samples, np.arange(len(lengths)), pack_into)
 
 
-def whole(all_rows: batches.Rows) -> dict[str, Any]:
+def whole(all_rows: batches.Rows) -> batches.Batch:
     """All rows in one batch."""
-    return batches.batch(all_rows, np.arange(len(all_rows)), pad=0)
+    return batches.collate(all_rows, np.arange(len(all_rows)), pad=0)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

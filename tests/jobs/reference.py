@@ -16,7 +16,7 @@ from jobs.model import build, unwrap
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     """Train on the rows of `run`, with the global batches of `config`. Returns (loss, gradient norm) of each step."""
-    rows = batches.read(run / "data", "train", config.data.max_length if config.data.packing else None)
+    rows = batches.load_split(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
     unwrap.causal_lm(network).set_attn_implementation("sdpa")  # transformers' own mask separates packed samples
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -24,13 +24,13 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
-    order = batches.ordered(rows, config, hidden_factor(network.config))
+    order = batches.training_order(rows, config, hidden_factor(network.config))
     points = []
     for step in range(steps):
-        batch = batches.batch(rows, order.rows_of(step), pad=0)
-        logits = network(**{name: batch[name] for name in ("input_ids", "position_ids") if name in batch}).logits
+        batch = batches.collate(rows, order.rows_of(step), pad=0)
+        logits = network(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=batches.IGNORED
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=batches.IGNORED
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)

@@ -1,4 +1,6 @@
-"""Which rows a step trains on, and how they become batches."""
+"""Rows of a split, micro batches of ranks, and padded batches."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +13,15 @@ from jobs.model import build
 from jobs.training import loss
 
 
-def arranged(tokens, trained, offsets, pack_into=None):
-    """All samples of two parts, cut after the first third."""
+def rows_of(tokens, trained, offsets, pack_into=None):
+    """Rows of all samples, in two parts: the first third of the samples, and the rest."""
     cut = len(offsets) // 3
-    at = offsets[cut]
+    split = offsets[cut]
     parts = [
-        Part(tokens[:at], trained[:at], offsets[: cut + 1]),
-        Part(tokens[at:], trained[at:], offsets[cut:] - at),
+        Part(tokens[:split], trained[:split], offsets[: cut + 1]),
+        Part(tokens[split:], trained[split:], offsets[cut:] - split),
     ]
-    return batches.arrange(token_dataset.of(parts), np.arange(len(offsets) - 1), pack_into)
+    return batches.make_rows(token_dataset.from_parts(parts), np.arange(len(offsets) - 1), pack_into)
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def rows():
     tokens = np.repeat(np.arange(10, dtype=np.int32), lengths)
     trained = np.ones(len(tokens), dtype=np.uint8)
     trained[offsets[:-1]] = 0
-    return arranged(tokens, trained, offsets)
+    return rows_of(tokens, trained, offsets)
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (1, 5), (2, 3), (3, 1), (4, 3)])
-def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch):
+def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch) -> None:
     chosen = np.arange(12) % 10
     parts = [
         part for rank in range(world_size) for part in batches.micro_batches(chosen, micro_batch, rank, world_size)
@@ -43,59 +45,59 @@ def test_ranks_share_a_step_without_overlap(rows, world_size, micro_batch):
     assert max(len(part) for part in parts) <= micro_batch
 
 
-def test_a_batch_is_padded_on_the_right_and_masked(rows):
-    made = batches.batch(rows, np.array([1, 2]), pad=99, multiple=4)
-    assert made["input_ids"].tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
-    assert made["labels"].tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
-    assert made["input_ids"].dtype is torch.int64
-    assert made["trained"].tolist() == [0, 4, 5]
-    assert "cu_seqlens" not in made  # a sample a row: causal attention alone keeps them apart
+def test_a_batch_is_padded_on_the_right_and_masked(rows) -> None:
+    batch = batches.collate(rows, np.array([1, 2]), pad=99, multiple=4)
+    assert batch.input_ids.tolist() == [[1, 1, 99, 99], [2, 2, 2, 99]]
+    assert batch.labels.tolist() == [[-100, 1, -100, -100], [-100, 2, 2, -100]]
+    assert batch.input_ids.dtype is torch.int64
+    assert batch.trained.tolist() == [0, 4, 5]
+    assert batch.cu_seqlens is None  # one sample per row: causal attention needs no boundaries
 
 
-def test_packed_samples_begin_again_at_position_0_and_predict_nothing_across(rows):
-    packed = batches.arrange(rows.samples, rows.chosen, pack_into=10)
+def test_packed_samples_restart_at_position_0_and_do_not_predict_each_other(rows) -> None:
+    packed = batches.make_rows(rows.samples, rows.chosen, pack_into=10)
     (row,) = (number for number in range(len(packed)) if set(packed.packs.row(number)) == {0, 8})  # of 1 and 9 tokens
-    made = batches.batch(packed, np.array([row]), pad=99, multiple=4)
-    assert made["input_ids"].tolist() == [[8] * 9 + [0] + [99, 99]]
-    assert made["position_ids"].tolist() == [[*range(9), 0, 0, 1]]
-    assert made["labels"].tolist() == [[-100] + [8] * 8 + [-100] * 3]
-    assert made["trained"].tolist() == list(range(8))
+    batch = batches.collate(packed, np.array([row]), pad=99, multiple=4)
+    assert batch.input_ids.tolist() == [[8] * 9 + [0] + [99, 99]]
+    assert batch.position_ids.tolist() == [[*range(9), 0, 0, 1]]
+    assert batch.labels.tolist() == [[-100] + [8] * 8 + [-100] * 3]
+    assert batch.trained.tolist() == list(range(8))
     assert packed.counts.sum() == rows.counts.sum()
     assert packed.lengths.max() == 10
 
 
-def test_borders_of_packed_samples_go_over_all_rows_and_padding_is_a_sample_of_its_own(rows):
-    packed = batches.arrange(rows.samples, rows.chosen, pack_into=10)
+def test_cu_seqlens_cover_all_rows_and_padding_is_a_sample_of_its_own(rows) -> None:
+    packed = batches.make_rows(rows.samples, rows.chosen, pack_into=10)
     first, full = (
         next(number for number in range(len(packed)) if set(packed.packs.row(number)) == wanted)
         for wanted in ({0, 8}, {9})
     )
-    made = batches.batch(packed, np.array([first, full]), pad=99, multiple=4)
-    assert made["cu_seqlens"].tolist() == [0, 9, 10, 12, 22, 24]
-    assert made["cu_seqlens"].dtype is torch.int32
-    assert made["max_length"] == 10
-    assert type(made["max_length"]) is int
+    batch = batches.collate(packed, np.array([first, full]), pad=99, multiple=4)
+    assert batch.cu_seqlens.tolist() == [0, 9, 10, 12, 22, 24]
+    assert batch.cu_seqlens.dtype is torch.int32
+    assert batch.max_length == 10
+    assert type(batch.max_length) is int
 
 
-def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
-    """The mean over samples in any arrangement; float32, so what differs is the order of sums."""
+def test_packing_does_not_change_loss_and_gradient(compose) -> None:
+    """In float32, so only the order of sums differs."""
     config = compose("data.max_length=64")
-    chance = np.random.default_rng(0)
-    lengths = chance.integers(3, 40, size=24)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, size=24)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens, trained = (
-        chance.integers(3, 1000, size=offsets[-1]).astype(np.int32),
-        chance.integers(0, 2, size=offsets[-1]),
+        rng.integers(3, 1000, size=offsets[-1]).astype(np.int32),
+        rng.integers(0, 2, size=offsets[-1]),
     )
     network = build.build(config)
     sums = []
     for pack_into in (None, 64):
-        packed = arranged(tokens, trained.astype(np.uint8), offsets, pack_into)
+        packed = rows_of(tokens, trained.astype(np.uint8), offsets, pack_into)
         gradient = torch.zeros(())
         total = 0.0
         network.zero_grad()
         for row in range(len(packed)):
-            value = loss.summed_cross_entropy(network, batches.batch(packed, np.array([row]), pad=0))
+            value = loss.summed_cross_entropy(network, batches.collate(packed, np.array([row]), pad=0))
             value.backward()
             total += value.item()
         gradient = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
@@ -104,12 +106,12 @@ def test_packed_rows_have_the_loss_of_their_samples_alone(compose):
     assert sums[1][:2] == pytest.approx(sums[0][:2], rel=1e-5)
 
 
-def test_counts_leave_out_a_trained_first_token():
+def test_a_trained_first_token_is_not_counted() -> None:
     trained, offsets = np.array([1, 1, 0, 1], dtype=np.uint8), np.array([0, 2, 4])
-    found = token_dataset.of([Part(np.arange(4, dtype=np.int32), trained, offsets)])
-    assert found.labels.tolist() == [1, 1]
+    dataset = token_dataset.from_parts([Part(np.arange(4, dtype=np.int32), trained, offsets)])
+    assert dataset.labels.tolist() == [1, 1]
 
 
-def test_a_folder_that_is_not_whole_is_refused(tmp_path):
+def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preprocess"):
-        batches.read(tmp_path, "train")
+        batches.load_split(tmp_path, "train")

@@ -1,4 +1,4 @@
-"""Broken inputs: each gives one message with the file, the line and the remedy; no traceback, and no run data."""
+"""Broken inputs: each gives one error with file, line and remedy. There is no traceback, and no data is written."""
 
 import bz2
 import gzip
@@ -7,6 +7,7 @@ import lzma
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -69,20 +70,20 @@ FILES = [
     ("latin-1 CSV", "a.csv", b"instruction,output\nb,\xe9\n", r"a\.csv: is not UTF-8.*iconv"),
     ("UTF-16", "a.jsonl", lines(GOOD).decode().encode("utf-16"), r"a\.jsonl: is UTF-16.*iconv"),
     ("UTF-16 without a mark", "a.jsonl", lines(GOOD).decode().encode("utf-16-le"), r"a\.jsonl:1: is not"),
-    ("noise as lines", "a.jsonl", NOISE, r"a\.jsonl:\d+: is not"),
-    ("noise as an array", "a.json", b"[" + NOISE, r"a\.json.*is not"),
-    ("noise as Parquet", "a.parquet", NOISE, r"a\.parquet: is damaged"),
-    ("noise as Arrow", "a.arrow", NOISE, r"a\.arrow: is damaged"),
-    ("noise as gzip", "a.jsonl.gz", NOISE, r"a\.jsonl\.gz: cannot be read"),
-    ("noise as bzip2", "a.jsonl.bz2", NOISE, r"a\.jsonl\.bz2: cannot be read"),
-    ("noise as xz", "a.jsonl.xz", NOISE, r"a\.jsonl\.xz: cannot be read"),
+    ("random bytes as lines", "a.jsonl", NOISE, r"a\.jsonl:\d+: is not"),
+    ("random bytes as an array", "a.json", b"[" + NOISE, r"a\.json.*is not"),
+    ("random bytes as Parquet", "a.parquet", NOISE, r"a\.parquet: is damaged"),
+    ("random bytes as Arrow", "a.arrow", NOISE, r"a\.arrow: is damaged"),
+    ("random bytes as gzip", "a.jsonl.gz", NOISE, r"a\.jsonl\.gz: cannot be read"),
+    ("random bytes as bzip2", "a.jsonl.bz2", NOISE, r"a\.jsonl\.bz2: cannot be read"),
+    ("random bytes as xz", "a.jsonl.xz", NOISE, r"a\.jsonl\.xz: cannot be read"),
     ("truncated gzip", "a.jsonl.gz", gzip.compress(lines(*[GOOD] * 90))[:-9], r"a\.jsonl\.gz: cannot be read"),
     ("truncated bzip2", "a.jsonl.bz2", bz2.compress(lines(*[GOOD] * 90))[:-9], r"a\.jsonl\.bz2: cannot be read"),
     ("truncated xz", "a.json.xz", lzma.compress(json.dumps([GOOD] * 90).encode())[:-9], r"a\.json\.xz: cannot be read"),
     ("truncated Parquet", "a.parquet", table(text=["a"] * 9)[:-30], r"a\.parquet: is damaged"),
     ("truncated Arrow", "a.arrow", stream()[:-700], r"a\.arrow: is damaged"),
     ("Parquet of numbers", "a.parquet", table(x=[1, 2], y=[3, 4]), "no known format has the columns x, y"),
-    ("CSV of uneven rows", "a.csv", b"instruction,output\na,b\na,b,c\n", r"a\.csv:3: has another number of columns"),
+    ("CSV of uneven rows", "a.csv", b"instruction,output\na,b\na,b,c\n", r"a\.csv:3: has 3 columns, but the header has 2"),
     ("CSV with an open quote", "a.csv", b'instruction,output\na,"b\n', r"a\.csv:\d: is not valid CSV"),
     ("CSV without rows", "a.csv", b"instruction,output\n", "has no rows"),
     ("unknown ending", "a.xml", b"<a/>", r"a\.xml: ends in none of \.jsonl"),
@@ -90,15 +91,15 @@ FILES = [
 
 ROWS = [
     ("unknown columns", {"a": "b", "c": "d"}, [], "alpaca needs a column instruction"),
-    ("other schema", {"text": "a"}, [], r"a\.jsonl:3: alpaca needs a column .*all rows of a file have one format"),
+    ("other schema", {"text": "a"}, [], r"a\.jsonl:3: alpaca needs a column .*all rows of a file must have one format"),
     ("null answer", {"instruction": "a", "output": None}, [], r"a\.jsonl:3: output is null"),
     ("null question", {"instruction": None, "output": "b"}, [], r"a\.jsonl:3: instruction is null"),
     ("empty answer", {"instruction": "a", "output": "  "}, [], r"gates\.empty=0.*\n.*a\.jsonl:3: output is empty"),
     ("empty question", {"instruction": "", "input": "", "output": "b"}, [], r"a\.jsonl:3: .* both empty"),
     ("odd history", {**GOOD, "history": [["a"]]}, [], r"a\.jsonl:3: history\[0\] is not a pair"),
-    ("half a character", {"instruction": "a", "output": "\ud83d"}, [], r"a\.jsonl:3: output holds half a character"),
-    ("half a token", {"input_ids": [5, 6.5]}, [], r"a\.jsonl:3: input_ids\[1\] is 6\.5, not a token id"),
-    ("preferences", {**GOOD, "chosen": "a", "rejected": "b"}, [], r"a\.jsonl:3: .*marks preferences"),
+    ("lone surrogate", {"instruction": "a", "output": "\ud83d"}, [], r"a\.jsonl:3: output holds half a character"),
+    ("token id that is not an integer", {"input_ids": [5, 6.5]}, [], r"a\.jsonl:3: input_ids\[1\] is 6\.5, not a token id"),
+    ("preferences", {**GOOD, "chosen": "a", "rejected": "b"}, [], r"a\.jsonl:3: .*marks preference data"),
     ("pictures", {**GOOD, "images": ["a.png"]}, [], r"a\.jsonl:3: the column images is not text"),
     ("no turns", {"messages": []}, [], r"a\.jsonl:3: messages is empty"),
     ("turns are a text", {"messages": "a"}, [], r"a\.jsonl:3: messages is not a list"),
@@ -112,10 +113,10 @@ ROWS = [
     ("labels of another length", {"input_ids": [1, 2], "labels": [1]}, [], r"a\.jsonl:3: input_ids has 2 tokens, labels 1"),
     ("shifted labels", {"input_ids": [1, 2], "labels": [2, -100]}, [], r"a\.jsonl:3: a label is 2 where the token is 1"),
     ("no tokens", {"input_ids": []}, [], r"a\.jsonl:3: input_ids is empty"),
-    ("token outside the vocabulary", {"input_ids": [5, 999999]}, [], r"gates\.vocabulary=0.*\n.*a\.jsonl:3: 999999"),
+    ("token outside the vocabulary", {"input_ids": [5, 999999]}, [], r"gates\.vocabulary=0.*\n.*a\.jsonl:3: token id 999999"),
     ("overlong", {"instruction": "a", "output": "b " * 500}, ["data.overlong=error"], r"a\.jsonl:3: \d+ tokens are over"),
     ("many overlong", {"instruction": "a", "output": "b " * 500}, [], r"gates\.overlong=0\.2.*longer than data\.max_length"),
-    ("open hole", {"instruction": "a", "output": "Dear {{ name }},"}, [], r"gates\.placeholders.*\n.*a\.jsonl:3: {{ name }}"),
+    ("placeholder", {"instruction": "a", "output": "Dear {{ name }},"}, [], r"gates\.placeholders.*\n.*a\.jsonl:3: {{ name }}"),
     ("duplicates", GOOD, [], r"data\.gates\.duplicates=0\.2"),
     ("field of no column", GOOD, ["data.format=alpaca", "+data.fields={instruction: q, output: output}"], "no column q"),
     ("field with a broken template", GOOD, ["data.format=alpaca", '+data.fields={instruction: "{{ q }}", output: output}'],
@@ -129,34 +130,34 @@ ROWS = [
 
 
 @pytest.fixture
-def refused(compose, tmp_path):
-    """Preprocess a file under overrides, which must be refused; returns the message."""
+def refused(compose, tmp_path: Path):
+    """Preprocess a file with overrides; it must be refused. Returns the message."""
 
-    def said(name: str, content: bytes, *words: str) -> str:
+    def message_of(name: str, content: bytes, *overrides: str) -> str:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as caught:
-            preprocess.run(compose(f"run_dir={tmp_path}/run", f"data.path={tmp_path / name}", *words))
+            preprocess.run(compose(f"run_dir={tmp_path}/run", f"data.path={tmp_path / name}", *overrides))
         assert caught.value.exit_code == 2
         assert "Traceback" not in str(caught.value)
         assert not (tmp_path / "run").exists()
-        assert not list(tmp_path.glob(".data/.*.*-*")), "a build was left half done"
+        assert not list(tmp_path.glob(".data/.*.*-*")), "an unfinished build was left behind"
         return str(caught.value)
 
-    return said
+    return message_of
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
-def test_a_broken_file_is_named(name, content, expected, refused):
+def test_a_broken_file_is_named(name, content, expected, refused) -> None:
     assert re.search(expected, refused(name, content)), refused(name, content)
 
 
-@pytest.mark.parametrize(("row", "words", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_a_broken_row_is_named_with_its_line(row, words, expected, refused):
-    message = refused("a.jsonl", third(row), *words)
+@pytest.mark.parametrize(("row", "overrides", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_a_broken_row_is_named_with_its_line(row, overrides, expected, refused) -> None:
+    message = refused("a.jsonl", third(row), *overrides)
     assert re.search(expected, message), message
 
 
-def test_a_row_without_an_end_does_not_fill_the_memory(refused, monkeypatch):
+def test_a_row_without_an_end_does_not_fill_memory(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "LONGEST", 2**16)
     for module in (file_readers, sources):
         monkeypatch.setattr(module, "LONGEST", 2**16)
@@ -165,18 +166,18 @@ def test_a_row_without_an_end_does_not_fill_the_memory(refused, monkeypatch):
     assert "a.json:1: is not valid JSON" in refused("a.json", b'[{"text": "' + b"x" * 2**18)
 
 
-def test_a_template_that_refuses_the_turns_is_quoted(refused, tmp_path):
+def test_the_error_of_a_chat_template_is_quoted(refused, tmp_path: Path) -> None:
     (tmp_path / "odd.jinja").write_text("{{ raise_exception('no system turns, please') }}")
     message = refused("a.jsonl", lines(GOOD), f"data.chat_template={tmp_path / 'odd.jinja'}")
     assert "a.jsonl:1: the chat template refuses the turns: no system turns, please" in message
 
 
-def test_a_template_that_is_no_template_is_quoted(refused, tmp_path):
+def test_a_broken_chat_template_is_named(refused, tmp_path: Path) -> None:
     (tmp_path / "odd.jinja").write_text("{% for message in messages %}{{ message.content }}")
     assert "the chat template" in refused("a.jsonl", lines(GOOD), f"data.chat_template={tmp_path / 'odd.jinja'}")
 
 
-def test_a_tokenizer_without_a_template_is_told_the_names(refused, tmp_path):
+def test_a_tokenizer_without_a_template_lists_the_bundled_ones(refused, tmp_path: Path) -> None:
     shutil.copytree(CLONE / "examples/tokenizer", tmp_path / "bare")
     (tmp_path / "bare/chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((tmp_path / "bare/tokenizer_config.json").read_text())
@@ -186,7 +187,7 @@ def test_a_tokenizer_without_a_template_is_told_the_names(refused, tmp_path):
     assert "the tokenizer has no chat template: name one of chatml" in message
 
 
-def test_held_out_rows_that_are_trained_on_are_named(refused, tmp_path):
+def test_held_out_rows_that_are_also_trained_on_are_named(refused, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_bytes(lines(GOOD))
     rows = lines(GOOD, *({"instruction": f"Say {n}.", "output": "Hi."} for n in range(3)))
     message = refused("a.jsonl", rows, f"data.validation_path={tmp_path / 'held.jsonl'}")
@@ -195,7 +196,7 @@ def test_held_out_rows_that_are_trained_on_are_named(refused, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "no/*.jsonl", "empty"])
-def test_a_path_with_nothing_is_named(path, compose, tmp_path):
+def test_a_path_without_data_is_named(path, compose, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no such file|has no file ending in"):
         preprocess.run(compose(f"run_dir={tmp_path}/run", f"data.path={tmp_path / path}"))

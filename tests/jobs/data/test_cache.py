@@ -1,4 +1,4 @@
-"""Tokenised sets: the same bytes however often the build is broken off, one build for all who ask, never a stale one."""
+"""Tokenized sets: the same bytes after any interruption, one build for all runs, and never a stale set."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def config(compose, tmp_path):
-    """A config that preprocesses `ROWS` in many small blocks; further words may follow."""
+def config(compose, tmp_path: Path):
+    """A config for `ROWS`; takes further overrides."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
@@ -46,27 +47,28 @@ def config(compose, tmp_path):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "PART_TOKENS", 20_000)
     monkeypatch.setattr(sources, "CHUNK", 2**13)
 
 
 def contents(folder):
-    """Every file of the only set in a cache, by name."""
-    (one,) = (path for path in folder.iterdir() if (path / "set.json").exists())
-    return {str(path.relative_to(one)): path.read_bytes() for path in sorted(one.rglob("*")) if path.is_file()}
+    """The bytes of every file of the only set in a cache, by file name."""
+    (set_folder,) = (path for path in folder.iterdir() if (path / "set.json").exists())
+    return {
+        str(path.relative_to(set_folder)): path.read_bytes() for path in sorted(set_folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture
-def program(tmp_path, config):
-    """Start preprocess as a process of its own."""
+def program(tmp_path: Path, config):
+    """Starts preprocess as a process of its own."""
     from conf.resolve import save
 
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def started(run, *words):
-        made = config(*words, run=run)
-        save(made, tmp_path / f"{run}.yaml")
+        save(config(*words, run=run), tmp_path / f"{run}.yaml")
         with (tmp_path / f"{run}.log").open("w") as log:
             return subprocess.Popen(
                 [sys.executable, tmp_path / "program.py", tmp_path / f"{run}.yaml"],
@@ -81,72 +83,74 @@ def program(tmp_path, config):
 
 
 @pytest.fixture
-def said(tmp_path):
+def log_of(tmp_path: Path):
     return lambda run: (tmp_path / f"{run}.log").read_text()
 
 
-def test_a_build_that_is_broken_off_anywhere_goes_on_to_the_same_bytes(config, small, tmp_path, monkeypatch):
+def test_an_interrupted_build_gives_the_same_bytes(
+    config, small_parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/whole"))
-    blocks, chance = sources.blocks, random.Random(0)
-    taken = []
+    read_blocks, rng = sources.read_blocks, random.Random(0)
+    parts = []
     for _ in range(4):
-        stop_at = chance.randrange(5, 30)
+        stop_at = rng.randrange(5, 30)
 
-        def broken(*given, stop_at=stop_at):
-            for number, block in enumerate(blocks(*given)):
+        def interrupted(*given, stop_at=stop_at):
+            for number, block in enumerate(read_blocks(*given)):
                 if number == stop_at:
                     raise KeyboardInterrupt
                 yield block
 
-        monkeypatch.setattr(sources, "blocks", broken)
+        monkeypatch.setattr(sources, "read_blocks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
-        taken.append(len(list((tmp_path / "broken").glob(".*.*-*/part-*"))))
-    monkeypatch.setattr(sources, "blocks", blocks)
+        parts.append(len(list((tmp_path / "broken").glob(".*.*-*/part-*"))))
+    monkeypatch.setattr(sources, "read_blocks", read_blocks)
     preprocess.run(config("data.workers=1", f"data.cache={tmp_path}/broken", run="broken"))
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
-    assert max(taken) > 0
-    assert taken == sorted(taken)  # nothing that was whole is made again
+    assert max(parts) > 0
+    assert parts == sorted(parts)  # no complete part is built again
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_with_other_workers_it_gives_the_same_bytes(program, said, tmp_path):
+def test_a_build_that_is_killed_at_random_moments_gives_the_same_bytes(program, log_of, tmp_path: Path) -> None:
     began = time.monotonic()
-    assert program("whole", "data.workers=2", f"data.cache={tmp_path}/whole").wait(120) == 0, said("whole")
+    assert program("whole", "data.workers=2", f"data.cache={tmp_path}/whole").wait(120) == 0, log_of("whole")
     seconds = time.monotonic() - began
-    chance, killed = random.Random(1), 0
+    rng, killed = random.Random(1), 0
     for _ in range(3):
         process = program("run", "data.workers=2", f"data.cache={tmp_path}/broken")
-        time.sleep(seconds * chance.uniform(0.5, 1))
+        time.sleep(seconds * rng.uniform(0.5, 1))
         if process.poll() is None:
             killed += 1
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     process = program("run", "data.workers=1", f"data.cache={tmp_path}/broken")
-    assert process.wait(120) == 0, said("run")
+    assert process.wait(120) == 0, log_of("run")
     assert killed > 0
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_runs_started_together_build_once(program, said, tmp_path):
+def test_two_runs_that_start_together_build_once(program, log_of, tmp_path: Path) -> None:
     both = [program(run, "data.workers=1", f"data.cache={tmp_path}/cache") for run in ("one", "two")]
-    assert [process.wait(120) for process in both] == [0, 0], said("one") + said("two")
-    assert sum("tokenise: 100%" in said(run) for run in ("one", "two")) == 1
+    assert [process.wait(120) for process in both] == [0, 0], log_of("one") + log_of("two")
+    assert sum("tokenize: 100%" in log_of(run) for run in ("one", "two")) == 1
     assert [path.name for path in (tmp_path / "cache").glob(".*.*-*")] == []
     assert len({(tmp_path / run / "data/sets/sample").resolve() for run in ("one", "two")}) == 1
 
 
-def test_many_workers_give_the_bytes_of_one(config, small, tmp_path):
+def test_several_workers_give_the_same_bytes_as_one(config, small_parts, tmp_path: Path) -> None:
     for workers in (1, 3):
         preprocess.run(config(f"data.workers={workers}", f"data.cache={tmp_path}/{workers}", run=f"run{workers}"))
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
 def key_of(config):
-    words = preprocess.load_tokenizer(config)
-    (one,) = preprocess.datasets.training(config.data).values()
-    return cache_key.key(one, config.data, words, "alpaca", preprocess.Path(config.run_dir) / "cache")
+    tokenizer = preprocess.load_tokenizer(config)
+    (dataset,) = preprocess.datasets.training(config.data).values()
+    return cache_key.compute_key(dataset, config.data, tokenizer, "alpaca", preprocess.Path(config.run_dir) / "cache")
 
 
 @pytest.mark.parametrize(
@@ -166,11 +170,11 @@ def key_of(config):
         ("train.global_batch=8", True),
     ],
 )
-def test_the_key_changes_with_what_makes_tokens_and_with_nothing_else(word, same, config):
+def test_the_key_changes_only_with_settings_that_decide_tokens(word, same, config) -> None:
     assert (key_of(config()) == key_of(config(word))) is same
 
 
-def test_the_key_follows_the_content_not_the_name_or_the_time(config, tmp_path):
+def test_the_key_depends_on_the_content_of_a_file_not_its_name_or_time(config, tmp_path: Path) -> None:
     first = key_of(config())
     path = tmp_path / "rows.jsonl"
     path.rename(tmp_path / "other.jsonl")
@@ -178,48 +182,51 @@ def test_the_key_follows_the_content_not_the_name_or_the_time(config, tmp_path):
     text = (tmp_path / "other.jsonl").read_text()
     before = (tmp_path / "other.jsonl").stat()
     (tmp_path / "other.jsonl").write_text(text.replace("Say 7,", "Say 8,"))
-    os.utime(tmp_path / "other.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t would
+    os.utime(tmp_path / "other.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t does
     assert key_of(config(f"data.path={tmp_path}/other.jsonl")) != first
 
 
-def test_a_known_file_is_not_hashed_again(config, tmp_path, monkeypatch):
+def test_a_known_file_is_not_hashed_again(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_key, "SETTLED_S", -1)
     first = key_of(config())
     monkeypatch.setattr(cache_key, "_sha256", lambda file: pytest.fail(f"{file} was read again"))
     assert key_of(config()) == first
 
 
-def test_another_run_takes_what_is_there(config, capsys):
+def test_another_run_uses_the_cached_set(config, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess.run(config())
     preprocess.run(config("data.seed=5", "data.packing=true", run="other"))
-    assert "there already" in capsys.readouterr().out
+    assert "already in the cache" in capsys.readouterr().out
 
 
-def test_tokens_that_were_deleted_are_told_with_the_remedy(config, tmp_path):
+def test_deleted_tokens_are_an_error_with_a_remedy(config, tmp_path: Path) -> None:
     preprocess.run(config(f"data.cache={tmp_path}/cache"))
     os.rename(tmp_path / "cache", tmp_path / "gone")
     with pytest.raises(DataError, match="preprocess again"):
-        batches.read(tmp_path / "run/data", "train")
+        batches.load_split(tmp_path / "run/data", "train")
 
 
-def test_every_sample_says_where_it_came_from(config, tmp_path):
+def test_every_sample_has_the_location_of_its_row(config, tmp_path: Path) -> None:
     preprocess.run(config("data.max_rows=50"))
-    one = tmp_path / "run/data/sets/sample"
-    found = token_dataset.read([one])
-    places = token_dataset.places(one, range(len(found)))
-    assert places == [f"{tmp_path}/rows.jsonl:{n + 1}" for n in range(50)]
+    set_folder = tmp_path / "run/data/sets/sample"
+    dataset = token_dataset.open_sets([set_folder])
+    locations = token_dataset.row_locations(set_folder, range(len(dataset)))
+    assert locations == [f"{tmp_path}/rows.jsonl:{n + 1}" for n in range(50)]
 
 
-def test_what_is_left_out_counts_as_a_row(config, tmp_path):
+def test_rows_that_are_left_out_count_as_rows(config, tmp_path: Path) -> None:
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"instruction": "a", "output": ""}\nno row\n')
     preprocess.run(config("data.gates.empty=0.01", "data.gates.unreadable=0.01"))
-    about = read_json(tmp_path / "run/data/data.json")["sets"]["sample"]
-    assert (about["rows"], about["samples"]) == (2002, 2000)
+    counts = read_json(tmp_path / "run/data/data.json")["sets"]["sample"]
+    assert (counts["rows"], counts["samples"]) == (2002, 2000)
 
 
-def test_splits_hold_every_sample_once(config, tmp_path):
+def test_the_splits_have_every_sample_once(config, tmp_path: Path) -> None:
     preprocess.run(config())
-    train, held = batches.read(tmp_path / "run/data", "train"), batches.read(tmp_path / "run/data", "validation")
+    train, held = (
+        batches.load_split(tmp_path / "run/data", "train"),
+        batches.load_split(tmp_path / "run/data", "validation"),
+    )
     assert np.array_equal(np.sort(np.concatenate([train.chosen, held.chosen])), np.arange(2000))
     assert 60 < len(held) < 140

@@ -1,8 +1,8 @@
-"""jobs/data/formats.py: for every format, rows as their documentation shows them and what they must become, by hand."""
+"""Every format: rows as in the documentation of LLaMA-Factory, Axolotl, TRL and OpenAI, and the samples they must become."""
 
 import pytest
 
-from jobs.data.formats import CONVERT, convert, recognise
+from jobs.data.formats import CONVERTERS, convert, detect_format
 from jobs.tokenization.conversation import Sample, Turn
 
 HI, HELLO = Turn("user", "Hi"), Turn("assistant", "Hello!")
@@ -22,7 +22,7 @@ def chat(*turns: Turn, tools: list | None = None) -> Sample:
     return Sample(turns=turns, tools=tools)
 
 
-def told(*pairs: tuple[str, object], keys: tuple[str, str] = ("role", "content")) -> list[dict]:
+def messages_of(*pairs: tuple[str, object], keys: tuple[str, str] = ("role", "content")) -> list[dict]:
     return [dict(zip(keys, pair, strict=True)) for pair in pairs]
 
 
@@ -67,24 +67,27 @@ ROWS = {
     ),
     "sharegpt": (
         "sharegpt",
-        {"conversations": told(("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
+        {"conversations": messages_of(("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
         chat(HI, HELLO),
     ),
     "sharegpt with system": (
         "sharegpt",
-        {"system": "Be kind.", "conversations": told(("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
+        {"system": "Be kind.", "conversations": messages_of(("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
         chat(Turn("system", "Be kind."), HI, HELLO),
     ),
     "sharegpt whose system turn wins": (
         "sharegpt",
-        {"system": "no", "conversations": told(("system", "yes"), ("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
+        {
+            "system": "no",
+            "conversations": messages_of(("system", "yes"), ("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT),
+        },
         chat(Turn("system", "yes"), HI, HELLO),
     ),
     "sharegpt with tools, as LLaMA-Factory's glaive": (
         "sharegpt",
         {
             "tools": '[{"name": "add", "parameters": {"type": "object"}}]',
-            "conversations": told(
+            "conversations": messages_of(
                 ("human", "1+1?"),
                 ("function_call", '{"name": "add", "arguments": {"a": 1}}'),
                 ("observation", '{"sum": 2}'),
@@ -98,7 +101,7 @@ ROWS = {
         "sharegpt",
         {
             "tools": "",
-            "conversations": told(
+            "conversations": messages_of(
                 ("human", "Hi"),
                 (
                     "function_call",
@@ -129,24 +132,24 @@ ROWS = {
     ),
     "conversations with role and content": (
         "messages",
-        {"conversations": told(("user", "Hi"), ("assistant", "Hello!"))},
+        {"conversations": messages_of(("user", "Hi"), ("assistant", "Hello!"))},
         chat(HI, HELLO),
     ),
     "pygmalion": (
         "sharegpt",
-        {"conversations": told(("user", "Hi"), ("bot", "Hello!"), keys=("role", "value"))},
+        {"conversations": messages_of(("user", "Hi"), ("bot", "Hello!"), keys=("role", "value"))},
         chat(HI, HELLO),
     ),
-    "messages": ("messages", {"messages": told(("user", "Hi"), ("assistant", "Hello!"))}, chat(HI, HELLO)),
+    "messages": ("messages", {"messages": messages_of(("user", "Hi"), ("assistant", "Hello!"))}, chat(HI, HELLO)),
     "messages beside a prompt": (
         "messages",
-        {"prompt": "Hi", "prompt_id": "7", "messages": told(("user", "Hi"), ("assistant", "Hello!"))},
+        {"prompt": "Hi", "prompt_id": "7", "messages": messages_of(("user", "Hi"), ("assistant", "Hello!"))},
         chat(HI, HELLO),
     ),
     "messages of parts": (
         "messages",
         {
-            "messages": told(
+            "messages": messages_of(
                 ("developer", "Be kind."),
                 ("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]),
                 ("assistant", [{"type": "text", "text": "Hello!"}]),
@@ -207,20 +210,20 @@ ROWS = {
     "prompt and completion of turns": (
         "prompt_completion",
         {
-            "prompt": told(("user", "a"), ("assistant", "b"), ("user", "Hi")),
-            "completion": told(("assistant", "Hello!")),
+            "prompt": messages_of(("user", "a"), ("assistant", "b"), ("user", "Hi")),
+            "completion": messages_of(("assistant", "Hello!")),
             "tools": [ADD],
         },
         chat(Turn("user", "a"), Turn("assistant", "b", train=False), HI, HELLO, tools=TOOLS),
     ),
     "prompt of turns, completion of text": (
         "prompt_completion",
-        {"prompt": told(("user", "Hi")), "completion": "Hello!"},
+        {"prompt": messages_of(("user", "Hi")), "completion": "Hello!"},
         chat(HI, HELLO),
     ),
     "prompt of text, completion of turns": (
         "prompt_completion",
-        {"prompt": "Hi", "completion": told(("assistant", "Hello!"))},
+        {"prompt": "Hi", "completion": messages_of(("assistant", "Hello!"))},
         chat(HI, HELLO),
     ),
     "axolotl's segments": (
@@ -239,15 +242,15 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("name", "row", "sample"), ROWS.values(), ids=ROWS)
-def test_a_documented_row_is_recognised_and_converted(name, row, sample):
-    found, why = recognise(row)
-    assert found == name
-    assert why.startswith("i")
+def test_a_documented_row_is_detected_and_converted(name, row, sample) -> None:
+    detected, reason = detect_format(row)
+    assert detected == name
+    assert reason.startswith("i")
     assert convert(row, name) == sample
 
 
-def test_every_format_has_a_row():
-    assert {name for name, _, _ in ROWS.values()} == set(CONVERT)
+def test_every_format_has_a_row() -> None:
+    assert {name for name, _, _ in ROWS.values()} == set(CONVERTERS)
 
 
 MAPPED = {
@@ -270,7 +273,7 @@ MAPPED = {
         Sample(parts=(("Which? a b\n", False), ("b", True))),
     ),
     "keys of a message": (
-        {"dialog": told(("customer", "Hi"), ("agent", "Hello!"), keys=("who", "said")), "about": "Be kind."},
+        {"dialog": messages_of(("customer", "Hi"), ("agent", "Hello!"), keys=("who", "said")), "about": "Be kind."},
         {"messages": "dialog", "system": "about", "role": "who", "content": "said"},
         "messages",
         chat(Turn("system", "Be kind."), HI, HELLO),
@@ -279,8 +282,8 @@ MAPPED = {
 
 
 @pytest.mark.parametrize(("row", "fields", "name", "sample"), MAPPED.values(), ids=MAPPED)
-def test_any_other_schema_is_mapped(row, fields, name, sample):
-    assert recognise(row, fields)[0] == name
+def test_other_columns_can_be_mapped(row, fields, name, sample) -> None:
+    assert detect_format(row, fields)[0] == name
     assert convert(row, name, fields, {"customer": "user", "agent": "assistant"}) == sample
 
 
@@ -288,7 +291,7 @@ def turns(*messages: dict) -> dict:
     return {"messages": list(messages)}
 
 
-USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 WRONG = {
     "unknown role": (
         turns({"role": "narrator", "content": "x"}),
@@ -307,18 +310,18 @@ WRONG = {
     "no turns": (turns(), "messages is empty"),
     "not an object": ({"messages": ["Hi"]}, r"messages\[0\] is 'Hi', not an object"),
     "an image": (
-        turns({"role": "user", "content": [{"type": "image_url"}]}, SAID),
+        turns({"role": "user", "content": [{"type": "image_url"}]}, ANSWER),
         r"messages\[0\].content\[0\] is of type image_url: only text",
     ),
-    "half a weight": (turns(USER, SAID | {"weight": 0.5}), r"messages\[1\].weight is 0.5"),
-    "parts of a turn": (turns(USER, SAID | {"train_detail": [{}]}), r"messages\[1\].train_detail .* not supported"),
-    "a call without a name": (turns(USER, SAID | {"tool_calls": [{}]}), r"messages\[1\].tool_calls\[0\] is no call"),
+    "half a weight": (turns(USER, ANSWER | {"weight": 0.5}), r"messages\[1\].weight is 0.5"),
+    "parts of a turn": (turns(USER, ANSWER | {"train_detail": [{}]}), r"messages\[1\].train_detail .* not supported"),
+    "a call without a name": (turns(USER, ANSWER | {"tool_calls": [{}]}), r"messages\[1\].tool_calls\[0\] is no call"),
     "a call that is not JSON": (
         turns(USER, {"role": "function_call", "content": "add(1)"}),
         r"messages\[1\].content is not valid JSON",
     ),
-    "tools that are not JSON": (turns(USER, SAID) | {"tools": "add"}, "tools is not valid JSON"),
-    "tools without names": (turns(USER, SAID) | {"tools": [{"a": 1}]}, r"tools\[0\] is no function's schema"),
+    "tools that are not JSON": (turns(USER, ANSWER) | {"tools": "add"}, "tools is not valid JSON"),
+    "tools without names": (turns(USER, ANSWER) | {"tools": [{"a": 1}]}, r"tools\[0\] is no function's schema"),
     "empty output": ({"instruction": "Hi", "output": ""}, "output is empty"),
     "empty question": ({"instruction": "", "input": "", "output": "x"}, "both empty"),
     "half a history": ({"instruction": "Hi", "output": "x", "history": [["a"]]}, r"history\[0\] is not a pair"),
@@ -326,59 +329,66 @@ WRONG = {
     "empty text": ({"text": " \n"}, "text is empty"),
     "unequal lengths": ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens, labels 1"),
     "half a character": ({"text": "Hi \ud83d"}, "text holds half a character"),
-    "half a character in a turn": (turns(USER, SAID | {"content": "\ude00"}), "messages holds half a character"),
-    "half a character in tools": (turns(USER, SAID) | {"tools": [ADD | {"a": "\ud83d"}]}, "tools holds half a"),
+    "half a character in a turn": (turns(USER, ANSWER | {"content": "\ude00"}), "messages holds half a character"),
+    "half a character in tools": (turns(USER, ANSWER) | {"tools": [ADD | {"a": "\ud83d"}]}, "tools holds half a"),
     "a part without text": (
-        turns(USER, SAID | {"content": [{"type": "text"}]}),
+        turns(USER, ANSWER | {"content": [{"type": "text"}]}),
         r"messages\[1\].content\[0\].text is null, not text: give its text",
     ),
-    "a part with null": (turns(USER, SAID | {"content": [{"type": "text", "text": None}]}), r"\[0\].text is null"),
-    "a part with a number": (turns(USER, SAID | {"content": [{"type": "text", "text": 5}]}), r"\[0\].text is int"),
-    "tools nested too deeply": (turns(USER, SAID) | {"tools": "[" * 200_000}, r"tools is not valid JSON \(nested"),
-    "tools with too long a number": (turns(USER, SAID) | {"tools": "1" * 5000}, r"tools is not valid JSON \(Exceeds"),
+    "a part with null": (turns(USER, ANSWER | {"content": [{"type": "text", "text": None}]}), r"\[0\].text is null"),
+    "a part with a number": (turns(USER, ANSWER | {"content": [{"type": "text", "text": 5}]}), r"\[0\].text is int"),
+    "tools nested too deeply": (turns(USER, ANSWER) | {"tools": "[" * 200_000}, r"tools is not valid JSON \(nested"),
+    "tools with too long a number": (turns(USER, ANSWER) | {"tools": "1" * 5000}, r"tools is not valid JSON \(Exceeds"),
     "a history of no pairs": ({"instruction": "Hi", "output": "x", "history": 5}, "history is 5, not a list"),
     "token ids of no list": ({"input_ids": 7}, "input_ids is 7, not a list: give a list of token ids"),
     "labels of no list": ({"input_ids": [7], "labels": 3}, "labels is 3, not a list"),
     "a mask of no list": ({"input_ids": [7], "attention_mask": 1}, "attention_mask is 1, not a list"),
     **{
-        f"a token that is {token!r}": ({"input_ids": [1, token]}, rf"input_ids\[1\] is {says}, not a token id")
-        for token, says in [(2**40, 2**40), (None, "null"), ([5], r"\[5\]"), (6.5, "6.5"), ("6", "'6'"), (True, True)]
+        f"a token that is {token!r}": ({"input_ids": [1, token]}, rf"input_ids\[1\] is {message}, not a token id")
+        for token, message in [
+            (2**40, 2**40),
+            (None, "null"),
+            ([5], r"\[5\]"),
+            (6.5, "6.5"),
+            ("6", "'6'"),
+            (True, True),
+        ]
     },
     "a label that is null": ({"input_ids": [1], "labels": [None]}, "a label is null where the token is 1"),
     "shifted labels": ({"input_ids": [1, 2], "labels": [2, -100]}, "a label is 2 where the token is 1"),
 }
 
 
-@pytest.mark.parametrize(("row", "says"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_learnt_is_said(row, says):
-    with pytest.raises(ValueError, match=says):
-        convert(row, recognise(row)[0])
+@pytest.mark.parametrize(("row", "message"), WRONG.values(), ids=WRONG)
+def test_a_row_that_cannot_be_trained_on_is_refused_with_the_reason(row, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(row, detect_format(row)[0])
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
-        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "column chosen marks preferences"),
-        ({"instruction": "Hi", "output": "a", "kto_tag": False}, "column kto_tag marks preferences"),
-        ({"prompt": "Hi", "completion": "a", "label": False}, "column label marks preferences"),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "column chosen marks preference data"),
+        ({"instruction": "Hi", "output": "a", "kto_tag": False}, "column kto_tag marks preference data"),
+        ({"prompt": "Hi", "completion": "a", "label": False}, "column label marks preference data"),
         ({"instruction": "Hi", "output": "a", "images": ["x.png"]}, "column images is not text"),
-        ({"a": 1, "b": 2}, "no known format has the columns a, b: name the format"),
+        ({"a": 1, "b": 2}, "no known format has the columns a, b: set data.format"),
         ({"prompt": "The sky is"}, "no known format"),
     ],
 )
-def test_rows_that_must_not_be_learnt_are_refused(row, says):
-    with pytest.raises(ValueError, match=says):
-        recognise(row)
+def test_unsupported_data_is_refused(row, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        detect_format(row)
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "fields", "says"),
+    ("row", "format", "fields", "message"),
     [
         (
             {"text": "x"},
             "alpaca",
             None,
-            "alpaca needs a column instruction or .*, and this row has text: all rows of a file",
+            "alpaca needs a column instruction or .*, and this row has text: all rows of a file must",
         ),
         ({"instruction": "x", "output": None}, "alpaca", None, "output is null: give its text"),
         ({"text": "x"}, "messages", None, "messages needs a column messages or"),
@@ -394,6 +404,6 @@ def test_rows_that_must_not_be_learnt_are_refused(row, says):
         ),
     ],
 )
-def test_a_row_of_another_schema_is_said(row, format, fields, says):
-    with pytest.raises(ValueError, match=says):
+def test_a_row_of_another_format_is_refused_with_the_reason(row, format, fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
         convert(row, format, fields)

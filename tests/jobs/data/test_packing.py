@@ -1,4 +1,4 @@
-"""How samples share rows, and what they cost."""
+"""Packing of samples into rows, and the cost of a row."""
 
 import bisect
 
@@ -7,30 +7,30 @@ import pytest
 
 from jobs.data import packing
 
-LAWS = {"mean 643": (5.9964, 1.0, 4096), "mean 1619": (7.1982, 0.7, 4096), "mean 1274": (6.5957, 1.1, 8192)}
+DISTRIBUTIONS = {"mean 643": (5.9964, 1.0, 4096), "mean 1619": (7.1982, 0.7, 4096), "mean 1274": (6.5957, 1.1, 8192)}
 
 
-def drawn(law, samples, seed=0):
-    """Lengths of lognormal samples, clipped to a row as preprocess cuts them, and the row's capacity."""
-    middle, width, capacity = LAWS[law]
-    lengths = np.random.default_rng(seed).lognormal(middle, width, samples)
+def draw_lengths(distribution, samples, seed=0):
+    """(lognormal sample lengths, clipped to a row as preprocess truncates them; capacity of the row)."""
+    mean, deviation, capacity = DISTRIBUTIONS[distribution]
+    lengths = np.random.default_rng(seed).lognormal(mean, deviation, samples)
     return np.clip(lengths.astype(np.int64), 1, capacity), capacity
 
 
 def slow_best_fit_decreasing(lengths, capacity):
-    """The rows of the plain algorithm, one sample after the other."""
+    """How many rows the textbook algorithm needs, which places one sample after the other."""
     rooms = []
     rows = 0
     for length in sorted(lengths.tolist(), reverse=True):
-        place = bisect.bisect_left(rooms, length)
-        room = rooms.pop(place) if place < len(rooms) else capacity
+        best = bisect.bisect_left(rooms, length)
+        room = rooms.pop(best) if best < len(rooms) else capacity
         rows += room == capacity
         bisect.insort(rooms, room - length)
     return rows
 
 
-def checked(lengths, capacity, seed=None):
-    """The packs of these lengths, once every sample is in exactly one row and no row is empty or too long."""
+def checked_pack(lengths, capacity, seed=None):
+    """Pack these lengths; checks that every sample is in exactly one row, and that no row is empty or too long."""
     packs = packing.pack(lengths, capacity, seed)
     assert sorted(packs.order.tolist()) == list(range(len(lengths)))
     assert packs.starts[0] == 0
@@ -40,54 +40,54 @@ def checked(lengths, capacity, seed=None):
     return packs
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_rows_are_as_few_as_the_plain_algorithm_makes(law):
-    lengths, capacity = drawn(law, 30_000)
-    packs = checked(lengths, capacity)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_packing_needs_as_few_rows_as_the_textbook_algorithm(distribution) -> None:
+    lengths, capacity = draw_lengths(distribution, 30_000)
+    packs = checked_pack(lengths, capacity)
     assert len(packs) == slow_best_fit_decreasing(lengths, capacity)
     assert lengths.sum() / (len(packs) * capacity) >= 0.998
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_small_and_odd_sets_are_packed_as_by_the_plain_algorithm(seed):
+def test_small_inputs_need_as_few_rows_as_the_textbook_algorithm(seed) -> None:
     random = np.random.default_rng(seed)
     capacity = int(random.integers(1, 60))
     lengths = random.integers(1, random.integers(1, capacity + 1), size=random.integers(1, 300), endpoint=True)
-    assert len(checked(lengths, capacity)) == slow_best_fit_decreasing(lengths, capacity)
+    assert len(checked_pack(lengths, capacity)) == slow_best_fit_decreasing(lengths, capacity)
 
 
-def test_rows_longer_than_16_bits_are_sorted_and_packed():
+def test_lengths_above_16_bits_are_packed() -> None:
     lengths = np.random.default_rng(0).integers(1, 131_073, size=2000)
-    packs = checked(lengths, 131_072)
+    packs = checked_pack(lengths, 131_072)
     assert len(packs) == slow_best_fit_decreasing(lengths, 131_072)
     first = lengths[packs.order[packs.starts[:-1]]]
-    assert (np.diff(first) <= 0).all(), "rows are opened by falling length"
+    assert (np.diff(first) <= 0).all(), "new rows begin with ever shorter samples"
 
 
 @pytest.mark.parametrize(
     ("lengths", "capacity", "rows"),
     [([], 8, 0), ([3], 8, 1), ([8] * 5, 8, 5), ([3] * 7, 8, 4), ([1] * 16, 8, 2), ([5, 3, 4, 4], 8, 2), ([1], 1, 1)],
 )
-def test_edges(lengths, capacity, rows):
-    assert len(checked(np.array(lengths, dtype=np.int64), capacity)) == rows
+def test_edge_cases(lengths, capacity, rows) -> None:
+    assert len(checked_pack(np.array(lengths, dtype=np.int64), capacity)) == rows
 
 
-def test_the_same_arguments_give_the_same_rows_and_a_seed_other_neighbours():
-    lengths, capacity = drawn("mean 643", 5000)
+def test_packing_is_deterministic_and_a_seed_changes_which_samples_share_a_row() -> None:
+    lengths, capacity = draw_lengths("mean 643", 5000)
     plain, again = packing.pack(lengths, capacity), packing.pack(lengths.astype(np.int32), capacity)
-    one, other = checked(lengths, capacity, seed=1), checked(lengths, capacity, seed=2)
+    one, other = checked_pack(lengths, capacity, seed=1), checked_pack(lengths, capacity, seed=2)
     assert np.array_equal(plain.order, again.order)
     assert np.array_equal(one.order, packing.pack(lengths, capacity, seed=1).order)
     assert not np.array_equal(one.order, other.order)
     assert len(plain) == len(one) == len(other)
 
 
-def test_a_row_is_its_samples_longest_first():
+def test_a_row_lists_its_samples_longest_first() -> None:
     packs = packing.pack(np.array([2, 5, 1, 3]), 8)
     assert [packs.row(number).tolist() for number in range(len(packs))] == [[1, 3], [0, 2]]
 
 
-def test_what_a_row_costs_is_its_samples_added_up():
+def test_the_cost_of_a_row_is_the_sum_of_its_samples() -> None:
     packs = packing.pack(np.array([2, 5, 1, 3]), 8)
     assert packs.sums(packing.attention_cost(np.array([2, 5, 1, 3]), 10)).tolist() == [11.4, 3.5]
 
@@ -102,12 +102,12 @@ def test_what_a_row_costs_is_its_samples_added_up():
         ([3], 0, "capacity=0"),
     ],
 )
-def test_what_cannot_be_packed_is_named(lengths, capacity, message):
+def test_invalid_lengths_are_refused(lengths, capacity, message) -> None:
     with pytest.raises(ValueError, match=message):
         packing.pack(np.array(lengths), capacity)
 
 
-def test_cost_is_linear_for_short_samples_and_double_at_the_factor():
+def test_cost_is_linear_for_short_samples_and_double_at_the_factor() -> None:
     cost = packing.attention_cost(np.array([1, 1000]), 1000)
     assert cost.tolist() == [1.001, 2000.0]
     with pytest.raises(ValueError, match="hidden_factor=0"):

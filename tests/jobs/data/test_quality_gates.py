@@ -1,4 +1,4 @@
-"""What the gates find in rows, and where they stop."""
+"""What the quality gates find in rows, and when they stop the run."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from conf.errors import Problem
 from conf.schema import Gates
 from jobs.data import quality_gates
-from jobs.data.quality_gates import Findings, judged
-from jobs.data.sources import Unreadable
+from jobs.data.file_readers import Unreadable
+from jobs.data.quality_gates import Findings, judge
 from jobs.tokenization.conversation import Empty, Sample, Turn, UnknownRole
 
-HOLES = [
+PLACEHOLDERS = [
     "{instruction}",
     "Below is a task.\n\n### Instruction:\n{instruction}\n\n### Response:",
     "Answer this: {question}",
@@ -28,7 +28,7 @@ HOLES = [
     "{%- if input -%}x{% endif %}",
     "{% for turn in turns %}",
 ]
-WHOLE = [
+NO_PLACEHOLDERS = [
     '{"instruction": "Add", "input": {"a": 1}, "output": [{"x": {}}]}',
     json.dumps({"question": "Why?", "nested": {"answer": {"text": "So."}}}, indent=2),
     r"\frac{{a}}{b} + x^{{n}} \textbf{output} \input{context} {\bf text}",
@@ -48,24 +48,24 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("text", HOLES)
-def test_a_hole_left_open_is_found(text):
-    assert quality_gates.hole(Sample(turns=(Turn("user", "Hello"), Turn("assistant", text))))
-    assert quality_gates.hole(Sample(parts=(("before", False), (text, True))))
+@pytest.mark.parametrize("text", PLACEHOLDERS)
+def test_an_unfilled_placeholder_is_found(text) -> None:
+    assert quality_gates.find_placeholder(Sample(turns=(Turn("user", "Hello"), Turn("assistant", text))))
+    assert quality_gates.find_placeholder(Sample(parts=(("before", False), (text, True))))
 
 
-@pytest.mark.parametrize("text", WHOLE)
-def test_braces_of_json_latex_and_code_are_no_holes(text):
-    assert quality_gates.hole(Sample(turns=(Turn("user", text),), parts=((text, True),))) is None
+@pytest.mark.parametrize("text", NO_PLACEHOLDERS)
+def test_braces_of_json_latex_and_code_are_not_placeholders(text) -> None:
+    assert quality_gates.find_placeholder(Sample(turns=(Turn("user", text),), parts=((text, True),))) is None
 
 
-def test_a_hole_behind_code_is_found_and_named():
+def test_a_placeholder_after_a_line_of_code_is_found() -> None:
     text = 'print(f"{input}")\nSummarise {document}, please.'
-    assert quality_gates.hole(Sample(parts=((text, True),))) == "{document}"
+    assert quality_gates.find_placeholder(Sample(parts=((text, True),))) == "{document}"
 
 
-def test_finished_tokens_have_no_holes():
-    assert quality_gates.hole(Sample(ids=(1, 2))) is None
+def test_rows_of_tokens_have_no_placeholders() -> None:
+    assert quality_gates.find_placeholder(Sample(ids=(1, 2))) is None
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_finished_tokens_have_no_holes():
         (ValueError("x"), "unusable"),
     ],
 )
-def test_the_kind_of_an_error_is_its_gate(error, gate):
-    assert quality_gates.of_error(error) == gate
+def test_the_class_of_an_error_decides_its_gate(error, gate) -> None:
+    assert quality_gates.gate_of(error) == gate
 
 
-def test_all_are_counted_and_the_first_ten_are_named():
+def test_all_rows_are_counted_and_the_first_ten_are_listed() -> None:
     findings = Findings()
     for number in range(25):
         findings.add("overlong", f"a:{number}", "9 tokens")
@@ -89,7 +89,7 @@ def test_all_are_counted_and_the_first_ten_are_named():
     assert findings.first["overlong"] == [(f"a:{number}", "9 tokens") for number in range(10)]
 
 
-def test_merging_adds_up_and_keeps_the_first_ten_in_order():
+def test_merging_adds_counts_and_keeps_the_first_ten_in_order() -> None:
     one, other = Findings(), Findings()
     for number in range(7):
         one.add("empty", f"a:{number}")
@@ -98,23 +98,23 @@ def test_merging_adds_up_and_keeps_the_first_ten_in_order():
     one.merge(other)
     assert one.counts == {"empty": 14, "roles": 1}
     assert [place for place, _ in one.first["empty"]] == [f"a:{n}" for n in range(7)] + [f"b:{n}" for n in range(3)]
-    assert len(other.first["empty"]) == 7, "what was merged stays as it was"
+    assert len(other.first["empty"]) == 7, "merging must not change the other findings"
 
 
-def test_findings_come_back_from_json():
+def test_findings_come_back_from_json() -> None:
     findings = Findings()
     findings.add("roles", "a:1", "who?")
-    again = Findings()
-    again.merge(Findings(**json.loads(json.dumps(findings.plain()))))
-    assert again == findings
+    restored = Findings()
+    restored.merge(Findings(**json.loads(json.dumps(findings.to_json()))))
+    assert restored == findings
 
 
-def test_what_was_found_at_once_has_its_own_number_of_rows():
+def test_a_gate_can_check_fewer_than_all_rows() -> None:
     findings = Findings()
-    findings.note("duplicates", [], 0)
-    findings.note("overlap", ["a:1", "a:2"], 30, of=40)
+    findings.add_many("duplicates", [], 0)
+    findings.add_many("overlap", ["a:1", "a:2"], 30, checked=40)
     assert findings.counts == {"overlap": 30}
-    (verdict,) = judged(findings, 1000, Gates())
+    (verdict,) = judge(findings, 1000, Gates())
     assert (verdict.count, verdict.rows, verdict.share, verdict.stops) == (30, 40, 0.75, True)
     assert verdict.first == [("a:1", ""), ("a:2", "")]
 
@@ -132,41 +132,40 @@ def test_what_was_found_at_once_has_its_own_number_of_rows():
         (30, 10, 1.0, False),  # samples of rows that were split
     ],
 )
-def test_a_share_above_the_limit_stops_and_one_at_it_passes(count, rows, limit, stops):
+def test_a_share_above_the_limit_stops_the_run_and_one_at_the_limit_does_not(count, rows, limit, stops) -> None:
     findings = Findings()
-    findings.note("untrained", [], count)
-    assert [verdict.stops for verdict in judged(findings, rows, Gates(untrained=limit))] == [stops] * (count > 0)
+    findings.add_many("untrained", [], count)
+    assert [verdict.stops for verdict in judge(findings, rows, Gates(untrained=limit))] == [stops] * (count > 0)
 
 
-def test_every_gate_has_a_limit_and_a_meaning_and_what_is_no_gate_is_not_judged():
+def test_every_gate_has_a_limit_and_a_meaning_and_unknown_gates_are_ignored() -> None:
     assert set(quality_gates.MEANINGS) == set(vars(Gates()))
     findings = Findings()
     findings.add("split", "a:1")
-    assert judged(findings, 1, Gates()) == []
+    assert judge(findings, 1, Gates()) == []
 
 
-def test_a_stop_names_key_share_remedy_and_places():
+def test_an_error_names_key_share_remedy_and_rows() -> None:
     findings = Findings()
     for number in range(12):
         findings.add("roles", f"rows.jsonl:{number + 1}", "turn 0.from is\n'robot'")
-    (verdict,) = judged(findings, 1200, Gates())
+    (verdict,) = judge(findings, 1200, Gates())
     assert isinstance(verdict.problem, Problem)
     lines = str(verdict.problem).splitlines()
     assert lines[0] == (
-        "data.gates.roles=0: 12 of 1,200 rows have an unknown speaker (1.00%); "
-        "mend them, or raise the share that is let through:"
+        "data.gates.roles=0: 12 of 1,200 rows have an unknown role (1.00%); fix the rows, or raise this limit to allow them:"
     )
     assert lines[1] == "  rows.jsonl:1: turn 0.from is 'robot'"
     assert lines[11] == "  ... and 2 more"
     assert len(lines) == 12
 
 
-def test_a_warning_says_what_it_let_through():
+def test_a_warning_says_what_was_found() -> None:
     findings = Findings()
     findings.add("overlong", "rows.jsonl:3", "9,000 tokens")
-    findings.note("duplicates", [], 2)
-    said = [str(verdict) for verdict in judged(findings, 100, Gates())]
-    assert said == [
+    findings.add_many("duplicates", [], 2)
+    messages = [str(verdict) for verdict in judge(findings, 100, Gates())]
+    assert messages == [
         "1 of 100 rows are longer than data.max_length (1.00%, data.gates.overlong=0.2):\n  rows.jsonl:3: 9,000 tokens",
-        "2 of 100 rows are equal to a row before (2.00%, data.gates.duplicates=0.2)",
+        "2 of 100 rows are equal to an earlier row (2.00%, data.gates.duplicates=0.2)",
     ]

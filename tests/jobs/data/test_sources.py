@@ -1,4 +1,4 @@
-"""Every kind of file gives the same rows with the place of each; what is broken is named by file and line."""
+"""Every file format gives the same rows with their locations; broken rows and files are named by file and line."""
 
 import bz2
 import gzip
@@ -6,16 +6,26 @@ import json
 import lzma
 import random
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from conf.errors import DataError
+from conf.errors import DataError, Problem
 from jobs.data import file_readers, sources
 
 ROWS = [{"instruction": f"Say {n}.", "output": "é\nü" if n == 3 else "x" * n} for n in range(7)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def rows_of(path, split=None):
+    """(location, row) of every row; raises DataError for the first that cannot be read."""
+    for block in sources.read_blocks(path, split):
+        for number, row in block.parsed():
+            if isinstance(row, file_readers.Unreadable):
+                raise DataError(Problem("data.path", f"{block.location}{number}", str(row)))
+            yield f"{block.location}{number}", row
 
 
 def write_parquet(path):
@@ -50,34 +60,34 @@ def write_csv(path):
         ("a.csv", write_csv),
     ],
 )
-def test_every_kind_of_file_gives_the_rows(name, write, tmp_path):
+def test_every_file_format_gives_the_same_rows(name, write, tmp_path: Path) -> None:
     write(tmp_path / name)
-    assert [row for _, row in sources.rows(str(tmp_path / name))] == ROWS
+    assert [row for _, row in rows_of(str(tmp_path / name))] == ROWS
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_an_array_is_decoded_across_chunks(chunk, tmp_path, monkeypatch):
+def test_an_array_is_decoded_across_chunks(chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_readers, "CHUNK", chunk)
     (tmp_path / "a.json").write_text(json.dumps([*ROWS, {"n": 12.5}], indent=2))
-    assert [row for _, row in sources.rows(str(tmp_path / "a.json"))] == [*ROWS, {"n": 12.5}]
+    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == [*ROWS, {"n": 12.5}]
 
 
-def test_places_are_lines(tmp_path):
+def test_row_numbers_are_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n" + LINES)
     (tmp_path / "b.json").write_text(json.dumps(ROWS[:2], indent=1))
-    assert next(sources.rows(str(tmp_path / "a.jsonl")))[0].endswith("a.jsonl:2")
-    assert [where.rsplit(":", 1)[1] for where, _ in sources.rows(str(tmp_path / "b.json"))] == ["2", "6"]
+    assert next(rows_of(str(tmp_path / "a.jsonl")))[0].endswith("a.jsonl:2")
+    assert [where.rsplit(":", 1)[1] for where, _ in rows_of(str(tmp_path / "b.json"))] == ["2", "6"]
 
 
 @pytest.mark.parametrize("path", ["", "*.jsonl"])
-def test_a_folder_or_a_glob_is_all_its_files_in_order(path, tmp_path):
+def test_a_folder_or_a_glob_gives_all_files_in_order(path, tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
-    assert [row["text"] for _, row in sources.rows(str(tmp_path / path))] == ["a.jsonl", "b.jsonl"]
+    assert [row["text"] for _, row in rows_of(str(tmp_path / path))] == ["a.jsonl", "b.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": ', r"a\.jsonl:2.*not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2.*not an object"),
@@ -87,7 +97,7 @@ def test_a_folder_or_a_glob_is_all_its_files_in_order(path, tmp_path):
         ("a.json", b'[{"a": 1},\n{"a": 2}\n', r"a\.json:3.*not valid JSON"),
         ("a.json", b'[{"a": 1},\n{"a": nope}]', r"a\.json:2.*not valid JSON"),
         ("a.json", b"[]", "has no rows"),
-        ("a.json", b'[{"a": 1}]\n garbage', r"a\.json:2.*not valid JSON: something other than an array"),
+        ("a.json", b'[{"a": 1}]\n garbage', r"a\.json:2.*not valid JSON: only another array may follow"),
         ("a.json", b'[{"a": 1}]\n[{"a": 2}', r"a\.json:2.*not valid JSON: the array does not end"),
         ("a.json", b'[{"a": 1}\n{"a": 2}]', r"a\.json:2.*not valid JSON: a comma is missing"),
         ("a.json", b'[{"a": 1},\n{"a": ' + b"1" * 5000 + b"}]", r"a\.json:2.*not valid JSON: Exceeds the limit"),
@@ -105,20 +115,20 @@ def test_a_folder_or_a_glob_is_all_its_files_in_order(path, tmp_path):
         ("a.xlsx", b"", "ends in none of"),
     ],
 )
-def test_broken_files_are_named(name, content, said, tmp_path):
+def test_broken_files_are_named(name, content, message, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
-        list(sources.rows(str(tmp_path / name)))
+    with pytest.raises(DataError, match=message):
+        list(rows_of(str(tmp_path / name)))
 
 
-def test_a_long_field_is_read_and_a_row_has_the_line_where_it_begins(tmp_path):
+def test_a_csv_row_can_be_long_and_is_numbered_by_its_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('a,b\n"1\n2",3\n\n4,' + "5" * 200_000)
-    rows = list(sources.rows(str(tmp_path / "a.csv")))
+    rows = list(rows_of(str(tmp_path / "a.csv")))
     assert [where.rsplit(":", 1)[1] for where, _ in rows] == ["2", "5"]
     assert [row["b"] for _, row in rows] == ["3", "5" * 200_000]
 
 
-def test_an_early_error_in_an_array_is_said_before_the_file_is_read(tmp_path, monkeypatch):
+def test_an_early_error_in_an_array_is_raised_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_readers, "CHUNK", 2**10)
     (tmp_path / "a.json").write_text('[{"a": nope},' + '{"a": 1},' * 10_000)
     with (tmp_path / "a.json").open("rb") as opened:
@@ -127,58 +137,58 @@ def test_an_early_error_in_an_array_is_said_before_the_file_is_read(tmp_path, mo
         assert opened.tell() < 2**15
 
 
-def test_a_large_row_group_is_read_piece_by_piece(tmp_path):
+def test_a_large_row_group_is_read_in_small_batches(tmp_path: Path) -> None:
     table = arrow.table({"text": [random.Random(row).randbytes(2000).hex() for row in range(4000)]})
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="none")
     tracemalloc.start()
     try:
-        assert next(sources.blocks(str(tmp_path / "a.parquet"))).rows[0][1] == table.slice(0, 1).to_pylist()[0]
+        assert next(sources.read_blocks(str(tmp_path / "a.parquet"))).rows[0][1] == table.slice(0, 1).to_pylist()[0]
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
 
 
 @pytest.mark.parametrize("path", ["", "*"])
-def test_what_is_no_data_is_left_out(path, tmp_path):
+def test_metadata_and_other_files_are_skipped(path, tmp_path: Path) -> None:
     for name in ("dataset_info.json", "state.json", "dataset_dict.json", "README.md"):
         (tmp_path / name).write_text('{"text": "no"}')
     with pytest.raises(DataError, match="has no file ending in"):
-        sources.files(str(tmp_path / path))
+        sources.data_files(str(tmp_path / path))
     (tmp_path / "a.JSON").write_text('{"text": "yes"}')
-    assert [row["text"] for _, row in sources.rows(str(tmp_path / path))] == ["yes"]
+    assert [row["text"] for _, row in rows_of(str(tmp_path / path))] == ["yes"]
 
 
-def test_a_percentage_counts_what_cannot_be_read(tmp_path):
+def test_a_percentage_counts_unreadable_rows_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\nbroken\n{"a": 2}\n{"a": 3}\n')
-    found = [item for block in sources.blocks(str(tmp_path / "a.jsonl"), "[50%:]") for item in block.parsed()]
-    assert found == [(3, {"a": 2}), (4, {"a": 3})]
+    rows = [item for block in sources.read_blocks(str(tmp_path / "a.jsonl"), "[50%:]") for item in block.parsed()]
+    assert rows == [(3, {"a": 2}), (4, {"a": 3})]
 
 
 class Hub(list):
-    """A data set of the Hub whose rows after the first cannot be read."""
+    """A Hub data set that fails after its first row."""
 
     def __iter__(self):
         yield self[0]
         raise OSError("\n")
 
 
-def test_what_the_hub_does_not_say_is_named_by_its_kind(monkeypatch):
+def test_an_error_of_the_hub_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_, **__):
         raise ConnectionError
 
     monkeypatch.setattr("datasets.load_dataset", refused)
-    with pytest.raises(DataError, match="the Hub says: ConnectionError"):
-        list(sources.rows("owner/name"))
+    with pytest.raises(DataError, match="the Hub answers: ConnectionError"):
+        list(rows_of("owner/name"))
 
 
-def test_a_hub_set_is_counted_by_its_length_and_its_errors_are_said(monkeypatch):
+def test_the_length_of_a_hub_set_is_used_and_its_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub([{"a": 1}, {"a": 2}]))
     with pytest.raises(DataError, match="owner/name.*cannot be read after row 0: OSError"):
-        list(sources.rows("owner/name", "[50%:]"))
+        list(rows_of("owner/name", "[50%:]"))
 
 
-@pytest.mark.parametrize(("path", "said"), [("/nowhere/a.jsonl", "no such file"), ("./*.jsonl", "no such file")])
-def test_what_is_not_there_is_named(path, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("path", "message"), [("/nowhere/a.jsonl", "no such file"), ("./*.jsonl", "no such file")])
+def test_a_missing_file_is_named(path, message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=said):
-        list(sources.rows(path))
+    with pytest.raises(DataError, match=message):
+        list(rows_of(path))

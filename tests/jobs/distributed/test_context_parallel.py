@@ -26,11 +26,11 @@ def _shared(rank: int, size: int, kind: str) -> None:
         every = np.arange(len(found))
         whole = network(kind, num_attention_heads=4, num_key_value_heads=2)  # fewer key heads than four ranks
         context_parallel.install(whole.config, World(rank, size, rank, size, torch.device("cpu")))
-        expected = loss.summed_cross_entropy(whole, batches.batch(found, every, pad=0))
+        expected = loss.summed_cross_entropy(whole, batches.collate(found, every, pad=0))
         expected.backward()
         part = network(kind, attention=attention.NAMES[Attention.varlen], num_attention_heads=4, num_key_value_heads=2)
         context_parallel.install(part.config, world)
-        batch = batches.batch(found, every, pad=0, share=world.share)
+        batch = batches.collate(found, every, pad=0, share=world.share)
         mine = loss.summed_cross_entropy(part, batch)
         mine.backward()
         summed = mine.detach().clone()
@@ -51,12 +51,12 @@ def test_loss_and_gradients_are_those_of_whole_rows(size, kind):
 def test_stretches_make_up_the_row():
     found = rows(LENGTHS, 24)
     every = np.arange(len(found))
-    whole = batches.batch(found, every, pad=0, multiple=24)
-    parts = [batches.batch(found, every, pad=0, share=(which, 3)) for which in range(3)]
+    whole = batches.collate(found, every, pad=0, multiple=24)
+    parts = [batches.collate(found, every, pad=0, share=(which, 3)) for which in range(3)]
     for name in ("input_ids", "position_ids"):
-        assert torch.equal(torch.cat([part[name] for part in parts], 1), whole[name])
-    assert sum(len(part["trained"]) for part in parts) == len(whole["trained"])
-    assert all(torch.equal(part["cu_seqlens"], whole["cu_seqlens"]) for part in parts)
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(whole, name))
+    assert sum(len(part.trained) for part in parts) == len(whole.trained)
+    assert all(torch.equal(part.cu_seqlens, whole.cu_seqlens) for part in parts)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused():

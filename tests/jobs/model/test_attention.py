@@ -26,7 +26,7 @@ def loss_and_gradients(model, *batches):
 
 
 def one_row_batches(all_rows):
-    return [data.batch(all_rows, np.array([row]), pad=0) for row in range(len(all_rows))]
+    return [data.collate(all_rows, np.array([row]), pad=0) for row in range(len(all_rows))]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_flops_are_those_that_torch_counts(kind: str, adapter: str, tied: bool) 
     embedding = base.get_input_embeddings()
     embedding.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())  # gradients reach block 1
     with FlopCounterMode(display=False) as counter:
-        base(input_ids=whole(rows([length], trained=1.1))["input_ids"]).logits.sum().backward()
+        base(input_ids=whole(rows([length], trained=1.1)).input_ids).logits.sum().backward()
     # a full mask costs twice a causal one
     ours = counted.training(tokens=length, trained_tokens=length, squared_lengths=2 * length**2)
     assert counted.frozen == frozen

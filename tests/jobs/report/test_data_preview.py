@@ -75,7 +75,9 @@ def split(made, chosen=None, pack_into=None):
         np.concatenate([np.asarray(trained, dtype=np.uint8) for _, trained in made]),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     )
-    return batches.arrange(token_dataset.of([part]), np.arange(len(made)) if chosen is None else chosen, pack_into)
+    return batches.make_rows(
+        token_dataset.from_parts([part]), np.arange(len(made)) if chosen is None else chosen, pack_into
+    )
 
 
 def place(number):
@@ -210,7 +212,7 @@ def test_what_rows_hold_is_text_and_never_markup(words):
             words,
             max_length=512,
             packed=False,
-            found=quality_gates.judged(findings, 1, Gates()),
+            found=quality_gates.judge(findings, 1, Gates()),
         )
     )
     names = {tag for tag, _ in found.tags}
@@ -257,13 +259,13 @@ def test_a_sample_says_whether_it_was_cut(words):
 
 def test_stops_and_warnings_are_told_apart(words):
     findings = Findings()
-    findings.note("duplicates", ["rows.jsonl:7"], 1)
-    findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
-    text = made_page(words, split([encoded(words, "q", "a")]), found=quality_gates.judged(findings, 100, Gates()))
+    findings.add_many("duplicates", ["rows.jsonl:7"], 1)
+    findings.add_many("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
+    text = made_page(words, split([encoded(words, "q", "a")]), found=quality_gates.judge(findings, 100, Gates()))
     stop, warning = text.index("stops the run"), text.index(">warning<")
     assert stop < warning
     assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
-    assert "<strong>1</strong> of 100 rows are equal to a row before: 1.00%, within" in text
+    assert "<strong>1</strong> of 100 rows are equal to an earlier row: 1.00%, within" in text
     assert "the first 10" in text
     assert "<code>rows.jsonl:7</code>" in text[warning:]
 
@@ -320,5 +322,5 @@ def test_the_page_stays_small_however_long_the_samples(words, text):
 
 def test_empty_validation_shows(words):
     rows = split([encoded(words, "q", "a")] * 3)
-    none = batches.arrange(rows.samples, np.zeros(0, dtype=np.int64))
+    none = batches.make_rows(rows.samples, np.zeros(0, dtype=np.int64))
     parsed(made_page(words, none, validation=none))

@@ -16,8 +16,8 @@ HEADS = {"untied": {}, "tied": {"tie_word_embeddings": True}}
 
 
 def unfused_loss(model, batch):
-    logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=batches.IGNORED, reduction="sum")
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(logits, batch.labels[:, 1:].flatten(), ignore_index=batches.IGNORED, reduction="sum")
 
 
 def loss_and_gradients(value, model):
@@ -80,15 +80,7 @@ def test_only_trained_tokens_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> 
         fused_cross_entropy, "_loss_and_grad", lambda logits, *rest: seen.append(len(logits)) or original(logits, *rest)
     )
     loss.summed_cross_entropy(model, batch)
-    assert sum(seen) == (batch["labels"][:, 1:] != batches.IGNORED).sum() < batch["input_ids"].numel() / 2
-
-
-def test_trained_positions_are_computed_if_the_batch_lacks_them() -> None:
-    model, batch = network(), whole(rows(LENGTHS))
-    assert fused_cross_entropy.fuse(model)
-    assert loss.summed_cross_entropy(model, batch) == loss.summed_cross_entropy(
-        model, {name: batch[name] for name in ("input_ids", "labels")}
-    )
+    assert sum(seen) == (batch.labels[:, 1:] != batches.IGNORED).sum() < batch.input_ids.numel() / 2
 
 
 @pytest.mark.parametrize(
@@ -108,9 +100,9 @@ def test_a_model_that_changes_its_logits_is_not_fused(kind, extra) -> None:
 
 def test_a_fused_model_still_gives_logits() -> None:
     model, batch = network(), whole(rows(LENGTHS))
-    before = model(input_ids=batch["input_ids"]).logits
+    before = model(input_ids=batch.input_ids).logits
     assert fused_cross_entropy.fuse(model)
-    assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+    assert torch.equal(model(input_ids=batch.input_ids).logits, before)
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -93,6 +93,7 @@ def peak_bytes(work: Any) -> int:
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32], ids=lambda item: item.name)
 def test_the_estimate_of_logits_matches_the_plain_loss(compose: Compose, precision: Precision) -> None:
     torch = pytest.importorskip("torch")
+    from jobs.data.batches import Batch
     from jobs.training import loss
 
     rows, length, vocabulary, hidden = 2, 64, 4096, 4
@@ -100,7 +101,7 @@ def test_the_estimate_of_logits_matches_the_plain_loss(compose: Compose, precisi
     head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=dtype)
     states = torch.randn(rows, length, hidden, dtype=dtype)
     ids = torch.randint(0, vocabulary, (rows, length))
-    batch = {"input_ids": ids, "labels": ids}
+    batch = Batch(input_ids=ids, labels=ids, trained=torch.arange(0))  # `trained` is for fused losses
     model = torch.nn.Module()
     model.config = SimpleNamespace(_attn_implementation="sdpa")
     model.forward = lambda **_: SimpleNamespace(logits=head(states))
