@@ -216,7 +216,7 @@ def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], to
                 training.train_rows, own_rows, training.pad_token, device=world.device, share=world.share
             )
         with timer("forward"):
-            micro_batch_loss = loss.summed(training.engine.module, batch)
+            micro_batch_loss = loss.summed_cross_entropy(training.engine.module, batch)
         with timer("backward"):
             is_last = number == len(micro_batches)  # replicas average gradients once per step, on the last micro batch
             training.backend.backward(training.engine, micro_batch_loss * loss_scale, last=is_last)

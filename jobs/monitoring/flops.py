@@ -65,7 +65,7 @@ def count_weights(model: nn.Module, *, frozen: bool) -> ModelFlops:
 
     `frozen`: only adapters are trained, so parameters with requires_grad are adapter weights and are not counted.
     """
-    language_model = unwrap.causal(model)
+    language_model = unwrap.causal_lm(model)
     shape = language_model.config.get_text_config()
     head = language_model.get_output_embeddings()
     while hasattr(head, "base_layer"):  # the head may be wrapped by an adapter

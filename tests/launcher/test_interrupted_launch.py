@@ -12,7 +12,7 @@ import pytest
 
 from conf import resolve
 from launcher.run_folder import attempts
-from tests.slurm.runs import until
+from tests.slurm.runs import wait_until
 from tests.test_readme import CLONE
 
 WORDS = ["cluster=slurm", "model=llama70b", "parallel=zero3", "submit=script"]
@@ -72,10 +72,10 @@ def test_ending_a_local_launch_ends_its_ranks(tmp_path: Path, number: signal.Sig
     background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]  # as `launch.py &` does
     line = [*background, sys.executable, str(CLONE / "launch.py"), *words]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
-        until(lambda: any("loss" in line for line in attempts.metrics(run)))
-        until(lambda: len(process_ids()) == 2)  # published every ten seconds
+        wait_until(lambda: any("loss" in line for line in attempts.metrics(run)))
+        wait_until(lambda: len(process_ids()) == 2)  # published every ten seconds
         ranks = process_ids()
         process.send_signal(number)
         assert process.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
     assert process.returncode == 130
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
