@@ -58,10 +58,9 @@ def run(config: Config) -> None:
     held_out_tokens = (
         token_dataset.open_sets([item.folder for item in held_out.values()]) if held_out else training_tokens
     )
+    pack_into = config.data.max_length if config.data.packing else None
     rows = {
-        TRAIN: batches.make_rows(
-            training_tokens, chosen[TRAIN], config.data.max_length if config.data.packing else None
-        ),
+        TRAIN: batches.make_rows(training_tokens, chosen[TRAIN], pack_into),
         VALIDATION: batches.make_rows(held_out_tokens, chosen[VALIDATION]),
     }
     description = _describe(sets, set_names, rows)

@@ -115,6 +115,7 @@ def collate(
     rows: Rows,
     chosen: NDArray[np.int64],
     pad: int,
+    *,
     multiple: int = 8,
     device: torch.device | str = "cpu",
     share: tuple[int, int] = (0, 1),

@@ -66,9 +66,8 @@ class Order:
 def _epoch(order: Order, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
     """All rows once, in the order in which the steps take them: shape (rows,)."""
     row_count, batch = len(order.costs), order.global_batch
-    rows: (
-        NDArray[np.int32] | NDArray[np.int64]
-    )  # cached for the whole epoch, so int32 (4 bytes per row) if it is enough
+    # the cache keeps this array for the whole epoch, so it is int32 (4 bytes per row) if the row numbers fit
+    rows: NDArray[np.int32] | NDArray[np.int64]
     rows = np.arange(row_count, dtype=np.int32) if row_count < 2**31 else np.arange(row_count, dtype=np.int64)
     if order.kind == "file":
         return rows
