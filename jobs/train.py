@@ -116,7 +116,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
     # Reporting, and saving
     metrics = Metrics(config, world, last_step=last_step, first_step=step)
     monitor = StepMonitor(config, world, rows=train_rows, flops=model_flops, blocks=blocks)
-    metrics.say(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, monitor.nodes))
+    metrics.log_lines(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, monitor.nodes))
     divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.earlier_losses))
     training = Training(
         config=config,

@@ -100,7 +100,7 @@ class Saver:
         if self._stager is None or self._group is None:
             return False
         if not self._copied and not host_staging.fits(rank_bytes, self.world):
-            self.metrics.say(["checkpoints are written while training waits: host memory has no room for a copy"])
+            self.metrics.log_lines(["checkpoints are written while training waits: host memory has no room for a copy"])
             self._stager = None
             return False
         self._copied = True
@@ -127,7 +127,7 @@ class Saver:
         self.metrics.note(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
         size = f"{ended.bytes / 1e9:.3g} GB in {ended.seconds:.1f} s ({rate:.2f} GB/s)"
         where = checkpointing.place(self.config, step).relative_to(folder(self.config))
-        self.metrics.say([f"saved     {where}: {size}, training waited {blocked_s:.1f} s"])
+        self.metrics.log_lines([f"saved     {where}: {size}, training waited {blocked_s:.1f} s"])
 
 
 def _raising(error: BaseException) -> Callable[[], Part]:

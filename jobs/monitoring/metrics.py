@@ -73,7 +73,7 @@ class Metrics:
         elapsed = time.monotonic() - self._started
         return (self.last_step - step) * elapsed / max(1, step - self.first_step)
 
-    def say(self, lines: list[str]) -> None:
+    def log_lines(self, lines: list[str]) -> None:
         """Log lines from rank 0."""
         if self.is_main:
             log.info("\n".join(lines))
