@@ -83,14 +83,14 @@ def load(path: Path) -> Config:
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its type. A free-form dictionary is one key: its own keys are the user's."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
         name, section = prefix + item.name, _section(hints[item.name])
-        found[name] = hints[item.name]
+        types[name] = hints[item.name]
         if section is not None:
-            found |= keys(section, f"{name}.")
-    return found
+            types |= keys(section, f"{name}.")
+    return types
 
 
 def _section(hint: Any) -> type | None:
@@ -101,14 +101,14 @@ def _section(hint: Any) -> type | None:
 
 def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
     """The dictionaries of sections under names that the user chooses: dotted key -> dataclass of an entry."""
-    found: dict[str, type] = {}
+    sections: dict[str, type] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
         if "section" in item.metadata:
-            found[prefix + item.name] = item.metadata["section"]
+            sections[prefix + item.name] = item.metadata["section"]
         elif section := _section(hints[item.name]):
-            found |= named_sections(section, f"{prefix}{item.name}.")
-    return found
+            sections |= named_sections(section, f"{prefix}{item.name}.")
+    return sections
 
 
 def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem]:

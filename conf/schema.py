@@ -3,7 +3,7 @@
 Values that belong to one choice (a model, a layout, a cluster) are in the YAML files of this folder. Values that nearly
 everybody wants are defaults here. No value is in both places.
 
-This file is long because it is the one list of all keys.
+Long because it is the one list of all keys.
 """
 
 from dataclasses import dataclass, field

@@ -47,7 +47,7 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
 
     `folder` holds the config groups. Flags such as `--help` are skipped: Hydra checks them.
     """
-    known, options, found = resolve.keys(), groups(folder), list[Problem]()
+    known, options, reported = resolve.keys(), groups(folder), list[Problem]()
     schema = OmegaConf.structured(Config)
     schema.model.architecture = Architecture  # optional, so None in the schema: its keys could not be tried otherwise
     valid: list[Override] = []
@@ -58,14 +58,14 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
             message = "is not of the form key=value. Put quotes around characters that the shell or Hydra interprets"
-            found.append(Problem(word, None, message))
+            reported.append(Problem(word, None, message))
             continue
         problem = _problem(override, known, options, schema)
         if problem:
-            found.append(problem)
+            reported.append(problem)
         else:
             valid.append(override)
-    return found + _shape_of_a_model_without_one(valid, folder, options)
+    return reported + _shape_of_a_model_without_one(valid, folder, options)
 
 
 def allow_new_entries(words: list[str]) -> list[str]:

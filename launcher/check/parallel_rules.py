@@ -83,7 +83,7 @@ def shared_rows_and_matrices(config: Config) -> Iterator[Problem]:
         for key, heads in (("context_ranks", "num_attention_heads"), ("tensor_ranks", "num_key_value_heads")):
             ranks, count = getattr(parallel, key), getattr(shape, heads)
             if count % ranks:
-                message = f"must divide model.architecture.{heads}={count}, because every rank takes as many heads. "
+                message = f"must divide model.architecture.{heads}={count}, because each rank takes the same number of heads. "
                 yield Problem(f"parallel.{key}", ranks, f"{message}Use {_divisors(count)}")
     if parallel.tensor_ranks > 1 and config.adapter.kind is not AdapterKind.none:
         message = "does not support adapters. Use adapter=none or parallel.tensor_ranks=1"

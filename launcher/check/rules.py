@@ -26,14 +26,14 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    found = [*out_of_bounds, *_names(config), *_steps(config)]
+    reported = [*out_of_bounds, *_names(config), *_steps(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
-        found += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
-        found += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
-    found += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
-    found += [*_site(config, facts), *_signal(config), *_variables(config), *_secrets(config, facts)]
-    return [*found, *_run_folder(config, facts)]
+        reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
+        reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
+    reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
+    reported += [*_site(config, facts), *_signal(config), *_variables(config), *_secrets(config, facts)]
+    return [*reported, *_run_folder(config, facts)]
 
 
 def _values(section: Any, prefix: str = "") -> Iterator[Problem]:

@@ -121,7 +121,7 @@ def _fsdp(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
 
     - Parameters are gathered in the compute precision. Two blocks are gathered at the same time; a third is in the buffer
       that all-gather writes to.
-    - Embedding and head stay gathered from forward to backward. Each is reduced in one large piece ("root_reduction").
+    - Embedding and head stay gathered from forward to backward. Each is reduced as one large tensor ("root_reduction").
     - Gradient reductions of two blocks overlap.
     - Frozen weights are not gathered if every rank holds all of them.
 

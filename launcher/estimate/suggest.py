@@ -34,9 +34,9 @@ class Suggestion:
 def first_that_fits(config: Config, capacity_gib: float, loop: Loop | None = None) -> Suggestion | None:
     """The first of the candidates whose estimate fits into `capacity_gib` GiB per GPU; None if none does."""
     for changes in _candidates(config):
-        found = estimate(_changed(config, changes), loop)
-        if found and found.device.total <= capacity_gib * GIB:
-            return Suggestion(" ".join(change.overrides for change in changes), found.device.total)
+        size = estimate(_changed(config, changes), loop)
+        if size and size.device.total <= capacity_gib * GIB:
+            return Suggestion(" ".join(change.overrides for change in changes), size.device.total)
     return None
 
 
