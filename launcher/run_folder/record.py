@@ -57,7 +57,7 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
     by_hand: dict[str, StartedJob] = {}
     for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
         by_hand[path.parent.parent.name] = StartedJob(str((read_json(path) or {}).get("job_id")), "slurm")
-    return by_hand | {
+    return by_hand | {  # later launches, and run.json, come last and win
         name: StartedJob(job_id, launch["cluster"])
         for launch in read_launches(run)
         for name, job_id in launch["jobs"].items()

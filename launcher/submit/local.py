@@ -22,7 +22,8 @@ from launcher.submit import render
 from launcher.supervise import attempt, worker
 
 LOG_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+ ([A-Z]+) ")
-"""Start of every line in a rank's log, written by jobs/distributed/logs.py. The terminal shows only other levels than INFO."""
+"""Start of every line in a rank's log, written by jobs/distributed/logs.py.
+The terminal shows lines without it, but keeps a level other than INFO."""
 GRACE_S = 15
 """How long the other ranks may continue after one has failed. Without this, ranks that wait for a dead one never end."""
 
@@ -60,6 +61,8 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
         try:
             attempt_values, reservation = attempt.begin(folder, (port or 0) if job.distributed else None)
         except OSError as error:
+            if port is None:  # it is not the port
+                raise SiteError(Problem("run_dir", config.run_dir, f"{job.name} cannot start: {error}")) from error
             remedy = f"{error.strerror}; set cluster.network.master_port=null to get a free port"
             raise SiteError(Problem("cluster.network.master_port", port, remedy)) from error
         executor = LocalExecutor(folder, python=render.python_command(config))

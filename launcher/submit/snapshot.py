@@ -18,7 +18,7 @@ def copy_code(clone: Path, run: Path) -> None:
     for name in COPIED_FOLDERS:
         shutil.copytree(clone / name, new / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     sync_tree(new)
-    if target.exists():
+    if target.exists():  # a folder cannot be renamed onto one that has files
         old = target.with_name(".code.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)

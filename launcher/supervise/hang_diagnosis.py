@@ -115,6 +115,7 @@ def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[
     """
     unheard = {"answered": False, "count": -1, "step": 0, "phase": "start"}
     evidence: dict[int, Evidence] = {rank: ranks.get(rank, unheard) for rank in range(world_size)}
+    # Nobody waits for a rank that has ended, unless all have.
     running = {rank: item for rank, item in evidence.items() if item.get("phase") != "ended"} or evidence
     places = {rank: locate(item, code) for rank, item in running.items()}
     usual_place = Counter(places.values()).most_common(1)[0][0]
@@ -124,10 +125,11 @@ def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[
     first = running[behind[0]]
     step, key = f"step {first['step']}, phase {first['phase']}", limit_key(str(first["phase"]))
     silent = f" (silent for {max(item.get('silent_s', 0) for item in running.values()):.0f} s, {key})"
-    if len(behind) == len(running) > 1:
+    if len(behind) == len(running) > 1:  # all ranks have come equally far, so none is the cause
         where = f" {usual_place}" if str(usual_place) else ""
         reason = f"all {len(running)} ranks hang{where}: {step}; none is behind"
         return _verdict(reason + silent, REMEDY["network"], None, {**first, "host": ""})
+    # The places of ranks that did not answer are old, so leave them out.
     others = {rank: place for rank, place in places.items() if rank not in behind and running[rank].get("answered")}
     doing = _describe_activity(first, places[behind[0]])
     reason = f"{_describe_ranks(behind, first)}: {step}, {doing}{_describe_others(others)}"
@@ -195,6 +197,7 @@ def locate(evidence: Evidence, code: str) -> Place:
     if not stacks:
         return Place(PlaceKind.UNKNOWN)
     innermost = stacks[0][0]
+    # The innermost line of our own code says more than one inside torch.
     own = next((frame for frame in stacks[0] if frame.file.startswith(root)), innermost)
     location = f"{own.file.removeprefix(root)}:{own.line} {own.function}"
     # A rank that waits for its GPU shows no collective in Python, so ask the flight recorder.

@@ -74,6 +74,7 @@ def decide_and_requeue(
     except slurm.SlurmError as error:
         problem = f"Slurm does not give the job's state: {error}"
     _correct_status(verdict, view)
+    # Only attempts of this submission: a resume by hand starts the count of restarts anew.
     earlier = [
         item
         for item in attempts.verdicts(folder)
@@ -83,7 +84,7 @@ def decide_and_requeue(
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
     if view is SlurmView.REQUEUED:
         verdict |= {"requeued": True, "next": BY_SLURM}
-    elif decision.again and view in (None, SlurmView.CANCELLED):
+    elif decision.again and view in (None, SlurmView.CANCELLED):  # scontrol would requeue even a cancelled job
         verdict |= {"requeued": False, "next": f"cannot be requeued ({problem or 'cancelled'}); {RESUME}"}
     write_json(path, verdict)  # before the requeue, because Slurm may leave no time afterwards
     if verdict["requeued"] and view is not SlurmView.REQUEUED:
@@ -126,6 +127,7 @@ def decide(verdicts: list[dict[str, Any]], max_restarts: int | None, *, saves: b
             why = f"two attempts without a new checkpoint ({status}): give it more time, or save more often (train.save_every)"
             return Decision(False, f"{why}; {RESUME}", NO_PROGRESS)
         return Decision(True, "continues from its checkpoint", status)
+    # A broken GPU would hardly give NaN at the same step twice, so another start on other hardware would not help.
     if len(verdicts) > 1 and _same_nan(*verdicts[-2:]):
         why = "the loss was NaN or infinite at the same step twice, so look at the data or the settings, not at the hardware"
         return Decision(False, f"{why}; once that is fixed, {RESUME}", status)

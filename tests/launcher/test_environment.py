@@ -13,13 +13,13 @@ from launcher.plan import plan
 from tests.conftest import RUN_DIR, Compose, put
 
 LLAMA = ("cluster=slurm", "model=llama8b", "pipeline=checked")
-PLAN = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
-"""Prefixes of the variables that tell Accelerate the plan."""
+ACCELERATE_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+"""Prefixes of the variables that Accelerate reads."""
 
 
 def variables(config: Config, job: str = "train") -> dict[str, str]:
-    found = next(item for item in plan(config) if item.name == job)
-    return environment.job_variables(config, found)
+    planned = next(item for item in plan(config) if item.name == job)
+    return environment.job_variables(config, planned)
 
 
 FSDP = {
@@ -75,35 +75,35 @@ DDP = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_MIXED_PRECISIO
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
-def test_accelerate_sees_the_plan_and_nothing_of_another(
+def test_accelerate_gets_this_backends_variables_only(
     compose: Compose, words: list[str], expected: dict[str, str]
 ) -> None:
-    found = variables(compose(*LLAMA, *words))
-    assert {key: value for key, value in found.items() if key.startswith(PLAN)} == expected
+    values = variables(compose(*LLAMA, *words))
+    assert {key: value for key, value in values.items() if key.startswith(ACCELERATE_PREFIXES)} == expected
 
 
-def test_a_model_of_unknown_blocks_names_none(compose: Compose) -> None:
-    found = variables(compose("cluster=slurm", "model=hub", "model.source=owner/name"))
-    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in found
-    assert found["ACCELERATE_USE_FSDP"] == "true"
+def test_a_model_of_unknown_type_sets_no_block_class(compose: Compose) -> None:
+    values = variables(compose("cluster=slurm", "model=hub", "model.source=owner/name"))
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in values
+    assert values["ACCELERATE_USE_FSDP"] == "true"
 
 
 @pytest.mark.parametrize(("timeout_s", "minutes"), [(1800, "30"), (90, "2"), (60, "1"), (61, "2"), (1, "1")])
-def test_one_timeout_feeds_all_each_in_its_unit(compose: Compose, timeout_s: int, minutes: str) -> None:
-    found = variables(put(compose(*LLAMA), {"cluster.network.nccl_timeout_s": timeout_s}))
-    assert found["MUSTER_NCCL_TIMEOUT"] == found["AXOLOTL_NCCL_TIMEOUT"] == str(timeout_s)
-    assert found["DEEPSPEED_TIMEOUT"] == minutes
+def test_one_timeout_sets_all_others_in_their_units(compose: Compose, timeout_s: int, minutes: str) -> None:
+    values = variables(put(compose(*LLAMA), {"cluster.network.nccl_timeout_s": timeout_s}))
+    assert values["MUSTER_NCCL_TIMEOUT"] == values["AXOLOTL_NCCL_TIMEOUT"] == str(timeout_s)
+    assert values["DEEPSPEED_TIMEOUT"] == minutes
 
 
 def test_the_timeout_is_half_an_hour_by_default(compose: Compose) -> None:
     assert variables(compose(*LLAMA))["MUSTER_NCCL_TIMEOUT"] == "1800"
 
 
-def test_nccl_leaves_traces_of_a_hang_in_the_run(compose: Compose) -> None:
-    found = variables(compose(*LLAMA), "preflight")
-    assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{RUN_DIR}/jobs/preflight/flight_rank_"
-    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0
+def test_nccls_flight_recorder_writes_into_the_run(compose: Compose) -> None:
+    values = variables(compose(*LLAMA), "preflight")
+    assert values["TORCH_FR_DUMP_TEMP_FILE"] == f"{RUN_DIR}/jobs/preflight/flight_rank_"
+    assert values["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(values["TORCH_FR_BUFFER_SIZE"]) > 0
 
 
 @pytest.mark.parametrize("name", ["TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"])
@@ -112,25 +112,25 @@ def test_old_names_that_torch_warns_about_are_not_set(compose: Compose, name: st
 
 
 @pytest.mark.parametrize("job", ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"])
-def test_every_job_knows_its_run_and_its_cpus(compose: Compose, job: str) -> None:
+def test_every_job_gets_its_run_and_its_cpus(compose: Compose, job: str) -> None:
     config = compose(*LLAMA)
-    found = variables(config, job)
+    values = variables(config, job)
     cpus = {"preflight": "12", "train": "12", "evaluate": "12", "generate": "12"}.get(job, "16")
-    assert found["MUSTER_RUN"] == RUN_DIR
-    assert found["MUSTER_JOB"] == job
-    assert found["MUSTER_CONFIG"] == resolve.digest(config)
-    assert found["OMP_NUM_THREADS"] == found["SRUN_CPUS_PER_TASK"] == cpus
-    assert found["SLURM_EXPORT_ENV"] == "ALL"
+    assert values["MUSTER_RUN"] == RUN_DIR
+    assert values["MUSTER_JOB"] == job
+    assert values["MUSTER_CONFIG"] == resolve.digest(config)
+    assert values["OMP_NUM_THREADS"] == values["SRUN_CPUS_PER_TASK"] == cpus
+    assert values["SLURM_EXPORT_ENV"] == "ALL"
 
 
 @pytest.mark.parametrize("job", ["preprocess", "consolidate", "evaluate", "generate"])
-def test_a_job_of_one_rank_has_nothing_of_a_rendezvous(compose: Compose, job: str) -> None:
-    names = ("MASTER_", "NCCL_", "TORCH_", "MUSTER_NCCL", "DEEPSPEED_", *PLAN)
+def test_a_job_without_a_process_group_has_no_variables_for_one(compose: Compose, job: str) -> None:
+    names = ("MASTER_", "NCCL_", "TORCH_", "MUSTER_NCCL", "DEEPSPEED_", *ACCELERATE_PREFIXES)
     assert not [key for key in variables(compose(*LLAMA), job) if key.startswith(names)]
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_what_differs_between_ranks_is_never_in_the_batch_script(compose: Compose, name: str) -> None:
+def test_per_rank_variables_are_not_in_the_batch_script(compose: Compose, name: str) -> None:
     assert name not in variables(compose(*LLAMA))
 
 
@@ -148,16 +148,16 @@ def test_only_jobs_with_gpus_set_their_allocator(compose: Compose, job: str, exp
     ],
     ids=["default", "hf_home", "offline"],
 )
-def test_the_hub_is_left_alone_unless_asked(
+def test_the_hubs_variables_are_set_only_on_request(
     compose: Compose, values: dict[str, object], expected: dict[str, str]
 ) -> None:
-    found = variables(put(compose(*LLAMA), values), "preprocess")
-    assert {key: value for key, value in found.items() if key.startswith("HF_")} == expected
+    job_values = variables(put(compose(*LLAMA), values), "preprocess")
+    assert {key: value for key, value in job_values.items() if key.startswith("HF_")} == expected
 
 
 @pytest.mark.parametrize("name", ["NCCL_DEBUG", "OMP_NUM_THREADS", "DEEPSPEED_TIMEOUT", "FSDP_VERSION", "MINE"])
 @pytest.mark.parametrize("job", ["train", "consolidate"])
-def test_what_the_user_sets_wins(compose: Compose, name: str, job: str) -> None:
+def test_a_variable_of_the_user_wins(compose: Compose, name: str, job: str) -> None:
     assert variables(put(compose(*LLAMA), {"cluster.environment": {name: "7"}}), job)[name] == "7"
 
 
@@ -187,7 +187,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "7", "SLURM_
     ],
     ids=[
         "alone",
-        "alone whatever a launcher left",
+        "alone, with variables of another launcher",
         "fewer on the last node",
         "more on the first node",
         "more on the last node",
@@ -199,11 +199,11 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "7", "SLURM_
         "submitit on Slurm",
     ],
 )
-def test_ranks_come_from_who_started_them(environ: Mapping[str, str], expected: RankInfo) -> None:
+def test_ranks_come_from_submitit_or_slurm(environ: Mapping[str, str], expected: RankInfo) -> None:
     assert environment.read_rank_info(environ) == expected
 
 
-def test_ranks_as_torch_wants_them() -> None:
+def test_rank_info_as_torchs_variables() -> None:
     assert RankInfo(rank=5, local_rank=1, world_size=7, local_world_size=2, node_rank=2).variables() == {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -218,7 +218,7 @@ BOTH = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
 
 
 @pytest.mark.parametrize(
-    ("interface", "found", "environ", "expected", "reason"),
+    ("interface", "routing_interface", "environ", "expected", "reason"),
     [
         ("auto", "ib0", {}, BOTH | {"NCCL_SOCKET_IFNAME": "=ib0"}, "ib0: routes to MASTER_ADDR"),
         ("auto", "lo", {}, {"GLOO_SOCKET_IFNAME": "lo"}, "NCCL's stays unset"),
@@ -231,21 +231,21 @@ BOTH = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
     ],
     ids=["auto", "this host", "no route", "named", "named without route", "NCCL's set", "Gloo's set", "both set"],
 )
-def test_an_interface_is_only_named_where_it_is_certain(
+def test_an_interface_is_set_only_if_it_is_certain(
     compose: Compose,
     interface: str,
-    found: str | None,
+    routing_interface: str | None,
     environ: dict[str, str],
     expected: dict[str, str],
     reason: str,
 ) -> None:
     config = put(compose(*LLAMA), {"cluster.network.interface": interface})
-    values, why = environment.network_variables(config, found, environ)
+    values, why = environment.network_variables(config, routing_interface, environ)
     assert values == expected
     assert reason in why
 
 
-def test_compiler_caches_are_each_users_own_on_the_nodes_disk(compose: Compose) -> None:
+def test_compiler_caches_are_per_user_on_the_nodes_disk(compose: Compose) -> None:
     config = put(compose(*LLAMA), {"cluster.scratch": "/local"})
     mine, yours = (environment.cache_variables(config, user_id) for user_id in (1000, 1001))
     assert {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= set(mine)
@@ -267,7 +267,7 @@ def test_compiler_caches_are_each_users_own_on_the_nodes_disk(compose: Compose) 
     ],
     ids=["only those named", "spaces and comments", "an = in it", "two", "the last", "set already", "no value", "none"],
 )
-def test_secrets_are_read_from_a_file_where_the_environment_lacks_them(
+def test_missing_secrets_are_read_from_the_file(
     compose: Compose, text: str, environ: dict[str, str], expected: dict[str, str]
 ) -> None:
     config = put(compose(*LLAMA), {"cluster.secrets": ["HF_TOKEN", "WANDB_API_KEY"]})
@@ -282,7 +282,7 @@ def test_the_runs_code_comes_before_the_users(compose: Compose) -> None:
     )
 
 
-def test_variables_are_put_back_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_restored_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUSTER_TEST", "before")
     before = dict(os.environ)
     with (

@@ -1,4 +1,4 @@
-"""launcher/plan.py: which jobs a run has, what each asks for, and which waits for which."""
+"""launcher/plan.py: the jobs of a run, their resources and their order."""
 
 import pytest
 
@@ -33,14 +33,14 @@ ALL = list(JOB_KINDS)
     ],
     ids=["all", "any order", "train alone", "no train", "preprocess done", "all done", "others done"],
 )
-def test_a_job_waits_for_what_it_reads_and_is_yet_to_run(
+def test_a_job_waits_for_its_inputs_that_are_not_done(
     compose: Compose, jobs: list[str], done: list[str], edges: dict[str, tuple[str, ...]]
 ) -> None:
-    found = plan(put(compose("cluster=slurm"), {"jobs": jobs}), done=done)
-    assert [(job.name, job.after) for job in found] == list(edges.items())
+    planned = plan(put(compose("cluster=slurm"), {"jobs": jobs}), done=done)
+    assert [(job.name, job.after) for job in planned] == list(edges.items())
 
 
-def test_a_job_is_submitted_after_all_that_it_waits_for(compose: Compose) -> None:
+def test_jobs_are_planned_after_their_inputs(compose: Compose) -> None:
     names = [job.name for job in plan(put(compose(), {"jobs": ALL[::-1]}))]
     assert names == ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"]
 
@@ -59,13 +59,13 @@ def test_resources_come_from_the_section_of_the_job(compose: Compose, section: s
     assert [job.name for job in plan(config) if job.resources is own] == jobs
 
 
-def test_a_merge_has_as_many_ranks_as_asked_for_and_preprocess_one(compose: Compose) -> None:
+def test_consolidate_uses_all_ranks_and_preprocess_one(compose: Compose) -> None:
     config = put(compose("cluster=slurm"), {"jobs": ALL, "cluster.cpu.nodes": 3, "cluster.cpu.ranks_per_node": 2})
     sizes = {job.name: job.world_size for job in plan(config)}
     assert (sizes["preprocess"], sizes["consolidate"]) == (1, 6)
 
 
-def test_no_gpu_waits_for_cpu_work(compose: Compose) -> None:
+def test_cpu_jobs_get_no_gpus(compose: Compose) -> None:
     config = put(compose("cluster=slurm"), {"jobs": ALL})
     with_gpus = {job.name for job in plan(config) if job.resources.gpus_per_node}
     assert with_gpus == {"preflight", "train", "evaluate", "generate"}
@@ -83,6 +83,6 @@ def test_a_job_is_distributed_also_with_one_rank(compose: Compose) -> None:
     assert Job("train", part).world_size == 1
 
 
-def test_a_completed_job_is_done_again_when_what_it_reads_is_made_anew(compose: Compose) -> None:
+def test_a_completed_job_runs_again_if_its_input_does(compose: Compose) -> None:
     names = [job.name for job in plan(compose(), done={"preprocess", "consolidate"})]
     assert names == ["train", "consolidate", "evaluate", "generate"]

@@ -1,4 +1,4 @@
-"""launcher/slurm.py against small programs that print what Slurm's commands print."""
+"""launcher/slurm.py on small programs that print the output of Slurm's commands."""
 
 import pytest
 
@@ -36,29 +36,29 @@ SCONTROL_JOB = 'echo "JobId=$3 JobName=a"; echo "   JobState=$S Reason=None"'
     ids=[
         "squeue knows both",
         "sacct knows the ended one",
-        "sacct's words",
+        "states of sacct",
         "scontrol where there is no accounting",
         "scontrol alone, of one",
         "no squeue and no sacct",
-        "nobody knows",
+        "no command knows the job",
         "no Slurm at all",
     ],
 )
-def test_the_state_comes_from_who_knows_the_job(
+def test_the_state_comes_from_the_first_command_that_knows_the_job(
     programs: Programs, scripts: dict[str, str], expected: dict[str, str]
 ) -> None:
     programs(**scripts)
     assert slurm.states(["7", "8"]) == expected
 
 
-def test_only_what_is_not_known_yet_is_asked_for(programs: Programs) -> None:
+def test_later_commands_get_only_unknown_jobs(programs: Programs) -> None:
     folder = programs(squeue="echo '7|RUNNING'", sacct="echo '8|COMPLETED'", scontrol="exit 1")
     slurm.states(["7", "8"])
     assert "--jobs 8\n" in (folder / "sacct.calls").read_text()
     assert not (folder / "scontrol.calls").exists()
 
 
-def test_nobody_is_asked_about_no_job(programs: Programs) -> None:
+def test_without_jobs_no_command_is_called(programs: Programs) -> None:
     folder = programs(squeue="exit 0", sacct="exit 0", scontrol="exit 0")
     assert slurm.states([]) == {}
     assert not list(folder.glob("*.calls"))
@@ -74,13 +74,13 @@ def test_nobody_is_asked_about_no_job(programs: Programs) -> None:
     ],
     ids=["its first error line", "its first line", "its exit code", "no answer"],
 )
-def test_a_command_that_fails_is_quoted(programs: Programs, script: str, message: str) -> None:
+def test_a_failed_command_gives_its_first_error_line(programs: Programs, script: str, message: str) -> None:
     programs(sacct=script)
     with pytest.raises(slurm.SlurmError, match=message):
         slurm.call("sacct", timeout_s=0.3)
 
 
-def test_a_command_that_is_not_there_is_named(programs: Programs) -> None:
+def test_a_missing_command_is_named(programs: Programs) -> None:
     programs()
     with pytest.raises(slurm.SlurmError, match="^squeue is not on PATH$"):
         slurm.call("squeue")
@@ -96,7 +96,7 @@ def test_hostnames_keep_the_order_of_the_ranks(programs: Programs) -> None:
     ("printed", "address"),
     [("NodeName=n1 Arch=x86\n   NodeAddr=10.1.2.3 NodeHostName=n1", "10.1.2.3"), ("NodeName=n1", None)],
 )
-def test_the_address_of_a_node_is_the_controllers(programs: Programs, printed: str, address: str | None) -> None:
+def test_the_address_of_a_node_is_its_nodeaddr(programs: Programs, printed: str, address: str | None) -> None:
     programs(scontrol=f"echo '{printed}'")
     assert slurm.node_address("n1") == address
 
@@ -110,19 +110,19 @@ def test_the_address_of_a_node_is_the_controllers(programs: Programs, printed: s
         ("", ("none", "N/A")),
     ],
 )
-def test_why_a_job_waits(programs: Programs, printed: str, expected: tuple[str, str]) -> None:
+def test_pending_reason(programs: Programs, printed: str, expected: tuple[str, str]) -> None:
     programs(squeue=f"echo '{printed}'")
     assert slurm.pending_reason("7") == expected
 
 
-def test_all_jobs_are_cancelled_at_once(programs: Programs) -> None:
+def test_jobs_are_cancelled_with_one_call(programs: Programs) -> None:
     folder = programs(scancel="exit 0")
     slurm.cancel(["7", "8"])
     assert (folder / "scancel.calls").read_text() == "7 8\n"
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("printed", "seconds"),
     [
         ("0:07", 7),
         ("59:00", 3540),
@@ -134,20 +134,20 @@ def test_all_jobs_are_cancelled_at_once(programs: Programs) -> None:
         ("", None),
     ],
 )
-def test_the_time_that_a_job_has_left(programs: Programs, said: str, seconds: float | None) -> None:
-    programs(squeue=f"echo ' {said}'")
+def test_seconds_left(programs: Programs, printed: str, seconds: float | None) -> None:
+    programs(squeue=f"echo ' {printed}'")
     assert slurm.seconds_left("7") == seconds
 
 
-def test_what_the_controller_holds_of_a_job(programs: Programs) -> None:
+def test_show_job_returns_the_controllers_fields(programs: Programs) -> None:
     programs(
         scontrol="echo 'JobId=7 JobName=a/train JobState=RUNNING Reason=None Restarts=2 ExcNodeList=n[1-2],n4 Comment=a=b'"
     )
-    found = slurm.show_job("7")
-    assert [found[name] for name in ("JobState", "Restarts", "ExcNodeList")] == ["RUNNING", "2", "n[1-2],n4"]
+    fields = slurm.show_job("7")
+    assert [fields[name] for name in ("JobState", "Restarts", "ExcNodeList")] == ["RUNNING", "2", "n[1-2],n4"]
 
 
-def test_a_job_is_requeued_and_kept_from_nodes(programs: Programs) -> None:
+def test_a_job_is_requeued_and_nodes_are_excluded(programs: Programs) -> None:
     folder = programs(scontrol="exit 0")
     slurm.requeue("7")
     slurm.exclude("7", ["n[1-2]", "n4"])

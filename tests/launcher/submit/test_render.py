@@ -1,5 +1,7 @@
-"""launcher/submit/render.py: golden sbatch texts, equal to submitit's own, in which every value is safe.
-`--update-golden` renews them."""
+"""launcher/submit/render.py: golden sbatch texts, equality with submitit's own text, and quoting of every value.
+
+`pytest --update-golden` writes the golden files.
+"""
 
 import shlex
 import subprocess
@@ -34,12 +36,12 @@ RENDERED = [
     ("llama8b_lora", "train"),
 ]
 HOSTILE = """it's "$HOME" `id` $(id) \\ ;&|*?<>(){}[]!#~ ü"""
-"""A value in which a shell finds everything it likes to read as its own."""
+"""A value with every character that is special to a shell."""
 
 
 @pytest.fixture
 def sample(compose: Compose) -> Config:
-    """A config with every job, to be changed."""
+    """A config with every job. Tests may change it."""
     return compose("experiment=llama8b_fsdp", "pipeline=checked", *PATHS)
 
 
@@ -53,37 +55,40 @@ def text(config: Config, name: str) -> str:
 
 
 def compare(name: str, rendered: str, config: Config, update: bool) -> None:
-    rendered = rendered.replace(resolve.digest(config), "0123456789abcdef") + "\n"  # any new key changes it
+    # Every new config key changes the digest, so the golden files have a constant instead.
+    rendered = rendered.replace(resolve.digest(config), "0123456789abcdef") + "\n"
     if update:
         (GOLDEN / name).write_text(rendered)
     assert rendered == (GOLDEN / name).read_text(), f"tests/golden/{name} differs: see pytest --update-golden"
 
 
 @pytest.mark.parametrize(("case", "job"), RENDERED, ids=[".".join(item) for item in RENDERED])
-def test_the_sbatch_text_is_the_golden_one(compose: Compose, pytestconfig: pytest.Config, case: str, job: str) -> None:
+def test_the_sbatch_text_equals_the_golden_file(
+    compose: Compose, pytestconfig: pytest.Config, case: str, job: str
+) -> None:
     config = compose(*CASES[case], *PATHS)
     compare(f"{case}.{job}.sbatch", text(config, job), config, pytestconfig.getoption("--update-golden"))
 
 
-def test_the_script_for_sbatch_by_hand_is_the_golden_one(compose: Compose, pytestconfig: pytest.Config) -> None:
+def test_the_script_by_hand_equals_the_golden_file(compose: Compose, pytestconfig: pytest.Config) -> None:
     config = compose(*CASES["llama70b_zero3"], *PATHS)
     script = render.script_text(config, job_of(config, "train"), Path(config.run_dir) / "config.yaml")
     compare("by_hand.train.sbatch", script, config, pytestconfig.getoption("--update-golden"))
 
 
-def test_every_golden_file_is_of_a_test() -> None:
+def test_every_golden_file_belongs_to_a_test() -> None:
     expected = {f"{case}.{job}.sbatch" for case, job in RENDERED} | {"by_hand.train.sbatch"}
     assert {path.name for path in GOLDEN.iterdir()} == expected
 
 
 @pytest.mark.parametrize("job", ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"])
-def test_the_text_is_what_submitit_would_write(sample: Config, programs: Programs, job: str) -> None:
-    programs(srun="exit 1")  # submitit looks whether it is there
-    found = job_of(sample, job)
-    executor = SlurmExecutor(render.job_folder(sample, found), python=render.python_command(sample))
-    executor.update_parameters(**render.parameters(sample, found, ["7"]))
+def test_the_text_equals_submitits_own(sample: Config, programs: Programs, job: str) -> None:
+    programs(srun="exit 1")  # submitit checks that srun exists
+    planned = job_of(sample, job)
+    executor = SlurmExecutor(render.job_folder(sample, planned), python=render.python_command(sample))
+    executor.update_parameters(**render.parameters(sample, planned, ["7"]))
     written = executor._make_submission_file_text(executor._submitit_command_str, "any")
-    assert render.sbatch_text(sample, found, ["7"]) == written
+    assert render.sbatch_text(sample, planned, ["7"]) == written
 
 
 def directives(config: Config, job: str) -> list[str]:
@@ -99,7 +104,7 @@ def directives(config: Config, job: str) -> list[str]:
         ("evaluate", ["dependency=afterok:1000:1001"]),
     ],
 )
-def test_a_job_starts_after_the_others_ended_well(sample: Config, job: str, expected: list[str]) -> None:
+def test_a_job_starts_after_its_inputs_completed(sample: Config, job: str, expected: list[str]) -> None:
     assert [line for line in directives(sample, job) if line.startswith("dependency")] == expected
     assert "kill-on-invalid-dep=yes" in directives(sample, job)
 
@@ -126,19 +131,19 @@ def test_a_job_starts_after_the_others_ended_well(sample: Config, job: str, expe
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_an_option_is_given_to_sbatch_once(sample: Config, values: dict[str, object], expected: str) -> None:
-    found = directives(put(sample, values), "train")
-    assert expected in found
-    assert [line.split("=")[0] for line in found].count(expected.split("=")[0]) == 1
+def test_sbatch_gets_an_option_once(sample: Config, values: dict[str, object], expected: str) -> None:
+    options = directives(put(sample, values), "train")
+    assert expected in options
+    assert [line.split("=")[0] for line in options].count(expected.split("=")[0]) == 1
 
 
 @pytest.mark.parametrize(
     "option",
     ["cpus-per-task", "gpus-per-node", "ntasks-per-node", "job-name"],
 )
-def test_an_option_of_two_words_can_be_given_anew(sample: Config, option: str) -> None:
-    found = directives(put(sample, {"cluster.train.sbatch": {option: "7"}}), "train")
-    assert [line for line in found if line.startswith(option)] == [f"{option}=7"]
+def test_an_option_of_two_words_can_be_overridden(sample: Config, option: str) -> None:
+    options = directives(put(sample, {"cluster.train.sbatch": {option: "7"}}), "train")
+    assert [line for line in options if line.startswith(option)] == [f"{option}=7"]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +165,8 @@ def test_an_option_is_left_out(sample: Config, values: dict[str, object], option
     assert option not in [line.split("=")[0] for line in directives(put(sample, values), "train")]
 
 
-def exported(config: Config, environ: dict[str, str]) -> dict[str, str]:
-    """The variables once bash has run the setup of a job up to its attempt; LOADED is what `module load` was given."""
+def exported_variables(config: Config, environ: dict[str, str]) -> dict[str, str]:
+    """Return the variables after bash has run the setup of a job up to its attempt. LOADED: the arguments of `module load`."""
     lines = render.parameters(config, job_of(config, "train"))["setup"]
     end = next(number for number, line in enumerate(lines) if line.startswith("# Open the next attempt"))
     script = ['module() { export LOADED="${LOADED-}<$2>"; }', *lines[:end], f"exec {tool('env')} -0"]
@@ -171,33 +176,33 @@ def exported(config: Config, environ: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("value", [HOSTILE, "", "two\nlines", "  spaces  ", "-n", "a=b"])
-def test_values_reach_the_job_as_they_are(sample: Config, value: str) -> None:
-    found = exported(put(sample, {"cluster.environment": {"MINE": value}}), {})
-    assert found["MINE"] == value
+def test_values_reach_the_job_unchanged(sample: Config, value: str) -> None:
+    variables = exported_variables(put(sample, {"cluster.environment": {"MINE": value}}), {})
+    assert variables["MINE"] == value
 
 
-def test_module_names_and_folders_reach_the_job_as_they_are(sample: Config) -> None:
+def test_module_names_and_folders_reach_the_job_unchanged(sample: Config) -> None:
     put(sample, {"cluster.modules": ["gcc/12", HOSTILE], "run_dir": f"/runs/{HOSTILE}", "cluster.hf_home": HOSTILE})
-    found = exported(sample, {})
-    assert found["LOADED"] == f"<gcc/12><{HOSTILE}>"
-    assert found["MUSTER_RUN"] == f"/runs/{HOSTILE}"
-    assert found["HF_HOME"] == HOSTILE
+    variables = exported_variables(sample, {})
+    assert variables["LOADED"] == f"<gcc/12><{HOSTILE}>"
+    assert variables["MUSTER_RUN"] == f"/runs/{HOSTILE}"
+    assert variables["HF_HOME"] == HOSTILE
 
 
 @pytest.mark.parametrize("given", ["", "/mine:/our code"])
 def test_the_runs_code_comes_before_the_users_python_path(sample: Config, given: str) -> None:
-    found = exported(put(sample, {"run_dir": f"/runs/{HOSTILE}"}), {"PYTHONPATH": given} if given else {})
-    assert found["PYTHONPATH"] == f"/runs/{HOSTILE}/code" + (f":{given}" if given else "")
+    variables = exported_variables(put(sample, {"run_dir": f"/runs/{HOSTILE}"}), {"PYTHONPATH": given} if given else {})
+    assert variables["PYTHONPATH"] == f"/runs/{HOSTILE}/code" + (f":{given}" if given else "")
 
 
 def test_every_variable_of_the_preview_is_in_the_script(sample: Config) -> None:
     shown = job_variables(sample, job_of(sample, "train"))
-    assert shown.items() <= exported(sample, {}).items()
+    assert shown.items() <= exported_variables(sample, {}).items()
 
 
-def test_setup_lines_are_run_as_they_are_after_the_modules(sample: Config) -> None:
+def test_setup_lines_run_unchanged_after_the_modules(sample: Config) -> None:
     put(sample, {"cluster.modules": ["gcc"], "cluster.setup": ['export MINE="$LOADED and $HOME"']})
-    assert exported(sample, {"HOME": "/home/me"})["MINE"] == "<gcc> and /home/me"
+    assert exported_variables(sample, {"HOME": "/home/me"})["MINE"] == "<gcc> and /home/me"
 
 
 def srun_words(config: Config) -> list[str]:
@@ -205,7 +210,7 @@ def srun_words(config: Config) -> list[str]:
     return shlex.split(line)
 
 
-def test_pyxis_is_asked_for_by_srun(sample: Config) -> None:
+def test_srun_starts_the_pyxis_container(sample: Config) -> None:
     mounts = [HOSTILE, "/data:/mnt/data"]
     put(sample, {"cluster.container": Container.pyxis, "cluster.container_image": "nvcr.io#nvidia/pytorch"})
     put(sample, {"cluster.container_mounts": mounts, "cluster.python": "python3"})
@@ -227,7 +232,7 @@ def test_apptainer_runs_the_python_of_every_rank(sample: Config) -> None:
 
 
 @pytest.mark.parametrize("container", ["apptainer", "pyxis"])
-def test_outside_a_container_the_nodes_own_python_keeps_the_attempt(sample: Config, container: str) -> None:
+def test_the_nodes_own_python_runs_attempt_outside_the_container(sample: Config, container: str) -> None:
     put(sample, {"cluster.container": Container[container], "cluster.container_image": "image"})
     put(sample, {"cluster.python": "/only/inside/python"})
     outside = [line for line in text(sample, "train").splitlines() if "launcher.supervise.attempt" in line]
@@ -240,7 +245,7 @@ def test_arguments_of_srun_come_last(sample: Config) -> None:
     assert words[words.index("--wait=60") + 1 :][:2] == ["--mpi=none", HOSTILE]
 
 
-def test_every_rendered_script_is_clean_to_shellcheck(compose: Compose, tmp_path: Path) -> None:
+def test_every_rendered_script_passes_shellcheck(compose: Compose, tmp_path: Path) -> None:
     words: dict[str, tuple[str, ...]] = {name: (*CASES[name], *PATHS) for name in CASES}
     words["odd"] = (*words["llama8b_fsdp"], "cluster.modules=[gcc]", "cluster.container=pyxis")
     for name, given in words.items():

@@ -1,4 +1,4 @@
-"""launcher/submit/snapshot.py: the code that a queued job runs is a copy, whole, and its origin is written down."""
+"""launcher/submit/snapshot.py: jobs run a complete copy of the code, and its commit is recorded."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.conftest import Programs, tool
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A small clone with the parts that are copied, caches, and what is not copied."""
+    """A small clone with the folders that are copied, caches, and other files."""
     for part in (*snapshot.COPIED_FOLDERS, "conf/__pycache__", "docs", ".git"):
         (tmp_path / "clone" / part).mkdir(parents=True)
     for name in ("conf/a.py", "conf/__pycache__/a.pyc", "conf/.a.py.swp", "docs/b.md", "launch.py"):
@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_parts_that_jobs_run_are_copied(clone: Path, tmp_path: Path) -> None:
+def test_the_folders_that_jobs_need_are_copied(clone: Path, tmp_path: Path) -> None:
     snapshot.copy_code(clone, tmp_path)
     assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
     assert {path.name for path in (tmp_path / "code").iterdir()} == set(snapshot.COPIED_FOLDERS)
@@ -43,7 +43,7 @@ def test_a_new_copy_replaces_the_old_one(clone: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"clone", "code"}
 
 
-def test_the_commit_and_what_differs_from_it_are_known(clone: Path, tmp_path: Path, programs: Programs) -> None:
+def test_the_commit_and_the_diff_are_recorded(clone: Path, tmp_path: Path, programs: Programs) -> None:
     (programs() / "git").symlink_to(tool("git"))
     (clone / ".git").rmdir()
 
@@ -60,6 +60,6 @@ def test_the_commit_and_what_differs_from_it_are_known(clone: Path, tmp_path: Pa
     assert "+second" in (tmp_path / "code.diff").read_text()
 
 
-def test_without_git_nothing_is_claimed(clone: Path, tmp_path: Path, programs: Programs) -> None:
+def test_without_git_nothing_is_recorded(clone: Path, tmp_path: Path, programs: Programs) -> None:
     programs()
     assert snapshot.provenance(clone, tmp_path) == {}

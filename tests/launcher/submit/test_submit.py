@@ -1,4 +1,4 @@
-"""launcher/submit/submit.py: what reaches sbatch, what is written down, and what happens when Slurm refuses a job."""
+"""launcher/submit/submit.py: what sbatch gets, what is recorded, and what happens if Slurm refuses a job."""
 
 import json
 import subprocess
@@ -32,11 +32,11 @@ echo "Submitted batch job $number"
 
 
 SLURM = {"sbatch": SBATCH, "srun": "exit 1", "squeue": ":", "scontrol": "exit 1", "scancel": ":"}
-"""A Slurm that takes every script and keeps it beside its commands; it refuses those whose path has what `refuse` says."""
+"""Stands for Slurm: keeps every script that it gets. Refuses scripts whose path contains the text in the file `refuse`."""
 
 
 class Submitted(NamedTuple):
-    """What a launch printed, the run folder that it wrote, and the folder of the commands it called."""
+    """The output of a launch, its run folder, and the folder of the Slurm commands."""
 
     done: "subprocess.CompletedProcess[str]"
     run: Path
@@ -44,13 +44,13 @@ class Submitted(NamedTuple):
     config: Config
 
     def script(self, job: str) -> str:
-        """What sbatch was given for a job."""
+        """Return the script that sbatch got for a job."""
         return (self.slurm / f"script.{101 + JOBS.index(job)}").read_text().rstrip("\n")
 
 
 @pytest.fixture(scope="module")
 def submitted(tmp_path_factory: pytest.TempPathFactory) -> Submitted:
-    """One launch of every job on Slurm, to be looked at from all sides."""
+    """One launch of every job on Slurm, shared by several tests."""
     base = tmp_path_factory.mktemp("submitted")
     env = bare(base)
     slurm, run = write_programs(base / "bin", **SLURM), base / "run"
@@ -60,15 +60,15 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     return Submitted(done, run, slurm, resolve.load(run / "config.yaml"))
 
 
-def test_every_job_is_submitted_and_its_id_written_down(submitted: Submitted) -> None:
+def test_every_job_is_submitted_and_its_id_recorded(submitted: Submitted) -> None:
     ids = {job: str(101 + number) for number, job in enumerate(JOBS)}
     assert [item["jobs"] for item in read_json(submitted.run / "run.json")["launches"]] == [ids]
-    said = [line.split()[1:] for line in submitted.done.stdout.splitlines() if line.startswith("submitted")]
-    assert said == [[*item] for item in ids.items()]
+    submitted_lines = [line.split()[1:] for line in submitted.done.stdout.splitlines() if line.startswith("submitted")]
+    assert submitted_lines == [[*item] for item in ids.items()]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_what_was_previewed_is_what_sbatch_gets(submitted: Submitted, name: str) -> None:
+def test_sbatch_gets_the_previewed_text(submitted: Submitted, name: str) -> None:
     job = next(job for job in plan(submitted.config) if job.name == name)
     ids = [str(101 + JOBS.index(parent)) for parent in job.after]
     assert submitted.script(name) == render.sbatch_text(submitted.config, job, ids).rstrip("\n")
@@ -76,7 +76,7 @@ def test_what_was_previewed_is_what_sbatch_gets(submitted: Submitted, name: str)
     assert render.sbatch_text(submitted.config, job, [f"<{parent}>" for parent in job.after]) in shown
 
 
-def test_the_run_folder_has_what_the_jobs_read(submitted: Submitted) -> None:
+def test_the_run_folder_has_all_inputs_of_the_jobs(submitted: Submitted) -> None:
     run = submitted.run
     assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= {path.name for path in run.iterdir()}
     assert {path.name for path in (run / "code").iterdir()} == {"conf", "launcher", "jobs", "slurm_templates"}
@@ -84,7 +84,7 @@ def test_the_run_folder_has_what_the_jobs_read(submitted: Submitted) -> None:
     assert submitted.config.run_dir == str(run)
 
 
-def test_the_copied_code_is_the_clones_without_its_caches(submitted: Submitted) -> None:
+def test_the_code_is_copied_without_caches(submitted: Submitted) -> None:
     copied = {
         path.relative_to(submitted.run / "code") for path in (submitted.run / "code").rglob("*") if path.is_file()
     }
@@ -93,7 +93,7 @@ def test_the_copied_code_is_the_clones_without_its_caches(submitted: Submitted) 
     assert all((submitted.run / "code" / path).read_bytes() == (ROOT / path).read_bytes() for path in copied)
 
 
-def test_the_command_and_where_it_came_from_are_recorded(submitted: Submitted) -> None:
+def test_the_command_and_the_commit_are_recorded(submitted: Submitted) -> None:
     [record] = read_json(submitted.run / "run.json")["launches"]
     assert record["command"] == [str(ROOT / "launch.py"), *WORDS, f"run_dir={submitted.run}"]
     assert (record["cluster"], record["python"]) == ("slurm", sys.version.split()[0])
@@ -102,7 +102,7 @@ def test_the_command_and_where_it_came_from_are_recorded(submitted: Submitted) -
         assert record["modified"] is bool((submitted.run / "code.diff").read_text())
 
 
-def test_what_submitit_pickles_are_two_words(submitted: Submitted) -> None:
+def test_submitit_pickles_only_two_strings(submitted: Submitted) -> None:
     pickles = [path.read_bytes() for path in submitted.run.rglob("*.pkl")]
     assert len(pickles) == len(JOBS)
     assert all(len(text) < 1_000 and b"learning_rate" not in text for text in pickles)
@@ -110,11 +110,11 @@ def test_what_submitit_pickles_are_two_words(submitted: Submitted) -> None:
 
 @pytest.fixture
 def slurm(programs: Programs) -> Path:
-    """That Slurm for one test alone."""
+    """The commands of SLURM, for one test."""
     return programs(**SLURM)
 
 
-def test_when_slurm_refuses_a_job_those_before_it_are_cancelled(launch: Launch, slurm: Path) -> None:
+def test_if_slurm_refuses_a_job_the_jobs_before_it_are_cancelled(launch: Launch, slurm: Path) -> None:
     (slurm / "refuse").write_text("/jobs/train/\n")
     done = launch(*WORDS, "run_dir=run")
     assert done.returncode == 2
@@ -125,7 +125,7 @@ def test_when_slurm_refuses_a_job_those_before_it_are_cancelled(launch: Launch, 
     assert (slurm / "scancel.calls").read_text() == "101 102\n"
 
 
-def test_when_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Path) -> None:
+def test_if_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Path) -> None:
     (slurm / "refuse").write_text("/jobs/train/\n")
     (slurm / "scancel").write_text("#!/bin/sh\necho 'scancel: error: no controller' >&2; exit 1\n")
     done = launch(*WORDS, "run_dir=run")
@@ -133,7 +133,7 @@ def test_when_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: 
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_is_at_work_is_not_started_twice(launch: Launch, slurm: Path, programs: Programs) -> None:
+def test_a_running_run_is_not_started_twice(launch: Launch, slurm: Path, programs: Programs) -> None:
     launch(*WORDS, "run_dir=run")
     programs(squeue="echo '103|RUNNING'")
     done = launch("resume=run")
@@ -143,7 +143,7 @@ def test_a_run_that_is_at_work_is_not_started_twice(launch: Launch, slurm: Path,
     assert (slurm / "last").read_text() == "106\n"
 
 
-def test_a_resumed_run_submits_what_is_left(launch: Launch, slurm: Path, tmp_path: Path) -> None:
+def test_resume_submits_the_jobs_that_are_left(launch: Launch, slurm: Path, tmp_path: Path) -> None:
     launch(*WORDS, "run_dir=run")
     config = resolve.load(tmp_path / "run/config.yaml")
     for job in ("preflight", "preprocess"):
@@ -171,7 +171,7 @@ def test_a_launch_that_does_not_train_keeps_the_runs_config(launch: Launch, slur
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RUN/jobs of `submit=script` on a machine without Slurm, in a folder whose name a shell would like to read."""
+    """RUN/jobs of `submit=script` on a machine without Slurm, in a folder whose name has characters special to a shell."""
     base = tmp_path_factory.mktemp("written")
     env, run = bare(base), base / "it's $HOME"
     word = "run_dir='{}'".format(str(run).replace("'", "\\'"))
@@ -186,7 +186,7 @@ def test_scripts_by_hand_are_written_for_every_job_and_submit_nothing(written: P
     assert all(path.stat().st_mode & 0o100 for path in written.glob("*.*"))
 
 
-def test_scripts_by_hand_are_clean(written: Path) -> None:
+def test_scripts_by_hand_pass_shellcheck(written: Path) -> None:
     scripts = [*written.glob("*.sbatch"), written / "submit.sh"]
     for path in scripts:
         subprocess.run([tool("bash"), "-n", str(path)], check=True, timeout=20)
@@ -195,7 +195,7 @@ def test_scripts_by_hand_are_clean(written: Path) -> None:
     assert (checked.stdout, checked.returncode) == ("", 0)
 
 
-def test_scripts_by_hand_are_what_the_renderer_says(written: Path) -> None:
+def test_scripts_by_hand_equal_the_rendered_text(written: Path) -> None:
     config = resolve.load(written.parent / "config.yaml")
     for job in plan(put(config, {"jobs": JOBS})):
         path = written / f"{job.name}.sbatch"
