@@ -54,12 +54,11 @@ def write_sources(folder: Path, size: str, zero: bool, hf: bool) -> None:
 def write_base(folder: Path, size: str) -> None:
     """The model folder that a user names: its config, and its headers; nobody reads the weights behind these."""
 
-    from jobs.tensor_io import dtypes
-    from jobs.tensor_io import safetensors as hf
+    from jobs.tensor_io import dtypes, safetensors
 
     described(size).save_pretrained(folder)
     every = shapes(size)
-    first, _, length = hf.head([(name, shape, dtypes.BF16) for name, shape in every.items()])
+    first, _, length = safetensors.make_header([(name, shape, dtypes.BF16) for name, shape in every.items()])
     with (folder / "model.safetensors").open("wb") as file:
         file.write(first)
         file.truncate(length)

@@ -49,7 +49,7 @@ def write_base(folder: Path, every: dict[str, tuple[int, ...]], hidden: int, inn
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         vocab_size=words, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
-    head, _, length = safetensors.head([(name, shape, dtypes.BF16) for name, shape in every.items()])
+    head, _, length = safetensors.make_header([(name, shape, dtypes.BF16) for name, shape in every.items()])
     with (folder / "model.safetensors").open("wb") as file:
         file.write(head)
         file.truncate(length)

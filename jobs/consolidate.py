@@ -20,8 +20,9 @@ from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.plan import plan
 from jobs.consolidation.rank_meeting import Meeting
 from jobs.consolidation.weight_names import NotViews
-from jobs.tensor_io import dtypes, open_checkpoint, safetensors
-from jobs.tensor_io.open_checkpoint import Source
+from jobs.tensor_io import dtypes, safetensors
+from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
+from jobs.tensor_io.wrapper_names import without_torch_wrappers
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run(config: Config) -> None:
         return
     log.info(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks")
     prints, threads = _prints(path), workers(config.cluster.cpu.cpus_per_rank)
-    source = open_checkpoint.source(path)
+    source = open_checkpoint(path)
     empty = model_card.of_run(config)
     try:
         merged = _merge(config, source, empty, made["dtype"])
@@ -72,7 +73,7 @@ def run(config: Config) -> None:
         int(config.consolidate.shard_gib * 2**30),
         prints,
         merged.updates,
-        made | {"files": open_checkpoint.manifest(merged.sources)},
+        made | {"files": file_versions(merged.sources)},
         "adapter_model" if config.consolidate.adapter_only else "model",
         merged.packed,
     )
@@ -99,12 +100,12 @@ def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, An
     }
 
 
-def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
+def _merge(config: Config, source: Checkpoint, empty: Any, name: str) -> Merge:
     """What goes into the result. Raises NotViews for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
     from jobs.tensor_io.model_files import find
 
-    dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
+    dtype, adapter = dtypes.PRECISIONS.get(name), config.adapter.kind is not AdapterKind.none
     found = weight_names.plain(source.tensors, empty.state_dict())
     if config.consolidate.adapter_only:
         return merge.adapter_alone(found, dtype)
@@ -120,7 +121,7 @@ def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
     if config.consolidate.base is MergeBase.dequantised:
         layers = quantized_linear.layers(build.skeleton(config))
         computed = str(build.compute_dtype(config)).removeprefix("torch.")
-        merge.dequantised(made, blue, layers, dtypes.EVERY[computed])
+        merge.dequantised(made, blue, layers, dtypes.TORCH[computed])
     return made
 
 
@@ -134,7 +135,7 @@ def _compare(config: Config, path: Path, folder: Path) -> None:
 def _prints(path: Path) -> dict[str, str]:
     """SHA-256 of the live weights, where training left them."""
     found = read_json(path / "fingerprint.json") or {}
-    return {weight_names.WRAPPERS.sub("", name): value for name, value in found.items()}
+    return {without_torch_wrappers(name): value for name, value in found.items()}
 
 
 def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: dict[str, Any]) -> None:

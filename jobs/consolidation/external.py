@@ -16,10 +16,10 @@ from jobs.consolidation.merge import Merge, Settings
 from jobs.consolidation.plan import plan
 from jobs.consolidation.weight_names import Blueprint
 from jobs.distributed import logs
-from jobs.tensor_io import open_checkpoint, safetensors
+from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Stored
-from jobs.tensor_io.open_checkpoint import Source
+from jobs.tensor_io.open_checkpoint import Checkpoint, adapter_settings, file_versions, open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 def main(words: list[str] | None = None) -> None:
     options = _parser().parse_args(words)
     logs.set_up()
-    source = open_checkpoint.source(options.checkpoint)
+    source = open_checkpoint(options.checkpoint)
     log.info(f"reading {source.folder}: {source.kind}, {len(source.tensors)} tensors")
-    settings = open_checkpoint.adapter_settings(source.folder) or {}
+    settings = adapter_settings(source.folder) or {}
     base = Base(options.base or settings.get("base_model_name_or_path"))
-    merged = _merge(source.tensors, base, merge.DTYPES.get(options.dtype), settings)
+    merged = _merge(source.tensors, base, dtypes.PRECISIONS.get(options.dtype), settings)
     made = {"checkpoint": source.folder.name, "dtype": options.dtype, "digest": None, "adapter_only": False}
     shard = int(options.shard_gib * 2**30)
     todo = plan(
@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> None:
         shard,
         {},
         merged.updates,
-        made | {"files": open_checkpoint.manifest(merged.sources)},
+        made | {"files": file_versions(merged.sources)},
     )
     if options.plan:
         for name, size in todo.sizes.items():
@@ -111,7 +111,7 @@ def _merge(tensors: dict[str, Stored], base: Base, dtype: Dtype | None, settings
     return merge.merged(blue, found, base.files if adapters or dtype is None else {}, dtype, scaled)
 
 
-def _describe(folder: Path, base: Base, merged: Merge, source: Source, title: str) -> None:
+def _describe(folder: Path, base: Base, merged: Merge, source: Checkpoint, title: str) -> None:
     if base.empty is not None:
         describe.write_model(folder, base.empty, merged)
     elif base.folder is not None:

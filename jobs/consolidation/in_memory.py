@@ -17,7 +17,7 @@ from jobs.consolidation import weight_names
 from jobs.consolidation.execute import retire
 from jobs.consolidation.merge import tensor
 from jobs.model import build
-from jobs.tensor_io.open_checkpoint import Source
+from jobs.tensor_io.open_checkpoint import Checkpoint
 from jobs.tensor_io.reader import Files, Reader
 from jobs.tokenization.tokenizer import load_tokenizer
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def run(
     config: Config,
-    source: Source,
+    source: Checkpoint,
     target: Path,
     made: dict[str, Any],
     prints: dict[str, str],

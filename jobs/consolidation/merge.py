@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # both are imported where there is an adapter
 
     from jobs.consolidation.lora import Update
 
-DTYPES = {"fp32": dtypes.FP32, "bf16": dtypes.BF16, "fp16": dtypes.FP16}
 BASE = "base:"
 """Stands before the names of base weights, which may also be in the checkpoint."""
 
@@ -229,4 +228,4 @@ def tensor(reader: Reader, stored: Stored) -> "torch.Tensor":
     """A small stored tensor, whole, in fp32."""
     flat = np.empty(stored.nbytes, np.uint8)
     reader.fill(stored, 0, flat)
-    return dtypes.tensor(flat, stored.dtype).view(stored.shape).float()
+    return dtypes.as_tensor(flat, stored.dtype).view(stored.shape).float()

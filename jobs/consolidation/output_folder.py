@@ -133,10 +133,12 @@ def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: i
     files = Files()
     try:
         for name in sums:
-            if os.pread(files(str(folder / name)), len(plan.heads[name]), 0) != plan.heads[name]:
+            if os.pread(files.open(str(folder / name)), len(plan.heads[name]), 0) != plan.heads[name]:
                 _wrong(folder, name, "header")
         with ThreadPoolExecutor(workers) as pool:
-            found = pool.map(lambda job: _sum(files(str(folder / job[0])), str(folder / job[0]), job[1], job[2]), jobs)
+            found = pool.map(
+                lambda job: _sum(files.open(str(folder / job[0])), str(folder / job[0]), job[1], job[2]), jobs
+            )
             for (name, _, _, tensor), value in zip(jobs, found, strict=True):
                 if value != sums[name][tensor]:
                     _wrong(folder, name, tensor)

@@ -108,7 +108,9 @@ def plan(
     files = _files(outputs, shard_bytes, stem)
     heads, sizes, placed = {}, {}, []
     for file, items in files.items():
-        heads[file], offsets, sizes[file] = safetensors.head([(item.name, item.shape, item.dtype) for item in items])
+        heads[file], offsets, sizes[file] = safetensors.make_header(
+            [(item.name, item.shape, item.dtype) for item in items]
+        )
         placed += [Placed(item, file, offset) for item, offset in zip(items, offsets, strict=True)]
     return Plan(
         heads, sizes, _tasks(placed, list(files), sources, prints, updates, packed or {}), _index(files, stem), about

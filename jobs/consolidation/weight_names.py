@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+from jobs.tensor_io.wrapper_names import without_torch_wrappers
+
 OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim|lr_scheduler|dataloader|train_state)\.|\.(exp_avg|exp_avg_sq|step)$")
 PREFIXES = ("app.", "state.", "state_dict.", "module.", "_forward_module.")
 
@@ -122,7 +123,7 @@ def plain(tensors: dict[str, Any], expected: Iterable[str] | None = None) -> dic
 
     `expected` are names of the live model; without them, the prefix is guessed from the names alone.
     """
-    found = {WRAPPERS.sub("", key): value for key, value in tensors.items() if not OPTIMIZER.search(key)}
+    found = {without_torch_wrappers(key): value for key, value in tensors.items() if not OPTIMIZER.search(key)}
     prefix = _known_prefix(found, expected) if expected is not None else None
     if prefix is None:
         prefix = _guessed_prefix(found)

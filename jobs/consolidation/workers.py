@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from jobs.consolidation.plan import Placed, Plan, Task
-from jobs.tensor_io.dtypes import FP32, Cast, Dtype, caster, memory, tensor
+from jobs.tensor_io.dtypes import FP32, Cast, Dtype, as_bytes, as_tensor, best_cast
 from jobs.tensor_io.layout import blocks
 from jobs.tensor_io.reader import CHUNK, Check, Files, Reader, write
 
@@ -32,7 +32,7 @@ class Worker:
         self, files: Files, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
     ) -> None:
         self.files, self.folder, self.cast, self.moved, self.stop = files, folder, cast, moved, stop
-        self.reader = Reader(files, once=True)
+        self.reader = Reader(files, drop_cache=True)
         self.spaces = [np.empty(CHUNK, np.uint8) for _ in range(3)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
@@ -64,13 +64,13 @@ class Worker:
         from jobs.consolidation.lora import Nf4
 
         made, numel = Nf4(task.packed.torch), task.stored.numel
-        self.reader.once = False
+        self.reader.drop_cache = False
         for start, stop in blocks(0, numel, 1, CHUNK // 4):
             block = self._space(0, stop - start, task.stored.dtype)
             self.reader.fill(task.stored, start, block)
-            made.look(tensor(block, task.stored.dtype))
+            made.look(as_tensor(block, task.stored.dtype))
         made.settle()
-        self.reader.once = True
+        self.reader.drop_cache = True
         return made
 
     def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any, rounded: "Nf4 | None") -> str:
@@ -90,7 +90,7 @@ class Worker:
                 view = memoryview(self._made(task, block, start, goal.output.dtype, rounded))
                 total.update(view)
                 at = goal.offset + (start - begin) * goal.output.dtype.itemsize
-                write(self.files(str(self.folder / goal.file), os.O_RDWR), at, view)
+                write(self.files.open(str(self.folder / goal.file), os.O_RDWR), at, view)
             self.moved((stop - start) * stored.dtype.itemsize)
         return str(total.hexdigest())
 
@@ -148,7 +148,7 @@ class Ledger:
                 self.left[file] -= 1
                 last = self.left[file] == 0
             if last:
-                os.fsync(files(str(self.folder / file), os.O_RDWR))
+                os.fsync(files.open(str(self.folder / file), os.O_RDWR))
                 self.finished(file, self.sums[file])
 
 
@@ -194,7 +194,7 @@ def carry_out(
             raise
 
     try:
-        with caster(casts, plan.read_bytes) as cast, ThreadPoolExecutor(workers) as pool:
+        with best_cast(casts, plan.read_bytes) as cast, ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(one, task) for task in interleaved(plan, skip)]
             wait(futures, return_when=FIRST_EXCEPTION)
             if stop.is_set():
@@ -212,12 +212,12 @@ def applied(task: Task, block: np.ndarray, start: int, rounded: "Nf4 | None", ro
 
     `room` has four bytes an element.
     """
-    found = tensor(block, task.stored.dtype)
+    found = as_tensor(block, task.stored.dtype)
     if rounded is not None:
         found = rounded.round(found, start)
     if task.update is None:
-        return memory(found)
-    wide, width = tensor(room, FP32), task.update.a.shape[1]
+        return as_bytes(found)
+    wide, width = as_tensor(room, FP32), task.update.a.shape[1]
     wide.copy_(found)
     from jobs.consolidation.lora import add  # imports torch
 

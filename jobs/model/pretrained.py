@@ -18,8 +18,9 @@ from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import Quantised
 from jobs.tensor_io import slices
+from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.model_files import find
-from jobs.tensor_io.slices import Part, Stored
+from jobs.tensor_io.slices import Part
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def load(
         return _whole(base, held, config, world, packed)
     assert folder is not None
     if main:
-        count = len({place.file for place in plan.stored.values()})
+        count = len({extent.path for place in plan.stored.values() for extent in place.extents})
         log.info(f"weights   {folder}: {count} safetensors files, each rank reads what it holds")
     names = _names(base)
     places = {key: next(plan.stored[name] for name in names[key] if name in plan.stored) for key in held}
@@ -96,7 +97,7 @@ def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
         return Plan({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return Plan({}, f"{source} names its files in config.json (transformers_weights)")
-    stored = slices.catalogue(folder, "model.source", source)
+    stored = slices.find_tensors(folder, "model.source", source)
     if converted := _converted(base, stored):
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
@@ -106,7 +107,7 @@ def _plan(base: PreTrainedModel, folder: Path | None, config: Config) -> Plan:
     names = _names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     stored = {name: place for name, place in stored.items() if not _ignored(base, name)}
-    found = slices.misfits(stored, names, shapes) or _untied(folder, stored, names)
+    found = slices.mismatches(stored, names, shapes) or _untied(folder, stored, names)
     if found:
         raise ConfigError(*_problems(source, found))
     return Plan(stored)
@@ -153,7 +154,7 @@ def _untied(folder: Path, stored: Mapping[str, Stored], names: Mapping[str, list
     found = []
     for others in names.values():
         for one, other in pairwise(name for name in others if name in stored):
-            if not slices.alike(folder, stored[one], stored[other]):
+            if not slices.probably_equal(folder, stored[one], stored[other]):
                 found.append(f"{one} and {other} differ in the files, yet config.json ties them (tie_word_embeddings)")
     return found
 

@@ -74,10 +74,10 @@ def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
     shape = tuple(chance.randint(1, 7) for _ in range(chance.randint(1, 4)))
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     cut = [sorted({0, size, *(chance.randint(0, size) for _ in range(chance.randint(0, 2)))}) for size in shape]
-    boxes = [((), ())]
+    boxes = [layout.Chunk((), ())]
     for edges in cut:
         spans = list(zip(edges, edges[1:], strict=False))
-        boxes = [(starts + (a,), sizes + (b - a,)) for starts, sizes in boxes for a, b in spans]
+        boxes = [layout.Chunk(starts + (a,), sizes + (b - a,)) for starts, sizes in boxes for a, b in spans]
     chance.shuffle(boxes)
     width, rectangles = layout.rectangles(shape, boxes)
     found = []
@@ -94,14 +94,14 @@ def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
     reader, flat = Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in layout.blocks(start, stop, width, chance.randint(1, 30)):
-        reader.fill(stored, first, dtypes.memory(flat[first:last]))
+        reader.fill(stored, first, dtypes.as_bytes(flat[first:last]))
     files.close()
     assert torch.equal(flat[start:stop], whole.view(-1)[start:stop])
 
 
 def test_a_header_is_what_safetensors_reads(tmp_path):
-    tensors = [("a", (3, 5), dtypes.BF16), ("b", (), dtypes.FP32), ("c", (0, 4), dtypes.EVERY["int64"])]
-    head, offsets, size = safetensors.head(tensors)
+    tensors = [("a", (3, 5), dtypes.BF16), ("b", (), dtypes.FP32), ("c", (0, 4), dtypes.TORCH["int64"])]
+    head, offsets, size = safetensors.make_header(tensors)
     assert offsets[0] % 4096 == 0
     (tmp_path / "x.safetensors").write_bytes(head + bytes(size - len(head)))
     assert {
@@ -114,20 +114,20 @@ def test_numpy_rounds_as_torch_does(monkeypatch):
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     bits = ((np.arange(2**16, dtype=np.uint32) << 16)[:, None] | low).ravel()
     ours, theirs = (
-        dtypes.tensor(
+        dtypes.as_tensor(
             way(bits.view(np.uint8), dtypes.FP32, dtypes.BF16, np.empty(2 * bits.size, np.uint8)), dtypes.BF16
         )
-        for way in (dtypes.by_numpy, dtypes.by_torch)
+        for way in (dtypes.cast_with_numpy, dtypes.cast_with_torch)
     )
     whole = ~theirs.isnan()  # torch's vector code and its code for what is left over make different ones
     assert torch.equal(ours[whole].view(torch.int16), theirs[whole].view(torch.int16))
     assert torch.equal(ours.isnan(), theirs.isnan()) and whole.sum() > 300_000
     pairs = {(dtypes.FP32, dtypes.BF16)}
-    with dtypes.caster(pairs, 1) as way:
-        assert way is dtypes.by_torch  # which is here already
+    with dtypes.best_cast(pairs, 1) as way:
+        assert way is dtypes.cast_with_torch  # which is here already
     monkeypatch.delitem(sys.modules, "torch")
-    with dtypes.caster(pairs, 1) as way:
-        assert way is dtypes.by_numpy
+    with dtypes.best_cast(pairs, 1) as way:
+        assert way is dtypes.cast_with_numpy
 
 
 def test_a_pickle_cannot_call_anything(tmp_path):
@@ -137,10 +137,10 @@ def test_a_pickle_cannot_call_anything(tmp_path):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(RunError, match="not the metadata"):
-        safe_pickle.dcp_metadata(tmp_path / ".metadata")
+        safe_pickle.load_dcp_metadata(tmp_path / ".metadata")
     torch.save({"weights": torch.ones(3), "evil": Evil()}, tmp_path / "evil.pt")
     with (tmp_path / "evil.pt").open("rb") as file:
-        found = safe_pickle.archive(file.fileno(), "evil.pt")
+        found = safe_pickle.load_archive(file.fileno(), "evil.pt")
     assert found["weights"].shape == (3,)
     assert not (tmp_path / "called").exists()
 
@@ -155,7 +155,7 @@ def test_a_storage_is_where_it_is_said_to_be(tmp_path):
     torch.save(values, buffer)
     (tmp_path / "x").write_bytes(b"before" + buffer.getvalue() + b"after")
     with (tmp_path / "x").open("rb") as file:
-        found = safe_pickle.archive(file.fileno(), "x", 6, len(buffer.getvalue()))
+        found = safe_pickle.load_archive(file.fileno(), "x", 6, len(buffer.getvalue()))
         for name, saved in found.items():
             assert (saved.dtype.torch, saved.shape) == (values[name].dtype, tuple(values[name].shape))
             if saved.contiguous:
@@ -364,7 +364,7 @@ def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys):
 
 
 def test_a_dtype_is_the_same_object_in_another_rank():
-    for dtype in dtypes.EVERY.values():
+    for dtype in dtypes.TORCH.values():
         assert pickle.loads(pickle.dumps(Stored((), dtype, ()))).dtype is dtype
 
 
@@ -375,7 +375,7 @@ def test_seventy_billion_weights_are_planned_in_seconds():
     sources = {}
     for name, shape in every.items():
         width, boxes = layout.rectangles(
-            shape, [((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
+            shape, [layout.Chunk((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
         )
         rows = tuple(Extent(f"/shards/{rank}", 0, *box[0][:4]) for rank, box in enumerate(boxes))
         sources[name] = Stored(shape, dtypes.FP32, rows, width)
@@ -432,7 +432,7 @@ def test_another_base_is_refused(mine, tmp_path):
 
 def test_no_checkpoint_at_all(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path / "out", "is no checkpoint")
+    refused(tmp_path / "empty", tmp_path / "out", "is not a checkpoint")
 
 
 def test_a_full_disk_is_said_before_anything_is_written(mine, tmp_path, monkeypatch):
@@ -484,11 +484,11 @@ def test_two_at_once_do_not_mix(mine, tmp_path):
 
 def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
     from jobs.checkpoint.checkpointing import fingerprint
-    from jobs.tensor_io import open_checkpoint as sources
+    from jobs.tensor_io.open_checkpoint import open_checkpoint
 
     state = {name: value + 0.01 for name, value in shards.build("gqa").state_dict().items()}
     prints = {name: fingerprint(value) for name, value in state.items()}
-    source = sources.source(mine)
+    source = open_checkpoint(mine)
     stored = weight_names.plain(source.tensors)
     outputs = [plan.Output(name, item.shape, dtypes.BF16, name) for name, item in stored.items()]
     todo = plan.plan(outputs, stored, 200_000, prints, {}, {})
@@ -496,7 +496,7 @@ def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
     assert read_json(tmp_path / "good/muster.json")["verified"]
     name, item = "lm_head.weight", stored["lm_head.weight"]
     with (mine / "__0_0.distcp").open("r+b") as file:
-        saved = safe_pickle.archive(file.fileno(), "", item.extents[0].offset, item.extents[0].archive)
+        saved = safe_pickle.load_archive(file.fileno(), "", item.extents[0].offset, item.extents[0].archive)
         file.seek(saved.offset + 4001)
         byte = file.read(1)[0]
         file.seek(saved.offset + 4001)

@@ -17,7 +17,7 @@ from jobs.checkpoint import checkpointing, manifest
 from jobs.consolidation import weight_names
 from jobs.distributed.process_group import process_group
 from jobs.model import build
-from jobs.tensor_io import open_checkpoint
+from jobs.tensor_io.open_checkpoint import open_checkpoint
 from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs.ranks import spawn
 
@@ -206,7 +206,7 @@ def test_what_is_read_is_checked_and_nothing_else(run, tmp_path, monkeypatch):
         for file, offset, count in checked
         for piece in range(offset // 4096, (offset + count - 1) // 4096 + 1)
     }
-    files = {extent.path for stored in open_checkpoint.source(path).tensors.values() for extent in stored.extents}
+    files = {extent.path for stored in open_checkpoint(path).tensors.values() for extent in stored.extents}
     every = {(file, piece) for file in files for piece in range(Path(file).stat().st_size // 4096)}
     assert len(every - read) > len(every) / 2  # two of three bytes are moments
     shutil.rmtree(tmp_path / "run/model")

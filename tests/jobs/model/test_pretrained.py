@@ -334,7 +334,7 @@ def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path, monkeypatch)
     snapshot.symlink_to(stored)
     assert model_files.find("owner/name", None, cached=True) == snapshot
     assert model_files.find("owner/other", None, cached=True) is None
-    assert len(slices.catalogue(snapshot, "model.source", "owner/name")) >= 29
+    assert len(slices.find_tensors(snapshot, "model.source", "owner/name")) >= 29
 
 
 def test_weights_that_zero3_has_partitioned_still_decay(compose):
