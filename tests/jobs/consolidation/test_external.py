@@ -173,8 +173,8 @@ def test_families_that_are_stored_as_they_are_used(kind):
 
     config = AutoConfig.for_model(kind, **shards.SMALL, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
-        blue = weight_names.blueprint(AutoModelForCausalLM.from_config(config))
-    assert all((saved.name, saved.shape) == (saved.live, blue.live[saved.live]) for saved in blue.saved)
+        blueprint = weight_names.blueprint_of_model(AutoModelForCausalLM.from_config(config))
+    assert all((saved.name, saved.shape) == (saved.live, blueprint.live[saved.live]) for saved in blueprint.saved)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
@@ -186,11 +186,11 @@ def test_fused_experts_are_runs_of_live_weights(kind):
     config = AutoConfig.for_model(kind, **shards.SMALL, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     real = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
-        blue = weight_names.blueprint(AutoModelForCausalLM.from_config(config))
-    state = {name: value for name, value in real.state_dict().items() if name in blue.live}
+        blueprint = weight_names.blueprint_of_model(AutoModelForCausalLM.from_config(config))
+    state = {name: value for name, value in real.state_dict().items() if name in blueprint.live}
     wanted = revert_weight_conversion(real, dict(state))
-    assert {saved.name for saved in blue.saved} == wanted.keys()
-    for saved in blue.saved:
+    assert {saved.name for saved in blueprint.saved} == wanted.keys()
+    for saved in blueprint.saved:
         run = state[saved.live].reshape(-1)[saved.start : saved.start + wanted[saved.name].numel()]
         assert torch.equal(run.view(saved.shape), wanted[saved.name])
 
@@ -219,7 +219,11 @@ def test_prefixes_are_taken_off(prefix):
     tensors = {prefix + name: name for name in live} | {f"app.optimizer.state.{live[0]}.exp_avg": "no"}
     if not prefix:
         tensors = {name: name for name in live} | {f"optimizer.state.{live[0]}.exp_avg": "no"}
-    assert weight_names.plain(tensors, live) == weight_names.plain(tensors) == {name: name for name in live}
+    assert (
+        weight_names.strip_prefixes(tensors, live)
+        == weight_names.strip_prefixes(tensors)
+        == {name: name for name in live}
+    )
 
 
 # Adapters
@@ -282,7 +286,7 @@ def test_an_adapter_is_merged_as_peft_does(words, base, tmp_path):
 def test_blocks_of_rows_add_up(rslora, dora):
     a, b, weight = torch.randn(4, 24), torch.randn(33, 4), torch.randn(33, 24)
     magnitude = torch.rand(33) + 0.5 if dora else None
-    update = lora.Update(a, b, lora.scale(16, 4, rslora), magnitude)
+    update = lora.LoraUpdate(a, b, lora.scale(16, 4, rslora), magnitude)
     whole = weight + b @ a * (16 / (2 if rslora else 4))
     if magnitude is not None:
         whole = whole * (magnitude / whole.norm(dim=1))[:, None]
@@ -380,8 +384,10 @@ def test_seventy_billion_weights_are_planned_in_seconds():
         rows = tuple(Extent(f"/shards/{rank}", 0, *box[0][:4]) for rank, box in enumerate(boxes))
         sources[name] = Stored(shape, dtypes.FP32, rows, width)
     outputs = [plan.Output(name, stored.shape, dtypes.BF16, name) for name, stored in sources.items()]
-    made = plan.plan(outputs, sources, 5 * 2**30, {}, {}, {})
-    assert len(made.digest()) == 64 and made.read_bytes == 2 * (made.written_bytes - sum(map(len, made.heads.values())))
+    made = plan.make_plan(outputs, sources, shard_bytes=5 * 2**30)
+    assert len(made.digest()) == 64 and made.read_bytes == 2 * (
+        made.written_bytes - sum(map(len, made.headers.values()))
+    )
     assert 24 <= len(made.sizes) <= 30
     assert time.monotonic() - began < 20
     files = [task.placed[0].file for task in workers.interleaved(made, {"model-00002-of-00028.safetensors"})]
@@ -439,7 +445,7 @@ def test_a_full_disk_is_said_before_anything_is_written(mine, tmp_path, monkeypa
     monkeypatch.setattr(
         output_folder.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000})
     )
-    refused(mine, tmp_path / "out", r"needs 0\.00 GiB there and 0\.00 GiB are free")
+    refused(mine, tmp_path / "out", r"needs 0\.00 GiB, but 0\.00 GiB are free")
 
 
 def test_a_disk_that_fills_up_meanwhile(mine, tmp_path, monkeypatch):
@@ -478,8 +484,12 @@ def test_a_result_that_reads_back_wrong_is_not_published(mine, tmp_path, monkeyp
 
 
 def test_two_at_once_do_not_mix(mine, tmp_path):
-    with output_folder.writing(tmp_path / "out"), pytest.raises(RunError, match="another process"):
+    with output_folder.locked_partial_folder(tmp_path / "out"), pytest.raises(RunError, match="another process"):
         run(mine, tmp_path / "out")
+
+
+def carry_out(todo, target, checkpoint):
+    execute.execute(todo, target, threads=2, checkpoint=checkpoint, describe=lambda _: None, muster_json={})
 
 
 def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
@@ -489,10 +499,10 @@ def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
     state = {name: value + 0.01 for name, value in shards.build("gqa").state_dict().items()}
     prints = {name: fingerprint(value) for name, value in state.items()}
     source = open_checkpoint(mine)
-    stored = weight_names.plain(source.tensors)
+    stored = weight_names.strip_prefixes(source.tensors)
     outputs = [plan.Output(name, item.shape, dtypes.BF16, name) for name, item in stored.items()]
-    todo = plan.plan(outputs, stored, 200_000, prints, {}, {})
-    execute.make(todo, tmp_path / "good", 2, mine, lambda _: None, {})
+    todo = plan.make_plan(outputs, stored, shard_bytes=200_000, fingerprints=prints)
+    carry_out(todo, tmp_path / "good", mine)
     assert read_json(tmp_path / "good/muster.json")["verified"]
     name, item = "lm_head.weight", stored["lm_head.weight"]
     with (mine / "__0_0.distcp").open("r+b") as file:
@@ -502,7 +512,7 @@ def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
         file.seek(saved.offset + 4001)
         file.write(bytes([byte ^ 4]))
     with pytest.raises(RunError, match=f"weight {name} differs from that in training"):
-        execute.make(todo, tmp_path / "bad", 2, mine, lambda _: None, {})
+        carry_out(todo, tmp_path / "bad", mine)
     assert not (tmp_path / "bad").exists() and not (tmp_path / ".bad.partial").exists()
 
 
@@ -518,21 +528,21 @@ def test_finished_files_outlive_a_kill(checkpoint, tmp_path, monkeypatch, capsys
     code = f"""
 import os, sys
 from jobs.consolidation import external, output_folder
-real = output_folder.record
+real = output_folder.write_record
 count = [0]
 def record(*words):
     real(*words)
     count[0] += 1
     if count[0] == 3:
         os._exit(9)
-output_folder.record = record
+output_folder.write_record = record
 external.main({words!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 9
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
     external.main(words)
-    assert "files were finished by a start before this one" in capsys.readouterr().out
+    assert "files were finished by an earlier start, and are kept" in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole
 
 

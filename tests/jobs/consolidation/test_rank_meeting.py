@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from jobs.consolidation import plan, rank_meeting
 from jobs.tensor_io import dtypes
+from jobs.tensor_io.layout import Stored
 from tests.conftest import ROOT
 from tests.jobs import shards
 from tests.jobs.consolidation.test_external import contents
@@ -67,7 +68,7 @@ def test_a_rank_that_fails_is_named_and_nothing_is_published(checkpoint, tmp_pat
     shard.write_bytes(shard.read_bytes() + b"longer")
     lead, other = ended(start(0, 2, checkpoint, tmp_path / "out"), start(1, 2, tmp_path / "other", tmp_path / "out"))
     assert lead[0] == other[0] == 2
-    assert "rank=1: has found another checkpoint" in lead[1] and "rank 0 has ended" in other[1]
+    assert "rank=1: found another checkpoint" in lead[1] and "rank 0 has ended" in other[1]
     assert not (tmp_path / "out").exists()
 
 
@@ -95,16 +96,16 @@ def test_a_killed_job_goes_on(checkpoint, tmp_path):
 def test_files_are_shared_by_what_is_to_be_done():
     outputs = [plan.Output(f"{size}", (size, 1000), dtypes.BF16, f"{size}") for size in (9, 8, 7, 6, 5, 4)]
     sources = {
-        output.source: plan.Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
+        output.source: Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
         for output in outputs
     }
-    made = plan.plan(outputs, sources, 1, {}, {}, {})
+    made = plan.make_plan(outputs, sources, shard_bytes=1)
     names = list(made.sizes)
-    found = rank_meeting.shares(made, set(), 2)
+    found = rank_meeting.assign(made, set(), 2)
     assert {rank: sum(made.sizes[name] for name in names if found[name] == rank) // 2000 for rank in (0, 1)} == {
         0: 26,
         1: 25,
     }
     done = set(names[:3])
-    found = rank_meeting.shares(made, done, 2)
+    found = rank_meeting.assign(made, done, 2)
     assert sorted(found[name] for name in names[3:]) == [0, 1, 1] and found.keys() == set(names)

@@ -108,7 +108,7 @@ def test_a_checkpoint_by_its_step(run, tmp_path, capsys):
     config.consolidate.step = 1
     merged(config, tmp_path)
     assert read_json(tmp_path / "run/model/muster.json")["checkpoint"] == "step-00000001"
-    assert "the model that was there is now" in capsys.readouterr().out
+    assert "moved the older model to" in capsys.readouterr().out
     config.consolidate.step = 2
     with pytest.raises(RunError, match=r"consolidate\.step=2: is no checkpoint of this run: take one of 1, 3"):
         consolidate.run(config)
@@ -121,7 +121,7 @@ def test_an_adapter(run, base, tmp_path, capsys):
     assert f"{len(live)} weights equal those in training, bit for bit" in capsys.readouterr().out
     before = load_file(base / "model.safetensors")
     assert found.keys() == before.keys()
-    _, parts = weight_names.adapters(live)
+    _, parts = weight_names.split_adapters(live)
     for name, value in found.items():
         wanted = before[name].float()
         if name in parts:
@@ -168,12 +168,12 @@ def test_original_and_damage(run, base, tmp_path):
 @pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["whole", "lora"])
 def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, tmp_path, capsys, monkeypatch):
     def refuse(_):
-        raise weight_names.NotViews("turned")
+        raise weight_names.CannotStream("turned")
 
     config, _ = run("model=hub", f"model.source={base}", "train.precision=fp32", *words)
     streamed = merged(config, tmp_path)
     shutil.rmtree(tmp_path / "run/model")
-    monkeypatch.setattr(weight_names, "blueprint", refuse)
+    monkeypatch.setattr(weight_names, "blueprint_of_model", refuse)
     found = merged(config, tmp_path)
     assert "cannot be streamed (turned): it is merged in memory" in capsys.readouterr().out
     assert found.keys() == streamed.keys()

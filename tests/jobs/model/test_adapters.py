@@ -305,8 +305,8 @@ def test_a_base_that_is_merged_dequantised_is_the_one_trained_on(dtype):
     layer = packed(source, Frozen.nf4, dtype, [])
     flat, made = source.weight.detach().flatten(), Nf4(dtype)
     for begin in range(0, flat.numel(), 1024):
-        made.look(flat[begin : begin + 1024])
-    made.settle()
+        made.collect_scales(flat[begin : begin + 1024])
+    made.finish_scales()
     found = torch.cat([made.round(flat[begin : begin + 640], begin) for begin in range(0, flat.numel(), 640)])
     assert torch.equal(
         found.view(48, 128), quantized_linear.dequantised(layer.weight, True, (48, 128), dtype, *layer.scales())
