@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     part: FlatPart
     first: int
-    count: int
+    numel: int
 
 
 Shapes = list[dict[str, Any]]
