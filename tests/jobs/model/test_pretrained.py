@@ -192,7 +192,10 @@ def _gone(path, _tensors, _name):
     ("change", "words"),
     [
         (_shorter, ["model.layers.0.mlp.up_proj.weight", "[100, 56], not [101, 56]", ".safetensors"]),
-        (_absent, ["model.layers.0.mlp.up_proj.weight is in none", "model.layers.0.mlp.other.weight", "is not in the model"]),
+        (
+            _absent,
+            ["model.layers.0.mlp.up_proj.weight is in none", "model.layers.0.mlp.other.weight", "is not in the model"],
+        ),
         (_cut, ["is cut off"]),
         (_gone, ["No such file"]),
     ],
