@@ -156,17 +156,17 @@ def _without_tied_names(
     A weight under its second name is used if it has none under the first. If PEFT trained a tied head separately
     (modules_to_save), it is a weight of its own.
     """
-    kept, untied = {}, []
+    remaining, untied = {}, []
     for name, key in keys.items():
         first = blueprint.tied.get(name)
         if first is None:
-            kept[name] = key
+            remaining[name] = key
         elif ".modules_to_save." in key:
-            kept[name] = key
+            remaining[name] = key
             untied.append(SavedName(name, weights[key].shape, name))
         elif first not in keys:
-            kept.setdefault(first, key)
-    return kept, untied
+            remaining.setdefault(first, key)
+    return remaining, untied
 
 
 class _Source(NamedTuple):

@@ -55,17 +55,17 @@ def tensors(folder: Path) -> dict[str, Stored]:
     shapes: Shapes = model_state["param_shapes"]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     parts = _parts_of_ranks(optimizer_paths, states, key)
-    found = _buffers(str(model_paths[0]), model_state)
+    weights = _buffers(str(model_paths[0]), model_state)
     if stage == 3:
-        found |= _frozen_sharded(model_paths, model_state)
-        found |= _zero3_parameters(folder, parts, shapes)
+        weights |= _frozen_sharded(model_paths, model_state)
+        weights |= _zero3_parameters(folder, parts, shapes)
     else:
-        found |= _frozen_whole(str(model_paths[0]), model_state)
-        found |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
+        weights |= _frozen_whole(str(model_paths[0]), model_state)
+        weights |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
     for name, other in dict(model_state.get("shared_params") or {}).items():
-        if other in found:
-            found[name] = found[other]
-    return found
+        if other in weights:
+            weights[name] = weights[other]
+    return weights
 
 
 def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
@@ -79,10 +79,10 @@ def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
     is_zero3 = int(states[0].get("zero_stage", 1)) == 3
     shapes: Shapes = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
     inner = [state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"] for state in states]
-    found: dict[str, dict[str, Stored]] = {name: {} for group in shapes for name in group}
+    state_of_weight: dict[str, dict[str, Stored]] = {name: {} for group in shapes for name in group}
     for kind, value in inner[0][0].items():
         if isinstance(value, SavedTensor) and value.shape == ():
-            laid_out = dict.fromkeys(found, _whole(str(paths[0]), value))
+            laid_out = dict.fromkeys(state_of_weight, _whole(str(paths[0]), value))
         else:
             parts = [_state_parts(path, state, kind) for path, state in zip(paths, inner, strict=True)]
             if is_zero3:
@@ -90,8 +90,8 @@ def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
             else:
                 laid_out = _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
         for name, stored in laid_out.items():
-            found[name][kind] = stored
-    return found
+            state_of_weight[name][kind] = stored
+    return state_of_weight
 
 
 def _state_parts(path: Path, state: dict[int, Any], kind: str) -> list[FlatPart]:
@@ -105,10 +105,10 @@ def _state_parts(path: Path, state: dict[int, Any], kind: str) -> list[FlatPart]
 
 def _files(folder: Path, pattern: str) -> list[Path]:
     """Sorted by rank: by the numbers in the name, not by its letters."""
-    found = sorted(folder.glob(pattern), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
-    if not found:
+    paths = sorted(folder.glob(pattern), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+    if not paths:
         raise RunError(Problem("checkpoint", folder, f"has no {pattern}: it was not written completely"))
-    return found
+    return paths
 
 
 def _load(path: Path, key: str | None = None) -> Any:
@@ -145,7 +145,7 @@ def _check_model_files(folder: Path, model_paths: list[Path], optimizer_paths: l
 
 def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -> list[list[FlatPart]]:
     """[rank][group] of the fp32 weights. Raises RunError if one is not stored as plain numbers."""
-    found = []
+    parts = []
     for path, state in zip(paths, states, strict=True):
         groups = state.get(key)
         if groups is None:
@@ -153,8 +153,8 @@ def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -
         groups = groups if isinstance(groups, list | tuple) else [groups]
         if not all(isinstance(group, SavedTensor) and group.contiguous for group in groups):
             raise RunError(Problem("checkpoint", path, f"does not contain {key} (swapped to NVMe?)"))
-        found.append([FlatPart(str(path), group) for group in groups])
-    return found
+        parts.append([FlatPart(str(path), group) for group in groups])
+    return parts
 
 
 def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
@@ -190,15 +190,15 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
     if not shapes:
         return {}
     fragments_of_ranks = [_load(path, "frozen_param_fragments") for path in model_paths]
-    found = {}
+    parameters = {}
     for name, shape in shapes.items():
         parts = [
             FlatPart(str(path), fragments[name])
             for path, fragments in zip(model_paths, fragments_of_ranks, strict=True)
         ]
         runs = [Run(part, 0, part.saved.numel) for part in parts]
-        found[name] = _joined(runs, tuple(shape), parts[0].saved.dtype)
-    return found
+        parameters[name] = _joined(runs, tuple(shape), parts[0].saved.dtype)
+    return parameters
 
 
 def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> Stored:
@@ -213,45 +213,45 @@ def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> Stored:
 
 def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any) -> dict[str, Stored]:
     """ZeRO-1 and 2. `paddings`, if any, are elements after each parameter of each group."""
-    found = {}
+    parameters = {}
     for number, shapes in enumerate(groups):
         parts_of_group = [rank[number] for rank in parts]
         total, position = sum(part.saved.numel for part in parts_of_group), 0
         dtype = parts_of_group[0].saved.dtype
         for index, (name, shape) in enumerate(shapes.items()):
-            found[name] = _joined(_runs(parts_of_group, position, prod(shape)), tuple(shape), dtype)
+            parameters[name] = _joined(_runs(parts_of_group, position, prod(shape)), tuple(shape), dtype)
             position += prod(shape) + (paddings[number][index] if paddings else 0)
         if not position <= total < position + 2 * len(parts_of_group):  # DeepSpeed pads to a multiple of 2 x ranks
             raise _wrong_size(folder, position, total)
-    return found
+    return parameters
 
 
 def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, Stored]:
     """ZeRO-3. A rank's part of a parameter may span two of its groups: DeepSpeed also cuts them into sub-groups."""
     shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
-    total, position, found = sum(part.saved.numel for part in parts[0]), 0, {}
+    total, position, parameters = sum(part.saved.numel for part in parts[0]), 0, {}
     dtype = parts[0][0].saved.dtype
     for name, shape in shapes.items():
         count = -(-prod(shape) // len(parts))
         runs = [run for rank in parts for run in _runs(rank, position, count)]
-        found[name] = _joined(runs, shape, dtype)
+        parameters[name] = _joined(runs, shape, dtype)
         position += count
     if position != total:
         raise _wrong_size(folder, position, total)
-    return found
+    return parameters
 
 
 def _runs(parts: list[FlatPart], start: int, count: int) -> list[Run]:
     """The elements `start` to `start + count` of parts that lie end to end."""
-    found, begin = [], 0
+    runs, begin = [], 0
     for part in parts:
         first, last = max(start, begin), min(start + count, begin + part.saved.numel)
         if first < last:
-            found.append(Run(part, first - begin, last - first))
+            runs.append(Run(part, first - begin, last - first))
         begin += part.saved.numel
-    return found
+    return runs
 
 
-def _wrong_size(folder: Path, expected: int, found: int) -> RunError:
-    message = f"holds {found} numbers where its parameters need {expected}: it was not written by DeepSpeed's ZeRO"
+def _wrong_size(folder: Path, expected: int, actual: int) -> RunError:
+    message = f"holds {actual} numbers where its parameters need {expected}: it was not written by DeepSpeed's ZeRO"
     return RunError(Problem("checkpoint", folder, message))

@@ -33,8 +33,8 @@ class Dtype(NamedTuple):
     def torch(self) -> "torch.dtype":
         import torch
 
-        found: torch.dtype = getattr(torch, self.name)
-        return found
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Unpickle to the object in the table, also on another rank: dtypes are compared by identity, like those of torch."""

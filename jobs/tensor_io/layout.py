@@ -137,7 +137,7 @@ def _rectangles_of_chunk(shape: tuple[int, ...], chunk: Chunk, split: int) -> li
     column, columns = starts[split] * inner, sizes[split] * inner
     cut = _last_cut_dimension(shape[:split], sizes[:split])
     rows = prod(sizes[cut:split])  # rows that follow each other in the tensor
-    found = []
+    rectangles = []
     for number in range(prod(sizes[:cut])):
         # `number` as an index of the dimensions before `cut`, inside the chunk
         reversed_index, rest = [], number
@@ -148,5 +148,5 @@ def _rectangles_of_chunk(shape: tuple[int, ...], chunk: Chunk, split: int) -> li
         for dimension, inside in enumerate([*reversed(reversed_index), 0]):
             row = row * shape[dimension] + starts[dimension] + inside
         first_row = row * prod(shape[cut + 1 : split])
-        found.append(Rectangle(first_row, rows, column, columns, number * rows * columns))
-    return found
+        rectangles.append(Rectangle(first_row, rows, column, columns, number * rows * columns))
+    return rectangles

@@ -49,15 +49,15 @@ def _ranges(config: Config, node_rank: int) -> list[ByteRange]:
     if random_weights or (config.adapter.kind is AdapterKind.none and has_checkpoint):
         return []
     begin, end = share(config, node_rank)
-    found = []
+    ranges = []
     with suppress(Exception):  # whatever is wrong with the files, loading reports it with a better message
         folder = find(config.model.source, config.model.revision, cached=True)
         for path in [folder / name for name in files(folder)] if folder else []:
             header = safetensors.read_header(path)
             for first, last in (entry["data_offsets"] for entry in header.entries.values()):
                 size, start = last - first, header.data_start + first
-                found.append((str(path), start + int(begin * size), start + int(end * size)))
-    return sorted(found)
+                ranges.append((str(path), start + int(begin * size), start + int(end * size)))
+    return sorted(ranges)
 
 
 def share(config: Config, node_rank: int) -> tuple[float, float]:

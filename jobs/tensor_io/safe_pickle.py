@@ -155,14 +155,14 @@ def load_dcp_metadata(path: Path) -> Metadata:
     """The `.metadata` file of a DCP folder. Raises RunError if it is missing, damaged or something else."""
     try:
         unpickler = SafeUnpickler(io.BytesIO(path.read_bytes()), _ARCHIVE_CLASSES | _DCP_CLASSES, lambda _: 0)
-        found = unpickler.load()
+        metadata = unpickler.load()
     except FileNotFoundError:
         raise RunError(Problem("checkpoint", path, "is missing: the checkpoint was not written completely")) from None
     except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise RunError(Problem("checkpoint", path, f"cannot be read, it is damaged: {error}")) from error
-    if not isinstance(found, Metadata):
+    if not isinstance(metadata, Metadata):
         raise RunError(Problem("checkpoint", path, "is not the metadata of a distributed checkpoint"))
-    return found
+    return metadata
 
 
 class _FileWindow(io.RawIOBase):

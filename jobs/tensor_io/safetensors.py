@@ -39,15 +39,15 @@ def tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
 
 def _tensors_to_merge(path: Path) -> dict[str, Stored]:
     try:
-        found = tensors_of_file(path, str(path))
+        tensors = tensors_of_file(path, str(path))
     except FileNotFoundError:
         raise DataError(Problem("model", path, "is missing: copy or download it again")) from None
     except (ValueError, OSError) as error:
         raise DataError(Problem("model", path, f"{error}; copy or download it again")) from error
-    for name, stored in found.items():
+    for name, stored in tensors.items():
         if stored.dtype.itemsize == 0:
             raise DataError(Problem("model", path, f"{name} has dtype {stored.dtype.name}, which cannot be merged"))
-    return found
+    return tensors
 
 
 def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, Stored]:
@@ -56,14 +56,14 @@ def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, Stored]:
     Raises OSError if the file cannot be read, ValueError if it is cut short or not in this format.
     """
     header = read_header(path)
-    found = {}
+    tensors = {}
     for name, entry in header.entries.items():
         shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
         dtype = SAFETENSORS.get(entry["dtype"]) or Dtype(entry["dtype"], 0)
         if dtype.itemsize and stop - start != prod(shape) * dtype.itemsize:
             raise ValueError(f"is damaged: {name} has {stop - start} bytes for {list(shape)} of {entry['dtype']}")
-        found[name] = Stored(shape, dtype, (Extent(name_in_extents, header.data_start + start, 0, prod(shape)),))
-    return found
+        tensors[name] = Stored(shape, dtype, (Extent(name_in_extents, header.data_start + start, 0, prod(shape)),))
+    return tensors
 
 
 def read_header(path: Path) -> Header:

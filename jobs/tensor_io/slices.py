@@ -54,16 +54,16 @@ def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
 
     Raises ConfigError, for `key`=`source`, that names every file that is missing, cut off or not in this format.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     problems = []
     for name in files(folder):
         try:
-            found |= safetensors.tensors_of_file(folder / name, name)
+            tensors |= safetensors.tensors_of_file(folder / name, name)
         except (OSError, ValueError, KeyError) as error:
             problems.append(Problem(key, source, f"{folder / name}: {error}; fetch the files again"))
     if problems:
         raise ConfigError(*problems)
-    return found
+    return tensors
 
 
 def mismatches(
