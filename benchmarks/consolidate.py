@@ -153,36 +153,38 @@ def measure(name: str, folder: Path, out: Path, workers: int) -> dict[str, float
         text = log.read()
     if run.returncode:
         raise RuntimeError(f"{name}: {text[-2000:]}")
-    words = text.replace(",", " ").split()
-    own = [float(words[at + 1]) for at, word in enumerate(words[:-2]) if word == "in" and words[at + 2] in ("s", "s\n")]
+    tokens = text.replace(",", " ").split()
+    own = [
+        float(tokens[at + 1]) for at, word in enumerate(tokens[:-2]) if word == "in" and tokens[at + 2] in ("s", "s\n")
+    ]
     shutil.rmtree(out, ignore_errors=True)
     return {"s": seconds, "mib": peak / 2**20, "own_s": own[0] if own else seconds, "checked_s": sum(own[:2])}
 
 
 def measure_all(folder: Path, rounds: int, sides: list[str], workers: int) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
         for state in (cold, warm):
             for name in sides:
                 state(folder / SOURCES.get(name, "dcp"))
                 one = measure(name, folder, folder / "out", workers)
-                found.setdefault(f"{name} {state.__name__}", []).append(one)
+                results.setdefault(f"{name} {state.__name__}", []).append(one)
                 shown = f"{one['s']:7.2f} s  {one['own_s']:7.2f} s inside  {one['mib']:7.0f} MiB"
                 print(f"{number + 1} {name:<12} {state.__name__:<4} {shown}", flush=True)
-    return found
+    return results
 
 
 def smaller_ratio(
-    found: dict[str, list[dict[str, float]]], other: str, ours: str, key: str = "s", own: str = "s"
+    results: dict[str, list[dict[str, float]]], other: str, ours: str, key: str = "s", own: str = "s"
 ) -> float | None:
     """The smaller of the cold and the warm ratio, each a median over rounds."""
-    if f"{other} cold" not in found:
+    if f"{other} cold" not in results:
         return None
     return round(
         min(
             statistics.median(
                 theirs[key] / max(mine[own], 0.01)
-                for theirs, mine in zip(found[f"{other} {state}"], found[f"{ours} {state}"], strict=True)
+                for theirs, mine in zip(results[f"{other} {state}"], results[f"{ours} {state}"], strict=True)
             )
             for state in ("cold", "warm")
         ),
@@ -190,7 +192,7 @@ def smaller_ratio(
     )
 
 
-def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw seconds and anonymous memory against parameters, for every tool that was measured at more than one size."""
     import matplotlib
 
@@ -198,16 +200,16 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "muster"  # so that the same figures give the same file
     from matplotlib import pyplot
 
-    sizes = sorted(found, key=lambda size: float(size.rstrip("b")))
+    sizes = sorted(results, key=lambda size: float(size.rstrip("b")))
     picture, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, key, unit in zip(
         panels, ("seconds", "mib"), ("seconds, page cache cold", "MiB of anonymous memory"), strict=True
     ):
         for name in SIDES:
             points = [
-                (float(size.rstrip("b")), found[size][key][f"{name} cold"])
+                (float(size.rstrip("b")), results[size][key][f"{name} cold"])
                 for size in sizes
-                if f"{name} cold" in found[size][key]
+                if f"{name} cold" in results[size][key]
             ]
             if len(points) > 1:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -245,21 +247,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="consolidate-") as scratch:
         folder = Path(scratch) / "checkpoints"
         write_sources(folder, options.size, any("zero" in name for name in sides), "torch" in sides)
-        found = measure_all(folder, options.rounds, sides, options.workers)
-    peaks = [one["mib"] for name, every in found.items() if name.startswith("ours") for one in every]
+        results = measure_all(folder, options.rounds, sides, options.workers)
+    peaks = [one["mib"] for name, every in results.items() if name.startswith("ours") for one in every]
     result = {
         "size": options.size,
-        "vs_accelerate": smaller_ratio(found, "accelerate", "ours_fp32"),
-        "vs_accelerate_bf16": smaller_ratio(found, "accelerate", "ours_bf16"),
-        "vs_axolotl": smaller_ratio(found, "axolotl", "ours_bf16"),
-        "vs_torch": smaller_ratio(found, "torch", "ours_fp32"),
-        "vs_zero_to_fp32": smaller_ratio(found, "zero_to_fp32", "ours_zero"),
-        "disk_share": smaller_ratio(found, "copy", "ours_bf16", "own_s", "own_s"),
-        "disk_share_verified": smaller_ratio(found, "copy", "ours_bf16", "own_s", "checked_s"),
-        "disk_share_whole": smaller_ratio(found, "copy", "ours_bf16"),
+        "vs_accelerate": smaller_ratio(results, "accelerate", "ours_fp32"),
+        "vs_accelerate_bf16": smaller_ratio(results, "accelerate", "ours_bf16"),
+        "vs_axolotl": smaller_ratio(results, "axolotl", "ours_bf16"),
+        "vs_torch": smaller_ratio(results, "torch", "ours_fp32"),
+        "vs_zero_to_fp32": smaller_ratio(results, "zero_to_fp32", "ours_zero"),
+        "disk_share": smaller_ratio(results, "copy", "ours_bf16", "own_s", "own_s"),
+        "disk_share_verified": smaller_ratio(results, "copy", "ours_bf16", "own_s", "checked_s"),
+        "disk_share_whole": smaller_ratio(results, "copy", "ours_bf16"),
         "peak_mib": round(max(peaks)),
-        "seconds": {name: round(statistics.median(one["s"] for one in every), 2) for name, every in found.items()},
-        "mib": {name: round(max(one["mib"] for one in every)) for name, every in found.items()},
+        "seconds": {name: round(statistics.median(one["s"] for one in every), 2) for name, every in results.items()},
+        "mib": {name: round(max(one["mib"] for one in every)) for name, every in results.items()},
     }
     if options.save:
         kept = json.loads(options.save.read_text()) if options.save.exists() else {}
