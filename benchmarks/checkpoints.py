@@ -1,4 +1,4 @@
-"""Random checkpoints of four ranks, in each format that a merge is measured on: DCP, its Hugging Face form, ZeRO-3."""
+"""Writes random checkpoints of four ranks for the benchmark of merges: DCP, torch's Hugging Face shards, ZeRO-3."""
 
 import json
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS = 4
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 1003),
     "0.5b": (1024, 4096, 12, 16, 8, 128_256),
     "1.5b": (2048, 8192, 16, 32, 8, 128_256),
@@ -16,17 +16,17 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 
 
-def described(size: str) -> Any:
+def llama_config(size: str) -> Any:
     from transformers import LlamaConfig
 
-    hidden, inner, layers, heads, groups, words = SHAPES[size]
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[size]
     return LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=inner,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=words,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
     )
@@ -39,7 +39,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {
             name: tuple(value.shape)
-            for name, value in AutoModelForCausalLM.from_config(described(size)).state_dict().items()
+            for name, value in AutoModelForCausalLM.from_config(llama_config(size)).state_dict().items()
         }
 
 
@@ -52,18 +52,16 @@ def write_sources(folder: Path, size: str, zero: bool, hf: bool) -> None:
 
 
 def write_base(folder: Path, size: str) -> None:
-    """The model folder that a user names: its config, and its headers; nobody reads the weights behind these."""
+    """The model folder for --base: config and headers. The weights are zeros; the merge does not read them."""
+    from jobs.tensor_io import dtypes, safetensors
 
-    from jobs.tensor_io import dtypes
-    from jobs.tensor_io import safetensors as hf
-
-    described(size).save_pretrained(folder)
-    every = shapes(size)
-    first, _, length = hf.head([(name, shape, dtypes.BF16) for name, shape in every.items()])
+    llama_config(size).save_pretrained(folder)
+    all_shapes = shapes(size)
+    header, _, length = safetensors.make_header([(name, shape, dtypes.BF16) for name, shape in all_shapes.items()])
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(first)
+        file.write(header)
         file.truncate(length)
-    (folder / "names.json").write_text(json.dumps(list(every)))
+    (folder / "names.json").write_text(json.dumps(list(all_shapes)))
 
 
 def write_rank(rank: int, folder: Path, size: str, zero: bool, hf: bool) -> None:
@@ -76,14 +74,16 @@ def write_rank(rank: int, folder: Path, size: str, zero: bool, hf: bool) -> None
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(rank)
-    state, every = {}, shapes(size)
-    # every weight is the beginning of one random tensor: else 6b would need 24 GB of memory to be written
-    numbers = torch.empty(max(-(-shape[0] // RANKS) * prod(shape[1:]) for shape in every.values())).normal_(std=0.02)
-    for name, shape in every.items():
+    state, all_shapes = {}, shapes(size)
+    # all weights share the numbers of one random tensor: otherwise writing 6b would need 24 GB of memory
+    numbers = torch.empty(max(-(-shape[0] // RANKS) * prod(shape[1:]) for shape in all_shapes.values())).normal_(
+        std=0.02
+    )
+    for name, shape in all_shapes.items():
         rows = -(-shape[0] // RANKS)
         mine = max(0, min(rows, shape[0] - rank * rows))
         local = numbers[: mine * prod(shape[1:])].view(mine, *shape[1:])
-        local = local.clone() if hf else local  # safetensors wants tensors apart
+        local = local.clone() if hf else local  # safetensors refuses tensors that share memory
         state[name] = DTensor.from_local(
             local,
             mesh,
@@ -101,18 +101,18 @@ def write_rank(rank: int, folder: Path, size: str, zero: bool, hf: bool) -> None
         )
     del state
     if zero:
-        write_zero(rank, folder / "zero", every)
+        write_zero(rank, folder / "zero", all_shapes)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def write_zero(rank: int, folder: Path, every: dict[str, tuple[int, ...]]) -> None:
-    """DeepSpeed's layout of ZeRO-3: real training of this size would not fit into this memory."""
+def write_zero(rank: int, folder: Path, all_shapes: dict[str, tuple[int, ...]]) -> None:
+    """Files laid out like those of DeepSpeed's ZeRO-3; training a model of this size would need too much memory."""
     import torch
 
-    place = folder / "global_step1"
-    place.mkdir(parents=True, exist_ok=True)
-    numel = sum(-(-prod(shape) // RANKS) for shape in every.values())
+    step_folder = folder / "global_step1"
+    step_folder.mkdir(parents=True, exist_ok=True)
+    numel = sum(-(-prod(shape) // RANKS) for shape in all_shapes.values())
     flat, mean, square = (torch.empty(numel).normal_(std=0.02) for _ in range(3))
     state = {0: {"step": torch.tensor(1.0), "exp_avg": mean, "exp_avg_sq": square}}
     optimizer = {
@@ -121,12 +121,12 @@ def write_zero(rank: int, folder: Path, every: dict[str, tuple[int, ...]]) -> No
         "optimizer_state_dict": {"state": state, "param_groups": [{"params": [0]}]},
         "fp32_flat_groups": [flat],
     }
-    about = {
+    model_state = {
         "module": OrderedDict(), "buffer_names": [], "shared_params": {}, "frozen_param_shapes": None,
         "frozen_param_fragments": None, "ds_version": "0.19.8",
-        "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in every.items())],
+        "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in all_shapes.items())],
     }  # fmt: skip
     stem = f"zero_pp_rank_{rank}_mp_rank_00_"
-    torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.19.8"}, place / f"{stem}optim_states.pt")
-    torch.save(about, place / f"{stem}model_states.pt")
+    torch.save({"optimizer_state_dict": optimizer, "ds_version": "0.19.8"}, step_folder / f"{stem}optim_states.pt")
+    torch.save(model_state, step_folder / f"{stem}model_states.pt")
     (folder / "latest").write_text("global_step1")

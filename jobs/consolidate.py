@@ -1,7 +1,7 @@
-"""Makes one Hugging Face folder of a sharded checkpoint, as a stream: whole weights, merged adapters, config and tokenizer.
+"""The job `consolidate`: merges the shards of a checkpoint into one Hugging Face folder with config, tokenizer and model card.
 
-python -m jobs consolidate RUN/config.yaml                          of a run
-python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     of anybody's FSDP or DeepSpeed checkpoint
+python -m jobs consolidate RUN/config.yaml                          for a run of Muster
+python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     for an FSDP or DeepSpeed checkpoint of any program
 """
 
 import logging
@@ -14,131 +14,161 @@ from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
-from jobs.consolidation import external, merge, model_card, weight_names
-from jobs.consolidation.execute import make, workers
-from jobs.consolidation.merge import Merge, Settings
-from jobs.consolidation.plan import plan
+from jobs.consolidation import external, model_card, weight_names
+from jobs.consolidation.execute import execute, worker_count
+from jobs.consolidation.merge import AdapterSettings, Merge, merge_adapter_only, merge_model, use_dequantized_base
+from jobs.consolidation.plan import make_plan
 from jobs.consolidation.rank_meeting import Meeting
-from jobs.consolidation.weight_names import NotViews
-from jobs.tensor_io import dtypes, open_checkpoint, safetensors
-from jobs.tensor_io.open_checkpoint import Source
+from jobs.consolidation.weight_names import CannotStream
+from jobs.tensor_io import dtypes, safetensors
+from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
+from jobs.tensor_io.wrapper_names import without_torch_wrappers
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write RUN/model from the newest checkpoint, or the one asked for; does nothing when it was made from that in that dtype.
+    """Write RUN/model from the newest checkpoint, or from `consolidate.step`. Does nothing if that model is already there.
 
-    Several ranks share the files of the result. Raises RunError when there is no such checkpoint, it is damaged, a weight
-    (or, with `consolidate.verify=logits`, what the model says) is not what training recorded of it, or there is no room;
-    DataError when the checkpoint and the model do not fit.
+    Several ranks share the files of the result. Raises RunError if there is no such checkpoint, if it is damaged, if a weight
+    (or, with `consolidate.verify=logits`, the model's output) is not what training recorded, or if the disk is too full;
+    DataError if the checkpoint does not fit the model.
     """
     from jobs.checkpoint import (
-        checkpointing,  # imports torch, which a merge of a foreign checkpoint does without
+        checkpointing,  # imports torch, which merging a checkpoint of another program may not need
     )
 
-    found = checkpointing.to_merge(config)
-    if found is None:
+    selected = checkpointing.to_merge(config)
+    if selected is None:
         raise RunError(Problem("checkpoints", checkpointing.folder(config), "has no whole checkpoint: train first"))
-    path, about = found
+    path, checkpoint_info = selected
     target = Path(config.run_dir) / "model"
-    made = _identity(config, path, about)
-    if (read_json(target / "muster.json") or {}) | made | {"verified": True} == read_json(target / "muster.json"):
+    muster_json = _muster_json(config, path, checkpoint_info)
+    existing = read_json(target / "muster.json")
+    if existing is not None and existing | muster_json | {"verified": True} == existing:
         log.info(f"model is there already: {target}")
         return
-    log.info(f"reading {path}, written by {about['layout']} on {about['world_size']} ranks")
-    prints, threads = _prints(path), workers(config.cluster.cpu.cpus_per_rank)
-    source = open_checkpoint.source(path)
-    empty = model_card.of_run(config)
+    log.info(f"reading {path}, written by {checkpoint_info['layout']} on {checkpoint_info['world_size']} ranks")
+    fingerprints, threads = _fingerprints(path), worker_count(config.cluster.cpu.cpus_per_rank)
+    checkpoint = open_checkpoint(path)
+    empty_model = model_card.empty_model_of_run(config)
     try:
-        merged = _merge(config, source, empty, made["dtype"])
-    except NotViews as error:
-        log.info(f"{type(empty).__name__} cannot be streamed ({error}): it is merged in memory")
-        if not Meeting(target).alone:
-            said = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
-            raise RunError(Problem("model.source", config.model.source, said)) from error
-        from jobs.consolidation import in_memory  # imports transformers
-
-        if not prints:
-            manifest.check(path, threads)
-        in_memory.run(config, source, target, made, prints, lambda folder: _compare(config, path, folder))
+        merge = _merge(config, checkpoint, empty_model, muster_json["dtype"])
+    except CannotStream as error:
+        log.info(f"{type(empty_model).__name__} cannot be streamed ({error}): it is merged in memory")
+        _run_in_memory(config, checkpoint, path, target, muster_json, fingerprints, threads)
         return
-    if missing := sorted(prints.keys() - merged.sources.keys()):
-        said = f"lacks {len(missing)} of {len(prints)} weights that training recorded, {missing[0]} first"
-        raise RunError(Problem("checkpoint", path, f"{said}: delete it to go back to the one before"))
-    todo = plan(
-        merged.outputs,
-        merged.sources,
-        int(config.consolidate.shard_gib * 2**30),
-        prints,
-        merged.updates,
-        made | {"files": open_checkpoint.manifest(merged.sources)},
-        "adapter_model" if config.consolidate.adapter_only else "model",
-        merged.packed,
+    if missing := sorted(fingerprints.keys() - merge.sources.keys()):
+        message = f"lacks {len(missing)} of {len(fingerprints)} weights that training recorded, first {missing[0]}"
+        raise RunError(Problem("checkpoint", path, f"{message}: delete it to go back to the one before"))
+    plan = make_plan(
+        merge.outputs,
+        merge.sources,
+        shard_bytes=int(config.consolidate.shard_gib * 2**30),
+        fingerprints=fingerprints,
+        updates=merge.updates,
+        nf4_sources=merge.nf4_sources,
+        identity=muster_json | {"files": file_versions(merge.sources)},
+        stem="adapter_model" if config.consolidate.adapter_only else "model",
     )
 
-    def rest(folder: Path) -> None:
-        _describe(config, folder, empty, merged, about)
-        _compare(config, path, folder)
+    def describe(folder: Path) -> None:
+        _describe(config, folder, empty_model, merge, checkpoint_info)
+        _compare_logits(config, path, folder)
 
-    # with fingerprints each weight is compared with what training had, and needs no other check
-    make(todo, target, threads, path, rest, made, None if prints else manifest.Pieces(path).check)
+    execute(
+        plan,
+        target,
+        threads=threads,
+        checkpoint=path,
+        describe=describe,
+        muster_json=muster_json,
+        # fingerprints compare every weight with training; without them, the bytes of the shards are checked
+        check=None if fingerprints else manifest.Pieces(path).check,
+    )
     log.info(f"model     {target}")
 
 
-def _identity(config: Config, path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """What tells one result of a run from another."""
-    asked = config.consolidate.dtype
+def _run_in_memory(
+    config: Config,
+    checkpoint: Checkpoint,
+    path: Path,
+    target: Path,
+    muster_json: dict[str, Any],
+    fingerprints: dict[str, str],
+    threads: int,
+) -> None:
+    if not Meeting(target).alone:
+        message = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
+        raise RunError(Problem("model.source", config.model.source, message))
+    from jobs.consolidation import in_memory  # imports transformers
+
+    if not fingerprints:
+        manifest.check(path, threads)
+    in_memory.run(
+        config,
+        checkpoint,
+        target,
+        muster_json=muster_json,
+        fingerprints=fingerprints,
+        compare=lambda folder: _compare_logits(config, path, folder),
+    )
+
+
+def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) -> dict[str, Any]:
+    """What the result is made from and how. If muster.json of an existing model says the same, it is not made again."""
+    dtype = config.consolidate.dtype
     return {
         "checkpoint": path.name,
-        "dtype": config.train.precision.name if asked is OutputDtype.auto else asked.name,
-        "digest": about["config"],
+        "dtype": config.train.precision.name if dtype is OutputDtype.auto else dtype.name,
+        "digest": checkpoint_info["config"],
         "adapter_only": config.consolidate.adapter_only,
         "base": config.consolidate.base.name,
         "verify": config.consolidate.verify.name,
     }
 
 
-def _merge(config: Config, source: Source, empty: Any, name: str) -> Merge:
-    """What goes into the result. Raises NotViews for a model that cannot be streamed."""
+def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
+    """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
     from jobs.tensor_io.model_files import find
 
-    dtype, adapter = merge.DTYPES.get(name), config.adapter.kind is not AdapterKind.none
-    found = weight_names.plain(source.tensors, empty.state_dict())
+    dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
+    has_adapter = config.adapter.kind is not AdapterKind.none
+    weights = weight_names.strip_prefixes(checkpoint.tensors, empty_model.state_dict())
     if config.consolidate.adapter_only:
-        return merge.adapter_alone(found, dtype)
+        return merge_adapter_only(weights, dtype)
     base = {}
-    if config.model.init is Init.pretrained and (adapter or dtype is None):
+    if config.model.init is Init.pretrained and (has_adapter or dtype is None):
         folder = find(config.model.source, config.model.revision)
-        if folder is None and adapter:
-            raise NotViews(f"{config.model.source} has no safetensors files")
+        if folder is None and has_adapter:
+            raise CannotStream(f"{config.model.source} has no safetensors files")
         base = safetensors.tensors(folder) if folder else {}
-    settings = Settings(config.adapter.alpha, config.adapter.rslora) if adapter else None
-    blue = weight_names.blueprint(empty)
-    made = merge.merged(blue, found, base, dtype, settings)
+    settings = AdapterSettings(config.adapter.alpha, config.adapter.rslora) if has_adapter else None
+    blueprint = weight_names.blueprint_of_model(empty_model)
+    merge = merge_model(blueprint, weights, base, dtype, settings)
     if config.consolidate.base is MergeBase.dequantised:
         layers = quantized_linear.quantized_layers(build.build_on_meta(config))
-        computed = str(build.compute_dtype(config)).removeprefix("torch.")
-        merge.dequantised(made, blue, layers, dtypes.EVERY[computed])
-    return made
+        compute_dtype = str(build.compute_dtype(config)).removeprefix("torch.")
+        use_dequantized_base(merge, blueprint, layers, dtypes.by_name(compute_dtype))
+    return merge
 
 
-def _compare(config: Config, path: Path, folder: Path) -> None:
+def _compare_logits(config: Config, path: Path, folder: Path) -> None:
     if config.consolidate.verify is Verify.logits:
         from jobs.evaluation import reference_logits  # imports transformers
 
         reference_logits.compare(config, path, folder)
 
 
-def _prints(path: Path) -> dict[str, str]:
-    """SHA-256 of the live weights, where training left them."""
-    found = read_json(path / "fingerprint.json") or {}
-    return {weight_names.WRAPPERS.sub("", name): value for name, value in found.items()}
+def _fingerprints(path: Path) -> dict[str, str]:
+    """Name -> SHA-256 of each weight in fp32, if training recorded them (train.fingerprint=true)."""
+    recorded = read_json(path / "fingerprint.json") or {}
+    return {without_torch_wrappers(name): value for name, value in recorded.items()}
 
 
-def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: dict[str, Any]) -> None:
-    """Everything beside the weights."""
+def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, checkpoint_info: dict[str, Any]) -> None:
+    """Write the files beside the weights."""
     adapter = config.adapter
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
@@ -150,32 +180,32 @@ def _describe(config: Config, folder: Path, empty: Any, merged: Merge, about: di
                 "use_rslora": adapter.rslora,
                 "use_dora": adapter.dora,
             },
-            merged,
+            merge,
             config.model.source,
         )
     else:
-        model_card.write_model(folder, empty, merged)
+        model_card.write_model(folder, empty_model, merge)
     model_card.write_tokenizer(folder, config)
     rows = {
         "base model": source,
         "data": config.data.path or ", ".join(config.data.sets),
-        "steps": about["step"],
-        "layout": f"{about['layout']} on {about['world_size']} ranks",
+        "steps": checkpoint_info["step"],
+        "layout": f"{checkpoint_info['layout']} on {checkpoint_info['world_size']} ranks",
         "adapter": _adapter(config),
-        "config": about["config"],
+        "config": checkpoint_info["config"],
     }
-    model_card.write_card(
-        folder, config.name, rows, source, "peft" if config.consolidate.adapter_only else "transformers"
-    )
+    library = "peft" if config.consolidate.adapter_only else "transformers"
+    model_card.write_card(folder, config.name, rows, source, library)
 
 
 def _adapter(config: Config) -> str | None:
+    """The adapter in one line of the model card."""
     adapter = config.adapter
     if adapter.kind is AdapterKind.none:
         return None
     kind = "DoRA" if adapter.dora else "LoRA"
-    kind = f"rank-stabilised {kind}" if adapter.rslora else kind
-    base = "" if adapter.base is Frozen.full else f", on a base in {adapter.base.name}"
+    kind = f"rank-stabilized {kind}" if adapter.rslora else kind
+    base = "" if adapter.base is Frozen.full else f", trained on a base in {adapter.base.name}"
     return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 
 

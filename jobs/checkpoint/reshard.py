@@ -14,7 +14,7 @@ from conf.errors import Problem, RunError
 from jobs.backends import Engine
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.tensor_io import dcp, deepspeed
-from jobs.tensor_io.dtypes import memory
+from jobs.tensor_io.dtypes import as_bytes
 from jobs.tensor_io.layout import Stored, blocks
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS
 from jobs.tensor_io.reader import Files, Reader
@@ -61,7 +61,7 @@ def _dcp(folder: Path) -> Kinds:
 
 def _zero(folder: Path) -> Kinds:
     name = (folder / "latest").read_text(encoding="utf-8").strip()  # written beside DeepSpeed's own folder
-    masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer(folder / name)
+    masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer_state(folder / name)
     return {plain(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
 
 
@@ -88,7 +88,7 @@ def _fill(saved: Kinds, held: Held) -> int:
         if not hasattr(own, "reader"):
             own.reader = Reader(files)
         block = torch.empty(into.numel(), dtype=place.dtype.torch)
-        own.reader.fill(place, start, memory(block))
+        own.reader.fill(place, start, as_bytes(block))
         into.copy_(block)
         return block.nbytes
 

@@ -1,14 +1,15 @@
-"""Sharded checkpoints to one Hugging Face folder, as a stream of byte ranges. `jobs/consolidate.py` reads top to bottom.
+"""Merges the shards of a checkpoint into one Hugging Face folder, as a stream of byte ranges. It may import every folder of jobs.
 
-extents.py      where a tensor's elements lie in files; which ranges make a block of it (pure)
-pickles.py      reads what torch.save and DCP pickled without running any code of theirs
-dcp.py zero.py hf.py     one kind of checkpoint each: name -> Stored
-names.py        the names of training to the names of a model folder: fused weights, ties, adapters
-dtypes.py       what numbers are stored as; casts, by numpy or torch
-adapter.py      what is added to a block of base weights
-plan.py         files, headers and offsets of the result, before any weight is read (pure)
-files.py        open files, and the blocks of stored tensors in them
-stream.py       workers that read, cast, add, write
-result.py       the folder: finished files kept over a restart, read back, published
-describe.py     config, tokenizer, model card
+weight_names.py    names in training -> names in a model folder: wrappers, tied weights, adapters, fused weights
+merge.py           which tensors the result has, and what each is made of
+plan.py            files, headers and offsets of the result, before any weight is read (pure)
+estimate.py        bytes, memory and time of a plan
+workers.py         threads that read, cast, add adapters and write
+lora.py            what an adapter adds to a block of base weights; base weights in NF4
+output_folder.py   the folder of the result: finished files are kept over a restart, read back, published
+rank_meeting.py    several processes that write one result
+execute.py         carries a plan out with the last four
+in_memory.py       models that cannot be streamed
+model_card.py      config, tokenizer, model card
+external.py        the command line for checkpoints of other programs
 """

@@ -1,4 +1,4 @@
-"""What a plan will take, before it is carried out: bytes, files, memory, and time at the bandwidth that a short probe finds."""
+"""Estimates what a plan will take: bytes, files, memory, and time at the bandwidth that a short probe of the disk measures."""
 
 import os
 import time
@@ -10,76 +10,78 @@ from conf.files import partial
 from jobs.consolidation.plan import Plan
 from jobs.tensor_io.reader import CHUNK, write
 
-PROBE = 256 * 2**20
-"""Bytes that a probe writes and reads, at most; a four-hundredth of what is to be moved where that is less."""
-SHARE = 400
-"""So much more is moved than a probe moves: a merge should not wait for its estimate."""
-LEAST = 64 * 2**20
-"""Bytes below which a probe says nothing, and what it would be for takes moments."""
+MAX_PROBE_BYTES = 256 * 2**20
+"""The probe writes and reads at most this, or a 400th of the bytes of the merge if that is less."""
+PROBE_SHARE = 400
+"""The merge moves so many times more bytes than the probe, so that it does not wait for its estimate."""
+MIN_PROBE_BYTES = 64 * 2**20
+"""A smaller probe measures nothing useful, and a merge that small takes moments."""
 BUFFERS = 4
-"""Chunks that a worker holds: read, put together of columns, added to, cast."""
-RUNTIME = 400 * 2**20
-"""Bytes of Python with torch and transformers; measured by benchmarks/consolidate.py as anonymous memory."""
+"""Chunks that each worker holds: as read, rearranged from columns, with the adapter added, cast."""
+RUNTIME_BYTES = 400 * 2**20
+"""Python with torch and transformers; anonymous memory measured by benchmarks/consolidate.py."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a folder, in bytes/s, to the disk and from it."""
+    """Bandwidth of a folder, in bytes/s."""
 
     write: float
     read: float
     probed: int
-    """Bytes moved to find out."""
+    """Bytes that were moved to measure it."""
 
 
-def lines(plan: Plan, workers: int, folder: Path, processes: int = 1) -> list[str]:
-    """The plan in words; `folder` is where it will be written, or where that will be made. `processes` share the work."""
+def describe(plan: Plan, workers: int, folder: Path, processes: int = 1) -> list[str]:
+    """Log lines on the plan. Probes the disk of `folder`, which need not exist yet. `processes` share the work."""
     read, written = plan.read_bytes, plan.written_bytes
-    head = f"{_gb(read)} to read, {_gb(written)} to write, {len(plan.sizes)} files, {len(plan.tasks)} tensors"
-    held = memory(plan, workers)
-    found = [
-        f"plan      {head}",
-        f"memory    about {held / 2**30:.1f} GiB: {workers} workers a process, any size of model",
+    sizes = f"{_gb(read)} to read, {_gb(written)} to write, {len(plan.sizes)} files, {len(plan.tasks)} tensors"
+    memory = memory_bytes(plan, workers)
+    lines = [
+        f"plan      {sizes}",
+        f"memory    about {memory / 2**30:.1f} GiB per process with {workers} workers, whatever the size of the model",
     ]
     moved = read + 2 * written
-    if (size := min(PROBE, moved // SHARE)) < LEAST:
-        return found
+    if (size := min(MAX_PROBE_BYTES, moved // PROBE_SHARE)) < MIN_PROBE_BYTES:
+        return lines
     try:
         speed = probe(folder, size, workers)
     except OSError as error:
-        return [*found, f"time      not estimated: {folder} cannot be tried ({error.strerror})"]
+        return [*lines, f"time      not estimated: {folder} cannot be probed ({error.strerror})"]
     seconds = (read + written) / speed.read + written / speed.write
-    shared = f", less with {processes} processes where the disk allows" if processes > 1 else ""
-    how = f"{_gb(speed.read)}/s read and {_gb(speed.write)}/s written, by {speed.probed >> 20} MiB tried there just now"
-    return [*found, f"time      about {_duration(seconds)} with reading it all back{shared}; {how}"]
+    shared = f", less with {processes} processes if the disk allows it" if processes > 1 else ""
+    measured = (
+        f"{_gb(speed.read)}/s read and {_gb(speed.write)}/s written, measured there with {speed.probed >> 20} MiB"
+    )
+    return [*lines, f"time      about {_duration(seconds)}, reading everything back included{shared}; {measured}"]
 
 
-def memory(plan: Plan, workers: int) -> int:
-    """Bytes of one process, without pages of files that the kernel can take back."""
+def memory_bytes(plan: Plan, workers: int) -> int:
+    """Memory of one process, without file pages that the kernel can take back."""
     updates = [task.update for task in plan.tasks if task.update is not None]
-    adapters = sum(part.nbytes for update in updates for part in (update.a, update.b))
-    widest = max((update.a.shape[1] * 4 for update in updates), default=0)
-    return RUNTIME + workers * BUFFERS * max(CHUNK, widest) + adapters
+    adapters = sum(int(part.nbytes) for update in updates for part in (update.a, update.b))
+    widest_row = max((int(update.a.shape[1]) * 4 for update in updates), default=0)
+    return RUNTIME_BYTES + workers * BUFFERS * max(CHUNK, widest_row) + adapters
 
 
 def probe(folder: Path, size: int, workers: int) -> Speed:
-    """Write, flush and read back a file of about `size` bytes beside the result, on as many threads; it is gone afterwards.
+    """Write, flush and read back a file of about `size` bytes beside the result, with as many threads; then delete it.
 
-    Its pages are given back to the kernel in between, so that the disk is read. Raises OSError.
+    Its pages are dropped from the cache before it is read, so that it is read from the disk. Raises OSError.
     """
-    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    path = place / f"{partial(Path('probe')).name}.{os.getpid()}"
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    path = existing / f"{partial(Path('probe')).name}.{os.getpid()}"
     count = max(1, size // CHUNK)
-    noise = os.urandom(CHUNK)  # file systems may compress
+    noise = os.urandom(CHUNK)  # random, because some file systems compress
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with ThreadPoolExecutor(workers) as pool:
             began = time.perf_counter()
-            list(pool.map(lambda at: write(descriptor, at * CHUNK, memoryview(noise)), range(count)))
+            list(pool.map(lambda number: write(descriptor, number * CHUNK, memoryview(noise)), range(count)))
             os.fsync(descriptor)
             written = time.perf_counter()
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            list(pool.map(lambda at: len(os.pread(descriptor, CHUNK, at * CHUNK)), range(count)))
+            list(pool.map(lambda number: len(os.pread(descriptor, CHUNK, number * CHUNK)), range(count)))
             ended = time.perf_counter()
     finally:
         os.close(descriptor)
@@ -93,10 +95,6 @@ def _gb(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

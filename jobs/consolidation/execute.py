@@ -1,4 +1,4 @@
-"""Carries a plan out, start to end: room, finished files, stream, read back, describe, publish."""
+"""Carries out a plan: checks free space, writes what is not finished, reads it back, adds config and model card, publishes."""
 
 import logging
 import os
@@ -14,119 +14,131 @@ from tqdm import tqdm
 
 from conf.errors import Problem, RunError
 from conf.files import partial
-from jobs.consolidation import estimate, output_folder
-from jobs.consolidation import workers as stream
+from jobs.consolidation import estimate, output_folder, workers
+from jobs.consolidation.output_folder import Checksums
 from jobs.consolidation.plan import Plan
-from jobs.consolidation.rank_meeting import Meeting, Sums
+from jobs.consolidation.rank_meeting import Meeting
 from jobs.tensor_io.reader import Check
 
 log = logging.getLogger(__name__)
 
+MIN_WORKERS, MAX_WORKERS = 4, 32
 
-def make(
+
+def execute(
     plan: Plan,
     target: Path,
-    workers: int,
-    source: Path,
+    *,
+    threads: int,
+    checkpoint: Path,
     describe: Callable[[Path], None],
-    about: dict[str, Any],
+    muster_json: dict[str, Any],
     check: Check | None = None,
 ) -> None:
-    """Write, verify and publish `target`; one that is there already is moved aside. Raises RunError, as `check` does, which is
-    asked before bytes of a source are read.
+    """Write, verify and publish `target`; a folder that is already there is moved aside.
 
-    Other ranks of the job call this too, with the same plan, and take their share of the files.
+    `describe` writes the files beside the weights into the folder that it is given. `check` is called before bytes of the
+    checkpoint are read. Other ranks of the job call this function with the same plan, and write their share of the files.
+    Raises RunError, also when `check` does, or when a weight is not what training recorded.
     """
     with Meeting(target) as meeting:
-        making = _Making(plan, workers, source, check, meeting)
-        if meeting.rank:  # it does its share, and leaves the rest to rank 0
-            files, done = meeting.join(plan)
-            meeting.done(making.work(partial(target), files, done))
+        share = _Share(plan, threads, checkpoint, check, meeting)
+        if meeting.rank:
+            assignment = meeting.wait_for_assignment(plan)
+            meeting.report_done(share.write(partial(target), assignment.rank_of_file, assignment.finished))
             return
-        with output_folder.writing(target, meeting.alone) as beside:
-            sums = output_folder.finished(beside, plan)
-            if sums:
-                log.info(f"{len(sums)} of {len(plan.sizes)} files were finished by a start before this one")
-            output_folder.room(beside, plan, sums)
-            for line in estimate.lines(plan, workers, beside, meeting.size):
+        with output_folder.locked_partial_folder(target, meeting.alone) as folder:
+            finished = output_folder.find_finished(folder, plan)
+            if finished:
+                log.info(f"{len(finished)} of {len(plan.sizes)} files were finished by an earlier start, and are kept")
+            output_folder.check_free_space(folder, plan, finished)
+            for line in estimate.describe(plan, threads, folder, meeting.size):
                 log.info(line)
-            files = meeting.share(plan, sums)
-            sums = making.work(beside, files, set(sums)) | meeting.gather()
-            describe(beside)
-            retire(target)
-            sums = {name: dict(sorted(sums[name].items())) for name in plan.sizes}
-            output_folder.finish(beside, target, plan, about | {"xxh3": sums})
-    if prints := sum(task.sha256 is not None for task in plan.tasks):
-        log.info(f"{prints} weights equal those in training, bit for bit")
+            rank_of_file = meeting.assign_files(plan, set(finished))
+            checksums = share.write(folder, rank_of_file, set(finished)) | meeting.wait_for_all()
+            describe(folder)
+            move_aside(target)
+            checksums = {name: dict(sorted(checksums[name].items())) for name in plan.sizes}
+            output_folder.publish_result(folder, target, plan, muster_json | {"xxh3": checksums})
+    if compared := sum(task.sha256 is not None for task in plan.tasks):
+        log.info(f"{compared} weights equal those in training, bit for bit")
 
 
 @dataclass(frozen=True)
-class _Making:
-    """What a rank has to do, and with what."""
+class _Share:
+    """What this rank needs to write its share of the files."""
 
     plan: Plan
-    workers: int
-    source: Path
+    threads: int
+    checkpoint: Path
     check: Check | None
     meeting: Meeting
 
-    def work(self, folder: Path, files: dict[str, int], done: set[str]) -> Sums:
-        """Write and read back this rank's share of the files, but for those that are done, which it reads back."""
-        plan, rank, size = self.plan, self.meeting.rank, self.meeting.size
-        began, mine = time.perf_counter(), {name for name, owner in files.items() if owner == rank}
-        sums = {name: output_folder.recorded(folder, name) for name in mine & done}
-        output_folder.prepare(folder, plan, mine - done)
-        looked = [task for number, task in enumerate(plan.tasks) if task.placed or number % size == rank]
-        moved = self._stream(replace(plan, tasks=tuple(looked)), folder, sums, (files.keys() - mine) | done)
+    def write(self, folder: Path, rank_of_file: dict[str, int], finished: set[str]) -> Checksums:
+        """Write this rank's files that are not finished, and read all of its files back. Returns their checksums."""
+        plan, rank, ranks = self.plan, self.meeting.rank, self.meeting.size
+        began = time.perf_counter()
+        mine = {name for name, owner in rank_of_file.items() if owner == rank}
+        checksums = {name: output_folder.read_record(folder, name) for name in mine & finished}
+        output_folder.create_files(folder, plan, mine - finished)
+        # a source without outputs is only compared with its fingerprint; one rank does that
+        tasks = [task for number, task in enumerate(plan.tasks) if task.placed or number % ranks == rank]
+        skip = (rank_of_file.keys() - mine) | finished
+        read_bytes = self._run_tasks(replace(plan, tasks=tuple(tasks)), folder, checksums, skip)
         seconds = time.perf_counter() - began
         log.info(f"reading {len(mine)} files back")
-        checked = output_folder.verify(folder, plan, sums, self.workers)
-        written = sum(plan.sizes[name] for name in mine - done)
+        tensors = output_folder.read_back(folder, plan, checksums, self.threads)
+        written_bytes = sum(plan.sizes[name] for name in mine - finished)
         log.info(
-            f"read {moved / 1e9:.2f} GB and wrote {written / 1e9:.2f} GB in {seconds:.1f} s with {self.workers} workers, "
-            f"{(moved + written) / 1e9 / seconds:.2f} GB/s; "
-            f"{checked} tensors read back in {time.perf_counter() - began - seconds:.1f} s"
+            f"read {read_bytes / 1e9:.2f} GB and wrote {written_bytes / 1e9:.2f} GB in {seconds:.1f} s "
+            f"with {self.threads} workers, {(read_bytes + written_bytes) / 1e9 / seconds:.2f} GB/s; "
+            f"{tensors} tensors read back in {time.perf_counter() - began - seconds:.1f} s"
         )
-        return sums
+        return checksums
 
-    def _stream(self, plan: Plan, folder: Path, sums: Sums, done: set[str]) -> int:
-        """Carry a plan out but for the files that are `done`; adds to `sums`, and returns how many bytes there were to read."""
+    def _run_tasks(self, plan: Plan, folder: Path, checksums: Checksums, skip: set[str]) -> int:
+        """Run the tasks of files that are not in `skip`; adds to `checksums`, and returns the bytes that had to be read."""
         lock = threading.Lock()
-        left = sum(t.stored.nbytes for t in plan.tasks if not t.placed or {item.file for item in t.placed} - done)
+        read_bytes = sum(
+            task.stored.nbytes for task in plan.tasks if not task.placed or {item.file for item in task.placed} - skip
+        )
         with tqdm(
-            total=left, desc="weights", unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10
+            total=read_bytes, desc="weights", unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10
         ) as bar:
 
             def moved(count: int) -> None:
                 with lock:
                     bar.update(count)
 
-            def finished(name: str, found: dict[str, str]) -> None:
-                output_folder.record(folder, name, found)
-                sums[name] = found
+            def finished(name: str, of_tensors: dict[str, str]) -> None:
+                output_folder.write_record(folder, name, of_tensors)
+                checksums[name] = of_tensors
 
             try:
-                stream.carry_out(plan, folder, self.workers, done, moved, finished, self.check)
-            except stream.Differs as error:
-                said = (
+                workers.run_tasks(plan, folder, self.threads, skip, moved=moved, finished=finished, check=self.check)
+            except workers.FingerprintMismatch as error:
+                message = (
                     f"weight {error} differs from that in training: the files have changed or been damaged; "
                     "delete this checkpoint to go back to the one before"
                 )
-                raise RunError(Problem("checkpoint", self.source, said)) from error
-        return left
+                raise RunError(Problem("checkpoint", self.checkpoint, message)) from error
+        return read_bytes
 
 
-def retire(target: Path) -> None:
-    """Move a model of an older checkpoint aside, so that the new one can be published by rename."""
+def move_aside(target: Path) -> None:
+    """Rename an existing result to TARGET.1 (2, 3, ...), so that the new one can be published by a rename."""
     if target.exists():
         number = 1
         while (aside := target.with_name(f"{target.name}.{number}")).exists():
             number += 1
         target.rename(aside)
-        log.info(f"the model that was there is now {aside}")
+        log.info(f"moved the older model to {aside}")
 
 
-def workers(cpus: int | None = None) -> int:
-    """Threads for so many CPUs, or those of this process. Four at least: some wait for the disk while others work (cold, on
-    2 CPUs, 4 took two thirds of the time of 2, and 8 that of 4). More than 32 do not help a disk."""
-    return min(32, max(4, cpus or len(os.sched_getaffinity(0))))
+def worker_count(cpus: int | None = None) -> int:
+    """Threads for so many CPUs, or for those of this process: at least 4, at most 32.
+
+    Some threads wait for the disk while others work. With a cold cache on 2 CPUs, 4 threads took two thirds of the time of 2,
+    and 8 the same as 4. A disk is not faster with more than 32.
+    """
+    return min(MAX_WORKERS, max(MIN_WORKERS, cpus or len(os.sched_getaffinity(0))))

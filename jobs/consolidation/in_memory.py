@@ -1,4 +1,4 @@
-"""The way of models whose saved weights are no runs of their live ones: everything in memory, written by transformers."""
+"""Merges models that cannot be streamed: loads everything into memory, and lets transformers write the folder."""
 
 import logging
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from conf.choices import AdapterKind, Frozen, MergeBase
@@ -13,11 +14,11 @@ from conf.errors import DataError, Problem, RunError
 from conf.files import new_folder, write_json
 from conf.schema import Config
 from jobs.checkpoint import checkpointing
-from jobs.consolidation import weight_names
-from jobs.consolidation.execute import retire
-from jobs.consolidation.merge import tensor
+from jobs.consolidation.execute import move_aside
+from jobs.consolidation.merge import read_tensor
+from jobs.consolidation.weight_names import strip_prefixes
 from jobs.model import build
-from jobs.tensor_io.open_checkpoint import Source
+from jobs.tensor_io.open_checkpoint import Checkpoint
 from jobs.tensor_io.reader import Files, Reader
 from jobs.tokenization.tokenizer import load_tokenizer
 
@@ -26,46 +27,65 @@ log = logging.getLogger(__name__)
 
 def run(
     config: Config,
-    source: Source,
+    checkpoint: Checkpoint,
     target: Path,
-    made: dict[str, Any],
-    prints: dict[str, str],
+    *,
+    muster_json: dict[str, Any],
+    fingerprints: dict[str, str],
     compare: Callable[[Path], None],
 ) -> None:
-    """Write `target`, once `compare` has looked at it. Raises DataError when the checkpoint does not fit the model, RunError
-    when it is not what was trained."""
+    """Write `target`, after `compare` has accepted the new folder. One process only.
+
+    Raises DataError if the checkpoint does not fit the model, RunError if a weight is not what training recorded.
+    """
     if config.consolidate.base is MergeBase.dequantised:
-        said = f"cannot be had of {config.model.source}, which is merged in memory: take original"
-        raise DataError(Problem("consolidate.base", "dequantised", said))
-    adapter = replace(config.adapter, base=Frozen.full)  # the stored weights are what is merged into
-    built = build.build(replace(config, adapter=adapter))
+        message = f"is not possible for {config.model.source}, which is merged in memory: set consolidate.base=original"
+        raise DataError(Problem("consolidate.base", "dequantised", message))
+    adapter = replace(
+        config.adapter, base=Frozen.full
+    )  # the adapter is merged into the stored weights, not quantized ones
+    model = build.build(replace(config, adapter=adapter))
+    weights = _read_weights(checkpoint, [name for name, _ in model.named_parameters()])
+    _check_weights(checkpoint, model, weights, fingerprints)
+    model.load_state_dict(weights, strict=False)
+    merged = model.merge_and_unload() if config.adapter.kind is not AdapterKind.none else model
+    if muster_json["dtype"] in build.DTYPES:
+        merged = merged.to(build.DTYPES[muster_json["dtype"]])
+    merged.config.use_cache = True
+    if merged.generation_config is None:
+        merged.generation_config = GenerationConfig.from_model_config(merged.config)
+    move_aside(target)
+    with new_folder(target) as folder:
+        merged.save_pretrained(folder, max_shard_size=int(config.consolidate.shard_gib * 2**30))
+        load_tokenizer(config).save_pretrained(folder)
+        compare(folder)
+        write_json(folder / "muster.json", muster_json | {"verified": True})
+    log.info(f"model     {target}")
+
+
+def _read_weights(checkpoint: Checkpoint, live_names: list[str]) -> dict[str, torch.Tensor]:
     files = Files()
     try:
         reader = Reader(files)
-        live = [name for name, _ in built.named_parameters()]
-        found = {name: tensor(reader, stored) for name, stored in weight_names.plain(source.tensors, live).items()}
+        stored = strip_prefixes(checkpoint.tensors, live_names)
+        return {name: read_tensor(reader, tensor) for name, tensor in stored.items()}
     finally:
         files.close()
-    expected = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
-    missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - built.state_dict().keys())
+
+
+def _check_weights(
+    checkpoint: Checkpoint, model: Any, weights: dict[str, torch.Tensor], fingerprints: dict[str, str]
+) -> None:
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - model.state_dict().keys())
     if missing or unknown:
-        said = f"does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}"
-        raise DataError(Problem("checkpoint", source.folder, said))
-    for name, expected_print in prints.items():
-        if name not in found or checkpointing.fingerprint(found[name]) != expected_print:
-            said = f"weight {name} differs from that in training: delete this checkpoint to go back to the one before"
-            raise RunError(Problem("checkpoint", source.folder, said))
-    built.load_state_dict(found, strict=False)
-    done = built.merge_and_unload() if config.adapter.kind is not AdapterKind.none else built
-    if made["dtype"] in build.DTYPES:
-        done = done.to(build.DTYPES[made["dtype"]])
-    done.config.use_cache = True
-    if done.generation_config is None:
-        done.generation_config = GenerationConfig.from_model_config(done.config)
-    retire(target)
-    with new_folder(target) as beside:
-        done.save_pretrained(beside, max_shard_size=int(config.consolidate.shard_gib * 2**30))
-        load_tokenizer(config).save_pretrained(beside)
-        compare(beside)
-        write_json(beside / "muster.json", made | {"verified": True})
-    log.info(f"model     {target}")
+        message = (
+            f"does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}; name the model that was trained"
+        )
+        raise DataError(Problem("checkpoint", checkpoint.folder, message))
+    for name, fingerprint in fingerprints.items():
+        if name not in weights or checkpointing.fingerprint(weights[name]) != fingerprint:
+            message = (
+                f"weight {name} differs from that in training: delete this checkpoint to go back to the one before"
+            )
+            raise RunError(Problem("checkpoint", checkpoint.folder, message))

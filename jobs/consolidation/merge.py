@@ -1,232 +1,249 @@
-"""What each tensor of the result is made of: a weight of the checkpoint, one of the base, an adapter on top of either."""
+"""Decides which tensors the result has, and what each is made of: a weight of the checkpoint or of the base, plus an adapter."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
-from jobs.consolidation.weight_names import Blueprint, SavedName, adapters
-from jobs.tensor_io import dtypes
-from jobs.tensor_io.dtypes import Dtype
+from jobs.consolidation.weight_names import Blueprint, SavedName, split_adapters
+from jobs.tensor_io.dtypes import Dtype, as_tensor
 from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.reader import Files, Reader
 
-if TYPE_CHECKING:  # both are imported where there is an adapter
+if TYPE_CHECKING:  # both are imported only if there is an adapter
     import torch
 
-    from jobs.consolidation.lora import Update
+    from jobs.consolidation.lora import LoraUpdate
 
-DTYPES = {"fp32": dtypes.FP32, "bf16": dtypes.BF16, "fp16": dtypes.FP16}
+Adapters = dict[str, dict[str, str]]
+"""Live name -> kind (lora_A, lora_B, ...) -> name in the checkpoint."""
 BASE = "base:"
-"""Stands before the names of base weights, which may also be in the checkpoint."""
+"""Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
+LISTED = 3
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How an adapter is scaled, in the words of adapter_config.json."""
+class AdapterSettings:
+    """How an adapter is scaled; fields as in adapter_config.json."""
 
     alpha: float = 1.0
     rslora: bool = False
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Regular expression of module names -> alpha, if it is not the same for all."""
 
-    def scale(self, target: str, rank: int) -> float:
-        module = target.removesuffix(".weight")
-        alpha = next(
-            (value for key, value in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha
-        )
+    def scale(self, weight: str, rank: int) -> float:
         from jobs.consolidation.lora import scale
 
-        return scale(alpha, rank, self.rslora)
+        module = weight.removesuffix(".weight")
+        matching = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+        return scale(next(matching, self.alpha), rank, self.rslora)
 
 
 @dataclass
 class Merge:
-    """All that a plan needs: outputs, their sources, and what is added to which source."""
+    """Everything that a plan needs: the outputs, their sources, and what is added to which source."""
 
     outputs: list[Output]
     sources: dict[str, Stored]
-    updates: "dict[str, Update]" = field(default_factory=dict)
-    packed: dict[str, Dtype] = field(default_factory=dict)
-    """Sources that training had in NF4, with the precision of compute, where the result is to be made of that."""
+    updates: "dict[str, LoraUpdate]" = field(default_factory=dict)
+    nf4_sources: dict[str, Dtype] = field(default_factory=dict)
+    """Source -> compute dtype of training, for sources that are rounded to NF4 as training had them."""
     untied: bool = False
-    """A tied head was trained on its own: the result's config must say so."""
+    """Whether a tied head was trained separately, so that the config of the result must untie it."""
 
-    def dtype(self) -> Dtype:
-        """Of most of the numbers."""
+    def main_dtype(self) -> Dtype:
+        """The dtype of most bytes."""
         sizes: dict[Dtype, int] = {}
         for output in self.outputs:
             sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def as_they_are(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
-    """Without a model to compare with: every weight under its own name. Raises DataError for adapters."""
-    _, parts = adapters(weights)
-    if parts:
-        raise DataError(
-            Problem("--base", None, f"{len(parts)} weights have adapters: name the model they were trained on")
-        )
-    return Merge([Output(key, stored.shape, _cast(stored, dtype), key) for key, stored in weights.items()], weights)
+def merge_without_base(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
+    """Every weight under its own name, if no model is given to compare with. Raises DataError if there are adapters."""
+    _, adapters = split_adapters(weights)
+    if adapters:
+        message = f"{len(adapters)} weights have adapters: name the model that the adapters were trained on"
+        raise DataError(Problem("--base", None, message))
+    outputs = [Output(key, stored.shape, _output_dtype(stored, dtype), key) for key, stored in weights.items()]
+    return Merge(outputs, weights)
 
 
-def merged(
-    blue: Blueprint,
+def merge_model(
+    blueprint: Blueprint,
     weights: dict[str, Stored],
     base: dict[str, Stored],
     dtype: Dtype | None,
-    settings: Settings | None,
+    settings: AdapterSettings | None,
 ) -> Merge:
-    """Every tensor of the model folder; `dtype` None keeps the base's.
+    """Every tensor of the model folder, in `dtype`; None keeps the dtype that each weight has in `base`.
 
-    Raises DataError when a weight has no place or is missing.
+    Raises DataError if a weight is missing, unknown to the model or of another shape.
     """
-    keys, parts = adapters(weights)
-    keys, untied = _untied(blue, keys, weights)
+    keys, adapters = split_adapters(weights)
+    keys, untied = _without_tied_names(blueprint, keys, weights)
     sources = {**weights, **{BASE + name: stored for name, stored in base.items()}}
-    made = Merge([], sources, untied=bool(untied))
-    wrong, missing = _unknown(blue, keys, parts), []
-    for saved in [*blue.saved, *untied]:
-        found = _source(saved, blue, keys, weights, base)
-        if isinstance(found, str):
-            (missing if found == "missing" else wrong).append(saved.name if found == "missing" else found)
+    merge = Merge([], sources, untied=bool(untied))
+    known = blueprint.live.keys() | blueprint.tied.keys()
+    wrong = sorted(name for name in [*keys, *adapters] if name not in known)
+    missing = []
+    for saved in [*blueprint.saved, *untied]:
+        source = _find_source(saved, blueprint, keys, base)
+        if source is None:
+            missing.append(saved.name)
             continue
-        key, start = found
-        kept = base.get(blue.base_name(saved, base) or "")
-        made.outputs.append(Output(saved.name, saved.shape, _cast(kept or sources[key], dtype), key, start))
+        stored = sources[source.name]
+        if stored.shape != source.shape:
+            label = source.name.removeprefix(BASE) if source.name.startswith(BASE) else saved.live
+            wrong.append(f"{label} {list(stored.shape)} instead of {list(source.shape)}")
+            continue
+        in_base = base.get(blueprint.base_name(saved, base) or "", stored)
+        output_dtype = _output_dtype(in_base, dtype)
+        merge.outputs.append(Output(saved.name, saved.shape, output_dtype, source.name, source.start))
     if missing or wrong:
-        said = f"does not fit the model: missing {missing[:3]}, unknown or misshapen {wrong[:3]}"
-        raise DataError(Problem("checkpoint", None, f"{said}; name the model that was trained (model.source, --base)"))
-    if parts:
-        _add(made, blue, weights, keys, parts, settings or Settings())
-    return made
+        message = f"does not fit the model: missing {missing[:LISTED]}, unknown or of another shape {wrong[:LISTED]}"
+        remedy = "name the model that was trained (model.source, --base)"
+        raise DataError(Problem("checkpoint", None, f"{message}; {remedy}"))
+    if adapters:
+        _add_adapters(merge, blueprint, keys, adapters, settings or AdapterSettings())
+    return merge
 
 
-def dequantised(made: Merge, blue: Blueprint, layers: Iterable[str], dtype: Dtype) -> None:
-    """Let the base weights that are `layers` (live names) be taken as training had them, in NF4."""
-    base = {key.removeprefix(BASE) for key in made.sources if key.startswith(BASE)}
-    for saved in blue.saved:
+def use_dequantized_base(merge: Merge, blueprint: Blueprint, layers: Iterable[str], compute_dtype: Dtype) -> None:
+    """Round the base weights of `layers` (live names) to NF4, as training had them."""
+    base = {key.removeprefix(BASE) for key in merge.sources if key.startswith(BASE)}
+    for saved in blueprint.saved:
         if saved.live in layers:
-            made.packed[BASE + str(blue.base_name(saved, base))] = dtype
+            merge.nf4_sources[BASE + str(blueprint.base_name(saved, base))] = compute_dtype
 
 
-def adapter_alone(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
-    """The adapters under PEFT's names in a file, and what PEFT trained whole. Raises DataError when there are none."""
-    keys, parts = adapters(weights)
-    if not parts:
-        raise DataError(Problem("consolidate.adapter_only", True, "this checkpoint has no adapters"))
-    names = {key: f"base_model.model.{PEFT_NAME.sub('', key.removeprefix('base_model.model.'))}" for key in weights}
-    wanted = [key for kinds in parts.values() for key in kinds.values()]
+def merge_adapter_only(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
+    """The adapters, and the modules that PEFT trained whole, under PEFT's names in files. Raises DataError if there are none."""
+    keys, adapters = split_adapters(weights)
+    if not adapters:
+        message = "this checkpoint has no adapters: remove it, or name the checkpoint of a run with an adapter"
+        raise DataError(Problem("consolidate.adapter_only", True, message))
+    wanted = [key for kinds in adapters.values() for key in kinds.values()]
     wanted += [key for key in keys.values() if ".modules_to_save." in key]
-    return Merge([Output(names[key], weights[key].shape, _cast(weights[key], dtype), key) for key in wanted], weights)
+    outputs = []
+    for key in wanted:
+        name = f"base_model.model.{_ADAPTER_NAME.sub('', key.removeprefix('base_model.model.'))}"
+        outputs.append(Output(name, weights[key].shape, _output_dtype(weights[key], dtype), key))
+    return Merge(outputs, weights)
 
 
-PEFT_NAME = re.compile(
+_ADAPTER_NAME = re.compile(
     r"(?<=lora_[AB])\.default|(?<=lora_magnitude_vector)\.default(\.weight)?|\.modules_to_save\.default"
     r"|(?<=lora_embedding_[AB])\.default"
 )
-"""What PEFT leaves out of the names in adapter_model.safetensors."""
+"""The name of the adapter (`default`), which PEFT leaves out of the names in adapter_model.safetensors."""
 
 
-def _cast(stored: Stored, dtype: Dtype | None) -> Dtype:
-    """Whole numbers and truth values stay what they are."""
+def _output_dtype(stored: Stored, dtype: Dtype | None) -> Dtype:
+    """Integers and booleans keep their dtype."""
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
 
-def _untied(
-    blue: Blueprint, keys: dict[str, str], weights: dict[str, Stored]
+def _without_tied_names(
+    blueprint: Blueprint, keys: dict[str, str], weights: dict[str, Stored]
 ) -> tuple[dict[str, str], list[SavedName]]:
-    """Second names of tied weights: they stand in for a first name that is absent, or repeat it; a head that PEFT trained
-    on its own (modules_to_save) is a weight of its own."""
-    kept, untied = {}, []
+    """`keys` without the second names of tied weights, and the weights that are no longer tied.
+
+    A weight under its second name is used if it has none under the first. If PEFT trained a tied head separately
+    (modules_to_save), it is a weight of its own.
+    """
+    remaining, untied = {}, []
     for name, key in keys.items():
-        first = blue.tied.get(name)
+        first = blueprint.tied.get(name)
         if first is None:
-            kept[name] = key
+            remaining[name] = key
         elif ".modules_to_save." in key:
-            kept[name] = key
+            remaining[name] = key
             untied.append(SavedName(name, weights[key].shape, name))
-        else:
-            kept.setdefault(first, key) if first not in keys else None
-    return kept, untied
+        elif first not in keys:
+            remaining.setdefault(first, key)
+    return remaining, untied
 
 
-def _unknown(blue: Blueprint, keys: dict[str, str], parts: dict[str, Any]) -> list[str]:
-    known = blue.live.keys() | blue.tied.keys()
-    return sorted(name for name in [*keys, *parts] if name not in known)
+class _Source(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    """Expected by the model."""
+    start: int
+    """First element of the output in it."""
 
 
-def _source(
-    saved: SavedName, blue: Blueprint, keys: dict[str, str], weights: dict[str, Stored], base: dict[str, Stored]
-) -> tuple[str, int] | str:
-    """(source, first element), or what is wrong."""
+def _find_source(
+    saved: SavedName, blueprint: Blueprint, keys: dict[str, str], base: dict[str, Stored]
+) -> _Source | None:
+    """The weight of the checkpoint, or else of the base, that has the elements of a tensor."""
     if saved.live in keys:
-        key = keys[saved.live]
-        expected = blue.live.get(saved.live, saved.shape)
-        if weights[key].shape != expected:
-            return f"{saved.live} {list(weights[key].shape)} instead of {list(expected)}"
-        return key, saved.start
-    if name := blue.base_name(saved, base):
-        if base[name].shape != saved.shape:
-            return f"{name} {list(base[name].shape)} instead of {list(saved.shape)}"
-        return BASE + name, 0
-    return "missing"
+        return _Source(keys[saved.live], blueprint.live.get(saved.live, saved.shape), saved.start)
+    name = blueprint.base_name(saved, base)
+    return _Source(BASE + name, saved.shape, 0) if name else None
 
 
-def _add(
-    made: Merge,
-    blue: Blueprint,
-    weights: dict[str, Stored],
-    keys: dict[str, str],
-    parts: dict[str, Any],
-    settings: Settings,
+def _add_adapters(
+    merge: Merge, blueprint: Blueprint, keys: dict[str, str], adapters: Adapters, settings: AdapterSettings
 ) -> None:
-    """Read the adapters, which are small, and give every source its own rows of them."""
-    from jobs.consolidation.lora import Update
+    """Read the adapters, which are small, and give every source its own rows of them. Raises DataError if one does not fit."""
+    base = {key.removeprefix(BASE) for key in merge.sources if key.startswith(BASE)}
+    for name, parts in _read_adapters(merge.sources, adapters).items():
+        update = _make_update(name, parts, name in blueprint.transposed, settings)
+        rows, columns = blueprint.live[name]
+        if (update.b.shape[0], update.a.shape[1]) != (rows, columns):
+            size = f"{update.b.shape[0]} x {update.a.shape[1]}"
+            message = f"{name} is {rows} x {columns}, but its adapter {size}: was it trained on another base?"
+            raise DataError(Problem("model.source", None, message))
+        if name in keys:
+            merge.updates[keys[name]] = update
+            continue
+        for saved in blueprint.saved:  # the files of a base may have a fused weight in several tensors
+            if saved.live == name:
+                key = BASE + str(blueprint.base_name(saved, base))
+                merge.updates[key] = _rows_of_update(update, saved.start // columns, saved.shape[0])
 
+
+def _read_adapters(sources: dict[str, Stored], adapters: Adapters) -> "dict[str, dict[str, torch.Tensor]]":
     files = Files()
     reader = Reader(files)
     try:
-        whole = {
-            name: {kind: tensor(reader, weights[key]) for kind, key in kinds.items()} for name, kinds in parts.items()
+        return {
+            name: {kind: read_tensor(reader, sources[key]) for kind, key in kinds.items()}
+            for name, kinds in adapters.items()
         }
     finally:
         files.close()
-    base = {key.removeprefix(BASE) for key in made.sources if key.startswith(BASE)}
-    for name, kinds in whole.items():
-        update = _update(name, kinds, name in blue.transposed, settings)
-        rows, columns = blue.live[name]
-        if (update.b.shape[0], update.a.shape[1]) != (rows, columns):
-            said = f"{name} is {rows} x {columns}, its adapter {update.b.shape[0]} x {update.a.shape[1]}: another base?"
-            raise DataError(Problem("model.source", None, said))
-        if name in keys:
-            made.updates[keys[name]] = update
-            continue
-        for saved in blue.saved:
-            if saved.live == name:
-                key = BASE + str(blue.base_name(saved, base))
-                first, count = saved.start // columns, saved.shape[0]
-                magnitude = None if update.magnitude is None else update.magnitude[first : first + count]
-                made.updates[key] = Update(update.a, update.b[first : first + count], update.scale, magnitude)
 
 
-def _update(name: str, kinds: "dict[str, torch.Tensor]", transposed: bool, settings: Settings) -> "Update":
-    from jobs.consolidation.lora import Update
+def _rows_of_update(update: "LoraUpdate", first: int, count: int) -> "LoraUpdate":
+    from jobs.consolidation.lora import LoraUpdate
 
-    embedding = "lora_embedding_A" in kinds
-    first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if missing := [kind for kind in (first, second) if kind not in kinds]:
-        raise DataError(Problem("checkpoint", None, f"the adapter of {name} has no {missing[0]}"))
-    a, b = kinds[first], kinds[second]
-    found = Update(a, b, settings.scale(name, a.shape[0]), kinds.get("lora_magnitude_vector"))
-    return found.transposed() if embedding or transposed else found
+    magnitude = None if update.magnitude is None else update.magnitude[first : first + count]
+    return LoraUpdate(update.a, update.b[first : first + count], update.scale, magnitude)
 
 
-def tensor(reader: Reader, stored: Stored) -> "torch.Tensor":
-    """A small stored tensor, whole, in fp32."""
+def _make_update(
+    name: str, parts: "dict[str, torch.Tensor]", transposed: bool, settings: AdapterSettings
+) -> "LoraUpdate":
+    from jobs.consolidation.lora import LoraUpdate
+
+    is_embedding = "lora_embedding_A" in parts
+    kind_a, kind_b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    if missing := [kind for kind in (kind_a, kind_b) if kind not in parts]:
+        message = f"has no {missing[0]} for the adapter of {name}: save the adapter again, or merge another step"
+        raise DataError(Problem("checkpoint", None, message))
+    a, b = parts[kind_a], parts[kind_b]
+    update = LoraUpdate(a, b, settings.scale(name, a.shape[0]), parts.get("lora_magnitude_vector"))
+    return update.transposed() if is_embedding or transposed else update
+
+
+def read_tensor(reader: Reader, stored: Stored) -> "torch.Tensor":
+    """A whole stored tensor in fp32, for small ones."""
     flat = np.empty(stored.nbytes, np.uint8)
     reader.fill(stored, 0, flat)
-    return dtypes.tensor(flat, stored.dtype).view(stored.shape).float()
+    return as_tensor(flat, stored.dtype).view(stored.shape).float()

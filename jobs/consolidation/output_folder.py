@@ -1,4 +1,4 @@
-"""The folder that is made: finished files outlive a restart, everything is read back, and one rename publishes it."""
+"""The folder of the result: files that are finished survive a restart, every byte is read back, and one rename publishes it."""
 
 import errno
 import fcntl
@@ -9,35 +9,40 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json
-from jobs.consolidation.plan import Plan
+from jobs.consolidation.plan import PlacedOutput, Plan
 from jobs.tensor_io.reader import CHUNK, Files, read
 
 RECORDS = ".finished"
-"""Folder of one record a finished file; gone from a published result."""
+"""Folder with one record per finished file; removed before the result is published."""
+Checksums = dict[str, dict[str, str]]
+"""File -> tensor -> XXH3 of its bytes."""
 
 
 @contextmanager
-def writing(target: Path, alone: bool = True) -> Iterator[Path]:
-    """The folder beside `target` in which it is made, for this process alone, or for it and those that it leads. What stops
-    us short of being killed empties it, unless others still write. Raises RunError when another process is at it, or it
-    cannot be written."""
-    beside = partial(target)
-    with told(target):
-        beside.mkdir(parents=True, exist_ok=True)
-        lock = os.open(beside, os.O_RDONLY)
+def locked_partial_folder(target: Path, alone: bool = True) -> Iterator[Path]:
+    """The folder beside `target` in which the result is made, locked for this process (and the ranks that it leads).
+
+    An error empties the folder, unless other ranks still write to it; a kill leaves it for the next start.
+    Raises RunError if another process has locked it, or if it cannot be written.
+    """
+    folder = partial(target)
+    with explain_disk_errors(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
     try:
-        _lock(lock, beside)
+        _lock(lock, folder)
         try:
-            with told(target):
-                yield beside
+            with explain_disk_errors(target):
+                yield folder
         except Exception:
             if alone:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
         os.close(lock)
@@ -47,124 +52,124 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(
-            Problem("model", folder, "is being written by another process: wait for it, or end it")
-        ) from None
+        message = "is being written by another process: wait for that process, or end it"
+        raise RunError(Problem("model", folder, message)) from None
     except OSError:
-        return  # a file system without locks
+        return  # this file system has no locks
 
 
 @contextmanager
-def told(target: Path) -> Iterator[None]:
-    """Errors of the disk in words."""
+def explain_disk_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError into a RunError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            said = "the disk or your quota is full: make room and merge again"
+            message = "the disk or your quota is full: free space and merge again"
         elif error.errno == errno.EFBIG:
-            said = (
-                "files of this size are not allowed here (ulimit -f, file system): set a smaller consolidate.shard_gib"
-            )
+            message = "files of this size are not allowed (ulimit -f, file system): set a smaller consolidate.shard_gib"
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            said = "cannot be written: choose a folder that is yours"
+            message = "cannot be written: choose a folder that you can write to"
         else:
-            said = "cannot be written"
-        raise RunError(Problem("model", target, f"{said} ({error.strerror or error})")) from error
+            message = "cannot be written"
+        raise RunError(Problem("model", target, f"{message} ({error.strerror or error})")) from error
 
 
-def finished(folder: Path, plan: Plan) -> dict[str, dict[str, str]]:
-    """Checksums of the files that a start before this one finished for the same plan; all else in the folder is deleted."""
+def find_finished(folder: Path, plan: Plan) -> Checksums:
+    """Checksums of the files that an earlier start finished for the same plan. Deletes everything else in the folder."""
     records = folder / RECORDS
-    found = {}
+    checksums = {}
     if read_json(records / "plan.json") == plan.digest():
         for name, size in plan.sizes.items():
-            sums = read_json(records / f"{name}.json")
-            if sums is not None and (folder / name).exists() and (folder / name).stat().st_size == size:
-                found[name] = sums
+            recorded = read_json(records / f"{name}.json")
+            if recorded is not None and (folder / name).exists() and (folder / name).stat().st_size == size:
+                checksums[name] = recorded
     for path in folder.iterdir():
         if path.is_dir() and path.name != RECORDS:
             shutil.rmtree(path)
-        elif path.is_file() and path.name not in found:
+        elif path.is_file() and path.name not in checksums:
             path.unlink()
-    if not found:
+    if not checksums:
         shutil.rmtree(records, ignore_errors=True)
         write_json(records / "plan.json", plan.digest())
-    return found
+    return checksums
 
 
-def recorded(folder: Path, name: str) -> dict[str, str]:
-    """Checksums of a file that is finished."""
+def read_record(folder: Path, name: str) -> dict[str, str]:
+    """Checksums of the tensors of a finished file."""
     return dict(read_json(folder / RECORDS / f"{name}.json"))
 
 
-def room(folder: Path, plan: Plan, done: Collection[str]) -> None:
-    """Raises RunError when there is no room for the other files, before any is written."""
-    needed = sum(size for name, size in plan.sizes.items() if name not in done)
+def write_record(folder: Path, name: str, checksums: dict[str, str]) -> None:
+    """Remember that a file is finished: written and flushed."""
+    write_json(folder / RECORDS / f"{name}.json", checksums)
+
+
+def check_free_space(folder: Path, plan: Plan, finished: Collection[str]) -> None:
+    """Raise RunError, before anything is written, if the files that are not finished do not fit on the disk."""
+    needed = sum(size for name, size in plan.sizes.items() if name not in finished)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        said = f"needs {needed / 2**30:.2f} GiB there and {free / 2**30:.2f} GiB are free: make room"
-        raise RunError(Problem("model", folder, said))
+        message = f"needs {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free: free space"
+        raise RunError(Problem("model", folder, message))
 
 
-def prepare(folder: Path, plan: Plan, names: Collection[str]) -> None:
-    """Make these files at their full size, header written."""
+def create_files(folder: Path, plan: Plan, names: Collection[str]) -> None:
+    """Make these files in their full size, with their headers."""
     for name in names:
         with (folder / name).open("wb") as file:
-            file.write(plan.heads[name])
+            file.write(plan.headers[name])
             file.truncate(plan.sizes[name])
 
 
-def record(folder: Path, name: str, sums: dict[str, str]) -> None:
-    write_json(folder / RECORDS / f"{name}.json", sums)
+def read_back(folder: Path, plan: Plan, checksums: Checksums, workers: int) -> int:
+    """Compare header and tensors of the files in `checksums` with what was written. Returns how many tensors there are.
 
-
-def verify(folder: Path, plan: Plan, sums: dict[str, dict[str, str]], workers: int) -> int:
-    """Read the files of `sums` back: header and the checksum of each tensor. Returns how many tensors there are.
-
-    Raises RunError, and forgets that the file is finished, where one differs.
+    Raises RunError if one differs; the next start then writes its file again.
     """
-    jobs = [
-        (item.file, item.offset, item.output.nbytes, item.output.name)
-        for task in plan.tasks
-        for item in task.placed
-        if item.file in sums
-    ]
+    tensors = [item for task in plan.tasks for item in task.placed if item.file in checksums]
     files = Files()
+
+    def checksum(item: PlacedOutput) -> str:
+        path = str(folder / item.file)
+        return _checksum(files.open(path), path, item.offset, item.output.nbytes)
+
     try:
-        for name in sums:
-            if os.pread(files(str(folder / name)), len(plan.heads[name]), 0) != plan.heads[name]:
-                _wrong(folder, name, "header")
+        for name in checksums:
+            header = plan.headers[name]
+            if os.pread(files.open(str(folder / name)), len(header), 0) != header:
+                raise _differs(folder, name, "header")
         with ThreadPoolExecutor(workers) as pool:
-            found = pool.map(lambda job: _sum(files(str(folder / job[0])), str(folder / job[0]), job[1], job[2]), jobs)
-            for (name, _, _, tensor), value in zip(jobs, found, strict=True):
-                if value != sums[name][tensor]:
-                    _wrong(folder, name, tensor)
+            for item, value in zip(tensors, pool.map(checksum, tensors), strict=True):
+                if value != checksums[item.file][item.output.name]:
+                    raise _differs(folder, item.file, item.output.name)
     finally:
         files.close()
-    return len(jobs)
+    return len(tensors)
 
 
-def _sum(descriptor: int, path: str, offset: int, size: int) -> str:
+def _checksum(descriptor: int, path: str, offset: int, size: int) -> str:
     buffer, total = memoryview(bytearray(min(size, CHUNK))), xxhash.xxh3_64()
-    for at in range(0, size, CHUNK):
-        part = buffer[: min(CHUNK, size - at)]
-        read(descriptor, path, offset + at, part)
+    for start in range(0, size, CHUNK):
+        part = buffer[: min(CHUNK, size - start)]
+        read(descriptor, path, offset + start, part)
         total.update(part)
     return str(total.hexdigest())
 
 
-def _wrong(folder: Path, name: str, tensor: str) -> None:
-    (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)  # else the next start would keep the file
-    said = f"{tensor} read back differs from what was written: merge again; look at this file system if it stays so"
-    raise RunError(Problem("model", folder / name, said))
+def _differs(folder: Path, name: str, tensor: str) -> RunError:
+    (folder / RECORDS / f"{name}.json").unlink(missing_ok=True)  # otherwise the next start would keep the file
+    message = (
+        f"{tensor} read back differs from what was written: merge again; if it happens again, check the file system"
+    )
+    return RunError(Problem("model", folder / name, message))
 
 
-def finish(folder: Path, target: Path, plan: Plan, about: dict) -> None:
-    """Publish what was verified, with muster.json as its last file."""
+def publish_result(folder: Path, target: Path, plan: Plan, muster_json: dict[str, Any]) -> None:
+    """Write the index and, as the last file, muster.json; then rename `folder` to `target`. Call it after `read_back`."""
     shutil.rmtree(folder / RECORDS)
     if plan.index is not None:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    write_json(folder / "muster.json", about | {"verified": True})
+    write_json(folder / "muster.json", muster_json | {"verified": True})
     publish(target)

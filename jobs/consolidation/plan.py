@@ -1,4 +1,4 @@
-"""What will be written, before any weight is read: the files, their headers, and for each source tensor where its bytes go."""
+"""Plans what will be written before any weight is read: files, their headers, and for each source tensor where its bytes go."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Stored
 
-if TYPE_CHECKING:  # it imports torch, which merges without an adapter do without
-    from jobs.consolidation.lora import Update
+if TYPE_CHECKING:  # lora imports torch, which a merge without an adapter does not need
+    from jobs.consolidation.lora import LoraUpdate
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the result: `numel` elements of a source tensor from the flat element `start` on."""
+    """A tensor of the result: `numel` elements of a source tensor, from the flat element `start` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,8 +35,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An output in its file."""
+class PlacedOutput:
+    """An output, its file and the byte in that file at which it begins."""
 
     output: Output
     file: str
@@ -45,36 +45,38 @@ class Placed:
 
 @dataclass(frozen=True)
 class Task:
-    """One source tensor, read from its first element to its last by one worker."""
+    """One source tensor, which one worker reads from the first element to the last."""
 
     name: str
     stored: Stored
-    placed: tuple[Placed, ...]
+    placed: tuple[PlacedOutput, ...]
+    """The outputs that are made of it, sorted by their first element."""
     sha256: str | None = None
-    """Of its elements as training had them; compared while they pass."""
-    update: "Update | None" = None
+    """Fingerprint of its fp32 elements that training recorded; compared while they are read."""
+    update: "LoraUpdate | None" = None
     """What an adapter adds to it."""
-    packed: Dtype | None = None
-    """Precision of compute in which training had it in NF4; it is then rounded to that first."""
+    nf4_compute: Dtype | None = None
+    """Compute dtype of training, if the source is to be rounded to NF4 first, as training had it."""
 
     @property
-    def has(self) -> Dtype:
-        """What its elements are before they are cast to what is written."""
-        return dtypes.FP32 if self.update is not None else self.packed or self.stored.dtype
+    def dtype_before_cast(self) -> Dtype:
+        """Of its elements just before they are cast to the dtype of an output."""
+        return dtypes.FP32 if self.update is not None else self.nf4_compute or self.stored.dtype
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Pure data: made in seconds for a model of any size."""
+    """Pure data, made in seconds for a model of any size."""
 
-    heads: dict[str, bytes]
+    headers: dict[str, bytes]
     """The first bytes of each file."""
     sizes: dict[str, int]
+    """Bytes of each file."""
     tasks: tuple[Task, ...]
     index: dict[str, Any] | None
-    """Of model.safetensors.index.json, where there are several files."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """What else decides the bytes: part of the digest."""
+    """Content of model.safetensors.index.json, if there are several files."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """Everything else that decides the bytes of the result; part of the digest."""
 
     @property
     def read_bytes(self) -> int:
@@ -85,37 +87,56 @@ class Plan:
         return sum(self.sizes.values())
 
     def digest(self) -> str:
-        """Two plans with the same one write the same bytes."""
-        found = hashlib.sha256(json.dumps(self.about, sort_keys=True, default=str).encode())
-        for name, head in self.heads.items():
-            found.update(name.encode() + head)
+        """SHA-256; two plans with the same digest write the same bytes."""
+        total = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode())
+        for name, header in self.headers.items():
+            total.update(name.encode() + header)
         for task in self.tasks:
-            found.update(repr((task.name, task.stored, task.sha256)).encode())
-        return found.hexdigest()
+            total.update(repr((task.name, task.stored, task.sha256)).encode())
+        return total.hexdigest()
 
 
-def plan(
+def make_plan(
     outputs: list[Output],
     sources: dict[str, Stored],
+    *,
     shard_bytes: int,
-    prints: dict[str, str],
-    updates: "dict[str, Update]",
-    about: dict[str, Any],
+    fingerprints: Mapping[str, str] | None = None,
+    updates: "Mapping[str, LoraUpdate] | None" = None,
+    nf4_sources: Mapping[str, Dtype] | None = None,
+    identity: dict[str, Any] | None = None,
     stem: str = "model",
-    packed: Mapping[str, Dtype] | None = None,
 ) -> Plan:
-    """Lay the outputs into files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
-    files = _files(outputs, shard_bytes, stem)
-    heads, sizes, placed = {}, {}, []
+    """Put the outputs, in their order, into files of at most `shard_bytes`; a larger tensor gets a file of its own.
+
+    `fingerprints`, `updates` and `nf4_sources` (the compute dtype of training) are by source name. Files are called
+    STEM.safetensors, or STEM-00001-of-00004.safetensors.
+    """
+    files = _split_into_files(outputs, shard_bytes, stem)
+    headers, sizes, placed = {}, {}, []
     for file, items in files.items():
-        heads[file], offsets, sizes[file] = safetensors.head([(item.name, item.shape, item.dtype) for item in items])
-        placed += [Placed(item, file, offset) for item, offset in zip(items, offsets, strict=True)]
-    return Plan(
-        heads, sizes, _tasks(placed, list(files), sources, prints, updates, packed or {}), _index(files, stem), about
-    )
+        tensors = [(item.name, item.shape, item.dtype) for item in items]
+        headers[file], offsets, sizes[file] = safetensors.make_header(tensors)
+        placed += [PlacedOutput(item, file, offset) for item, offset in zip(items, offsets, strict=True)]
+    # a source that only has a fingerprint is read too, and compared
+    placed_of_source: dict[str, list[PlacedOutput]] = {name: [] for name in fingerprints or {}}
+    for item in placed:
+        placed_of_source.setdefault(item.output.source, []).append(item)
+    tasks = [
+        Task(
+            name,
+            sources[name],
+            tuple(sorted(items, key=lambda item: item.output.start)),
+            (fingerprints or {}).get(name),
+            (updates or {}).get(name),
+            (nf4_sources or {}).get(name),
+        )
+        for name, items in placed_of_source.items()
+    ]
+    return Plan(headers, sizes, _sorted_tasks(tasks, list(files)), _index(files), identity or {})
 
 
-def _files(outputs: list[Output], shard_bytes: int, stem: str) -> dict[str, list[Output]]:
+def _split_into_files(outputs: list[Output], shard_bytes: int, stem: str) -> dict[str, list[Output]]:
     groups: list[list[Output]] = [[]]
     filled = 0
     for output in outputs:
@@ -129,40 +150,18 @@ def _files(outputs: list[Output], shard_bytes: int, stem: str) -> dict[str, list
     return {f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
 
 
-def _tasks(
-    placed: list[Placed],
-    files: list[str],
-    sources: dict[str, Stored],
-    prints: dict[str, str],
-    updates: "dict[str, Update]",
-    packed: Mapping[str, Dtype],
-) -> tuple[Task, ...]:
-    """A task for each source tensor that is written or checked: file by file, so that files are finished early, the
-    largest of a file first, so that no worker starts with one when the others are done."""
-    goals: dict[str, list[Placed]] = {name: [] for name in prints}
-    for item in placed:
-        goals.setdefault(item.output.source, []).append(item)
-    tasks = [
-        Task(
-            name,
-            sources[name],
-            tuple(sorted(items, key=lambda item: item.output.start)),
-            prints.get(name),
-            updates.get(name),
-            packed.get(name),
-        )
-        for name, items in goals.items()
-    ]
+def _sorted_tasks(tasks: list[Task], files: list[str]) -> tuple[Task, ...]:
+    """File by file, so that files are finished early; in a file the largest first, so that no worker starts a large tensor
+    when the others have nothing left to do."""
     order = {file: number for number, file in enumerate(files)}
-    return tuple(
-        sorted(
-            tasks,
-            key=lambda task: (min((order[item.file] for item in task.placed), default=-1), -task.stored.nbytes),
-        )
-    )
+
+    def key(task: Task) -> tuple[int, int]:
+        return min((order[item.file] for item in task.placed), default=-1), -task.stored.nbytes
+
+    return tuple(sorted(tasks, key=key))
 
 
-def _index(files: dict[str, list[Output]], stem: str) -> dict[str, Any] | None:
+def _index(files: dict[str, list[Output]]) -> dict[str, Any] | None:
     if len(files) == 1:
         return None
     every = [output for group in files.values() for output in group]

@@ -1,4 +1,4 @@
-"""Several processes at one result, on one node or many: each has files of its own, and they meet in a folder, not by network."""
+"""Lets several processes, on one or more nodes, write one result. Each writes whole files; they communicate through files only."""
 
 import json
 import os
@@ -9,36 +9,42 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
 from conf.files import read_json
+from jobs.consolidation.output_folder import Checksums
 from jobs.consolidation.plan import Plan
 from jobs.distributed.rank import rank_and_world_size
 
 WAIT_S = 1800
-"""How long ranks may start after one another."""
-Sums = dict[str, dict[str, str]]
-"""Checksums of the tensors of each file."""
+"""How long ranks wait for each other to start."""
+
+
+class Assignment(NamedTuple):
+    rank_of_file: dict[str, int]
+    finished: set[str]
+    """Files that an earlier start finished; they are only read back."""
 
 
 class Meeting:
-    """The ranks of a job around `target`. Rank 0 says who writes what, and publishes when all have done so.
+    """The ranks of a job that write `target`. Rank 0 assigns the files, and publishes when every rank is done.
 
-    Every rank says hello under a number of its own, and rank 0 answers those, so that what a killed start has left is never
-    taken for this one's. Whole files are shared out, never parts of one: network file systems lose what two nodes write into
-    one page.
+    Every rank writes a hello with a random id, and rank 0 answers these ids. So nobody mistakes a file that a killed start left
+    behind for one of this start. A rank writes whole files: if two nodes write into one page of a file, network file systems
+    lose data.
     """
 
     def __init__(self, target: Path) -> None:
         self.target, self.folder = target, target.with_name(f".{target.name}.ranks")
         self.rank, self.size = rank_and_world_size()
-        self.own = uuid.uuid4().hex
-        self._hellos: dict[int, str] = {}
+        self.id = uuid.uuid4().hex
+        self._ids: dict[int, str] = {}
+        """On rank 0: the ids of the others, by rank."""
 
     @property
     def alone(self) -> bool:
-        return self.size == 1
+        return bool(self.size == 1)
 
     def __enter__(self) -> "Meeting":
         if not self.alone:
@@ -46,112 +52,122 @@ class Meeting:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Rank 0 ends the meeting; another rank that fails tells it why."""
+        """Rank 0 removes the folder, which tells the others that it has ended; another rank that fails reports why."""
         if self.alone:
             return
         if self.rank == 0:
-            over = self.folder.with_name(f"{self.folder.name}.{self.own}")
-            with suppress(FileNotFoundError):  # somebody has tidied up
-                self.folder.rename(over)  # at once: what is said from now on has nowhere to go
-                shutil.rmtree(over, ignore_errors=True)
+            removed = self.folder.with_name(f"{self.folder.name}.{self.id}")
+            with suppress(FileNotFoundError):  # somebody else has deleted it
+                self.folder.rename(removed)  # atomic: from now on the others find no folder, rather than half of one
+                shutil.rmtree(removed, ignore_errors=True)
         elif error is not None:
-            self._say(f"failed-{self.rank}.json", {"own": self.own, "said": str(error)})
+            self._send(f"failed-{self.rank}.json", {"own": self.id, "said": str(error)})
 
-    def share(self, plan: Plan, done: Sums) -> dict[str, int]:
-        """On rank 0: wait for the others, and say which rank writes, and reads back, which file.
+    def assign_files(self, plan: Plan, finished: set[str]) -> dict[str, int]:
+        """On rank 0: wait for the other ranks, and tell them which rank writes and reads back which file.
 
-        Raises RunError where a rank does not come, or has found another plan.
+        Raises RunError if a rank does not come within WAIT_S, or has made another plan.
         """
-        found = shares(plan, set(done), self.size)
+        rank_of_file = assign(plan, finished, self.size)
         if self.alone:
-            return found
+            return rank_of_file
         for path in self.folder.iterdir():
             path.unlink(missing_ok=True)
         began, digest = time.monotonic(), plan.digest()
-        self._until(lambda: self._greeted(began, digest))
-        self._say("shares.json", {"to": self._hellos, "files": found, "done": sorted(done)})
-        return found
+        self._wait_until(lambda: self._all_said_hello(began, digest))
+        self._send("shares.json", {"to": self._ids, "files": rank_of_file, "done": sorted(finished)})
+        return rank_of_file
 
-    def _greeted(self, began: float, digest: str) -> bool:
+    def _all_said_hello(self, began: float, digest: str) -> bool:
         hellos = {rank: read_json(self.folder / f"hello-{rank}.json") for rank in range(1, self.size)}
         missing = [rank for rank, hello in hellos.items() if hello is None]
         if missing and time.monotonic() - began > WAIT_S:
-            said = f"ranks {missing} have not come within {WAIT_S} s: unset WORLD_SIZE where there is one process"
-            raise RunError(Problem("WORLD_SIZE", self.size, said))
+            message = f"ranks {missing} did not start within {WAIT_S} s; if there is one process only, unset WORLD_SIZE"
+            raise RunError(Problem("WORLD_SIZE", self.size, message))
         for rank, hello in hellos.items():
             if hello and hello["digest"] != digest:
-                said = "has found another checkpoint or base than rank 0: do all nodes see the same files?"
-                raise RunError(Problem("rank", rank, said))
-        self._hellos = {rank: hello["own"] for rank, hello in hellos.items() if hello}
+                message = "found another checkpoint or base than rank 0: check that all nodes see the same files"
+                raise RunError(Problem("rank", rank, message))
+        self._ids = {rank: hello["own"] for rank, hello in hellos.items() if hello}
         return not missing
 
-    def join(self, plan: Plan) -> tuple[dict[str, int], set[str]]:
-        """On another rank: who writes which file, and the files that are done. Raises RunError where nobody leads."""
+    def wait_for_assignment(self, plan: Plan) -> Assignment:
+        """On the other ranks. Raises RunError if rank 0 has ended, or does not answer within WAIT_S."""
         hello, began, digest = self.folder / f"hello-{self.rank}.json", time.monotonic(), plan.digest()
         answer: dict[str, Any] = {}
 
-        def answered() -> bool:
-            found = read_json(self.folder / "shares.json")
-            if found and found["to"].get(str(self.rank)) == self.own:
-                answer.update(found)
+        def is_answered() -> bool:
+            shares = read_json(self.folder / "shares.json")
+            if shares and shares["to"].get(str(self.rank)) == self.id:
+                answer.update(shares)
                 return True
             if not self.folder.exists():
                 raise RunError(Problem("model", self.target, "rank 0 has ended: see its log"))
-            if not hello.exists():
-                self._say(hello.name, {"own": self.own, "digest": digest})
+            if not hello.exists():  # rank 0 started later than this rank, and deleted the first one
+                self._send(hello.name, {"own": self.id, "digest": digest})
             if time.monotonic() - began > WAIT_S:
-                raise RunError(Problem("RANK", self.rank, f"rank 0 has not come within {WAIT_S} s: see its log"))
+                raise RunError(Problem("RANK", self.rank, f"rank 0 did not start within {WAIT_S} s: see its log"))
             return False
 
-        self._until(answered)
-        return answer["files"], set(answer["done"])
+        self._wait_until(is_answered)
+        return Assignment(answer["files"], set(answer["done"]))
 
-    def done(self, sums: Sums) -> None:
-        """On another rank: all of its share is written and read back; wait until rank 0 has published the result."""
-        self._say(f"done-{self.rank}.json", {"own": self.own, "sums": sums})
-        self._until(lambda: not self.folder.exists())
+    def report_done(self, checksums: Checksums) -> None:
+        """On the other ranks: all assigned files are written and read back. Waits until rank 0 has ended.
+
+        Raises RunError if rank 0 has not published the result.
+        """
+        self._send(f"done-{self.rank}.json", {"own": self.id, "sums": checksums})
+        self._wait_until(lambda: not self.folder.exists())
         if read_json(self.target / "muster.json") is None:
             raise RunError(Problem("model", self.target, "was not published: see the log of rank 0"))
 
-    def gather(self) -> Sums:
-        """On rank 0: the checksums of all others' files. Raises RunError with what another rank failed of."""
-        sums: Sums = {}
-        for rank, own in self._hellos.items():
-            found: dict[str, Any] = {}
+    def wait_for_all(self) -> Checksums:
+        """On rank 0: the checksums of the files of all other ranks. Raises RunError with the error of a rank that failed."""
+        checksums: Checksums = {}
+        for rank, rank_id in self._ids.items():
+            report = self._wait_for_report(rank, rank_id)
+            if "said" in report:
+                raise RunError(Problem("rank", rank, report["said"]))
+            checksums |= report["sums"]
+        return checksums
 
-            def told(rank: int = rank, own: str = own, found: dict[str, Any] = found) -> bool:
-                for kind in ("failed", "done"):
-                    told = read_json(self.folder / f"{kind}-{rank}.json")
-                    if told and told["own"] == own:
-                        found.update(told)
-                return bool(found)
+    def _wait_for_report(self, rank: int, rank_id: str) -> dict[str, Any]:
+        """What a rank reports at its end: `sums`, or as `said` why it failed."""
+        report: dict[str, Any] = {}
 
-            self._until(told)
-            if "said" in found:
-                raise RunError(Problem("rank", rank, found["said"]))
-            sums |= found["sums"]
-        return sums
+        def has_reported() -> bool:
+            for kind in ("failed", "done"):
+                content = read_json(self.folder / f"{kind}-{rank}.json")
+                if content and content["own"] == rank_id:
+                    report.update(content)
+            return bool(report)
 
-    def _say(self, name: str, value: dict[str, Any]) -> None:
-        """Publish `value` to the other ranks. Once rank 0 has ended the meeting there is nobody to tell."""
-        beside = self.folder / f".{name}.{self.own}"
+        self._wait_until(has_reported)
+        return report
+
+    def _send(self, name: str, value: dict[str, Any]) -> None:
+        """Write a file for the other ranks, atomically. If rank 0 has removed the folder, nobody reads it any more."""
+        beside = self.folder / f".{name}.{self.id}"
         with suppress(FileNotFoundError):
             beside.write_text(json.dumps(value), encoding="utf-8")
             beside.rename(self.folder / name)
 
-    def _until(self, ready: Callable[[], bool]) -> None:
-        pause = 0.05
-        while not ready():
-            time.sleep(pause)
-            pause = min(2.0, pause * 1.5)
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        pause_s = 0.05
+        while not condition():
+            time.sleep(pause_s)
+            pause_s = min(2.0, pause_s * 1.5)
             with suppress(FileNotFoundError):
-                os.listdir(self.folder)  # network file systems look again at a folder that is opened
+                os.listdir(self.folder)  # makes a network file system refresh what it has cached of the folder
 
 
-def shares(plan: Plan, done: set[str], size: int) -> dict[str, int]:
-    """The rank of each file: the largest first, to the one with least to do. Files that are done are only read back."""
-    found, load = {}, [0] * size
-    for name in sorted(plan.sizes, key=lambda name: (name in done, -plan.sizes[name], name)):
-        found[name] = load.index(min(load))
-        load[found[name]] += plan.sizes[name] if name in done else 4 * plan.sizes[name]  # fp32 in, bf16 out, and back
-    return found
+def assign(plan: Plan, finished: set[str], ranks: int) -> dict[str, int]:
+    """File -> rank. The largest file goes first, each to the rank with the least work. Finished files are only read back."""
+    rank_of_file, work = {}, [0] * ranks
+    for name in sorted(plan.sizes, key=lambda name: (name in finished, -plan.sizes[name], name)):
+        rank = work.index(min(work))
+        rank_of_file[name] = rank
+        # a file that is written costs four times its size: fp32 is read (2), bf16 written (1) and read back (1)
+        work[rank] += plan.sizes[name] if name in finished else 4 * plan.sizes[name]
+    return rank_of_file

@@ -1,22 +1,28 @@
-"""From the names of training to those of a model folder: prefixes, ties, and weights that transformers fuses on loading."""
+"""Maps names of weights in training to names in a model folder: prefixes of wrappers, tied weights, adapters, fused weights.
+
+"Live" is the model in memory, as transformers builds it; its names and shapes may differ from those in a model folder.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim|lr_scheduler|dataloader|train_state)\.|\.(exp_avg|exp_avg_sq|step)$")
-PREFIXES = ("app.", "state.", "state_dict.", "module.", "_forward_module.")
+from jobs.tensor_io.wrapper_names import without_torch_wrappers
+
+_OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim|lr_scheduler|dataloader|train_state)\.|\.(exp_avg|exp_avg_sq|step)$")
+"""Entries of a checkpoint that are not weights."""
+_PREFIXES = ("app.", "state.", "state_dict.", "module.", "_forward_module.")
+"""What trainers put before all names."""
 
 
-class NotViews(Exception):
-    """Raised for a model whose saved weights are not runs of its live ones: it cannot be streamed."""
+class CannotStream(Exception):
+    """Raised for a model of which a saved weight is not a run of elements of a live one, so that it cannot be streamed."""
 
 
 @dataclass(frozen=True)
 class SavedName:
-    """A tensor as `save_pretrained` would write it: a run of a live one."""
+    """A tensor that `save_pretrained` would write: the elements of a live weight from `start` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,32 +35,30 @@ class Blueprint:
     """The names and shapes of a model, without its weights."""
 
     live: dict[str, tuple[int, ...]]
-    """Of the model in memory, without the second names of tied weights."""
+    """Name -> shape in memory, without the second names of tied weights."""
     tied: dict[str, str]
-    """Second name to first."""
+    """Second name -> first name."""
     saved: tuple[SavedName, ...]
-    buffers: frozenset[str]
     transposed: frozenset[str]
-    """Weights of layers that multiply from the right (GPT-2's): stored as (columns, rows)."""
+    """Weights stored as (columns, rows): those of GPT-2's Conv1D layers."""
     prefix: str = ""
-    """What the files of some bases leave out before a name, such as `model.`."""
+    """Some base models leave this out of the names in their files: `model.`."""
 
-    def base_name(self, saved: "SavedName", base: Iterable[str]) -> str | None:
-        """Under which name a base's files have a tensor, if they have it: its own, a shorter, or a tied one's."""
-        second = [name for name, first in self.tied.items() if first == saved.live]
-        candidates = [saved.name, saved.name.removeprefix(self.prefix), *second]
+    def base_name(self, saved: "SavedName", base: Collection[str]) -> str | None:
+        """The name of a tensor in the files of a base model: its own, without the prefix, or that of a tied weight."""
+        second_names = [name for name, first in self.tied.items() if first == saved.live]
+        candidates = [saved.name, saved.name.removeprefix(self.prefix), *second_names]
         return next((name for name in candidates if name in base), None)
 
 
-def blueprint(model: Any) -> Blueprint:
-    """Of a transformers model built on the meta device. Raises NotViews."""
+def blueprint_of_model(model: Any) -> Blueprint:
+    """Of a transformers model on the meta device. Raises CannotStream."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     return Blueprint(
         {name: tuple(value.shape) for name, value in state.items()},
         tied,
-        tuple(_saved(model, state)),
-        frozenset(name for name, _ in model.named_buffers()),
+        tuple(_saved_names(model, state)),
         frozenset(f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"),
         f"{model.base_model_prefix}." if model.base_model_prefix else "",
     )
@@ -63,31 +67,40 @@ def blueprint(model: Any) -> Blueprint:
 STORED_AS_USED = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "starcoder2"}
 )
-"""Families whose weights transformers neither renames nor turns on loading: the files of a base say all (a test looks)."""
+"""Values of `model_type` for which transformers neither renames nor rearranges weights on loading, so that the files of a base
+say all. A test checks each."""
 
 
-def of_files(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Blueprint | None:
-    """The same from config.json and the headers of a model folder, without importing a model; None where that may not do."""
+def blueprint_of_files(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Blueprint | None:
+    """From config.json and the headers of a model folder, without importing transformers. None if these do not suffice."""
     if config.get("model_type") not in STORED_AS_USED or not shapes:
         return None
     tied = {}
     if config.get("tie_word_embeddings"):
-        first = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
-        if first is None or "lm_head.weight" in shapes:
+        embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
+        if embedding is None or "lm_head.weight" in shapes:
             return None
-        tied = {"lm_head.weight": first}
+        tied = {"lm_head.weight": embedding}
     saved = tuple(SavedName(name, shape, name) for name, shape in shapes.items())
-    return Blueprint(dict(shapes), tied, saved, frozenset(), frozenset())
+    return Blueprint(dict(shapes), tied, saved, frozenset())
 
 
-def _saved(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
-    """transformers' own reversal of what it does on loading, run on views of one empty storage: where a result lies in
-    that storage says which elements of which weight it is."""
+def _saved_names(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
+    """Which elements of which live weight each saved tensor is.
+
+    transformers renames, fuses and splits weights on loading, and can revert that. It is reverted here with weights that are
+    views of one large empty tensor (the arena). The offset of a result in the arena then says which elements it is made of.
+
+    Example: Mixtral fuses the matrices w1 and w3 of its 4 experts into `gate_up_proj` of shape (4, 2 x 96, 64), which has
+    49,152 elements. Say that this weight begins at element 8,192 of the arena. The reverted `experts.1.w3.weight`, of shape
+    (96, 64), then lies at 8,192 + 12,288 (expert 0) + 6,144 (w1 of expert 1) = 26,624. So it is
+    SavedName("...experts.1.w3.weight", (96, 64), "...gate_up_proj", start=18,432).
+    """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    class Placed(torch.Tensor):
-        """A view of the arena that stays one where a real tensor would be copied."""
+    class ArenaView(torch.Tensor):  # type: ignore[misc]  # where mypy skips torch, Tensor is Any
+        """A view of the arena that stays a view where transformers would copy it."""
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,47 +108,48 @@ def _saved(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
                 return args[0]
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(Placed)
-    begins, views, at = [], {}, 0
+    arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(ArenaView)
+    ranges, views, end = [], {}, 0
     for name, value in state.items():
-        views[name] = arena[at : at + value.numel()].view(value.shape)
-        begins.append((at, at + value.numel(), name))
-        at += value.numel()
+        begin, end = end, end + value.numel()
+        views[name] = arena[begin:end].view(value.shape)
+        ranges.append((begin, end, name))
     try:
         reverted = revert_weight_conversion(model, dict(views))
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise NotViews(str(error)) from error
-    found = []
+        raise CannotStream(str(error)) from error
+    saved = []
     for name, view in reverted.items():
+        # a result elsewhere was copied, and one with strides was transposed: neither is a run of a live weight
         if view.untyped_storage()._cdata != arena.untyped_storage()._cdata or not view.is_contiguous():
-            raise NotViews(name)
-        found.append((view.storage_offset(), name, tuple(view.shape)))
+            raise CannotStream(name)
+        saved.append((view.storage_offset(), name, tuple(view.shape)))
     number = 0
-    for offset, name, shape in sorted(found, key=lambda item: item[0]):
-        while offset >= begins[number][1] and number + 1 < len(begins):
+    for offset, name, shape in sorted(saved, key=lambda item: item[0]):
+        while offset >= ranges[number][1] and number + 1 < len(ranges):
             number += 1
-        yield SavedName(name, shape, begins[number][2], offset - begins[number][0])
+        begin, _, live = ranges[number]
+        yield SavedName(name, shape, live, offset - begin)
 
 
-def plain(tensors: dict[str, Any], expected: Iterable[str] | None = None) -> dict[str, Any]:
-    """The weights among the tensors of a checkpoint, without the prefixes that wrappers and trainers put before names.
+def strip_prefixes(tensors: dict[str, Any], live_names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The weights among the tensors of a checkpoint, without the prefixes that wrappers and trainers put before their names.
 
-    `expected` are names of the live model; without them, the prefix is guessed from the names alone.
+    With the names of the live model the prefix is what stands before those; without, it is guessed from the names alone.
     """
-    found = {WRAPPERS.sub("", key): value for key, value in tensors.items() if not OPTIMIZER.search(key)}
-    prefix = _known_prefix(found, expected) if expected is not None else None
+    weights = {without_torch_wrappers(key): value for key, value in tensors.items() if not _OPTIMIZER.search(key)}
+    prefix = _prefix_before(weights, live_names) if live_names is not None else None
     if prefix is None:
-        prefix = _guessed_prefix(found)
-    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+        prefix = _guessed_prefix(weights)
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _known_prefix(keys: Iterable[str], expected: Iterable[str]) -> str | None:
-    """What stands before the names that are expected; None where none of them is there."""
+def _prefix_before(keys: Iterable[str], live_names: Iterable[str]) -> str | None:
+    """The prefix that most keys have before a live name; None if no key ends in one."""
     counts: dict[str, int] = {}
-    wanted = set(expected)
+    wanted = set(live_names)
     for key in keys:
-        bare = live_name(key)
-        parts = bare.split(".")
+        parts = live_name(key).split(".")
         for cut in range(len(parts)):
             if ".".join(parts[cut:]) in wanted:
                 prefix = ".".join(parts[:cut])
@@ -143,8 +157,8 @@ def _known_prefix(keys: Iterable[str], expected: Iterable[str]) -> str | None:
                 break
     if not counts:
         return None
-    best = max(counts, key=lambda prefix: counts[prefix])
-    return f"{best}." if best else ""
+    most_common = max(counts, key=lambda prefix: counts[prefix])
+    return f"{most_common}." if most_common else ""
 
 
 def _guessed_prefix(keys: Iterable[str]) -> str:
@@ -152,40 +166,43 @@ def _guessed_prefix(keys: Iterable[str]) -> str:
     changed = bool(names)
     while changed:
         changed = False
-        for candidate in PREFIXES:
+        for candidate in _PREFIXES:
             if all(name.startswith(candidate) for name in names):
                 names, prefix, changed = [name.removeprefix(candidate) for name in names], prefix + candidate, True
     if names and all(name.startswith("model.") for name in names):
         rest = [name.removeprefix("model.") for name in names]
-        own = any(name.startswith("embed_tokens.") for name in rest)  # a causal model's decoder is `model` itself
-        if any(name.startswith(("model.", "lm_head.", "base_model.")) for name in rest) or not own:
+        # the decoder of a causal model is itself called `model`: that one is not a prefix
+        is_decoder = any(name.startswith("embed_tokens.") for name in rest)
+        if any(name.startswith(("model.", "lm_head.", "base_model.")) for name in rest) or not is_decoder:
             prefix += "model."
     return prefix
 
 
-PEFT = re.compile(
+_ADAPTER_WEIGHT = re.compile(
     r"^(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?!weight$)[^.]+)?(\.weight)?$"
 )
-KEPT = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+"""`q_proj.lora_A.default.weight`, `embed_tokens.lora_embedding_B.default`, `q_proj.lora_A.weight`."""
+_MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+"""`lm_head.modules_to_save.default.weight`."""
 
 
 def live_name(key: str) -> str:
-    """The base model's name of the weight that a name under PEFT belongs to; other names stay."""
+    """The name in the base model of the weight that a name under PEFT belongs to; other names stay as they are."""
     bare = key.replace("base_model.model.", "", 1)
-    if match := PEFT.match(bare):
+    if match := _ADAPTER_WEIGHT.match(bare):
         return f"{match['module']}.weight"
-    return KEPT.sub("", bare).replace(".base_layer.", ".")
+    return _MODULES_TO_SAVE.sub("", bare).replace(".base_layer.", ".")
 
 
-def adapters(weights: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Live name to name in training of each whole weight; and for each adapted weight its parts: kind (lora_A, ...) to name."""
+def split_adapters(weights: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Live name -> name in training of each whole weight; and live name -> kind (lora_A, ...) -> name of each adapter weight."""
     whole: dict[str, str] = {}
-    parts: dict[str, dict[str, str]] = {}
+    adapters: dict[str, dict[str, str]] = {}
     for key in weights:
-        match = PEFT.match(key.replace("base_model.model.", "", 1))
+        match = _ADAPTER_WEIGHT.match(key.replace("base_model.model.", "", 1))
         if match:
-            parts.setdefault(f"{match['module']}.weight", {})[match["kind"]] = key
-        elif ".original_module." not in key:
+            adapters.setdefault(f"{match['module']}.weight", {})[match["kind"]] = key
+        elif ".original_module." not in key:  # the copy that PEFT keeps of a module in modules_to_save
             whole[live_name(key)] = key
-    return whole, parts
+    return whole, adapters

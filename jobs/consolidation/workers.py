@@ -1,4 +1,4 @@
-"""The workers: each takes a source tensor, reads it block by block, casts, adds and writes. Memory is workers x a few chunks."""
+"""The threads of a merge: each reads a source tensor in blocks, casts them, adds adapters and writes. A thread holds few chunks."""
 
 import hashlib
 import math
@@ -6,196 +6,204 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from jobs.consolidation.plan import Placed, Plan, Task
-from jobs.tensor_io.dtypes import FP32, Cast, Dtype, caster, memory, tensor
+from jobs.consolidation.output_folder import Checksums
+from jobs.consolidation.plan import PlacedOutput, Plan, Task
+from jobs.tensor_io.dtypes import FP32, Bytes, Cast, Dtype, as_bytes, as_tensor, best_cast
 from jobs.tensor_io.layout import blocks
 from jobs.tensor_io.reader import CHUNK, Check, Files, Reader, write
 
 if TYPE_CHECKING:
     from jobs.consolidation.lora import Nf4
 
-EMPTY = xxhash.xxh3_64().hexdigest()
+EMPTY_CHECKSUM = xxhash.xxh3_64().hexdigest()
 """Checksum of a tensor without elements."""
+SOURCE, WIDE, RESULT = range(3)
+"""A worker's buffers: bytes as they are stored, in fp32, as they are written."""
+
+
+class FingerprintMismatch(Exception):
+    """Raised for a weight that is not what training recorded; its name is the argument."""
 
 
 class Worker:
-    """Buffers of one thread."""
+    """The buffers of one thread, and how it carries out a task."""
 
     def __init__(
         self, files: Files, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
     ) -> None:
         self.files, self.folder, self.cast, self.moved, self.stop = files, folder, cast, moved, stop
-        self.reader = Reader(files, once=True)
-        self.spaces = [np.empty(CHUNK, np.uint8) for _ in range(3)]
+        self.reader = Reader(files, drop_cache=True)
+        self.buffers = [np.empty(CHUNK, np.uint8) for _ in (SOURCE, WIDE, RESULT)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
-        """Carry a task out; returns the XXH3 of each output written. Files in `skip` are there already, or another's.
+        """Returns the XXH3 of each output that was written. Files in `skip` are finished, or those of another rank.
 
-        Raises Differs where what passed is not what training recorded.
+        Raises FingerprintMismatch if the weight is not what training recorded.
         """
         if task.placed and all(item.file in skip for item in task.placed):
             return {}
-        seen = hashlib.sha256() if task.sha256 else None
-        rounded = self._scales(task)
-        goals = {item.output.start: item for item in task.placed if item.output.numel and item.file not in skip}
-        sums: dict[str, str] = {}
-        for begin, end in self._spans(task):
-            goal = goals.get(begin)
-            if goal is None and seen is None:
+        fingerprint = hashlib.sha256() if task.sha256 else None
+        nf4 = self._nf4_scales(task)
+        outputs = {item.output.start: item for item in task.placed if item.output.numel and item.file not in skip}
+        checksums: dict[str, str] = {}
+        for begin, end in _output_ranges(task):
+            output = outputs.get(begin)
+            if output is None and fingerprint is None:
                 continue
-            total = self._span(task, begin, end, goal, seen, rounded)
-            if goal is not None:
-                sums[goal.output.name] = total
-        if seen is not None and not self.stop.is_set() and seen.hexdigest() != task.sha256:
-            raise Differs(task.name)
-        return sums
+            checksum = self._move(task, begin, end, output, fingerprint, nf4)
+            if output is not None:
+                checksums[output.output.name] = checksum
+        if fingerprint is not None and not self.stop.is_set() and fingerprint.hexdigest() != task.sha256:
+            raise FingerprintMismatch(task.name)
+        return checksums
 
-    def _scales(self, task: Task) -> "Nf4 | None":
-        """A first pass over a weight that training had in 4 bits: its scales depend on all of it."""
-        if task.packed is None:
+    def _nf4_scales(self, task: Task) -> "Nf4 | None":
+        """Reads a weight that training had in NF4 a first time: its scales depend on all elements."""
+        if task.nf4_compute is None:
             return None
         from jobs.consolidation.lora import Nf4
 
-        made, numel = Nf4(task.packed.torch), task.stored.numel
-        self.reader.once = False
+        nf4, numel = Nf4(task.nf4_compute.torch), task.stored.numel
+        self.reader.drop_cache = False  # it is read a second time at once
         for start, stop in blocks(0, numel, 1, CHUNK // 4):
-            block = self._space(0, stop - start, task.stored.dtype)
+            block = self._buffer(SOURCE, stop - start, task.stored.dtype)
             self.reader.fill(task.stored, start, block)
-            made.look(tensor(block, task.stored.dtype))
-        made.settle()
-        self.reader.once = True
-        return made
+            nf4.collect_scales(as_tensor(block, task.stored.dtype))
+        nf4.finish_scales()
+        self.reader.drop_cache = True
+        return nf4
 
-    def _span(self, task: Task, begin: int, end: int, goal: Placed | None, seen: Any, rounded: "Nf4 | None") -> str:
-        """Move the elements of one output, or just look at them; returns the XXH3 of what was written."""
-        stored, total = task.stored, xxhash.xxh3_64()
+    def _move(
+        self, task: Task, begin: int, end: int, placed: PlacedOutput | None, fingerprint: Any, nf4: "Nf4 | None"
+    ) -> str:
+        """Read the elements `begin` to `end`, add them to the fingerprint, write them as an output; returns the output's XXH3."""
+        stored, checksum = task.stored, xxhash.xxh3_64()
         width = task.update.a.shape[1] if task.update else stored.width
-        width = math.lcm(width, rounded.block) if rounded else width  # whole rows, and whole blocks of NF4
-        limit = CHUNK // max(stored.dtype.itemsize, 4, goal.output.dtype.itemsize if goal else 0)
+        width = math.lcm(width, nf4.block) if nf4 else width  # whole rows for an adapter, whole blocks for NF4
+        limit = CHUNK // max(stored.dtype.itemsize, 4, placed.output.dtype.itemsize if placed else 0)
         for start, stop in blocks(begin, end, width, limit):
             if self.stop.is_set():
                 break
-            block = self._space(0, stop - start, stored.dtype)
+            block = self._buffer(SOURCE, stop - start, stored.dtype)
             self.reader.fill(stored, start, block)
-            if seen is not None:
-                seen.update(self.cast(block, stored.dtype, FP32, self._space(1, stop - start, FP32)))
-            if goal is not None:
-                view = memoryview(self._made(task, block, start, goal.output.dtype, rounded))
-                total.update(view)
-                at = goal.offset + (start - begin) * goal.output.dtype.itemsize
-                write(self.files(str(self.folder / goal.file), os.O_RDWR), at, view)
+            if fingerprint is not None:
+                fingerprint.update(self.cast(block, stored.dtype, FP32, self._buffer(WIDE, stop - start, FP32)))
+            if placed is not None:
+                view = self._output_bytes(task, block, start, placed.output.dtype, nf4).data
+                checksum.update(view)
+                offset = placed.offset + (start - begin) * placed.output.dtype.itemsize
+                write(self.files.open(str(self.folder / placed.file), os.O_RDWR), offset, view)
             self.moved((stop - start) * stored.dtype.itemsize)
-        return str(total.hexdigest())
+        return str(checksum.hexdigest())
 
-    def _spans(self, task: Task) -> list[tuple[int, int]]:
-        """The outputs of the task and what lies between them, which only a fingerprint needs."""
-        edges = {0, task.stored.numel}
-        for item in task.placed:
-            edges |= {item.output.start, item.output.start + item.output.numel}
-        ordered = sorted(edges)
-        return list(zip(ordered, ordered[1:], strict=False))
-
-    def _made(self, task: Task, block: np.ndarray, start: int, dtype: Dtype, rounded: "Nf4 | None") -> np.ndarray:
-        """The bytes of the block as they are written."""
+    def _output_bytes(self, task: Task, block: Bytes, start: int, dtype: Dtype, nf4: "Nf4 | None") -> Bytes:
+        """The bytes of a block as they are written."""
         count = block.size // task.stored.dtype.itemsize
-        if task.update is not None or rounded is not None:
-            pass
+        if task.update is not None or nf4 is not None:
+            block = apply_update(task, block, start, nf4, self._buffer(WIDE, count, FP32))
+        return self.cast(block, task.dtype_before_cast, dtype, self._buffer(RESULT, count, dtype))
 
-            block = applied(task, block, start, rounded, self._space(1, count, FP32))
-        return self.cast(block, task.has, dtype, self._space(2, count, dtype))
-
-    def _space(self, number: int, count: int, dtype: Dtype) -> np.ndarray:
+    def _buffer(self, number: int, count: int, dtype: Dtype) -> Bytes:
         size = count * dtype.itemsize
-        if self.spaces[number].size < size:  # a row of a merged weight that is longer than a chunk
-            self.spaces[number] = np.empty(size, np.uint8)
-        return self.spaces[number][:size]
+        if self.buffers[number].size < size:  # a row of a weight with an adapter may be longer than a chunk
+            self.buffers[number] = np.empty(size, np.uint8)
+        return self.buffers[number][:size]
 
 
-class Differs(Exception):
-    """Raised for a weight that is not what training recorded; its name is the argument."""
+def _output_ranges(task: Task) -> list[tuple[int, int]]:
+    """(first element, last + 1) of the outputs of a task, and of the gaps between them, which only a fingerprint needs."""
+    edges = {0, task.stored.numel}
+    for item in task.placed:
+        edges |= {item.output.start, item.output.start + item.output.numel}
+    return list(pairwise(sorted(edges)))
 
 
-class Ledger:
-    """Which outputs of each file are written; a file is flushed and recorded by the worker that wrote its last one."""
+class FileProgress:
+    """Which outputs of each file are written. The worker that writes the last one flushes the file and records it."""
 
     def __init__(
         self, plan: Plan, folder: Path, skip: set[str], finished: Callable[[str, dict[str, str]], None]
     ) -> None:
         self.folder, self.finished, self.lock = folder, finished, threading.Lock()
-        self.sums: dict[str, dict[str, str]] = {file: {} for file in plan.sizes if file not in skip}
-        self.left = {file: 0 for file in self.sums}
+        self.checksums: Checksums = {file: {} for file in plan.sizes if file not in skip}
+        self.tasks_left = dict.fromkeys(self.checksums, 0)
         for task in plan.tasks:
             for file in self._files(task):
-                self.left[file] += 1
+                self.tasks_left[file] += 1
 
     def _files(self, task: Task) -> set[str]:
-        return {item.file for item in task.placed} & self.sums.keys()
+        return {item.file for item in task.placed} & self.checksums.keys()
 
-    def done(self, task: Task, sums: dict[str, str], files: Files) -> None:
-        """A task is carried out, and what it wrote is what training recorded."""
+    def task_done(self, task: Task, checksums: dict[str, str], files: Files) -> None:
+        """Call it only once the fingerprint of the task is compared: a recorded file is not written again."""
         for file in self._files(task):
             with self.lock:
                 for item in task.placed:
                     if item.file == file:
-                        self.sums[file][item.output.name] = sums.get(item.output.name, EMPTY)
-                self.left[file] -= 1
-                last = self.left[file] == 0
-            if last:
-                os.fsync(files(str(self.folder / file), os.O_RDWR))
-                self.finished(file, self.sums[file])
+                        self.checksums[file][item.output.name] = checksums.get(item.output.name, EMPTY_CHECKSUM)
+                self.tasks_left[file] -= 1
+                is_last = self.tasks_left[file] == 0
+            if is_last:
+                os.fsync(files.open(str(self.folder / file), os.O_RDWR))
+                self.finished(file, self.checksums[file])
 
 
-TOGETHER = 4
-"""Files that are written at the same time. One writer at a time holds a file's lock in the kernel, so one file is as fast as one
-core; and these are what a kill loses."""
+FILES_AT_ONCE = 4
+"""Files that are written at the same time. The kernel locks a file for one writer at a time, so a single file is only as fast as
+one core. More files would mean that a kill loses more."""
 
 
 def interleaved(plan: Plan, skip: set[str]) -> list[Task]:
-    """The tasks in the order of their files, but of so many files in turn."""
-    lines: dict[str, list[Task]] = {}
+    """The tasks in the order of their files, but taking turns between FILES_AT_ONCE files."""
+    tasks_of_file: dict[str, list[Task]] = {}
     for task in plan.tasks:
-        lines.setdefault(next((item.file for item in task.placed if item.file not in skip), ""), []).append(task)
-    every = list(lines.values())
-    groups = (every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER))
+        first_file = next((item.file for item in task.placed if item.file not in skip), "")
+        tasks_of_file.setdefault(first_file, []).append(task)
+    queues = list(tasks_of_file.values())
+    groups = (queues[start : start + FILES_AT_ONCE] for start in range(0, len(queues), FILES_AT_ONCE))
     return [task for group in groups for turn in zip_longest(*group) for task in turn if task is not None]
 
 
-def carry_out(
+def run_tasks(
     plan: Plan,
     folder: Path,
     workers: int,
     skip: set[str],
+    *,
     moved: Callable[[int], None],
     finished: Callable[[str, dict[str, str]], None],
     check: Check | None = None,
 ) -> None:
-    """Run every task on `workers` threads; `finished(file, checksums)` as soon as a file is written and flushed."""
+    """Run every task on `workers` threads; calls `moved(bytes read)`, and `finished(file, checksums)` when a file is flushed.
+
+    The first error stops all workers and is raised: FingerprintMismatch, RunError or OSError.
+    """
     files, stop, own = Files(check), threading.Event(), threading.local()
-    ledger = Ledger(plan, folder, skip, finished)
-    casts = {(task.has, item.output.dtype) for task in plan.tasks for item in task.placed}
+    progress = FileProgress(plan, folder, skip, finished)
+    casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
 
-    def one(task: Task) -> None:
+    def run_task(task: Task) -> None:
         if not hasattr(own, "worker"):
             own.worker = Worker(files, folder, cast, moved, stop)
         try:
-            found = own.worker.run(task, skip)
+            checksums = own.worker.run(task, skip)
             if not stop.is_set():
-                ledger.done(task, found, files)
+                progress.task_done(task, checksums, files)
         except BaseException:
             stop.set()
             raise
 
     try:
-        with caster(casts, plan.read_bytes) as cast, ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(one, task) for task in interleaved(plan, skip)]
+        with best_cast(casts, plan.read_bytes) as cast, ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(run_task, task) for task in interleaved(plan, skip)]
             wait(futures, return_when=FIRST_EXCEPTION)
             if stop.is_set():
                 pool.shutdown(cancel_futures=True)
@@ -207,19 +215,19 @@ def carry_out(
         files.close()
 
 
-def applied(task: Task, block: np.ndarray, start: int, rounded: "Nf4 | None", room: np.ndarray) -> np.ndarray:
-    """Bytes of a source's elements from `start` on, as training had them and with what was learnt added to them: of `task.has`.
+def apply_update(task: Task, block: Bytes, start: int, nf4: "Nf4 | None", output: Bytes) -> Bytes:
+    """Elements of a source from `start` on, rounded to NF4 if training had them so, plus the adapter; in `dtype_before_cast`.
 
-    `room` has four bytes an element.
+    `output` has four bytes per element.
     """
-    found = tensor(block, task.stored.dtype)
-    if rounded is not None:
-        found = rounded.round(found, start)
+    elements = as_tensor(block, task.stored.dtype)
+    if nf4 is not None:
+        elements = nf4.round(elements, start)
     if task.update is None:
-        return memory(found)
-    wide, width = tensor(room, FP32), task.update.a.shape[1]
-    wide.copy_(found)
+        return as_bytes(elements)
     from jobs.consolidation.lora import add  # imports torch
 
+    wide, width = as_tensor(output, FP32), task.update.a.shape[1]
+    wide.copy_(elements)
     add(wide.view(-1, width), task.update, start // width)
-    return room
+    return output

@@ -19,9 +19,10 @@ from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
 from jobs.model.lora import add_lora
+from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: dtype.torch for name, dtype in PRECISIONS.items()}
 """`train.precision` -> the dtype of compute."""
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from conf.choices import AdapterKind
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.tensor_io.slices import Part, Stored
+from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.slices import Part
 
 
 def resize_vocabulary(shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config) -> int | None:

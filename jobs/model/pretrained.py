@@ -22,8 +22,9 @@ from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
+from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.model_files import find
-from jobs.tensor_io.slices import Part, Stored
+from jobs.tensor_io.slices import Part
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def load(
         return _load_whole(base, parts, config, world, quantized)
     assert folder is not None
     if is_main:
-        count = len({tensor.file for tensor in method.stored.values()})
+        count = len({extent.path for tensor in method.stored.values() for extent in tensor.extents})
         log.info(f"weights   {folder}: {count} safetensors files, each rank reads its own slices")
     names = _stored_names(base)
     stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
@@ -89,10 +90,9 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
     def locate(cached: bool) -> Path | None:
         try:
-            folder: Path | None = find(source, revision, cached=cached)
+            return find(source, revision, cached=cached)
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
-        return folder
 
     downloaded = raise_on_all_ranks(lambda: locate(cached=False) if world is None or world.local_rank == 0 else None)
     return raise_on_all_ranks(lambda: downloaded or locate(cached=True))
@@ -108,7 +108,7 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
         return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
-    stored = slices.catalogue(folder, "model.source", source)
+    stored = slices.find_tensors(folder, "model.source", source)
     if converted := _converted(base, stored):
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
@@ -123,7 +123,7 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     stored = {name: tensor for name, tensor in stored.items() if not _is_ignored(base, name)}
-    problems = slices.misfits(stored, names, shapes) or _differing_ties(folder, stored, names)
+    problems = slices.mismatches(stored, names, shapes) or _differing_ties(folder, stored, names)
     if problems:
         raise ConfigError(*_problems(source, problems))
     return LoadMethod(stored)
@@ -177,7 +177,7 @@ def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[s
     problems = []
     for candidates in names.values():
         for one, other in pairwise(name for name in candidates if name in stored):
-            if not slices.alike(folder, stored[one], stored[other]):
+            if not slices.probably_equal(folder, stored[one], stored[other]):
                 problems.append(
                     f"{one} and {other} differ in the files, but config.json ties them (tie_word_embeddings)"
                 )

@@ -1,4 +1,4 @@
-"""torch's distributed checkpoints (FSDP2, HSDP, tensor parallel): every tensor's chunks, from `.metadata` alone."""
+"""Finds the tensors of torch's distributed checkpoints (FSDP2, HSDP, tensor parallelism) from their `.metadata` file alone."""
 
 from math import prod
 from pathlib import Path
@@ -6,57 +6,75 @@ from typing import Any
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
-from jobs.tensor_io.layout import Extent, Stored, rectangles
+from jobs.tensor_io.layout import Chunk, Extent, Stored, rectangles
+
+StorageInfos = dict[tuple[str, tuple[int, ...]], Any]
+"""(key, first index of the chunk) -> DCP's _StorageInfo: `relative_path`, `offset`, `length`."""
+
+LISTED_PROBLEMS = 10
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint by its key, optimizer state too. Raises RunError when a shard file is missing or short."""
-    found = safe_pickle.dcp_metadata(folder / ".metadata")
-    where = {
-        (index.fqn, tuple(getattr(index, "offset", None) or ())): info for index, info in found.storage_data.items()
+    """Every tensor by its key, including optimizer state. Raises RunError if a shard file is missing or cut short."""
+    metadata = safe_pickle.load_dcp_metadata(folder / ".metadata")
+    infos = {
+        (index.fqn, tuple(getattr(index, "offset", None) or ())): info for index, info in metadata.storage_data.items()
     }
-    _complete(folder, where)
+    _check_files(folder, infos)
     return {
-        key: _stored(folder, key, entry, where)
-        for key, entry in found.state_dict_metadata.items()
-        if isinstance(entry, safe_pickle.Tensor)
+        key: _stored(folder, key, entry, infos)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, safe_pickle.TensorMetadata)
     }
 
 
-def _complete(folder: Path, where: dict[Any, Any]) -> None:
-    """Compare the files with what the metadata says lies in them: first by name, then by size."""
-    needed: dict[str, int] = {}
-    for info in where.values():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+def _check_files(folder: Path, infos: StorageInfos) -> None:
+    """Raise RunError if a file that the metadata names does not exist, or is smaller than what should be in it."""
+    needed_bytes: dict[str, int] = {}
+    for info in infos.values():
+        needed_bytes[info.relative_path] = max(needed_bytes.get(info.relative_path, 0), info.offset + info.length)
     problems = []
-    for name, size in sorted(needed.items()):
+    for name, size in sorted(needed_bytes.items()):
         path = folder / name
         if not path.is_file():
             problems.append(Problem("checkpoint", path, "is missing: copy this shard too, or merge another step"))
         elif path.stat().st_size < size:
-            said = f"is cut short: {path.stat().st_size} of {size} bytes; copy it again, or merge another step"
-            problems.append(Problem("checkpoint", path, said))
+            message = f"is cut short: {path.stat().st_size} of {size} bytes; copy it again, or merge another step"
+            problems.append(Problem("checkpoint", path, message))
     if problems:
-        raise RunError(*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+        more = len(problems) - LISTED_PROBLEMS
+        raise RunError(*problems[:LISTED_PROBLEMS], *([f"and {more} more files"] if more > 0 else []))
 
 
-def _stored(folder: Path, key: str, entry: Any, where: dict[Any, Any]) -> Stored:
+def _stored(folder: Path, key: str, entry: safe_pickle.TensorMetadata, infos: StorageInfos) -> Stored:
     shape, dtype = tuple(entry.size), entry.properties.state[0]
-    chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks if prod(chunk.sizes)}
-    width, boxes = rectangles(shape, list(chunks.items()))
+    sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks if prod(chunk.sizes)}
+    chunks = [Chunk(starts, size) for starts, size in sizes.items()]
+    width, rectangles_of_chunks = rectangles(shape, chunks)
     extents = []
-    for starts, rows in zip(chunks, boxes, strict=True):
-        info = where.get((key, starts))
+    for chunk, parts in zip(chunks, rectangles_of_chunks, strict=True):
+        info = infos.get((key, chunk.starts))
         if info is None:
-            raise RunError(Problem("checkpoint", folder, f"nothing was saved of {key} at {starts}: merge another step"))
+            message = f"has no data for {key} at index {list(chunk.starts)}: merge another step"
+            raise RunError(Problem("checkpoint", folder, message))
         if getattr(info, "transform_descriptors", None):
-            raise RunError(
-                Problem("checkpoint", folder, f"{key} is stored with {info.transform_descriptors}: save it plainly")
+            message = f"stores {key} with the transform {info.transform_descriptors}: save it without"
+            raise RunError(Problem("checkpoint", folder, message))
+        path = str(folder / info.relative_path)
+        for part in parts:
+            extents.append(
+                Extent(
+                    path,
+                    info.offset,
+                    part.row,
+                    part.rows,
+                    part.column,
+                    part.columns,
+                    archive=info.length,
+                    skip=part.element,
+                )
             )
-        for row, count, column, columns, element in rows:
-            path = str(folder / info.relative_path)
-            extents.append(Extent(path, info.offset, row, count, column, columns, info.length, element))
     extents.sort(key=lambda extent: (extent.row, extent.column))
     if sum(extent.rows * extent.columns for extent in extents) != prod(entry.size):
-        raise RunError(Problem("checkpoint", folder, f"parts of {key} were not saved: merge another step"))
+        raise RunError(Problem("checkpoint", folder, f"lacks parts of {key}: merge another step"))
     return Stored(shape, dtype, tuple(extents), width)

@@ -1,236 +1,257 @@
-"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: where the fp32 masters of every rank lie, and apart from them the optimizer's state."""
+"""Finds the fp32 weights and the optimizer state of DeepSpeed checkpoints (ZeRO-1, 2 and 3) in the files of all ranks.
+
+DeepSpeed flattens parameters into groups, one per parameter group of the optimizer, and cuts each group into one part per rank:
+
+- ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole into equal parts. A parameter may span two ranks.
+- ZeRO-3 cuts every parameter into equal parts. A rank's part of the group has its parts of all parameters, end to end.
+"""
 
 import os
 import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
+from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Extent, Stored
-from jobs.tensor_io.safe_pickle import Saved
+from jobs.tensor_io.safe_pickle import SavedTensor
 
 
 @dataclass(frozen=True)
-class Flat:
-    """One rank's tensor, in one file."""
+class FlatPart:
+    """One rank's flat part of a group or parameter, and the file that holds it."""
 
     path: str
-    saved: Saved
+    saved: SavedTensor
+
+
+class Run(NamedTuple):
+    """Elements that follow each other in one rank's file."""
+
+    part: FlatPart
+    first: int
+    numel: int
+
+
+Shapes = list[dict[str, Any]]
+"""For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
-    """Every weight by its name in training: fp32 masters, frozen parameters, buffers, and shared ones under both names.
+    """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
 
-    Raises RunError when a rank's file is missing or damaged.
+    Raises RunError if the file of a rank is missing or damaged.
     """
-    optimizers, models = _files(folder, "*_optim_states.pt"), _files(folder, "*_model_states.pt")
-    states = [_load(path, "optimizer_state_dict") for path in optimizers]
-    stage = int(states[0].get("zero_stage", 1))  # BF16_Optimizer's files have none, and look like ZeRO-1's
-    _all_ranks(folder, optimizers, states[0])
+    optimizer_paths, model_paths = _files(folder, "*_optim_states.pt"), _files(folder, "*_model_states.pt")
+    states = [_load(path, "optimizer_state_dict") for path in optimizer_paths]
+    stage = int(states[0].get("zero_stage", 1))  # BF16_Optimizer writes none, and its files are laid out like ZeRO-1's
+    _check_ranks(folder, optimizer_paths, states[0])
     if stage == 3:
-        _same(folder, models, optimizers)
-    about = _load(models[0])
-    flats = _flats(optimizers, states, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups")
-    found = _buffers(str(models[0]), about)
+        _check_model_files(folder, model_paths, optimizer_paths)
+    model_state = _load(model_paths[0])
+    shapes: Shapes = model_state["param_shapes"]
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    parts = _parts_of_ranks(optimizer_paths, states, key)
+    weights = _buffers(str(model_paths[0]), model_state)
     if stage == 3:
-        found |= _frozen3(models, about)
-        found |= _sharded3(folder, flats, about["param_shapes"])
+        weights |= _frozen_sharded(model_paths, model_state)
+        weights |= _zero3_parameters(folder, parts, shapes)
     else:
-        found |= _frozen(str(models[0]), about)
-        found |= _sharded(folder, flats, about["param_shapes"], states[0].get("param_alignment_paddings"))
-    for name, kept in dict(about.get("shared_params") or {}).items():
-        if kept in found:
-            found[name] = found[kept]
-    return found
+        weights |= _frozen_whole(str(model_paths[0]), model_state)
+        weights |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
+    for name, other in dict(model_state.get("shared_params") or {}).items():
+        if other in weights:
+            weights[name] = weights[other]
+    return weights
 
 
-def optimizer(folder: Path) -> dict[str, dict[str, Stored]]:
-    """Of each trained weight by its name in training, what the optimizer keeps: exp_avg, exp_avg_sq, step and the like.
+def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
+    """Name of each trained weight -> kind of state (exp_avg, exp_avg_sq, step, ...) -> where it is stored.
 
-    What is as long as the masters is laid out as they are; a scalar counts for all of a rank's weights, and for all ranks.
-    Raises RunError for state of other shapes: nobody can say which of it belongs to which weight.
+    State as long as the fp32 weights is laid out like them; a scalar is the same for all weights and ranks.
+    Raises RunError for state of any other shape: it cannot be assigned to weights.
     """
     paths = _files(folder, "*_optim_states.pt")
     states = [_load(path, "optimizer_state_dict") for path in paths]
-    stage3 = int(states[0].get("zero_stage", 1)) == 3
-    groups = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
-    inner = [state["optimizer_state_dict" if stage3 else "base_optimizer_state"]["state"] for state in states]
-    found: dict[str, dict[str, Stored]] = {name: {} for shapes in groups for name in shapes}
+    is_zero3 = int(states[0].get("zero_stage", 1)) == 3
+    shapes: Shapes = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
+    inner = [state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"] for state in states]
+    state_of_weight: dict[str, dict[str, Stored]] = {name: {} for group in shapes for name in group}
     for kind, value in inner[0][0].items():
-        if isinstance(value, Saved) and value.shape == ():
-            laid = dict.fromkeys(found, _whole(str(paths[0]), value))
+        if isinstance(value, SavedTensor) and value.shape == ():
+            laid_out = dict.fromkeys(state_of_weight, _whole(str(paths[0]), value))
         else:
-            flats = [_kept(path, state, kind) for path, state in zip(paths, inner, strict=True)]
-            paddings = states[0].get("param_alignment_paddings")
-            laid = _sharded3(folder, flats, groups) if stage3 else _sharded(folder, flats, groups, paddings)
-        for name, place in laid.items():
-            found[name][kind] = place
-    return found
+            parts = [_state_parts(path, state, kind) for path, state in zip(paths, inner, strict=True)]
+            if is_zero3:
+                laid_out = _zero3_parameters(folder, parts, shapes)
+            else:
+                laid_out = _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
+        for name, stored in laid_out.items():
+            state_of_weight[name][kind] = stored
+    return state_of_weight
 
 
-def _kept(path: Path, state: dict[int, Any], kind: str) -> list[Flat]:
-    """One rank's state of a kind, in the order of its groups."""
+def _state_parts(path: Path, state: dict[int, Any], kind: str) -> list[FlatPart]:
+    """One rank's optimizer state of a kind, one part per group."""
     values = [state[number].get(kind) for number in sorted(state)]
-    if not all(isinstance(value, Saved) and value.contiguous and len(value.shape) == 1 for value in values):
-        said = f"has {kind} in another shape than the weights: resume with the layout and ranks that wrote it"
-        raise RunError(Problem("checkpoint", path, said))
-    return [Flat(str(path), value) for value in values]
+    if not all(isinstance(value, SavedTensor) and value.contiguous and len(value.shape) == 1 for value in values):
+        message = f"has {kind} in another shape than the weights: resume with the layout and ranks that wrote it"
+        raise RunError(Problem("checkpoint", path, message))
+    return [FlatPart(str(path), value) for value in values]
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    found = sorted(folder.glob(pattern), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
-    if not found:
-        raise RunError(Problem("checkpoint", folder, f"has no {pattern}: it was not written to its end"))
-    return found
+    """Sorted by rank: by the numbers in the name, not by its letters."""
+    paths = sorted(folder.glob(pattern), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+    if not paths:
+        raise RunError(Problem("checkpoint", folder, f"has no {pattern}: it was not written completely"))
+    return paths
 
 
 def _load(path: Path, key: str | None = None) -> Any:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        found = safe_pickle.archive(descriptor, str(path))
+        content = safe_pickle.load_archive(descriptor, str(path))
     finally:
         os.close(descriptor)
-    return found if key is None else found[key]
+    return content if key is None else content[key]
 
 
-def _all_ranks(folder: Path, found: list[Path], state: dict[str, Any]) -> None:
-    """DeepSpeed numbers the files by rank; the count of partitions says how many there must be."""
+def _check_ranks(folder: Path, paths: list[Path], state: dict[str, Any]) -> None:
+    """Raise RunError unless there is a file of each rank. DeepSpeed numbers files by rank; `partition_count` says how many."""
     count = state["partition_count"]
     count = max(count) if isinstance(count, list) else count
-    names = {path.name for path in found}
-    example = found[0].name
+    names = {path.name for path in paths}
+    example = paths[0].name
     expected = [re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank}", example) for rank in range(count)]
     if missing := [name for name in expected if name not in names]:
-        said = f"is missing, {len(missing)} of {count} ranks' files are: copy them too, or merge another step"
-        raise RunError(Problem("checkpoint", folder / missing[0], said))
-    if len(found) > count:
-        said = f"has {len(found)} such files for {count} ranks: files of another checkpoint are among them"
-        raise RunError(Problem("checkpoint", folder, said))
+        message = f"is missing; files of {len(missing)} of {count} ranks are: copy them too, or merge another step"
+        raise RunError(Problem("checkpoint", folder / missing[0], message))
+    if len(paths) > count:
+        message = f"has {len(paths)} such files for {count} ranks: remove the files of another checkpoint"
+        raise RunError(Problem("checkpoint", folder, message))
 
 
-def _same(folder: Path, models: list[Path], optimizers: list[Path]) -> None:
-    names = {path.name for path in models}
-    for path in optimizers:
+def _check_model_files(folder: Path, model_paths: list[Path], optimizer_paths: list[Path]) -> None:
+    """Raise RunError unless there is a model file for each optimizer file."""
+    names = {path.name for path in model_paths}
+    for path in optimizer_paths:
         if (name := path.name.removeprefix("bf16_").replace("optim_states", "model_states")) not in names:
             raise RunError(Problem("checkpoint", folder / name, "is missing: copy it too, or merge another step"))
 
 
-def _flats(paths: list[Path], states: list[dict[str, Any]], key: str) -> list[list[Flat]]:
-    """[rank][group] of the masters. Raises RunError where one is not a plain run of numbers."""
-    found = []
+def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -> list[list[FlatPart]]:
+    """[rank][group] of the fp32 weights. Raises RunError if one is not stored as plain numbers."""
+    parts = []
     for path, state in zip(paths, states, strict=True):
         groups = state.get(key)
         if groups is None:
-            raise RunError(Problem("checkpoint", path, f"has no {key}: ZeRO's fp32 weights are not in it"))
+            raise RunError(Problem("checkpoint", path, f"has no {key}: it does not contain ZeRO's fp32 weights"))
         groups = groups if isinstance(groups, list | tuple) else [groups]
-        if not all(isinstance(group, Saved) and group.contiguous for group in groups):
-            raise RunError(Problem("checkpoint", path, f"{key} is not stored in the file (swapped to NVMe?)"))
-        found.append([Flat(str(path), group) for group in groups])
-    return found
+        if not all(isinstance(group, SavedTensor) and group.contiguous for group in groups):
+            raise RunError(Problem("checkpoint", path, f"does not contain {key} (swapped to NVMe?)"))
+        parts.append([FlatPart(str(path), group) for group in groups])
+    return parts
 
 
-def _buffers(path: str, about: dict[str, Any]) -> dict[str, Stored]:
-    names = set(about.get("buffer_names") or ())
+def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+    names = set(model_state.get("buffer_names") or ())
     return {
         name: _whole(path, saved)
-        for name, saved in (about.get("module") or {}).items()
-        if name in names and isinstance(saved, Saved)
+        for name, saved in (model_state.get("module") or {}).items()
+        if name in names and isinstance(saved, SavedTensor)
     }
 
 
-def _whole(path: str, saved: Saved, shape: Any = None) -> Stored:
-    return Stored(tuple(saved.shape if shape is None else shape), saved.dtype, (_run(path, saved, 0, 0, saved.numel),))
+def _whole(path: str, saved: SavedTensor, shape: Any = None) -> Stored:
+    """A tensor that one file holds completely."""
+    shape = tuple(saved.shape if shape is None else shape)
+    return Stored(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
 
 
-def _run(path: str, saved: Saved, first: int, row: int, count: int) -> Extent:
-    """`count` elements from the `first` of a saved tensor on, as the flat elements from `row` on."""
-    return Extent(path, saved.offset + first * saved.dtype.itemsize, row, count)
+def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
+    """`count` elements of a part from `first` on; in the tensor they are the flat elements from `row` on."""
+    return Extent(part.path, part.saved.offset + first * part.saved.dtype.itemsize, row, count)
 
 
-def _frozen(path: str, about: dict[str, Any]) -> dict[str, Stored]:
-    shapes, fragments = about.get("frozen_param_shapes") or {}, about.get("frozen_param_fragments") or {}
+def _frozen_whole(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+    """ZeRO-1 and 2: frozen parameters are whole in the model file."""
+    shapes = model_state.get("frozen_param_shapes") or {}
+    fragments = model_state.get("frozen_param_fragments") or {}
     return {name: _whole(path, fragments[name], shape) for name, shape in shapes.items()}
 
 
-def _frozen3(models: list[Path], about: dict[str, Any]) -> dict[str, Stored]:
-    """Each rank's model file holds its part of every frozen parameter; the last part is padded."""
-    shapes = about.get("frozen_param_shapes") or {}
+def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, Stored]:
+    """ZeRO-3: the model file of each rank holds its part of every frozen parameter; the last part is padded."""
+    shapes = model_state.get("frozen_param_shapes") or {}
     if not shapes:
         return {}
-    ranks = [_load(path, "frozen_param_fragments") for path in models]
-    found = {}
+    fragments_of_ranks = [_load(path, "frozen_param_fragments") for path in model_paths]
+    parameters = {}
     for name, shape in shapes.items():
-        parts = [Flat(str(path), rank[name]) for path, rank in zip(models, ranks, strict=True)]
-        found[name] = _joined(parts, [0] * len(parts), [part.saved.numel for part in parts], tuple(shape))
-    return found
+        parts = [
+            FlatPart(str(path), fragments[name])
+            for path, fragments in zip(model_paths, fragments_of_ranks, strict=True)
+        ]
+        runs = [Run(part, 0, part.saved.numel) for part in parts]
+        parameters[name] = _joined(runs, tuple(shape), parts[0].saved.dtype)
+    return parameters
 
 
-def _joined(parts: list[Flat], firsts: list[int], counts: list[int], shape: tuple[int, ...]) -> Stored:
-    """A tensor laid end to end from its parts, without the padding behind it."""
+def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> Stored:
+    """A tensor that is made of runs end to end, without the padding after its last element."""
     numel, row, extents = prod(shape), 0, []
-    for part, first, count in zip(parts, firsts, counts, strict=True):
+    for part, first, count in runs:
         if (count := min(count, numel - row)) > 0:
-            extents.append(_run(part.path, part.saved, first, row, count))
+            extents.append(_extent(part, first, row, count))
             row += count
-    return Stored(shape, parts[0].saved.dtype, tuple(extents))
+    return Stored(shape, dtype, tuple(extents))
 
 
-def _sharded(folder: Path, flats: list[list[Flat]], groups: list[Any], paddings: Any) -> dict[str, Stored]:
-    """ZeRO-1 and 2: a group is one flat vector, laid over the ranks end to end; padding stands behind the last parameter."""
-    found = {}
+def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any) -> dict[str, Stored]:
+    """ZeRO-1 and 2. `paddings`, if any, are elements after each parameter of each group."""
+    parameters = {}
     for number, shapes in enumerate(groups):
-        ranks = [rank[number] for rank in flats]
-        sizes = [part.saved.numel for part in ranks]
-        at = 0
+        parts_of_group = [rank[number] for rank in parts]
+        total, position = sum(part.saved.numel for part in parts_of_group), 0
+        dtype = parts_of_group[0].saved.dtype
         for index, (name, shape) in enumerate(shapes.items()):
-            found[name] = _slice(ranks, sizes, at, tuple(shape))
-            at += prod(shape) + (paddings[number][index] if paddings else 0)
-        if not at <= sum(sizes) < at + 2 * len(ranks):  # DeepSpeed pads to a multiple of twice the ranks
-            _unfit(folder, at, sum(sizes))
-    return found
+            parameters[name] = _joined(_runs(parts_of_group, position, prod(shape)), tuple(shape), dtype)
+            position += prod(shape) + (paddings[number][index] if paddings else 0)
+        if not position <= total < position + 2 * len(parts_of_group):  # DeepSpeed pads to a multiple of 2 x ranks
+            raise _wrong_size(folder, position, total)
+    return parameters
 
 
-def _slice(ranks: list[Flat], sizes: list[int], at: int, shape: tuple[int, ...]) -> Stored:
-    extents, row, begin, numel = [], 0, 0, prod(shape)
-    for part, size in zip(ranks, sizes, strict=True):
-        first, last = max(at, begin), min(at + numel, begin + size)
-        if first < last:
-            extents.append(_run(part.path, part.saved, first - begin, row, last - first))
-            row += last - first
-        begin += size
-    return Stored(shape, ranks[0].saved.dtype, tuple(extents))
-
-
-def _sharded3(folder: Path, flats: list[list[Flat]], groups: list[Any]) -> dict[str, Stored]:
-    """ZeRO-3: every parameter is cut into equal parts, one a rank; a rank's parts follow each other over its sub-groups."""
+def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, Stored]:
+    """ZeRO-3. A rank's part of a parameter may span two of its groups: DeepSpeed also cuts them into sub-groups."""
     shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
-    sizes = [group.saved.numel for group in flats[0]]
-    found, at = {}, 0
+    total, position, parameters = sum(part.saved.numel for part in parts[0]), 0, {}
+    dtype = parts[0][0].saved.dtype
     for name, shape in shapes.items():
-        part = -(-prod(shape) // len(flats))
-        runs = [run for rank in flats for run in _across(rank, sizes, at, part)]
-        found[name] = _joined([run[0] for run in runs], [run[1] for run in runs], [run[2] for run in runs], shape)
-        at += part
-    if at != sum(sizes):
-        _unfit(folder, at, sum(sizes))
-    return found
+        count = -(-prod(shape) // len(parts))
+        runs = [run for rank in parts for run in _runs(rank, position, count)]
+        parameters[name] = _joined(runs, shape, dtype)
+        position += count
+    if position != total:
+        raise _wrong_size(folder, position, total)
+    return parameters
 
 
-def _across(rank: list[Flat], sizes: list[int], at: int, count: int) -> list[tuple[Flat, int, int]]:
-    """(group, first element, count) of the elements `at` to `at + count` of a rank, which may span sub-groups."""
-    found, begin = [], 0
-    for group, size in zip(rank, sizes, strict=True):
-        first, last = max(at, begin), min(at + count, begin + size)
+def _runs(parts: list[FlatPart], start: int, count: int) -> list[Run]:
+    """The elements `start` to `start + count` of parts that lie end to end."""
+    runs, begin = [], 0
+    for part in parts:
+        first, last = max(start, begin), min(start + count, begin + part.saved.numel)
         if first < last:
-            found.append((group, first - begin, last - first))
-        begin += size
-    return found
+            runs.append(Run(part, first - begin, last - first))
+        begin += part.saved.numel
+    return runs
 
 
-def _unfit(folder: Path, needed: int, there: int) -> None:
-    raise RunError(
-        Problem("checkpoint", folder, f"holds {there} numbers a rank where its parameters take {needed}: not ZeRO's")
-    )
+def _wrong_size(folder: Path, expected: int, actual: int) -> RunError:
+    message = f"holds {actual} numbers where its parameters need {expected}: it was not written by DeepSpeed's ZeRO"
+    return RunError(Problem("checkpoint", folder, message))

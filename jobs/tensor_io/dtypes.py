@@ -1,116 +1,155 @@
-"""What numbers are stored as, and casts between them, for merges that end before torch would have been imported."""
+"""The table of dtypes (their sizes and names in torch, safetensors and torch.save), and casts between them.
+
+It imports torch only if it is needed: a small merge takes less time than importing torch. So dtypes are described here, and
+fp32 is rounded to bf16 with numpy.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+Bytes = NDArray[np.uint8]
 
 
 class Dtype(NamedTuple):
-    """Stands for one of torch's, under its name. A tuple, for those who unpickle it cannot change a tuple."""
+    """A dtype of torch, by its name in torch.
+
+    It is a tuple because objects read from pickles must be immutable: a pickle could otherwise change this table.
+    """
 
     name: str
     itemsize: int
+    """Bytes per element; 0 for a dtype that is not in the table, of which only the name is known."""
     is_floating_point: bool = False
 
     @property
-    def torch(self) -> Any:
+    def torch(self) -> "torch.dtype":
         import torch
 
-        return getattr(torch, self.name)
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The one object of its name, also in another rank: dtypes are compared by identity, as torch's are."""
-        return named, (self.name,)
+        """Unpickle to the object in the table, also on another rank: dtypes are compared by identity, like those of torch."""
+        return by_name, (self.name,)
 
 
-def named(name: str) -> Dtype:
-    return EVERY[name]
+_TABLE = (
+    # torch         bytes  floating  safetensors  torch.save
+    ("bool",            1, False, "BOOL",    "BoolStorage"),
+    ("uint8",           1, False, "U8",      "ByteStorage"),
+    ("int8",            1, False, "I8",      "CharStorage"),
+    ("uint16",          2, False, "",        ""),
+    ("int16",           2, False, "I16",     "ShortStorage"),
+    ("uint32",          4, False, "",        ""),
+    ("int32",           4, False, "I32",     "IntStorage"),
+    ("complex32",       4, False, "",        ""),
+    ("uint64",          8, False, "",        ""),
+    ("int64",           8, False, "I64",     "LongStorage"),
+    ("complex64",       8, False, "",        ""),
+    ("complex128",     16, False, "",        ""),
+    ("float8_e4m3fn",   1, True,  "F8_E4M3", ""),
+    ("float8_e5m2",     1, True,  "F8_E5M2", ""),
+    ("float8_e4m3fnuz", 1, True,  "",        ""),
+    ("float8_e5m2fnuz", 1, True,  "",        ""),
+    ("float8_e8m0fnu",  1, True,  "",        ""),
+    ("float16",         2, True,  "F16",     "HalfStorage"),
+    ("bfloat16",        2, True,  "BF16",    "BFloat16Storage"),
+    ("float32",         4, True,  "F32",     "FloatStorage"),
+    ("float64",         8, True,  "F64",     "DoubleStorage"),
+)  # fmt: skip
+
+TORCH = {name: Dtype(name, itemsize, floating) for name, itemsize, floating, _, _ in _TABLE}
+"""By the name in torch. There is one object per dtype."""
+SAFETENSORS = {label: TORCH[name] for name, _, _, label, _ in _TABLE if label}
+"""By the name in a safetensors header."""
+SAFETENSORS_NAMES = {dtype: label for label, dtype in SAFETENSORS.items()}
+STORAGES = {storage: TORCH[name] for name, _, _, _, storage in _TABLE if storage}
+"""By the storage class that torch.save writes into its pickles."""
+
+FP32, BF16, FP16 = TORCH["float32"], TORCH["bfloat16"], TORCH["float16"]
+PRECISIONS = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+"""By the name in a Muster config (train.precision, consolidate.dtype)."""
 
 
-EVERY = {
-    dtype.name: dtype
-    for size, real, names in (
-        (1, False, ("bool", "uint8", "int8")),
-        (2, False, ("uint16", "int16")),
-        (4, False, ("uint32", "int32", "complex32")),
-        (8, False, ("uint64", "int64", "complex64")),
-        (16, False, ("complex128",)),
-        (1, True, ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")),
-        (2, True, ("float16", "bfloat16")),
-        (4, True, ("float32",)),
-        (8, True, ("float64",)),
-    )
-    for dtype in (Dtype(name, size, real) for name in names)
-}
-"""By torch's names. There is one object of each."""
-FP32, BF16, FP16 = EVERY["float32"], EVERY["bfloat16"], EVERY["float16"]
+def by_name(name: str) -> Dtype:
+    """The dtype with this name in torch. A name that is not in the table gives a Dtype of 0 bytes."""
+    return TORCH.get(name) or Dtype(name, 0)
 
-Cast = Callable[[np.ndarray, Dtype, Dtype, np.ndarray], np.ndarray]
-"""(bytes, their dtype, the one wanted, room for it) -> bytes: the room, or where there is nothing to do the first."""
 
-LARGE = 12 * 10**9
-"""Bytes from which torch's cast, which is four times as fast as numpy's, saves what importing it costs (2 s on 2 CPUs)."""
+Cast = Callable[[Bytes, Dtype, Dtype, Bytes], Bytes]
+"""(source bytes, their dtype, wanted dtype, output buffer) -> the output buffer, or the source bytes if the dtypes are equal."""
+
+TORCH_CAST_BYTES = 12 * 10**9
+"""From this many bytes on, torch is worth importing: it casts four times as fast as numpy, and importing it takes 2 s on 2 CPUs."""
 
 
 @contextmanager
-def caster(pairs: Iterable[tuple[Dtype, Dtype]], nbytes: int) -> Iterator[Cast]:
-    """What casts `nbytes` of these (stored, wanted) dtypes best; torch's is kept to the thread that calls it."""
-    wanted = {(stored, made) for stored, made in pairs if stored is not made}
-    if not wanted or (wanted == {(FP32, BF16)} and nbytes < LARGE and "torch" not in sys.modules):
-        yield by_numpy
+def best_cast(pairs: Iterable[tuple[Dtype, Dtype]], nbytes: int) -> Iterator[Cast]:
+    """Yield the fastest function for these (stored, wanted) pairs and this many bytes. Torch then runs one thread per caller."""
+    wanted_pairs = {(stored, wanted) for stored, wanted in pairs if stored is not wanted}
+    numpy_is_faster = nbytes < TORCH_CAST_BYTES and "torch" not in sys.modules
+    if not wanted_pairs or (wanted_pairs == {(FP32, BF16)} and numpy_is_faster):
+        yield cast_with_numpy
         return
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers are the parallelism
+    torch.set_num_threads(1)  # the workers already use every CPU
     try:
-        yield by_torch
+        yield cast_with_torch
     finally:
         torch.set_num_threads(threads)
 
 
-def tensor(block: np.ndarray, dtype: Dtype) -> Any:
-    """The same bytes as torch's, one-dimensional."""
+def as_tensor(block: Bytes, dtype: Dtype) -> "torch.Tensor":
+    """The bytes as a one-dimensional tensor that shares their memory."""
     import torch
 
     return torch.from_numpy(block).view(dtype.torch)
 
 
-def memory(value: Any) -> np.ndarray:
-    """The bytes of one of torch's tensors, contiguous and one-dimensional."""
+def as_bytes(tensor: "torch.Tensor") -> Bytes:
+    """The bytes of a contiguous, one-dimensional tensor, sharing its memory."""
     import torch
 
-    return value.view(torch.uint8).numpy()
+    shared: Bytes = tensor.view(torch.uint8).numpy()
+    return shared
 
 
-def by_torch(block: np.ndarray, stored: Dtype, wanted: Dtype, room: np.ndarray) -> np.ndarray:
+def cast_with_torch(block: Bytes, stored: Dtype, wanted: Dtype, output: Bytes) -> Bytes:
     if stored is wanted:
         return block
-    tensor(room, wanted).copy_(tensor(block, stored))
-    return room
+    as_tensor(output, wanted).copy_(as_tensor(block, stored))
+    return output
 
 
-STEP = 2**18
-"""Elements that numpy rounds at a time: few enough for the processor's cache, and enough for threads not to wait for another."""
+NUMPY_STEP = 2**18
+"""Elements that numpy rounds at once: few enough to stay in the CPU cache, enough that threads seldom wait for Python's lock."""
 
 
-def by_numpy(block: np.ndarray, stored: Dtype, wanted: Dtype, room: np.ndarray) -> np.ndarray:
-    """fp32 to bf16, to the nearest and of two to the even one, bit for bit as torch does; a NaN becomes that of its vector code."""
+def cast_with_numpy(block: Bytes, stored: Dtype, wanted: Dtype, output: Bytes) -> Bytes:
+    """Round fp32 to bf16 to nearest, ties to even, bit for bit like torch. NaN becomes 0xFFFF, as in torch's vectorized code."""
     if stored is wanted:
         return block
-    numbers, bits, made = block.view(np.float32), block.view(np.uint32), room.view(np.uint16)
-    space = np.empty(min(STEP, bits.size), np.uint32)
-    for start in range(0, bits.size, STEP):
-        part = bits[start : start + STEP]
-        sums = space[: part.size]
+    numbers, bits, rounded = block.view(np.float32), block.view(np.uint32), output.view(np.uint16)
+    scratch = np.empty(min(NUMPY_STEP, bits.size), np.uint32)
+    for start in range(0, bits.size, NUMPY_STEP):
+        part = bits[start : start + NUMPY_STEP]
+        sums = scratch[: part.size]
+        # (bits + 0x7FFF + lowest kept bit) >> 16: half of the dropped range rounds up only if the kept number is odd
         np.right_shift(part, 16, out=sums)
         np.bitwise_and(sums, 1, out=sums)
         np.add(sums, 0x7FFF, out=sums)
         np.add(sums, part, out=sums)
-        np.right_shift(sums, 16, out=made[start : start + STEP], casting="unsafe")
+        np.right_shift(sums, 16, out=rounded[start : start + NUMPY_STEP], casting="unsafe")
     if bits.size and np.isnan(numbers.max()):
-        made[np.isnan(numbers)] = 0xFFFF
-    return room
+        rounded[np.isnan(numbers)] = 0xFFFF
+    return output

@@ -1,40 +1,42 @@
-"""Where the elements of a stored tensor lie in files, as plain data, and which ranges of bytes make a block of it."""
+"""Where the elements of a stored tensor are in files, as plain data, and which byte ranges make up a block of it. Reads nothing."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from jobs.tensor_io.dtypes import Dtype
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A rectangle of a tensor seen as rows of `Stored.width` elements; contiguous, row by row, in a file."""
+    """A rectangle of a tensor that is contiguous in a file, row by row. A row has `Stored.width` elements of the flat tensor."""
 
     path: str
+    """The file. Only its name when base weights are loaded: nodes may keep the model in different folders."""
     offset: int
-    """Byte in the file: of the first element, or of the archive around it."""
+    """Byte in the file at which the elements begin, or the torch.save archive that holds them."""
     row: int
     rows: int
     column: int = 0
     columns: int = 1
     archive: int = 0
-    """Length in bytes of the torch.save archive that holds the elements; 0 where they lie bare."""
+    """Length in bytes of the torch.save archive that holds the elements; 0 if they are not in an archive."""
     skip: int = 0
-    """Elements of the archive before the first of these."""
+    """Elements in the archive before the first element of this extent."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it is on disk."""
+    """A tensor on disk."""
 
     shape: tuple[int, ...]
     dtype: Dtype
     extents: tuple[Extent, ...]
-    """Disjoint, sorted by row, together the whole tensor."""
+    """Disjoint and sorted by row; together they are the whole tensor."""
     width: int = 1
-    """Elements in a row of the extents; 1 where each of them is one run of the flat tensor."""
+    """Elements per row of the extents; 1 if every extent is one run of the flat tensor."""
 
     @property
     def numel(self) -> int:
@@ -47,23 +49,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements that are contiguous in an extent, and the rectangle of the block that they fill."""
+    """Elements that are contiguous in an extent, and the rectangle that they fill in the block that is read."""
 
     extent: Extent
     element: int
-    """Where they start, counted from `Extent.offset` or in the archive's tensor."""
+    """First element, counted from `Extent.offset` or in the archive's tensor."""
     start: int
-    """Where they start in the block; each next row is `Stored.width` further."""
+    """First element in the block; each following row is `Stored.width` elements further."""
     rows: int
     columns: int
 
 
 def pieces(stored: Stored, start: int, stop: int) -> Iterator[Piece]:
-    """What makes the flat elements `start` to `stop`: whole rows, or a part of one row."""
+    """The pieces that make up the flat elements `start` to `stop`, which are whole rows or a part of one row."""
     width = stored.width
     first, last = start // width, -(-stop // width)
     left, right = (start - first * width, stop - first * width) if last - first == 1 else (0, width)
-    for extent in _from(stored, first):
+    for extent in _extents_from(stored, first):
         if extent.row >= last:
             break
         top, bottom = max(first, extent.row), min(last, extent.row + extent.rows)
@@ -73,59 +75,78 @@ def pieces(stored: Stored, start: int, stop: int) -> Iterator[Piece]:
             yield Piece(extent, element, top * width + west - start, bottom - top, east - west)
 
 
-def _from(stored: Stored, row: int) -> tuple[Extent, ...]:
-    """The extents without those that end before `row`: thousands of ranks must not be looked at for each block."""
+def _extents_from(stored: Stored, row: int) -> tuple[Extent, ...]:
+    """The extents that do not end before `row`. A binary search, because thousands of ranks give thousands of extents."""
     if stored.width > 1:
         return stored.extents
     return stored.extents[max(0, bisect_right(stored.extents, row, key=lambda extent: extent.row) - 1) :]
 
 
 def blocks(start: int, stop: int, width: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Cut the flat range into blocks of at most `limit` elements, each of whole rows or within one row."""
+    """Cut the flat range into (start, stop) blocks of at most `limit` elements, each of whole rows or within one row."""
     while start < stop:
-        into = start % width
-        if into == 0 and width <= limit and stop - start >= width:
+        column = start % width
+        if column == 0 and width <= limit and stop - start >= width:
             end = start + min(limit, stop - start) // width * width
         else:
-            end = min(stop, start - into + width, start + limit)
+            end = min(stop, start - column + width, start + limit)
         yield start, end
         start = end
 
 
-def rectangles(
-    shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> tuple[int, list[list[tuple[int, int, int, int, int]]]]:
-    """The width of a row, and for each box (starts, sizes) its rectangles: row, rows, column, columns, first element in the box.
+class Rectangle(NamedTuple):
+    """A part of a chunk that is contiguous both in the chunk and, row by row, in the tensor."""
 
-    Sharding in one dimension gives runs of the flat tensor (width 1); in later dimensions rectangles.
+    row: int
+    rows: int
+    column: int
+    columns: int
+    element: int
+    """First element of the rectangle, counted in the flat chunk."""
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor: its first index and its size in every dimension."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def rectangles(shape: tuple[int, ...], chunks: list[Chunk]) -> tuple[int, list[list[Rectangle]]]:
+    """Elements per row, and the rectangles of each chunk.
+
+    Chunks that are cut in the first dimension only are runs of the flat tensor: the width is 1. Otherwise a row has the
+    elements from the last dimension that is cut in any chunk. Example: a 4 x 6 tensor cut into two halves of 4 x 3 gives width 6
+    and Rectangle(row=0, rows=4, column=0 or 3, columns=3, element=0).
     """
-    split = max((_last_cut(shape, sizes) for _, sizes in boxes), default=0)
+    split = max((_last_cut_dimension(shape, chunk.sizes) for chunk in chunks), default=0)
     if split == 0:
-        rest = prod(shape[1:])
-        return 1, [[(starts[0] * rest if shape else 0, prod(sizes), 0, 1, 0)] for starts, sizes in boxes]
-    return prod(shape[split:]), [_rectangles(shape, starts, sizes, split) for starts, sizes in boxes]
+        stride = prod(shape[1:])
+        return 1, [[Rectangle(starts[0] * stride if shape else 0, prod(sizes), 0, 1, 0)] for starts, sizes in chunks]
+    return prod(shape[split:]), [_rectangles_of_chunk(shape, chunk, split) for chunk in chunks]
 
 
-def _last_cut(shape: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+def _last_cut_dimension(shape: tuple[int, ...], sizes: tuple[int, ...]) -> int:
     return max((index for index, size in enumerate(sizes) if size != shape[index]), default=0)
 
 
-def _rectangles(
-    shape: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...], split: int
-) -> list[tuple[int, int, int, int, int]]:
-    """One rectangle where the dimensions before `split` are cut in the first only; else one for each index of the cut ones."""
+def _rectangles_of_chunk(shape: tuple[int, ...], chunk: Chunk, split: int) -> list[Rectangle]:
+    """One rectangle if only the first dimension before `split` is cut; else one for each index of the dimensions before the cut."""
+    starts, sizes = chunk
     inner = prod(shape[split + 1 :])
     column, columns = starts[split] * inner, sizes[split] * inner
-    cut = _last_cut(shape[:split], sizes[:split])
-    run = prod(sizes[cut:split])  # rows that follow each other
-    found = []
+    cut = _last_cut_dimension(shape[:split], sizes[:split])
+    rows = prod(sizes[cut:split])  # rows that follow each other in the tensor
+    rectangles = []
     for number in range(prod(sizes[:cut])):
-        index, rest = [], number
+        # `number` as an index of the dimensions before `cut`, inside the chunk
+        reversed_index, rest = [], number
         for size in reversed(sizes[:cut]):
-            index.append(rest % size)
+            reversed_index.append(rest % size)
             rest //= size
         row = 0
-        for dimension, inside in enumerate([*reversed(index), 0]):
+        for dimension, inside in enumerate([*reversed(reversed_index), 0]):
             row = row * shape[dimension] + starts[dimension] + inside
-        found.append((row * prod(shape[cut + 1 : split]), run, column, columns, number * run * columns))
-    return found
+        first_row = row * prod(shape[cut + 1 : split])
+        rectangles.append(Rectangle(first_row, rows, column, columns, number * rows * columns))
+    return rectangles

@@ -1,4 +1,4 @@
-"""Where a model's files are, which of them hold its weights, and how they are read. Imports no torch."""
+"""Finds (and downloads, if need be) the safetensors files of a model, and says in what chunks they are read. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES = 16 * 2**20
 READERS = 4
-"""Threads that read, each with one chunk in host memory: a network file system is fast only when asked for several at once."""
+"""Threads that read, each with one chunk in host memory. A network file system is fast only with several requests at once."""
 
 
 def find(source: str, revision: str | None, *, cached: bool = False) -> Path | None:
-    """The folder that holds the safetensors files of a Hub id or of a folder, downloaded if need be; None where there are none.
+    """The folder with the safetensors files of a Hub id or of a local folder; None if it has none.
 
-    HF_HUB_OFFLINE is honoured, and `cached` asks the Hub nothing: another process has just been there. Only the files that
-    the index names are fetched: many repositories hold the weights twice.
+    Downloads what is missing. HF_HUB_OFFLINE is honored. With `cached` the Hub is not asked, because another process has just
+    downloaded the files. Only the files that the index names are downloaded: many repositories hold the weights twice.
+    Raises OSError or ValueError if the files cannot be fetched.
     """
     if Path(source).is_dir():
         return Path(source) if any((Path(source) / name).exists() for name in (SINGLE, INDEX)) else None
@@ -22,17 +23,17 @@ def find(source: str, revision: str | None, *, cached: bool = False) -> Path | N
 
     for name in (SINGLE, INDEX):
         try:
-            found = Path(hf_hub_download(source, name, revision=revision, local_files_only=cached)).parent
+            folder = Path(hf_hub_download(source, name, revision=revision, local_files_only=cached)).parent
         except EntryNotFoundError:
             continue
-        if not cached:  # by commit, not by branch: that may have moved since
-            snapshot_download(source, revision=found.name, allow_patterns=[*files(found), "*.json"])
-        return found
+        if not cached:  # by commit (the folder's name), because the branch may have moved in the meantime
+            snapshot_download(source, revision=folder.name, allow_patterns=[*files(folder), "*.json"])
+        return folder
     return None
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, as transformers would choose them."""
+    """Names of the files that hold the weights, chosen as transformers chooses them."""
     if (folder / SINGLE).exists():
         return [SINGLE]
     return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))

@@ -1,7 +1,8 @@
-"""Recognises a checkpoint folder, Muster's or another program's, and opens it."""
+"""Recognizes the format of a checkpoint folder, written by Muster or another program, and lists its tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conf.errors import Problem, RunError
 from conf.files import read_json
@@ -10,55 +11,57 @@ from jobs.tensor_io.layout import Stored
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint that is open: what it holds, by the names it was saved under."""
+class Checkpoint:
+    """An open checkpoint."""
 
     folder: Path
+    """That of the files; it may be inside the folder that was asked for."""
     kind: str
+    """Format, as it is shown to the user."""
     tensors: dict[str, Stored]
-
-    def manifest(self) -> dict[str, list[int]]:
-        """Size and time of every file that is read: a result made of other files is made anew."""
-        return manifest(self.tensors)
+    """By the names under which they were saved."""
 
 
-def manifest(tensors: dict[str, Stored]) -> dict[str, list[int]]:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Raises RunError if this is not a checkpoint, or not a complete one."""
+    if not folder.is_dir():
+        raise RunError(Problem("checkpoint", folder, "is not a folder"))
+    for candidate in [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]:
+        if (candidate / ".metadata").exists() or any(candidate.glob("*.distcp")):
+            return Checkpoint(candidate, "DCP", dcp.tensors(candidate))
+    if (zero_folder := _zero_folder(folder)) is not None:
+        return Checkpoint(zero_folder, "ZeRO", deepspeed.tensors(zero_folder))
+    if (folder / "adapter_config.json").exists():
+        return Checkpoint(folder, "adapter", safetensors.tensors(folder, "adapter_model"))
+    if any(folder.glob("*.safetensors")):
+        return Checkpoint(folder, "safetensors", safetensors.tensors(folder))
+    message = (
+        "is not a checkpoint: it has no .metadata (FSDP), no latest and no *_optim_states.pt (DeepSpeed), and no "
+        "*.safetensors; name the folder that holds these files"
+    )
+    raise RunError(Problem("checkpoint", folder, message))
+
+
+def _zero_folder(folder: Path) -> Path | None:
+    """The folder with the files of a ZeRO checkpoint: this one, or the one that DeepSpeed's file `latest` names."""
+    if any(folder.glob("*_optim_states.pt")):
+        return folder
+    if not (folder / "latest").is_file():
+        return None
+    named = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    if not named.is_dir():
+        raise RunError(Problem("checkpoint", named, f"is missing, but {folder / 'latest'} names it: copy it too"))
+    return named
+
+
+def file_versions(tensors: dict[str, Stored]) -> dict[str, list[int]]:
+    """Path -> [bytes, modification time in ns] of every file that is read, to notice later that one was replaced."""
     paths = {extent.path for stored in tensors.values() for extent in stored.extents}
     states = {path: Path(path).stat() for path in sorted(paths)}
     return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 
 
-def source(folder: Path) -> Source:
-    """Raises RunError when this is no checkpoint, or one that is not whole."""
-    if not folder.is_dir():
-        raise RunError(Problem("checkpoint", folder, "is no folder"))
-    for place in [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]:
-        if (place / ".metadata").exists() or any(place.glob("*.distcp")):
-            return Source(place, "DCP", dcp.tensors(place))
-    if (place := _zero(folder)) is not None:
-        return Source(place, "ZeRO", deepspeed.tensors(place))
-    if (folder / "adapter_config.json").exists():
-        return Source(folder, "adapter", safetensors.tensors(folder, "adapter_model"))
-    if any(folder.glob("*.safetensors")):
-        return Source(folder, "safetensors", safetensors.tensors(folder))
-    said = "is no checkpoint: it has no .metadata (FSDP), latest or *_optim_states.pt (DeepSpeed), or *.safetensors"
-    raise RunError(Problem("checkpoint", folder, said))
-
-
-def _zero(folder: Path) -> Path | None:
-    """The folder with a ZeRO checkpoint's files: this one, or the one that DeepSpeed's `latest` names."""
-    if any(folder.glob("*_optim_states.pt")):
-        return folder
-    if not (folder / "latest").is_file():
-        return None
-    place = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    if not place.is_dir():
-        raise RunError(Problem("checkpoint", place, f"is missing, though {folder / 'latest'} names it"))
-    return place
-
-
-def adapter_settings(folder: Path) -> dict | None:
-    """The nearest adapter_config.json: of the checkpoint, or of the folder that it lies in."""
-    return next(
-        (found for place in (folder, folder.parent) if (found := read_json(place / "adapter_config.json"))), None
-    )
+def adapter_settings(folder: Path) -> dict[str, Any] | None:
+    """adapter_config.json of the checkpoint's folder, or else of the folder above."""
+    candidates = (read_json(place / "adapter_config.json") for place in (folder, folder.parent))
+    return next((settings for settings in candidates if settings), None)

@@ -1,4 +1,4 @@
-"""Open files, and the blocks of stored tensors that are read from them."""
+"""Reads byte ranges of files, and blocks of stored tensors from them; writes byte ranges. Never maps a file into memory."""
 
 import os
 import threading
@@ -8,115 +8,134 @@ import numpy as np
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
+from jobs.tensor_io.dtypes import Bytes
 from jobs.tensor_io.layout import Extent, Piece, Stored, pieces
 
 CHUNK = 4 * 2**20
-"""Bytes a read, at most: few enough that they are still in the processor's cache when they are cast, summed up and written
-(a quarter less of its time than with 16 MiB). Explicit reads, never mmap: on network file systems a page fault at a time takes
-hours."""
+"""Bytes per read: few enough that they are still in the CPU cache when they are cast, hashed and written, which takes a quarter
+less time than with 16 MiB. Explicit reads, never mmap: on network file systems, reading page fault by page fault takes hours."""
+
+MAX_KNOWN_ARCHIVES = 10_000
+"""Archives of which a reader remembers where the elements begin, so that its memory does not grow with the checkpoint."""
 
 
 Check = Callable[[str, int, int], None]
-"""(path, offset, bytes) that are about to be read; raises RunError where they are not what they should be."""
+"""Called with (path, offset, number of bytes) before these bytes are read; raises RunError if they are damaged."""
 
 
 class Files:
-    """Open descriptors by path, shared by the workers: opening is a round trip on a network file system."""
+    """Open file descriptors by path, shared by all threads: opening a file is a round trip on a network file system."""
 
     def __init__(self, check: Check | None = None) -> None:
         self.check = check
-        self._open: dict[tuple[str, int], int] = {}
+        self._descriptors: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, path: str, flags: int = os.O_RDONLY) -> int:
+    def open(self, path: str, flags: int = os.O_RDONLY) -> int:
+        """The descriptor of a file, opened on first use. Raises RunError if it cannot be opened."""
         with self._lock:
-            if (path, flags) not in self._open:
+            if (path, flags) not in self._descriptors:
                 try:
-                    self._open[path, flags] = os.open(path, flags)
+                    self._descriptors[path, flags] = os.open(path, flags)
                 except OSError as error:
                     raise RunError(Problem("file", path, f"cannot be opened: {error.strerror}")) from error
-            return self._open[path, flags]
+            return self._descriptors[path, flags]
 
     def close(self) -> None:
-        for descriptor in self._open.values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
-        self._open.clear()
+        self._descriptors.clear()
 
 
 class Reader:
-    """One worker's way to blocks of stored tensors."""
+    """Reads blocks of stored tensors for one thread."""
 
-    def __init__(self, files: Files, *, once: bool = False) -> None:
+    def __init__(self, files: Files, *, drop_cache: bool = False) -> None:
         self.files = files
-        self.once = once
-        """Whether what is read is then let go of by the page cache, which else grows by the size of the model; a fresh page also
-        costs more than the copy into it."""
+        self.drop_cache = drop_cache
+        """Whether the kernel may drop each range from the page cache once it is read. The cache otherwise grows by the size of
+        the model, and a page that is new costs more than the copy into it."""
         self._scratch = np.empty(0, np.uint8)
-        self._begins: dict[tuple[str, int], int] = {}
+        self._element_offsets: dict[tuple[str, int], int] = {}
 
-    def fill(self, stored: Stored, start: int, block: np.ndarray) -> None:
-        """Read the flat elements from `start` on into the bytes of `block`, as they are stored."""
+    def fill(self, stored: Stored, start: int, block: Bytes) -> None:
+        """Read the flat elements from `start` on into `block`, in the dtype in which they are stored.
+
+        Raises RunError if a file is missing, cut short, damaged or not what the metadata says.
+        """
         size = stored.dtype.itemsize
         for piece in pieces(stored, start, start + block.size // size):
-            room, count = block[piece.start * size :], piece.rows * piece.columns * size
+            target, nbytes = block[piece.start * size :], piece.rows * piece.columns * size
             if piece.rows == 1 or piece.columns == stored.width:
-                self._read(stored, piece, room[:count])
-            else:
-                part = self._space(count)
-                self._read(stored, piece, part)
+                self._read(stored, piece, target[:nbytes])
+            else:  # the rows of the piece are contiguous in the file, but not in the block
+                rows = self._buffer(nbytes)
+                self._read(stored, piece, rows)
                 shape, strides = (piece.rows, piece.columns * size), (stored.width * size, 1)
-                np.lib.stride_tricks.as_strided(room, shape, strides)[:] = part.reshape(shape)
+                np.lib.stride_tricks.as_strided(target, shape, strides)[:] = rows.reshape(shape)
 
-    def _read(self, stored: Stored, piece: Piece, part: np.ndarray) -> None:
+    def _read(self, stored: Stored, piece: Piece, target: Bytes) -> None:
         extent = piece.extent
-        begin = self._begin(stored, extent) if extent.archive else extent.offset
-        descriptor, offset = self.files(extent.path), begin + piece.element * stored.dtype.itemsize
+        begin = self._offset_in_archive(stored, extent) if extent.archive else extent.offset
+        descriptor, offset = self.files.open(extent.path), begin + piece.element * stored.dtype.itemsize
         if self.files.check:
-            self.files.check(extent.path, offset, part.nbytes)
-        read(descriptor, extent.path, offset, memoryview(part))
-        if self.once:
-            os.posix_fadvise(descriptor, offset, part.nbytes, os.POSIX_FADV_DONTNEED)
+            self.files.check(extent.path, offset, target.nbytes)
+        read(descriptor, extent.path, offset, target.data)
+        if self.drop_cache:
+            os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _begin(self, stored: Stored, extent: Extent) -> int:
-        """Where the elements of an archive lie; kept, for blocks of a tensor come to the same archives again."""
+    def _offset_in_archive(self, stored: Stored, extent: Extent) -> int:
+        """The byte at which the elements of a torch.save archive begin. Remembered: a tensor is read in many blocks."""
         key = extent.path, extent.offset
-        if key not in self._begins:
-            saved = safe_pickle.archive(self.files(extent.path), extent.path, extent.offset, extent.archive)
+        if key not in self._element_offsets:
+            descriptor = self.files.open(extent.path)
+            saved = safe_pickle.load_archive(descriptor, extent.path, extent.offset, extent.archive)
             if (
-                not isinstance(saved, safe_pickle.Saved)
+                not isinstance(saved, safe_pickle.SavedTensor)
                 or saved.dtype is not stored.dtype
                 or saved.numel < extent.skip + extent.rows * extent.columns
                 or not saved.contiguous
             ):
-                raise RunError(Problem("checkpoint", extent.path, "holds other tensors than its metadata says"))
-            if len(self._begins) > 10_000:
-                self._begins.clear()
-            self._begins[key] = saved.offset
-        return self._begins[key]
+                raise RunError(Problem("checkpoint", extent.path, "does not hold the tensors that its metadata names"))
+            if len(self._element_offsets) > MAX_KNOWN_ARCHIVES:
+                self._element_offsets.clear()
+            self._element_offsets[key] = saved.offset
+        return self._element_offsets[key]
 
-    def _space(self, size: int) -> np.ndarray:
+    def _buffer(self, size: int) -> Bytes:
         if self._scratch.size < size:
             self._scratch = np.empty(size, np.uint8)
         return self._scratch[:size]
 
 
-def read(descriptor: int, path: str, offset: int, view: memoryview) -> None:
-    """Fill `view` with the bytes at `offset`. Raises RunError where the file ends before."""
+class EndOfFile(OSError):
+    """Raised if a file ends before the bytes that are wanted."""
+
+
+def read_range(descriptor: int, path: str, offset: int, view: memoryview) -> None:
+    """Fill `view` with the bytes at `offset`. Raises EndOfFile or another OSError."""
     while view:
-        try:
-            count = os.preadv(descriptor, [view], offset)
-        except OSError as error:
-            raise RunError(Problem("file", path, f"cannot be read at byte {offset}: {error.strerror}")) from error
+        count = os.preadv(descriptor, [view], offset)
         if count == 0:
-            said = f"is cut short: nothing at byte {offset}; copy it again, or merge another step"
-            raise RunError(Problem("checkpoint", path, said))
+            raise EndOfFile(f"{path} ends at byte {offset}; it was longer when its header was read")
         view, offset = view[count:], offset + count
 
 
+def read(descriptor: int, path: str, offset: int, view: memoryview) -> None:
+    """Like `read_range`, for files of a checkpoint: raises RunError, which names the file."""
+    try:
+        read_range(descriptor, path, offset, view)
+    except EndOfFile as error:
+        message = f"is cut short: it ends before byte {offset + len(view)}; copy it again, or merge another step"
+        raise RunError(Problem("checkpoint", path, message)) from error
+    except OSError as error:
+        raise RunError(Problem("file", path, f"cannot be read at byte {offset}: {error.strerror}")) from error
+
+
 def write(descriptor: int, offset: int, view: memoryview) -> None:
-    """Write, and let the kernel begin to bring it to the disk: else that begins when all is written."""
+    """Write all bytes, and let the kernel start to bring them to the disk now rather than at the end. Raises OSError."""
     begin, size = offset, len(view)
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)  # on dirty pages it starts their write-back
+    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)  # on dirty pages this starts write-back

@@ -1,4 +1,4 @@
-"""Reads what torch.save and DCP have pickled without running any of it: storages stay where they are, as byte ranges."""
+"""Reads the pickles of torch.save and DCP without running any code that they name; tensors become byte ranges of the file."""
 
 import collections
 import io
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RunError
-from jobs.tensor_io.dtypes import EVERY, Dtype
+from jobs.tensor_io.dtypes import STORAGES, TORCH, Dtype
 
 
 class Inert:
-    """Stands for every class that is not known here: takes what a pickle gives it, and does nothing."""
+    """Replaces every class that is not listed here: it accepts whatever a pickle gives it, and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -33,8 +33,8 @@ class Inert:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A tensor in a torch.save archive: bytes of the file, read by nobody yet."""
+class SavedTensor:
+    """A tensor in a torch.save archive: where its bytes are in the file. They are not read."""
 
     offset: int
     dtype: Dtype
@@ -46,19 +46,33 @@ class Saved:
         return prod(self.shape)
 
 
-DTYPES = {
-    "FloatStorage": EVERY["float32"],
-    "DoubleStorage": EVERY["float64"],
-    "HalfStorage": EVERY["float16"],
-    "BFloat16Storage": EVERY["bfloat16"],
-    "LongStorage": EVERY["int64"],
-    "IntStorage": EVERY["int32"],
-    "ShortStorage": EVERY["int16"],
-    "CharStorage": EVERY["int8"],
-    "ByteStorage": EVERY["uint8"],
-    "BoolStorage": EVERY["bool"],
-}
-PLAIN: dict[tuple[str, str], Any] = {
+class Record:
+    """Replaces a data class of DCP: just its pickled fields. Importing torch for the real one takes seconds."""
+
+    def __setstate__(self, state: Any) -> None:
+        fields = state if isinstance(state, dict) else {"state": state}
+        self.__dict__.update(fields)
+
+
+class TensorMetadata(Record):
+    """TensorStorageMetadata of DCP."""
+
+    properties: Any
+    size: tuple[int, ...]
+    chunks: list[Any]
+    """Each with `offsets` and `sizes`."""
+
+
+class Metadata(Record):
+    """Metadata of DCP."""
+
+    state_dict_metadata: dict[str, Any]
+    """Key -> TensorMetadata, or Record for what is not a tensor."""
+    storage_data: dict[Any, Any]
+    """MetadataIndex (`fqn`, `offset`) -> _StorageInfo (`relative_path`, `offset`, `length`)."""
+
+
+_ARCHIVE_CLASSES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
     ("builtins", "set"): set,
@@ -66,69 +80,34 @@ PLAIN: dict[tuple[str, str], Any] = {
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda build, _, arguments, __: build(*arguments),
 }
-
-
-class Record:
-    """Stands for a data class of DCP: the fields that were pickled. Importing torch's own takes seconds."""
-
-    def __setstate__(self, state: Any) -> None:
-        fields = state if isinstance(state, dict) else {"state": state}
-        self.__dict__.update(fields)
-
-
-class Tensor(Record):
-    """TensorStorageMetadata: `properties`, `size`, `chunks`."""
-
-
-class Metadata(Record):
-    """`state_dict_metadata`, `storage_data`, ..."""
-
-
-METADATA: dict[tuple[str, str], Any] = {
+_DCP_CLASSES: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): Metadata,
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): Tensor,
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): TensorMetadata,
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): int,
 } | {
-    (f"torch.distributed.checkpoint.{place.rpartition('.')[0]}", place.rpartition(".")[2]): Record
-    for place in (
-        "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.TensorProperties",
-        "metadata.MetadataIndex", "metadata.StorageMeta", "filesystem._StorageInfo", "filesystem._StoragePrefix",
+    (f"torch.distributed.checkpoint.{module}", name): Record
+    for module, name in (
+        ("metadata", "BytesStorageMetadata"),
+        ("metadata", "ChunkStorageMetadata"),
+        ("metadata", "TensorProperties"),
+        ("metadata", "MetadataIndex"),
+        ("metadata", "StorageMeta"),
+        ("filesystem", "_StorageInfo"),
+        ("filesystem", "_StoragePrefix"),
     )
-}  # fmt: skip
+}
 
 
-class Reader(pickle.Unpickler):
-    """Builds the classes named here and inert stand-ins of all others, so that no pickle can call anything."""
-
-    def __init__(self, file: io.BytesIO, known: dict[tuple[str, str], Any], storage: Callable[[str], int]) -> None:
-        super().__init__(file)
-        self.known, self.storage = known, storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.known:
-            return self.known[module, name]
-        if module == "torch" and name in EVERY:
-            return EVERY[name]
-        if name in DTYPES and module in ("torch", "torch.storage"):
-            return DTYPES[name]
-        if module == "torch._utils" and name in REBUILDS:
-            return REBUILDS[name]
-        return type(name, (Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, _ = pid
-        return dtype, self.storage(key)
-
-
-def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Saved:
+def _rebuild_tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> SavedTensor:
+    """Does the work of torch._utils._rebuild_tensor and its newer versions; `storage` comes from `persistent_load`."""
     dtype, start = storage
-    if len(rest) > 2 and isinstance(rest[2], Dtype):  # newer dtypes lie in untyped storages
+    if len(rest) > 2 and isinstance(rest[2], Dtype):  # version 3 passes the dtype: newer dtypes have untyped storages
         dtype = rest[2]
     itemsize = dtype.itemsize if isinstance(dtype, Dtype) else 0
-    return Saved(start + offset * itemsize, dtype, tuple(shape), _contiguous(tuple(shape), tuple(stride)))
+    return SavedTensor(start + offset * itemsize, dtype, tuple(shape), _is_contiguous(tuple(shape), tuple(stride)))
 
 
-def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if size != 1 and step != expected:
@@ -137,33 +116,60 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-REBUILDS: dict[str, Any] = {
-    "_rebuild_tensor": _tensor,
-    "_rebuild_tensor_v2": _tensor,
-    "_rebuild_tensor_v3": _tensor,
+_REBUILD_FUNCTIONS: dict[str, Any] = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_tensor_v3": _rebuild_tensor,
     "_rebuild_parameter": lambda data, *_: data,
     "_rebuild_parameter_with_state": lambda data, *_: data,
 }
 
 
-def dcp_metadata(path: Path) -> Metadata:
-    """A DCP folder's `.metadata`. Raises RunError where it is not one."""
+class SafeUnpickler(pickle.Unpickler):
+    """Builds only the classes listed in this file, and `Inert` for all others: a pickle cannot call anything else."""
+
+    def __init__(
+        self, file: io.BytesIO, classes: dict[tuple[str, str], Any], storage_offset: Callable[[str], int]
+    ) -> None:
+        super().__init__(file)
+        self.classes, self.storage_offset = classes, storage_offset
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.classes:
+            return self.classes[module, name]
+        if module == "torch" and name in TORCH:
+            return TORCH[name]
+        if name in STORAGES and module in ("torch", "torch.storage"):
+            return STORAGES[name]
+        if module == "torch._utils" and name in _REBUILD_FUNCTIONS:
+            return _REBUILD_FUNCTIONS[name]
+        return type(name, (Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """torch.save refers to a storage by ("storage", class, key, device, numel). Returns its dtype and offset in the file."""
+        _, dtype, key, _, _ = pid
+        return dtype, self.storage_offset(key)
+
+
+def load_dcp_metadata(path: Path) -> Metadata:
+    """The `.metadata` file of a DCP folder. Raises RunError if it is missing, damaged or something else."""
     try:
-        found = Reader(io.BytesIO(path.read_bytes()), PLAIN | METADATA, lambda _: 0).load()
+        unpickler = SafeUnpickler(io.BytesIO(path.read_bytes()), _ARCHIVE_CLASSES | _DCP_CLASSES, lambda _: 0)
+        metadata = unpickler.load()
     except FileNotFoundError:
-        raise RunError(Problem("checkpoint", path, "is missing: the checkpoint was not written to its end")) from None
+        raise RunError(Problem("checkpoint", path, "is missing: the checkpoint was not written completely")) from None
     except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise RunError(Problem("checkpoint", path, f"cannot be read, it is damaged: {error}")) from error
-    if not isinstance(found, Metadata):
+    if not isinstance(metadata, Metadata):
         raise RunError(Problem("checkpoint", path, "is not the metadata of a distributed checkpoint"))
-    return found
+    return metadata
 
 
-class Window(io.RawIOBase):
-    """Some bytes of a file as a file."""
+class _FileWindow(io.RawIOBase):
+    """A range of a file, read as if it were a file: DCP puts many torch.save archives into one."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self.descriptor, self.offset, self.length, self.at = descriptor, offset, length, 0
+        self.descriptor, self.offset, self.length, self.position = descriptor, offset, length, 0
 
     def readable(self) -> bool:
         return True
@@ -172,37 +178,42 @@ class Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
-        return self.at
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = start + offset
+        return self.position
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self.descriptor, [memoryview(buffer)[: max(0, self.length - self.at)]], self.offset + self.at)
-        self.at += count
+        target = memoryview(buffer)[: max(0, self.length - self.position)]
+        count = os.preadv(self.descriptor, [target], self.offset + self.position)
+        self.position += count
         return count
 
 
-def archive(descriptor: int, path: str, offset: int = 0, length: int | None = None) -> Any:
-    """What torch.save wrote, `length` bytes at `offset` of a file, with every tensor as Saved.
+def load_archive(descriptor: int, path: str, offset: int = 0, length: int | None = None) -> Any:
+    """The object that torch.save wrote into `length` bytes at `offset` of a file, with a SavedTensor for every tensor.
 
-    Raises RunError where the file is cut short or damaged.
+    Raises RunError if it is cut short or damaged.
     """
     length = os.fstat(descriptor).st_size if length is None else length
     try:
-        with zipfile.ZipFile(io.BufferedReader(Window(descriptor, offset, length), 4096)) as files:
+        # a small buffer: the pickle is all that is read, and it lies among gigabytes of numbers
+        with zipfile.ZipFile(io.BufferedReader(_FileWindow(descriptor, offset, length), 4096)) as files:
             records = {name.partition("/")[2]: name for name in files.namelist()}
 
-            def storage(key: str) -> int:
+            def storage_offset(key: str) -> int:
                 info = files.getinfo(records[f"data/{key}"])
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("a storage is compressed")
+                # the data follows the local header, whose two variable lengths are at byte 26
                 header = os.pread(descriptor, 30, offset + info.header_offset)
-                name, extra = struct.unpack("<HH", header[26:30])
-                return offset + info.header_offset + 30 + name + extra
+                name_length, extra_length = struct.unpack("<HH", header[26:30])
+                return int(offset + info.header_offset + 30 + name_length + extra_length)
 
-            return Reader(io.BytesIO(files.read(records["data.pkl"])), PLAIN, storage).load()
+            pickled = io.BytesIO(files.read(records["data.pkl"]))
+            return SafeUnpickler(pickled, _ARCHIVE_CLASSES, storage_offset).load()
     except (
         zipfile.BadZipFile,
         pickle.UnpicklingError,
@@ -212,6 +223,5 @@ def archive(descriptor: int, path: str, offset: int = 0, length: int | None = No
         struct.error,
         TypeError,
     ) as error:
-        raise RunError(
-            Problem("checkpoint", path, f"is cut short or damaged ({error}): go back to the checkpoint before")
-        ) from error
+        message = f"is cut short or damaged ({error}): go back to the checkpoint before"
+        raise RunError(Problem("checkpoint", path, message)) from error

@@ -1,27 +1,30 @@
-"""Model folders of safetensors files: headers in, headers out; the bytes between are somebody else's work."""
+"""Reads and makes headers of safetensors files, and finds the tensors of a model folder; it does not touch the weights."""
 
 import json
 import os
 import struct
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import DataError, Problem
 from conf.files import read_json
-from jobs.tensor_io.dtypes import EVERY, Dtype
+from jobs.tensor_io.dtypes import SAFETENSORS, SAFETENSORS_NAMES, Dtype
 from jobs.tensor_io.layout import Extent, Stored
 
-DTYPES = {
-    "F64": EVERY["float64"], "F32": EVERY["float32"], "F16": EVERY["float16"], "BF16": EVERY["bfloat16"],
-    "I64": EVERY["int64"], "I32": EVERY["int32"], "I16": EVERY["int16"], "I8": EVERY["int8"], "U8": EVERY["uint8"],
-    "BOOL": EVERY["bool"], "F8_E4M3": EVERY["float8_e4m3fn"], "F8_E5M2": EVERY["float8_e5m2"],
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 4096
+"""The data of files made here begins on a page of memory."""
+
+
+class Header(NamedTuple):
+    entries: dict[str, Any]
+    """Tensor name -> {"dtype": "BF16", "shape": [...], "data_offsets": [first byte, last byte + 1] from `data_start`}."""
+    data_start: int
+    """Byte in the file at which the data begins."""
 
 
 def tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
-    """Every tensor of a folder by its name. Raises DataError when a file is missing, cut short or no safetensors."""
+    """Every tensor of a folder by its name. Raises DataError if a file is missing, cut short or not in this format."""
     index = read_json(folder / f"{stem}.safetensors.index.json")
     if index is not None:
         files = sorted(set(index["weight_map"].values()))
@@ -30,53 +33,70 @@ def tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-        raise DataError(Problem("model", folder, "has no safetensors files: save it with save_pretrained"))
-    return {name: stored for file in files for name, stored in _file(folder / file).items()}
+        raise DataError(Problem("model", folder, "has no safetensors files: save the model with save_pretrained"))
+    return {name: stored for file in files for name, stored in _tensors_to_merge(folder / file).items()}
 
 
-def _file(path: Path) -> dict[str, Stored]:
+def _tensors_to_merge(path: Path) -> dict[str, Stored]:
     try:
-        entries, begin = header(path)
-        size = path.stat().st_size
+        tensors = tensors_of_file(path, str(path))
     except FileNotFoundError:
         raise DataError(Problem("model", path, "is missing: copy or download it again")) from None
-    except (ValueError, struct.error, OSError) as error:
-        raise DataError(Problem("model", path, f"is no safetensors file: {error}")) from error
-    found = {}
-    for name, entry in entries.items():
-        start, stop = entry["data_offsets"]
-        if begin + stop > size:
-            said = f"is cut short: {size} of at least {begin + stop} bytes; copy or download it again"
-            raise DataError(Problem("model", path, said))
-        if entry["dtype"] not in DTYPES:
-            raise DataError(Problem("model", path, f"{name} has dtype {entry['dtype']}, which cannot be merged"))
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-        extents = (Extent(str(path), begin + start, 0, (stop - start) // dtype.itemsize),) if stop > start else ()
-        found[name] = Stored(shape, dtype, extents)
-    return found
+    except (ValueError, OSError) as error:
+        raise DataError(Problem("model", path, f"{error}; copy or download it again")) from error
+    for name, stored in tensors.items():
+        if stored.dtype.itemsize == 0:
+            raise DataError(Problem("model", path, f"{name} has dtype {stored.dtype.name}, which cannot be merged"))
+    return tensors
 
 
-def header(path: Path) -> tuple[dict[str, Any], int]:
-    """Its tensors' entries, and where the data begins."""
+def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, Stored]:
+    """Every tensor of one file; a dtype that is not in the table gets a Dtype of 0 bytes.
+
+    Raises OSError if the file cannot be read, ValueError if it is cut short or not in this format.
+    """
+    header = read_header(path)
+    tensors = {}
+    for name, entry in header.entries.items():
+        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+        dtype = SAFETENSORS.get(entry["dtype"]) or Dtype(entry["dtype"], 0)
+        if dtype.itemsize and stop - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"is damaged: {name} has {stop - start} bytes for {list(shape)} of {entry['dtype']}")
+        tensors[name] = Stored(shape, dtype, (Extent(name_in_extents, header.data_start + start, 0, prod(shape)),))
+    return tensors
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file. Raises OSError if it cannot be read, ValueError if it is cut short or not in this format."""
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.fstat(file.fileno()).st_size - 8:
-            raise ValueError(f"its header should have {length} bytes")
-        found = json.loads(file.read(length))
-    found.pop("__metadata__", None)
-    return found, 8 + length
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        if not 0 < length <= size - 8:
+            raise ValueError(f"is not a safetensors file, or is cut off at {size} bytes")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"is not a safetensors file: its header is wrong ({error})") from error
+    if size < end:
+        raise ValueError(f"is cut off: {size} of {end} bytes")
+    return Header(entries, 8 + length)
 
 
-def head(tensors: list[tuple[str, tuple[int, ...], Dtype]]) -> tuple[bytes, list[int], int]:
-    """The first bytes of a file with these tensors in this order, where the data of each begins, and the file's size."""
+def make_header(tensors: list[tuple[str, tuple[int, ...], Dtype]]) -> tuple[bytes, list[int], int]:
+    """The first bytes of a file with these (name, shape, dtype) in this order, the offset of each tensor, and the file's size."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, at = [], 0
+    offsets, position = [], 0
     for name, shape, dtype in tensors:
         size = prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        offsets.append(at)
-        at += size
+        label = SAFETENSORS_NAMES[dtype]
+        entries[name] = {"dtype": label, "shape": list(shape), "data_offsets": [position, position + size]}
+        offsets.append(position)
+        position += size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)  # data begins on a page
-    begin = len(text) + 8
-    return struct.pack("<Q", len(text)) + text, [begin + offset for offset in offsets], begin + at
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    data_start = len(text) + 8
+    header = struct.pack("<Q", len(text)) + text
+    return header, [data_start + offset for offset in offsets], data_start + position

@@ -1,6 +1,7 @@
-"""Writes real sharded checkpoints of tiny models, by torch FSDP2 and DeepSpeed themselves, without Muster's own code."""
+"""Writes sharded checkpoints of tiny models with torch FSDP2 and DeepSpeed, without code of Muster."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def base(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def step(model: torch.nn.Module, backward, update) -> None:
-    """One update, so that there are moments, and masters that bf16 cannot hold."""
+def step(model: torch.nn.Module, backward: Callable[[torch.Tensor], object], update: Callable[[], object]) -> None:
+    """One optimizer step, so that there are moments, and fp32 weights that bf16 cannot represent."""
     torch.manual_seed(1)
     tokens = torch.randint(3, 100, (2, 16))
     backward(model(input_ids=tokens, labels=tokens).loss)
@@ -69,7 +70,7 @@ def write(rank: int, folder: Path, names: list[str]) -> None:
 
 
 def fsdp(folder: Path, name: str) -> None:
-    """As Accelerate writes it: weights in one folder; and, as Muster does, with the optimizer's state in another."""
+    """`fsdp`: weights alone, as Accelerate writes them. `both`: also optimizer state, as Muster does. `app`: as torchtitan does."""
     size = dist.get_world_size()
     mesh = (
         init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
@@ -89,7 +90,7 @@ def fsdp(folder: Path, name: str) -> None:
 
 
 def slices(folder: Path, name: str) -> None:
-    """Every weight cut in two dimensions, as tensor parallelism with FSDP does; experts along their last one too."""
+    """Cut every weight in two dimensions, as tensor parallelism with FSDP does; 3-D expert weights in the first and last."""
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, size // 2) if size % 2 == 0 else (1, size))
     state = {}

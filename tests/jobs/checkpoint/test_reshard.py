@@ -10,7 +10,7 @@ from jobs import backends
 from jobs.checkpoint import checkpointing, reshard
 from jobs.distributed.process_group import process_group
 from jobs.model import build
-from jobs.tensor_io.dtypes import memory
+from jobs.tensor_io.dtypes import as_bytes
 from jobs.tensor_io.reader import Files, Reader
 from tests.jobs.ranks import spawn
 
@@ -66,7 +66,7 @@ def whole(config: Config) -> dict[str, torch.Tensor]:
     for name, kinds in reshard.stored(path, config.parallel.backend).items():
         for kind, place in kinds.items():
             value = torch.empty(place.numel, dtype=place.dtype.torch)
-            Reader(files).fill(place, 0, memory(value))
+            Reader(files).fill(place, 0, as_bytes(value))
             found[f"{name} {kind}"] = value.view(place.shape)
     files.close()
     return found

@@ -1,4 +1,4 @@
-"""The stream's parts on their own, adapters against PEFT's own merge, and what is said and left when something is wrong."""
+"""The parts of a merge one by one, adapters compared with PEFT's own merge, and errors: messages and leftovers."""
 
 import errno
 import io
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """In bf16, as most are."""
+    """A base model in bf16."""
     folder = tmp_path_factory.mktemp("base") / "gqa"
     shards.build("gqa").to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -45,7 +46,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of one process: weights that differ from the base's."""
+    """An FSDP checkpoint of one process, with other weights than the base."""
     folder = tmp_path_factory.mktemp("checkpoint")
     state = {name: value + 0.01 for name, value in shards.build("gqa").state_dict().items()}
     dcp.save({"model": state}, checkpoint_id=folder / "fsdp", no_dist=True)
@@ -54,7 +55,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def mine(checkpoint, tmp_path):
-    """A copy to damage."""
+    """A copy of the checkpoint that a test may damage."""
     subprocess.run(["cp", "-r", checkpoint, tmp_path / "mine"], check=True)
     return tmp_path / "mine"
 
@@ -68,16 +69,16 @@ def run(source, out, *words):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
+def test_blocks_of_random_chunks_give_the_tensor(seed, tmp_path) -> None:
     """A tensor cut into a random grid of boxes, each stored row by row, read back in blocks of a random size."""
     chance = random.Random(seed)
     shape = tuple(chance.randint(1, 7) for _ in range(chance.randint(1, 4)))
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     cut = [sorted({0, size, *(chance.randint(0, size) for _ in range(chance.randint(0, 2)))}) for size in shape]
-    boxes = [((), ())]
+    boxes = [layout.Chunk((), ())]
     for edges in cut:
         spans = list(zip(edges, edges[1:], strict=False))
-        boxes = [(starts + (a,), sizes + (b - a,)) for starts, sizes in boxes for a, b in spans]
+        boxes = [layout.Chunk(starts + (a,), sizes + (b - a,)) for starts, sizes in boxes for a, b in spans]
     chance.shuffle(boxes)
     width, rectangles = layout.rectangles(shape, boxes)
     found = []
@@ -94,14 +95,14 @@ def test_blocks_of_any_cut_are_the_tensor(seed, tmp_path):
     reader, flat = Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in layout.blocks(start, stop, width, chance.randint(1, 30)):
-        reader.fill(stored, first, dtypes.memory(flat[first:last]))
+        reader.fill(stored, first, dtypes.as_bytes(flat[first:last]))
     files.close()
     assert torch.equal(flat[start:stop], whole.view(-1)[start:stop])
 
 
-def test_a_header_is_what_safetensors_reads(tmp_path):
-    tensors = [("a", (3, 5), dtypes.BF16), ("b", (), dtypes.FP32), ("c", (0, 4), dtypes.EVERY["int64"])]
-    head, offsets, size = safetensors.head(tensors)
+def test_a_header_is_what_safetensors_reads(tmp_path) -> None:
+    tensors = [("a", (3, 5), dtypes.BF16), ("b", (), dtypes.FP32), ("c", (0, 4), dtypes.TORCH["int64"])]
+    head, offsets, size = safetensors.make_header(tensors)
     assert offsets[0] % 4096 == 0
     (tmp_path / "x.safetensors").write_bytes(head + bytes(size - len(head)))
     assert {
@@ -109,43 +110,43 @@ def test_a_header_is_what_safetensors_reads(tmp_path):
     } == {name: (shape, dtype.torch) for name, shape, dtype in tensors}
 
 
-def test_numpy_rounds_as_torch_does(monkeypatch):
-    """Each exponent and sign with what is below, at and above the middle of two results; infinities and NaN too."""
+def test_numpy_rounds_as_torch_does(monkeypatch) -> None:
+    """For every exponent and sign: bits below, at and above the midpoint of two results; also infinities and NaN."""
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     bits = ((np.arange(2**16, dtype=np.uint32) << 16)[:, None] | low).ravel()
     ours, theirs = (
-        dtypes.tensor(
+        dtypes.as_tensor(
             way(bits.view(np.uint8), dtypes.FP32, dtypes.BF16, np.empty(2 * bits.size, np.uint8)), dtypes.BF16
         )
-        for way in (dtypes.by_numpy, dtypes.by_torch)
+        for way in (dtypes.cast_with_numpy, dtypes.cast_with_torch)
     )
-    whole = ~theirs.isnan()  # torch's vector code and its code for what is left over make different ones
+    whole = ~theirs.isnan()  # torch's vectorized code and its scalar code produce different NaNs
     assert torch.equal(ours[whole].view(torch.int16), theirs[whole].view(torch.int16))
     assert torch.equal(ours.isnan(), theirs.isnan()) and whole.sum() > 300_000
     pairs = {(dtypes.FP32, dtypes.BF16)}
-    with dtypes.caster(pairs, 1) as way:
-        assert way is dtypes.by_torch  # which is here already
+    with dtypes.best_cast(pairs, 1) as way:
+        assert way is dtypes.cast_with_torch  # which is already imported
     monkeypatch.delitem(sys.modules, "torch")
-    with dtypes.caster(pairs, 1) as way:
-        assert way is dtypes.by_numpy
+    with dtypes.best_cast(pairs, 1) as way:
+        assert way is dtypes.cast_with_numpy
 
 
-def test_a_pickle_cannot_call_anything(tmp_path):
+def test_a_pickle_cannot_call_anything(tmp_path) -> None:
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/called",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(RunError, match="not the metadata"):
-        safe_pickle.dcp_metadata(tmp_path / ".metadata")
+        safe_pickle.load_dcp_metadata(tmp_path / ".metadata")
     torch.save({"weights": torch.ones(3), "evil": Evil()}, tmp_path / "evil.pt")
     with (tmp_path / "evil.pt").open("rb") as file:
-        found = safe_pickle.archive(file.fileno(), "evil.pt")
+        found = safe_pickle.load_archive(file.fileno(), "evil.pt")
     assert found["weights"].shape == (3,)
     assert not (tmp_path / "called").exists()
 
 
-def test_a_storage_is_where_it_is_said_to_be(tmp_path):
+def test_the_offset_of_a_storage_is_right(tmp_path) -> None:
     """Views, parameters and several dtypes, in an archive that begins in the middle of a file."""
     values = {
         "view": torch.arange(12.0)[4:8], "parameter": torch.nn.Parameter(torch.ones(2, 3)),
@@ -155,7 +156,7 @@ def test_a_storage_is_where_it_is_said_to_be(tmp_path):
     torch.save(values, buffer)
     (tmp_path / "x").write_bytes(b"before" + buffer.getvalue() + b"after")
     with (tmp_path / "x").open("rb") as file:
-        found = safe_pickle.archive(file.fileno(), "x", 6, len(buffer.getvalue()))
+        found = safe_pickle.load_archive(file.fileno(), "x", 6, len(buffer.getvalue()))
         for name, saved in found.items():
             assert (saved.dtype.torch, saved.shape) == (values[name].dtype, tuple(values[name].shape))
             if saved.contiguous:
@@ -168,17 +169,17 @@ def test_a_storage_is_where_it_is_said_to_be(tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(weight_names.STORED_AS_USED))
-def test_families_that_are_stored_as_they_are_used(kind):
+def test_model_families_that_are_stored_as_they_are_used(kind) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind, **shards.SMALL, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device("meta"):
-        blue = weight_names.blueprint(AutoModelForCausalLM.from_config(config))
-    assert all((saved.name, saved.shape) == (saved.live, blue.live[saved.live]) for saved in blue.saved)
+        blueprint = weight_names.blueprint_of_model(AutoModelForCausalLM.from_config(config))
+    assert all((saved.name, saved.shape) == (saved.live, blueprint.live[saved.live]) for saved in blueprint.saved)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
-def test_fused_experts_are_runs_of_live_weights(kind):
+def test_fused_experts_are_runs_of_live_weights(kind) -> None:
     from transformers import AutoConfig
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -186,11 +187,11 @@ def test_fused_experts_are_runs_of_live_weights(kind):
     config = AutoConfig.for_model(kind, **shards.SMALL, **experts, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     real = AutoModelForCausalLM.from_config(config)
     with torch.device("meta"):
-        blue = weight_names.blueprint(AutoModelForCausalLM.from_config(config))
-    state = {name: value for name, value in real.state_dict().items() if name in blue.live}
+        blueprint = weight_names.blueprint_of_model(AutoModelForCausalLM.from_config(config))
+    state = {name: value for name, value in real.state_dict().items() if name in blueprint.live}
     wanted = revert_weight_conversion(real, dict(state))
-    assert {saved.name for saved in blue.saved} == wanted.keys()
-    for saved in blue.saved:
+    assert {saved.name for saved in blueprint.saved} == wanted.keys()
+    for saved in blueprint.saved:
         run = state[saved.live].reshape(-1)[saved.start : saved.start + wanted[saved.name].numel()]
         assert torch.equal(run.view(saved.shape), wanted[saved.name])
 
@@ -207,33 +208,37 @@ def test_fused_experts_are_runs_of_live_weights(kind):
         ("model.norm.weight", "model.norm.weight"),
     ],
 )
-def test_live_names(key, live):
+def test_live_names(key, live) -> None:
     assert weight_names.live_name(key) == live
 
 
 @pytest.mark.parametrize(
     "prefix", ["", "model.", "app.model.", "module.", "state.model._orig_mod.", "_fsdp_wrapped_module."]
 )
-def test_prefixes_are_taken_off(prefix):
+def test_prefixes_are_taken_off(prefix) -> None:
     live = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
     tensors = {prefix + name: name for name in live} | {f"app.optimizer.state.{live[0]}.exp_avg": "no"}
     if not prefix:
         tensors = {name: name for name in live} | {f"optimizer.state.{live[0]}.exp_avg": "no"}
-    assert weight_names.plain(tensors, live) == weight_names.plain(tensors) == {name: name for name in live}
+    assert (
+        weight_names.strip_prefixes(tensors, live)
+        == weight_names.strip_prefixes(tensors)
+        == {name: name for name in live}
+    )
 
 
 # Adapters
 
 
 def near(found, wanted, *sums):
-    """Within one unit in the last place of bf16, of the largest number that entered the sum."""
+    """Equal to within one unit in the last place of bf16, for the largest number in the sum."""
     size = torch.stack([value.float().abs() for value in (found, wanted, *sums)]).amax(0).clamp_min(1e-30)
     unit = 2.0 ** (torch.floor(torch.log2(size)) - 7)
     return bool(((found.float() - wanted.float()).abs() <= unit).all())
 
 
 def peft_model(base, dtype=torch.bfloat16, **words):
-    """A PEFT model whose adapters, and whatever else it trains, hold random numbers."""
+    """A PEFT model with random numbers in everything that it trains."""
     torch.manual_seed(3)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
@@ -259,7 +264,7 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("words", ADAPTERS)
-def test_an_adapter_is_merged_as_peft_does(words, base, tmp_path):
+def test_an_adapter_is_merged_as_peft_does(words, base, tmp_path) -> None:
     model = peft_model(base, **words)
     model.save_pretrained(tmp_path / "adapter")
     run(tmp_path / "adapter", tmp_path / "out", "--base", base, "--dtype", "bf16")
@@ -279,10 +284,10 @@ def test_an_adapter_is_merged_as_peft_does(words, base, tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_blocks_of_rows_add_up(rslora, dora):
+def test_blocks_of_rows_add_up(rslora, dora) -> None:
     a, b, weight = torch.randn(4, 24), torch.randn(33, 4), torch.randn(33, 24)
     magnitude = torch.rand(33) + 0.5 if dora else None
-    update = lora.Update(a, b, lora.scale(16, 4, rslora), magnitude)
+    update = lora.LoraUpdate(a, b, lora.scale(16, 4, rslora), magnitude)
     whole = weight + b @ a * (16 / (2 if rslora else 4))
     if magnitude is not None:
         whole = whole * (magnitude / whole.norm(dim=1))[:, None]
@@ -292,7 +297,7 @@ def test_blocks_of_rows_add_up(rslora, dora):
     torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_of_another_model_is_refused(base, tmp_path):
+def test_an_adapter_of_another_model_is_refused(base, tmp_path) -> None:
     other = shards.base("odd", tmp_path)
     peft_model(base).save_pretrained(tmp_path / "adapter")
     with pytest.raises(DataError, match="does not fit the model|another base"):
@@ -300,8 +305,8 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_whose_names_are_shorter(base, tmp_path):
-    """Saved from the decoder alone: without `model.` before its names."""
+def test_a_base_whose_names_are_shorter(base, tmp_path) -> None:
+    """Saved from the decoder alone: its names do not begin with `model.`."""
     (tmp_path / "short").mkdir()
     (tmp_path / "short/config.json").write_bytes((base / "config.json").read_bytes())
     weights = {name.removeprefix("model."): value for name, value in load_file(base / "model.safetensors").items()}
@@ -314,7 +319,7 @@ def test_a_base_whose_names_are_shorter(base, tmp_path):
     assert found[0] == found[1]
 
 
-def test_an_adapter_needs_its_base(base, tmp_path):
+def test_an_adapter_needs_its_base(base, tmp_path) -> None:
     peft_model(base).save_pretrained(tmp_path / "adapter")
     about = tmp_path / "adapter/adapter_config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"base_model_name_or_path": None}))
@@ -325,7 +330,7 @@ def test_an_adapter_needs_its_base(base, tmp_path):
 # The folder
 
 
-def test_the_folder_is_a_model(checkpoint, base, tmp_path):
+def test_the_folder_is_a_model(checkpoint, base, tmp_path) -> None:
     about = run(checkpoint, tmp_path / "out", "--base", base, "--shard-gib", "0.00003", "--dtype", "fp16")
     assert about["verified"] and about["dtype"] == "fp16"
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -338,7 +343,7 @@ def test_the_folder_is_a_model(checkpoint, base, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
 
 
-def test_original_keeps_the_dtype_of_each_base_weight(checkpoint, base, tmp_path):
+def test_original_keeps_the_dtype_of_each_base_weight(checkpoint, base, tmp_path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_bytes((base / "config.json").read_bytes())
     before = load_file(base / "model.safetensors")
@@ -349,13 +354,13 @@ def test_original_keeps_the_dtype_of_each_base_weight(checkpoint, base, tmp_path
     assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in mixed.items()}
 
 
-def test_an_older_result_is_moved_aside(checkpoint, tmp_path):
+def test_an_older_result_is_moved_aside(checkpoint, tmp_path) -> None:
     run(checkpoint, tmp_path / "out")
     run(checkpoint, tmp_path / "out", "--dtype", "fp32")
     assert read_json(tmp_path / "out.1/muster.json")["dtype"] == "bf16"
 
 
-def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys):
+def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys) -> None:
     external.main([str(checkpoint), "--out", str(tmp_path / "out"), "--plan"])
     assert (
         "plan      0.00 GB to read, 0.00 GB to write, 1 files" in capsys.readouterr().out
@@ -363,25 +368,27 @@ def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys):
     )
 
 
-def test_a_dtype_is_the_same_object_in_another_rank():
-    for dtype in dtypes.EVERY.values():
+def test_a_dtype_is_the_same_object_in_another_rank() -> None:
+    for dtype in dtypes.TORCH.values():
         assert pickle.loads(pickle.dumps(Stored((), dtype, ()))).dtype is dtype
 
 
-def test_seventy_billion_weights_are_planned_in_seconds():
+def test_seventy_billion_weights_are_planned_in_seconds() -> None:
     kinds = {"q": (8192, 8192), "k": (1024, 8192), "up": (28672, 8192), "gate": (28672, 8192), "down": (8192, 28672)}
     every = {f"layers.{layer}.{kind}": shape for layer in range(80) for kind, shape in kinds.items()}
     began = time.monotonic()
     sources = {}
     for name, shape in every.items():
         width, boxes = layout.rectangles(
-            shape, [((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
+            shape, [layout.Chunk((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
         )
         rows = tuple(Extent(f"/shards/{rank}", 0, *box[0][:4]) for rank, box in enumerate(boxes))
         sources[name] = Stored(shape, dtypes.FP32, rows, width)
     outputs = [plan.Output(name, stored.shape, dtypes.BF16, name) for name, stored in sources.items()]
-    made = plan.plan(outputs, sources, 5 * 2**30, {}, {}, {})
-    assert len(made.digest()) == 64 and made.read_bytes == 2 * (made.written_bytes - sum(map(len, made.heads.values())))
+    made = plan.make_plan(outputs, sources, shard_bytes=5 * 2**30)
+    assert len(made.digest()) == 64 and made.read_bytes == 2 * (
+        made.written_bytes - sum(map(len, made.headers.values()))
+    )
     assert 24 <= len(made.sizes) <= 30
     assert time.monotonic() - began < 20
     files = [task.placed[0].file for task in workers.interleaved(made, {"model-00002-of-00028.safetensors"})]
@@ -390,59 +397,59 @@ def test_seventy_billion_weights_are_planned_in_seconds():
     assert all(len(set(files[: at + 1]) - {f for f in last if last[f] <= at}) <= 4 for at in range(len(files)))
 
 
-# What is wrong
+# Errors
 
 
-def refused(source, out, said, *words):
-    """The message; and that nothing is left, neither a result nor a part of one."""
-    with pytest.raises(UserError, match=said):
+def refused(source, out, message, *words) -> None:
+    """Merging fails with this message, and leaves neither a result nor a part of one."""
+    with pytest.raises(UserError, match=message):
         run(source, out, *words)
     assert not out.exists() and not (out.parent / f".{out.name}.partial").exists()
 
 
-def test_a_missing_shard_is_named(mine, tmp_path):
+def test_a_missing_shard_is_named(mine, tmp_path) -> None:
     (mine / "__0_0.distcp").unlink()
     refused(mine, tmp_path / "out", r"__0_0\.distcp: is missing")
 
 
-def test_missing_metadata_is_named(mine, tmp_path):
+def test_missing_metadata_is_named(mine, tmp_path) -> None:
     (mine / ".metadata").unlink()
     refused(mine, tmp_path / "out", r"\.metadata: is missing")
 
 
-def test_a_shard_cut_short_is_named(mine, tmp_path):
+def test_a_shard_cut_short_is_named(mine, tmp_path) -> None:
     os.truncate(mine / "__0_0.distcp", 5000)
     refused(mine, tmp_path / "out", r"__0_0\.distcp: is cut short: 5000 of")
 
 
-def test_damaged_metadata_is_named(mine, tmp_path):
+def test_damaged_metadata_is_named(mine, tmp_path) -> None:
     (mine / ".metadata").write_bytes((mine / ".metadata").read_bytes()[:-300])
     refused(mine, tmp_path / "out", r"\.metadata: (cannot be read|is not)")
 
 
-def test_a_damaged_archive_is_named(mine, tmp_path):
+def test_a_damaged_archive_is_named(mine, tmp_path) -> None:
     shard = mine / "__0_0.distcp"
     shard.write_bytes(b"\0" * shard.stat().st_size)
     refused(mine, tmp_path / "out", r"__0_0\.distcp: is cut short or damaged")
 
 
-def test_another_base_is_refused(mine, tmp_path):
+def test_another_base_is_refused(mine, tmp_path) -> None:
     refused(mine, tmp_path / "out", "does not fit the model", "--base", shards.base("odd", tmp_path))
 
 
-def test_no_checkpoint_at_all(tmp_path):
+def test_no_checkpoint_at_all(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path / "out", "is no checkpoint")
+    refused(tmp_path / "empty", tmp_path / "out", "is not a checkpoint")
 
 
-def test_a_full_disk_is_said_before_anything_is_written(mine, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(mine, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         output_folder.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000})
     )
-    refused(mine, tmp_path / "out", r"needs 0\.00 GiB there and 0\.00 GiB are free")
+    refused(mine, tmp_path / "out", r"needs 0\.00 GiB, but 0\.00 GiB are free")
 
 
-def test_a_disk_that_fills_up_meanwhile(mine, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_during_the_merge(mine, tmp_path, monkeypatch) -> None:
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -450,7 +457,7 @@ def test_a_disk_that_fills_up_meanwhile(mine, tmp_path, monkeypatch):
     refused(mine, tmp_path / "out", "the disk or your quota is full")
 
 
-def test_files_that_may_not_grow(mine, tmp_path):
+def test_files_that_may_not_grow(mine, tmp_path) -> None:
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
     try:
@@ -459,13 +466,13 @@ def test_files_that_may_not_grow(mine, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_target_that_cannot_be_written(mine, tmp_path):
+def test_a_target_that_cannot_be_written(mine, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written: choose a folder"):
         run(mine, tmp_path / "file/out")
 
 
-def test_a_result_that_reads_back_wrong_is_not_published(mine, tmp_path, monkeypatch):
+def test_a_result_that_reads_back_wrong_is_not_published(mine, tmp_path, monkeypatch) -> None:
     real = workers.write
 
     def flipped(descriptor, offset, view):
@@ -477,40 +484,44 @@ def test_a_result_that_reads_back_wrong_is_not_published(mine, tmp_path, monkeyp
     refused(mine, tmp_path / "out", "read back differs")
 
 
-def test_two_at_once_do_not_mix(mine, tmp_path):
-    with output_folder.writing(tmp_path / "out"), pytest.raises(RunError, match="another process"):
+def test_two_processes_cannot_write_the_same_result(mine, tmp_path) -> None:
+    with output_folder.locked_partial_folder(tmp_path / "out"), pytest.raises(RunError, match="another process"):
         run(mine, tmp_path / "out")
 
 
-def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path):
+def carry_out(todo, target, checkpoint) -> None:
+    execute.execute(todo, target, threads=2, checkpoint=checkpoint, describe=lambda _: None, muster_json={})
+
+
+def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path) -> None:
     from jobs.checkpoint.checkpointing import fingerprint
-    from jobs.tensor_io import open_checkpoint as sources
+    from jobs.tensor_io.open_checkpoint import open_checkpoint
 
     state = {name: value + 0.01 for name, value in shards.build("gqa").state_dict().items()}
     prints = {name: fingerprint(value) for name, value in state.items()}
-    source = sources.source(mine)
-    stored = weight_names.plain(source.tensors)
+    source = open_checkpoint(mine)
+    stored = weight_names.strip_prefixes(source.tensors)
     outputs = [plan.Output(name, item.shape, dtypes.BF16, name) for name, item in stored.items()]
-    todo = plan.plan(outputs, stored, 200_000, prints, {}, {})
-    execute.make(todo, tmp_path / "good", 2, mine, lambda _: None, {})
+    todo = plan.make_plan(outputs, stored, shard_bytes=200_000, fingerprints=prints)
+    carry_out(todo, tmp_path / "good", mine)
     assert read_json(tmp_path / "good/muster.json")["verified"]
     name, item = "lm_head.weight", stored["lm_head.weight"]
     with (mine / "__0_0.distcp").open("r+b") as file:
-        saved = safe_pickle.archive(file.fileno(), "", item.extents[0].offset, item.extents[0].archive)
+        saved = safe_pickle.load_archive(file.fileno(), "", item.extents[0].offset, item.extents[0].archive)
         file.seek(saved.offset + 4001)
         byte = file.read(1)[0]
         file.seek(saved.offset + 4001)
         file.write(bytes([byte ^ 4]))
     with pytest.raises(RunError, match=f"weight {name} differs from that in training"):
-        execute.make(todo, tmp_path / "bad", 2, mine, lambda _: None, {})
+        carry_out(todo, tmp_path / "bad", mine)
     assert not (tmp_path / "bad").exists() and not (tmp_path / ".bad.partial").exists()
 
 
-# Killed
+# Kills
 
 
-def test_finished_files_outlive_a_kill(checkpoint, tmp_path, monkeypatch, capsys):
-    """Ended without a chance to clean up; the next start keeps the whole files and writes only the others."""
+def test_finished_files_survive_a_kill(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    """A process ends without cleaning up; the next start keeps the finished files and writes only the others."""
     words = [str(checkpoint), "--out", str(tmp_path / "out"), "--shard-gib", "0.00003", "--workers", "2"]
     external.main(words)
     whole = contents(tmp_path / "out")
@@ -518,26 +529,26 @@ def test_finished_files_outlive_a_kill(checkpoint, tmp_path, monkeypatch, capsys
     code = f"""
 import os, sys
 from jobs.consolidation import external, output_folder
-real = output_folder.record
+real = output_folder.write_record
 count = [0]
 def record(*words):
     real(*words)
     count[0] += 1
     if count[0] == 3:
         os._exit(9)
-output_folder.record = record
+output_folder.write_record = record
 external.main({words!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 9
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
     external.main(words)
-    assert "files were finished by a start before this one" in capsys.readouterr().out
+    assert "files were finished by an earlier start, and are kept" in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole
 
 
 @pytest.mark.proof
-def test_killed_at_any_moment_the_next_start_gives_the_same_bytes(checkpoint, base, tmp_path):
+def test_killed_at_any_moment_the_next_start_gives_the_same_bytes(checkpoint, base, tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -571,5 +582,5 @@ def test_killed_at_any_moment_the_next_start_gives_the_same_bytes(checkpoint, ba
     assert {name: value for name, value in contents(tmp_path / "out").items()} == whole
 
 
-def contents(folder):
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""Killed at any moment, a job leaves its result whole or absent, and its next start completes."""
+"""If a job is killed at any moment, its result is complete or absent, and the next start completes it."""
 
 import random
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
     ("job", "result"),
     [pytest.param("preprocess", "data/data.json", marks=pytest.mark.proof), ("consolidate", "model/muster.json")],
 )
-def test_a_killed_job_leaves_nothing_half(job, result, tmp_path):
+def test_a_killed_job_leaves_no_partial_result(job, result, tmp_path) -> None:
     run = tmp_path / "run"
     ranks.run(
         f"run_dir={run}",
@@ -44,6 +44,6 @@ def test_a_killed_job_leaves_nothing_half(job, result, tmp_path):
     assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
 
 
-def _clear(folder):
+def _clear(folder) -> None:
     if folder.exists():
         subprocess.run(["rm", "-rf", folder], check=True)

@@ -1,4 +1,4 @@
-"""Every layout on every number of ranks, tensor by tensor against what accelerate and DeepSpeed make of the same checkpoint."""
+"""Every layout on every number of ranks, tensor by tensor compared with the results of accelerate and DeepSpeed."""
 
 import shutil
 import warnings
@@ -39,7 +39,7 @@ def consolidated(checkpoint, out, *words):
 
 
 def expected(folder, kind, scratch):
-    """What the program of the format says: live names and fp32 tensors."""
+    """The result of accelerate or DeepSpeed: live names and fp32 tensors."""
     if "zero" in kind or "frozen" in kind:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -62,7 +62,7 @@ def differing(found, wanted):
 
 @pytest.mark.parametrize("name", shards.MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_program_of_the_format(name, kind, checkpoints, tmp_path):
+def test_equals_what_accelerate_and_deepspeed_make(name, kind, checkpoints, tmp_path) -> None:
     live = shards.build(name)
     second = getattr(live, "all_tied_weights_keys", None) or {}
     wanted = expected(checkpoints / name, kind, tmp_path / "theirs")
@@ -78,20 +78,20 @@ def test_equals_the_program_of_the_format(name, kind, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["frozen2", "frozen3"])
-def test_frozen_parameters_are_there(kind, checkpoints, tmp_path):
+def test_frozen_parameters_are_there(kind, checkpoints, tmp_path) -> None:
     wanted = expected(checkpoints / "gqa", kind, tmp_path)
     assert not differing(consolidated(checkpoints / "gqa" / kind, tmp_path / "out", "--dtype", "fp32"), wanted)
 
 
-def test_masters_that_deepspeed_itself_refuses(checkpoints, tmp_path):
-    """BF16_Optimizer's: zero_to_fp32 knows no stage in them. The masters are those of the live optimizer."""
+def test_fp32_weights_that_deepspeed_itself_cannot_read(checkpoints, tmp_path) -> None:
+    """BF16_Optimizer writes no stage into its files, and zero_to_fp32 refuses them. Compared with the live optimizer instead."""
     found = consolidated(checkpoints / "odd/bf16_fp32acc", tmp_path / "out", "--dtype", "fp32")
     live = torch.load(checkpoints / "odd/live.pt")
     assert not differing({name: found[name] for name in live}, live)
 
 
 @pytest.mark.parametrize("name", shards.MODELS)
-def test_the_result_loads(name, checkpoints, tmp_path):
+def test_the_result_loads(name, checkpoints, tmp_path) -> None:
     out = tmp_path / "out"
     consolidated(checkpoints / name / "fsdp", out, "--base", shards.base(name, tmp_path), "--dtype", "fp32")
     with warnings.catch_warnings():

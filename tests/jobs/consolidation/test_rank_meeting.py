@@ -1,4 +1,4 @@
-"""Several processes share a merge: the bytes are those of one, a failing rank is named by rank 0, a killed job goes on."""
+"""Several processes share a merge: same bytes as from one, rank 0 names a rank that fails, a killed job can be restarted."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from jobs.consolidation import plan, rank_meeting
 from jobs.tensor_io import dtypes
+from jobs.tensor_io.layout import Stored
 from tests.conftest import ROOT
 from tests.jobs import shards
 from tests.jobs.consolidation.test_external import contents
@@ -42,12 +43,12 @@ def start(rank, size, source, out):
 
 
 def ended(*started):
-    """(exit code, all that was printed) of each."""
-    said = ["".join(one.communicate(timeout=120)) for one in started]
-    return [(one.returncode, text) for one, text in zip(started, said, strict=True)]
+    """(exit code, output) of each process."""
+    outputs = ["".join(one.communicate(timeout=120)) for one in started]
+    return [(one.returncode, text) for one, text in zip(started, outputs, strict=True)]
 
 
-def test_three_processes_write_what_one_does(checkpoint, tmp_path):
+def test_three_processes_write_what_one_does(checkpoint, tmp_path) -> None:
     found = ended(*(start(rank, 3, checkpoint, tmp_path / "three") for rank in (2, 1, 0)))
     assert [code for code, _ in found] == [0, 0, 0], found
     assert all("and wrote 0.00 GB" in text for _, text in found)
@@ -60,27 +61,27 @@ def test_three_processes_write_what_one_does(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
 
 
-def test_a_rank_that_fails_is_named_and_nothing_is_published(checkpoint, tmp_path):
-    """One node does not see a shard that the other sees."""
+def test_a_rank_that_fails_is_named_and_nothing_is_published(checkpoint, tmp_path) -> None:
+    """Two nodes see different files."""
     subprocess.run(["cp", "-r", checkpoint, tmp_path / "other"], check=True)
     shard = next((tmp_path / "other").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes() + b"longer")
     lead, other = ended(start(0, 2, checkpoint, tmp_path / "out"), start(1, 2, tmp_path / "other", tmp_path / "out"))
     assert lead[0] == other[0] == 2
-    assert "rank=1: has found another checkpoint" in lead[1] and "rank 0 has ended" in other[1]
+    assert "rank=1: found another checkpoint" in lead[1] and "rank 0 has ended" in other[1]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.proof
-def test_a_killed_job_goes_on(checkpoint, tmp_path):
-    """What the killed ranks have left in the folder where they meet is not taken for this start's."""
+def test_a_killed_job_can_be_restarted(checkpoint, tmp_path) -> None:
+    """Files that killed ranks left in the meeting folder are ignored."""
     for number in range(3):
         started = [start(rank, 2, checkpoint, tmp_path / "out") for rank in (0, 1)]
         meeting = tmp_path / ".out.ranks"
         while not (meeting / ("hello-1.json", "shares.json", "done-1.json")[number]).exists():
             time.sleep(0.002)
             if all(one.poll() is not None for one in started):
-                break  # it was quicker than we look
+                break  # the merge ended before we saw the file
         for one in started:
             one.send_signal(signal.SIGKILL)
         ended(*started)
@@ -92,19 +93,19 @@ def test_a_killed_job_goes_on(checkpoint, tmp_path):
     assert not meeting.exists()
 
 
-def test_files_are_shared_by_what_is_to_be_done():
+def test_files_are_assigned_by_the_work_left() -> None:
     outputs = [plan.Output(f"{size}", (size, 1000), dtypes.BF16, f"{size}") for size in (9, 8, 7, 6, 5, 4)]
     sources = {
-        output.source: plan.Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
+        output.source: Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
         for output in outputs
     }
-    made = plan.plan(outputs, sources, 1, {}, {}, {})
+    made = plan.make_plan(outputs, sources, shard_bytes=1)
     names = list(made.sizes)
-    found = rank_meeting.shares(made, set(), 2)
+    found = rank_meeting.assign(made, set(), 2)
     assert {rank: sum(made.sizes[name] for name in names if found[name] == rank) // 2000 for rank in (0, 1)} == {
         0: 26,
         1: 25,
     }
     done = set(names[:3])
-    found = rank_meeting.shares(made, done, 2)
+    found = rank_meeting.assign(made, done, 2)
     assert sorted(found[name] for name in names[3:]) == [0, 1, 1] and found.keys() == set(names)

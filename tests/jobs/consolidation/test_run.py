@@ -1,4 +1,4 @@
-"""The job on runs whose checkpoints the backends wrote: whole models and adapters, every layout, against the live weights."""
+"""The job `consolidate` on checkpoints of the backends: models and adapters in every layout, compared with the live weights."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ from jobs.checkpoint import checkpointing, manifest
 from jobs.consolidation import weight_names
 from jobs.distributed.process_group import process_group
 from jobs.model import build
-from jobs.tensor_io import open_checkpoint
+from jobs.tensor_io.open_checkpoint import open_checkpoint
 from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs.ranks import spawn
 
@@ -31,8 +31,8 @@ TRAIN = [
 ]
 
 
-def train(rank, config):
-    """One step on random tokens, a checkpoint, and what training records: fingerprints, and here the weights themselves."""
+def train(rank, config) -> None:
+    """One step on random tokens, then a checkpoint with fingerprints; also saves the live weights for the test."""
     with process_group(config) as world:
         backend = backends.chosen(config)
         engine = backend.wrap(build.build(config), config, world)
@@ -52,7 +52,7 @@ def train(rank, config):
 
 @pytest.fixture(scope="module")
 def base(compose, tmp_path_factory):
-    """A bf16 model of another kind than its checkpoint's: a folder with weights and tokenizer."""
+    """A folder with a model in bf16, which is not the dtype of the checkpoint, and its tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     build.build(compose("train.seed=7")).to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(compose()).save_pretrained(folder)
@@ -77,7 +77,7 @@ def merged(config, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_whole_model(precision, run, tmp_path, capsys):
+def test_a_whole_model(precision, run, tmp_path, capsys) -> None:
     config, live = run(f"train.precision={precision}")
     found = merged(config, tmp_path)
     assert f"{len(live)} weights equal those in training, bit for bit" in capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_a_whole_model(precision, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("run", ["fsdp"], indirect=True)
-def test_a_checkpoint_by_its_step(run, tmp_path, capsys):
+def test_a_checkpoint_by_its_step(run, tmp_path, capsys) -> None:
     config, _ = run()
     checkpoints = tmp_path / "run/checkpoints"
     third = shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-00000003") / "checkpoint.json"
@@ -108,20 +108,20 @@ def test_a_checkpoint_by_its_step(run, tmp_path, capsys):
     config.consolidate.step = 1
     merged(config, tmp_path)
     assert read_json(tmp_path / "run/model/muster.json")["checkpoint"] == "step-00000001"
-    assert "the model that was there is now" in capsys.readouterr().out
+    assert "moved the older model to" in capsys.readouterr().out
     config.consolidate.step = 2
     with pytest.raises(RunError, match=r"consolidate\.step=2: is no checkpoint of this run: take one of 1, 3"):
         consolidate.run(config)
     assert (tmp_path / "run/model/muster.json").exists()
 
 
-def test_an_adapter(run, base, tmp_path, capsys):
+def test_an_adapter(run, base, tmp_path, capsys) -> None:
     config, live = run("adapter=lora", "model=hub", f"model.source={base}", "train.precision=bf16")
     found = merged(config, tmp_path)
     assert f"{len(live)} weights equal those in training, bit for bit" in capsys.readouterr().out
     before = load_file(base / "model.safetensors")
     assert found.keys() == before.keys()
-    _, parts = weight_names.adapters(live)
+    _, parts = weight_names.split_adapters(live)
     for name, value in found.items():
         wanted = before[name].float()
         if name in parts:
@@ -150,7 +150,7 @@ def test_an_adapter(run, base, tmp_path, capsys):
     )
 
 
-def test_original_and_damage(run, base, tmp_path):
+def test_original_and_damage(run, base, tmp_path) -> None:
     config, live = run("model=hub", f"model.source={base}", "consolidate.dtype=original")
     assert {value.dtype for value in merged(config, tmp_path).values()} == {torch.bfloat16}
     path = tmp_path / "run/checkpoints/step-00000001"
@@ -166,14 +166,14 @@ def test_original_and_damage(run, base, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["whole", "lora"])
-def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, tmp_path, capsys, monkeypatch):
+def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, tmp_path, capsys, monkeypatch) -> None:
     def refuse(_):
-        raise weight_names.NotViews("turned")
+        raise weight_names.CannotStream("turned")
 
     config, _ = run("model=hub", f"model.source={base}", "train.precision=fp32", *words)
     streamed = merged(config, tmp_path)
     shutil.rmtree(tmp_path / "run/model")
-    monkeypatch.setattr(weight_names, "blueprint", refuse)
+    monkeypatch.setattr(weight_names, "blueprint_of_model", refuse)
     found = merged(config, tmp_path)
     assert "cannot be streamed (turned): it is merged in memory" in capsys.readouterr().out
     assert found.keys() == streamed.keys()
@@ -183,13 +183,13 @@ def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, t
     assert "model is there already" in capsys.readouterr().out
 
 
-def test_a_run_without_a_checkpoint(compose, tmp_path):
+def test_a_run_without_a_checkpoint(compose, tmp_path) -> None:
     with pytest.raises(RunError, match="has no whole checkpoint"):
         consolidate.run(compose(f"run_dir={tmp_path}/run"))
 
 
-def test_what_is_read_is_checked_and_nothing_else(run, tmp_path, monkeypatch):
-    """Of a checkpoint without fingerprints: a flipped bit among the moments does not matter, one among the weights does."""
+def test_only_what_is_read_is_checked(run, tmp_path, monkeypatch) -> None:
+    """Without fingerprints: a flipped bit in the moments does not matter, one in the weights is an error."""
     config, live = run()
     path = tmp_path / "run/checkpoints/step-00000001"
     (path / "fingerprint.json").unlink()
@@ -206,9 +206,9 @@ def test_what_is_read_is_checked_and_nothing_else(run, tmp_path, monkeypatch):
         for file, offset, count in checked
         for piece in range(offset // 4096, (offset + count - 1) // 4096 + 1)
     }
-    files = {extent.path for stored in open_checkpoint.source(path).tensors.values() for extent in stored.extents}
+    files = {extent.path for stored in open_checkpoint(path).tensors.values() for extent in stored.extents}
     every = {(file, piece) for file in files for piece in range(Path(file).stat().st_size // 4096)}
-    assert len(every - read) > len(every) / 2  # two of three bytes are moments
+    assert len(every - read) > len(every) / 2  # two thirds of the bytes are moments
     shutil.rmtree(tmp_path / "run/model")
     spare = sorted(every - read)
     flip(*spare[len(spare) * 3 // 4])
@@ -220,7 +220,7 @@ def test_what_is_read_is_checked_and_nothing_else(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/.model.partial").exists()
 
 
-def flip(path, piece):
+def flip(path, piece) -> None:
     with Path(path).open("r+b") as file:
         file.seek(piece * 4096 + 2000)
         byte = file.read(1)[0]

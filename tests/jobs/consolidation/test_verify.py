@@ -1,4 +1,4 @@
-"""A run whose merged model is tried before it is called whole, and an adapter that is tried unmerged; through the launcher."""
+"""consolidate.verify=logits for merged models and for adapters alone, and the jobs evaluate and generate after it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.proof, pytest.mark.filterwarnings("i
 
 @pytest.fixture(scope="module")
 def run(compose, tmp_path_factory):
-    """An adapter trained on two ranks, and its folder made by two ranks of consolidate."""
+    """The run folder of an adapter that two ranks trained and two ranks of consolidate wrote, and the output of its jobs."""
     folder = tmp_path_factory.mktemp("verify")
     made = build.build(compose("model=tiny"))
     made.save_pretrained(folder / "base")
@@ -33,7 +33,7 @@ def run(compose, tmp_path_factory):
     return folder / "run", said
 
 
-def test_an_adapter_is_tried_unmerged(run):
+def test_an_adapter_is_verified_without_merging(run) -> None:
     folder, said = run
     assert (folder / "model/adapter_model.safetensors").exists() and "verified  logits of 8 places" in said
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -43,8 +43,8 @@ def test_an_adapter_is_tried_unmerged(run):
     assert found["loss"] == pytest.approx(live[-1], abs=1e-4) and found["model"].endswith("adapter not merged")
 
 
-def test_answers_are_written_with_what_is_wrong_with_them(run):
-    """After four steps a model says nothing sensible, so it is warned of."""
+def test_answers_are_written_with_their_faults(run) -> None:
+    """After four steps the answers are nonsense, so there is a warning."""
     folder, said = run
     found = read_json(folder / "generations.json")
     assert found["prompts"] == len(found["answers"]) == 4
@@ -53,7 +53,7 @@ def test_answers_are_written_with_what_is_wrong_with_them(run):
     assert "with special tokens" in (folder / "generations.html").read_text()
 
 
-def test_a_merged_model_with_other_logits_is_not_published(run, tmp_path, capsys):
+def test_a_merged_model_with_other_logits_is_not_published(run, tmp_path, capsys) -> None:
     config = load(run[0] / "config.yaml")
     config.run_dir = str(tmp_path / "run")
     config.consolidate.adapter_only = False
@@ -72,7 +72,7 @@ def test_a_merged_model_with_other_logits_is_not_published(run, tmp_path, capsys
         consolidate.run(config)
 
 
-def test_the_difference_is_of_the_worst_place():
+def test_the_difference_is_that_of_the_worst_position() -> None:
     torch.manual_seed(0)
     wanted = torch.randn(3, 1000) * 5 + 7
     off = torch.zeros(3, 1000)
@@ -81,7 +81,7 @@ def test_the_difference_is_of_the_worst_place():
     assert reference_logits.difference(wanted, torch.cat([wanted, torch.zeros(3, 8)], 1)) == 0
 
 
-def test_files_of_logits_are_plain(run):
+def test_files_of_logits_are_plain(run) -> None:
     found = load_file(next((run[0] / "checkpoints").glob("step-*/logits.safetensors")))
     assert found["logits"].dtype is torch.float32 and found["logits"].shape[0] == len(found["places"]) == 8
     assert found["ids"].dtype is torch.int64 and found["places"].max() == len(found["ids"]) - 1

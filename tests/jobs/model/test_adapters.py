@@ -310,8 +310,8 @@ def test_a_base_that_is_merged_dequantized_is_the_one_trained_on(dtype) -> None:
     layer = packed(source, Frozen.nf4, dtype, [])
     flat, rounding = source.weight.detach().flatten(), Nf4(dtype)
     for begin in range(0, flat.numel(), 1024):
-        rounding.look(flat[begin : begin + 1024])
-    rounding.settle()
+        rounding.collect_scales(flat[begin : begin + 1024])
+    rounding.finish_scales()
     rounded = torch.cat([rounding.round(flat[begin : begin + 640], begin) for begin in range(0, flat.numel(), 640)])
     assert torch.equal(
         rounded.view(48, 128), quantized_linear.dequantize(layer.weight, True, (48, 128), dtype, *layer.scales())

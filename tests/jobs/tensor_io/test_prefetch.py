@@ -1,4 +1,4 @@
-"""What a node reads into its page cache before it is needed: all that its ranks hold, and nothing else."""
+"""A node reads into its page cache exactly the bytes that its ranks will need."""
 
 import json
 import os
@@ -25,8 +25,8 @@ def config_of(compose, folder, *words, nodes=1, ranks=2):
     return put(config, values | {"cluster.train.nodes": nodes, "cluster.train.ranks_per_node": ranks})
 
 
-def asked(monkeypatch, config, node=0, local_rank=0):
-    """Bytes of each file that the threads have asked for, as (first, last)."""
+def bytes_read(monkeypatch, config, node=0, local_rank=0):
+    """Byte ranges (first, last + 1) that the threads have read, sorted."""
     runs, preadv = [], os.preadv
 
     def seen(file, buffers, offset):
@@ -43,7 +43,7 @@ def asked(monkeypatch, config, node=0, local_rank=0):
     return sorted(runs)
 
 
-def held(runs):
+def total(runs):
     return sum(last - first for first, last in runs)
 
 
@@ -54,17 +54,17 @@ PRETRAINED = ["model=hub", "model.source=/base"]
 @pytest.mark.parametrize(
     "words", [["parallel=fsdp"], ["parallel=zero3"], ["parallel=zero1"], ["parallel=ddp"]], ids=" ".join
 )
-def test_a_single_node_reads_all_of_it_once(compose, folder, monkeypatch, words):
+def test_a_single_node_reads_all_of_it_once(compose, folder, monkeypatch, words) -> None:
     config = config_of(compose, folder, *PRETRAINED, *words)
-    assert held(asked(monkeypatch, config)) == WHOLE
-    assert asked(monkeypatch, config, local_rank=1) == []
+    assert total(bytes_read(monkeypatch, config)) == WHOLE
+    assert bytes_read(monkeypatch, config, local_rank=1) == []
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero3"])
-def test_nodes_read_what_their_ranks_hold(compose, folder, monkeypatch, layout):
+def test_nodes_read_what_their_ranks_hold(compose, folder, monkeypatch, layout) -> None:
     config = config_of(compose, folder, *PRETRAINED, f"parallel={layout}", nodes=4)
-    found = [asked(monkeypatch, config, node) for node in range(4)]
-    assert [held(runs) for runs in found] == [WHOLE // 4] * 4
+    found = [bytes_read(monkeypatch, config, node) for node in range(4)]
+    assert [total(runs) for runs in found] == [WHOLE // 4] * 4
     assert len({run for runs in found for run in runs}) == 4 * len(SHAPES)
 
 
@@ -79,7 +79,7 @@ def test_nodes_read_what_their_ranks_hold(compose, folder, monkeypatch, layout):
         (["parallel=fsdp", "parallel.tensor_ranks=2"], 1, [(0.0, 1.0)]),
     ],
 )
-def test_a_share_follows_the_layout(compose, folder, words, nodes, expected):
+def test_a_share_follows_the_layout(compose, folder, words, nodes, expected) -> None:
     config = config_of(compose, folder, *PRETRAINED)
     parallel = compose(*words, "cluster.train.ranks_per_node=4").parallel
     config.parallel = parallel
@@ -87,29 +87,29 @@ def test_a_share_follows_the_layout(compose, folder, words, nodes, expected):
     assert [prefetch.share(config, node) for node in range(nodes)] == expected
 
 
-def test_nothing_is_read_where_it_is_of_no_use(compose, folder, monkeypatch):
+def test_nothing_is_read_when_it_would_not_help(compose, folder, monkeypatch) -> None:
     drawn = config_of(compose, folder, *PRETRAINED)
     drawn.model.init = compose().model.init
-    assert asked(monkeypatch, drawn) == []
+    assert bytes_read(monkeypatch, drawn) == []
     absent = config_of(compose, folder / "absent", *PRETRAINED)
-    assert asked(monkeypatch, absent) == []
+    assert bytes_read(monkeypatch, absent) == []
     (folder / "run/checkpoints/step-00000010").mkdir(parents=True)
-    assert asked(monkeypatch, config_of(compose, folder, *PRETRAINED)) == []
-    adapted = config_of(compose, folder, *PRETRAINED, "adapter=lora")  # whose base is in no checkpoint
-    assert held(asked(monkeypatch, adapted)) == WHOLE
+    assert bytes_read(monkeypatch, config_of(compose, folder, *PRETRAINED)) == []
+    adapted = config_of(compose, folder, *PRETRAINED, "adapter=lora")  # the base of an adapter is not in its checkpoint
+    assert total(bytes_read(monkeypatch, adapted)) == WHOLE
     monkeypatch.setattr(prefetch.host_memory, "free_bytes", lambda: WHOLE)
-    assert asked(monkeypatch, adapted) == []
+    assert bytes_read(monkeypatch, adapted) == []
 
 
-def test_files_are_those_that_training_reads(compose, folder, monkeypatch):
+def test_the_same_files_are_read_as_in_training(compose, folder, monkeypatch) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))  # left over from another save
-    assert held(asked(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
+    assert total(bytes_read(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    assert held(asked(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
+    assert total(bytes_read(monkeypatch, config_of(compose, folder, *PRETRAINED))) == WHOLE
 
 
-def test_a_model_of_the_hub_is_read_from_the_cache(compose, folder, monkeypatch):
+def test_a_model_of_the_hub_is_read_from_the_cache(compose, folder, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = folder / "models--owner--name/snapshots" / commit
@@ -117,10 +117,10 @@ def test_a_model_of_the_hub_is_read_from_the_cache(compose, folder, monkeypatch)
     (folder / "models--owner--name/refs").mkdir()
     (folder / "models--owner--name/refs/main").write_text(commit)
     (folder / "model.safetensors").rename(snapshot / "model.safetensors")
-    assert held(asked(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/name"}))) == WHOLE
-    assert asked(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/other"})) == []
+    assert total(bytes_read(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/name"}))) == WHOLE
+    assert bytes_read(monkeypatch, put(compose(*PRETRAINED), {"model.source": "owner/other"})) == []
 
 
-def test_a_broken_file_is_left_to_whoever_needs_it(compose, folder, monkeypatch):
+def test_a_broken_file_is_ignored(compose, folder, monkeypatch) -> None:
     (folder / "model.safetensors").write_bytes(b"\x08" * 20)
-    assert asked(monkeypatch, config_of(compose, folder, *PRETRAINED)) == []
+    assert bytes_read(monkeypatch, config_of(compose, folder, *PRETRAINED)) == []

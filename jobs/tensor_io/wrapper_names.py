@@ -1,0 +1,16 @@
+"""Removes the names of wrapper modules (torch.compile, FSDP1, recomputation, PEFT) that weight names have only in training."""
+
+import re
+
+_TORCH = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PEFT = re.compile(r"^base_model\.model\.|\bbase_layer\.")
+
+
+def without_torch_wrappers(name: str) -> str:
+    """`model._orig_mod.norm.weight` -> `model.norm.weight`."""
+    return _TORCH.sub("", name)
+
+
+def without_wrappers(name: str) -> str:
+    """Also without PEFT's: `base_model.model.model.q_proj.base_layer.weight` -> `model.q_proj.weight`."""
+    return _PEFT.sub("", _TORCH.sub("", name))
