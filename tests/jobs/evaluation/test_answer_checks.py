@@ -19,7 +19,7 @@ def words():
 def found(words, text):
     """The faults of an answer, written with its special tokens."""
     ids = words.encode(text, add_special_tokens=False)
-    return answer_checks.faults(ids, words.decode(ids, skip_special_tokens=True), answer_checks.special(words))
+    return answer_checks.faults(ids, words.decode(ids, skip_special_tokens=True), answer_checks.special_tokens(words))
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_faults(text, faults, words):
 
 
 def test_a_marker_in_plain_tokens_is_found_too(words):
-    known = answer_checks.special(words)
+    known = answer_checks.special_tokens(words)
     assert "<|im_start|>" in known.markers
-    assert answer_checks.faults([*range(5, 30), *known.ends][:26], "so <|im_start|>user", known) == ["template"]
+    assert answer_checks.faults([*range(5, 30), *known.end_ids][:26], "so <|im_start|>user", known) == ["template"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_marker_in_plain_tokens_is_found_too(words):
     ],
 )
 def test_loops(ids, loops):
-    assert answer_checks.loops(ids) is loops
+    assert answer_checks.ends_in_loop(ids) is loops
 
 
 def test_the_page_is_whole_and_says_nothing_but_text():

@@ -108,7 +108,7 @@ def about_of(rows, sizes, validation=None):
     return {"sets": sets, "splits": {"train": list(sizes), "validation": list(sizes)}, **totals}
 
 
-def made_page(words, rows, *, sizes=None, validation=None, found=(), max_length=512, packed=False, **more):
+def made_page(words, rows, *, sizes=None, validation=None, verdicts=(), max_length=512, packed=False, **more):
     return data_preview.html(
         about_of(rows, sizes or {"facts": len(rows.samples)}, validation),
         {"train": rows, "validation": validation or rows},
@@ -116,22 +116,22 @@ def made_page(words, rows, *, sizes=None, validation=None, found=(), max_length=
         words,
         max_length=max_length,
         packed=packed,
-        found=found,
+        verdicts=verdicts,
         **more,
     )
 
 
 def texts_of(decoder, ids):
-    return [text for _, text in decoder.pieces(ids)]
+    return [text for _, text in decoder.groups(ids)]
 
 
 def test_pieces_add_up_to_the_text_and_hold_every_token(words):
     text = "Hello  wörld 😀👩‍👩‍👧 日本\n\tx <|im_end|> end "
     ids = words.encode(text, add_special_tokens=False)
-    found = list(token_view.Decoder(words).pieces(ids))
+    found = list(token_view.Decoder(words).groups(ids))
     assert "".join(piece for _, piece in found) == text
     assert [token for tokens, _ in found for token in tokens] == ids
-    assert token_view.BROKEN not in "".join(piece for _, piece in found)
+    assert token_view.REPLACEMENT_CHARACTER not in "".join(piece for _, piece in found)
     smile = next(tokens for tokens, piece in found if piece.strip() == "😀")
     assert len(smile) > 1, "no token of it can be read alone"
 
@@ -142,12 +142,12 @@ def test_a_stray_byte_keeps_its_neighbours_readable(words):
     found = texts_of(token_view.Decoder(words), [*ids, *stray, *ids])
     assert "".join(found).startswith("one")
     assert "".join(found).endswith("one")
-    assert token_view.BROKEN in "".join(found)
+    assert token_view.REPLACEMENT_CHARACTER in "".join(found)
 
 
 def test_a_long_run_of_bytes_ends(words):
     stray = words.encode("😀", add_special_tokens=False)[:1]
-    found = list(token_view.Decoder(words).pieces(stray * 100))
+    found = list(token_view.Decoder(words).groups(stray * 100))
     assert sum(len(tokens) for tokens, _ in found) == 100
 
 
@@ -163,21 +163,21 @@ def test_tokens_behind_others_keep_the_blank_that_some_tokenizers_strip():
     )
     decoder = token_view.Decoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
     euro = [4 + byte for byte in "€".encode()]
-    assert list(decoder.pieces([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
+    assert list(decoder.groups([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
 
 
 def test_the_terminal_shows_trained_tokens_in_green(words):
     rows = split([encoded(words, "Why?\n", "So.\nYes.<|im_end|>")])
-    shown = data_preview.terminal(rows, words, place, colour=True)
+    shown = data_preview.terminal(rows, words, place, color=True)
     assert shown == (
-        "sample    rows.jsonl:1: 10 tokens, 7 trained, in green\n"
+        "sample    rows.jsonl:1: 10 tokens, 7 trained (in green)\n"
         "Why?\n\033[32mSo.\033[0m\n\033[32mYes.<|im_end|>\033[0m"
     ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
 
 
 def test_the_terminal_shows_trained_tokens_in_brackets_and_obeys_no_row(words):
     rows = split([encoded(words, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
-    shown = data_preview.terminal(rows, words, place, count=2, colour=False)
+    shown = data_preview.terminal(rows, words, place, count=2, color=False)
     assert "a  b\t␛[2J␍«c‹U+202E› d»" in shown
     assert shown.count("sample    rows.jsonl:") == 2
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", shown)
@@ -185,7 +185,7 @@ def test_the_terminal_shows_trained_tokens_in_brackets_and_obeys_no_row(words):
 
 def test_a_long_sample_shows_its_beginning_and_its_end(words):
     rows = split([encoded(words, "first " + "x " * 5000, "answer<|im_end|>")])
-    shown = data_preview.terminal(rows, words, place, colour=False)
+    shown = data_preview.terminal(rows, words, place, color=False)
     assert len(shown) < 5000
     assert "\nfirst x" in shown
     assert shown.endswith("«answer<|im_end|>»")
@@ -194,9 +194,13 @@ def test_a_long_sample_shows_its_beginning_and_its_end(words):
 
 def test_samples_are_drawn_by_seed_and_each_once(words):
     rows = split([encoded(words, "q", "a")] * 50, np.repeat(np.arange(50), 3))
-    assert data_preview.drawn(rows, 8, 0) == data_preview.drawn(rows, 8, 0) != data_preview.drawn(rows, 8, 1)
-    assert len(set(data_preview.drawn(rows, 8, 0))) == 8
-    assert data_preview.drawn(split([encoded(words, "q", "a")]), 8, 0) == [0]
+    assert (
+        data_preview.random_samples(rows, 8, 0)
+        == data_preview.random_samples(rows, 8, 0)
+        != data_preview.random_samples(rows, 8, 1)
+    )
+    assert len(set(data_preview.random_samples(rows, 8, 0))) == 8
+    assert data_preview.random_samples(split([encoded(words, "q", "a")]), 8, 0) == [0]
 
 
 def test_what_rows_hold_is_text_and_never_markup(words):
@@ -210,7 +214,7 @@ def test_what_rows_hold_is_text_and_never_markup(words):
             words,
             max_length=512,
             packed=False,
-            found=quality_gates.judged(findings, 1, Gates()),
+            verdicts=quality_gates.judged(findings, 1, Gates()),
         )
     )
     names = {tag for tag, _ in found.tags}
@@ -246,20 +250,20 @@ def test_a_sample_says_whether_it_was_cut(words):
     long, short = encoded(words, "q " * 8, "a " * 20), encoded(words, "q", "a")
     size = len(long[0])
     rows = split([long, long, short, short])
-    one_row = [data_preview._notes(number, rows, lambda number: "rows.jsonl:1", size) for number in range(4)]
-    assert one_row[0] == ["goes on in the next sample"]
-    assert one_row[1] == ["goes on from the sample before", "goes on in the next sample"]
-    assert one_row[2] == ["goes on from the sample before"]
+    one_row = [data_preview._cut_notes(number, rows, lambda number: "rows.jsonl:1", size) for number in range(4)]
+    assert one_row[0] == ["continued in the next sample"]
+    assert one_row[1] == ["continues the previous sample", "continued in the next sample"]
+    assert one_row[2] == ["continues the previous sample"]
     assert one_row[3] == []
-    assert data_preview._notes(0, rows, place, size) == ["as long as data.max_length: most likely cut"]
-    assert "most likely cut" in made_page(words, rows, max_length=size)
+    assert data_preview._cut_notes(0, rows, place, size) == ["as long as data.max_length: probably truncated"]
+    assert "probably truncated" in made_page(words, rows, max_length=size)
 
 
 def test_stops_and_warnings_are_told_apart(words):
     findings = Findings()
     findings.note("duplicates", ["rows.jsonl:7"], 1)
     findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
-    text = made_page(words, split([encoded(words, "q", "a")]), found=quality_gates.judged(findings, 100, Gates()))
+    text = made_page(words, split([encoded(words, "q", "a")]), verdicts=quality_gates.judged(findings, 100, Gates()))
     stop, warning = text.index("stops the run"), text.index(">warning<")
     assert stop < warning
     assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
@@ -271,7 +275,7 @@ def test_stops_and_warnings_are_told_apart(words):
 def test_sets_are_charted_by_their_tokens_an_epoch(words):
     short, long = encoded(words, "q", "a"), encoded(words, "q", "a " * 50)
     rows = split([short, short, long], np.array([0, 0, 1, 2]))
-    found = charts.sources(about_of(rows, {"short": 2, "long": 1}), rows)
+    found = charts.tokens_by_set(about_of(rows, {"short": 2, "long": 1}), rows)
     assert [one["name"] for one in found] == ["long", "short"]
     assert [one["tokens"] for one in found] == [len(long[0]), 3 * len(short[0])]
     assert [one["trained"] for one in found] == [sum(long[1]), 3 * sum(short[1])]
@@ -285,22 +289,22 @@ def test_sets_are_charted_by_their_tokens_an_epoch(words):
 )
 def test_every_sample_is_in_one_bar_within_the_chart(lengths, max_length):
     lengths = np.minimum(np.asarray(lengths), max_length)
-    chart = charts.of_lengths(lengths, max_length)
+    chart = charts.length_histogram(lengths, max_length)
     assert sum(int(re.search(r": ([\d,]+) sample", say)[1].replace(",", "")) for *_, say in chart.bars) == len(lengths)
     assert all(
         left >= -1e-9 and left + width <= 100 + 1e-9 and 0 < height <= 100 for left, width, height, _ in chart.bars
     )
-    assert all(-1e-9 <= at <= 100 + 1e-9 for at, _ in [*chart.across, *chart.up, chart.mark])
-    assert len(chart.across) <= 8
+    assert all(-1e-9 <= at <= 100 + 1e-9 for at, _ in [*chart.x_ticks, *chart.y_ticks, chart.mark])
+    assert len(chart.x_ticks) <= 8
 
 
 def test_packed_rows_show_how_full_they_are(words):
     rows = split([encoded(words, "q " * 20, "a " * 20)] * 10, pack_into=512)
     text = made_page(words, rows, packed=True)
     fill = rows.lengths.sum() / (len(rows) * 512)
-    assert f"{len(rows)} rows an epoch, {fill:.1%} full" in text
+    assert f"{len(rows)} rows per epoch, {fill:.1%} full" in text
     assert "train.micro_batch" not in text
-    assert sum(chart[2] > 0 for chart in charts.of_fill(rows.lengths, 512).bars) >= 1
+    assert sum(chart[2] > 0 for chart in charts.fill_histogram(rows.lengths, 512).bars) >= 1
 
 
 def test_rows_of_one_sample_show_their_padding():
@@ -314,7 +318,7 @@ def test_the_page_stays_small_however_long_the_samples(words, text):
     rows = split([(ids, [0, 1] * 30_000)] * 12)
     page_text = made_page(words, rows, max_length=60_000)
     assert len(page_text.encode()) < 1_000_000
-    assert "tokens between are not shown" in page_text
+    assert "tokens in between are not shown" in page_text
     parsed(page_text)
 
 

@@ -1,4 +1,4 @@
-"""jobs/tokenization/encoder.py: every fast way gives the tokens and the marks of `chat.encode`, or is not taken."""
+"""jobs/tokenization/encoder.py: every fast way gives the tokens and the marks of `reference.encode`, or is not taken."""
 
 import builtins
 import random
@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.tokenization import bpe_ranks, byte_bpe, encoder, loss_mask, reference, split_patterns
-from jobs.tokenization.chat_template import NAMED
+from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample, Turn
-from jobs.tokenization.encoder import Direct, Encoder, same
-from jobs.tokenization.offsets import Text, Unfit
-from jobs.tokenization.template_renderer import Rendering
+from jobs.tokenization.encoder import Encoder, TokenizersBackend, first_difference
+from jobs.tokenization.offsets import MaskedText, TokenizedText, Unsupported
+from jobs.tokenization.template_renderer import CompiledRenderer
 from tests.jobs.ranks import CLONE
 from tests.jobs.tokenization.test_reference import CALLED, CHAT, PLAIN, REWRITES, SYSTEM, TOOLS
 
@@ -56,7 +56,7 @@ CORPUS = [*(text[:99] for text in TEXTS), "the theme of these others is there an
 
 def added(tokenizer, **tokens):
     """With the tokens of every named template, and a template without marks."""
-    extra = sorted({token for each in NAMED.values() for token in each} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+    extra = sorted({token for each in BUNDLED.values() for token in each} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": extra})
     tokenizer.chat_template = PLAIN
     return tokenizer
@@ -186,7 +186,7 @@ def result(way, sample):
 def agree(words, samples, template=None, mask="assistant"):
     """The fast way on every sample, alone and with all others, held against the slow one."""
     fast = Encoder(words, template=template, mask=mask)
-    for sample, found in zip(samples, fast.fast(samples), strict=True):
+    for sample, found in zip(samples, fast.encode_fast(samples), strict=True):
         expected = result(lambda sample: reference.encode(sample, words, template, mask), sample)
         assert result(fast, sample) == expected, sample
         assert found is None or result(lambda _, found=found: found, sample) == expected, sample
@@ -194,12 +194,12 @@ def agree(words, samples, template=None, mask="assistant"):
 
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
-@pytest.mark.parametrize("template", [*NAMED, None])
+@pytest.mark.parametrize("template", [*BUNDLED, None])
 @pytest.mark.parametrize("name", MAKERS)
 def test_chats_are_the_same(name, template, mask, tokenizers):
     fast = agree(tokenizers[name], CHATS, template, mask)
-    assert fast.ways.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
-    assert fast.ways.endswith("chats rendered directly")
+    assert fast.description.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
+    assert fast.description.endswith("chats rendered directly")
 
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
@@ -240,27 +240,32 @@ def test_strange_texts_are_the_same(name, tokenizers):
 def test_the_fast_way_is_taken(name, tokenizers, monkeypatch):
     """What is the same because both are slow proves nothing."""
     fast = Encoder(tokenizers[name], template="chatml")
-    monkeypatch.setattr(fast, "_slow", None)
+    monkeypatch.setattr(fast, "_reference", None)
     texts = [Sample(parts=((text, True),)) for text in TEXTS if name != "qwen" or text.isascii()]
-    assert all(len(ids) for ids, _ in fast.fast([*texts, *CHATS[:13]]))
+    assert all(len(ids) for ids, _ in fast.encode_fast([*texts, *CHATS[:13]]))
     assert all(len(fast(sample)[0]) for sample in [*texts, *CHATS[:13]])
 
 
 def test_one_text_does_not_slow_the_others(tokenizers):
     fast = Encoder(tokenizers["gpt2"])
     samples = [
-        Sample(parts=((text, True),)) for text in ("a", "half \ud83d", split_patterns.HERE, split_patterns.CUT, "b  c")
+        Sample(parts=((text, True),))
+        for text in ("a", "half \ud83d", split_patterns.SEPARATOR, split_patterns.CUT, "b  c")
     ]
-    assert [found is not None for found in fast.fast(samples)] == [True, False, False, False, True]
+    assert [found is not None for found in fast.encode_fast(samples)] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_runs_of_blanks_are_split_alike(name, tokenizers):
-    rng, backend, fast = random.Random(3), tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
-    pieces = [*split_patterns.BLANKS, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
+    rng, backend, fast = (
+        random.Random(3),
+        tokenizers[name].backend_tokenizer,
+        byte_bpe.TiktokenBackend(tokenizers[name]),
+    )
+    pieces = [*split_patterns.WHITESPACE, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(40))) for _ in range(3000)]
-    assert (fast._runs is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
-    for text, found in zip(texts, fast([Text(text, [], [], False) for text in texts]), strict=True):
+    assert (fast._unit_kinds is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
+    for text, found in zip(texts, fast([MaskedText(text, [], [], False) for text in texts]), strict=True):
         assert found is None or found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
         assert found is not None or (name == "qwen" and not text.isascii())
 
@@ -273,10 +278,10 @@ def test_every_character_is_split_alike(tokenizers):
         for at in range(0, len(points), 2000)
     ]
     for name in ("bundled", "gpt2", "llama3"):
-        backend, fast = tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
+        backend, fast = tokenizers[name].backend_tokenizer, byte_bpe.TiktokenBackend(tokenizers[name])
         for text in texts:
-            text = fast._odd.sub("", text) if fast._odd else text
-            [found] = fast([Text(text, [], [], False)])
+            text = fast._ambiguous.sub("", text) if fast._ambiguous else text
+            [found] = fast([MaskedText(text, [], [], False)])
             assert found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
@@ -318,15 +323,17 @@ def test_odd_templates_are_the_same(template, mask, tokenizers, monkeypatch):
 
 @pytest.mark.parametrize("name", ["in a macro", "in a set", "with a macro's names"])
 def test_marks_that_transformers_counts_otherwise_are_left_to_it(name, tokenizers, monkeypatch):
-    with pytest.raises(Unfit):
-        Rendering(ODD_TEMPLATES[name], {})
+    with pytest.raises(Unsupported):
+        CompiledRenderer(ODD_TEMPLATES[name], {})
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", ODD_TEMPLATES[name])
-    assert Encoder(tokenizers["gpt2"]).ways.endswith("chats rendered by transformers")
+    assert Encoder(tokenizers["gpt2"]).description.endswith("chats rendered by transformers")
 
 
 def test_direct_tokens_are_the_same(tokenizers, monkeypatch):
     """For tokenizers that tiktoken cannot do, or where it is not installed."""
-    monkeypatch.setattr(encoder, "_found", encoder._found.__wrapped__)  # what it found before had tiktoken
+    monkeypatch.setattr(
+        encoder, "_fastest_backend", encoder._fastest_backend.__wrapped__
+    )  # what it found before had tiktoken
     real = builtins.__import__
 
     def without(name, *rest, **more):
@@ -338,35 +345,38 @@ def test_direct_tokens_are_the_same(tokenizers, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     for name, words in tokenizers.items():
         fast = agree(words, [*CHATS, *PLAINS], "chatml")
-        assert isinstance(fast._tokens, Direct), name
-    assert Encoder(tokenizers["gpt2"]).ways.startswith("tokens by tokenizers (tiktoken is not installed)")
+        assert isinstance(fast._backend, TokenizersBackend), name
+    assert Encoder(tokenizers["gpt2"]).description.startswith("tokens by tokenizers (tiktoken is not installed)")
 
 
 REFUSED = {
-    "a blank before every text": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=True), "not split by one pattern"),
-    "a line's end": (lambda: split_by(r"\s+$|\S+|\s+"), "may read in another way"),
-    "possessive": (lambda: split_by(r"\p{N}{1,3}+|\P{N}+"), "may read in another way"),
-    "words": (lambda: split_by(r"\w+|\W+"), "may read in another way"),
-    "flags": (lambda: split_by(r"(?m)a|[^a]+"), "may read in another way"),
+    "a blank before every text": (
+        lambda: pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "does not split text into bytes by one pattern",
+    ),
+    "a line's end": (lambda: split_by(r"\s+$|\S+|\s+"), "may interpret its split pattern differently"),
+    "possessive": (lambda: split_by(r"\p{N}{1,3}+|\P{N}+"), "may interpret its split pattern differently"),
+    "words": (lambda: split_by(r"\w+|\W+"), "may interpret its split pattern differently"),
+    "flags": (lambda: split_by(r"(?m)a|[^a]+"), "may interpret its split pattern differently"),
 }
 
 
 @pytest.mark.parametrize(("split", "why"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_known_to_be_the_same_is_refused(split, why):
     words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split(), 300)))
-    assert why in Encoder(words).ways
+    assert why in Encoder(words).description
     agree(words, [*CHATS, *PLAINS])
 
 
 def test_a_pattern_with_gaps_is_seen():
     words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split_by(r"\p{L}+|\s+"), 300)))
-    assert Encoder(words).ways.startswith("tokens by tiktoken")
+    assert Encoder(words).description.startswith("tokens by tiktoken")
     agree(words, [*CHATS, *PLAINS])
 
 
 def model(tokens, pairs, ignore_merges=False):
     """A list of merges as no training would give it."""
-    order = {token: number for number, token in enumerate([*bpe_ranks.LETTERS, *tokens])}
+    order = {token: number for number, token in enumerate([*bpe_ranks.BYTE_OF_LETTER, *tokens])}
     backend = Tokenizer(models.BPE(vocab=order, merges=pairs, ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -392,44 +402,46 @@ def test_merges_are_the_same(tokens, pairs, whole):
 
 def test_a_whole_word_that_no_merge_makes_is_left_to_tokenizers():
     tokens, pairs = LISTS["a token that its letters never become"]
-    assert Encoder(model(tokens, pairs)).ways.startswith("tokens by tiktoken")
-    assert "made of no pair" in Encoder(model(tokens, pairs, True)).ways
+    assert Encoder(model(tokens, pairs)).description.startswith("tokens by tiktoken")
+    assert "no listed merge makes" in Encoder(model(tokens, pairs, True)).description
 
 
 def test_a_whole_word_that_no_two_neighbours_make_is_looked_up():
     words = model(["bc", "xbcy"], [("b", "c")], True)
-    assert Encoder(words).ways.startswith("tokens by tiktoken")
+    assert Encoder(words).description.startswith("tokens by tiktoken")
     agree(words, [Sample(parts=((text, True),)) for text in ("xbcy", "xbcyx", "axbcy", "xbc xbcy")])
 
 
 def test_slow_when_asked(tokenizers):
     slow = Encoder(tokenizers["gpt2"], fast=False)
-    assert slow.ways == "tokens and chats by transformers"
+    assert slow.description == "tokens and chats by transformers"
     assert result(slow, CHATS[0]) == result(Encoder(tokenizers["gpt2"]), CHATS[0])
     with pytest.raises(ValueError, match="mask 'user' is unknown"):
         Encoder(tokenizers["gpt2"], mask="user")
 
 
 def test_same_finds_no_difference(tokenizers):
-    assert same(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
+    assert first_difference(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda ids, trained, end: (ids + 1, trained, end), r"sample 1: ids\[0\] is \d+, but should be \d+"),
-        (lambda ids, trained, end: (ids, 1 - trained, end), r"sample 1: learnt\[0\] is 1, but should be 0"),
-        (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids, but should be \d+"),
+        (lambda ids, trained, end: (ids + 1, trained, end), r"sample 1: ids\[0\] is \d+ instead of \d+"),
+        (lambda ids, trained, end: (ids, 1 - trained, end), r"sample 1: trained\[0\] is 1 instead of 0"),
+        (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids instead of \d+"),
     ],
 )
 def test_same_says_what_differs(wrong, says, tokenizers, monkeypatch):
-    right = encoder.ByteLevel.__call__
-    monkeypatch.setattr(encoder.ByteLevel, "__call__", lambda *given: [wrong(*found) for found in right(*given)])
-    found = same(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
+    right = encoder.TiktokenBackend.__call__
+    monkeypatch.setattr(
+        encoder.TiktokenBackend, "__call__", lambda *given: [TokenizedText(*wrong(*found)) for found in right(*given)]
+    )
+    found = first_difference(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
     assert re.fullmatch(says, found)
 
 
 def test_same_knows_an_error_that_was_missed(tokenizers, monkeypatch):
-    monkeypatch.setattr(Encoder, "_text", lambda self, sample: Text("...", [], [], False))
-    found = same(tokenizers["gpt2"], [CHATS[11]])
-    assert found.startswith("sample 0: 3 tokens, but should be: the first turn is the assistant's")
+    monkeypatch.setattr(Encoder, "_text", lambda self, sample: MaskedText("...", [], [], False))
+    found = first_difference(tokenizers["gpt2"], [CHATS[11]])
+    assert found.startswith("sample 0: 3 tokens instead of the error: the first turn is the assistant's")

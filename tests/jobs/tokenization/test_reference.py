@@ -7,9 +7,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from jobs.tokenization.chat_template import NAMED, template_text
+from jobs.tokenization.chat_template import BUNDLED, template_source
 from jobs.tokenization.conversation import Sample, Turn
-from jobs.tokenization.reference import encode, ends_well, messages
+from jobs.tokenization.reference import chat_messages, encode, ends_with_end_token
 from tests.jobs.ranks import CLONE
 
 PLAIN = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
@@ -42,14 +42,14 @@ CALLED = (
 def words(tmp_path):
     """The bundled tokenizer with the tokens of every named template."""
     tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    extra = sorted({token for tokens in NAMED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+    extra = sorted({token for tokens in BUNDLED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
     tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": extra})
     (tmp_path / "plain.jinja").write_text(PLAIN)
     tokenizer.chat_template = PLAIN
     return tokenizer
 
 
-def learnt(ids, trained, words):
+def trained_texts(ids, trained, words):
     """The text of each unbroken run of learnt tokens."""
     runs = groupby(zip(ids, trained, strict=True), key=lambda item: item[1])
     return [words.decode([token for token, _ in run]) for yes, run in runs if yes]
@@ -58,7 +58,7 @@ def learnt(ids, trained, words):
 def own(sample, words, template):
     """What transformers makes of the same turns."""
     return words.apply_chat_template(
-        messages(sample), tools=sample.tools, chat_template=template_text(template, words), return_dict=True
+        chat_messages(sample), tools=sample.tools, chat_template=template_source(template, words), return_dict=True
     )["input_ids"]
 
 
@@ -92,7 +92,7 @@ TEXTS = {
 }
 """By hand, from each family's documentation; the tokenizer's eos is <|im_end|>, which mistral writes."""
 ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-EVERY = [*NAMED, None]
+EVERY = [*BUNDLED, None]
 
 
 def answers(template, *texts):
@@ -106,15 +106,15 @@ def test_a_chat_is_the_documented_text_and_its_answers_are_learnt(template, syst
     ids, trained = encode(sample, words, template)
     assert words.decode(ids) == TEXTS[template, system]
     assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == answers(template, "Hello!", "So long.")
-    assert ends_well(ids, trained, words)
+    assert trained_texts(ids, trained, words) == answers(template, "Hello!", "So long.")
+    assert ends_with_end_token(ids, trained, words)
 
 
 @pytest.mark.parametrize("template", EVERY)
 def test_the_mask_policies(template, words):
     sample = Sample(turns=CHAT)
     last = encode(sample, words, template, "last")
-    assert learnt(*last, words) == answers(template, "So long.")
+    assert trained_texts(*last, words) == answers(template, "So long.")
     ids, trained = encode(sample, words, template, "all")
     assert all(trained)
     assert ids == last[0] == own(sample, words, template)
@@ -124,8 +124,8 @@ def test_the_mask_policies(template, words):
 def test_a_turns_own_flag_wins(template, words):
     no, yes = (Turn("assistant", "Hello!", train=flag) for flag in (False, True))
     untaught, taught = (Sample(turns=(CHAT[0], turn, *CHAT[2:])) for turn in (no, yes))
-    assert learnt(*encode(untaught, words, template), words) == answers(template, "So long.")
-    assert learnt(*encode(taught, words, template, "last"), words) == answers(template, "Hello!", "So long.")
+    assert trained_texts(*encode(untaught, words, template), words) == answers(template, "So long.")
+    assert trained_texts(*encode(taught, words, template, "last"), words) == answers(template, "Hello!", "So long.")
     ids, trained = encode(untaught, words, template, "all")
     left_out = words.decode([token for token, yes in zip(ids, trained, strict=True) if not yes])
     assert [left_out] == answers(template, "Hello!")
@@ -135,7 +135,7 @@ def test_a_turns_own_flag_wins(template, words):
 def test_a_flag_reaches_a_users_turn(template, words):
     asked = Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:]))
     ids, trained = encode(asked, words, template, "last")
-    assert [text.removeprefix("<s>") for text in learnt(ids, trained, words)] == [
+    assert [text.removeprefix("<s>") for text in trained_texts(ids, trained, words)] == [
         "<|im_start|>user\nHi<|im_end|>\n",
         "So long.<|im_end|>",
     ]
@@ -188,7 +188,7 @@ def test_calls_are_learnt_and_results_are_not(template, words):
     ids, trained = encode(sample, words, template)
     assert words.decode(ids) == TOOL_TEXTS[template]
     assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == [CALLS[template], *answers(template, "It is 2.")]
+    assert trained_texts(ids, trained, words) == [CALLS[template], *answers(template, "It is 2.")]
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen"])
@@ -201,7 +201,7 @@ def test_several_calls_and_results_share_a_turn(template, words):
     )
     ids, trained = encode(Sample(turns=turns), words, template)
     written = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
-    assert learnt(ids, trained, words) == [f"<think>\nTwo.\n</think>\n\nWait.\n{written}\n{written}<|im_end|>"]
+    assert trained_texts(ids, trained, words) == [f"<think>\nTwo.\n</think>\n\nWait.\n{written}\n{written}<|im_end|>"]
     result = "\n<tool_response>\n2\n</tool_response>"
     assert words.decode(ids).endswith(f"<|im_start|>user{result}{result}<|im_end|>\n")
 
@@ -218,18 +218,18 @@ def test_blanks_at_a_bound_and_letters_of_many_bytes(answer, template, trims, wo
     sample = Sample(turns=(CHAT[0], Turn("assistant", answer), *CHAT[2:]))
     ids, trained = encode(sample, words, template)
     assert ids == own(sample, words, template)
-    first, second = learnt(ids, trained, words)
+    first, second = trained_texts(ids, trained, words)
     assert first.endswith(answer + "<|im_end|>")
     assert first.removesuffix(answer + "<|im_end|>") in ("", "\n")  # a token that holds the header's line end as well
     assert second == "So long.<|im_end|>"
 
 
-@pytest.mark.parametrize("template", NAMED)
+@pytest.mark.parametrize("template", BUNDLED)
 def test_transformers_own_mask_is_the_same(template, words):
     sample = Sample(turns=CHAT)
     found = words.apply_chat_template(
-        messages(sample),
-        chat_template=template_text(template, words),
+        chat_messages(sample),
+        chat_template=template_source(template, words),
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
@@ -243,14 +243,14 @@ def test_a_token_across_the_bound_is_learnt_whole(template, words):
     sample = Sample(turns=(CHAT[0], Turn("assistant", "\nSo")))
     ids, trained = encode(sample, words, template)
     assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == ["\n\nSo<|im_end|>"]
+    assert trained_texts(ids, trained, words) == ["\n\nSo<|im_end|>"]
 
 
 def test_text_gets_one_end(words):
     ids, trained = encode(Sample(parts=(("A page.\n", True),)), words)
     assert words.decode(ids) == "A page.\n<|im_end|>"
     assert all(trained)
-    assert ends_well(ids, trained, words)
+    assert ends_with_end_token(ids, trained, words)
     assert encode(Sample(parts=(("A page.\n<|im_end|>", True),)), words) == (ids, trained)
 
 
@@ -261,11 +261,11 @@ def test_only_the_completion_is_learnt(trims, words):
     sample = Sample(parts=(("The sky is", False), (" blue.", True)))
     ids, trained = encode(sample, words)
     assert words.decode(ids) == "The sky is blue.<|im_end|>"
-    assert learnt(ids, trained, words) == [" blue.<|im_end|>"]
+    assert trained_texts(ids, trained, words) == [" blue.<|im_end|>"]
     assert all(encode(sample, words, mask="all")[1])
     ids, trained = encode(Sample(parts=((" yes", True), (" no", False))), words)
-    assert learnt(ids, trained, words) == [" yes"]
-    assert not ends_well(ids, trained, words)
+    assert trained_texts(ids, trained, words) == [" yes"]
+    assert not ends_with_end_token(ids, trained, words)
 
 
 PARTS = {
@@ -281,7 +281,7 @@ def test_tokens_whose_blanks_have_no_offsets(parts, expected, words):
     words.add_tokens(["- "])
     sample = Sample(parts=tuple(parts))
     plain = encode(sample, words)
-    assert learnt(*plain, words) == expected
+    assert trained_texts(*plain, words) == expected
     words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert encode(sample, words) == plain
 
@@ -296,9 +296,9 @@ def test_text_begins_once(words):
         assert words.decode(ids) == "<s>So<|im_end|>"
         assert trained[1:] == [1] * (len(ids) - 1)
     ids, trained = encode(Sample(parts=(("So", True), (" it", False))), words)
-    assert learnt(ids, trained, words) == ["So"]
+    assert trained_texts(ids, trained, words) == ["So"]
     ids, trained = encode(Sample(parts=(("So", False), (" it", True))), words)
-    assert learnt(ids, trained, words) == [" it<|im_end|>"]
+    assert trained_texts(ids, trained, words) == [" it<|im_end|>"]
     assert words.decode(encode(Sample(turns=CHAT), words)[0]) == TEXTS[None, False]
 
 
@@ -313,16 +313,20 @@ def test_a_file_is_a_template(words, tmp_path):
 def test_what_never_ends_is_seen(words):
     endless = PLAIN.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
     words.chat_template = endless
-    assert not ends_well(*encode(Sample(turns=CHAT), words), words)
-    assert not ends_well([5], [0], words)
+    assert not ends_with_end_token(*encode(Sample(turns=CHAT), words), words)
+    assert not ends_with_end_token([5], [0], words)
 
 
 def test_templates_that_rewrite_are_refused_only_where_it_matters(words):
     words.chat_template = REWRITES
-    with pytest.raises(ValueError, match="rewrites earlier turns, so the bounds of turn 1 .* such as one of chatml"):
+    with pytest.raises(
+        ValueError, match="rewrites earlier turns, so the beginning and end of turn 1 .* such as one of chatml"
+    ):
         encode(Sample(turns=CHAT), words)
-    assert learnt(*encode(Sample(turns=CHAT[:2]), words), words) == ["<think></think>Hello!<|im_end|>"]
-    assert learnt(*encode(Sample(turns=CHAT), words, mask="last"), words) == ["<think></think>So long.<|im_end|>"]
+    assert trained_texts(*encode(Sample(turns=CHAT[:2]), words), words) == ["<think></think>Hello!<|im_end|>"]
+    assert trained_texts(*encode(Sample(turns=CHAT), words, mask="last"), words) == [
+        "<think></think>So long.<|im_end|>"
+    ]
     taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
     assert all(encode(taught, words, mask="all")[1])
 
@@ -330,8 +334,8 @@ def test_templates_that_rewrite_are_refused_only_where_it_matters(words):
 def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(words):
     marked = "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
     words.chat_template = PLAIN.replace("{{ m.content }}", marked)
-    assert learnt(*encode(Sample(turns=CHAT), words), words) == ["So long."]
-    with pytest.raises(ValueError, match="marks 1 stretches for 2 assistant turns"):
+    assert trained_texts(*encode(Sample(turns=CHAT), words), words) == ["So long."]
+    with pytest.raises(ValueError, match="has 1 generation marks for 2 assistant turns"):
         encode(Sample(turns=CHAT), words, mask="last")
 
 
@@ -345,14 +349,14 @@ NO_ID = (CHAT[0], Turn("assistant", tool_calls=[{"function": {"name": "add", "ar
     ("template", "turns", "says"),
     [
         (None, LONE, "the first turn is the assistant's"),
-        ("gemma", LONE, "gemma wants user and assistant in turn"),
-        ("gemma", THOUGHT, "gemma has no place for tool calls and reasoning"),
-        ("llama3", THOUGHT, "llama3 has no place for reasoning_content"),
-        ("llama3", BOTH, "llama3 has a turn of one tool call and no text"),
-        ("mistral", BOTH, "mistral has a turn of text or of tool calls"),
-        ("mistral", NO_ID, "mistral wants an id of nine"),
+        ("gemma", LONE, "gemma needs user and assistant turns to alternate"),
+        ("gemma", THOUGHT, "gemma has no format for tool calls or reasoning"),
+        ("llama3", THOUGHT, "llama3 has no format for reasoning_content"),
+        ("llama3", BOTH, "llama3 allows one tool call and no text"),
+        ("mistral", BOTH, "mistral allows either text or tool calls"),
+        ("mistral", NO_ID, "mistral needs an id of nine"),
         ("mistral", (SYSTEM, CHAT[1]), "mistral needs a user turn"),
-        ("nowhere.jinja", CHAT, "'nowhere.jinja' is neither one of chatml, .* nor a file"),
+        ("nowhere.jinja", CHAT, "'nowhere.jinja' is not a readable file and not one of chatml"),
     ],
 )
 def test_what_a_template_cannot_say_is_said(template, turns, says, words):
@@ -362,11 +366,11 @@ def test_what_a_template_cannot_say_is_said(template, turns, says, words):
 
 def test_a_template_of_another_family_is_refused():
     bundled = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    with pytest.raises(ValueError, match="template llama3 writes .*, no token of this tokenizer"):
+    with pytest.raises(ValueError, match="template llama3 needs .*, which the tokenizer does not have"):
         encode(Sample(turns=CHAT), bundled, "llama3")
-    assert learnt(*encode(Sample(turns=CHAT), bundled), bundled) == answers(None, "Hello!", "So long.")
+    assert trained_texts(*encode(Sample(turns=CHAT), bundled), bundled) == answers(None, "Hello!", "So long.")
     bundled.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template: name one of"):
+    with pytest.raises(ValueError, match="has no chat template: set data.chat_template to one of"):
         encode(Sample(turns=CHAT), bundled)
 
 
