@@ -194,8 +194,8 @@ def _tried(recipe: Recipe, rows: list[tuple[str, sources.Row]]) -> Recipe:
             found.append(formats.convert(row, recipe.shape, recipe.fields, recipe.roles))
         except ValueError:
             continue  # the gates will say so
-    difference = encoder.same(recipe.tokenizer, found, mask=recipe.mask.name)
-    ways = encoder.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).ways
+    difference = encoder.first_difference(recipe.tokenizer, found, mask=recipe.mask.name)
+    ways = encoder.Encoder(recipe.tokenizer, mask=recipe.mask.name, fast=difference is None).description
     log.info(f"encoder   {ways}, compared on {len(found)} rows" + (f": {difference}" if difference else ""))
     return replace(recipe, fast=difference is None)
 
@@ -256,11 +256,11 @@ def _write(
             words,
             max_length=config.data.max_length,
             packed=config.data.packing,
-            found=verdicts,
+            verdicts=verdicts,
             seed=config.data.seed,
         )
         write_text(beside / "preview.html", text)
-        log.info(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, colour=True))
+        log.info(data_preview.terminal(rows["train"], words, places["train"], count=config.data.preview, color=True))
     log.info(f"data      {folder}, and what it looks like in preview.html")
 
 

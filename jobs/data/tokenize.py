@@ -16,7 +16,7 @@ from conf.choices import Mask, Overlong
 from jobs.data import formats, quality_gates
 from jobs.data.quality_gates import Findings
 from jobs.data.sources import Block, Row, Unreadable
-from jobs.tokenization import reference
+from jobs.tokenization import chat_template, reference
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.encoder import Encoder
 
@@ -69,18 +69,18 @@ class Tokeniser:
         self.recipe = recipe
         self.encode = Encoder(words, mask=recipe.mask.name, fast=recipe.fast)
         self.vocabulary = len(words)
-        self.closing = reference.end_ids(words)
+        self.closing = chat_template.end_token_ids(words)
 
     def __call__(self, block: Block) -> Tokenised:
         findings, samples, places, firsts = Findings(), [], [], []
         rows = [(number, self._read(row)) for number, row in block.parsed()]
-        encoded = iter(self.encode.fast([sample for _, sample in rows if isinstance(sample, Sample)]))
+        encoded = iter(self.encode.encode_fast([sample for _, sample in rows if isinstance(sample, Sample)]))
         for number, sample in rows:
             place = f"{block.place}{number}"
             try:
                 if isinstance(sample, Exception):
                     raise sample
-                ids, trained = next(encoded) or self.encode.slow(sample)
+                ids, trained = next(encoded) or self.encode.encode_slow(sample)
             except ValueError as error:
                 findings.add(quality_gates.of_error(error), place, str(error))
                 continue
@@ -118,7 +118,7 @@ class Tokeniser:
         parts = [(ids, trained)]
         if len(ids) > self.recipe.max_length:
             parts = self._shortened(ids, trained, findings, place)
-        elif _learnt(trained) and not reference.ends_well(ids, trained, self.recipe.tokenizer, self.closing):
+        elif _learnt(trained) and not reference.ends_with_end_token(ids, trained, self.recipe.tokenizer, self.closing):
             findings.add("endless", place, repr(self.recipe.tokenizer.decode(ids[-8:])))
         kept = [part for part in parts if _learnt(part[1][1:])]
         if parts and not kept:

@@ -39,7 +39,9 @@ def test_the_end_of_text_can_be_another_token(compose):
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_a_token_that_is_none_is_refused(key, compose):
-    with pytest.raises(DataError, match=f"data.{key}=<nothing>: is no token: add it to data.special_tokens"):
+    with pytest.raises(
+        DataError, match=f"data.{key}=<nothing>: is not a token of the tokenizer: add it to data.special_tokens"
+    ):
         load_tokenizer(compose(f"data.{key}='<nothing>'"))
 
 
