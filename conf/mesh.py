@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from conf.choices import Backend
+from conf.plural import plural
 from conf.schema import Parallel
 
 FIRST, LAST = 4, 1
@@ -23,7 +24,7 @@ def picture(parallel: Parallel, nodes: int, ranks_per_node: int, hosts: Sequence
     names = list(hosts) or [f"node {number}" for number in range(nodes)]
     shown = range(nodes) if nodes <= MANY else [*range(FIRST), *range(nodes - LAST, nodes)]
     width = max(len(names[number]) for number in shown)
-    lines = [f"mesh      {parallel.name}: {_count(world, 'rank')} on {_count(nodes, 'node')}; {said(parallel, world)}"]
+    lines = [f"mesh      {parallel.name}: {plural(world, 'rank')} on {plural(nodes, 'node')}; {said(parallel, world)}"]
     for number in shown:
         if number == nodes - LAST and nodes > MANY:
             lines.append(f"{INDENT}... {nodes - FIRST - LAST} nodes more ...")
@@ -49,7 +50,7 @@ def said(parallel: Parallel, world: int) -> str:
     if size == 1:
         return "each holds the whole model, and gradients are averaged over all"
     state = f"1/{size} of parameters, gradients and optimizer state"
-    return f"each holds {state}" if size == world else f"{_count(world // size, 'copy')}; each rank holds {state}"
+    return f"each holds {state}" if size == world else f"{plural(world // size, 'copy')}; each rank holds {state}"
 
 
 def _row(parallel: Parallel, world: int, ranks: range) -> str:
@@ -85,8 +86,3 @@ def _legend(parallel: Parallel, world: int) -> list[str]:
     if parallel.context_ranks > 1:
         found.append("~: these share the tokens of a row")
     return found
-
-
-def _count(number: int, unit: str) -> str:
-    plural = "copies" if unit == "copy" else f"{unit}s"
-    return f"{number:,} {unit if number == 1 else plural}"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conf.plural import plural
 from jobs.data.batches import Rows
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -201,11 +202,6 @@ def _abbreviated(number: int) -> str:
         if number >= size:
             return f"{number / size:g}{suffix}"
     return str(number)
-
-
-def plural(count: int, unit: str) -> str:
-    """`1 row`, `2 rows`, `1,000 rows`."""
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 def _range_label(low: int, high: int, unit: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from conf import mesh, resolve
 from conf.choices import Executor, Frozen
 from conf.datasets import training_paths
+from conf.plural import plural
 from conf.schema import Config
 from launcher import environment
 from launcher.estimate import memory, table
@@ -60,11 +61,11 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
     ]
     for job in jobs:
         part = job.resources
-        gpus = f" x {part.gpus_per_node} GPU{'s' if part.gpus_per_node > 1 else ''}" if part.gpus_per_node else ""
+        gpus = f" x {plural(part.gpus_per_node, 'GPU')}" if part.gpus_per_node else ""
         after = f"  after {', '.join(job.after)}" if job.after else ""
         lines.append(
-            f"job       {job.name:<12} {part.nodes} node{'s' if part.nodes > 1 else ''}{gpus}, "
-            f"{job.world_size} rank{'s' if job.world_size > 1 else ''}, {part.time_min} min{after}"
+            f"job       {job.name:<12} {plural(part.nodes, 'node')}{gpus}, "
+            f"{plural(job.world_size, 'rank')}, {part.time_min} min{after}"
         )
     if any(job.name == "train" for job in jobs):
         found = memory.estimate(config)
