@@ -1,7 +1,7 @@
 """jobs/evaluation/answer_checks.py: faults of answers, and the page that shows answers."""
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import generate
 from jobs.evaluation import answer_checks
@@ -12,7 +12,7 @@ EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
 
 
@@ -36,11 +36,11 @@ def faults_of(tokenizer, text):
         ("It does." + " It lists the jobs." * 12, ["looping", "endless"]),
     ],
 )
-def test_faults(text, faults, tokenizer) -> None:
+def test_faults(text: str, faults: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     assert faults_of(tokenizer, text) == faults
 
 
-def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer) -> None:
+def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
     known = answer_checks.special_tokens(tokenizer)
     assert "<|im_start|>" in known.markers
     assert answer_checks.faults([*range(5, 30), *known.end_ids][:26], "so <|im_start|>user", known) == ["template"]
@@ -62,7 +62,7 @@ def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer) -> None:
         ([*range(60)], False),
     ],
 )
-def test_loops(ids, loops) -> None:
+def test_loops(ids: list[int], loops: bool) -> None:
     assert answer_checks.ends_in_loop(ids) is loops
 
 

@@ -1,12 +1,13 @@
 """jobs/report: the preview of the training data, as a page and in the terminal."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.schema import Gates
 from jobs.data import batches, quality_gates, token_dataset
@@ -21,7 +22,7 @@ OPTIONAL = {"th", "td", "tr", "li"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
 
 
@@ -125,7 +126,7 @@ def texts_of(decoder, ids):
     return [text for _, text in decoder.groups(ids)]
 
 
-def test_token_groups_hold_the_whole_text_and_every_token(tokenizer) -> None:
+def test_token_groups_hold_the_whole_text_and_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "Hello  wörld 😀👩‍👩‍👧 日本\n\tx <|im_end|> end "
     ids = tokenizer.encode(text, add_special_tokens=False)
     found = list(token_view.Decoder(tokenizer).groups(ids))
@@ -136,7 +137,7 @@ def test_token_groups_hold_the_whole_text_and_every_token(tokenizer) -> None:
     assert len(smile) > 1, "no token of it can be read alone"
 
 
-def test_a_stray_byte_leaves_its_neighbors_readable(tokenizer) -> None:
+def test_a_stray_byte_leaves_its_neighbors_readable(tokenizer: PreTrainedTokenizerBase) -> None:
     stray = tokenizer.encode("😀", add_special_tokens=False)[:2]
     ids = tokenizer.encode("one", add_special_tokens=False)
     found = texts_of(token_view.Decoder(tokenizer), [*ids, *stray, *ids])
@@ -145,7 +146,7 @@ def test_a_stray_byte_leaves_its_neighbors_readable(tokenizer) -> None:
     assert token_view.REPLACEMENT_CHARACTER in "".join(found)
 
 
-def test_a_long_run_of_stray_bytes_is_split(tokenizer) -> None:
+def test_a_long_run_of_stray_bytes_is_split(tokenizer: PreTrainedTokenizerBase) -> None:
     stray = tokenizer.encode("😀", add_special_tokens=False)[:1]
     found = list(token_view.Decoder(tokenizer).groups(stray * 100))
     assert sum(len(tokens) for tokens, _ in found) == 100
@@ -166,7 +167,7 @@ def test_tokens_keep_the_leading_space_that_some_tokenizers_strip() -> None:
     assert list(decoder.groups([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
 
 
-def test_the_terminal_shows_trained_tokens_in_green(tokenizer) -> None:
+def test_the_terminal_shows_trained_tokens_in_green(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "Why?\n", "So.\nYes.<|im_end|>")])
     shown = data_preview.terminal(rows, tokenizer, location, color=True)
     assert shown == (
@@ -175,7 +176,9 @@ def test_the_terminal_shows_trained_tokens_in_green(tokenizer) -> None:
     ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
 
 
-def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters(tokenizer) -> None:
+def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     rows = split([encoded(tokenizer, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
     shown = data_preview.terminal(rows, tokenizer, location, count=2, color=False)
     assert "a  b\t␛[2J␍«c‹U+202E› d»" in shown
@@ -183,7 +186,7 @@ def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", shown)
 
 
-def test_a_long_sample_shows_its_beginning_and_its_end(tokenizer) -> None:
+def test_a_long_sample_shows_its_beginning_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "first " + "x " * 5000, "answer<|im_end|>")])
     shown = data_preview.terminal(rows, tokenizer, location, color=False)
     assert len(shown) < 5000
@@ -192,7 +195,7 @@ def test_a_long_sample_shows_its_beginning_and_its_end(tokenizer) -> None:
     assert f"[... {rows.lengths[0] - data_preview.TERMINAL_TOKENS:,} tokens ...]" in shown
 
 
-def test_random_samples_depend_on_the_seed_and_are_unique(tokenizer) -> None:
+def test_random_samples_depend_on_the_seed_and_are_unique(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "q", "a")] * 50, np.repeat(np.arange(50), 3))
     assert (
         data_preview.random_samples(rows, 8, 0)
@@ -203,7 +206,7 @@ def test_random_samples_depend_on_the_seed_and_are_unique(tokenizer) -> None:
     assert data_preview.random_samples(split([encoded(tokenizer, "q", "a")]), 8, 0) == [0]
 
 
-def test_contents_of_rows_are_escaped(tokenizer) -> None:
+def test_contents_of_rows_are_escaped(tokenizer: PreTrainedTokenizerBase) -> None:
     findings = Findings()
     findings.add("roles", f"{EVIL}:1", f"turn is {EVIL}")
     found = parsed(
@@ -222,7 +225,7 @@ def test_contents_of_rows_are_escaped(tokenizer) -> None:
     assert "".join(found.texts).count('<script>alert("x")</script>') >= 6
 
 
-def test_the_page_needs_no_other_file(tokenizer) -> None:
+def test_the_page_needs_no_other_file(tokenizer: PreTrainedTokenizerBase) -> None:
     text = made_page(tokenizer, split([encoded(tokenizer, "q", "a")] * 9))
     found = parsed(text)
     assert not [values for _, values in found.tags if {"src", "href", "onload", "onclick"} & set(values)]
@@ -233,7 +236,7 @@ def test_the_page_needs_no_other_file(tokenizer) -> None:
     assert ("meta", {"charset": "utf-8"}) in found.tags
 
 
-def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer) -> None:
+def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, trained = encoded(tokenizer, "<|im_start|>user\nWhy  so?\n", "日本 \n<|im_end|>")
     text = made_page(tokenizer, split([(ids, trained)]))
     found = parsed(text)
@@ -246,7 +249,7 @@ def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer) -> None:
     assert f"<code>rows.jsonl:1</code> &middot; {len(ids)} tokens, {sum(trained)} trained" in text
 
 
-def test_cut_samples_have_a_note(tokenizer) -> None:
+def test_cut_samples_have_a_note(tokenizer: PreTrainedTokenizerBase) -> None:
     long, short = encoded(tokenizer, "q " * 8, "a " * 20), encoded(tokenizer, "q", "a")
     size = len(long[0])
     rows = split([long, long, short, short])
@@ -259,7 +262,7 @@ def test_cut_samples_have_a_note(tokenizer) -> None:
     assert "probably truncated" in made_page(tokenizer, rows, max_length=size)
 
 
-def test_stops_come_before_warnings(tokenizer) -> None:
+def test_stops_come_before_warnings(tokenizer: PreTrainedTokenizerBase) -> None:
     findings = Findings()
     findings.note("duplicates", ["rows.jsonl:7"], 1)
     findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
@@ -274,7 +277,7 @@ def test_stops_come_before_warnings(tokenizer) -> None:
     assert "<code>rows.jsonl:7</code>" in text[warning:]
 
 
-def test_tokens_by_set_count_repeated_samples(tokenizer) -> None:
+def test_tokens_by_set_count_repeated_samples(tokenizer: PreTrainedTokenizerBase) -> None:
     short, long = encoded(tokenizer, "q", "a"), encoded(tokenizer, "q", "a " * 50)
     rows = split([short, short, long], np.array([0, 0, 1, 2]))
     found = charts.tokens_by_set(data_json(rows, {"short": 2, "long": 1}), rows)
@@ -289,7 +292,7 @@ def test_tokens_by_set_count_repeated_samples(tokenizer) -> None:
     ("lengths", "max_length"),
     [([5], 5), ([1], 2), ([1, 1, 2], 2048), ([20, 30, 40], 64), (range(1, 9000), 8192), ([100] * 9, 131072)],
 )
-def test_every_sample_is_in_one_bar_within_the_chart(lengths, max_length) -> None:
+def test_every_sample_is_in_one_bar_within_the_chart(lengths: Sequence[int], max_length: int) -> None:
     lengths = np.minimum(np.asarray(lengths), max_length)
     chart = charts.length_histogram(lengths, max_length)
     assert sum(int(re.search(r": ([\d,]+) sample", say)[1].replace(",", "")) for *_, say in chart.bars) == len(lengths)
@@ -300,7 +303,7 @@ def test_every_sample_is_in_one_bar_within_the_chart(lengths, max_length) -> Non
     assert len(chart.x_ticks) <= 8
 
 
-def test_packed_rows_show_how_full_they_are(tokenizer) -> None:
+def test_packed_rows_show_how_full_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "q " * 20, "a " * 20)] * 10, pack_into=512)
     text = made_page(tokenizer, rows, packed=True)
     fill = rows.lengths.sum() / (len(rows) * 512)
@@ -315,7 +318,7 @@ def test_padding_of_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("text", ["'\"<&>  \t", "word ", "日本語😀", "\x00\x01"])
-def test_the_page_stays_small_however_long_the_samples(tokenizer, text) -> None:
+def test_the_page_stays_small_however_long_the_samples(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = np.resize(tokenizer.encode(text, add_special_tokens=False), 60_000).tolist()
     rows = split([(ids, [0, 1] * 30_000)] * 12)
     page_text = made_page(tokenizer, rows, max_length=60_000)
@@ -324,7 +327,7 @@ def test_the_page_stays_small_however_long_the_samples(tokenizer, text) -> None:
     parsed(page_text)
 
 
-def test_empty_validation_shows(tokenizer) -> None:
+def test_empty_validation_shows(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "q", "a")] * 3)
     none = batches.arrange(rows.samples, np.zeros(0, dtype=np.int64))
     parsed(made_page(tokenizer, none, validation=none))

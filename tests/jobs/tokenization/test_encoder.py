@@ -5,11 +5,13 @@ import random
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.tokenization import bpe_ranks, byte_bpe, encoder, loss_mask, reference, split_patterns
 from jobs.tokenization.chat_template import BUNDLED
@@ -140,7 +142,7 @@ BYTE_LEVEL = [name for name in MAKERS if name != "metaspace"]
 
 
 @pytest.fixture(scope="module")
-def tokenizers():
+def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     return {name: make() for name, make in MAKERS.items()}
 
 
@@ -196,7 +198,9 @@ def assert_same(tokenizer, samples, template=None, mask="assistant"):
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("template", [*BUNDLED, None])
 @pytest.mark.parametrize("name", MAKERS)
-def test_chats_are_the_same(name, template, mask, tokenizers) -> None:
+def test_chats_are_the_same(
+    name: str, template: str | None, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
     fast = assert_same(tokenizers[name], CHATS, template, mask)
     assert fast.description.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
     assert fast.description.endswith("chats rendered directly")
@@ -204,7 +208,7 @@ def test_chats_are_the_same(name, template, mask, tokenizers) -> None:
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_texts_and_token_ids_are_the_same(name, mask, tokenizers) -> None:
+def test_texts_and_token_ids_are_the_same(name: str, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     fast = assert_same(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
     ids, trained = fast(PLAINS[0])
     assert (ids.dtype, trained.dtype) == (np.int32, np.uint8)
@@ -228,7 +232,7 @@ def strange_text(rng):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_strange_texts_are_the_same(name, tokenizers) -> None:
+def test_strange_texts_are_the_same(name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     rng = random.Random(7)
     texts = [tuple((strange_text(rng), rng.random() < 0.5) for _ in range(rng.randrange(1, 4))) for _ in range(200)]
     assert_same(tokenizers[name], [Sample(parts=parts) for parts in texts])
@@ -237,7 +241,9 @@ def test_strange_texts_are_the_same(name, tokenizers) -> None:
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_the_fast_way_is_used(name, tokenizers, monkeypatch) -> None:
+def test_the_fast_way_is_used(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise the comparisons above would compare the slow way with itself."""
     fast = Encoder(tokenizers[name], template="chatml")
     monkeypatch.setattr(fast, "_reference", None)
@@ -246,7 +252,7 @@ def test_the_fast_way_is_used(name, tokenizers, monkeypatch) -> None:
     assert all(len(fast(sample)[0]) for sample in [*texts, *CHATS[:13]])
 
 
-def test_an_unsupported_text_leaves_the_others_fast(tokenizers) -> None:
+def test_an_unsupported_text_leaves_the_others_fast(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     fast = Encoder(tokenizers["gpt2"])
     samples = [
         Sample(parts=((text, True),))
@@ -256,7 +262,7 @@ def test_an_unsupported_text_leaves_the_others_fast(tokenizers) -> None:
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_runs_of_whitespace_are_split_the_same(name, tokenizers) -> None:
+def test_runs_of_whitespace_are_split_the_same(name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     rng, backend, fast = (
         random.Random(3),
         tokenizers[name].backend_tokenizer,
@@ -270,7 +276,7 @@ def test_runs_of_whitespace_are_split_the_same(name, tokenizers) -> None:
         assert found is not None or (name == "qwen" and not text.isascii())
 
 
-def test_every_character_is_split_the_same(tokenizers) -> None:
+def test_every_character_is_split_the_same(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     """Each character in several contexts: next to letters, digits, spaces, line ends and punctuation."""
     points = [point for point in byte_bpe.CHANGING if unicodedata.category(point) != "Cn"]
     texts = [
@@ -288,7 +294,9 @@ def test_every_character_is_split_the_same(tokenizers) -> None:
 @pytest.mark.parametrize(
     "template", [REWRITES, PLAIN.replace("{{ m.content }}", "{{ m.content | nowhere }}"), "{% if %}"]
 )
-def test_errors_are_the_same(template, tokenizers, monkeypatch) -> None:
+def test_errors_are_the_same(
+    template: str | None, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
     assert_same(tokenizers["gpt2"], CHATS)
 
@@ -316,20 +324,26 @@ ODD_TEMPLATES = {
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("template", ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
-def test_odd_templates_are_the_same(template, mask, tokenizers, monkeypatch) -> None:
+def test_odd_templates_are_the_same(
+    template: str | None, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
     assert_same(tokenizers["gpt2"], CHATS[:16], mask=mask)
 
 
 @pytest.mark.parametrize("name", ["in a macro", "in a set", "with a macro's names"])
-def test_templates_with_buffered_marks_are_rendered_by_transformers(name, tokenizers, monkeypatch) -> None:
+def test_templates_with_buffered_marks_are_rendered_by_transformers(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Unsupported):
         CompiledRenderer(ODD_TEMPLATES[name], {})
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", ODD_TEMPLATES[name])
     assert Encoder(tokenizers["gpt2"]).description.endswith("chats rendered by transformers")
 
 
-def test_tokens_of_the_tokenizers_backend_are_the_same(tokenizers, monkeypatch) -> None:
+def test_tokens_of_the_tokenizers_backend_are_the_same(
+    tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is used for tokenizers that tiktoken does not support, or if tiktoken is not installed."""
     monkeypatch.setattr(
         encoder, "_fastest_backend", encoder._fastest_backend.__wrapped__
@@ -362,7 +376,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("split", "why"), REFUSED.values(), ids=REFUSED)
-def test_unsafe_split_patterns_are_refused(split, why) -> None:
+def test_unsafe_split_patterns_are_refused(split: Callable[[], pre_tokenizers.PreTokenizer], why: str) -> None:
     tokenizer = with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split(), 300)))
     assert why in Encoder(tokenizer).description
     assert_same(tokenizer, [*CHATS, *PLAINS])
@@ -396,7 +410,7 @@ LISTS = {
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("tokens", "pairs"), LISTS.values(), ids=LISTS)
-def test_merges_are_the_same(tokens, pairs, whole) -> None:
+def test_merges_are_the_same(tokens: list[str], pairs: list[tuple[str, str]], whole: bool) -> None:
     tokenizer = model(tokens, pairs, whole)
     rng = random.Random(3)
     assert_same(
@@ -416,7 +430,7 @@ def test_a_whole_word_that_no_two_neighbors_make_is_looked_up() -> None:
     assert_same(tokenizer, [Sample(parts=((text, True),)) for text in ("xbcy", "xbcyx", "axbcy", "xbc xbcy")])
 
 
-def test_fast_false_uses_transformers(tokenizers) -> None:
+def test_fast_false_uses_transformers(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     slow = Encoder(tokenizers["gpt2"], fast=False)
     assert slow.description == "tokens and chats by transformers"
     assert result(slow, CHATS[0]) == result(Encoder(tokenizers["gpt2"]), CHATS[0])
@@ -424,7 +438,7 @@ def test_fast_false_uses_transformers(tokenizers) -> None:
         Encoder(tokenizers["gpt2"], mask="user")
 
 
-def test_first_difference_finds_none(tokenizers) -> None:
+def test_first_difference_finds_none(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     assert first_difference(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
 
 
@@ -436,7 +450,12 @@ def test_first_difference_finds_none(tokenizers) -> None:
         (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids instead of \d+"),
     ],
 )
-def test_first_difference_is_described(wrong, says, tokenizers, monkeypatch) -> None:
+def test_first_difference_is_described(
+    wrong: Callable[..., tuple[Any, Any, bool]],
+    says: str,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     right = encoder.TiktokenBackend.__call__
     monkeypatch.setattr(
         encoder.TiktokenBackend, "__call__", lambda *given: [TokenizedText(*wrong(*found)) for found in right(*given)]
@@ -445,7 +464,9 @@ def test_first_difference_is_described(wrong, says, tokenizers, monkeypatch) -> 
     assert re.fullmatch(says, found)
 
 
-def test_first_difference_reports_a_missing_error(tokenizers, monkeypatch) -> None:
+def test_first_difference_reports_a_missing_error(
+    tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Encoder, "_text", lambda self, sample: MaskedText("...", [], [], False))
     found = first_difference(tokenizers["gpt2"], [CHATS[11]])
     assert found.startswith("sample 0: 3 tokens instead of the error: the first turn is the assistant's")

@@ -2,10 +2,11 @@
 
 import json
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs.tokenization.chat_template import BUNDLED, template_source
 from jobs.tokenization.conversation import Sample, Turn
@@ -39,7 +40,7 @@ CALLED = (
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of examples/ with the tokens of every bundled template."""
     tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
     extra = sorted({token for tokens in BUNDLED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
@@ -101,7 +102,9 @@ def answers(template, *texts):
 
 
 @pytest.mark.parametrize(("template", "system"), TEXTS, ids=str)
-def test_a_chat_is_the_documented_text_and_its_answers_are_trained(template, system, tokenizer) -> None:
+def test_a_chat_is_the_documented_text_and_its_answers_are_trained(
+    template: str | None, system: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
     sample = Sample(turns=(SYSTEM, *CHAT) if system else CHAT)
     ids, trained = encode(sample, tokenizer, template)
     assert tokenizer.decode(ids) == TEXTS[template, system]
@@ -111,7 +114,7 @@ def test_a_chat_is_the_documented_text_and_its_answers_are_trained(template, sys
 
 
 @pytest.mark.parametrize("template", EVERY)
-def test_the_mask_policies(template, tokenizer) -> None:
+def test_the_mask_policies(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CHAT)
     last = encode(sample, tokenizer, template, "last")
     assert trained_texts(*last, tokenizer) == answers(template, "So long.")
@@ -121,7 +124,7 @@ def test_the_mask_policies(template, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("template", EVERY)
-def test_a_turns_own_flag_wins(template, tokenizer) -> None:
+def test_a_turns_own_flag_wins(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     no, yes = (Turn("assistant", "Hello!", train=flag) for flag in (False, True))
     untaught, taught = (Sample(turns=(CHAT[0], turn, *CHAT[2:])) for turn in (no, yes))
     assert trained_texts(*encode(untaught, tokenizer, template), tokenizer) == answers(template, "So long.")
@@ -134,7 +137,7 @@ def test_a_turns_own_flag_wins(template, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", None])
-def test_a_flag_reaches_a_users_turn(template, tokenizer) -> None:
+def test_a_flag_reaches_a_users_turn(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     asked = Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:]))
     ids, trained = encode(asked, tokenizer, template, "last")
     assert [text.removeprefix("<s>") for text in trained_texts(ids, trained, tokenizer)] == [
@@ -185,7 +188,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("template", TOOL_TEXTS)
-def test_calls_are_trained_and_results_are_not(template, tokenizer) -> None:
+def test_calls_are_trained_and_results_are_not(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CALLED, tools=TOOLS)
     ids, trained = encode(sample, tokenizer, template)
     assert tokenizer.decode(ids) == TOOL_TEXTS[template]
@@ -194,7 +197,7 @@ def test_calls_are_trained_and_results_are_not(template, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen"])
-def test_several_calls_and_results_share_a_turn(template, tokenizer) -> None:
+def test_several_calls_and_results_share_a_turn(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     turns = (
         CHAT[0],
@@ -216,7 +219,9 @@ ODD = [" blue", "\nblue", "\n\n\nblue  ", "blå 😀", "😀", "  ", "1.\n\n2."]
 @pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
 @pytest.mark.parametrize("template", ["chatml", "qwen", None])
 @pytest.mark.parametrize("answer", ODD, ids=repr)
-def test_whitespace_at_a_boundary_and_multibyte_characters(answer, template, trims, tokenizer) -> None:
+def test_whitespace_at_a_boundary_and_multibyte_characters(
+    answer: str, template: str | None, trims: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
     if trims:  # like Llama 3's tokenizer, whose whitespace tokens get empty offsets
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     sample = Sample(turns=(CHAT[0], Turn("assistant", answer), *CHAT[2:]))
@@ -229,7 +234,7 @@ def test_whitespace_at_a_boundary_and_multibyte_characters(answer, template, tri
 
 
 @pytest.mark.parametrize("template", BUNDLED)
-def test_transformers_own_mask_is_the_same(template, tokenizer) -> None:
+def test_transformers_own_mask_is_the_same(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CHAT)
     found = tokenizer.apply_chat_template(
         chat_messages(sample),
@@ -241,7 +246,7 @@ def test_transformers_own_mask_is_the_same(template, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", None])
-def test_a_token_across_the_boundary_is_trained(template, tokenizer) -> None:
+def test_a_token_across_the_boundary_is_trained(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """A token of two line ends, as in real vocabularies: one of the header, one of the answer."""
     tokenizer.add_tokens(["\n\n"])
     sample = Sample(turns=(CHAT[0], Turn("assistant", "\nSo")))
@@ -250,7 +255,7 @@ def test_a_token_across_the_boundary_is_trained(template, tokenizer) -> None:
     assert trained_texts(ids, trained, tokenizer) == ["\n\nSo<|im_end|>"]
 
 
-def test_text_gets_one_end(tokenizer) -> None:
+def test_text_gets_one_end(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, trained = encode(Sample(parts=(("A page.\n", True),)), tokenizer)
     assert tokenizer.decode(ids) == "A page.\n<|im_end|>"
     assert all(trained)
@@ -259,7 +264,7 @@ def test_text_gets_one_end(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
-def test_only_the_completion_is_trained(trims, tokenizer) -> None:
+def test_only_the_completion_is_trained(trims: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     if trims:
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     sample = Sample(parts=(("The sky is", False), (" blue.", True)))
@@ -281,7 +286,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("parts", "expected"), PARTS.values(), ids=PARTS)
-def test_tokens_with_trimmed_offsets(parts, expected, tokenizer) -> None:
+def test_tokens_with_trimmed_offsets(
+    parts: list[tuple[str, bool]], expected: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
     tokenizer.add_tokens(["- "])
     sample = Sample(parts=tuple(parts))
     plain = encode(sample, tokenizer)
@@ -290,7 +297,7 @@ def test_tokens_with_trimmed_offsets(parts, expected, tokenizer) -> None:
     assert encode(sample, tokenizer) == plain
 
 
-def test_text_begins_once(tokenizer) -> None:
+def test_text_begins_once(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|im_end|>",
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")],
@@ -306,22 +313,22 @@ def test_text_begins_once(tokenizer) -> None:
     assert tokenizer.decode(encode(Sample(turns=CHAT), tokenizer)[0]) == TEXTS[None, False]
 
 
-def test_token_ids_keep_their_labels(tokenizer) -> None:
+def test_token_ids_keep_their_labels(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode(Sample(ids=(5, 6), labels=(-100, 6)), tokenizer) == ([5, 6], [0, 1])
 
 
-def test_a_file_is_a_template(tokenizer, tmp_path) -> None:
+def test_a_file_is_a_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert encode(Sample(turns=CHAT), tokenizer, str(tmp_path / "plain.jinja")) == encode(Sample(turns=CHAT), tokenizer)
 
 
-def test_samples_without_an_end_token_are_noticed(tokenizer) -> None:
+def test_samples_without_an_end_token_are_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
     endless = PLAIN.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
     tokenizer.chat_template = endless
     assert not ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer)
     assert not ends_with_end_token([5], [0], tokenizer)
 
 
-def test_templates_that_rewrite_are_refused_only_where_it_matters(tokenizer) -> None:
+def test_templates_that_rewrite_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = REWRITES
     with pytest.raises(
         ValueError, match="rewrites earlier turns, so the beginning and end of turn 1 .* such as one of chatml"
@@ -335,7 +342,7 @@ def test_templates_that_rewrite_are_refused_only_where_it_matters(tokenizer) -> 
     assert all(encode(taught, tokenizer, mask="all")[1])
 
 
-def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(tokenizer) -> None:
+def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
     marked = "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
     tokenizer.chat_template = PLAIN.replace("{{ m.content }}", marked)
     assert trained_texts(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == ["So long."]
@@ -363,7 +370,9 @@ NO_ID = (CHAT[0], Turn("assistant", tool_calls=[{"function": {"name": "add", "ar
         ("nowhere.jinja", CHAT, "'nowhere.jinja' is not a readable file and not one of chatml"),
     ],
 )
-def test_turns_that_a_template_cannot_format_are_refused(template, turns, says, tokenizer) -> None:
+def test_turns_that_a_template_cannot_format_are_refused(
+    template: str | None, turns: tuple[Turn, ...], says: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(ValueError, match=says):
         encode(Sample(turns=turns), tokenizer, template)
 
@@ -378,6 +387,6 @@ def test_a_template_of_another_family_is_refused() -> None:
         encode(Sample(turns=CHAT), bundled)
 
 
-def test_an_unknown_mask_is_refused(tokenizer) -> None:
+def test_an_unknown_mask_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="mask 'user' is unknown: use one of assistant, last, all"):
         encode(Sample(turns=CHAT), tokenizer, mask="user")
