@@ -47,8 +47,9 @@ TEXT, RUN, OTHER = range(3)
 
 def read_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
     """The split pattern of a tokenizer.json's `pre_tokenizer`. Raises Unsupported if it is not a single known-safe pattern."""
-    is_sequence = pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence"
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer and is_sequence else [pre_tokenizer or {"type": None}]
+    steps = [pre_tokenizer or {"type": None}]
+    if steps[0]["type"] == "Sequence":
+        steps = steps[0]["pretokenizers"]
     first, last = steps[0], steps[-1]
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(steps) > 2:
         raise Unsupported("its pre-tokenizer does not split text into bytes by one pattern")
