@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from conf.choices import Backend
+from conf.plural import plural
 from conf.schema import Parallel
 
 MAX_NODES = 8
@@ -24,7 +25,7 @@ def picture(parallel: Parallel, nodes: int, ranks_per_node: int, hosts: Sequence
     names = list(hosts) or [f"node {number}" for number in range(nodes)]
     shown = range(nodes) if nodes <= MAX_NODES else [*range(FIRST_NODES), *range(nodes - LAST_NODES, nodes)]
     width = max(len(names[number]) for number in shown)
-    size = f"{_count(world, 'rank', 'ranks')} on {_count(nodes, 'node', 'nodes')}"
+    size = f"{plural(world, 'rank')} on {plural(nodes, 'node')}"
     lines = [f"mesh      {parallel.name}: {size}; {description(parallel, world)}"]
     for number in shown:
         if number == nodes - LAST_NODES and nodes > MAX_NODES:
@@ -53,7 +54,7 @@ def description(parallel: Parallel, world: int) -> str:
     state = f"1/{size} of parameters, gradients and optimizer state"
     if size == world:
         return f"each holds {state}"
-    return f"{_count(world // size, 'copy', 'copies')}; each rank holds {state}"
+    return f"{plural(world // size, 'copy')}; each rank holds {state}"
 
 
 def _row(parallel: Parallel, world: int, ranks: range) -> str:
@@ -90,7 +91,3 @@ def _legend(parallel: Parallel, world: int) -> list[str]:
     if parallel.context_ranks > 1:
         lines.append("~: these ranks share the tokens of a row")
     return lines
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

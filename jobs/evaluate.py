@@ -1,4 +1,4 @@
-"""Held-out loss of the consolidated model, as a user would load it: whole, or as a base with its adapter apart."""
+"""Computes the held-out loss of the consolidated model, loaded as a user would load it: whole, or a base with its adapter."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from conf.files import write_json
 from conf.schema import Config
 from jobs.data import batches
 from jobs.distributed.process_group import World
-from jobs.evaluation.load_model import load, told
+from jobs.evaluation.load_model import describe, load
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.training import loss
 
@@ -17,17 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, tokens."""
-    whole = load(config)
+    """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, number of tokens, and the model."""
+    model = load(config)
     rows = batches.load_split(Path(config.run_dir) / "data", "validation")
-    alone = World(rank=0, size=1, local_rank=0, local_size=1, device=whole.device)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=model.device)
     pad = load_tokenizer(config).pad_token_id
-    summed, tokens = loss.evaluate(whole, rows, micro_batch_limit(config), pad, alone).tolist()
-    found = {
-        "loss": summed / tokens,
-        "perplexity": math.exp(min(summed / tokens, 700)),
+    sums = loss.evaluate(model, rows, micro_batch_limit(config), pad, world)
+    assert sums is not None  # nobody asks it to stop
+    loss_sum, tokens = sums.tolist()
+    result = {
+        "loss": loss_sum / tokens,
+        "perplexity": math.exp(min(loss_sum / tokens, 700)),  # exp(710) overflows
         "tokens": int(tokens),
-        "model": told(config),
+        "model": describe(config),
     }
-    write_json(Path(config.run_dir) / "evaluate.json", found)
-    log.info(f"held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f} over {found['tokens']} tokens")
+    write_json(Path(config.run_dir) / "evaluate.json", result)
+    log.info(
+        f"held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {result['tokens']} tokens"
+    )

@@ -1,4 +1,4 @@
-"""Answers of the consolidated model to a few prompts, as JSON and as a page: what one wants to read first after a fine-tune."""
+"""Writes the consolidated model's answers to a few prompts, as JSON and as an HTML page to read after a fine-tune."""
 
 import json
 import logging
@@ -10,85 +10,96 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem
 from conf.files import write_json, write_text
-from conf.schema import Config
+from conf.schema import Config, Generate
 from jobs.evaluation import answer_checks
-from jobs.evaluation.load_model import load, told
-from jobs.report.pages import filled
+from jobs.evaluation.load_model import describe, load
+from jobs.report.pages import render_page
 from jobs.tokenization.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write RUN/generations.json, the answers with what is wrong with each and how many have it, and RUN/generations.html.
+    """Write RUN/generations.json (the answers, their faults, and a count of each fault) and RUN/generations.html.
 
-    Faults are warned of, and fail nothing: a model may be meant to answer in one word, or not to end.
+    Faults cause a warning and never fail the job: a model may be meant to answer with one word, or not to end.
     """
-    asked, whole, words = prompts(Path(config.generate.prompts)), load(config), load_tokenizer(config)
-    known, found = answer_checks.special(words), list[dict[str, Any]]()
-    for prompt in asked:
-        found.append({"prompt": prompt, **answer(prompt, whole, words, config, known)})
-        log.info(f"> {prompt}\n{found[-1]['answer']}\n")
-    counts = {name: sum(name in one["faults"] for one in found) for name in answer_checks.FAULTS}
-    about = {"model": told(config), "prompts": len(found), "faults": counts}
-    write_json(Path(config.run_dir) / "generations.json", about | {"answers": found})
+    prompts = read_prompts(Path(config.generate.prompts))
+    model, tokenizer = load(config), load_tokenizer(config)
+    special = answer_checks.special_tokens(tokenizer)
+    answers: list[dict[str, Any]] = []
+    for prompt in prompts:
+        answers.append({"prompt": prompt, **answer(prompt, model, tokenizer, config.generate, special)})
+        log.info(f"> {prompt}\n{answers[-1]['answer']}\n")
+    counts = {name: sum(name in one["faults"] for one in answers) for name in answer_checks.FAULTS}
+    summary = {"model": describe(config), "prompts": len(answers), "faults": counts}
+    write_json(Path(config.run_dir) / "generations.json", summary | {"answers": answers})
     page = Path(config.run_dir) / "generations.html"
-    write_text(page, html(config.name, about, found))
-    wrong = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
-    log.info(
-        f"{'warning' if wrong else 'answers':<9} of {len(found)} answers {', '.join(wrong) or 'none is broken'}: {page}"
-    )
+    write_text(page, html(config.name, summary, answers))
+    faults = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
+    if faults:
+        log.warning(f"answers   {len(answers)} in {page}: {', '.join(faults)}")
+    else:
+        log.info(f"answers   {len(answers)} in {page}: no faults found")
 
 
-def prompts(path: Path) -> list[str]:
-    """Raises DataError naming the line that has no prompt."""
-    found = []
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a JSONL file with `{"prompt": "..."}` on each line. Raises DataError naming a line without one."""
+    prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                found.append(str(json.loads(line)["prompt"]))
+                prompts.append(str(json.loads(line)["prompt"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise DataError(
                     Problem("generate.prompts", f"{path}:{number}", 'is not of the form {"prompt": "..."}')
                 ) from error
-    return found
+    return prompts
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch does not type it
 def answer(
-    prompt: str, whole: PreTrainedModel, words: PreTrainedTokenizerBase, config: Config, known: answer_checks.Special
+    prompt: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Generate,
+    special: answer_checks.SpecialTokens,
 ) -> dict[str, Any]:
-    """One answer, up to a token that ends a turn or `max_new_tokens`: `ended` says which. `raw` has its special tokens too."""
-    if words.chat_template:
-        ids = words.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    """Generate one answer, up to a token that ends a turn or `max_new_tokens`; `ended` tells which of the two.
+
+    `answer` is the text without special tokens, `raw` the text with them.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     else:
-        ids = words(prompt, return_tensors="pt")
-    ids = ids.to(whole.device)
-    sampling = (
-        {"do_sample": True, "temperature": config.generate.temperature}
-        if config.generate.temperature
-        else {"do_sample": False}
-    )
-    out = whole.generate(
-        **ids,
-        max_new_tokens=config.generate.max_new_tokens,
-        pad_token_id=words.pad_token_id,
-        eos_token_id=sorted(known.ends),
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature:
+        sampling = {"do_sample": True, "temperature": settings.temperature}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(special.end_ids),
         **sampling,
     )
-    new = out[0, ids["input_ids"].shape[1] :].tolist()
-    text = words.decode(new, skip_special_tokens=True)
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return {
         "answer": text,
-        "raw": words.decode(new, skip_special_tokens=False),
-        "tokens": len(new),
-        "ended": answer_checks.ended_by(new, known),
-        "faults": answer_checks.faults(new, text, known),
+        "raw": tokenizer.decode(ids, skip_special_tokens=False),
+        "tokens": len(ids),
+        "ended": answer_checks.has_ended(ids, special),
+        "faults": answer_checks.faults(ids, text, special),
     }
 
 
-def html(name: str, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
-    """The answers as one file that needs no other."""
-    return filled("generations.html.j2", name=name, about=about, found=found, meanings=answer_checks.FAULTS)
+def html(name: str, summary: dict[str, Any], answers: list[dict[str, Any]]) -> str:
+    """The page of answers: one HTML file that needs no other file."""
+    return render_page(
+        "generations.html.j2", name=name, summary=summary, answers=answers, meanings=answer_checks.FAULTS
+    )

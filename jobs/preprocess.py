@@ -200,10 +200,10 @@ def _write(
             tokenizer,
             max_length=config.data.max_length,
             packed=config.data.packing,
-            found=verdicts,
+            verdicts=verdicts,
             seed=config.data.seed,
         )
         write_text(temporary / "preview.html", page)
-        samples = data_preview.terminal(rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, colour=True)
+        samples = data_preview.terminal(rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True)
         log.info(samples)
     log.info(f"data      {folder}; see preview.html in it")

@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.data.column_mapping import Names, Row, map_columns
-from jobs.tokenization.conversation import Empty, Sample, Turn, content_text, tool_list, turn
+from jobs.tokenization.conversation import Empty, Sample, Turn, content_text, parse_tools, parse_turn
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -177,7 +177,7 @@ def _messages(row: Row, fields: Names, roles: Names) -> Sample:
 def _turns(raw: object, column: str, fields: Names, roles: Names) -> list[Turn]:
     if not isinstance(raw, list) or not raw:
         raise ValueError(f"{column} is {'empty' if raw == [] else 'not a list'}: give a list of messages with roles")
-    return [turn(message, f"{column}[{number}]", fields, roles) for number, message in enumerate(raw)]
+    return [parse_turn(message, f"{column}[{number}]", fields, roles) for number, message in enumerate(raw)]
 
 
 def _chat(row: Row, turns: list[Turn]) -> Sample:
@@ -189,7 +189,7 @@ def _chat(row: Row, turns: list[Turn]) -> Sample:
     system, tools = _first_filled(row, SYSTEM), _first_filled(row, TOOLS)
     if system and row[system] and turns[0].role != "system":
         turns = [Turn("system", content_text(row[system], system)), *turns]
-    return Sample(turns=tuple(turns), tools=tool_list(row[tools]) if tools else None)
+    return Sample(turns=tuple(turns), tools=parse_tools(row[tools]) if tools else None)
 
 
 def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:

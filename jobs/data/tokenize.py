@@ -17,7 +17,7 @@ from jobs.data import formats, quality_gates
 from jobs.data.file_readers import Unreadable
 from jobs.data.quality_gates import Findings
 from jobs.data.sources import Block, Row
-from jobs.tokenization import reference
+from jobs.tokenization import chat_template, reference
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.encoder import Encoder
 
@@ -74,7 +74,7 @@ class BlockTokenizer:
         self.settings = settings
         self.encode = Encoder(tokenizer, mask=settings.mask.name, fast=settings.fast)
         self.vocabulary_size = len(tokenizer)
-        self.end_ids = reference.end_ids(tokenizer)
+        self.end_ids = chat_template.end_token_ids(tokenizer)
 
     def __call__(self, block: Block) -> TokenizedBlock:
         findings = Findings()
@@ -83,13 +83,13 @@ class BlockTokenizer:
         first_of_row: list[int] = []  # for each sample, the index of the first sample from the same row
         rows = [(number, self._convert(row)) for number, row in block.parsed()]
         # The whole block is encoded at once, which is faster. None means: this sample needs the slow path.
-        encoded = iter(self.encode.fast([sample for _, sample in rows if isinstance(sample, Sample)]))
+        encoded = iter(self.encode.encode_fast([sample for _, sample in rows if isinstance(sample, Sample)]))
         for number, sample in rows:
             location = f"{block.location}{number}"
             try:
                 if isinstance(sample, Exception):
                     raise sample
-                ids, trained = next(encoded) or self.encode.slow(sample)
+                ids, trained = next(encoded) or self.encode.encode_slow(sample)
             except ValueError as error:
                 findings.add(quality_gates.gate_of(error), location, str(error))
                 continue
@@ -129,7 +129,9 @@ class BlockTokenizer:
         parts = [(ids, trained)]
         if len(ids) > self.settings.max_length:
             parts = self._shorten(ids, trained, findings, location)
-        elif _any_trained(trained) and not reference.ends_well(ids, trained, self.settings.tokenizer, self.end_ids):
+        elif _any_trained(trained) and not reference.ends_with_end_token(
+            ids, trained, self.settings.tokenizer, self.end_ids
+        ):
             findings.add("endless", location, repr(self.settings.tokenizer.decode(ids[-8:])))
         kept = [part for part in parts if _any_trained(part[1][1:])]
         if parts and not kept:

@@ -1,1 +1,4 @@
-"""The consolidated model at work: loading it, its logits beside training's, what is wrong with its answers."""
+"""Loads the consolidated model, compares its logits with those of training, and finds faults in its answers.
+
+May import `conf` and the folders of jobs up to `jobs.checkpoint` in the order of tests/test_layers.py.
+"""

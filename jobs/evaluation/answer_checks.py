@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with an answer without understanding it: nothing said, a loop, a broken template, no end."""
+"""Finds faults of a generated answer that need no understanding: an empty text, a loop, a broken template, no end."""
 
 import re
 from collections.abc import Sequence
@@ -9,67 +9,74 @@ from transformers import PreTrainedTokenizerBase
 from jobs.tokenization import chat_template
 
 FAULTS = {
-    "empty": "say nothing",
+    "empty": "are empty",
     "looping": "end in a loop",
     "template": "have tokens of the chat template inside",
     "endless": "had not ended after generate.max_new_tokens",
 }
-"""Every fault, in words that follow a number of answers."""
-PERIOD, TIMES, TAIL = 64, 3, 24
-"""A loop: the longest n-gram, in tokens, how often it stands there at least, and how many tokens that makes at least."""
+"""Every fault, worded to follow a number of answers."""
+MAX_PERIOD, MIN_REPEATS, MIN_TOKENS = 64, 3, 24
+"""A loop: its n-gram has at most MAX_PERIOD tokens, repeats at least MIN_REPEATS times, and covers at least MIN_TOKENS tokens."""
 MARKERS = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """How chat templates write the beginning and end of a turn."""
 
 
 @dataclass(frozen=True)
-class Special:
-    """Of a tokenizer and its template, the tokens that an answer may have at its end only."""
+class SpecialTokens:
+    """Tokens of a tokenizer and its chat template that an answer may have only at its end."""
 
     ids: frozenset[int]
-    ends: frozenset[int]
+    end_ids: frozenset[int]
     """Those that end an answer."""
     markers: tuple[str, ...]
-    """What a template writes around turns, also where it is made of plain tokens."""
+    """What the template writes around turns, also if it is made of ordinary tokens."""
 
 
-def special(words: PreTrainedTokenizerBase) -> Special:
-    ends = {words.convert_tokens_to_ids(token) for token in chat_template.ends(words)}
-    added = {number for number, token in words.added_tokens_decoder.items() if token.special}
-    text = words.chat_template if isinstance(words.chat_template, str) else ""
-    return Special(
-        frozenset(added | set(words.all_special_ids)), frozenset(ends), tuple(sorted(set(MARKERS.findall(text))))
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The special tokens of a tokenizer and the turn markers of its chat template."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return SpecialTokens(
+        ids=frozenset(added | set(tokenizer.all_special_ids)),
+        end_ids=chat_template.end_token_ids(tokenizer),
+        markers=tuple(sorted(set(MARKERS.findall(template)))),
     )
 
 
-def faults(ids: Sequence[int], text: str, known: Special) -> list[str]:
-    """Names of FAULTS that an answer has; `ids` are its tokens with the one that ended it, `text` is what is read of them.
+def faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
+    """Names of the FAULTS that an answer has.
 
-    empty      nothing but blanks is left without special tokens
-    looping    its last tokens repeat, see `loops`
-    template   a special token stands before its end, or a marker of the chat template in its text
-    endless    its last token ends no turn
+    ids: its tokens, including the end token if there is one. text: its text without special tokens.
+
+    empty      the text is empty or whitespace
+    looping    its last tokens repeat, see `ends_in_loop`
+    template   a special token comes before the end, or the text contains a turn marker of the chat template
+    endless    its last token does not end a turn
     """
-    ended = ended_by(ids, known)
-    said = list(ids[:-1] if ended else ids)
-    found = {
+    ended = has_ended(ids, special)
+    body = list(ids[:-1] if ended else ids)
+    checks = {
         "empty": not text.strip(),
-        "looping": loops(said),
-        "template": any(token in known.ids for token in said) or any(marker in text for marker in known.markers),
+        "looping": ends_in_loop(body),
+        "template": any(token in special.ids for token in body) or any(marker in text for marker in special.markers),
         "endless": not ended,
     }
-    return [name for name, wrong in found.items() if wrong]
+    return [name for name, present in checks.items() if present]
 
 
-def ended_by(ids: Sequence[int], known: Special) -> bool:
-    return bool(ids) and ids[-1] in known.ends
+def has_ended(ids: Sequence[int], special: SpecialTokens) -> bool:
+    """Whether the last token ends an answer."""
+    return bool(ids) and ids[-1] in special.end_ids
 
 
-def loops(ids: Sequence[int]) -> bool:
-    """Whether the tokens end in an n-gram of 1 to PERIOD tokens that stands there TIMES times or more on end, the first
-    time perhaps cut off in front, which makes TAIL tokens or more: for some n the last max(TIMES * n, TAIL) tokens each
-    equal the one n before."""
-    for period in range(1, PERIOD + 1):
-        length = max(TIMES * period, TAIL)
+def ends_in_loop(ids: Sequence[int]) -> bool:
+    """Whether the tokens end in an n-gram that repeats.
+
+    True if, for some n of 1 to MAX_PERIOD, each of the last max(MIN_REPEATS * n, MIN_TOKENS) tokens equals the token n before
+    it. So the first repeat may be cut off at its beginning.
+    """
+    for period in range(1, MAX_PERIOD + 1):
+        length = max(MIN_REPEATS * period, MIN_TOKENS)
         if length > len(ids):
             return False
         tail = ids[len(ids) - length :]

@@ -1,4 +1,4 @@
-"""Loads a consolidated model, or a base with its adapter, for evaluation and generation."""
+"""Loads a consolidated model, or a base model with its adapter, for evaluation and generation."""
 
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,39 @@ from conf.schema import Config
 
 
 def load(config: Config) -> Any:
-    """RUN/model, spread over the GPUs this job has; an adapter alone (consolidate.adapter_only) on top of its base, unmerged.
+    """RUN/model, spread over the GPUs of this job.
 
-    Raises RunError where it has not been consolidated.
+    With consolidate.adapter_only the adapter is loaded on top of its base model and is not merged into it. Raises RunError if
+    the checkpoint has not been consolidated.
     """
     folder = Path(config.run_dir) / "model"
     if not (folder / "muster.json").exists():
-        raise RunError(Problem("model", folder, "is not there: consolidate first (make merge RUN=...)"))
+        raise RunError(Problem("model", folder, "does not exist: consolidate a checkpoint first (make merge RUN=...)"))
     device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
-    return opened(folder, config, "auto", device_map)
+    return load_folder(folder, config, "auto", device_map)
 
 
-def opened(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
-    """The model in a folder that consolidation made, or its adapter on top of `model.source`, for inference."""
-    how: dict[str, Any] = {
+def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
+    """The model in a consolidated folder, or its adapter on top of `model.source`, ready for inference."""
+    options: dict[str, Any] = {
         "dtype": dtype,
         "device_map": device_map,
         "trust_remote_code": config.model.trust_remote_code,
     }
+    model: Any
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return model.eval()
     from peft import PeftModel
 
     revision = config.model.revision or "main"
-    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision, **how)
-    return PeftModel.from_pretrained(base, folder).eval()
+    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision, **options)
+    model = PeftModel.from_pretrained(base, folder)
+    return model.eval()
 
 
-def told(config: Config) -> str:
-    """What `load` gives, in words: the checkpoint it was made from, and whether an adapter is merged."""
-    about = read_json(Path(config.run_dir) / "model" / "muster.json") or {}
-    apart = ", adapter not merged" if about.get("adapter_only") else ""
-    return f"{about.get('checkpoint', '?')} in {about.get('dtype', '?')}{apart}"
+def describe(config: Config) -> str:
+    """The model that `load` returns, in words: its checkpoint, its dtype, and whether its adapter is not merged."""
+    info = read_json(Path(config.run_dir) / "model" / "muster.json") or {}
+    adapter = ", adapter not merged" if info.get("adapter_only") else ""
+    return f"{info.get('checkpoint', '?')} in {info.get('dtype', '?')}{adapter}"

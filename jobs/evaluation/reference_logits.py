@@ -1,4 +1,4 @@
-"""Logits of one held-out row: recorded from the live model at its last checkpoint, compared with what the merged one says."""
+"""Records the logits of one held-out row during training, and compares the consolidated model's logits with them."""
 
 import logging
 import os
@@ -23,64 +23,73 @@ from jobs.training import loss
 log = logging.getLogger(__name__)
 
 NAME = "logits.safetensors"
-"""In the folder of a checkpoint: `ids` (tokens,), `places` and `logits` (places, vocabulary), fp32."""
-LONGEST = 512
-"""Tokens of the row, at most, where there is one so short: a merged model is asked on CPUs."""
-PLACES = 8
+"""File in a checkpoint's folder: `ids` (tokens,), `places` (positions,), and `logits` (positions, vocabulary) in fp32."""
+MAX_TOKENS = 512
+"""The longest row of at most this many tokens is taken, else the shortest row: the merged model may run on CPUs."""
+POSITIONS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""How far the logits of a place may lie from the recorded ones, as a share of their spread (root mean square around their
-mean). In fp32 another order of sums makes 1e-6 to 1e-5; in bf16, which has 8 bits, tens of layers add up to 0.01 to 0.02."""
+"""Largest allowed difference of the logits at a position, as a share of their spread (root mean square around their mean).
+In fp32 another order of sums gives 1e-6 to 1e-5. In bf16, which has 8 significant bits, tens of layers add up to 0.01 to 0.02."""
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch does not type it
 def record(folder: Path, model: nn.Module, rows: batches.Rows, pad: int, world: World) -> None:
-    """Write NAME into the folder of a checkpoint that is whole. All ranks call this; rank 0 writes what it sees, which is the
-    beginning of the row where ranks share rows."""
-    fits = np.flatnonzero(rows.lengths <= LONGEST)
-    row = int(fits[rows.lengths[fits].argmax()] if len(fits) else rows.lengths.argmin())
+    """Write NAME into the folder of a complete checkpoint.
+
+    All ranks must call this. Rank 0 writes its own logits: with context parallelism these are the beginning of the row.
+    """
+    short = np.flatnonzero(rows.lengths <= MAX_TOKENS)
+    row = int(short[rows.lengths[short].argmax()] if len(short) else rows.lengths.argmin())
     tokens = int(rows.lengths[row])
-    whole = batches.collate(rows, np.array([row]), pad).input_ids[0, :tokens]
+    ids = batches.collate(rows, np.array([row]), pad).input_ids[0, :tokens]
     model.eval()
-    found = loss.logits(model, batches.collate(rows, np.array([row]), pad, device=world.device, share=world.share))
+    logits = loss.logits(model, batches.collate(rows, np.array([row]), pad, device=world.device, share=world.share))
     model.train()
-    if isinstance(found, DTensor):
-        found = found.full_tensor()
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
     if world.is_main:
-        places = torch.linspace(0, min(tokens, found.shape[1]) - 1, PLACES).long().unique()
-        kept = {"ids": whole, "places": places, "logits": found[0, places.to(found.device)].float().cpu()}
-        beside = folder / f".{NAME}"
-        save_file({name: value.contiguous() for name, value in kept.items()}, beside)
-        os.replace(beside, folder / NAME)
+        positions = torch.linspace(0, min(tokens, logits.shape[1]) - 1, POSITIONS).long().unique()
+        at_positions = logits[0, positions.to(logits.device)].float().cpu()
+        tensors = {"ids": ids, "places": positions, "logits": at_positions}
+        partial = folder / f".{NAME}"
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        os.replace(partial, folder / NAME)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def compare(config: Config, checkpoint: Path, folder: Path) -> None:
-    """Load the model in `folder`, compute as training did, and compare. What is allowed is by the coarser of the precision that
-    was computed in and the one that was written.
+    """Load the model in `folder`, compute its logits in training's dtype, and compare them with those of `checkpoint`.
 
-    Raises RunError where nothing was recorded, and where a place differs by more than TOLERANCE.
+    The tolerance is that of the coarser dtype of two: the one computed in, and the one the model was written in. Raises
+    RunError if nothing was recorded, or if the logits at any position differ by more than the tolerance.
     """
     if not (checkpoint / NAME).exists():
-        said = f"needs {NAME}, which training writes with the last checkpoint where this is set: take weights"
-        raise RunError(Problem("consolidate.verify", "logits", f"{checkpoint} {said}"))
-    kept = load_file(checkpoint / NAME)
-    trained = compute_dtype(config)
-    written = str((read_json(folder / "config.json") or {}).get("dtype", "float32"))
-    whole: Any = load_model.opened(folder, config, trained)
-    limit = max(TOLERANCE[trained], TOLERANCE.get(getattr(torch, written), 0.0))
-    found = whole(input_ids=kept["ids"][None].to(whole.device), use_cache=False).logits
-    off = difference(found[0, kept["places"]].float().cpu(), kept["logits"])
-    if not off <= limit:
-        said = f"logits differ by {off:.2g} of their spread from those in training, where {limit:g} is rounding"
-        raise RunError(Problem("model", folder, f"{said}: it is not what was trained, and is not published"))
+        message = (
+            f"{checkpoint} has no {NAME}: training writes it with its last checkpoint, if consolidate.verify=logits was set. "
+            "Use consolidate.verify=weights"
+        )
+        raise RunError(Problem("consolidate.verify", "logits", message))
+    recorded = load_file(checkpoint / NAME)
+    dtype = compute_dtype(config)
+    written_dtype = str((read_json(folder / "config.json") or {}).get("dtype", "float32"))
+    model: Any = load_model.load_folder(folder, config, dtype)
+    tolerance = max(TOLERANCE[dtype], TOLERANCE.get(getattr(torch, written_dtype), 0.0))
+    logits = model(input_ids=recorded["ids"][None].to(model.device), use_cache=False).logits
+    off = difference(logits[0, recorded["places"]].float().cpu(), recorded["logits"])
+    if not off <= tolerance:  # written so that NaN is refused too
+        message = (
+            f"logits differ by {off:.2g} of their spread from those in training, but rounding explains only {tolerance:g}: "
+            "this is not the model that was trained, so it is not published"
+        )
+        raise RunError(Problem("model", folder, message))
     log.info(
-        f"verified  logits of {len(kept['places'])} places differ by {off:.2g} of their spread, of {limit:g} allowed"
+        f"verified  logits at {len(recorded['places'])} positions differ by {off:.2g} of their spread ({tolerance:g} allowed)"
     )
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest over places of rms(found - wanted) / rms(wanted - mean(wanted)); both (places, vocabulary)."""
-    columns = min(found.shape[1], wanted.shape[1])  # sharded heads are padded
-    found, wanted = found[:, :columns], wanted[:, :columns]
-    spread = (wanted - wanted.mean(1, keepdim=True)).square().mean(1).sqrt()
-    return float(((found - wanted).square().mean(1).sqrt() / spread.clamp_min(1e-12)).max())
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Maximum over positions of rms(actual - expected) / rms(expected - mean(expected)). Both are (positions, vocabulary)."""
+    columns = min(actual.shape[1], expected.shape[1])  # a sharded output head is padded
+    actual, expected = actual[:, :columns], expected[:, :columns]
+    spread = (expected - expected.mean(1, keepdim=True)).square().mean(1).sqrt()
+    return float(((actual - expected).square().mean(1).sqrt() / spread.clamp_min(1e-12)).max())

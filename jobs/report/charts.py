@@ -1,4 +1,4 @@
-"""Charts and tables of rows, in numbers that the page's template draws: lengths, fill, padding and the sets' shares."""
+"""Computes charts and tables as numbers for the page templates: sample lengths, packing, padding, data sets and curves."""
 
 import math
 from dataclasses import dataclass
@@ -7,175 +7,202 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conf.plural import plural
 from jobs.data.batches import Rows
 
 MICRO_BATCHES = (1, 2, 4, 8)
-"""Rows a rank might hold at once, where padding is told."""
+"""Values of train.micro_batch for which the padding is shown."""
+LINE_POINTS = 300
+"""Maximum number of points of a line. Longer lines are replaced by means of neighboring points."""
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Bars as (left, width, height, what it is), ticks and marks as (where, label): all in percent of the chart."""
+class Histogram:
+    """Bars as (left, width, height, label), ticks and a mark as (position, label). All numbers are percent of the chart."""
 
     bars: list[tuple[float, float, float, str]]
-    across: list[tuple[float, str]]
-    up: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
     mark: tuple[float, str] | None = None
 
 
-def of_lengths(lengths: NDArray[np.int64], max_length: int) -> Chart | None:
-    """How many samples have how many tokens; the axis is logarithmic where lengths differ much, and reaches max_length."""
+@dataclass(frozen=True)
+class Curve:
+    """Lines and dots as SVG coordinates in percent of the chart from its top left. Ticks as in `Histogram`."""
+
+    lines: list[str]
+    """For each line its points, as `x,y x,y ...`."""
+    dots: list[tuple[float, float, str]]
+    """(x, y, label)."""
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def length_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram | None:
+    """Number of samples by their tokens, or None without samples.
+
+    The axis reaches at least to max_length. It is logarithmic if the largest value is more than 16 times the smallest.
+    """
     if not len(lengths):
         return None
     low, high = max(1, int(lengths.min())), max(int(lengths.max()), max_length) + 1
-    wide = high > 16 * low
-    if wide:
+    logarithmic = high > 16 * low
+    if logarithmic:
         edges = np.unique(np.geomspace(low, high, 41).round().astype(np.int64))
     else:
         edges = np.arange(low, high + (step := -(-(high - low) // 40)), step)
     counts = np.add.reduceat(np.bincount(lengths, minlength=int(edges[-1])), edges[:-1])
 
-    def at(value: float) -> float:
+    def percent(value: float) -> float:
         low, high = edges[0], edges[-1]
-        return 100 * (math.log(value / low) / math.log(high / low) if wide else (value - low) / (high - low))
+        if logarithmic:
+            return 100 * math.log(value / low) / math.log(high / low)
+        return float(100 * (value - low) / (high - low))
 
-    ticks = _powers(low, high) if wide else _round(low, high)
-    mark = (at(max_length), f"max_length {max_length:,}")
-    says = [_span(int(a), int(b) - 1, "token") for a, b in zip(edges, edges[1:], strict=False)]
-    return _chart([at(edge) for edge in edges.tolist()], counts, says, [(at(t), f"{t:,}") for t in ticks], mark)
+    ticks = _powers_of_two(low, high) if logarithmic else _round_integers(low, high)
+    labels = [_range_label(int(a), int(b) - 1, "token") for a, b in zip(edges, edges[1:], strict=False)]
+    return _histogram(
+        [percent(edge) for edge in edges.tolist()],
+        counts,
+        labels,
+        x_ticks=[(percent(tick), f"{tick:,}") for tick in ticks],
+        mark=(percent(max_length), f"max_length {max_length:,}"),
+        unit="sample",
+    )
 
 
-def of_fill(lengths: NDArray[np.int64], max_length: int) -> Chart:
-    """How many packed rows are how full, in steps of 2%."""
+def fill_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram:
+    """Number of packed rows by how full they are, in steps of 2%."""
     counts = np.bincount(np.minimum((lengths - 1) * 50 // max_length, 49), minlength=50)
-    says = [f"{2 * step}-{2 * step + 2}% full" for step in range(50)]
+    labels = [f"{2 * step}-{2 * step + 2}% full" for step in range(50)]
     ticks = [(float(tick), f"{tick}%") for tick in (0, 25, 50, 75, 100)]
-    return _chart([2.0 * step for step in range(51)], counts, says, ticks, unit="row")
+    return _histogram([2.0 * step for step in range(51)], counts, labels, x_ticks=ticks, unit="row")
 
 
-def _chart(
+def _histogram(
     edges: list[float],
     counts: NDArray[np.int64],
-    says: list[str],
-    across: list[tuple[float, str]],
-    mark: tuple[float, str] | None = None,
+    labels: list[str],
     *,
-    unit: str = "sample",
-) -> Chart:
-    top, total = max(1, int(counts.max(initial=0))), max(1, int(counts.sum()))
+    x_ticks: list[tuple[float, str]],
+    mark: tuple[float, str] | None = None,
+    unit: str,
+) -> Histogram:
+    highest, total = max(1, int(counts.max(initial=0))), max(1, int(counts.sum()))
     bars = [
-        (left, right - left, max(0.7, 100 * count / top), f"{say}: {_many(count, unit)} ({count / total:.1%})")
-        for left, right, count, say in zip(edges, edges[1:], counts.tolist(), says, strict=False)
+        # at least 0.7% high, so that a bar of few samples stays visible
+        (left, right - left, max(0.7, 100 * count / highest), f"{label}: {plural(count, unit)} ({count / total:.1%})")
+        for left, right, count, label in zip(edges, edges[1:], counts.tolist(), labels, strict=False)
         if count
     ]
-    return Chart(bars, across, [(100 * tick / top, _short(tick)) for tick in _round(0, top, 4) if tick], mark)
+    y_ticks = [(100 * tick / highest, _abbreviated(tick)) for tick in _round_integers(0, highest, 4) if tick]
+    return Histogram(bars, x_ticks, y_ticks, mark)
 
 
 def padding(lengths: NDArray[np.int64], seed: int) -> list[tuple[int, float]]:
-    """(rows at once, share of tokens that is padding) of random micro batches, each as long as its longest row, in eights."""
-    mixed, found = np.random.default_rng(seed).permutation(lengths), []
+    """(micro batch, share of tokens that is padding), for random micro batches.
+
+    Each micro batch is as long as its longest row, rounded up to a multiple of eight.
+    """
+    shuffled, shares = np.random.default_rng(seed).permutation(lengths), []
     for count in MICRO_BATCHES:
-        groups = mixed[: len(mixed) // count * count].reshape(-1, count)
+        groups = shuffled[: len(shuffled) // count * count].reshape(-1, count)
         if len(groups):
-            taken = (-(-groups.max(axis=1) // 8) * 8).sum() * count
-            found.append((count, 1 - float(groups.sum() / taken)))
-    return found
+            padded = (-(-groups.max(axis=1) // 8) * 8).sum() * count
+            shares.append((count, 1 - float(groups.sum() / padded)))
+    return shares
 
 
-def sources(about: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
-    """Of each training set, the largest first: tokens an epoch, how many are trained, and percent of the largest's."""
-    names = about["splits"]["train"]
-    ends = np.cumsum([about["sets"][name]["samples"] for name in names])
-    which = np.searchsorted(ends, rows.chosen, side="right")
-    sums = (
-        np.bincount(which, weights=values[rows.chosen], minlength=len(names)).tolist()
-        for values in (rows.samples.lengths, rows.samples.labels)
-    )
-    tokens, trained = sums
-    top, total = max(1, *tokens), max(1, sum(tokens))
-    found = [
-        {"name": name, "tokens": int(n), "trained": int(t), "share": n / total, "width": 100 * n / top, "lit": 100 * t / top}
-        for name, n, t in zip(names, tokens, trained, strict=True)
-    ]  # fmt: skip
-    return sorted(found, key=lambda one: -one["tokens"])
+def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
+    """Tokens and trained tokens per epoch of each training set, the largest first.
+
+    data: the contents of RUN/data/data.json. Also gives the set's share of all tokens (0 to 1), and the widths of its bars in
+    percent of the largest set's: `width` for all its tokens, `trained_width` for the trained ones.
+    """
+    names = data["splits"]["train"]
+    ends = np.cumsum([data["sets"][name]["samples"] for name in names])
+    set_of_sample = np.searchsorted(ends, rows.chosen, side="right")
+
+    def sum_by_set(values: NDArray[np.int64]) -> list[float]:
+        sums: list[float] = np.bincount(set_of_sample, weights=values[rows.chosen], minlength=len(names)).tolist()
+        return sums
+
+    tokens, trained = sum_by_set(rows.samples.lengths), sum_by_set(rows.samples.labels)
+    largest, total = max(1, *tokens), max(1, sum(tokens))
+    sets = [
+        {
+            "name": name,
+            "tokens": int(count),
+            "trained": int(trained_count),
+            "share": count / total,
+            "width": 100 * count / largest,
+            "trained_width": 100 * trained_count / largest,
+        }
+        for name, count, trained_count in zip(names, tokens, trained, strict=True)
+    ]
+    return sorted(sets, key=lambda one: -one["tokens"])
 
 
-def _powers(low: int, high: int) -> list[int]:
+def line_chart(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:
+    """Values by step; no series is empty.
+
+    The y axis is logarithmic if all values are above 0 and the largest is more than 50 times the smallest.
+    """
+    thinned = [_thinned(points) for points in series]
+    points = [*(point for line in thinned for point in line), *dots]
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    logarithmic = low > 0 and high > 50 * low
+    if not logarithmic:
+        low = min(low, 0.0) if low <= 0.5 * high else low
+        high = high if high > low else low + max(abs(low), 1e-9)
+
+    def percent(x: float, y: float) -> tuple[float, float]:
+        up = math.log(y / low) / math.log(high / low) if logarithmic else (y - low) / (high - low)
+        return round(100 * (x - first) / max(1, last - first), 2), round(100 * (1 - up), 2)
+
+    lines = [" ".join(f"{x},{y}" for x, y in (percent(*point) for point in line)) for line in thinned]
+    labeled_dots = [(*percent(x, y), f"step {x:,}: {y:.4f}") for x, y in dots]
+    ticks = [10.0**power for power in range(-12, 13)] if logarithmic else _round_floats(low, high)
+    y_ticks = [(100 - percent(first, tick)[1], f"{tick:.6g}") for tick in ticks if low <= tick <= high]
+    steps = _round_integers(int(first), max(int(last), int(first) + 1))
+    x_ticks = [(percent(step, high)[0], f"{step:,}") for step in steps if step <= last]
+    return Curve(lines, labeled_dots, x_ticks, y_ticks)
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most LINE_POINTS points: (last step, mean value) of groups of neighbors."""
+    size = -(-len(points) // LINE_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
+    return [(group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _powers_of_two(low: int, high: int) -> list[int]:
     """At most seven powers of two within the axis."""
-    found = [2**power for power in range(high.bit_length() + 1) if low <= 2**power <= high]
-    return found[-1 :: -max(1, -(-len(found) // 7))][::-1]
+    powers = [2**power for power in range(high.bit_length() + 1) if low <= 2**power <= high]
+    return powers[-1 :: -max(1, -(-len(powers) // 7))][::-1]
 
 
-def _round(low: int, high: int, count: int = 6) -> list[int]:
-    """At most about `count` round numbers within the axis."""
+def _round_integers(low: int, high: int, count: int = 6) -> list[int]:
+    """At most about `count` round integers within the axis."""
     size = 10 ** int(math.log10(max(1, (high - low) / count)))
     step = next(step for step in (size, 2 * size, 5 * size, 10 * size) if (high - low) / step <= count)
     return list(range(-(-low // step) * step, high + 1, step))
 
 
-def _short(number: int) -> str:
-    for size, sign in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:g}{sign}"
-    return str(number)
-
-
-def _many(count: int, unit: str) -> str:
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
-
-
-def _span(low: int, high: int, unit: str) -> str:
-    return _many(low, unit) if low == high else f"{low:,}-{high:,} {unit}s"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Lines and dots as SVG points, in percent of the chart from its top left, with ticks as (where, label) as in `Chart`."""
-
-    lines: list[str]
-    dots: list[tuple[float, float, str]]
-    """(x, y, what it is)."""
-    across: list[tuple[float, str]]
-    up: list[tuple[float, str]]
-
-
-POINTS = 300
-"""Points of a line at most: longer ones become means of neighbours."""
-
-
-def of_curves(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:
-    """Values by step, none of them empty; the upward axis is logarithmic where all are above 0 and differ much."""
-    shown = [_thinned(points) for points in series]
-    both = [*(point for points in shown for point in points), *dots]
-    begin, end = min(x for x, _ in both), max(x for x, _ in both)
-    low, high = min(y for _, y in both), max(y for _, y in both)
-    wide = low > 0 and high > 50 * low
-    if not wide:
-        low = min(low, 0.0) if low <= 0.5 * high else low
-        high = high if high > low else low + max(abs(low), 1e-9)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        up = math.log(y / low) / math.log(high / low) if wide else (y - low) / (high - low)
-        return round(100 * (x - begin) / max(1, end - begin), 2), round(100 * (1 - up), 2)
-
-    lines = [" ".join(f"{x},{y}" for x, y in (place(*point) for point in points)) for points in shown]
-    marked = [(*place(x, y), f"step {x:,}: {y:.4f}") for x, y in dots]
-    ticks = [10.0**power for power in range(-12, 13)] if wide else _even(low, high)
-    up = [(100 - place(begin, tick)[1], f"{tick:.6g}") for tick in ticks if low <= tick <= high]
-    across = [
-        (place(tick, high)[0], f"{tick:,}") for tick in _round(int(begin), max(int(end), int(begin) + 1)) if tick <= end
-    ]
-    return Curve(lines, marked, across, up)
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    size = -(-len(points) // POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
-    return [(group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups]
-
-
-def _even(low: float, high: float) -> list[float]:
+def _round_floats(low: float, high: float) -> list[float]:
     """At most six round numbers within the axis."""
     size = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(size * factor for factor in (1, 2, 5, 10) if (high - low) / (size * factor) <= 5)
     return [round(step * number, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _abbreviated(number: int) -> str:
+    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:g}{suffix}"
+    return str(number)
+
+
+def _range_label(low: int, high: int, unit: str) -> str:
+    return plural(low, unit) if low == high else f"{low:,}-{high:,} {unit}s"

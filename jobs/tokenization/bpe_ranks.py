@@ -1,10 +1,12 @@
-"""Ranks with which tiktoken merges bytes to the very tokens that a tokenizer's list of merges gives.
+"""Computes the ranks with which tiktoken merges bytes into exactly the tokens that a tokenizer's list of merges gives.
 
-Both merge neighbours by rank, but tiktoken looks up the bytes of two neighbours where a tokenizer looks up the pair. The
-ranks found here make that the same. Let T be a token, and see how its bytes alone are merged. Inside of any text, as long as
-no merge crosses T's ends, its bytes go through the same states; so T is only ever made from the last two parts of its own
-merging, and with that pair's rank, or, if its own merging stops earlier, never. Hence T gets that rank; and a token that its
-own merging never makes is left out, so that tiktoken cannot make it from parts which are no listed pair.
+Both merge the neighbors of the lowest rank first. But a tokenizer looks up the pair of neighbors, and tiktoken looks up their
+joined bytes. The ranks computed here make both give the same tokens:
+
+Take a token T, and merge its bytes alone. Inside any text, as long as no merge crosses the ends of T, its bytes go through
+the same states. So T is only ever made from the last two parts of its own merging, with the rank of that pair; or, if its own
+merging stops earlier, T is never made. Hence T gets the rank of that pair. A token that its own merging never makes is left
+out, so that tiktoken cannot make it from parts that are not a listed pair.
 """
 
 from collections import defaultdict
@@ -12,66 +14,82 @@ from typing import Any
 
 from tokenizers import models
 
-from jobs.tokenization.offsets import Unfit
+from jobs.tokenization.offsets import Unsupported
 
-PLAIN = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-OTHERS = sorted({*range(256)} - PLAIN)
-LETTERS = {chr(byte if byte in PLAIN else 256 + OTHERS.index(byte)): byte for byte in range(256)}
-"""GPT-2's letter for each byte, in the order of the bytes: printable ones stand for themselves, the others count up from 256."""
+PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = sorted({*range(256)} - PRINTABLE)
+BYTE_OF_LETTER = {chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte)): byte for byte in range(256)}
+"""GPT-2's letter for each byte, in the order of the bytes. Printable bytes stand for themselves, the others count up from 256."""
+
+Pair = tuple[str, str]
 
 
-def ranks(model: dict[str, Any]) -> tuple[list[int], dict[bytes, int]]:
-    """(token id of each rank, rank of each token's bytes) for a tokenizer.json's model. Raises Unfit where there are none."""
+def mergeable_ranks(model: dict[str, Any]) -> tuple[list[int], dict[bytes, int]]:
+    """For the `model` of a tokenizer.json: (token id of each rank, rank of each token's bytes).
+
+    Raises Unsupported if tiktoken cannot reproduce the model.
+    """
     if model["type"] != "BPE" or any(
         model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ):
-        raise Unfit(f"its model is {model['type']}, not one of bytes that are merged")
+        raise Unsupported(f"its model is {model['type']}, not plain byte-level BPE")
     vocabulary = model["vocab"]
-    if not LETTERS.keys() <= vocabulary.keys():
-        raise Unfit("its model is one of letters, not of bytes")
-    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    made, never = _made(vocabulary, pairs)
-    ids = [vocabulary[token] for token in (*LETTERS, *map("".join, pairs))]
-    found = {bytes([byte]): byte for byte in range(256)}
-    found |= {_bytes(token): 256 + place for token, place in made.items()}
-    if model["ignore_merges"]:  # a whole word is looked up first, as tiktoken does; so such tokens must be there
-        if 2 in never.values():
-            raise Unfit("its vocabulary has tokens that are made of no pair")
-        for token in never:
-            found[_bytes(token)] = len(ids)
+    if not BYTE_OF_LETTER.keys() <= vocabulary.keys():
+        raise Unsupported("its BPE model works on characters, not on bytes")
+    # A tokenizer.json lists a merge as "a b", or in newer files as ["a", "b"].
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    pairs: list[Pair] = [(left, right) for left, right in merges]
+    rank_of_token, parts_of_unreachable = _last_merges(vocabulary, pairs)
+    # Rank r < 256 is a byte; rank 256 + n is the n-th merge. Several merges may give the same token.
+    ids = [vocabulary[token] for token in (*BYTE_OF_LETTER, *map("".join, pairs))]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {_bytes(token): 256 + number for token, number in rank_of_token.items()}
+    if model["ignore_merges"]:
+        # Both libraries look up a whole word before they merge, so words that no merge makes need a rank too. One that ends
+        # in two parts would also be made of these two by tiktoken, inside longer words, though they are not a listed pair.
+        if 2 in parts_of_unreachable.values():
+            raise Unsupported("its vocabulary has tokens that no listed merge makes")
+        for token in parts_of_unreachable:
+            ranks[_bytes(token)] = len(ids)
             ids.append(vocabulary[token])
-    return ids, found
+    return ids, ranks
 
 
 def _bytes(token: str) -> bytes:
-    return bytes(map(LETTERS.__getitem__, token))
+    return bytes(map(BYTE_OF_LETTER.__getitem__, token))
 
 
-def _made(vocabulary: dict[str, int], pairs: list[tuple[str, ...]]) -> tuple[dict[str, int], dict[str, int]]:
-    """(for each token that its own merging makes, the last pair's place in the list; for the others, the parts it ends in)."""
-    place = {pair: number for number, pair in enumerate(pairs)}
-    ways = defaultdict(list)
-    for pair, number in place.items():
-        ways["".join(pair)].append(number)
-    tokens = {token: number for token, number in vocabulary.items() if LETTERS.keys() >= set(token)}
+def _last_merges(vocabulary: dict[str, int], pairs: list[Pair]) -> tuple[dict[str, int], dict[str, int]]:
+    """Merge each token's own bytes.
+
+    Returns (number of the last merge, for tokens that become whole; number of parts left over, for the others).
+    """
+    number_of_pair = {pair: number for number, pair in enumerate(pairs)}
+    numbers_of_token = defaultdict(list)
+    for pair, number in number_of_pair.items():
+        numbers_of_token["".join(pair)].append(number)
+    tokens = {token: number for token, number in vocabulary.items() if BYTE_OF_LETTER.keys() >= set(token)}
     bpe = models.BPE(vocab=tokens, merges=pairs)
     parts = {token: len(bpe.tokenize(token)) for token in tokens if len(token) > 1}
-    made = {
-        token: ways[token][0] if len(ways[token]) == 1 else _last_merge(token, place)
+    last_merge = {
+        token: numbers_of_token[token][0] if len(numbers_of_token[token]) == 1 else _last_merge(token, number_of_pair)
         for token, count in parts.items()
         if count == 1
     }
-    return made, {token: count for token, count in parts.items() if count > 1}
+    return last_merge, {token: count for token, count in parts.items() if count > 1}
 
 
-def _last_merge(token: str, place: dict[tuple[str, ...], int]) -> int:
-    """Llama 3's list has every pair that makes a token; only one is ever the last, and not always the first listed."""
-    parts, never = list(token), len(place)
-    places = [place.get(pair, never) for pair in zip(parts, parts[1:], strict=False)]
-    while len(places) > 1:
-        at = places.index(min(places))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        del places[at]
-        for left in range(max(at - 1, 0), min(at + 1, len(places))):
-            places[left] = place.get((parts[left], parts[left + 1]), never)
-    return places[0]
+def _last_merge(token: str, number_of_pair: dict[Pair, int]) -> int:
+    """Number of the last merge of a token that several listed pairs make.
+
+    Llama 3 lists every pair that makes a token. Only one of them is ever the last merge, and not always the first listed.
+    """
+    parts, unlisted = list(token), len(number_of_pair)
+    numbers = [number_of_pair.get(pair, unlisted) for pair in zip(parts, parts[1:], strict=False)]
+    while len(numbers) > 1:
+        first = numbers.index(min(numbers))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        del numbers[first]
+        for left in range(max(first - 1, 0), min(first + 1, len(numbers))):
+            numbers[left] = number_of_pair.get((parts[left], parts[left + 1]), unlisted)
+    return numbers[0]

@@ -1,7 +1,15 @@
-"""Tokenises with tiktoken what a byte-level BPE tokenizer would, token for token, several times as fast.
+"""Tokenizes with tiktoken like a byte-level BPE tokenizer of `tokenizers`: the same tokens, several times as fast.
 
-What is not known to come out the same is refused: a tokenizer by its parts, a text by its characters. merges.py says why the
-merges are the same, patterns.py why the splitting is; here it is the added tokens, the normal form and the marks.
+Whatever is not known to give the same tokens is refused: a tokenizer by its parts, a text by its characters.
+bpe_ranks.py explains why the merges are the same, split_patterns.py why the splitting is the same. This file handles added
+tokens, Unicode normalization and the loss mask.
+
+The stages of one call, for many texts at once (a call per text takes as long as the tokens themselves):
+1. Join the texts with SEPARATOR.
+2. Replace each added token (`<|im_end|>`) by SEPARATOR too, and remember in order which token each SEPARATOR stands for.
+3. Tokenize the joined text with tiktoken. Its tokens are ranks, see bpe_ranks.py.
+4. Put the added tokens back and drop the separators between texts.
+5. The lengths of the tokens in bytes give their ends, and so the loss mask and the tokens of each text.
 """
 
 import json
@@ -18,18 +26,27 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from jobs.tokenization import bpe_ranks
-from jobs.tokenization import split_patterns as patterns
-from jobs.tokenization.offsets import Found, Span, Text, Unfit
-from jobs.tokenization.split_patterns import CUT, DIGITS, HERE, SIGNS, parted
+from jobs.tokenization.offsets import MaskedText, Span, TokenizedText, Unsupported
+from jobs.tokenization.split_patterns import (
+    CUT,
+    DIGITS,
+    LOOKAHEAD,
+    RESERVED,
+    SEPARATOR,
+    cut_runs,
+    kinds_of_units,
+    read_pattern,
+)
 
-CLASSES = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
+CHARACTER_CLASSES = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
 BLOCKS = ((0, 0x3400), (0xA000, 0xAC00), (0xD7A4, 0xD800), (0xF900, 0x20000), (0x2A6DE, 0x2A700), (0x2EBE0, 0x31350))
 CHANGING = "".join(chr(point) for block in (*BLOCKS, (0x323AF, 0x33480), (0xE0000, 0xE0200)) for point in range(*block))
-"""All but the ideographs and syllables that have been letters for long, and planes that nobody uses."""
+"""All characters that versions of Unicode may disagree on: without the ideographs and syllables that have been letters for
+long, and without unused planes."""
 
 
-class ByteLevel:
-    """Texts to tokens. Raises Unfit for a tokenizer that it cannot promise to do alike."""
+class TiktokenBackend:
+    """Tokenizes texts with tiktoken. Raises Unsupported for a tokenizer whose tokens it cannot guarantee to reproduce."""
 
     name = "tiktoken"
 
@@ -37,171 +54,207 @@ class ByteLevel:
         try:
             from tiktoken import Encoding
         except ImportError as error:
-            raise Unfit("tiktoken is not installed") from error
+            raise Unsupported("tiktoken is not installed") from error
         if not tokenizer.is_fast or tokenizer.split_special_tokens:
-            raise Unfit("the tokenizer is not the plain fast one")
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        pattern = patterns.read(whole["pre_tokenizer"])
-        self._composes = _composes(whole["normalizer"])
-        self._odd = _odd(frozenset(CLASSES.findall(pattern)), pattern == DIGITS, self._composes)
-        ids, ranks = bpe_ranks.ranks(whole["model"])
-        self._patterns, added = _added(whole["added_tokens"], self._composes)
-        self._sign = len(ids) + len(added)
-        self._added = {text: len(ids) + number for number, text in enumerate(added)} | {HERE: self._sign}
-        self._runs = patterns.runs(pattern)
+            raise Unsupported("the tokenizer is not a fast one, or splits special tokens")
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        pattern = read_pattern(rules["pre_tokenizer"])
+        self._nfc = _normalizes(rules["normalizer"])
+        classes = frozenset(CHARACTER_CLASSES.findall(pattern))
+        self._ambiguous = _ambiguous_characters(classes, pattern == DIGITS, self._nfc)
+        self._unit_kinds = kinds_of_units(pattern)
+        ids, ranks = bpe_ranks.mergeable_ranks(rules["model"])
+        # Ranks: first those of the BPE model, then one for each added token, then SEPARATOR and CUT.
+        self._added_patterns, added = _added_tokens(rules["added_tokens"], self._nfc)
+        self._separator = len(ids) + len(added)
+        self._rank_of_added = {text: len(ids) + number for number, text in enumerate(added)}
+        self._rank_of_added[SEPARATOR] = self._separator
         self._ids = np.array([*ids, *added.values()], dtype=np.int32)
-        self._lengths = np.zeros(len(self._ids), dtype=np.int64)
-        self._lengths[list(ranks.values())] = [len(text) for text in ranks]
-        self._lengths[len(ids) :] = [len(text.encode()) for text in added]
-        self._before, self._after = (np.array(ids, dtype=np.int32) for ids in _around(tokenizer))
-        self._bare = not len(self._before) + len(self._after)
+        self._byte_lengths = np.zeros(len(self._ids), dtype=np.int64)
+        self._byte_lengths[list(ranks.values())] = [len(text) for text in ranks]
+        self._byte_lengths[len(ids) :] = [len(text.encode()) for text in added]
+        self._prefix, self._suffix = (np.array(ids, dtype=np.int32) for ids in _special_tokens_around(tokenizer))
+        self._adds_none = not len(self._prefix) + len(self._suffix)
         try:
-            self._core = Encoding(
+            self._encode = Encoding(
                 "muster",
-                pat_str=pattern if self._runs is None else pattern.replace(patterns.AHEAD, ""),
+                pat_str=pattern if self._unit_kinds is None else pattern.replace(LOOKAHEAD, ""),
                 mergeable_ranks=ranks,
-                special_tokens={HERE: self._sign, CUT: self._sign + 1},
+                special_tokens={SEPARATOR: self._separator, CUT: self._separator + 1},
             )._core_bpe.encode_to_tiktoken_buffer
         except ValueError as error:
-            raise Unfit("tiktoken refuses the tokenizer's pattern") from error
+            raise Unsupported("tiktoken cannot compile the tokenizer's split pattern") from error
 
-    def __call__(self, texts: Sequence[Text]) -> list[Found | None]:
-        """All at once, because a call for each takes as long as the tokens; None for a text that another way must do."""
-        fit = [number for number, text in enumerate(texts) if self._fits(text.text)]
+    def __call__(self, texts: Sequence[MaskedText]) -> list[TokenizedText | None]:
+        """Tokenize all texts in one call. None for a text that needs another way."""
+        supported = [number for number, text in enumerate(texts) if self._supports(text.text)]
         try:
-            made = dict(zip(fit, self._together([texts[number] for number in fit]), strict=True))
-        except Exception:  # one of them: alone, it fails alone
-            return [None] if len(texts) == 1 else [found for text in texts for found in self([text])]
-        return [made.get(number) for number in range(len(texts))]
+            tokenized = self._tokenize([texts[number] for number in supported])
+            by_number = dict(zip(supported, tokenized, strict=True))
+        except Exception:  # One text is the cause. Each alone: then only that one fails.
+            return [None] if len(texts) == 1 else [result for text in texts for result in self([text])]
+        return [by_number.get(number) for number in range(len(texts))]
 
-    def _fits(self, text: str) -> bool:
-        """Whether the versions of Unicode on this machine agree on its characters, it is in the normal form and holds no sign."""
+    def _supports(self, text: str) -> bool:
+        """Whether the text has no character that versions of Unicode disagree on, needs no normalization, and has no
+        reserved character."""
         if text.isascii():
             return True
-        if (self._odd and self._odd.search(text)) or HERE in text or CUT in text:
+        if (self._ambiguous and self._ambiguous.search(text)) or SEPARATOR in text or CUT in text:
             return False
-        return not self._composes or unicodedata.is_normalized("NFC", text)
+        return not self._nfc or unicodedata.is_normalized("NFC", text)
 
-    def _together(self, texts: list[Text]) -> Iterator[Found]:
+    def _tokenize(self, texts: list[MaskedText]) -> Iterator[TokenizedText]:
         ranks = self._ranks([text.text for text in texts])
-        ends = np.add.accumulate(self._lengths[ranks])
-        spans: list[Span] = []
-        cut: list[Span] = []
-        bounds = [0]
-        for text in texts:
-            places = _in_bytes(text.text, [*text.spans, *text.cut, (0, len(text.text))])
-            placed = [(bounds[-1] + start, bounds[-1] + end) for start, end in places]
-            spans += placed[: len(text.spans)]
-            cut += placed[len(text.spans) : -1]
-            bounds.append(placed[-1][1])
-        if bounds[-1] != (ends[-1] if len(ends) else 0):
-            raise Unfit("the tokenizer's pattern leaves out a part of a text")
-        ids, trained = self._ids[ranks], (_held(ends, spans) & ~_held(ends, cut)).view(np.uint8)
-        stops = ends.searchsorted(bounds, "right").tolist()
+        token_ends = np.add.accumulate(self._byte_lengths[ranks])
+        spans, excluded, text_ends = _joined_spans(texts)
+        if text_ends[-1] != (token_ends[-1] if len(token_ends) else 0):
+            raise Unsupported("the tokenizer's split pattern does not match all of a text")
+        ids = self._ids[ranks]
+        trained = (_overlaps(token_ends, spans) & ~_overlaps(token_ends, excluded)).view(np.uint8)
+        stops = token_ends.searchsorted(text_ends, "right").tolist()
         for text, start, stop in zip(texts, stops, stops[1:], strict=False):
-            yield self._surrounded(text, ids[start:stop], trained[start:stop])
+            yield self._with_special_tokens(text, ids[start:stop], trained[start:stop])
 
-    def _surrounded(self, text: Text, ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> Found:
-        if not text.special or self._bare:
-            return ids, trained, not text.text
-        ids = np.concatenate([self._before, ids, self._after])
-        trained = np.concatenate([np.zeros_like(self._before, np.uint8), trained, np.zeros_like(self._after, np.uint8)])
-        return ids, trained, len(self._after) > 0 or not text.text
+    def _with_special_tokens(
+        self, text: MaskedText, ids: NDArray[np.int32], trained: NDArray[np.uint8]
+    ) -> TokenizedText:
+        if not text.add_special_tokens or self._adds_none:
+            return TokenizedText(ids, trained, not text.text)
+        before, after = np.zeros_like(self._prefix, np.uint8), np.zeros_like(self._suffix, np.uint8)
+        ids = np.concatenate([self._prefix, ids, self._suffix])
+        trained = np.concatenate([before, trained, after])
+        return TokenizedText(ids, trained, len(self._suffix) > 0 or not text.text)
 
     def _ranks(self, texts: list[str]) -> NDArray[np.intp]:
-        """Of all tokens. Added tokens are cut out first, as tokenizers does: tiktoken's own way is slow at many, and knows
-        no longest one."""
-        whole = HERE.join(texts)
-        stand: Iterator[str] = repeat(HERE)  # what stands at each sign
-        for pattern in self._patterns:
-            pieces = pattern.split(whole)
-            stand = iter([next(stand) if piece == HERE else piece for piece in pieces[1::2]])
-            whole = HERE.join(pieces[::2])
-        if self._runs is not None:
-            whole = parted(whole, self._runs)
-        made = np.frombuffer(self._core(whole, SIGNS), np.uint32)
-        ranks = made.astype(np.intp)  # numpy looks up by that type soonest
-        signs = np.flatnonzero(ranks == self._sign)
-        ranks[signs] = np.fromiter(map(self._added.__getitem__, stand), np.intp, len(signs))
-        return ranks[ranks < self._sign]
+        """Ranks of all tokens of all texts.
+
+        Added tokens are cut out before tiktoken runs, as tokenizers does. tiktoken's own special tokens are slow when there are
+        many, and it does not prefer the longest.
+        """
+        joined = SEPARATOR.join(texts)
+        replaced: Iterator[str] = repeat(SEPARATOR)  # what each SEPARATOR in `joined` stands for, in order
+        for pattern in self._added_patterns:
+            parts = pattern.split(joined)  # text, match, text, match, ..., text
+            replaced = iter([next(replaced) if match == SEPARATOR else match for match in parts[1::2]])
+            joined = SEPARATOR.join(parts[::2])
+        if self._unit_kinds is not None:
+            joined = cut_runs(joined, self._unit_kinds)
+        buffer = np.frombuffer(self._encode(joined, RESERVED), np.uint32)
+        ranks = buffer.astype(np.intp)  # numpy indexes fastest with this type
+        separators = np.flatnonzero(ranks == self._separator)
+        ranks[separators] = np.fromiter(map(self._rank_of_added.__getitem__, replaced), np.intp, len(separators))
+        return ranks[ranks < self._separator]  # drops SEPARATOR between texts, and CUT
 
 
-def _held(ends: NDArray[np.int64], spans: list[Span]) -> NDArray[np.bool_]:
-    """As `spans.mark`, for tokens without gaps of which only the ends are known."""
+def _joined_spans(texts: list[MaskedText]) -> tuple[list[Span], list[Span], list[int]]:
+    """In bytes of all texts joined: (trained spans, excluded spans, 0 and the end of each text)."""
+    spans: list[Span] = []
+    excluded: list[Span] = []
+    text_ends = [0]
+    for text in texts:
+        in_bytes = _in_bytes(text.text, [*text.trained_spans, *text.excluded_spans, (0, len(text.text))])
+        shifted = [(text_ends[-1] + start, text_ends[-1] + end) for start, end in in_bytes]
+        count = len(text.trained_spans)
+        spans += shifted[:count]
+        excluded += shifted[count:-1]
+        text_ends.append(shifted[-1][1])
+    return spans, excluded, text_ends
+
+
+def _overlaps(token_ends: NDArray[np.int64], spans: list[Span]) -> NDArray[np.bool_]:
+    """Whether each token holds a part of a span. As `offsets.mark_tokens`, for tokens without gaps, given by their ends.
+
+    Adds 1 at the first token of each span and subtracts 1 after its last: the running sum is the number of spans at a token.
+    """
     starts, stops = np.array([span for span in spans if span[0] < span[1]], dtype=np.int64).reshape(-1, 2).T
-    steps = np.zeros(len(ends) + 1, dtype=np.int32)
-    np.add.at(steps, ends.searchsorted(starts, "right"), 1)
-    np.subtract.at(steps, ends.searchsorted(stops) + 1, 1)
+    steps = np.zeros(len(token_ends) + 1, dtype=np.int32)
+    np.add.at(steps, token_ends.searchsorted(starts, "right"), 1)
+    np.subtract.at(steps, token_ends.searchsorted(stops) + 1, 1)
     return np.add.accumulate(steps[:-1]) > 0
 
 
 def _in_bytes(text: str, spans: list[Span]) -> list[Span]:
-    """A token that holds a part of a character's bytes holds the character, so the marks are the same."""
+    """Spans of characters as spans of UTF-8 bytes.
+
+    A token with a part of a character's bytes holds the character, so the loss mask is the same as by characters.
+    """
     if text.isascii():
         return spans
-    at, counted, found = 0, 0, {}
-    for place in sorted({place for span in spans for place in span}):
-        counted += len(text[at:place].encode())
-        at, found[place] = place, counted
-    return [(found[start], found[end]) for start, end in spans]
+    character, byte, byte_of_character = 0, 0, {}
+    for bound in sorted({bound for span in spans for bound in span}):
+        byte += len(text[character:bound].encode())
+        character, byte_of_character[bound] = bound, byte
+    return [(byte_of_character[start], byte_of_character[end]) for start, end in spans]
 
 
-def _composes(normalizer: dict[str, Any] | None) -> bool:
-    if normalizer not in (None, {"type": "NFC"}):
-        raise Unfit(f"its texts are changed first, by {normalizer['type']}")
-    return normalizer is not None
+def _normalizes(normalizer: dict[str, Any] | None) -> bool:
+    """Whether the tokenizer normalizes texts to NFC. Raises Unsupported for any other normalizer."""
+    if normalizer is None:
+        return False
+    if normalizer != {"type": "NFC"}:
+        raise Unsupported(f"its normalizer changes texts ({normalizer['type']})")
+    return True
 
 
-def _added(tokens: list[dict[str, Any]], composes: bool) -> tuple[list[re.Pattern[str]], dict[str, int]]:
-    """(patterns to cut by in turn, ids of all): first the tokens that are sought in the raw text, then the others."""
+def _added_tokens(tokens: list[dict[str, Any]], nfc: bool) -> tuple[list[re.Pattern[str]], dict[str, int]]:
+    """(patterns to split a text by in turn, id of each added token).
+
+    As tokenizers does, first the tokens with `normalized: false`, then the others. The longest token wins.
+    """
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in tokens):
-        raise Unfit("its added tokens take blanks or words with them")
-    if composes and not all(unicodedata.is_normalized("NFC", token["content"]) for token in tokens):
-        raise Unfit("its added tokens are not in the normal form")
-    if any(sign in token["content"] for sign in SIGNS for token in tokens):
-        raise Unfit("its added tokens hold a sign of ours")
+        raise Unsupported("its added tokens take whitespace with them or match whole words only")
+    if nfc and not all(unicodedata.is_normalized("NFC", token["content"]) for token in tokens):
+        raise Unsupported("its added tokens are not normalized")
+    if any(character in token["content"] for character in RESERVED for token in tokens):
+        raise Unsupported("its added tokens contain a character that Muster reserves")
     patterns = []
     for normalized in (False, True):
         texts = [token["content"] for token in tokens if token["normalized"] is normalized and token["content"]]
         if texts:
             longest_first = sorted(texts, key=len, reverse=True)
-            patterns.append(re.compile(f"({'|'.join(map(re.escape, (HERE, *longest_first)))})"))
+            patterns.append(re.compile(f"({'|'.join(map(re.escape, (SEPARATOR, *longest_first)))})"))
     return patterns, {token["content"]: token["id"] for token in tokens if token["content"]}
 
 
 @lru_cache
-def _odd(classes: frozenset[str], digits: bool, composes: bool) -> re.Pattern[str] | None:
-    """Characters that tokenizers and tiktoken class by other versions of Unicode, or whose normal form Python does not know."""
-    odd: set[str] = set()
+def _ambiguous_characters(classes: frozenset[str], digits: bool, nfc: bool) -> re.Pattern[str] | None:
+    """Characters that tokenizers and tiktoken classify by different versions of Unicode, or that Python cannot normalize.
+
+    classes: the character classes of the split pattern, e.g. `\\p{L}`. digits: whether tokenizers splits digits itself.
+    """
+    ambiguous: set[str] = set()
     for name in classes:
-        others = normalizers.Replace(Regex(name), "").normalize_str(CHANGING)
-        if others != (found := _found(f"[^{name}]", CHANGING)):
-            odd |= {*others} ^ {*found}
+        outside = normalizers.Replace(Regex(name), "").normalize_str(CHANGING)
+        outside_in_tiktoken = _tiktoken_matches(f"[^{name}]", CHANGING)
+        if outside != outside_in_tiktoken:
+            ambiguous |= {*outside} ^ {*outside_in_tiktoken}
     if digits:
-        pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str("a".join(CHANGING))
-        odd |= {piece for piece, _ in pieces if len(piece) == 1 and piece != "a"} ^ {*_found(r"\p{N}", CHANGING)}
-    if composes:
-        odd |= {character for character in CHANGING if unicodedata.category(character) == "Cn"}
-    return re.compile(f"[{''.join(map(re.escape, sorted(odd)))}]") if odd else None
+        parts = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str("a".join(CHANGING))
+        split_off = {part for part, _ in parts if len(part) == 1 and part != "a"}
+        ambiguous |= split_off ^ {*_tiktoken_matches(r"\p{N}", CHANGING)}
+    if nfc:  # Cn: not assigned in Python's version of Unicode
+        ambiguous |= {character for character in CHANGING if unicodedata.category(character) == "Cn"}
+    return re.compile(f"[{''.join(map(re.escape, sorted(ambiguous)))}]") if ambiguous else None
 
 
-def _found(pattern: str, text: str) -> str:
-    """What tiktoken finds, of which it makes tokens; it leaves out the rest."""
-    from tiktoken import _tiktoken
+def _tiktoken_matches(pattern: str, text: str) -> str:
+    """The characters of a text that tiktoken's regex engine matches: it makes tokens of matches and drops the rest."""
+    from tiktoken._tiktoken import CoreBPE  # type: ignore[import-not-found]  # compiled, without type stubs
 
-    core = _tiktoken.CoreBPE({bytes([byte]): byte for byte in range(256)}, {HERE: 256}, pattern)
-    found = core.encode_to_tiktoken_buffer(text, frozenset())
-    return np.frombuffer(found, np.uint32).astype(np.uint8).tobytes().decode()
+    core = CoreBPE({bytes([byte]): byte for byte in range(256)}, {SEPARATOR: 256}, pattern)
+    buffer = core.encode_to_tiktoken_buffer(text, frozenset())
+    return np.frombuffer(buffer, np.uint32).astype(np.uint8).tobytes().decode()
 
 
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The ids that `add_special_tokens` puts before and after a text."""
     added = tokenizer.encode("", add_special_tokens=True)
-    fits = set(range(len(added) + 1))
+    possible = set(range(len(added) + 1))  # how many of them may stand before the text
     for text in ("a", "b c"):
-        bare, whole = (tokenizer.encode(text, add_special_tokens=special) for special in (False, True))
-        fits = {place for place in fits if added[:place] + bare + added[place:] == whole}
-    if len(fits) != 1:
-        raise Unfit("it puts other special tokens round one text than round another")
-    place = fits.pop()
-    return added[:place], added[place:]
+        plain, full = (tokenizer.encode(text, add_special_tokens=special) for special in (False, True))
+        possible = {count for count in possible if added[:count] + plain + added[count:] == full}
+    if len(possible) != 1:
+        raise Unsupported("the special tokens that it adds depend on the text")
+    count = possible.pop()
+    return added[:count], added[count:]

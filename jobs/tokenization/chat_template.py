@@ -1,4 +1,4 @@
-"""Finds a chat template: the tokenizer's own, one that comes with Muster, or a file; and knows which tokens end a turn."""
+"""Finds the source of a chat template (the tokenizer's own, a bundled one, or a file) and the tokens that end a turn."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
-NAMED = {
+BUNDLED = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -16,51 +16,64 @@ NAMED = {
 }
 """The templates that come with Muster, and the tokens that a tokenizer must have for each."""
 
-ENDS = (
+END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
     *("</s>", "<eos>", "<|eot|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),
 )
-"""Tokens that end a turn in the families of models we know."""
+"""Tokens that end a turn or a text in the model families known to Muster."""
 
 
-def template_text(template: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
-    """Jinja source of a template: set it as `tokenizer.chat_template`, so that the saved model speaks as it was taught."""
-    if template in NAMED:
-        return _named(template, tokenizer)
+def template_source(template: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """Jinja source of a chat template.
+
+    template: None is the tokenizer's own, else a name of `BUNDLED` or a path. Set the result as `tokenizer.chat_template`, so
+    that the saved model is used with the template it was trained with. Raises ValueError if there is no such template, or if
+    the tokenizer lacks the tokens of a bundled one.
+    """
+    if template in BUNDLED:
+        return _bundled(template, tokenizer)
     if template is not None:
-        return _file(template)
+        return _read(template)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer has no chat template: name one of {', '.join(NAMED)}, or a file")
+        raise ValueError(
+            f"the tokenizer has no chat template: set data.chat_template to one of {', '.join(BUNDLED)}, or to a file"
+        )
     return tokenizer.get_chat_template(None, tools)
 
 
 @lru_cache
-def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    absent = [
-        token for token in NAMED[name] if tokenizer.encode(token, add_special_tokens=False) != [_id(token, tokenizer)]
+def _bundled(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    missing = [
+        token for token in BUNDLED[name] if tokenizer.encode(token, add_special_tokens=False) != [_id(token, tokenizer)]
     ]
-    if absent:
+    if missing:
         raise ValueError(
-            f"template {name} writes {', '.join(absent)}, no token of this tokenizer: "
-            "use the template of the model's family, or add the tokens first"
+            f"chat template {name} needs {', '.join(missing)}, which the tokenizer does not have: "
+            "use the template of the model's family, or add the tokens to data.special_tokens"
         )
-    return _file(str(TEMPLATES / f"{name}.jinja"))
+    return _read(str(TEMPLATES / f"{name}.jinja"))
 
 
 @lru_cache
-def _file(path: str) -> str:
+def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").removesuffix("\n")
     except OSError as error:
         raise ValueError(
-            f"template {path!r} is neither one of {', '.join(NAMED)} nor a file that can be read"
+            f"chat template {path!r} is not a readable file and not one of {', '.join(BUNDLED)}"
         ) from error
 
 
 def _id(token: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    found = tokenizer.convert_tokens_to_ids(token)
-    return None if found == tokenizer.unk_token_id else found
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
-def ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    return tuple(end for end in {tokenizer.eos_token, *ENDS} if end and _id(end, tokenizer) is not None)
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens of this tokenizer that end a turn or a text."""
+    return tuple(end for end in {tokenizer.eos_token, *END_TOKENS} if end and _id(end, tokenizer) is not None)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that end a turn or a text."""
+    return frozenset(token_id for end in end_tokens(tokenizer) if (token_id := _id(end, tokenizer)) is not None)

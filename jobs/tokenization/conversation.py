@@ -1,4 +1,4 @@
-"""The one form that rows of every shape become: turns of a chat with tools, parts of plain text, or finished tokens."""
+"""The common form of a row, whatever its format: turns of a chat with tools, parts of plain text, or token ids."""
 
 import json
 from collections.abc import Mapping
@@ -22,53 +22,55 @@ ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
-"""Every speaker's name we know, and its role; `function_call` is an assistant's turn whose content is the call."""
+"""Known speaker names and their roles. A turn of `function_call` is an assistant turn with the call as its content."""
 
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 TRAIN_KEYS = ("train", "training", "weight", "loss")
-"""Axolotl's two, OpenAI's, ms-swift's: whether a turn is learnt."""
+"""Keys that say whether to train on a turn: two of Axolotl, one of OpenAI, one of ms-swift."""
 
 
 class UnknownRole(ValueError):
-    """A speaker that nobody has named."""
+    """The speaker of a turn is in neither `ROLES` nor the roles given by the config."""
 
 
 class Empty(ValueError):
-    """A question or an answer without text."""
+    """A question or an answer has no text."""
 
 
 @dataclass(frozen=True)
 class Turn:
+    """One message of a chat."""
+
     role: str
     """system, user, assistant or tool."""
     content: str = ""
     tool_calls: list[dict[str, Any]] | None = None
-    """An assistant's calls: {type: function, function: {name, arguments: a dict}}, with an id where the row has one."""
+    """Tool calls of the assistant: {type: function, function: {name, arguments: a dict}}, plus `id` if the row has one."""
     name: str | None = None
     train: bool | None = None
-    """Whether this turn is learnt; null leaves it to the mask policy."""
+    """Whether to train on this turn. None: the mask (`data.mask`) decides."""
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: `turns` and `tools`, or `parts`, or `ids`."""
+    """One row. Exactly one of these is set: `turns` (with `tools`), `parts`, or `ids`."""
 
     turns: tuple[Turn, ...] = ()
     tools: list[dict[str, Any]] | None = None
     parts: tuple[tuple[str, bool], ...] = ()
-    """Plain text in order, each part with whether it is learnt."""
+    """Plain text as (part, whether to train on it), in order."""
     ids: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
-    """As long as `ids`, the same token or -100; not shifted."""
+    """As long as `ids`: the same token, or -100 to ignore it. Not shifted. None trains on all ids."""
 
 
-def turn(message: object, where: str, fields: Mapping[str, str], roles: Mapping[str, str]) -> Turn:
-    """One turn from a message of any spelling. Raises ValueError naming `where`.
+def parse_turn(message: object, where: str, fields: Mapping[str, str], roles: Mapping[str, str]) -> Turn:
+    """Convert one message to a Turn. Raises ValueError; its message names `where`, e.g. `messages[0]`.
 
-    fields: the keys of `role` and `content` where they are unusual. roles: further speakers, by name.
+    fields: the message's keys for `role` and `content`, if they are unusual. roles: roles of further speaker names.
     """
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} is {message!r}, not an object with a role and content")
@@ -81,14 +83,16 @@ def turn(message: object, where: str, fields: Mapping[str, str], roles: Mapping[
     if raw is None and not calls:
         raise ValueError(f"{where}.{key or 'content'} is null: give its text, or drop the row")
     content = content_text(raw, f"{where}.{key}") if raw is not None else ""
-    thought = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
-    if role == "assistant" and not (content.strip() or calls or thought):
-        raise Empty(f"{where}.{key or 'content'} is empty: there is nothing to learn; drop the row")
-    return Turn(role, content, calls, message.get("name"), _train(message, where), message.get("tool_call_id"), thought)
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    if role == "assistant" and not (content.strip() or calls or reasoning):
+        raise Empty(f"{where}.{key or 'content'} is empty: there is nothing to train on; drop the row")
+    return Turn(
+        role, content, calls, message.get("name"), _train(message, where), message.get("tool_call_id"), reasoning
+    )
 
 
 def content_text(raw: object, where: str) -> str:
-    """The text of a string, of a list of text parts, or of a tool's result given as an object."""
+    """The text of a string or a list of text parts. Other JSON values, such as a tool's result, are written as JSON."""
     if isinstance(raw, str):
         return raw
     if isinstance(raw, list) and any(isinstance(part, Mapping) and "type" in part for part in raw):
@@ -98,22 +102,22 @@ def content_text(raw: object, where: str) -> str:
     raise ValueError(f"{where} is {_kind(raw)}, not text: give a string or a list of text parts")
 
 
-def tool_list(raw: object) -> list[dict[str, Any]] | None:
-    """Tools from a list or its JSON, bare functions wrapped as {type: function, function: ...}. None where there are none."""
+def parse_tools(raw: object) -> list[dict[str, Any]] | None:
+    """Tools from a list, or from JSON text. Wraps bare functions as {type: function, function: ...}. None if there are none."""
     if isinstance(raw, str):
         raw = _json(raw, "tools") if raw.strip() else None
     if not raw:
         return None
-    found = []
+    tools = []
     for number, tool in enumerate(raw if isinstance(raw, list) else [raw]):
         if isinstance(tool, str):
             tool = _json(tool, f"tools[{number}]")
         if not isinstance(tool, Mapping) or not ("function" in tool or "name" in tool):
             raise ValueError(
-                f"tools[{number}] is no function's schema: it needs `name` and `parameters`, or `function`"
+                f"tools[{number}] is not a function schema: it needs `name` and `parameters`, or `function`"
             )
-        found.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
-    return found
+        tools.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
+    return tools
 
 
 def _part(part: object, where: str) -> str:
@@ -124,7 +128,7 @@ def _part(part: object, where: str) -> str:
             raise ValueError(f"{where}.text is {_kind(part.get('text'))}, not text: give its text, or drop the part")
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-    raise ValueError(f"{where} is of type {kind}: only text is trained on; drop the row, or the part")
+    raise ValueError(f"{where} is of type {kind}: only text can be trained on; drop the row, or this part")
 
 
 def _kind(value: object) -> str:
@@ -132,8 +136,8 @@ def _kind(value: object) -> str:
 
 
 def _key(message: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` with a value; else the first that is there at all (Arrow fills absent keys with null)."""
-    for name in names:  # no generators here and in formats.py: a row asks for many keys
+    """The first of `names` with a value, else the first that is present: Arrow fills absent keys with null."""
+    for name in names:  # A loop, not a generator: this runs for many keys of every row (also in formats.py).
         if message.get(name) is not None:
             return name
     return next((name for name in names if name in message), None)
@@ -144,25 +148,29 @@ def _role(
 ) -> tuple[str, str]:
     key = _key(message, (fields["role"],) if "role" in fields else ROLE_KEYS)
     if key is None:
-        raise ValueError(f"{where} has no role among its keys {sorted(message)}: say which key holds it")
+        raise ValueError(f"{where} has no role among its keys {sorted(message)}: name the key in data.fields.role")
     speaker = roles.get(str(message[key]), str(message[key]))
     role = ROLES.get(speaker.lower())
     if role is None:
         known = ", ".join(sorted(set(ROLES) | set(roles)))
-        raise UnknownRole(f"{where}.{key} is {message[key]!r}, an unknown role: map it to one of {known}")
+        raise UnknownRole(
+            f"{where}.{key} is {message[key]!r}, an unknown role: map it with data.roles to one of {known}"
+        )
     return role, speaker.lower()
 
 
 def _train(message: Mapping[str, Any], where: str) -> bool | None:
     if detail := next((key for key in ("train_detail", "training_detail") if message.get(key)), None):
         raise ValueError(
-            f"{where}.{detail} marks parts of a turn, which is not supported: split the turn, and use `train`"
+            f"{where}.{detail} marks parts of a turn, which is not supported: split the turn and set `train` on each part"
         )
     key = _key(message, TRAIN_KEYS)
     if key is None or message[key] is None:
         return None
     if message[key] not in (0, 1):
-        raise ValueError(f"{where}.{key} is {message[key]!r}: a turn is learnt or not; give true or false, 1 or 0")
+        raise ValueError(
+            f"{where}.{key} is {message[key]!r}: give true or false (or 1 or 0) to say whether to train on the turn"
+        )
     return bool(message[key])
 
 
@@ -180,10 +188,10 @@ def _parsed_calls(raw: object, where: str) -> list[dict[str, Any]]:
 
 
 def _call(raw: object, where: str) -> dict[str, Any]:
-    """A call with its arguments as a dict: templates write them as JSON, so a JSON string would be quoted twice."""
+    """One call, with its arguments as a dict: templates write arguments as JSON and would quote a JSON string again."""
     inner = raw.get("function", raw) if isinstance(raw, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise ValueError(f"{where} is no call: it needs `name` and `arguments`")
+        raise ValueError(f"{where} is not a tool call: it needs `name` and `arguments`")
     arguments = inner.get("arguments", inner.get("parameters"))
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{where}.arguments") if arguments.strip() else {}
@@ -201,5 +209,5 @@ def _json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): {text[:60]!r}") from error
     except RecursionError as error:
         raise ValueError(f"{where} is not valid JSON (nested too deeply): {text[:60]!r}") from error
-    except ValueError as error:  # Python's limit on the digits of a number
+    except ValueError as error:  # Python's limit on the number of digits of an integer
         raise ValueError(f"{where} is not valid JSON ({error}): {text[:60]!r}") from error

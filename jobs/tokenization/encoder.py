@@ -1,7 +1,7 @@
-"""Turns samples into token ids and what is learnt of them, by the fastest way that gives the same as `chat.encode`.
+"""Encodes samples into token ids and loss masks, by the fastest way that gives the same result as `reference.encode`.
 
-Chats are rendered by a template that is compiled once (rendering.py), texts tokenised by tiktoken (bytelevel.py); where one
-of the two cannot promise the same, for a tokenizer or for a sample, the slow way takes its place.
+Chats are rendered by a template compiled once (template_renderer.py), and texts are tokenized by tiktoken (byte_bpe.py). If one
+of the two cannot guarantee the same result, for a tokenizer or for a sample, the slow way of transformers is used instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,34 +14,34 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.tokenization import loss_mask, reference
-from jobs.tokenization.byte_bpe import ByteLevel
-from jobs.tokenization.chat_template import ends, template_text
+from jobs.tokenization.byte_bpe import TiktokenBackend
+from jobs.tokenization.chat_template import end_tokens, template_source
 from jobs.tokenization.conversation import Sample
-from jobs.tokenization.offsets import Found, Span, Text, Unfit, mark, whole
-from jobs.tokenization.template_renderer import Rendering
+from jobs.tokenization.offsets import MaskedText, Span, TokenizedText, Unsupported, close_gaps, mark_tokens
+from jobs.tokenization.template_renderer import CompiledRenderer
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.uint8]]
-"""(token ids, 1 where learnt)."""
-UNLEARNT = np.zeros(1, dtype=np.uint8)
+"""(token ids, 1 for each token to train on), both (tokens,)."""
+NOT_TRAINED = np.zeros(1, dtype=np.uint8)
 
 
-class Tokens(Protocol):
-    """A fast way from texts to tokens."""
+class TokenizerBackend(Protocol):
+    """A fast way to tokenize texts."""
 
     name: str
 
-    def __call__(self, texts: Sequence[Text]) -> list[Found | None]:
-        """None for a text that it cannot promise to do alike."""
+    def __call__(self, texts: Sequence[MaskedText]) -> list[TokenizedText | None]:
+        """None for a text whose tokens it cannot guarantee."""
 
 
 class Encoder:
-    """Samples to token ids and what is learnt of them, by the fastest way that gives the same as the slow one.
+    """Encodes samples by the fastest way that gives the same result as `reference.encode`.
 
-    template, mask: as for `chat.encode`. fast: whether to take a fast way where there is one.
+    template, mask: as for `reference.encode`. fast: False uses transformers only.
     """
 
-    ways: str
-    """How, in one short sentence for the log."""
+    description: str
+    """Which libraries tokenize and render, in one short sentence for the log."""
 
     def __init__(
         self,
@@ -52,145 +52,147 @@ class Encoder:
         fast: bool = True,
     ) -> None:
         loss_mask.check_mask(mask)
-        self._slow = partial(reference.encode, tokenizer=tokenizer, template=template, mask=mask)
+        self._reference = partial(reference.encode, tokenizer=tokenizer, template=template, mask=mask)
         self._tokenizer, self._template, self._mask = tokenizer, template, mask
-        self._ends = ends(tokenizer)
+        self._end_tokens = end_tokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
-        self._end = np.array([self._eos or 0], dtype=np.int32)
+        self._eos_array = np.array([self._eos or 0], dtype=np.int32)
         self._renderers: dict[bool, loss_mask.Renderer] = {}
-        self._tokens: Tokens | None = None
-        self.ways = "tokens and chats by transformers"
+        self._backend: TokenizerBackend | None = None
+        self.description = "tokens and chats by transformers"
         if not fast:
             return
-        self._tokens, why = _tokens(tokenizer)
-        self.ways = f"tokens by {self._tokens.name if self._tokens else 'transformers'}{why}"
+        self._backend, reason = _fastest_backend(tokenizer, len(tokenizer))
+        self.description = f"tokens by {self._backend.name if self._backend else 'transformers'}{reason}"
         if template is not None or tokenizer.chat_template:
-            direct = isinstance(self._renderer(False), Rendering)
-            self.ways += f", chats rendered {'directly' if direct else 'by transformers'}"
+            compiled = isinstance(self._renderer(False), CompiledRenderer)
+            self.description += f", chats rendered {'directly' if compiled else 'by transformers'}"
 
     def __call__(self, sample: Sample) -> Encoded:
-        """Raises ValueError, as `chat.encode` does, with a sentence that names the cause and the remedy."""
-        return self.fast([sample])[0] or self.slow(sample)
+        """Encode one sample. Raises ValueError with the cause and the remedy, as `reference.encode` does."""
+        return self.encode_fast([sample])[0] or self.encode_slow(sample)
 
-    def slow(self, sample: Sample) -> Encoded:
-        """As `__call__`, for a sample that the fast way leaves."""
-        ids, trained = self._slow(sample)
+    def encode_slow(self, sample: Sample) -> Encoded:
+        """Encode one sample with transformers, for a sample that `encode_fast` cannot do."""
+        ids, trained = self._reference(sample)
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8)
 
-    def fast(self, samples: Sequence[Sample]) -> list[Encoded | None]:
-        """Many at once, which is sooner done than one by one; None for those that only the slow way can do."""
-        found: list[Encoded | None] = [None if sample.ids is None else _finished(sample) for sample in samples]
-        if self._tokens is None:
-            return found
+    def encode_fast(self, samples: Sequence[Sample]) -> list[Encoded | None]:
+        """Encode many samples at once, which is faster than one by one. None for a sample that needs `encode_slow`."""
+        results: list[Encoded | None] = [None if sample.ids is None else _from_ids(sample) for sample in samples]
+        if self._backend is None:
+            return results
         texts = {number: text for number, sample in enumerate(samples) if (text := self._text(sample))}
-        for number, made in zip(texts, self._tokens([*texts.values()]), strict=True):
-            if made is not None:
-                found[number] = self._ended(samples[number], made) if samples[number].parts else made[:2]
-        return found
+        for number, tokenized in zip(texts, self._backend([*texts.values()]), strict=True):
+            if tokenized is not None:
+                is_text = bool(samples[number].parts)
+                results[number] = self._append_eos(samples[number], tokenized) if is_text else tokenized[:2]
+        return results
 
-    def _text(self, sample: Sample) -> Text | None:
-        """What is to be tokenised; None where the slow way must say what is wrong with the sample, or that nothing is."""
+    def _text(self, sample: Sample) -> MaskedText | None:
+        """The text to tokenize. None if the slow way must report what is wrong with the sample, or find that nothing is."""
         with suppress(Exception):
             if sample.turns and not sample.parts:
-                text, spans, cut = loss_mask.learnt(
-                    sample, self._renderer(sample.tools is not None), self._mask, self._ends
-                )
-                return Text(text, spans, cut, False)
+                renderer = self._renderer(sample.tools is not None)
+                text, spans, excluded = loss_mask.trained_spans(sample, renderer, self._mask, self._end_tokens)
+                return MaskedText(text, spans, excluded, add_special_tokens=False)
             if sample.parts and self._eos is not None:
-                text, spans = loss_mask.joined(sample.parts, self._mask)
-                return Text(text, spans, [], not (self._bos and text.startswith(self._bos)))
+                text, spans = loss_mask.join_parts(sample.parts, self._mask)
+                has_bos = bool(self._bos and text.startswith(self._bos))
+                return MaskedText(text, spans, [], add_special_tokens=not has_bos)
         return None
 
-    def _ended(self, sample: Sample, found: Found) -> Encoded:
-        """As `chat.encode` ends a text: with the end-of-text token once."""
-        ids, trained, unwritten = found
+    def _append_eos(self, sample: Sample, tokenized: TokenizedText) -> Encoded:
+        """End a text with the end-of-text token once, as `reference.encode` does."""
+        ids, trained, last_is_added = tokenized
         if not len(ids) or ids[-1] != self._eos:
-            ids, trained = np.concatenate((ids, self._end)), np.concatenate((trained, UNLEARNT))
-            unwritten = True
-        if unwritten:
+            ids, trained = np.concatenate((ids, self._eos_array)), np.concatenate((trained, NOT_TRAINED))
+            last_is_added = True
+        if last_is_added:
             trained[-1] = sample.parts[-1][1] or self._mask == "all"
         return ids, trained
 
-    def _renderer(self, tools: bool) -> loss_mask.Renderer:
-        """The chat template at work; a tokenizer may have another one for samples with tools."""
-        if tools not in self._renderers:
-            source = template_text(self._template, self._tokenizer, [] if tools else None)
+    def _renderer(self, with_tools: bool) -> loss_mask.Renderer:
+        """The renderer of the chat template. A tokenizer may have another template for samples with tools."""
+        if with_tools not in self._renderers:
+            source = template_source(self._template, self._tokenizer, [] if with_tools else None)
             try:
-                self._renderers[tools] = Rendering(source, self._tokenizer.special_tokens_map)
-            except Unfit:
-                self._renderers[tools] = reference.Transformers(self._tokenizer, source)
-        return self._renderers[tools]
+                self._renderers[with_tools] = CompiledRenderer(source, self._tokenizer.special_tokens_map)
+            except Unsupported:
+                self._renderers[with_tools] = reference.TransformersRenderer(self._tokenizer, source)
+        return self._renderers[with_tools]
 
 
-class Direct:
-    """Texts to tokens without the layers of transformers between: for every fast tokenizer."""
+class TokenizersBackend:
+    """Tokenizes texts with the Rust tokenizer alone, without the Python layers of transformers. For every fast tokenizer."""
 
     name = "tokenizers"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast or type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
-            raise Unfit("the tokenizer has a way of its own")
-        tokenizer(
-            "", add_special_tokens=False
-        )  # takes padding and truncation, which a file may ask for, out of the backend
+            raise Unsupported("the tokenizer has its own encoding method")
+        # A call turns off padding and truncation in the backend, which a tokenizer.json may ask for.
+        tokenizer("", add_special_tokens=False)
         self._tokenizer, self._encode = tokenizer, tokenizer.backend_tokenizer.encode
 
-    def __call__(self, texts: Sequence[Text]) -> list[Found | None]:
-        found: list[Found | None] = [None] * len(texts)
+    def __call__(self, texts: Sequence[MaskedText]) -> list[TokenizedText | None]:
+        results: list[TokenizedText | None] = [None] * len(texts)
         for number, text in enumerate(texts):
             with suppress(Exception):
-                found[number] = self._one(*text)
-        return found
+                results[number] = self._tokenize(*text)
+        return results
 
-    def _one(self, text: str, spans: list[Span], cut: list[Span], special: bool) -> Found:
-        found = self._encode(text, add_special_tokens=special)
-        ids = found.ids
-        bounds = whole(ids, found.offsets, text, self._tokenizer)
-        trained = mark(bounds, cut, mark(bounds, spans, [0] * len(ids)), value=0)
-        unwritten = bounds[-1:] == [(len(text), len(text))]
-        return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8), unwritten
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens | None, str]:
-    """(the fastest way for this tokenizer, why it is none of the faster ones); found once, for it takes half a second."""
-    return _found(tokenizer, len(tokenizer))
+    def _tokenize(
+        self, text: str, trained_spans: list[Span], excluded_spans: list[Span], add_special_tokens: bool
+    ) -> TokenizedText:
+        encoding = self._encode(text, add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+        token_spans = close_gaps(ids, encoding.offsets, text, self._tokenizer)
+        trained = mark_tokens(token_spans, trained_spans, [0] * len(ids))
+        trained = mark_tokens(token_spans, excluded_spans, trained, value=0)
+        last_is_added = token_spans[-1:] == [(len(text), len(text))]
+        return TokenizedText(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8), last_is_added)
 
 
 @lru_cache(maxsize=2)
-def _found(tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[Tokens | None, str]:
-    why = ""
-    for way in (ByteLevel, Direct):
+def _fastest_backend(tokenizer: PreTrainedTokenizerBase, _size: int) -> tuple[TokenizerBackend | None, str]:
+    """(the fastest backend for this tokenizer, why a faster one cannot be used). Cached: it takes half a second.
+
+    _size: number of tokens. It is part of the cache key because tokens may be added later.
+    """
+    reason = ""
+    for backend in (TiktokenBackend, TokenizersBackend):
         try:
-            return way(tokenizer), why
-        except Exception as error:  # Unfit, or what a library says of a file unlike those it knows: the next way may do
-            why = f" ({error})"
-    return None, why
+            return backend(tokenizer), reason
+        except Exception as error:  # Unsupported, or any error of a library about an unusual file: try the next one
+            reason = f" ({error})"
+    return None, reason
 
 
-def _finished(sample: Sample) -> Encoded:
+def _from_ids(sample: Sample) -> Encoded:
     ids = np.array(sample.ids, dtype=np.int32)
     labels = np.array(sample.labels or sample.ids)
     return ids, (labels != -100).astype(np.uint8)
 
 
-def same(
+def first_difference(
     tokenizer: PreTrainedTokenizerBase,
     samples: Iterable[Sample],
     *,
     template: str | None = None,
     mask: str = "assistant",
 ) -> str | None:
-    """None where the fast way gives what `chat.encode` gives on these samples, or where there is none; else what differs first."""
+    """Compare the fast way with `reference.encode` on these samples. Returns the first difference, or None if there is none."""
     samples = list(samples)
     fast = Encoder(tokenizer, template=template, mask=mask)
     slow = Encoder(tokenizer, template=template, mask=mask, fast=False)
-    for number, (sample, found) in enumerate(zip(samples, fast.fast(samples), strict=True)):
-        if found and (difference := _difference(found, _attempt(slow, sample))):
+    for number, (sample, encoded) in enumerate(zip(samples, fast.encode_fast(samples), strict=True)):
+        if encoded and (difference := _difference(encoded, _encode_or_error(slow, sample))):
             return f"sample {number}: {difference}"
     return None
 
 
-def _attempt(encoder: Encoder, sample: Sample) -> Encoded | str:
+def _encode_or_error(encoder: Encoder, sample: Sample) -> Encoded | str:
     try:
         return encoder(sample)
     except ValueError as error:
@@ -199,11 +201,13 @@ def _attempt(encoder: Encoder, sample: Sample) -> Encoded | str:
 
 def _difference(fast: Encoded, slow: Encoded | str) -> str | None:
     if isinstance(slow, str):
-        return f"{len(fast[0])} tokens, but should be: {slow}"
-    for what, found, expected in zip(("ids", "learnt"), fast, slow, strict=True):
-        if len(found) != len(expected):
-            return f"{len(found)} {what}, but should be {len(expected)}"
-        if len(unlike := np.flatnonzero(found != expected)):
-            at = unlike[0]
-            return f"{what}[{at}] is {found[at]}, but should be {expected[at]}"
+        return f"{len(fast[0])} tokens instead of the error: {slow}"
+    pairs: tuple[tuple[str, NDArray[np.integer], NDArray[np.integer]], ...]
+    pairs = (("ids", fast[0], slow[0]), ("trained", fast[1], slow[1]))
+    for name, actual, expected in pairs:
+        if len(actual) != len(expected):
+            return f"{len(actual)} {name} instead of {len(expected)}"
+        if len(unequal := np.flatnonzero(actual != expected)):
+            at = unequal[0]
+            return f"{name}[{at}] is {actual[at]} instead of {expected[at]}"
     return None

@@ -1,85 +1,99 @@
-"""Which characters of a rendered sample are trained on: assistant turns, the last one, or everything."""
+"""Decides which characters of a sample are trained on: all assistant turns, the last one, or the whole text."""
 
 import re
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from jobs.tokenization.chat_template import NAMED
+from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
 
 MASKS = ("assistant", "last", "all")
 
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Opens a block that transformers reports as written by the assistant (`return_assistant_tokens_mask`)."""
 
-MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-REMEDY = f"use a template with generation marks, such as one of {', '.join(NAMED)}"
+REMEDY = f"use a template with {{% generation %}} marks, such as one of {', '.join(BUNDLED)}"
 
 
 class Renderer(Protocol):
-    """A chat template at work."""
+    """Renders the turns of a sample with one chat template."""
 
-    marked: bool
-    """Whether the template has generation marks."""
+    has_marks: bool
+    """Whether the template has `{% generation %}` marks."""
 
-    def whole(self, sample: Sample) -> tuple[str, list[Span]]:
-        """All turns as text, and the stretches between the template's generation marks, in order."""
+    def render(self, sample: Sample) -> tuple[str, list[Span]]:
+        """(text of all turns, the spans between the template's generation marks in order)."""
 
-    def first(self, sample: Sample, turns: int, prompt: bool) -> str:
-        """The first turns as text."""
+    def render_prefix(self, sample: Sample, turns: int, generation_prompt: bool) -> str:
+        """Text of the first `turns` turns alone, with or without the header of an assistant turn after them."""
+
+
+class TrainedSpans(NamedTuple):
+    """Characters of a rendered sample to train on: `spans` without `excluded`."""
+
+    text: str
+    spans: list[Span]
+    excluded: list[Span]
 
 
 def check_mask(mask: str) -> None:
+    """Raises ValueError for a mask that does not exist."""
     if mask not in MASKS:
         raise ValueError(f"mask {mask!r} is unknown: use one of {', '.join(MASKS)}")
 
 
-def joined(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, list[Span]]:
-    """(the text of the parts, what is learnt of it)."""
+def join_parts(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, list[Span]]:
+    """Join the parts of a plain text. Returns (text, spans to train on)."""
     text, spans = "", []
-    for part, learnt in parts:
-        if learnt or mask == "all":
+    for part, trained in parts:
+        if trained or mask == "all":
             spans.append((len(text), len(text) + len(part)))
         text += part
     return text, spans
 
 
-def learnt(sample: Sample, renderer: Renderer, mask: str, ends: tuple[str, ...]) -> tuple[str, list[Span], list[Span]]:
-    """(rendered text, what is learnt of it, what is taken out of that again). ends: the tokens that end a turn."""
+def trained_spans(sample: Sample, renderer: Renderer, mask: str, end_tokens: tuple[str, ...]) -> TrainedSpans:
+    """Render a chat and find the characters to train on. A turn's own `train` flag wins over the mask.
+
+    end_tokens: the tokens that end a turn. Raises ValueError if the template does not show where a needed turn begins or ends.
+    """
     assistant = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
-    wanted = {"assistant": assistant, "last": assistant[-1:], "all": []}[mask]
-    yes = [i for i, turn in enumerate(sample.turns) if turn.train or (turn.train is None and i in wanted)]
-    yes = [] if mask == "all" else yes
-    no = [i for i, turn in enumerate(sample.turns) if turn.train is False] if mask == "all" else []
-    text, marks = renderer.whole(sample)
-    if renderer.marked and mask == "assistant" and yes == assistant:
-        return text, marks, []
-    found: dict[int, Span] = {}
-    if renderer.marked and set(assistant) & {*yes, *no}:
+    by_mask = {"assistant": assistant, "last": assistant[-1:], "all": []}[mask]
+    # With mask=all the whole text is one span, and only the turns with train=false are looked for.
+    included = [i for i, turn in enumerate(sample.turns) if turn.train or (turn.train is None and i in by_mask)]
+    included = [] if mask == "all" else included
+    excluded = [i for i, turn in enumerate(sample.turns) if turn.train is False] if mask == "all" else []
+    text, marks = renderer.render(sample)
+    if renderer.has_marks and mask == "assistant" and included == assistant:
+        return TrainedSpans(text, marks, [])
+    marked: dict[int, Span] = {}
+    if renderer.has_marks and set(assistant) & {*included, *excluded}:
         if len(marks) != len(assistant):
             raise ValueError(
-                f"the chat template marks {len(marks)} stretches for {len(assistant)} assistant turns, "
-                f"so which is whose cannot be told: {REMEDY}"
+                f"the chat template has {len(marks)} generation marks for {len(assistant)} assistant turns, "
+                f"so a mark cannot be assigned to its turn: {REMEDY}"
             )
-        found = dict(zip(assistant, marks, strict=True))
-    spans = {i: found.get(i) or _prefix_span(sample, i, text, renderer, ends) for i in {*yes, *no}}
-    return text, [(0, len(text))] if mask == "all" else [spans[i] for i in yes], [spans[i] for i in no]
+        marked = dict(zip(assistant, marks, strict=True))
+    turns = {i: marked.get(i) or _span_of_turn(sample, i, text, renderer, end_tokens) for i in {*included, *excluded}}
+    spans = [(0, len(text))] if mask == "all" else [turns[i] for i in included]
+    return TrainedSpans(text, spans, [turns[i] for i in excluded])
 
 
-def _prefix_span(sample: Sample, number: int, text: str, renderer: Renderer, ends: tuple[str, ...]) -> Span:
-    """Where a turn stands in the text: between what the template writes without it, and with it, when nothing follows."""
-    answer = sample.turns[number].role == "assistant"
-    if number == 0 and answer:
+def _span_of_turn(sample: Sample, number: int, text: str, renderer: Renderer, end_tokens: tuple[str, ...]) -> Span:
+    """Characters of one turn: what is added to the text when the conversation ends after this turn instead of before it."""
+    is_answer = sample.turns[number].role == "assistant"
+    if number == 0 and is_answer:
         raise ValueError(
-            f"the first turn is the assistant's, and the template has no marks: begin with a user turn, or {REMEDY}"
+            "the first turn is the assistant's, and without generation marks its beginning is unknown: "
+            f"begin with a user turn, or {REMEDY}"
         )
-    before = renderer.first(sample, number, answer) if number else ""
-    after = text if number + 1 == len(sample.turns) else renderer.first(sample, number + 1, False)
+    before = renderer.render_prefix(sample, number, is_answer) if number else ""
+    after = text if number + 1 == len(sample.turns) else renderer.render_prefix(sample, number + 1, False)
     if not (text.startswith(after) and after.startswith(before)):
         raise ValueError(
-            f"the chat template rewrites earlier turns, so the bounds of turn {number} cannot be told: {REMEDY}"
+            f"the chat template rewrites earlier turns, so the beginning and end of turn {number} are unknown: {REMEDY}"
         )
-    if answer:  # the line end that ChatML writes after <|im_end|> is the template's, not the model's
-        bare = after.rstrip()
-        after = bare if len(bare) > len(before) and bare.endswith(ends) else after
+    if is_answer:  # The newline that ChatML writes after <|im_end|> comes from the template, not from the model.
+        stripped = after.rstrip()
+        after = stripped if len(stripped) > len(before) and stripped.endswith(end_tokens) else after
     return len(before), len(after)

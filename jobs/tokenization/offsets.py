@@ -1,4 +1,4 @@
-"""Turns stretches of characters into tokens, exactly, whatever the tokenizer does with blanks."""
+"""Maps characters of a text to tokens exactly, also where the tokenizer's offsets leave out whitespace."""
 
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
@@ -10,78 +10,98 @@ from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 """Characters [start, end) of a text."""
-Found = tuple[NDArray[np.int32], NDArray[np.uint8], bool]
-"""(ids, 1 where a token holds a character that is learnt, whether the last token is not in the text)."""
 
 
-class Text(NamedTuple):
-    """A text to be made tokens of."""
+class MaskedText(NamedTuple):
+    """A text to tokenize, with the characters to train on."""
 
     text: str
-    spans: list[Span]
-    """What is learnt of it."""
-    cut: list[Span]
-    """What is taken out of that again."""
-    special: bool
-    """Whether the tokenizer puts its special tokens round it."""
+    trained_spans: list[Span]
+    excluded_spans: list[Span]
+    """Parts of the trained spans that are not trained on after all."""
+    add_special_tokens: bool
+    """Whether the tokenizer adds its special tokens around the text."""
 
 
-class Unfit(Exception):
-    """A fast way cannot promise to give what `chat.encode` gives, for the reason it says."""
+class TokenizedText(NamedTuple):
+    """What a tokenizer backend returns for a MaskedText."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.uint8]
+    """1 for each token that holds at least one character to train on."""
+    last_is_added: bool
+    """Whether the tokenizer added the last token, so that no character of the text belongs to it."""
 
 
-def tokenise(
+class Unsupported(Exception):
+    """A fast encoder cannot guarantee the result of `reference.encode`. Its message gives the reason."""
+
+
+def tokenize_with_spans(
     text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
 ) -> tuple[list[int], list[Span]]:
-    """(ids, the characters of each): without gaps, rising, and empty for tokens that no text stands for.
+    """Tokenize a text. Returns (ids, the characters of each token).
 
-    Byte-level tokenizers such as Llama 3's cut blanks off a token's offsets, so a token of blanks has none: they are given back.
+    The spans rise and leave no gap. A token that the tokenizer added gets an empty span. Raises ValueError for a tokenizer
+    without offsets (a slow one).
     """
     if not tokenizer.is_fast:
-        raise ValueError("the tokenizer gives no character offsets: use the fast one, with a tokenizer.json")
-    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
-    return list(found["input_ids"]), whole(found["input_ids"], found["offset_mapping"], text, tokenizer)
+        raise ValueError(
+            "the tokenizer gives no character offsets: use a fast tokenizer, one whose folder has a tokenizer.json"
+        )
+    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    ids = list(encoding["input_ids"])
+    return ids, close_gaps(ids, encoding["offset_mapping"], text, tokenizer)
 
 
-def whole(ids: list[int], offsets: list[Span], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """The characters of each token, with the blanks that its offsets lack."""
-    bounds: list[Span] = []
-    reached = 0
+def close_gaps(ids: list[int], offsets: list[Span], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """The characters of each token, including the whitespace that its offsets leave out.
+
+    Byte-level tokenizers with `trim_offsets`, such as Llama 3's, cut leading whitespace off a token's offsets. A token of
+    whitespace alone then has empty offsets.
+    """
+    spans: list[Span] = []
+    covered = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
-        if start > reached:
-            start -= _cut_blanks(_leading_blanks(token, tokenizer), text[reached:start])
-            if bounds:
-                bounds[-1] = (bounds[-1][0], start)
-        elif end < reached:
-            start = end = reached
-        bounds.append((start, end))
-        reached = end
-    return bounds if reached == len(text) else _to_the_end(ids, bounds, len(text), set(tokenizer.all_special_ids))
+        if start > covered:
+            # A gap before this token: its own leading whitespace is given back to it, the rest to the token before.
+            start -= _trimmed_length(_leading_whitespace(token, tokenizer), text[covered:start])
+            if spans:
+                spans[-1] = (spans[-1][0], start)
+        elif end < covered:
+            start = end = covered
+        spans.append((start, end))
+        covered = end
+    return spans if covered == len(text) else _cover_end(ids, spans, len(text), set(tokenizer.all_special_ids))
 
 
-def _to_the_end(ids: list[int], bounds: list[Span], size: int, special: set[int]) -> list[Span]:
-    """The last token that text stands for has the blanks of the text's end; those put behind it stand at the very end."""
-    written = len(bounds)
-    while written and bounds[written - 1][0] == bounds[written - 1][1] and ids[written - 1] in special:
-        written -= 1
-    last = [(start, size) for start, _ in bounds[:written][-1:]]
-    return [*bounds[:written][:-1], *last, *[(size, size)] * (len(bounds) - written)]
+def _cover_end(ids: list[int], spans: list[Span], length: int, special: set[int]) -> list[Span]:
+    """Give trailing whitespace to the last token of the text. Special tokens added after it get an empty span at the end."""
+    count = len(spans)
+    while count and spans[count - 1][0] == spans[count - 1][1] and ids[count - 1] in special:
+        count -= 1
+    last = [(start, length) for start, _ in spans[:count][-1:]]
+    return [*spans[:count][:-1], *last, *[(length, length)] * (len(spans) - count)]
 
 
-def _cut_blanks(blanks: str, gap: str) -> int:
-    """How many of a token's leading blanks lie before its offsets: spaces are cut off, line ends are not."""
-    return next((size for size in range(min(len(blanks), len(gap)), 0, -1) if gap.endswith(blanks[:size])), 0)
+def _trimmed_length(whitespace: str, gap: str) -> int:
+    """How many of a token's leading whitespace characters lie in the gap before its offsets.
+
+    tokenizers trims spaces from offsets but not line ends, so only a part may be missing.
+    """
+    sizes = range(min(len(whitespace), len(gap)), 0, -1)
+    return next((size for size in sizes if gap.endswith(whitespace[:size])), 0)
 
 
 @lru_cache(maxsize=1 << 18)
-def _leading_blanks(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+def _leading_whitespace(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     return text[: len(text) - len(text.lstrip())]
 
 
-def mark(bounds: list[Span], spans: list[Span], trained: list[int], *, value: int = 1) -> list[int]:
-    """Set the tokens that hold any character of the spans."""
-    starts, ends = [start for start, _ in bounds], [end for _, end in bounds]
+def mark_tokens(token_spans: list[Span], spans: list[Span], trained: list[int], *, value: int = 1) -> list[int]:
+    """Set `trained` to `value` for each token that holds at least one character of `spans`. Returns the same list."""
+    starts, ends = [start for start, _ in token_spans], [end for _, end in token_spans]
     for start, end in spans:
         if start == end:
             continue

@@ -1,4 +1,4 @@
-"""Renders chats through a template that is compiled once, with the very text and marks of transformers, only sooner."""
+"""Renders chats with a Jinja template that is compiled once: the same text and marks as transformers, but faster."""
 
 import json
 import re
@@ -14,26 +14,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from jobs.tokenization.conversation import Sample, Turn
-from jobs.tokenization.loss_mask import MARK
-from jobs.tokenization.offsets import Span, Unfit
+from jobs.tokenization.loss_mask import GENERATION_TAG
+from jobs.tokenization.offsets import Span, Unsupported
 
 START, END = "\x02", "\x03"
-"""Written round what a `generation` block writes, and taken out again; a sample that holds one is `Unfit`."""
+"""Written around the output of a `generation` block and removed again. A sample that contains one is Unsupported."""
 BUFFERS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block, nodes.Scope)
-"""What collects text before it is written: transformers counts a mark inside of one from another beginning."""
+"""Nodes that collect text and write it later. transformers counts a mark inside them from the beginning of the collected text."""
 MACRO_NAMES = re.compile(r"\b(caller|varargs|kwargs)\b")
-"""Names that mean something else inside of transformers' blocks, which are macros."""
+"""Names with another meaning inside the generation blocks of transformers, which are macros."""
 DICT_NAMES = frozenset(dir(dict))
 LOOP_NAMES = frozenset({"first", "last", "index", "index0", "length", "previtem", "nextitem"})
 
 
-class Rendering:
-    """A `chat.Renderer`. Raises Unfit, at once for a template, and in use for a sample, that transformers must render."""
+class CompiledRenderer:
+    """A `loss_mask.Renderer` without transformers.
+
+    Raises Unsupported where transformers must render instead: at creation for a template, in use for a sample.
+    """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self.marked = bool(MARK.search(source))
-        if not _plain([source, special_tokens]) or (self.marked and MACRO_NAMES.search(source)):
-            raise Unfit("the chat template uses the names or characters of marks")
+        self.has_marks = bool(GENERATION_TAG.search(source))
+        if not _is_plain_json([source, special_tokens]) or (self.has_marks and MACRO_NAMES.search(source)):
+            raise Unsupported("the chat template uses the names of macros or control characters reserved for marks")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals.update(
@@ -41,80 +44,84 @@ class Rendering:
         )
         try:
             tree = environment.parse(source)
-            if self.marked and _buffered(tree):
-                raise Unfit("the chat template has generation marks inside of a block that is written later")
+            if self.has_marks and _has_buffered_marks(tree):
+                raise Unsupported(
+                    "the chat template has generation marks inside a macro or another block that is written later"
+                )
             self._template = environment.from_string(tree)
         except (TemplateError, SyntaxError) as error:
-            raise Unfit("the chat template has an error") from error
-        self._environment, self._always = environment, {**environment.globals, **special_tokens, "documents": None}
+            raise Unsupported("the chat template has a syntax error") from error
+        self._environment = environment
+        self._shared_names = {**environment.globals, **special_tokens, "documents": None}
 
-    def whole(self, sample: Sample) -> tuple[str, list[Span]]:
-        text, marks = _cut(self._render(sample, sample.turns, False))
-        return text, marks if self.marked else []
+    def render(self, sample: Sample) -> tuple[str, list[Span]]:
+        text, marks = _remove_marks(self._render(sample, sample.turns, False))
+        return text, marks if self.has_marks else []
 
-    def first(self, sample: Sample, turns: int, prompt: bool) -> str:
-        return _cut(self._render(sample, sample.turns[:turns], prompt))[0]
+    def render_prefix(self, sample: Sample, turns: int, generation_prompt: bool) -> str:
+        return _remove_marks(self._render(sample, sample.turns[:turns], generation_prompt))[0]
 
-    def _render(self, sample: Sample, turns: tuple[Turn, ...], prompt: bool) -> str:
-        if sample.tools is not None and not (type(sample.tools) is list and _plain(sample.tools)):
-            raise Unfit("the tools are not plain JSON")
+    def _render(self, sample: Sample, turns: tuple[Turn, ...], generation_prompt: bool) -> str:
+        if sample.tools is not None and not (type(sample.tools) is list and _is_plain_json(sample.tools)):
+            raise Unsupported("the tools are not plain JSON")
         names = {
-            **self._always,
+            **self._shared_names,
             "messages": [_message(turn) for turn in turns],
             "tools": sample.tools,
-            "add_generation_prompt": prompt,
+            "add_generation_prompt": generation_prompt,
         }
-        # as Template.render, which gathers the environment's names again for every text
+        # As Template.render does, but without collecting the environment's names again for every text.
         context = self._environment.context_class(self._environment, names, None, self._template.blocks)
         return "".join(self._template.root_render_func(context))
 
 
 def _message(turn: Turn) -> dict[str, Any]:
-    """What transformers shows a template of a turn: no keys without a value, and a thought under both its names."""
-    content, thought = turn.content, turn.reasoning_content
+    """A turn as transformers passes it to a template: without empty keys, and with the reasoning under both of its names."""
+    content, reasoning = turn.content, turn.reasoning_content
     if type(content) is not str or START in content or END in content:
-        raise Unfit("a turn holds characters of marks")
-    if turn.tool_calls is None and turn.name is None and turn.tool_call_id is None and thought is None:
+        raise Unsupported("a turn contains control characters reserved for marks")
+    if turn.tool_calls is None and turn.name is None and turn.tool_call_id is None and reasoning is None:
         return {"role": turn.role, "content": content}
     message = {key: value for key, value in vars(turn).items() if value is not None and key != "train"}
-    if not _plain(message):
-        raise Unfit("a turn is not plain JSON")
-    return message if thought is None else {"thinking": thought, **message}
+    if not _is_plain_json(message):
+        raise Unsupported("a turn is not plain JSON")
+    return message if reasoning is None else {"thinking": reasoning, **message}
 
 
-def _plain(value: Any) -> bool:
-    """Whether the value is JSON's alone, and free of the marks."""
+def _is_plain_json(value: Any) -> bool:
+    """Whether the value consists of JSON types only and contains neither START nor END."""
     kind = type(value)
     if kind is str:
         return START not in value and END not in value
     if kind is dict:
-        return all(_plain(key) and _plain(item) for key, item in value.items())
+        return all(_is_plain_json(key) and _is_plain_json(item) for key, item in value.items())
     if kind is list:
-        return all(map(_plain, value))
+        return all(map(_is_plain_json, value))
     return value is None or kind in (bool, int, float)
 
 
-def _cut(text: str) -> tuple[str, list[Span]]:
-    """(the text without the marks, the stretches between them)."""
+def _remove_marks(text: str) -> tuple[str, list[Span]]:
+    """Returns (the text without START and END, the spans between them)."""
     before, *rest = text.split(START)
     if not rest:
         return text, []
-    pieces, spans, at = [before], [], len(before)
-    for piece in rest:
-        inside, after = piece.split(END)
-        spans.append((at, at + len(inside)))
-        at += len(inside) + len(after)
-        pieces += inside, after
-    return "".join(pieces), spans
+    parts, spans, position = [before], [], len(before)
+    for part in rest:
+        inside, after = part.split(END)
+        spans.append((position, position + len(inside)))
+        position += len(inside) + len(after)
+        parts += inside, after
+    return "".join(parts), spans
 
 
-def _buffered(tree: nodes.Template) -> bool:
-    holders = [*tree.find_all(BUFFERS), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
-    return any(START in data.data for holder in holders for data in holder.find_all(nodes.TemplateData))
+def _has_buffered_marks(tree: nodes.Template) -> bool:
+    """Whether a generation mark stands inside a node that writes its text later."""
+    buffers = [*tree.find_all(BUFFERS), *(loop for loop in tree.find_all(nodes.For) if loop.recursive)]
+    return any(START in data.data for buffer in buffers for data in buffer.find_all(nodes.TemplateData))
 
 
 class _Marks(Extension):
-    """`{% generation %}`: a scope of its own, as in transformers, between the two marks."""
+    """Parses `{% generation %}`: START, the block in a scope of its own as in transformers, END."""
 
     tags = {"generation"}
 
@@ -126,7 +133,7 @@ class _Marks(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, with a short way to a message's keys and a loop's numbers, which templates read most."""
+    """Jinja's sandbox with a faster lookup for what templates read most: the keys of a message and the counters of a loop."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in DICT_NAMES:
@@ -139,7 +146,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own escapes HTML."""
+    """The `tojson` filter of transformers. Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -152,7 +159,7 @@ def _strftime_now(format: str) -> str:
 
 
 class _Dict:
-    """`dict` without the type's attributes, through which a template could leave the sandbox."""
+    """Stands in for `dict` in templates: attributes of the real type would let a template leave the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -162,9 +169,9 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` without names that begin with an underscore, for the same reason."""
+    """Jinja's `namespace` without names that begin with an underscore, which would let a template leave the sandbox too."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may say namespace(self=...)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # No named `self`: a template may call namespace(self=...).
         self, values = args[0], dict(*args[1:], **kwargs)
         for name in values:
             _check_name(name)

@@ -1,51 +1,54 @@
 """Loads the tokenizer that the config names, with its pad token, added tokens and chat template."""
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem, first_line
 from conf.schema import Config, Data
-from jobs.tokenization.chat_template import template_text
-
-
-def extend(words: PreTrainedTokenizerBase, data: Data) -> None:
-    """Add `data.special_tokens`, and set the end-of-text and padding tokens. Raises DataError for one that is no token."""
-    if data.special_tokens:
-        words.add_special_tokens(
-            {"additional_special_tokens": list(data.special_tokens)}, replace_extra_special_tokens=False
-        )
-    known, problems = words.get_vocab(), []
-    for name in ("eos_token", "pad_token"):
-        token = getattr(data, name)
-        if token is not None and token not in known:
-            problems.append(Problem(f"data.{name}", token, "is no token: add it to data.special_tokens too"))
-        elif token is not None:
-            setattr(words, name, token)
-    if problems:
-        raise DataError(*problems)
-    if words.pad_token_id is None:
-        words.pad_token = words.eos_token
+from jobs.tokenization.chat_template import template_source
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Raises DataError when there is no tokenizer in `model.tokenizer` or `model.source`, or it cannot pad."""
+    """The tokenizer of `model.tokenizer`, else of `model.source`. Raises DataError if it cannot be loaded or set up."""
     source = config.model.tokenizer or config.model.source
     try:
-        found = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {first_line(error)}")) from error
-    extend(found, config.data)
+    _add_tokens(tokenizer, config.data)
     if config.data.chat_template:
         try:
-            found.chat_template = template_text(config.data.chat_template, found)
+            tokenizer.chat_template = template_source(config.data.chat_template, tokenizer)
         except ValueError as error:
             raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
-    return found
+    return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Add `data.special_tokens`, and set the end-of-text and padding tokens.
+
+    Raises DataError if `data.eos_token` or `data.pad_token` is not in the vocabulary.
+    """
+    if data.special_tokens:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(data.special_tokens)}, replace_extra_special_tokens=False
+        )
+    vocabulary, problems = tokenizer.get_vocab(), []
+    for name in ("eos_token", "pad_token"):
+        token = getattr(data, name)
+        if token is not None and token not in vocabulary:
+            problems.append(
+                Problem(f"data.{name}", token, "is not a token of the tokenizer: add it to data.special_tokens too")
+            )
+        elif token is not None:
+            setattr(tokenizer, name, token)
+    if problems:
+        raise DataError(*problems)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def revision(config: Config) -> str:
+    """The revision of the model on the Hugging Face Hub."""
     return config.model.revision or "main"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from conf import mesh, resolve
 from conf.choices import Executor, Frozen
 from conf.datasets import training_paths
+from conf.plural import plural
 from conf.schema import Config
 from launcher import environment
 from launcher.estimate import memory, table
@@ -72,14 +73,10 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
 
 def _job_line(job: Job) -> str:
     part = job.resources
-    gpus = f" x {_count(part.gpus_per_node, 'GPU')}" if part.gpus_per_node else ""
+    gpus = f" x {plural(part.gpus_per_node, 'GPU')}" if part.gpus_per_node else ""
     after = f"  after {', '.join(job.after)}" if job.after else ""
-    ranks = _count(job.world_size, "rank")
-    return f"job       {job.name:<12} {_count(part.nodes, 'node')}{gpus}, {ranks}, {part.time_min} min{after}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 else ''}"
+    ranks = plural(job.world_size, "rank")
+    return f"job       {job.name:<12} {plural(part.nodes, 'node')}{gpus}, {ranks}, {part.time_min} min{after}"
 
 
 def _heading(title: str) -> str:

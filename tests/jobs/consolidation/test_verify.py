@@ -35,7 +35,7 @@ def run(compose, tmp_path_factory):
 
 def test_an_adapter_is_verified_without_merging(run) -> None:
     folder, said = run
-    assert (folder / "model/adapter_model.safetensors").exists() and "verified  logits of 8 places" in said
+    assert (folder / "model/adapter_model.safetensors").exists() and "verified  logits at 8 positions" in said
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     live = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert abs(live[-1] - live[0]) > 0.02
@@ -49,7 +49,7 @@ def test_answers_are_written_with_their_faults(run) -> None:
     found = read_json(folder / "generations.json")
     assert found["prompts"] == len(found["answers"]) == 4
     assert found["faults"] == {name: sum(name in one["faults"] for one in found["answers"]) for name in found["faults"]}
-    assert any(found["faults"].values()) and "warning   of 4 answers" in said
+    assert any(found["faults"].values()) and "answers   4 in " in said and "no faults found" not in said
     assert "with special tokens" in (folder / "generations.html").read_text()
 
 
@@ -59,7 +59,7 @@ def test_a_merged_model_with_other_logits_is_not_published(run, tmp_path, capsys
     config.consolidate.adapter_only = False
     shutil.copytree(run[0] / "checkpoints", tmp_path / "run/checkpoints")
     consolidate.run(config)
-    assert "verified  logits of 8 places" in capsys.readouterr().out
+    assert "verified  logits at 8 positions" in capsys.readouterr().out
     about = read_json(tmp_path / "run/model/muster.json")
     assert about["verified"] and about["verify"] == "logits"
     shutil.rmtree(tmp_path / "run/model")

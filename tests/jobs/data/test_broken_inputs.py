@@ -123,8 +123,8 @@ ROWS = [
      "template of instruction cannot be rendered"),
     ("part without rows", GOOD, ["data.split='[50:]'"], r"has no rows in \[50:\]"),
     ("part of no such form", GOOD, ["data.split=first"], "is not a part of rows"),
-    ("no such template", GOOD, ["data.chat_template=nowhere.jinja"], "neither one of chatml.*nor a file"),
-    ("template of another model", GOOD, ["data.chat_template=llama3"], "no token of this tokenizer"),
+    ("no such template", GOOD, ["data.chat_template=nowhere.jinja"], "not a readable file and not one of chatml"),
+    ("template of another model", GOOD, ["data.chat_template=llama3"], "which the tokenizer does not have"),
     ("no such tokenizer", GOOD, ["model.tokenizer=./nowhere"], "model.tokenizer=./nowhere: cannot be loaded"),
 ]  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_a_tokenizer_without_a_template_lists_the_bundled_ones(refused, tmp_path
     settings.pop("chat_template", None)
     (tmp_path / "bare/tokenizer_config.json").write_text(json.dumps(settings))
     message = refused("a.jsonl", lines(GOOD), f"model.tokenizer={tmp_path / 'bare'}")
-    assert "the tokenizer has no chat template: name one of chatml" in message
+    assert "the tokenizer has no chat template: set data.chat_template to one of chatml" in message
 
 
 def test_held_out_rows_that_are_also_trained_on_are_named(refused, tmp_path: Path) -> None:

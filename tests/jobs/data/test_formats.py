@@ -315,13 +315,16 @@ WRONG = {
     ),
     "half a weight": (turns(USER, ANSWER | {"weight": 0.5}), r"messages\[1\].weight is 0.5"),
     "parts of a turn": (turns(USER, ANSWER | {"train_detail": [{}]}), r"messages\[1\].train_detail .* not supported"),
-    "a call without a name": (turns(USER, ANSWER | {"tool_calls": [{}]}), r"messages\[1\].tool_calls\[0\] is no call"),
+    "a call without a name": (
+        turns(USER, ANSWER | {"tool_calls": [{}]}),
+        r"messages\[1\].tool_calls\[0\] is not a tool call",
+    ),
     "a call that is not JSON": (
         turns(USER, {"role": "function_call", "content": "add(1)"}),
         r"messages\[1\].content is not valid JSON",
     ),
     "tools that are not JSON": (turns(USER, ANSWER) | {"tools": "add"}, "tools is not valid JSON"),
-    "tools without names": (turns(USER, ANSWER) | {"tools": [{"a": 1}]}, r"tools\[0\] is no function's schema"),
+    "tools without names": (turns(USER, ANSWER) | {"tools": [{"a": 1}]}, r"tools\[0\] is not a function schema"),
     "empty output": ({"instruction": "Hi", "output": ""}, "output is empty"),
     "empty question": ({"instruction": "", "input": "", "output": "x"}, "both empty"),
     "half a history": ({"instruction": "Hi", "output": "x", "history": [["a"]]}, r"history\[0\] is not a pair"),

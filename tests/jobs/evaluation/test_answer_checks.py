@@ -1,7 +1,7 @@
-"""What is said to be wrong with an answer, and the page that shows answers."""
+"""jobs/evaluation/answer_checks.py: faults of answers, and the page that shows answers."""
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs import generate
 from jobs.evaluation import answer_checks
@@ -12,14 +12,16 @@ EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 
 
 @pytest.fixture(scope="module")
-def words():
+def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
 
 
-def found(words, text):
+def faults_of(tokenizer, text):
     """The faults of an answer, written with its special tokens."""
-    ids = words.encode(text, add_special_tokens=False)
-    return answer_checks.faults(ids, words.decode(ids, skip_special_tokens=True), answer_checks.special(words))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return answer_checks.faults(
+        ids, tokenizer.decode(ids, skip_special_tokens=True), answer_checks.special_tokens(tokenizer)
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,14 @@ def found(words, text):
         ("It does." + " It lists the jobs." * 12, ["looping", "endless"]),
     ],
 )
-def test_faults(text, faults, words):
-    assert found(words, text) == faults
+def test_faults(text: str, faults: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    assert faults_of(tokenizer, text) == faults
 
 
-def test_a_marker_in_plain_tokens_is_found_too(words):
-    known = answer_checks.special(words)
+def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
+    known = answer_checks.special_tokens(tokenizer)
     assert "<|im_start|>" in known.markers
-    assert answer_checks.faults([*range(5, 30), *known.ends][:26], "so <|im_start|>user", known) == ["template"]
+    assert answer_checks.faults([*range(5, 30), *known.end_ids][:26], "so <|im_start|>user", known) == ["template"]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +62,11 @@ def test_a_marker_in_plain_tokens_is_found_too(words):
         ([*range(60)], False),
     ],
 )
-def test_loops(ids, loops):
-    assert answer_checks.loops(ids) is loops
+def test_loops(ids: list[int], loops: bool) -> None:
+    assert answer_checks.ends_in_loop(ids) is loops
 
 
-def test_the_page_is_whole_and_says_nothing_but_text():
+def test_the_page_is_complete_and_escapes_all_text() -> None:
     one = {
         "prompt": EVIL,
         "answer": EVIL,

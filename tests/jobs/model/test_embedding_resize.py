@@ -42,7 +42,9 @@ def test_the_end_of_text_can_be_another_token(compose: Compose) -> None:
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_an_unknown_token_is_refused(key, compose: Compose) -> None:
-    with pytest.raises(DataError, match=f"data.{key}=<nothing>: is no token: add it to data.special_tokens"):
+    with pytest.raises(
+        DataError, match=f"data.{key}=<nothing>: is not a token of the tokenizer: add it to data.special_tokens"
+    ):
         load_tokenizer(compose(f"data.{key}='<nothing>'"))
 
 

@@ -268,7 +268,7 @@ def test_the_report_is_one_page_of_valid_svg(trained: tuple[Path, str]) -> None:
     numbers = [float(number) for line in lines for point in line for number in point.split(",")]
     assert all(0 <= number <= 100 for number in numbers)
     assert not [attributes for _, attributes in elements if {"src", "href"} & attributes.keys()]
-    for title in ("Loss", "Gradient norm", "Learning rate", "Tokens/s a rank"):
+    for title in ("Loss", "Gradient norm", "Learning rate", "Tokens/s per rank"):
         assert f"<h2>{title}" in text
     assert "8 of 8" in text
 

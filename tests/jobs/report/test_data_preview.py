@@ -1,12 +1,13 @@
-"""What a user sees of the rows before they are trained on."""
+"""jobs/report: the preview of the training data, as a page and in the terminal."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.schema import Gates
 from jobs.data import batches, quality_gates, token_dataset
@@ -17,17 +18,17 @@ from tests.conftest import ROOT
 EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 VOID = {"meta", "line", "rect", "link", "img", "br"}
 OPTIONAL = {"th", "td", "tr", "li"}
-"""Elements that HTML lets end by themselves."""
+"""Elements whose end tag HTML allows to leave out."""
 
 
 @pytest.fixture(scope="module")
-def words():
+def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
 
 
 @dataclass
 class Parsed(HTMLParser):
-    """The elements of a page, its text, and whether each is closed in order."""
+    """Collects the elements and the text of a page, and checks that elements are closed in order."""
 
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -57,18 +58,18 @@ def parsed(text):
     return found
 
 
-def encoded(words, *turns):
-    """(ids, trained) of texts, every second one trained."""
+def encoded(tokenizer, *turns):
+    """(ids, trained) of several texts; every second one is trained."""
     ids, trained = [], []
     for number, text in enumerate(turns):
-        part = words.encode(text, add_special_tokens=False)
+        part = tokenizer.encode(text, add_special_tokens=False)
         ids += part
         trained += [number % 2] * len(part)
     return ids, trained
 
 
 def split(made, chosen=None, pack_into=None):
-    """Rows over samples, all of them or those chosen."""
+    """Rows of all samples, or of the chosen ones."""
     lengths = [len(ids) for ids, _ in made]
     part = token_dataset.Part(
         np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in made]),
@@ -80,12 +81,12 @@ def split(made, chosen=None, pack_into=None):
     )
 
 
-def place(number):
+def location(number):
     return f"rows.jsonl:{number + 1}"
 
 
-def about_of(rows, sizes, validation=None):
-    """What data.json says of sets of so many samples each, one after the other."""
+def data_json(rows, sizes, validation=None):
+    """The contents of data.json for sets of these sizes, one after the other."""
     sets, at = {}, 0
     for name, size in sizes.items():
         span = slice(at, at + size)
@@ -110,50 +111,50 @@ def about_of(rows, sizes, validation=None):
     return {"sets": sets, "splits": {"train": list(sizes), "validation": list(sizes)}, **totals}
 
 
-def made_page(words, rows, *, sizes=None, validation=None, found=(), max_length=512, packed=False, **more):
+def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_length=512, packed=False, **more):
     return data_preview.html(
-        about_of(rows, sizes or {"facts": len(rows.samples)}, validation),
+        data_json(rows, sizes or {"facts": len(rows.samples)}, validation),
         {"train": rows, "validation": validation or rows},
-        {"train": place, "validation": place},
-        words,
+        {"train": location, "validation": location},
+        tokenizer,
         max_length=max_length,
         packed=packed,
-        found=found,
+        verdicts=verdicts,
         **more,
     )
 
 
 def texts_of(decoder, ids):
-    return [text for _, text in decoder.pieces(ids)]
+    return [text for _, text in decoder.groups(ids)]
 
 
-def test_pieces_add_up_to_the_text_and_hold_every_token(words):
+def test_token_groups_hold_the_whole_text_and_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "Hello  wörld 😀👩‍👩‍👧 日本\n\tx <|im_end|> end "
-    ids = words.encode(text, add_special_tokens=False)
-    found = list(token_view.Decoder(words).pieces(ids))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = list(token_view.Decoder(tokenizer).groups(ids))
     assert "".join(piece for _, piece in found) == text
     assert [token for tokens, _ in found for token in tokens] == ids
-    assert token_view.BROKEN not in "".join(piece for _, piece in found)
+    assert token_view.REPLACEMENT_CHARACTER not in "".join(piece for _, piece in found)
     smile = next(tokens for tokens, piece in found if piece.strip() == "😀")
     assert len(smile) > 1, "no token of it can be read alone"
 
 
-def test_a_stray_byte_keeps_its_neighbours_readable(words):
-    stray = words.encode("😀", add_special_tokens=False)[:2]
-    ids = words.encode("one", add_special_tokens=False)
-    found = texts_of(token_view.Decoder(words), [*ids, *stray, *ids])
+def test_a_stray_byte_leaves_its_neighbors_readable(tokenizer: PreTrainedTokenizerBase) -> None:
+    stray = tokenizer.encode("😀", add_special_tokens=False)[:2]
+    ids = tokenizer.encode("one", add_special_tokens=False)
+    found = texts_of(token_view.Decoder(tokenizer), [*ids, *stray, *ids])
     assert "".join(found).startswith("one")
     assert "".join(found).endswith("one")
-    assert token_view.BROKEN in "".join(found)
+    assert token_view.REPLACEMENT_CHARACTER in "".join(found)
 
 
-def test_a_long_run_of_bytes_ends(words):
-    stray = words.encode("😀", add_special_tokens=False)[:1]
-    found = list(token_view.Decoder(words).pieces(stray * 100))
+def test_a_long_run_of_stray_bytes_is_split(tokenizer: PreTrainedTokenizerBase) -> None:
+    stray = tokenizer.encode("😀", add_special_tokens=False)[:1]
+    found = list(token_view.Decoder(tokenizer).groups(stray * 100))
     assert sum(len(tokens) for tokens, _ in found) == 100
 
 
-def test_tokens_behind_others_keep_the_blank_that_some_tokenizers_strip():
+def test_tokens_keep_the_leading_space_that_some_tokenizers_strip() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
@@ -165,54 +166,60 @@ def test_tokens_behind_others_keep_the_blank_that_some_tokenizers_strip():
     )
     decoder = token_view.Decoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
     euro = [4 + byte for byte in "€".encode()]
-    assert list(decoder.pieces([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
+    assert list(decoder.groups([2, 3, *euro])) == [([2], " Hello"), ([3], " you"), (euro, "€")]
 
 
-def test_the_terminal_shows_trained_tokens_in_green(words):
-    rows = split([encoded(words, "Why?\n", "So.\nYes.<|im_end|>")])
-    shown = data_preview.terminal(rows, words, place, colour=True)
+def test_the_terminal_shows_trained_tokens_in_green(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = split([encoded(tokenizer, "Why?\n", "So.\nYes.<|im_end|>")])
+    shown = data_preview.terminal(rows, tokenizer, location, color=True)
     assert shown == (
-        "sample    rows.jsonl:1: 10 tokens, 7 trained, in green\n"
+        "sample    rows.jsonl:1: 10 tokens, 7 trained (in green)\n"
         "Why?\n\033[32mSo.\033[0m\n\033[32mYes.<|im_end|>\033[0m"
     ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
 
 
-def test_the_terminal_shows_trained_tokens_in_brackets_and_obeys_no_row(words):
-    rows = split([encoded(words, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
-    shown = data_preview.terminal(rows, words, place, count=2, colour=False)
+def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rows = split([encoded(tokenizer, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
+    shown = data_preview.terminal(rows, tokenizer, location, count=2, color=False)
     assert "a  b\t␛[2J␍«c‹U+202E› d»" in shown
     assert shown.count("sample    rows.jsonl:") == 2
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", shown)
 
 
-def test_a_long_sample_shows_its_beginning_and_its_end(words):
-    rows = split([encoded(words, "first " + "x " * 5000, "answer<|im_end|>")])
-    shown = data_preview.terminal(rows, words, place, colour=False)
+def test_a_long_sample_shows_its_beginning_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = split([encoded(tokenizer, "first " + "x " * 5000, "answer<|im_end|>")])
+    shown = data_preview.terminal(rows, tokenizer, location, color=False)
     assert len(shown) < 5000
     assert "\nfirst x" in shown
     assert shown.endswith("«answer<|im_end|>»")
     assert f"[... {rows.lengths[0] - data_preview.TERMINAL_TOKENS:,} tokens ...]" in shown
 
 
-def test_samples_are_drawn_by_seed_and_each_once(words):
-    rows = split([encoded(words, "q", "a")] * 50, np.repeat(np.arange(50), 3))
-    assert data_preview.drawn(rows, 8, 0) == data_preview.drawn(rows, 8, 0) != data_preview.drawn(rows, 8, 1)
-    assert len(set(data_preview.drawn(rows, 8, 0))) == 8
-    assert data_preview.drawn(split([encoded(words, "q", "a")]), 8, 0) == [0]
+def test_random_samples_depend_on_the_seed_and_are_unique(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = split([encoded(tokenizer, "q", "a")] * 50, np.repeat(np.arange(50), 3))
+    assert (
+        data_preview.random_samples(rows, 8, 0)
+        == data_preview.random_samples(rows, 8, 0)
+        != data_preview.random_samples(rows, 8, 1)
+    )
+    assert len(set(data_preview.random_samples(rows, 8, 0))) == 8
+    assert data_preview.random_samples(split([encoded(tokenizer, "q", "a")]), 8, 0) == [0]
 
 
-def test_what_rows_hold_is_text_and_never_markup(words):
+def test_contents_of_rows_are_escaped(tokenizer: PreTrainedTokenizerBase) -> None:
     findings = Findings()
     findings.add("roles", f"{EVIL}:1", f"turn is {EVIL}")
     found = parsed(
         data_preview.html(
-            about_of(rows := split([encoded(words, EVIL, EVIL)]), {EVIL: 1}),
+            data_json(rows := split([encoded(tokenizer, EVIL, EVIL)]), {EVIL: 1}),
             {"train": rows, "validation": rows},
             {"train": lambda _: EVIL, "validation": lambda _: EVIL},
-            words,
+            tokenizer,
             max_length=512,
             packed=False,
-            found=quality_gates.judge(findings, 1, Gates()),
+            verdicts=quality_gates.judge(findings, 1, Gates()),
         )
     )
     names = {tag for tag, _ in found.tags}
@@ -220,8 +227,8 @@ def test_what_rows_hold_is_text_and_never_markup(words):
     assert "".join(found.texts).count('<script>alert("x")</script>') >= 6
 
 
-def test_the_page_needs_nothing_but_itself(words):
-    text = made_page(words, split([encoded(words, "q", "a")] * 9))
+def test_the_page_needs_no_other_file(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = made_page(tokenizer, split([encoded(tokenizer, "q", "a")] * 9))
     found = parsed(text)
     assert not [values for _, values in found.tags if {"src", "href", "onload", "onclick"} & set(values)]
     assert "default-src 'none'" in text
@@ -231,9 +238,9 @@ def test_the_page_needs_nothing_but_itself(words):
     assert ("meta", {"charset": "utf-8"}) in found.tags
 
 
-def test_the_page_shows_tokens_with_ids_marks_and_places(words):
-    ids, trained = encoded(words, "<|im_start|>user\nWhy  so?\n", "日本 \n<|im_end|>")
-    text = made_page(words, split([(ids, trained)]))
+def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, trained = encoded(tokenizer, "<|im_start|>user\nWhy  so?\n", "日本 \n<|im_end|>")
+    text = made_page(tokenizer, split([(ids, trained)]))
     found = parsed(text)
     titles = [values["title"] for tag, values in found.tags if tag in ("i", "b") and "title" in values]
     assert " ".join(titles).split() == [str(token) for token in ids] * 2, "train and validation"
@@ -244,24 +251,26 @@ def test_the_page_shows_tokens_with_ids_marks_and_places(words):
     assert f"<code>rows.jsonl:1</code> &middot; {len(ids)} tokens, {sum(trained)} trained" in text
 
 
-def test_a_sample_says_whether_it_was_cut(words):
-    long, short = encoded(words, "q " * 8, "a " * 20), encoded(words, "q", "a")
+def test_cut_samples_have_a_note(tokenizer: PreTrainedTokenizerBase) -> None:
+    long, short = encoded(tokenizer, "q " * 8, "a " * 20), encoded(tokenizer, "q", "a")
     size = len(long[0])
     rows = split([long, long, short, short])
-    one_row = [data_preview._notes(number, rows, lambda number: "rows.jsonl:1", size) for number in range(4)]
-    assert one_row[0] == ["goes on in the next sample"]
-    assert one_row[1] == ["goes on from the sample before", "goes on in the next sample"]
-    assert one_row[2] == ["goes on from the sample before"]
+    one_row = [data_preview._cut_notes(number, rows, lambda number: "rows.jsonl:1", size) for number in range(4)]
+    assert one_row[0] == ["continued in the next sample"]
+    assert one_row[1] == ["continues the previous sample", "continued in the next sample"]
+    assert one_row[2] == ["continues the previous sample"]
     assert one_row[3] == []
-    assert data_preview._notes(0, rows, place, size) == ["as long as data.max_length: most likely cut"]
-    assert "most likely cut" in made_page(words, rows, max_length=size)
+    assert data_preview._cut_notes(0, rows, location, size) == ["as long as data.max_length: probably truncated"]
+    assert "probably truncated" in made_page(tokenizer, rows, max_length=size)
 
 
-def test_stops_and_warnings_are_told_apart(words):
+def test_stops_come_before_warnings(tokenizer: PreTrainedTokenizerBase) -> None:
     findings = Findings()
-    findings.add_many("duplicates", ["rows.jsonl:7"], 1)
-    findings.add_many("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
-    text = made_page(words, split([encoded(words, "q", "a")]), found=quality_gates.judge(findings, 100, Gates()))
+    findings.add_many("duplicates", ["rows.jsonl:7"], checked=1)
+    findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], checked=90)
+    text = made_page(
+        tokenizer, split([encoded(tokenizer, "q", "a")]), verdicts=quality_gates.judge(findings, 100, Gates())
+    )
     stop, warning = text.index("stops the run"), text.index(">warning<")
     assert stop < warning
     assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
@@ -270,10 +279,10 @@ def test_stops_and_warnings_are_told_apart(words):
     assert "<code>rows.jsonl:7</code>" in text[warning:]
 
 
-def test_sets_are_charted_by_their_tokens_an_epoch(words):
-    short, long = encoded(words, "q", "a"), encoded(words, "q", "a " * 50)
+def test_tokens_by_set_count_repeated_samples(tokenizer: PreTrainedTokenizerBase) -> None:
+    short, long = encoded(tokenizer, "q", "a"), encoded(tokenizer, "q", "a " * 50)
     rows = split([short, short, long], np.array([0, 0, 1, 2]))
-    found = charts.sources(about_of(rows, {"short": 2, "long": 1}), rows)
+    found = charts.tokens_by_set(data_json(rows, {"short": 2, "long": 1}), rows)
     assert [one["name"] for one in found] == ["long", "short"]
     assert [one["tokens"] for one in found] == [len(long[0]), 3 * len(short[0])]
     assert [one["trained"] for one in found] == [sum(long[1]), 3 * sum(short[1])]
@@ -285,42 +294,42 @@ def test_sets_are_charted_by_their_tokens_an_epoch(words):
     ("lengths", "max_length"),
     [([5], 5), ([1], 2), ([1, 1, 2], 2048), ([20, 30, 40], 64), (range(1, 9000), 8192), ([100] * 9, 131072)],
 )
-def test_every_sample_is_in_one_bar_within_the_chart(lengths, max_length):
+def test_every_sample_is_in_one_bar_within_the_chart(lengths: Sequence[int], max_length: int) -> None:
     lengths = np.minimum(np.asarray(lengths), max_length)
-    chart = charts.of_lengths(lengths, max_length)
+    chart = charts.length_histogram(lengths, max_length)
     assert sum(int(re.search(r": ([\d,]+) sample", say)[1].replace(",", "")) for *_, say in chart.bars) == len(lengths)
     assert all(
         left >= -1e-9 and left + width <= 100 + 1e-9 and 0 < height <= 100 for left, width, height, _ in chart.bars
     )
-    assert all(-1e-9 <= at <= 100 + 1e-9 for at, _ in [*chart.across, *chart.up, chart.mark])
-    assert len(chart.across) <= 8
+    assert all(-1e-9 <= at <= 100 + 1e-9 for at, _ in [*chart.x_ticks, *chart.y_ticks, chart.mark])
+    assert len(chart.x_ticks) <= 8
 
 
-def test_packed_rows_show_how_full_they_are(words):
-    rows = split([encoded(words, "q " * 20, "a " * 20)] * 10, pack_into=512)
-    text = made_page(words, rows, packed=True)
+def test_packed_rows_show_how_full_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = split([encoded(tokenizer, "q " * 20, "a " * 20)] * 10, pack_into=512)
+    text = made_page(tokenizer, rows, packed=True)
     fill = rows.lengths.sum() / (len(rows) * 512)
-    assert f"{len(rows)} rows an epoch, {fill:.1%} full" in text
+    assert f"{len(rows)} rows per epoch, {fill:.1%} full" in text
     assert "train.micro_batch" not in text
-    assert sum(chart[2] > 0 for chart in charts.of_fill(rows.lengths, 512).bars) >= 1
+    assert sum(chart[2] > 0 for chart in charts.fill_histogram(rows.lengths, 512).bars) >= 1
 
 
-def test_rows_of_one_sample_show_their_padding():
+def test_padding_of_micro_batches() -> None:
     assert charts.padding(np.array([8, 8, 8, 8]), 0) == [(1, 0.0), (2, 0.0), (4, 0.0)]
     assert charts.padding(np.array([4, 16]), 0) == [(1, pytest.approx(1 / 6)), (2, pytest.approx(12 / 32))]
 
 
 @pytest.mark.parametrize("text", ["'\"<&>  \t", "word ", "日本語😀", "\x00\x01"])
-def test_the_page_stays_small_however_long_the_samples(words, text):
-    ids = np.resize(words.encode(text, add_special_tokens=False), 60_000).tolist()
+def test_the_page_stays_small_however_long_the_samples(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = np.resize(tokenizer.encode(text, add_special_tokens=False), 60_000).tolist()
     rows = split([(ids, [0, 1] * 30_000)] * 12)
-    page_text = made_page(words, rows, max_length=60_000)
+    page_text = made_page(tokenizer, rows, max_length=60_000)
     assert len(page_text.encode()) < 1_000_000
-    assert "tokens between are not shown" in page_text
+    assert "tokens in between are not shown" in page_text
     parsed(page_text)
 
 
-def test_empty_validation_shows(words):
-    rows = split([encoded(words, "q", "a")] * 3)
+def test_empty_validation_shows(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = split([encoded(tokenizer, "q", "a")] * 3)
     none = batches.make_rows(rows.samples, np.zeros(0, dtype=np.int64))
-    parsed(made_page(words, none, validation=none))
+    parsed(made_page(tokenizer, none, validation=none))

@@ -1,22 +1,24 @@
-"""jobs/tokenization/encoder.py: every fast way gives the tokens and the marks of `chat.encode`, or is not taken."""
+"""jobs/tokenization/encoder.py: every fast way gives the ids and masks of `reference.encode`, or is not used."""
 
 import builtins
 import random
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.tokenization import bpe_ranks, byte_bpe, encoder, loss_mask, reference, split_patterns
-from jobs.tokenization.chat_template import NAMED
+from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample, Turn
-from jobs.tokenization.encoder import Direct, Encoder, same
-from jobs.tokenization.offsets import Text, Unfit
-from jobs.tokenization.template_renderer import Rendering
+from jobs.tokenization.encoder import Encoder, TokenizersBackend, first_difference
+from jobs.tokenization.offsets import MaskedText, TokenizedText, Unsupported
+from jobs.tokenization.template_renderer import CompiledRenderer
 from tests.jobs.ranks import CLONE
 from tests.jobs.tokenization.test_reference import CALLED, CHAT, PLAIN, REWRITES, SYSTEM, TOOLS
 
@@ -54,9 +56,9 @@ TEXTS = [
 CORPUS = [*(text[:99] for text in TEXTS), "the theme of these others is there and then: hello world, so long; bye"] * 3
 
 
-def added(tokenizer, **tokens):
-    """With the tokens of every named template, and a template without marks."""
-    extra = sorted({token for each in NAMED.values() for token in each} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+def with_template_tokens(tokenizer):
+    """Add the tokens of every bundled template, and set a template without marks."""
+    extra = sorted({token for each in BUNDLED.values() for token in each} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": extra})
     tokenizer.chat_template = PLAIN
     return tokenizer
@@ -74,11 +76,11 @@ def trained_bpe(split, size=700, **model):
 
 
 def bundled():
-    return added(AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer"))
+    return with_template_tokens(AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer"))
 
 
 def gpt2():
-    return added(
+    return with_template_tokens(
         PreTrainedTokenizerFast(tokenizer_object=trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)))
     )
 
@@ -89,7 +91,7 @@ def split_by(pattern):
 
 
 def llama3():
-    """Whole words looked up first, every pair of a token in the list, a beginning, blanks cut off the offsets."""
+    """As Llama 3: looks up whole words first, lists every pair that makes a token, adds <s>, trims offsets."""
     backend = trained_bpe(split_by(LLAMA3))
     vocabulary = backend.get_vocab()
     order = sorted(vocabulary, key=vocabulary.get)
@@ -100,29 +102,29 @@ def llama3():
         if token[:at] in vocabulary and token[at:] in vocabulary
     ]
     backend.model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True)
-    words = added(PreTrainedTokenizerFast(tokenizer_object=backend))
+    tokenizer = with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
     begins = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", words.convert_tokens_to_ids("<s>"))]
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
     )
-    words.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begins])
-    return words
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begins])
+    return tokenizer
 
 
 def qwen():
     backend = trained_bpe(split_by(LLAMA3.replace("{1,3}", "")))
     backend.normalizer = normalizers.NFC()
-    return added(PreTrainedTokenizerFast(tokenizer_object=backend))
+    return with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def neox():
-    """Runs of blanks are tokens, sought after the special ones, the longest first; text ends with a token of its own."""
-    words = gpt2()
-    words.add_tokens([AddedToken(" " * count, normalized=True) for count in range(2, 9)])
+    """As GPT-NeoX: runs of spaces are added tokens, matched after special ones, longest first. Adds a token after the text."""
+    tokenizer = gpt2()
+    tokenizer.add_tokens([AddedToken(" " * count, normalized=True) for count in range(2, 9)])
     ends = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", words.convert_tokens_to_ids("<|im_end|>"))]
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))]
     )
-    words.backend_tokenizer.post_processor = ends
-    return words
+    tokenizer.backend_tokenizer.post_processor = ends
+    return tokenizer
 
 
 def metaspace():
@@ -132,7 +134,7 @@ def metaspace():
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=400, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return added(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    return with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
 
 
 MAKERS = {"bundled": bundled, "gpt2": gpt2, "llama3": llama3, "qwen": qwen, "neox": neox, "metaspace": metaspace}
@@ -140,7 +142,7 @@ BYTE_LEVEL = [name for name in MAKERS if name != "metaspace"]
 
 
 @pytest.fixture(scope="module")
-def tokenizers():
+def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     return {name: make() for name, make in MAKERS.items()}
 
 
@@ -175,37 +177,39 @@ PLAINS = [
 FINISHED = [Sample(ids=(5, 6), labels=(-100, 6)), Sample(ids=(5, 6)), Sample(ids=())]
 
 
-def result(way, sample):
+def result(encode, sample):
     try:
-        ids, trained = way(sample)
+        ids, trained = encode(sample)
     except Exception as error:
         return type(error), str(error)
     return list(map(int, ids)), list(map(int, trained))
 
 
-def agree(words, samples, template=None, mask="assistant"):
-    """The fast way on every sample, alone and with all others, held against the slow one."""
-    fast = Encoder(words, template=template, mask=mask)
-    for sample, found in zip(samples, fast.fast(samples), strict=True):
-        expected = result(lambda sample: reference.encode(sample, words, template, mask), sample)
+def assert_same(tokenizer, samples, template=None, mask="assistant"):
+    """Compare the fast way with the slow one on every sample, alone and together with all others."""
+    fast = Encoder(tokenizer, template=template, mask=mask)
+    for sample, found in zip(samples, fast.encode_fast(samples), strict=True):
+        expected = result(lambda sample: reference.encode(sample, tokenizer, template, mask), sample)
         assert result(fast, sample) == expected, sample
         assert found is None or result(lambda _, found=found: found, sample) == expected, sample
     return fast
 
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
-@pytest.mark.parametrize("template", [*NAMED, None])
+@pytest.mark.parametrize("template", [*BUNDLED, None])
 @pytest.mark.parametrize("name", MAKERS)
-def test_chats_are_the_same(name, template, mask, tokenizers):
-    fast = agree(tokenizers[name], CHATS, template, mask)
-    assert fast.ways.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
-    assert fast.ways.endswith("chats rendered directly")
+def test_chats_are_the_same(
+    name: str, template: str | None, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    fast = assert_same(tokenizers[name], CHATS, template, mask)
+    assert fast.description.startswith("tokens by tokenizers (" if name == "metaspace" else "tokens by tiktoken,")
+    assert fast.description.endswith("chats rendered directly")
 
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_texts_and_finished_tokens_are_the_same(name, mask, tokenizers):
-    fast = agree(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
+def test_texts_and_token_ids_are_the_same(name: str, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    fast = assert_same(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
     ids, trained = fast(PLAINS[0])
     assert (ids.dtype, trained.dtype) == (np.int32, np.uint8)
 
@@ -228,64 +232,73 @@ def strange_text(rng):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_strange_texts_are_the_same(name, tokenizers):
+def test_strange_texts_are_the_same(name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     rng = random.Random(7)
     texts = [tuple((strange_text(rng), rng.random() < 0.5) for _ in range(rng.randrange(1, 4))) for _ in range(200)]
-    agree(tokenizers[name], [Sample(parts=parts) for parts in texts])
+    assert_same(tokenizers[name], [Sample(parts=parts) for parts in texts])
     turns = [(Turn("user", strange_text(rng)), Turn("assistant", strange_text(rng))) for _ in range(100)]
-    agree(tokenizers[name], [Sample(turns=each) for each in turns], "chatml")
+    assert_same(tokenizers[name], [Sample(turns=each) for each in turns], "chatml")
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_the_fast_way_is_taken(name, tokenizers, monkeypatch):
-    """What is the same because both are slow proves nothing."""
+def test_the_fast_way_is_used(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the comparisons above would compare the slow way with itself."""
     fast = Encoder(tokenizers[name], template="chatml")
-    monkeypatch.setattr(fast, "_slow", None)
+    monkeypatch.setattr(fast, "_reference", None)
     texts = [Sample(parts=((text, True),)) for text in TEXTS if name != "qwen" or text.isascii()]
-    assert all(len(ids) for ids, _ in fast.fast([*texts, *CHATS[:13]]))
+    assert all(len(ids) for ids, _ in fast.encode_fast([*texts, *CHATS[:13]]))
     assert all(len(fast(sample)[0]) for sample in [*texts, *CHATS[:13]])
 
 
-def test_one_text_does_not_slow_the_others(tokenizers):
+def test_an_unsupported_text_leaves_the_others_fast(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     fast = Encoder(tokenizers["gpt2"])
     samples = [
-        Sample(parts=((text, True),)) for text in ("a", "half \ud83d", split_patterns.HERE, split_patterns.CUT, "b  c")
+        Sample(parts=((text, True),))
+        for text in ("a", "half \ud83d", split_patterns.SEPARATOR, split_patterns.CUT, "b  c")
     ]
-    assert [found is not None for found in fast.fast(samples)] == [True, False, False, False, True]
+    assert [found is not None for found in fast.encode_fast(samples)] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_runs_of_blanks_are_split_alike(name, tokenizers):
-    rng, backend, fast = random.Random(3), tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
-    pieces = [*split_patterns.BLANKS, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
+def test_runs_of_whitespace_are_split_the_same(name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    rng, backend, fast = (
+        random.Random(3),
+        tokenizers[name].backend_tokenizer,
+        byte_bpe.TiktokenBackend(tokenizers[name]),
+    )
+    pieces = [*split_patterns.WHITESPACE, *"      \n\n\n\r\taB1!'é😀", "<|im_end|>", "the"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(40))) for _ in range(3000)]
-    assert (fast._runs is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
-    for text, found in zip(texts, fast([Text(text, [], [], False) for text in texts]), strict=True):
+    assert (fast._unit_kinds is not None) == (name in ("gpt2", "llama3", "qwen", "neox"))
+    for text, found in zip(texts, fast([MaskedText(text, [], [], False) for text in texts]), strict=True):
         assert found is None or found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
         assert found is not None or (name == "qwen" and not text.isascii())
 
 
-def test_every_character_is_split_alike(tokenizers):
-    """In three places each, so that letters, digits, blanks and all others join what they join."""
+def test_every_character_is_split_the_same(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Each character in several contexts: next to letters, digits, spaces, line ends and punctuation."""
     points = [point for point in byte_bpe.CHANGING if unicodedata.category(point) != "Cn"]
     texts = [
         "".join(f"a{point} {point}1 \n{point}'{point}" for point in points[at : at + 2000])
         for at in range(0, len(points), 2000)
     ]
     for name in ("bundled", "gpt2", "llama3"):
-        backend, fast = tokenizers[name].backend_tokenizer, byte_bpe.ByteLevel(tokenizers[name])
+        backend, fast = tokenizers[name].backend_tokenizer, byte_bpe.TiktokenBackend(tokenizers[name])
         for text in texts:
-            text = fast._odd.sub("", text) if fast._odd else text
-            [found] = fast([Text(text, [], [], False)])
+            text = fast._ambiguous.sub("", text) if fast._ambiguous else text
+            [found] = fast([MaskedText(text, [], [], False)])
             assert found[0].tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
     "template", [REWRITES, PLAIN.replace("{{ m.content }}", "{{ m.content | nowhere }}"), "{% if %}"]
 )
-def test_errors_are_the_same(template, tokenizers, monkeypatch):
+def test_errors_are_the_same(
+    template: str | None, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
-    agree(tokenizers["gpt2"], CHATS)
+    assert_same(tokenizers["gpt2"], CHATS)
 
 
 ODD_TEMPLATES = {
@@ -311,22 +324,30 @@ ODD_TEMPLATES = {
 
 @pytest.mark.parametrize("mask", loss_mask.MASKS)
 @pytest.mark.parametrize("template", ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
-def test_odd_templates_are_the_same(template, mask, tokenizers, monkeypatch):
+def test_odd_templates_are_the_same(
+    template: str | None, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", template)
-    agree(tokenizers["gpt2"], CHATS[:16], mask=mask)
+    assert_same(tokenizers["gpt2"], CHATS[:16], mask=mask)
 
 
 @pytest.mark.parametrize("name", ["in a macro", "in a set", "with a macro's names"])
-def test_marks_that_transformers_counts_otherwise_are_left_to_it(name, tokenizers, monkeypatch):
-    with pytest.raises(Unfit):
-        Rendering(ODD_TEMPLATES[name], {})
+def test_templates_with_buffered_marks_are_rendered_by_transformers(
+    name: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Unsupported):
+        CompiledRenderer(ODD_TEMPLATES[name], {})
     monkeypatch.setattr(tokenizers["gpt2"], "chat_template", ODD_TEMPLATES[name])
-    assert Encoder(tokenizers["gpt2"]).ways.endswith("chats rendered by transformers")
+    assert Encoder(tokenizers["gpt2"]).description.endswith("chats rendered by transformers")
 
 
-def test_direct_tokens_are_the_same(tokenizers, monkeypatch):
-    """For tokenizers that tiktoken cannot do, or where it is not installed."""
-    monkeypatch.setattr(encoder, "_found", encoder._found.__wrapped__)  # what it found before had tiktoken
+def test_tokens_of_the_tokenizers_backend_are_the_same(
+    tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used for tokenizers that tiktoken does not support, or if tiktoken is not installed."""
+    monkeypatch.setattr(
+        encoder, "_fastest_backend", encoder._fastest_backend.__wrapped__
+    )  # the cached backend uses tiktoken
     real = builtins.__import__
 
     def without(name, *rest, **more):
@@ -336,41 +357,46 @@ def test_direct_tokens_are_the_same(tokenizers, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "tiktoken", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    for name, words in tokenizers.items():
-        fast = agree(words, [*CHATS, *PLAINS], "chatml")
-        assert isinstance(fast._tokens, Direct), name
-    assert Encoder(tokenizers["gpt2"]).ways.startswith("tokens by tokenizers (tiktoken is not installed)")
+    for name, tokenizer in tokenizers.items():
+        fast = assert_same(tokenizer, [*CHATS, *PLAINS], "chatml")
+        assert isinstance(fast._backend, TokenizersBackend), name
+    assert Encoder(tokenizers["gpt2"]).description.startswith("tokens by tokenizers (tiktoken is not installed)")
 
 
 REFUSED = {
-    "a blank before every text": (lambda: pre_tokenizers.ByteLevel(add_prefix_space=True), "not split by one pattern"),
-    "a line's end": (lambda: split_by(r"\s+$|\S+|\s+"), "may read in another way"),
-    "possessive": (lambda: split_by(r"\p{N}{1,3}+|\P{N}+"), "may read in another way"),
-    "words": (lambda: split_by(r"\w+|\W+"), "may read in another way"),
-    "flags": (lambda: split_by(r"(?m)a|[^a]+"), "may read in another way"),
+    "a blank before every text": (
+        lambda: pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "does not split text into bytes by one pattern",
+    ),
+    "a line's end": (lambda: split_by(r"\s+$|\S+|\s+"), "may interpret its split pattern differently"),
+    "possessive": (lambda: split_by(r"\p{N}{1,3}+|\P{N}+"), "may interpret its split pattern differently"),
+    "words": (lambda: split_by(r"\w+|\W+"), "may interpret its split pattern differently"),
+    "flags": (lambda: split_by(r"(?m)a|[^a]+"), "may interpret its split pattern differently"),
 }
 
 
 @pytest.mark.parametrize(("split", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_known_to_be_the_same_is_refused(split, why):
-    words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split(), 300)))
-    assert why in Encoder(words).ways
-    agree(words, [*CHATS, *PLAINS])
+def test_unsafe_split_patterns_are_refused(split: Callable[[], pre_tokenizers.PreTokenizer], why: str) -> None:
+    tokenizer = with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split(), 300)))
+    assert why in Encoder(tokenizer).description
+    assert_same(tokenizer, [*CHATS, *PLAINS])
 
 
-def test_a_pattern_with_gaps_is_seen():
-    words = added(PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split_by(r"\p{L}+|\s+"), 300)))
-    assert Encoder(words).ways.startswith("tokens by tiktoken")
-    agree(words, [*CHATS, *PLAINS])
+def test_a_pattern_with_gaps_is_noticed() -> None:
+    tokenizer = with_template_tokens(
+        PreTrainedTokenizerFast(tokenizer_object=trained_bpe(split_by(r"\p{L}+|\s+"), 300))
+    )
+    assert Encoder(tokenizer).description.startswith("tokens by tiktoken")
+    assert_same(tokenizer, [*CHATS, *PLAINS])
 
 
 def model(tokens, pairs, ignore_merges=False):
-    """A list of merges as no training would give it."""
-    order = {token: number for number, token in enumerate([*bpe_ranks.LETTERS, *tokens])}
+    """A tokenizer with a list of merges that no training would give."""
+    order = {token: number for number, token in enumerate([*bpe_ranks.BYTE_OF_LETTER, *tokens])}
     backend = Tokenizer(models.BPE(vocab=order, merges=pairs, ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return added(PreTrainedTokenizerFast(tokenizer_object=backend))
+    return with_template_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 AAA = [("a", "a"), ("a", "aa"), ("aa", "a")]
@@ -384,52 +410,63 @@ LISTS = {
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("tokens", "pairs"), LISTS.values(), ids=LISTS)
-def test_merges_are_the_same(tokens, pairs, whole):
-    words = model(tokens, pairs, whole)
+def test_merges_are_the_same(tokens: list[str], pairs: list[tuple[str, str]], whole: bool) -> None:
+    tokenizer = model(tokens, pairs, whole)
     rng = random.Random(3)
-    agree(words, [Sample(parts=(("".join(rng.choices("abc", k=rng.randrange(1, 12))), True),)) for _ in range(300)])
+    assert_same(
+        tokenizer, [Sample(parts=(("".join(rng.choices("abc", k=rng.randrange(1, 12))), True),)) for _ in range(300)]
+    )
 
 
-def test_a_whole_word_that_no_merge_makes_is_left_to_tokenizers():
+def test_whole_words_that_no_merge_makes_need_the_tokenizers_backend() -> None:
     tokens, pairs = LISTS["a token that its letters never become"]
-    assert Encoder(model(tokens, pairs)).ways.startswith("tokens by tiktoken")
-    assert "made of no pair" in Encoder(model(tokens, pairs, True)).ways
+    assert Encoder(model(tokens, pairs)).description.startswith("tokens by tiktoken")
+    assert "no listed merge makes" in Encoder(model(tokens, pairs, True)).description
 
 
-def test_a_whole_word_that_no_two_neighbours_make_is_looked_up():
-    words = model(["bc", "xbcy"], [("b", "c")], True)
-    assert Encoder(words).ways.startswith("tokens by tiktoken")
-    agree(words, [Sample(parts=((text, True),)) for text in ("xbcy", "xbcyx", "axbcy", "xbc xbcy")])
+def test_a_whole_word_that_no_two_neighbors_make_is_looked_up() -> None:
+    tokenizer = model(["bc", "xbcy"], [("b", "c")], True)
+    assert Encoder(tokenizer).description.startswith("tokens by tiktoken")
+    assert_same(tokenizer, [Sample(parts=((text, True),)) for text in ("xbcy", "xbcyx", "axbcy", "xbc xbcy")])
 
 
-def test_slow_when_asked(tokenizers):
+def test_fast_false_uses_transformers(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     slow = Encoder(tokenizers["gpt2"], fast=False)
-    assert slow.ways == "tokens and chats by transformers"
+    assert slow.description == "tokens and chats by transformers"
     assert result(slow, CHATS[0]) == result(Encoder(tokenizers["gpt2"]), CHATS[0])
     with pytest.raises(ValueError, match="mask 'user' is unknown"):
         Encoder(tokenizers["gpt2"], mask="user")
 
 
-def test_same_finds_no_difference(tokenizers):
-    assert same(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
+def test_first_difference_finds_none(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    assert first_difference(tokenizers["gpt2"], [*CHATS[:-1], *FINISHED], template="chatml") is None
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda ids, trained, end: (ids + 1, trained, end), r"sample 1: ids\[0\] is \d+, but should be \d+"),
-        (lambda ids, trained, end: (ids, 1 - trained, end), r"sample 1: learnt\[0\] is 1, but should be 0"),
-        (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids, but should be \d+"),
+        (lambda ids, trained, end: (ids + 1, trained, end), r"sample 1: ids\[0\] is \d+ instead of \d+"),
+        (lambda ids, trained, end: (ids, 1 - trained, end), r"sample 1: trained\[0\] is 1 instead of 0"),
+        (lambda ids, trained, end: (ids[:-1], trained[:-1], end), r"sample 1: \d+ ids instead of \d+"),
     ],
 )
-def test_same_says_what_differs(wrong, says, tokenizers, monkeypatch):
-    right = encoder.ByteLevel.__call__
-    monkeypatch.setattr(encoder.ByteLevel, "__call__", lambda *given: [wrong(*found) for found in right(*given)])
-    found = same(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
+def test_first_difference_is_described(
+    wrong: Callable[..., tuple[Any, Any, bool]],
+    says: str,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = encoder.TiktokenBackend.__call__
+    monkeypatch.setattr(
+        encoder.TiktokenBackend, "__call__", lambda *given: [TokenizedText(*wrong(*found)) for found in right(*given)]
+    )
+    found = first_difference(tokenizers["gpt2"], [FINISHED[0], CHATS[0]], template="chatml")
     assert re.fullmatch(says, found)
 
 
-def test_same_knows_an_error_that_was_missed(tokenizers, monkeypatch):
-    monkeypatch.setattr(Encoder, "_text", lambda self, sample: Text("...", [], [], False))
-    found = same(tokenizers["gpt2"], [CHATS[11]])
-    assert found.startswith("sample 0: 3 tokens, but should be: the first turn is the assistant's")
+def test_first_difference_reports_a_missing_error(
+    tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "_text", lambda self, sample: MaskedText("...", [], [], False))
+    found = first_difference(tokenizers["gpt2"], [CHATS[11]])
+    assert found.startswith("sample 0: 3 tokens instead of the error: the first turn is the assistant's")

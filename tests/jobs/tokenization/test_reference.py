@@ -1,26 +1,27 @@
-"""jobs/tokenization/reference.py: the ids are the template's own, and what is learnt is what one would underline by hand."""
+"""jobs/tokenization/reference.py: the ids are those of the template, and exactly the answers are trained on."""
 
 import json
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs.tokenization.chat_template import NAMED, template_text
+from jobs.tokenization.chat_template import BUNDLED, template_source
 from jobs.tokenization.conversation import Sample, Turn
-from jobs.tokenization.reference import encode, ends_well, messages
+from jobs.tokenization.reference import chat_messages, encode, ends_with_end_token
 from tests.jobs.ranks import CLONE
 
 PLAIN = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""ChatML as most tokenizers carry it: without marks."""
+"""ChatML as in most tokenizers: without generation marks."""
 REWRITES = PLAIN.replace(
     "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
 )
-"""As Qwen3's does, which writes thoughts into the last turn only."""
+"""Like Qwen3's template, which writes reasoning into the last turn only."""
 
 CHAT = (Turn("user", "Hi"), Turn("assistant", "Hello!"), Turn("user", "Bye"), Turn("assistant", "So long."))
 SYSTEM = Turn("system", "Be kind.")
@@ -39,26 +40,26 @@ CALLED = (
 
 
 @pytest.fixture
-def words(tmp_path):
-    """The bundled tokenizer with the tokens of every named template."""
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of examples/ with the tokens of every bundled template."""
     tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    extra = sorted({token for tokens in NAMED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
+    extra = sorted({token for tokens in BUNDLED.values() for token in tokens} | {"[TOOL_CALLS]", "[TOOL_RESULTS]"})
     tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": extra})
     (tmp_path / "plain.jinja").write_text(PLAIN)
     tokenizer.chat_template = PLAIN
     return tokenizer
 
 
-def learnt(ids, trained, words):
-    """The text of each unbroken run of learnt tokens."""
+def trained_texts(ids, trained, tokenizer):
+    """The text of each unbroken run of trained tokens."""
     runs = groupby(zip(ids, trained, strict=True), key=lambda item: item[1])
-    return [words.decode([token for token, _ in run]) for yes, run in runs if yes]
+    return [tokenizer.decode([token for token, _ in run]) for yes, run in runs if yes]
 
 
-def own(sample, words, template):
-    """What transformers makes of the same turns."""
-    return words.apply_chat_template(
-        messages(sample), tools=sample.tools, chat_template=template_text(template, words), return_dict=True
+def ids_of_transformers(sample, tokenizer, template):
+    """The ids of `apply_chat_template` for the same turns."""
+    return tokenizer.apply_chat_template(
+        chat_messages(sample), tools=sample.tools, chat_template=template_source(template, tokenizer), return_dict=True
     )["input_ids"]
 
 
@@ -90,52 +91,56 @@ TEXTS = {
     (None, False): "<s>" + CHATML,
     (None, True): "<s>" + KIND + CHATML,
 }
-"""By hand, from each family's documentation; the tokenizer's eos is <|im_end|>, which mistral writes."""
+"""Written by hand from each family's documentation. The tokenizer's eos is <|im_end|>, which mistral writes."""
 ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-EVERY = [*NAMED, None]
+EVERY = [*BUNDLED, None]
 
 
 def answers(template, *texts):
-    """What is learnt of these answers: with the end of turn, and mistral's blank before."""
+    """The trained text of these answers: with the end of turn, and mistral's leading space."""
     return [(" " if template == "mistral" else "") + text + ENDS.get(template, "<|im_end|>") for text in texts]
 
 
 @pytest.mark.parametrize(("template", "system"), TEXTS, ids=str)
-def test_a_chat_is_the_documented_text_and_its_answers_are_learnt(template, system, words):
+def test_a_chat_is_the_documented_text_and_its_answers_are_trained(
+    template: str | None, system: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
     sample = Sample(turns=(SYSTEM, *CHAT) if system else CHAT)
-    ids, trained = encode(sample, words, template)
-    assert words.decode(ids) == TEXTS[template, system]
-    assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == answers(template, "Hello!", "So long.")
-    assert ends_well(ids, trained, words)
+    ids, trained = encode(sample, tokenizer, template)
+    assert tokenizer.decode(ids) == TEXTS[template, system]
+    assert ids == ids_of_transformers(sample, tokenizer, template)
+    assert trained_texts(ids, trained, tokenizer) == answers(template, "Hello!", "So long.")
+    assert ends_with_end_token(ids, trained, tokenizer)
 
 
 @pytest.mark.parametrize("template", EVERY)
-def test_the_mask_policies(template, words):
+def test_the_mask_policies(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CHAT)
-    last = encode(sample, words, template, "last")
-    assert learnt(*last, words) == answers(template, "So long.")
-    ids, trained = encode(sample, words, template, "all")
+    last = encode(sample, tokenizer, template, "last")
+    assert trained_texts(*last, tokenizer) == answers(template, "So long.")
+    ids, trained = encode(sample, tokenizer, template, "all")
     assert all(trained)
-    assert ids == last[0] == own(sample, words, template)
+    assert ids == last[0] == ids_of_transformers(sample, tokenizer, template)
 
 
 @pytest.mark.parametrize("template", EVERY)
-def test_a_turns_own_flag_wins(template, words):
+def test_a_turns_own_flag_wins(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     no, yes = (Turn("assistant", "Hello!", train=flag) for flag in (False, True))
     untaught, taught = (Sample(turns=(CHAT[0], turn, *CHAT[2:])) for turn in (no, yes))
-    assert learnt(*encode(untaught, words, template), words) == answers(template, "So long.")
-    assert learnt(*encode(taught, words, template, "last"), words) == answers(template, "Hello!", "So long.")
-    ids, trained = encode(untaught, words, template, "all")
-    left_out = words.decode([token for token, yes in zip(ids, trained, strict=True) if not yes])
+    assert trained_texts(*encode(untaught, tokenizer, template), tokenizer) == answers(template, "So long.")
+    assert trained_texts(*encode(taught, tokenizer, template, "last"), tokenizer) == answers(
+        template, "Hello!", "So long."
+    )
+    ids, trained = encode(untaught, tokenizer, template, "all")
+    left_out = tokenizer.decode([token for token, yes in zip(ids, trained, strict=True) if not yes])
     assert [left_out] == answers(template, "Hello!")
 
 
 @pytest.mark.parametrize("template", ["chatml", None])
-def test_a_flag_reaches_a_users_turn(template, words):
+def test_a_flag_reaches_a_users_turn(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     asked = Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:]))
-    ids, trained = encode(asked, words, template, "last")
-    assert [text.removeprefix("<s>") for text in learnt(ids, trained, words)] == [
+    ids, trained = encode(asked, tokenizer, template, "last")
+    assert [text.removeprefix("<s>") for text in trained_texts(ids, trained, tokenizer)] == [
         "<|im_start|>user\nHi<|im_end|>\n",
         "So long.<|im_end|>",
     ]
@@ -183,27 +188,29 @@ CALLS = {
 
 
 @pytest.mark.parametrize("template", TOOL_TEXTS)
-def test_calls_are_learnt_and_results_are_not(template, words):
+def test_calls_are_trained_and_results_are_not(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CALLED, tools=TOOLS)
-    ids, trained = encode(sample, words, template)
-    assert words.decode(ids) == TOOL_TEXTS[template]
-    assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == [CALLS[template], *answers(template, "It is 2.")]
+    ids, trained = encode(sample, tokenizer, template)
+    assert tokenizer.decode(ids) == TOOL_TEXTS[template]
+    assert ids == ids_of_transformers(sample, tokenizer, template)
+    assert trained_texts(ids, trained, tokenizer) == [CALLS[template], *answers(template, "It is 2.")]
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen"])
-def test_several_calls_and_results_share_a_turn(template, words):
+def test_several_calls_and_results_share_a_turn(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     turns = (
         CHAT[0],
         Turn("assistant", "Wait.", tool_calls=[call] * 2, reasoning_content="Two."),
         *[Turn("tool", "2")] * 2,
     )
-    ids, trained = encode(Sample(turns=turns), words, template)
+    ids, trained = encode(Sample(turns=turns), tokenizer, template)
     written = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
-    assert learnt(ids, trained, words) == [f"<think>\nTwo.\n</think>\n\nWait.\n{written}\n{written}<|im_end|>"]
+    assert trained_texts(ids, trained, tokenizer) == [
+        f"<think>\nTwo.\n</think>\n\nWait.\n{written}\n{written}<|im_end|>"
+    ]
     result = "\n<tool_response>\n2\n</tool_response>"
-    assert words.decode(ids).endswith(f"<|im_start|>user{result}{result}<|im_end|>\n")
+    assert tokenizer.decode(ids).endswith(f"<|im_start|>user{result}{result}<|im_end|>\n")
 
 
 ODD = [" blue", "\nblue", "\n\n\nblue  ", "blå 😀", "😀", "  ", "1.\n\n2."]
@@ -212,60 +219,62 @@ ODD = [" blue", "\nblue", "\n\n\nblue  ", "blå 😀", "😀", "  ", "1.\n\n2."]
 @pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
 @pytest.mark.parametrize("template", ["chatml", "qwen", None])
 @pytest.mark.parametrize("answer", ODD, ids=repr)
-def test_blanks_at_a_bound_and_letters_of_many_bytes(answer, template, trims, words):
-    if trims:  # as Llama 3's tokenizer, whose blank tokens have no characters of their own
-        words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+def test_whitespace_at_a_boundary_and_multibyte_characters(
+    answer: str, template: str | None, trims: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if trims:  # like Llama 3's tokenizer, whose whitespace tokens get empty offsets
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     sample = Sample(turns=(CHAT[0], Turn("assistant", answer), *CHAT[2:]))
-    ids, trained = encode(sample, words, template)
-    assert ids == own(sample, words, template)
-    first, second = learnt(ids, trained, words)
+    ids, trained = encode(sample, tokenizer, template)
+    assert ids == ids_of_transformers(sample, tokenizer, template)
+    first, second = trained_texts(ids, trained, tokenizer)
     assert first.endswith(answer + "<|im_end|>")
-    assert first.removesuffix(answer + "<|im_end|>") in ("", "\n")  # a token that holds the header's line end as well
+    assert first.removesuffix(answer + "<|im_end|>") in ("", "\n")  # a token may also hold the header's line end
     assert second == "So long.<|im_end|>"
 
 
-@pytest.mark.parametrize("template", NAMED)
-def test_transformers_own_mask_is_the_same(template, words):
+@pytest.mark.parametrize("template", BUNDLED)
+def test_transformers_own_mask_is_the_same(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CHAT)
-    found = words.apply_chat_template(
-        messages(sample),
-        chat_template=template_text(template, words),
+    found = tokenizer.apply_chat_template(
+        chat_messages(sample),
+        chat_template=template_source(template, tokenizer),
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    assert encode(sample, words, template) == (found["input_ids"], found["assistant_masks"])
+    assert encode(sample, tokenizer, template) == (found["input_ids"], found["assistant_masks"])
 
 
 @pytest.mark.parametrize("template", ["chatml", None])
-def test_a_token_across_the_bound_is_learnt_whole(template, words):
-    """A token of two line ends, as real vocabularies have it: the header's and the answer's."""
-    words.add_tokens(["\n\n"])
+def test_a_token_across_the_boundary_is_trained(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token of two line ends, as in real vocabularies: one of the header, one of the answer."""
+    tokenizer.add_tokens(["\n\n"])
     sample = Sample(turns=(CHAT[0], Turn("assistant", "\nSo")))
-    ids, trained = encode(sample, words, template)
-    assert ids == own(sample, words, template)
-    assert learnt(ids, trained, words) == ["\n\nSo<|im_end|>"]
+    ids, trained = encode(sample, tokenizer, template)
+    assert ids == ids_of_transformers(sample, tokenizer, template)
+    assert trained_texts(ids, trained, tokenizer) == ["\n\nSo<|im_end|>"]
 
 
-def test_text_gets_one_end(words):
-    ids, trained = encode(Sample(parts=(("A page.\n", True),)), words)
-    assert words.decode(ids) == "A page.\n<|im_end|>"
+def test_text_gets_one_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, trained = encode(Sample(parts=(("A page.\n", True),)), tokenizer)
+    assert tokenizer.decode(ids) == "A page.\n<|im_end|>"
     assert all(trained)
-    assert ends_well(ids, trained, words)
-    assert encode(Sample(parts=(("A page.\n<|im_end|>", True),)), words) == (ids, trained)
+    assert ends_with_end_token(ids, trained, tokenizer)
+    assert encode(Sample(parts=(("A page.\n<|im_end|>", True),)), tokenizer) == (ids, trained)
 
 
 @pytest.mark.parametrize("trims", [False, True], ids=["", "offsets without blanks"])
-def test_only_the_completion_is_learnt(trims, words):
+def test_only_the_completion_is_trained(trims: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     if trims:
-        words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     sample = Sample(parts=(("The sky is", False), (" blue.", True)))
-    ids, trained = encode(sample, words)
-    assert words.decode(ids) == "The sky is blue.<|im_end|>"
-    assert learnt(ids, trained, words) == [" blue.<|im_end|>"]
-    assert all(encode(sample, words, mask="all")[1])
-    ids, trained = encode(Sample(parts=((" yes", True), (" no", False))), words)
-    assert learnt(ids, trained, words) == [" yes"]
-    assert not ends_well(ids, trained, words)
+    ids, trained = encode(sample, tokenizer)
+    assert tokenizer.decode(ids) == "The sky is blue.<|im_end|>"
+    assert trained_texts(ids, trained, tokenizer) == [" blue.<|im_end|>"]
+    assert all(encode(sample, tokenizer, mask="all")[1])
+    ids, trained = encode(Sample(parts=((" yes", True), (" no", False))), tokenizer)
+    assert trained_texts(ids, trained, tokenizer) == [" yes"]
+    assert not ends_with_end_token(ids, trained, tokenizer)
 
 
 PARTS = {
@@ -277,62 +286,68 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("parts", "expected"), PARTS.values(), ids=PARTS)
-def test_tokens_whose_blanks_have_no_offsets(parts, expected, words):
-    words.add_tokens(["- "])
+def test_tokens_with_trimmed_offsets(
+    parts: list[tuple[str, bool]], expected: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.add_tokens(["- "])
     sample = Sample(parts=tuple(parts))
-    plain = encode(sample, words)
-    assert learnt(*plain, words) == expected
-    words.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert encode(sample, words) == plain
+    plain = encode(sample, tokenizer)
+    assert trained_texts(*plain, tokenizer) == expected
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(sample, tokenizer) == plain
 
 
-def test_text_begins_once(words):
-    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+def test_text_begins_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|im_end|>",
-        special_tokens=[(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")],
     )
     for text in ("So", "<s>So"):
-        ids, trained = encode(Sample(parts=((text, True),)), words)
-        assert words.decode(ids) == "<s>So<|im_end|>"
+        ids, trained = encode(Sample(parts=((text, True),)), tokenizer)
+        assert tokenizer.decode(ids) == "<s>So<|im_end|>"
         assert trained[1:] == [1] * (len(ids) - 1)
-    ids, trained = encode(Sample(parts=(("So", True), (" it", False))), words)
-    assert learnt(ids, trained, words) == ["So"]
-    ids, trained = encode(Sample(parts=(("So", False), (" it", True))), words)
-    assert learnt(ids, trained, words) == [" it<|im_end|>"]
-    assert words.decode(encode(Sample(turns=CHAT), words)[0]) == TEXTS[None, False]
+    ids, trained = encode(Sample(parts=(("So", True), (" it", False))), tokenizer)
+    assert trained_texts(ids, trained, tokenizer) == ["So"]
+    ids, trained = encode(Sample(parts=(("So", False), (" it", True))), tokenizer)
+    assert trained_texts(ids, trained, tokenizer) == [" it<|im_end|>"]
+    assert tokenizer.decode(encode(Sample(turns=CHAT), tokenizer)[0]) == TEXTS[None, False]
 
 
-def test_finished_tokens_keep_their_labels(words):
-    assert encode(Sample(ids=(5, 6), labels=(-100, 6)), words) == ([5, 6], [0, 1])
+def test_token_ids_keep_their_labels(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert encode(Sample(ids=(5, 6), labels=(-100, 6)), tokenizer) == ([5, 6], [0, 1])
 
 
-def test_a_file_is_a_template(words, tmp_path):
-    assert encode(Sample(turns=CHAT), words, str(tmp_path / "plain.jinja")) == encode(Sample(turns=CHAT), words)
+def test_a_file_is_a_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert encode(Sample(turns=CHAT), tokenizer, str(tmp_path / "plain.jinja")) == encode(Sample(turns=CHAT), tokenizer)
 
 
-def test_what_never_ends_is_seen(words):
+def test_samples_without_an_end_token_are_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
     endless = PLAIN.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
-    words.chat_template = endless
-    assert not ends_well(*encode(Sample(turns=CHAT), words), words)
-    assert not ends_well([5], [0], words)
+    tokenizer.chat_template = endless
+    assert not ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer)
+    assert not ends_with_end_token([5], [0], tokenizer)
 
 
-def test_templates_that_rewrite_are_refused_only_where_it_matters(words):
-    words.chat_template = REWRITES
-    with pytest.raises(ValueError, match="rewrites earlier turns, so the bounds of turn 1 .* such as one of chatml"):
-        encode(Sample(turns=CHAT), words)
-    assert learnt(*encode(Sample(turns=CHAT[:2]), words), words) == ["<think></think>Hello!<|im_end|>"]
-    assert learnt(*encode(Sample(turns=CHAT), words, mask="last"), words) == ["<think></think>So long.<|im_end|>"]
+def test_templates_that_rewrite_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = REWRITES
+    with pytest.raises(
+        ValueError, match="rewrites earlier turns, so the beginning and end of turn 1 .* such as one of chatml"
+    ):
+        encode(Sample(turns=CHAT), tokenizer)
+    assert trained_texts(*encode(Sample(turns=CHAT[:2]), tokenizer), tokenizer) == ["<think></think>Hello!<|im_end|>"]
+    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer, mask="last"), tokenizer) == [
+        "<think></think>So long.<|im_end|>"
+    ]
     taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
-    assert all(encode(taught, words, mask="all")[1])
+    assert all(encode(taught, tokenizer, mask="all")[1])
 
 
-def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(words):
+def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
     marked = "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
-    words.chat_template = PLAIN.replace("{{ m.content }}", marked)
-    assert learnt(*encode(Sample(turns=CHAT), words), words) == ["So long."]
-    with pytest.raises(ValueError, match="marks 1 stretches for 2 assistant turns"):
-        encode(Sample(turns=CHAT), words, mask="last")
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", marked)
+    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == ["So long."]
+    with pytest.raises(ValueError, match="has 1 generation marks for 2 assistant turns"):
+        encode(Sample(turns=CHAT), tokenizer, mask="last")
 
 
 LONE = (Turn("assistant", "Hello!"), *CHAT)
@@ -345,31 +360,33 @@ NO_ID = (CHAT[0], Turn("assistant", tool_calls=[{"function": {"name": "add", "ar
     ("template", "turns", "says"),
     [
         (None, LONE, "the first turn is the assistant's"),
-        ("gemma", LONE, "gemma wants user and assistant in turn"),
-        ("gemma", THOUGHT, "gemma has no place for tool calls and reasoning"),
-        ("llama3", THOUGHT, "llama3 has no place for reasoning_content"),
-        ("llama3", BOTH, "llama3 has a turn of one tool call and no text"),
-        ("mistral", BOTH, "mistral has a turn of text or of tool calls"),
-        ("mistral", NO_ID, "mistral wants an id of nine"),
+        ("gemma", LONE, "gemma needs user and assistant turns to alternate"),
+        ("gemma", THOUGHT, "gemma has no format for tool calls or reasoning"),
+        ("llama3", THOUGHT, "llama3 has no format for reasoning_content"),
+        ("llama3", BOTH, "llama3 allows one tool call and no text"),
+        ("mistral", BOTH, "mistral allows either text or tool calls"),
+        ("mistral", NO_ID, "mistral needs an id of nine"),
         ("mistral", (SYSTEM, CHAT[1]), "mistral needs a user turn"),
-        ("nowhere.jinja", CHAT, "'nowhere.jinja' is neither one of chatml, .* nor a file"),
+        ("nowhere.jinja", CHAT, "'nowhere.jinja' is not a readable file and not one of chatml"),
     ],
 )
-def test_what_a_template_cannot_say_is_said(template, turns, says, words):
+def test_turns_that_a_template_cannot_format_are_refused(
+    template: str | None, turns: tuple[Turn, ...], says: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(ValueError, match=says):
-        encode(Sample(turns=turns), words, template)
+        encode(Sample(turns=turns), tokenizer, template)
 
 
-def test_a_template_of_another_family_is_refused():
+def test_a_template_of_another_family_is_refused() -> None:
     bundled = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    with pytest.raises(ValueError, match="template llama3 writes .*, no token of this tokenizer"):
+    with pytest.raises(ValueError, match="template llama3 needs .*, which the tokenizer does not have"):
         encode(Sample(turns=CHAT), bundled, "llama3")
-    assert learnt(*encode(Sample(turns=CHAT), bundled), bundled) == answers(None, "Hello!", "So long.")
+    assert trained_texts(*encode(Sample(turns=CHAT), bundled), bundled) == answers(None, "Hello!", "So long.")
     bundled.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template: name one of"):
+    with pytest.raises(ValueError, match="has no chat template: set data.chat_template to one of"):
         encode(Sample(turns=CHAT), bundled)
 
 
-def test_an_unknown_mask_is_refused(words):
+def test_an_unknown_mask_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="mask 'user' is unknown: use one of assistant, last, all"):
-        encode(Sample(turns=CHAT), words, mask="user")
+        encode(Sample(turns=CHAT), tokenizer, mask="user")
