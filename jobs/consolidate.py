@@ -37,7 +37,7 @@ def run(config: Config) -> None:
         checkpointing,  # imports torch, which a merge of a foreign checkpoint does without
     )
 
-    found = checkpointing.to_merge(config)
+    found = checkpointing.to_consolidate(config)
     if found is None:
         raise RunError(Problem("checkpoints", checkpointing.folder(config), "has no whole checkpoint: train first"))
     path, about = found

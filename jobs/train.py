@@ -173,7 +173,7 @@ def _step(loop: Loop, step: int) -> bool:
     mean = agreed[0] / world.tensor_ranks / tokens
     if not (math.isfinite(mean) and math.isfinite(norm)):  # equal on all ranks, and nothing of it is saved
         loop.metrics.draw()
-        loop.saver.settle()
+        loop.saver.publish_pending()
         raise FloatingPointError(
             f"step {step + 1}: loss {mean}, gradient norm {norm}; go back with a smaller learning rate"
         )
@@ -181,7 +181,7 @@ def _step(loop: Loop, step: int) -> bool:
     _report(loop, step + 1, found | loop.watch.end(chosen, seconds))
     loop.trace.step()
     if agreed[2] == world.size:
-        loop.saver.settle()
+        loop.saver.publish_pending()
     return agreed[1] > 0
 
 
@@ -202,7 +202,7 @@ def _report(loop: Loop, step: int, values: dict[str, float]) -> None:
         loop.divergence.see(step, values["loss"])
     except DivergedError:
         metrics.draw()
-        loop.saver.settle()
+        loop.saver.publish_pending()
         raise
 
 
