@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -16,7 +15,7 @@ from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends
-from jobs.backends import Engine
+from jobs.backends import Backend, Engine
 from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
@@ -41,7 +40,7 @@ class Loop:
 
     config: Config
     world: World
-    backend: ModuleType
+    backend: Backend
     engine: Engine
     rows: batches.Rows
     validation: batches.Rows
@@ -95,7 +94,7 @@ def _begin(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Loop,
     validation = batches.read(folder, "validation")
     steps = config.train.steps or max(1, math.ceil((config.train.epochs or 1) * len(rows) / config.train.global_batch))
     pad = load_tokenizer(config).pad_token_id
-    backend = backends.chosen(config)
+    backend = backends.import_backend(config)
     found = checkpointing.find(config, world)
     skeleton = build.skeleton(config)
     order = batches.ordered(rows, config, hidden_factor(skeleton.config))

@@ -16,7 +16,7 @@ from conf import deepspeed as derived
 from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
-from jobs.backends.host_staging import Stager, collect
+from jobs.backends.host_staging import Stager, collect_storages
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, compute_dtype, skeleton
@@ -131,15 +131,15 @@ def save(engine: Engine, folder: Path) -> None:
     _saved(engine.module, folder, engine.module.checkpoint_engine.save)()
 
 
-def storages(engine: Engine) -> list[int]:
+def storage_bytes(engine: Engine) -> list[int]:
     """Bytes of each storage that `staged` copies: DeepSpeed gathers what it saves, so it is let save, to nowhere."""
     found: dict[int, torch.Tensor] = {}
     with TemporaryDirectory() as folder:
-        _saved(engine.module, Path(folder), lambda state_dict, path: collect(state_dict, found))()
+        _saved(engine.module, Path(folder), lambda state_dict, path: collect_storages(state_dict, found))()
     return [held.nbytes for held in found.values() if held.nbytes]
 
 
-def staged(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
+def stage(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
     """DeepSpeed gathers what it saves; only the last of it, a torch.save to each file, is left for later."""
     later: list[tuple[Any, str]] = []
     write = engine.module.checkpoint_engine.save
@@ -193,11 +193,11 @@ def load(engine: Engine, folder: Path) -> None:
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
-def held(engine: Engine) -> dict[str, dict[str, Part]]:
+def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
     return zero_partitions.held(engine.module.module, engine.optimizer)
 
 
-def filled(engine: Engine) -> None:
+def local_state_filled(engine: Engine) -> None:
     zero_partitions.filled(engine.optimizer)
 
 

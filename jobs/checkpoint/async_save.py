@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from conf.schema import Config
-from jobs.backends import Engine, host_staging
+from jobs.backends import Backend, Engine, host_staging
 from jobs.checkpoint import checkpointing
 from jobs.checkpoint.checkpointing import RankFiles
 from jobs.checkpoint.paths import folder
@@ -57,13 +56,13 @@ class Saver:
         """Whether this rank has written the checkpoint that is not published yet."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
-    def prepare(self, backend: ModuleType, engine: Engine) -> None:
+    def prepare(self, backend: Backend, engine: Engine) -> None:
         """Start allocating the host memory for copies. Call it after a step: only then the optimizer has its state."""
         if self._in_background(checkpointing.expected_bytes(engine.module) // self.world.size):
             assert self._stager
-            self._stager.prepare(backend.storages(engine))
+            self._stager.prepare(backend.storage_bytes(engine))
 
-    def save(self, backend: ModuleType, engine: Engine, step: int, info: dict[str, Any], *, wait: bool) -> Path:
+    def save(self, backend: Backend, engine: Engine, step: int, info: dict[str, Any], *, wait: bool) -> Path:
         """Start the checkpoint of `step`; with `wait`, also finish and publish it. Returns the path of the published checkpoint."""
         self.publish_pending()
         began, world = time.perf_counter(), self.world
@@ -72,7 +71,7 @@ class Saver:
         if hidden is None:
             return checkpointing.step_folder(self.config, step)
         if not wait and self._in_background(size // world.size):
-            write = backend.staged(engine, hidden, self._stager, self._group)
+            write = backend.stage(engine, hidden, self._stager, self._group)
             self._start(step, info, began, lambda: checkpointing.write_shards(hidden, write, world.rank))
         else:
             written = checkpointing.finish(

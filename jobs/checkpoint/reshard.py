@@ -5,13 +5,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-from conf.choices import Backend
+from conf import choices
 from conf.errors import Problem, RunError
-from jobs.backends import Engine
+from jobs.backends import Backend, Engine
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.tensor_io import dcp, deepspeed
 from jobs.tensor_io.dtypes import memory
@@ -29,23 +28,23 @@ RankState = dict[str, dict[str, Part]]
 """Plain name of a trained weight -> kind -> this rank's part of it, to be filled."""
 
 
-def load(backend: ModuleType, engine: Engine, folder: Path, written_by: Backend) -> int:
+def load(backend: Backend, engine: Engine, folder: Path, written_by: choices.Backend) -> int:
     """Fill the engine's masters and optimizer state from `folder`; returns the bytes this rank read. All ranks call this.
 
     Nothing is written to disk, and no rank has a whole tensor in memory: blocks of 16 MiB go from the old shards straight into
     the new ones. Raises RunError, on all ranks, for a tensor that is missing or has another shape.
     """
     saved = broadcast_from_rank0(lambda: stored(folder, written_by))
-    parts = backend.held(engine)
+    parts = backend.local_state(engine)
     raise_on_all_ranks(lambda: _check(folder, saved, parts))
     read_bytes = raise_on_all_ranks(lambda: _fill(saved, parts))
-    backend.filled(engine)
+    backend.local_state_filled(engine)
     return read_bytes
 
 
-def stored(folder: Path, written_by: Backend) -> StoredState:
+def stored(folder: Path, written_by: choices.Backend) -> StoredState:
     """Where a checkpoint stores master and optimizer state of each trained weight. Raises RunError if it is damaged."""
-    return _zero(folder) if written_by is Backend.zero else _dcp(folder)
+    return _zero(folder) if written_by is choices.Backend.zero else _dcp(folder)
 
 
 def _dcp(folder: Path) -> StoredState:

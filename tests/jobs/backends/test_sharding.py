@@ -15,7 +15,7 @@ WORLD = 4
 def _fsdp(_rank: int, layouts: list[tuple[Config, tuple[int, ...], tuple[object, ...], int]]) -> None:
     with process_group(layouts[0][0]) as world:
         for config, shape, placements, share in layouts:
-            engine = backends.chosen(config).wrap(build.build(config), config, world)
+            engine = backends.import_backend(config).wrap(build.build(config), config, world)
             for name, parameter in engine.module.named_parameters():
                 said = f"{config.parallel.name}: {name}"
                 assert isinstance(parameter, DTensor), said
@@ -37,7 +37,7 @@ def test_fsdp_parameters_are_dtensors_on_the_mesh(compose):
 def _zero(_rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         for config in configs:
-            engine = backends.chosen(config).wrap(build.build(config), config, world)
+            engine = backends.import_backend(config).wrap(build.build(config), config, world)
             network = engine.module.module
             rotary = dict(network.named_buffers())["model.rotary_emb.inv_freq"]
             assert rotary.dtype is torch.float32  # in bf16 the angles of far positions are wrong by a tenth of a turn

@@ -36,7 +36,7 @@ def both(rank: int, configs: list[Config]) -> None:
     """Save the same state in both ways, with updates between the copy and the write; then fill the disk of one rank."""
     with process_group(configs[0]) as world:
         for config in configs:
-            backend = backends.chosen(config)
+            backend = backends.import_backend(config)
             engine = backend.wrap(build.build(config), config, world)
             saver = Saver(config, world, Metrics(config, world, 9, 0))
             update(backend, engine)
@@ -59,15 +59,15 @@ def both(rank: int, configs: list[Config]) -> None:
 def prepared(rank: int, config: Config) -> None:
     """A save allocates no more memory than `prepare` has allocated."""
     slabs: list[int] = []
-    mapped = host_staging.Slabs._mapped
-    host_staging.Slabs._mapped = lambda self, size: slabs.append(size) or mapped(self, size)
+    map_slab = host_staging.Slabs._map_slab
+    host_staging.Slabs._map_slab = lambda self, size: slabs.append(size) or map_slab(self, size)
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         saver = Saver(config, world, Metrics(config, world, 9, 0))
         update(backend, engine)
         saver.prepare(backend, engine)
-        saver._stager.prepared()
+        saver._stager.wait_prepared()
         taken = len(slabs)
         assert taken > 0
         for step in (1, 2):

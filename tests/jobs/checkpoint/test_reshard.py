@@ -35,7 +35,7 @@ def write(rank: int, configs: list[Config]) -> None:
     """Update twice with each layout, save its checkpoint, and write the loss after the updates beside it."""
     with process_group(configs[0]) as world:
         for config in configs:
-            backend = backends.chosen(config)
+            backend = backends.import_backend(config)
             engine = backend.wrap(build.build(config), config, world)
             for _ in range(2):
                 backend.backward(engine, loss(engine), last=True)
@@ -51,7 +51,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
     """Each target loads its source's checkpoint, and saves the state in its own layout."""
     with process_group(next(iter(moves.values()))[0]) as world:
         for source, config in [(source, config) for source, configs in moves.values() for config in configs]:
-            backend = backends.chosen(config)
+            backend = backends.import_backend(config)
             engine = backend.wrap(build.skeleton(config), config, world, resumed=True)
             path, _ = checkpointing.to_consolidate(source)
             reshard.load(backend, engine, path, source.parallel.backend)
@@ -110,7 +110,7 @@ def test_every_layout_into_every_other_on_fewer_and_more_ranks(words, compose, t
 
 def different_adapter(rank: int, source: Config, config: Config) -> None:
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.skeleton(config), config, world, resumed=True)
         with pytest.raises(RunError, match=r"lora_A.* is missing: resume with the layout that wrote it"):
             reshard.load(backend, engine, checkpointing.to_consolidate(source)[0], Backend.zero)

@@ -35,7 +35,7 @@ TRAIN = [
 def train(rank, config):
     """One step on random tokens, a checkpoint, and what training records: fingerprints, and here the weights themselves."""
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         torch.manual_seed(rank)
         tokens = torch.randint(3, 1000, (2, 32))

@@ -152,7 +152,7 @@ def test_blocks_are_compiled_where_it_pays(compose, words, device, triton, expec
 def _sharded(rank, words, config):
     """Two ranks with other rows, one of which trains nothing in the second batch: the gradient's norm is that of one process."""
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         batches = [rows([9, 14, 11], None), rows([5, 12], None, trained=0.5 * (rank == 0))]
         for number, found in enumerate(batches, 1):
@@ -201,7 +201,7 @@ def _unbroken(rank, config):
     torch._dynamo.reset()
     counters.clear()
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.skeleton(config), config, world)
+        engine = backends.import_backend(config).wrap(build.skeleton(config), config, world)
         loss.summed(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
     # one code for all blocks, or a second where no gradient goes in; the loss; gated products, where these are compiled alone
