@@ -270,7 +270,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.skeleton, zero._partitioned(twin, config, world), config, world)
+            materialize.fill(twin, model.skeleton, zero._allocate_partitions(twin, config, world), config, world)
         else:
             backends.import_backend(config).wrap(twin, config, world)
         done.set()
