@@ -18,7 +18,7 @@ def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]
     _make_state(optimizer)
     state: dict[str, dict[str, Part]] = {}
     for run in _runs(module, optimizer):
-        span = slice(run.first, run.first + run.count)
+        span = slice(run.first, run.first + run.numel)
         parts = {"weight": Part(run.shape, run.begin, run.flat.detach()[span], trained=True)}
         for kind, value in optimizer.optimizer.state[run.flat].items():
             is_flat = value.shape == run.flat.shape
@@ -57,7 +57,7 @@ class _Run(NamedTuple):
     flat: torch.Tensor
     first: int
     """Position of that element in `flat`."""
-    count: int
+    numel: int
 
 
 def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
@@ -79,7 +79,7 @@ def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
             yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch's decorators have no types
 def _make_state(optimizer: Any) -> None:
     """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
     stage3, real = _is_stage3(optimizer), optimizer.optimizer
