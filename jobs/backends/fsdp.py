@@ -106,7 +106,10 @@ def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) 
     device = torch.device("cpu") if config.parallel.offload_parameters else world.device
     materialize.materialise(model, lambda parameter: torch.empty_like(parameter, device=device), world.device)
     with tensor_parallel.columns() as local_rows:
-        return materialize.fill(model, skeleton, materialize.parts(model, local_rows), config, world, resumed)
+        read_bytes: int = materialize.fill(
+            model, skeleton, materialize.parts(model, local_rows), config, world, resumed
+        )
+    return read_bytes
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -142,7 +145,7 @@ def _shard_adapters(block: nn.Module, **options: Any) -> None:
     if not adapters:
         return
     fully_shard(adapters, **options)
-    state = fully_shard.state(adapters[0])  # type: ignore[attr-defined]
+    state = fully_shard.state(adapters[0])
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
     block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)

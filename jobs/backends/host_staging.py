@@ -68,7 +68,7 @@ class Slabs:
         return slab
 
 
-class _SlabStager(StateDictStager):
+class _SlabStager(StateDictStager):  # type: ignore[misc]  # mypy does not read torch
     """torch's stager, which knows every kind of tensor, with memory from Slabs.
 
     torch 2.11's DefaultStager drops its memory after each copy.
@@ -81,7 +81,7 @@ class _SlabStager(StateDictStager):
     def _stage_untyped_storage(self, storage: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
         if storage.size() and storage not in self._cached_storage_mapping:
             self._cached_storage_mapping[storage] = self._slabs.allocate(storage)
-        return super()._stage_untyped_storage(storage, non_blocking)  # type: ignore[no-any-return]
+        return super()._stage_untyped_storage(storage, non_blocking)
 
 
 class Stager:
@@ -154,7 +154,8 @@ def _rebuild(value: Any, storages: dict[int, torch.Tensor], copies: dict[int, An
     if isinstance(value, dict):
         return _rebuild_dict(value, storages, copies)
     if type(value) is list:
-        copies[id(value)] = items = []
+        items: list[Any] = []
+        copies[id(value)] = items  # before its items, which may refer to it
         items.extend(_rebuild(item, storages, copies) for item in value)
     elif type(value) is tuple:
         copies[id(value)] = tuple(_rebuild(item, storages, copies) for item in value)

@@ -140,7 +140,7 @@ def _sum_input_gradient(mesh: DeviceMesh) -> Any:
     return hook
 
 
-class _CopyToTensorRanks(torch.autograd.Function):
+class _CopyToTensorRanks(torch.autograd.Function):  # type: ignore[misc]  # mypy does not read torch
     """Identity in forward, all-reduce of the gradient in backward (Megatron-LM's `f`)."""
 
     @staticmethod
@@ -153,7 +153,7 @@ class _CopyToTensorRanks(torch.autograd.Function):
         return all_reduce(grad.contiguous(), "sum", ctx.mesh), None
 
 
-class _SumOverTensorRanks(torch.autograd.Function):
+class _SumOverTensorRanks(torch.autograd.Function):  # type: ignore[misc]  # mypy does not read torch
     """All-reduce in forward, identity in backward (Megatron-LM's `g`)."""
 
     @staticmethod

@@ -30,7 +30,7 @@ TAG = "zero"
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
     """Pass the model to DeepSpeed. A model without weights gets them before that; with ZeRO-3, after it is partitioned."""
     start(world)
-    import deepspeed
+    import deepspeed  # type: ignore[import-untyped]
 
     prepare.install(model, config, world)
     if compile.as_one(config, world):  # hooks inside a block would split its compiled code into dozens of parts
@@ -83,7 +83,8 @@ def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str,
     """Allocate every parameter whole on every rank, in the compute precision; DeepSpeed makes its master weights from them."""
     dtype = compute_dtype(config)
     materialize.materialise(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    return materialize.parts(model, lambda item: (item.shape, 0, item))
+    parts: dict[str, Part] = materialize.parts(model, lambda item: (item.shape, 0, item))
+    return parts
 
 
 def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
@@ -114,7 +115,8 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
     materialize.materialise(model, partition, world.device)
-    return materialize.parts(model, local_part)
+    parts: dict[str, Part] = materialize.parts(model, local_part)
+    return parts
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
@@ -205,7 +207,7 @@ def local_state_filled(engine: Engine) -> None:
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import safe_get_full_fp32_param  # type: ignore[import-untyped]
 
     for name, parameter in engine.module.module.named_parameters():
         if parameter.requires_grad:

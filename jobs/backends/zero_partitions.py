@@ -79,7 +79,7 @@ def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
             yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # torch's decorators have no types
+@torch.no_grad()  # type: ignore[untyped-decorator]  # mypy does not read torch
 def _make_state(optimizer: Any) -> None:
     """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
     stage3, real = _is_stage3(optimizer), optimizer.optimizer

@@ -71,6 +71,7 @@ class Saver:
         if hidden is None:
             return checkpointing.step_folder(self.config, step)
         if not wait and self._in_background(size // world.size):
+            assert self._stager and self._group
             write = backend.stage(engine, hidden, self._stager, self._group)
             self._start(step, info, began, lambda: checkpointing.write_shards(hidden, write, world.rank))
         else:

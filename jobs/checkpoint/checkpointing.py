@@ -167,7 +167,7 @@ def find(config: Config, world: World) -> Checkpoint | None:
     The ranks share the reading. Newer checkpoints that are damaged are logged and renamed, so that nothing reads them. Raises
     RunError if all checkpoints are damaged: a run must not start from step 0 because, for example, a disk is not mounted.
     """
-    gather(lambda: world.is_main and retention.sweep(config))
+    gather(lambda: retention.sweep(config) if world.is_main else None)
     damaged: list[Path] = []
     for path in broadcast_from_rank0(lambda: paths.published(config)):
         problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
@@ -243,7 +243,8 @@ def expected_bytes(module: nn.Module) -> int:
     DeepSpeed parameters count with their whole size, also when they are partitioned.
     """
     trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    return 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    elements: int = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    return 12 * elements
 
 
 def fingerprint(weight: torch.Tensor) -> str:

@@ -95,9 +95,14 @@ def checksum_problems(folder: Path, rank: int = 0, world_size: int = 1, threads:
         for number, value in enumerate(entry["xxh3"])
         if _reader(name, number, entry) % world_size == rank
     ]
+
+    def check_piece(own_piece: tuple[Path, int, int, str]) -> str:
+        path, first, length, checksum = own_piece
+        return _checksum_problem(path, first, length, checksum, manifest["piece"])
+
     problems = []
     with ThreadPoolExecutor(threads) as pool:
-        for problem in pool.map(lambda piece: _checksum_problem(*piece, manifest["piece"]), own):
+        for problem in pool.map(check_piece, own):
             heartbeat.alive()
             problems += [problem] if problem else []
     return problems

@@ -93,7 +93,7 @@ def _fill(saved: StoredState, parts: RankState) -> int:
         buffer = torch.empty(into.numel(), dtype=tensor.dtype.torch)
         own.reader.fill(tensor, start, memory(buffer))
         into.copy_(buffer)
-        return buffer.nbytes
+        return int(buffer.nbytes)
 
     try:
         with torch.no_grad(), ThreadPoolExecutor(READERS) as pool:
