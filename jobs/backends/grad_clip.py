@@ -12,8 +12,8 @@ from jobs.backends.tensor_parallel import MESH_DIM, local_tensor
 def clip(parameters: list[nn.Parameter], limit: float, parts: list[nn.Module], mesh: DeviceMesh) -> torch.Tensor:
     """Scale gradients in place to a global norm of at most `limit` (0: no limit), and return the norm before, a scalar tensor.
 
-    Does what torch's `clip_grad_norm_` does, which refuses parameters on several meshes. `parts` are modules with whole weights
-    that see only this rank's heads; their gradients are summed over the tensor-parallel `mesh` first.
+    Does what torch's `clip_grad_norm_` does, but for parameters on several meshes. `parts` are modules with whole weights that see
+    only this rank's heads; their gradients are summed over the tensor-parallel `mesh` first.
     """
     for module in parts:
         for parameter in module.parameters():

@@ -69,7 +69,7 @@ def columns() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.
     """
     wide: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def held(value: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor]:
+    def local_rows(value: torch.Tensor) -> tuple[torch.Size, int, torch.Tensor]:
         if not isinstance(value, DTensor):
             return value.shape, 0, value
         if value.ndim < 2 or value._local_tensor.shape[1] == value.shape[1]:
@@ -80,7 +80,7 @@ def columns() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.
         wide.append((local, whole_rows, offset[1]))
         return value.shape, offset[0] * value.shape[1:].numel(), whole_rows
 
-    yield held
+    yield local_rows
     with torch.no_grad():
         for local, whole_rows, first in wide:
             local.copy_(whole_rows[:, first : first + local.shape[1]])
