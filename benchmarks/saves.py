@@ -1,11 +1,14 @@
-"""What a checkpoint costs training: asynchronous beside synchronous saves, and the resume, of a run through launch.py.
+"""Measures what a checkpoint costs training: background saves compared with blocking saves, and the resume.
 
     python benchmarks/saves.py [--model llama8b] [--gpus N] [--folder DIR] [--parallel fsdp] [--steps N] [--alone] [--keep]
 
-A full fine-tune with AdamW saves after --steps steps (12 bytes a parameter: 96 GB with 8B) and goes on. Host memory for the
-copy is taken meanwhile: a machine whose memory grows as it is used needs steps enough for that. `blocked_s` is by how much
-later the next step came, `write_s` how long the disk took, `slowed` the median step meanwhile to the median step before.
-The asynchronous one is then resumed: `resume_s` is reading it alone. Without GPUs it rehearses itself at a tiny size.
+A run through launch.py, a full fine-tune with AdamW, saves after --steps steps (12 bytes per parameter: 96 GB for 8B), and goes on.
+The host memory for the copy is allocated before the save, during training. On a machine whose memory grows while it is used, set
+--steps high enough for that.
+
+    blocked_s   how much later the next step came
+    write_s     how long writing to the disk took
+    slowed      median step time during the write, divided by the median before it
 """
 
 import argparse
@@ -24,49 +27,49 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import runs  # noqa: E402
 
 LENGTH = 2048
-SAVED = re.compile(r"^saved .*?: ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\), training waited", re.MULTILINE)
-RESUMED = re.compile(r"^resumed .*, ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\)", re.MULTILINE)
+SAVED = re.compile(r"saved +step-\d+: ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\), training waited")
+RESUMED = re.compile(r"resumed from .*, ([\d.e+]+) GB in ([\d.]+) s \(([\d.]+) GB/s\)")
 
 
-def words(options: argparse.Namespace, scratch: Path, together: bool) -> list[str]:
+def overrides(options: argparse.Namespace, scratch: Path, in_background: bool) -> list[str]:
     return [
         f"model={options.model}", "model.init=random", f"model.tokenizer={scratch / 'tokenizer'}", "pipeline=train",
         "data=jsonl", f"data.path={scratch / 'rows.jsonl'}", f"data.max_length={LENGTH}", "data.validation_fraction=0.02",
         "cluster=local", f"cluster.train.ranks_per_node={options.gpus}", f"parallel={options.parallel}", "train.steps=1000",
         f"train.global_batch={4 * options.gpus}", f"train.save_every={options.steps}", "train.eval_every=0",
-        "train.keep_checkpoints=1", f"train.async_save={str(together).lower()}",
+        "train.keep_checkpoints=1", f"train.async_save={str(in_background).lower()}",
     ]  # fmt: skip
 
 
-def one(options: argparse.Namespace, scratch: Path, together: bool) -> tuple[dict[str, Any], Path]:
-    """A run until its first checkpoint is whole."""
-    folder = scratch / ("together" if together else "waiting")
-    line = [f"run_dir={folder}", *words(options, scratch, together)]
+def measure_save(options: argparse.Namespace, scratch: Path, in_background: bool) -> tuple[dict[str, Any], Path]:
+    """Train until the first checkpoint is published; returns the measurements and the run folder."""
+    folder = scratch / ("together" if in_background else "waiting")
+    arguments = [f"run_dir={folder}", *overrides(options, scratch, in_background)]
 
-    def told(run: runs.Run) -> bool:
+    def is_saved(run: runs.Run) -> bool:
         return SAVED.search(run.text()) is not None and run.steps()[-1]["step"] > options.steps
 
-    with runs.muster(folder, line, told, 600) as run:
-        found, said = {step["step"]: step for step in run.steps()}, SAVED.search(run.text())
-    assert said is not None
-    size, write, rate = (float(value) for value in said.groups())
-    last, step_s = options.steps, statistics.median(found[step]["seconds"] for step in range(3, options.steps + 1))
-    begun = found[last + 1]["time"]
-    blocked = begun - found[last]["time"] - step_s
+    with runs.muster(folder, arguments, is_saved, 600) as run:
+        steps, match = {step["step"]: step for step in run.steps()}, SAVED.search(run.text())
+    assert match is not None
+    size, write, rate = (float(value) for value in match.groups())
+    last, step_s = options.steps, statistics.median(steps[step]["seconds"] for step in range(3, options.steps + 1))
+    begun = steps[last + 1]["time"]
+    blocked = begun - steps[last]["time"] - step_s
     during = [
-        step["seconds"] for number, step in found.items() if last < number <= 2 * last and step["time"] < begun + write
+        step["seconds"] for number, step in steps.items() if last < number <= 2 * last and step["time"] < begun + write
     ]
     return {
         "gb": size, "write_s": write, "gb_per_s": rate, "blocked_s": round(blocked, 2), "step_s": step_s,
-        "slowed": round(statistics.median(during) / step_s, 3) if together else None, "steps": len(during),
+        "slowed": round(statistics.median(during) / step_s, 3) if in_background else None, "steps": len(during),
     }, folder  # fmt: skip
 
 
-def resume(folder: Path) -> dict[str, float]:
+def measure_resume(folder: Path) -> dict[str, float]:
     with runs.muster(folder, [f"resume={folder}"], lambda run: RESUMED.search(run.text()) is not None, 600) as run:
-        said = RESUMED.search(run.text())
-    assert said is not None
-    return {"resume_s": float(said[2]), "resume_gb_per_s": float(said[3])}
+        match = RESUMED.search(run.text())
+    assert match is not None
+    return {"resume_s": float(match[2]), "resume_gb_per_s": float(match[3])}
 
 
 def main() -> None:
@@ -74,31 +77,35 @@ def main() -> None:
 
     gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="a file of conf/model")
+    parser.add_argument("--model", default="llama8b" if gpus else "tiny", help="name of a file in conf/model")
     parser.add_argument("--gpus", type=int, default=gpus or 2)
     parser.add_argument("--parallel", default="fsdp")
-    parser.add_argument("--steps", type=int, default=40, help="before a checkpoint")
-    parser.add_argument("--alone", action="store_true", help="leave out the synchronous save")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written")
-    parser.add_argument("--keep", action="store_true", help="leave the resumed run's folder, to merge it")
+    parser.add_argument("--steps", type=int, default=40, help="steps before the checkpoint")
+    parser.add_argument("--alone", action="store_true", help="measure the background save only")
+    parser.add_argument("--folder", type=Path, help="folder for the runs and their checkpoints")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the folder of the resumed run, to consolidate it",
+    )
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="saves-"))
     vocabulary = runs.architecture(options.model)["vocab_size"]
     runs.write_tokenizer(scratch / "tokenizer", vocabulary)
     runs.write_rows(scratch / "rows.jsonl", vocabulary, [LENGTH if gpus else 64] * 512)
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": options.gpus}
     if not options.alone:
-        found["waiting"], folder = one(options, scratch, together=False)
-        print("waiting", json.dumps(found["waiting"]), flush=True)
-        shutil.rmtree(folder)  # room for the next
-    found["together"], folder = one(options, scratch, together=True)
-    print("together", json.dumps(found["together"]), flush=True)
-    found |= resume(folder)
+        results["waiting"], folder = measure_save(options, scratch, in_background=False)
+        print("waiting", json.dumps(results["waiting"]), flush=True)
+        shutil.rmtree(folder)  # disk space for the next run
+    results["together"], folder = measure_save(options, scratch, in_background=True)
+    print("together", json.dumps(results["together"]), flush=True)
+    results |= measure_resume(folder)
     if options.keep:
         print(f"kept      {folder}")
     else:
         shutil.rmtree(scratch)
-    print("RESULT", json.dumps({"blocked_s": found["together"]["blocked_s"], **found}))
+    print("RESULT", json.dumps({"blocked_s": results["together"]["blocked_s"], **results}))
 
 
 if __name__ == "__main__":

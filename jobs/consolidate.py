@@ -38,7 +38,7 @@ def run(config: Config) -> None:
         checkpointing,  # imports torch, which merging a checkpoint of another program may not need
     )
 
-    selected = checkpointing.to_merge(config)
+    selected = checkpointing.to_consolidate(config)
     if selected is None:
         raise RunError(Problem("checkpoints", checkpointing.folder(config), "has no whole checkpoint: train first"))
     path, checkpoint_info = selected

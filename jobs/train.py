@@ -100,7 +100,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
     pad_token = load_tokenizer(config).pad_token_id
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
-    backend = backends.chosen(config)
+    backend = backends.import_backend(config)
     checkpoint = checkpointing.find(config, world)
     model = build.build_on_meta(config)
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
@@ -191,7 +191,7 @@ def _train_step(training: Training, step: int) -> bool:
     _report(training, step + 1, values)
     training.profiler.step()
     if totals.finished_writes == world.size:
-        training.saver.settle()
+        training.saver.publish_pending()
     return totals.stop_requests > 0
 
 
@@ -230,7 +230,7 @@ def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: fl
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         return
     training.metrics.write_report()
-    training.saver.settle()  # the pending checkpoint is of an earlier step, and good
+    training.saver.publish_pending()  # the pending checkpoint is of an earlier step, and good
     values = f"loss {mean_loss}, gradient norm {grad_norm}"
     raise FloatingPointError(f"step {step}: {values}; go back to an earlier checkpoint and lower train.learning_rate")
 
@@ -250,7 +250,7 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
         training.divergence.see(step, values["loss"])
     except DivergedError:
         metrics.write_report()
-        training.saver.settle()
+        training.saver.publish_pending()
         raise
 
 

@@ -1,5 +1,7 @@
-"""torch FSDP2 on a (replicate, shard, tensor) mesh: plain data parallelism, full sharding, or sharding inside groups of ranks,
-each with whole matrices or with slices of them."""
+"""The backend of torch FSDP2: DDP, full sharding or hybrid sharding (HSDP), each also with tensor parallelism.
+
+All of them are one (replicate, shard, tensor) mesh with other sizes.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -31,83 +33,111 @@ from jobs.tensor_io.slices import Part, plain
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
 
-NAMES = ("replicate", "shard", tensor_parallel.NAME)
+MESH_DIMS = ("replicate", "shard", tensor_parallel.MESH_DIM)
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
-"""An adapter's checkpoint holds no base weights."""
+"""Only trainable weights are saved: the checkpoint of an adapter has no base weights."""
 
 
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
-    """Shard each block, then what is left, over the mesh; masters stay fp32, compute is in the config's precision.
-
-    A model without weights gets them once it is sharded; `resumed` leaves out what a checkpoint is going to overwrite.
-    """
-    cut, apart = world.tensor_ranks, world.size // world.tensor_ranks
-    shard = config.parallel.shard_ranks or apart
-    whole = init_device_mesh(world.device.type, (apart // shard, shard, cut), mesh_dim_names=NAMES)
-    mesh = whole["replicate", "shard"] if shard < apart else whole["shard"]
-    dtype = compute_dtype(config)
-    policy = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        if dtype is not torch.float32
-        else MixedPrecisionPolicy()
-    )
-    offload = (
-        CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-        if config.parallel.offload_parameters
-        else OffloadPolicy()
-    )
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "offload_policy": offload,
-    }
-    parts = tensor_parallel.slice_matrices(model, whole[tensor_parallel.NAME]) if cut > 1 else []
+    """Shard `model`, load its weights if it has none, and make its optimizer. Master weights stay fp32."""
+    mesh = build_mesh(config, world)
+    tensor_mesh = mesh[tensor_parallel.MESH_DIM]
+    # The order matters: matrices are sliced and linear layers replaced while the model has no weights, before it is sharded
+    partial_gradients = tensor_parallel.slice_matrices(model, tensor_mesh) if tensor_mesh.size() > 1 else []
     float8_training.convert_linears(model, config, world)
     prepare.prepare_model(model, config, world)
     if not materialize.is_empty(model):
         model.to(world.device)
-    if shard == 1:  # whole on every rank, and never changed: FSDP would copy it in every step
-        options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    again = config.parallel.reshard_after_forward is not False
-    for block in blocks(model):
-        if shard > 1:
-            _shard_adapters(block, reshard_after_forward=again, **options)
-        fully_shard(block, reshard_after_forward=again, **options)
-    for module in (*_outer(model), model):  # backward begins where their forward ends, or needs no weight
-        fully_shard(module, reshard_after_forward=False, **options)
-    read = 0
-    if materialize.is_empty(model):
-        home = torch.device("cpu") if config.parallel.offload_parameters else world.device
-        materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=home), world.device)
-        with tensor_parallel.columns() as held:
-            read = materialize.fill(model, build_on_meta, materialize.local_parts(model, held), config, world, resumed)
+    shard(model, config, world, mesh)
+    read_bytes = load_weights(model, config, world, resumed) if materialize.is_empty(model) else 0
     model.train()
-    optimizer = optim.build(model, config)
-    if config.train.precision is Precision.fp16:
-        loss_scaling.install(optimizer)
     return Engine(
         model,
-        optimizer,
+        make_optimizer(model, config),
         config.train.max_grad_norm,
-        read,
-        lambda trained, limit: grad_clip.clip(trained, limit, parts, whole[tensor_parallel.NAME]),
+        read_bytes,
+        lambda trained, limit: grad_clip.clip(trained, limit, partial_gradients, tensor_mesh),
     )
 
 
-def _outer(model: nn.Module) -> list[nn.Module]:
-    """Embedding and output head, each a group of its own, so that the head's gradient is reduced while blocks go backward, and
-    the embedding's is all that is left in the end. Not where they are one weight, nor where nothing of them is trained.
+def build_mesh(config: Config, world: World) -> DeviceMesh:
+    """The mesh of all ranks, with the dimensions MESH_DIMS. Tensor ranks are neighbors, then come the ranks of a shard group."""
+    groups = world.size // world.tensor_ranks
+    shard_ranks = config.parallel.shard_ranks or groups
+    sizes = (groups // shard_ranks, shard_ranks, world.tensor_ranks)
+    return init_device_mesh(world.device.type, sizes, mesh_dim_names=MESH_DIMS)
+
+
+def shard(model: nn.Module, config: Config, world: World, mesh: DeviceMesh) -> None:
+    """Apply `fully_shard` to each block, to embedding and output head, and to the rest, in place."""
+    replicas, shard_ranks = mesh["replicate"].size(), mesh["shard"].size()
+    dtype = compute_dtype(config)
+    options: dict[str, Any] = {
+        "mesh": mesh["replicate", "shard"] if replicas > 1 else mesh["shard"],
+        "mp_policy": (
+            MixedPrecisionPolicy()
+            if dtype is torch.float32
+            else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        ),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if config.parallel.offload_parameters
+            else OffloadPolicy()
+        ),
+    }
+    if shard_ranks == 1:
+        # Frozen weights are whole on every rank and never change, but FSDP would copy them in every step
+        options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    reshard = config.parallel.reshard_after_forward is not False
+    for block in blocks(model):
+        if shard_ranks > 1:
+            _shard_adapters(block, reshard_after_forward=reshard, **options)
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    # Never resharded after forward: backward starts with these modules, or does not need their weights
+    for module in (*_embedding_and_head(model), model):
+        fully_shard(module, reshard_after_forward=False, **options)
+
+
+def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) -> int:
+    """Allocate the shards of a model on the meta device and fill them; returns the bytes that this rank read.
+
+    `resumed`: do not read what a checkpoint will overwrite.
     """
-    inside = unwrap.causal_lm(model)
-    found = [inside.get_input_embeddings(), inside.get_output_embeddings()]
-    weights = [parameter for module in found if module is not None for parameter in module.parameters()]
-    apart = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
-    return found if apart and all(found) else []
+    device = torch.device("cpu") if config.parallel.offload_parameters else world.device
+    materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=device), world.device)
+    with tensor_parallel.columns() as local_rows:
+        read_bytes: int = materialize.fill(
+            model, build_on_meta, materialize.local_parts(model, local_rows), config, world, resumed
+        )
+    return read_bytes
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The config's optimizer over the trainable parameters, with a loss scale if training is in fp16."""
+    optimizer = optim.build(model, config)
+    if config.train.precision is Precision.fp16:
+        loss_scaling.install(optimizer)
+    return optimizer
+
+
+def _embedding_and_head(model: nn.Module) -> list[nn.Module]:
+    """The embedding and the output head, if each can be an FSDP group of its own; else an empty list.
+
+    Then the head's gradient is reduced during the backward of the blocks, and only the embedding's is left at the end. They stay in
+    the root group if they share a weight (tied embeddings), or if one of their weights is frozen.
+    """
+    causal_lm = unwrap.causal_lm(model)
+    modules = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    weights = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    separate = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
+    return modules if separate and all(modules) else []
 
 
 def _shard_adapters(block: nn.Module, **options: Any) -> None:
-    """Where some of a block is frozen, shard the rest as a group of its own: torch 2.11 gathers wrong values where dtypes differ
-    in one. It is gathered around the block, as all else of it is: hooks of layers inside would cut the compiled block to pieces.
+    """If a part of `block` is frozen, make its trainable layers (adapters) an FSDP group of their own.
+
+    torch 2.11 gathers wrong values for a group with several dtypes. The adapters' weights are gathered by hooks on the block, like
+    its other weights: hooks on layers inside would split the compiled block into many parts.
     """
     if all(parameter.requires_grad for parameter in block.parameters()):
         return
@@ -115,7 +145,7 @@ def _shard_adapters(block: nn.Module, **options: Any) -> None:
     if not adapters:
         return
     fully_shard(adapters, **options)
-    state = fully_shard.state(adapters[0])  # type: ignore[attr-defined]
+    state = fully_shard.state(adapters[0])
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
     block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
@@ -123,7 +153,7 @@ def _shard_adapters(block: nn.Module, **options: Any) -> None:
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
-    """Accumulate sharded gradients; only the last micro batch is averaged between replicas."""
+    """See `Backend.backward`. Gradients are reduced over the shards each time, over the replicas only with the last micro batch."""
     assert isinstance(engine.module, FSDPModule)
     engine.module.set_requires_all_reduce(last)
     engine.module.set_is_last_backward(last)
@@ -131,35 +161,36 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
 
 
 def step(engine: Engine, learning_rate: float) -> float:
-    """0 where fp16 overflowed: that step is left out, and the next one has a smaller loss scale."""
+    """See `Backend.step`. Returns 0 if fp16 overflowed: then the weights stay, and the next step has a smaller loss scale."""
     loss_scaling.unscale(engine.optimizer)
     trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     assert engine.clip is not None
     norm = engine.clip(trainable, engine.max_grad_norm)
     optim.set_learning_rate(engine.optimizer, learning_rate)
-    taken = loss_scaling.update(engine.optimizer, norm)
-    if taken:
+    finite = loss_scaling.update(engine.optimizer, norm)
+    if finite:
         engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
-    return float(norm) if taken else 0.0
+    return float(norm) if finite else 0.0
 
 
 def save(engine: Engine, folder: Path) -> None:
     dcp.save(_state(engine)[0], checkpoint_id=folder)
 
 
-def storages(engine: Engine) -> list[int]:
-    """Bytes of each storage that `staged` copies; none where a first step in fp16 overflowed: asked for it, torch would take
-    a step to make optimizer state."""
+def storage_bytes(engine: Engine) -> list[int]:
+    """See `Backend.storage_bytes`. Empty if the first fp16 step overflowed: there is no optimizer state yet, and torch would take
+    a step to make it.
+    """
     if not engine.optimizer.state:
         return []
     tensors = [value for part in _state(engine)[0].values() for value in _tensors(part)]
-    held = {value.untyped_storage()._cdata: value.untyped_storage().size() for value in tensors}
-    return list(held.values())
+    sizes = {value.untyped_storage()._cdata: value.untyped_storage().size() for value in tensors}
+    return list(sizes.values())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """On this rank, in dictionaries of them."""
+    """The tensors in nested dictionaries; of a DTensor this rank's part."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
@@ -167,8 +198,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value._local_tensor if isinstance(value, DTensor) else value
 
 
-def staged(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
-    """As torch's own async_save does; but what follows a write, its sums, is done in the background too."""
+def stage(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
+    """See `Backend.stage`. Like torch's async_save, but its caller can also compute checksums in the background after the write."""
     state = stager.state(_state(engine)[0])
     return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
@@ -187,7 +218,7 @@ def load(engine: Engine, folder: Path) -> None:
 
 
 def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint holds, and the optimizer's groups apart: those are the config's, and differ between layouts."""
+    """(state to save, param_groups). The groups are not saved: they come from the config and differ between layouts."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
     state = {"model": model, "optimizer": {"state": optimizer["state"]}}
     if scaled := loss_scaling.state(engine.optimizer):
@@ -195,27 +226,29 @@ def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, {"param_groups": optimizer["param_groups"]}
 
 
-def held(engine: Engine) -> dict[str, dict[str, Part]]:
-    get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes the state where there is none
-    found = {}
+def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+    get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes missing state
+    state_of_rank = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             state = engine.optimizer.state[parameter]
-            found[plain(name)] = {"weight": _part(parameter)} | {kind: _part(value) for kind, value in state.items()}
-    return found
+            state_of_rank[plain(name)] = {"weight": _part(parameter)} | {
+                kind: _part(value) for kind, value in state.items()
+            }
+    return state_of_rank
 
 
 def _part(value: torch.Tensor) -> Part:
-    """A tensor sharded like its parameter, or a scalar that all ranks hold."""
-    if isinstance(value, DTensor) and tensor_parallel.NAME in (value.device_mesh.mesh_dim_names or ()):
-        said = "cannot take up what another backend wrote: resume with 1, save there, and go on with more"
-        raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.NAME].size(), said))
+    """Of a tensor that is sharded like its parameter, or of a scalar that all ranks have."""
+    if isinstance(value, DTensor) and tensor_parallel.MESH_DIM in (value.device_mesh.mesh_dim_names or ()):
+        message = "cannot load a checkpoint of another backend: resume with parallel.tensor_ranks=1, save, then resume with more"
+        raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.MESH_DIM].size(), message))
     shape, begin, local = tensor_parallel.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
     return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
 
 
-def filled(engine: Engine) -> None:
-    """Nothing to do: the shards are the masters."""
+def local_state_filled(engine: Engine) -> None:
+    """Nothing to do: FSDP computes from the master shards themselves."""
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

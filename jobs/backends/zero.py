@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3, through `deepspeed.initialize`."""
+"""The backend of DeepSpeed ZeRO-1, 2 and 3, through `deepspeed.initialize`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from conf import deepspeed as derived
 from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
-from jobs.backends.host_staging import Stager, collect
+from jobs.backends.host_staging import Stager, collect_storages
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, build_on_meta, compute_dtype
@@ -24,53 +24,53 @@ from jobs.tensor_io.slices import Part
 from jobs.training import optimizer as optim
 
 TAG = "zero"
-"""DeepSpeed's name for the folder inside a checkpoint; ours is the step."""
+"""DeepSpeed's tag: the name of its folder inside a checkpoint. Muster's own folder has the step in its name."""
 
 
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
-    """Hand the model to DeepSpeed; one without weights gets them before, on ZeRO-3 once it is partitioned.
-
-    `resumed` leaves out what a checkpoint is going to overwrite.
-    """
+    """Pass the model to DeepSpeed. A model without weights gets them before that; with ZeRO-3, after it is partitioned."""
     start(world)
-    import deepspeed
+    import deepspeed  # type: ignore[import-untyped]
 
     prepare.prepare_model(model, config, world)
     if compile.gathers_whole_blocks(
         config, world
-    ):  # hooks inside a block would cut its compiled code into dozens of pieces
+    ):  # hooks inside a block would split its compiled code into dozens of parts
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
     read = 0
     if materialize.is_empty(model):
-        load = _partitioned if config.parallel.zero_stage == 3 else _whole
-        read = materialize.fill(model, build_on_meta, load(model, config, world), config, world, resumed)
-    model.train()  # DeepSpeed casts the parameters; buffers, such as rotary frequencies, must stay fp32
+        allocate = _allocate_partitions if config.parallel.zero_stage == 3 else _allocate_whole
+        read = materialize.fill(model, build_on_meta, allocate(model, config, world), config, world, resumed)
+    model.train()  # DeepSpeed casts the parameters; buffers (rotary frequencies) must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
         model=model, optimizer=optim.build(model, config), config=derived.deepspeed_config(config, world.size)
     )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
     if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
-        _hide(optimizer.parameter_offload)
+        _hide_gathering(optimizer.parameter_offload)
     return Engine(engine, optimizer, config.train.max_grad_norm, read)
 
 
 def start(world: World) -> None:
-    """Let DeepSpeed find the process group and the device of this rank."""
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses, and warns
+    """Make DeepSpeed use the process group and the device of this rank."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses and logs a warning
     import deepspeed
 
-    # Gloo needs no such kernel. Building it takes 20 s, and a rank killed meanwhile leaves a lock all later ones wait for.
+    # Do not build this kernel. Gloo does not need it, building takes 20 s, and a rank that is killed meanwhile leaves a lock:
+    # all later ranks wait for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
 
 
-def _hide(offload: Any) -> None:
-    """Let selective recomputation not see what is gathered and freed around the modules inside a block: the second time that is
-    something else, and torch 2.13 refuses operators that were not there in forward."""
+def _hide_gathering(offload: Any) -> None:
+    """Hide from selective recomputation how ZeRO-3 gathers and frees weights around the modules inside a block.
 
-    def unseen(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    In the recomputation other weights are gathered than in forward, and torch 2.13 refuses operators that forward did not have.
+    """
+
+    def hidden(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def call(module: nn.Module) -> None:
             with _disable_current_modes():
                 hook(module)
@@ -78,20 +78,22 @@ def _hide(offload: Any) -> None:
         return call
 
     for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-        setattr(offload, name, unseen(getattr(offload, name)))
+        setattr(offload, name, hidden(getattr(offload, name)))
 
 
-def _whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
-    """Room for every parameter on every rank, in the precision of compute: DeepSpeed makes its masters from that."""
+def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+    """Allocate every parameter whole on every rank, in the compute precision; DeepSpeed makes its master weights from them."""
     dtype = compute_dtype(config)
     materialize.materialize(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    return materialize.local_parts(model, lambda item: (item.shape, 0, item))
+    parts: dict[str, Part] = materialize.local_parts(model, lambda item: (item.shape, 0, item))
+    return parts
 
 
-def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
-    """Room for this rank's partition of every parameter: a run of its elements, padded to equal length over the ranks.
+def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+    """Allocate this rank's partition of every parameter: contiguous elements, padded to the same length on all ranks.
 
-    `zero.Init` as a context would make each parameter whole on every rank and broadcast it; its parts make empty partitions.
+    `zero.Init` as a context would make each parameter whole on every rank and broadcast it. Its parts, called here, make empty
+    partitions.
     """
     import deepspeed
 
@@ -100,23 +102,26 @@ def _partitioned(model: nn.Module, config: Config, world: World) -> dict[str, Pa
         deepspeed.zero.Init(config_dict_or_path=derived.deepspeed_config(config, world.size)),
     )
     if context.mem_efficient_linear and not compile.gathers_whole_blocks(config, world):
-        # Else every linear layer keeps its gathered weight until its backward. Compiled blocks do not, and would be compiled
-        # for each block anew: it looks at a weight's number (torch 2.11).
+        # Without it, every linear layer keeps its gathered weight until its backward. Compiled blocks do not keep it, and with it
+        # would be compiled again for each block, because it reads a weight's id (torch 2.11).
         context._enable_mem_efficient_linear()
 
     def partition(parameter: nn.Parameter) -> nn.Parameter:
-        made = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=world.device), parameter.requires_grad)
-        context._convert_to_deepspeed_param(made)
-        made.partition()
-        made.ds_tensor.zero_()  # the padding, too
-        return made
+        partitioned = nn.Parameter(
+            torch.empty_like(parameter, dtype=dtype, device=world.device), parameter.requires_grad
+        )
+        context._convert_to_deepspeed_param(partitioned)
+        partitioned.partition()
+        partitioned.ds_tensor.zero_()  # the padding, too
+        return partitioned
 
-    def held(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
+    def local_part(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
         begin = min(parameter.ds_tensor.ds_numel * world.rank, parameter.ds_numel)
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
     materialize.materialize(model, partition, world.device)
-    return materialize.local_parts(model, held)
+    parts: dict[str, Part] = materialize.local_parts(model, local_part)
+    return parts
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
@@ -133,63 +138,63 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    _saved(engine.module, folder, engine.module.checkpoint_engine.save)()
+    _save(engine.module, folder, engine.module.checkpoint_engine.save)()
 
 
-def storages(engine: Engine) -> list[int]:
-    """Bytes of each storage that `staged` copies: DeepSpeed gathers what it saves, so it is let save, to nowhere."""
-    found: dict[int, torch.Tensor] = {}
+def storage_bytes(engine: Engine) -> list[int]:
+    """See `Backend.storage_bytes`. DeepSpeed collects what it saves while it saves, so it runs a save that writes nothing."""
+    storages: dict[int, torch.Tensor] = {}
     with TemporaryDirectory() as folder:
-        _saved(engine.module, Path(folder), lambda state_dict, path: collect(state_dict, found))()
-    return [held.nbytes for held in found.values() if held.nbytes]
+        _save(engine.module, Path(folder), lambda state_dict, path: collect_storages(state_dict, storages))()
+    return [storage.nbytes for storage in storages.values() if storage.nbytes]
 
 
-def staged(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
-    """DeepSpeed gathers what it saves; only the last of it, a torch.save to each file, is left for later."""
+def stage(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
+    """See `Backend.stage`. DeepSpeed collects its state now; only the last part of its save, a torch.save per file, runs later."""
     later: list[tuple[Any, str]] = []
     write = engine.module.checkpoint_engine.save
-    end = _saved(engine.module, folder, lambda state_dict, path: later.append((stager.tree(state_dict), path)))
+    finish = _save(engine.module, folder, lambda state_dict, path: later.append((stager.tree(state_dict), path)))
 
     def work() -> None:
         for state, path in later:
             write(state, path)
-        end()
+        finish()
 
     return work
 
 
-def _saved(module: Any, folder: Path, write: Callable[..., object]) -> Callable[[], None]:
-    """Let DeepSpeed save, by `write`; returns what ends this rank's part of it, and raises what went wrong meanwhile."""
-    with _errors_kept(module, write) as failed:
+def _save(module: Any, folder: Path, write: Callable[..., object]) -> Callable[[], None]:
+    """Let DeepSpeed save with `write`. Returns a function that finishes this rank's save, or raises its error."""
+    with _collected_errors(module, write) as errors:
         module.save_checkpoint(str(folder), TAG, save_latest=False, exclude_frozen_parameters=module.adapter_only)
 
-    def end() -> None:
-        if failed:
-            raise failed[0]
+    def finish() -> None:
+        if errors:
+            raise errors[0]
         if dist.get_rank() == 0:
-            (folder / "latest").write_text(TAG, encoding="utf-8")  # DeepSpeed's own programs look for it
+            (folder / "latest").write_text(TAG, encoding="utf-8")  # DeepSpeed's own programs read it
 
-    return end
+    return finish
 
 
 @contextmanager
-def _errors_kept(module: Any, write: Callable[..., object]) -> Iterator[list[Exception]]:
-    """What fails to be written is raised later: DeepSpeed's other ranks wait in its barriers."""
-    failed: list[Exception] = []
+def _collected_errors(module: Any, write: Callable[..., object]) -> Iterator[list[Exception]]:
+    """Collect write errors instead of raising them at once: the other ranks wait in DeepSpeed's barriers for this one."""
+    errors: list[Exception] = []
 
-    def caught(work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
+    def collecting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return work(*arguments, **named)
+                return work(*args, **kwargs)
             except (OSError, RuntimeError) as error:
-                failed.append(error)
+                errors.append(error)
 
         return call
 
     files = module.checkpoint_engine
-    files.save, module._copy_recovery_script = caught(write), caught(module._copy_recovery_script)
+    files.save, module._copy_recovery_script = collecting(write), collecting(module._copy_recovery_script)
     try:
-        yield failed
+        yield errors
     finally:
         del files.save, module._copy_recovery_script
 
@@ -198,16 +203,16 @@ def load(engine: Engine, folder: Path) -> None:
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
-def held(engine: Engine) -> dict[str, dict[str, Part]]:
-    return zero_partitions.held(engine.module.module, engine.optimizer)
+def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+    return zero_partitions.local_state(engine.module.module, engine.optimizer)
 
 
-def filled(engine: Engine) -> None:
-    zero_partitions.filled(engine.optimizer)
+def local_state_filled(engine: Engine) -> None:
+    zero_partitions.local_state_filled(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import safe_get_full_fp32_param  # type: ignore[import-untyped]
 
     for name, parameter in engine.module.module.named_parameters():
         if parameter.requires_grad:

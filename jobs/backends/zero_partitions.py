@@ -1,7 +1,7 @@
-"""What a rank of DeepSpeed's ZeRO-1, 2 and 3 holds of each trained weight: runs of its fp32 master and of its optimizer state."""
+"""Finds this rank's part of each trained weight in DeepSpeed's flat partitions: fp32 master and optimizer state (ZeRO-1, 2, 3)."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,30 +10,33 @@ from torch import nn
 from jobs.tensor_io.slices import Part, plain
 
 
-def held(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]:
-    """By plain name: `weight` and whatever the optimizer keeps, as views of its flat partitions. Scalars, such as Adam's
-    count of steps, are one for a whole partition. `optimizer` is DeepSpeed's, with the real one inside."""
+def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]:
+    """See `Backend.local_state`. Parts are views of the flat partitions. `optimizer` is DeepSpeed's, with torch's inside.
+
+    Scalars, like Adam's count of steps, exist once for a whole partition, so several weights share one.
+    """
     _make_state(optimizer)
-    found: dict[str, dict[str, Part]] = {}
-    for name, shape, begin, flat, first, count in _runs(module, optimizer):
-        parts = {"weight": Part(shape, begin, flat.detach()[first : first + count], trained=True)}
-        for kind, value in optimizer.optimizer.state[flat].items():
-            whole = value.shape == flat.shape
+    state: dict[str, dict[str, Part]] = {}
+    for run in _runs(module, optimizer):
+        span = slice(run.first, run.first + run.numel)
+        parts = {"weight": Part(run.shape, run.begin, run.flat.detach()[span], trained=True)}
+        for kind, value in optimizer.optimizer.state[run.flat].items():
+            is_flat = value.shape == run.flat.shape
             parts[kind] = (
-                Part(shape, begin, value[first : first + count], trained=True)
-                if whole
+                Part(run.shape, run.begin, value[span], trained=True)
+                if is_flat
                 else Part(tuple(value.shape), 0, value.view(-1), trained=True)
             )
-        found[plain(name)] = parts
-    return found
+        state[plain(run.name)] = parts
+    return state
 
 
-def filled(optimizer: Any) -> None:
-    """Make the weights of compute from the masters, as DeepSpeed does after a step. All ranks call this together."""
+def local_state_filled(optimizer: Any) -> None:
+    """Make the compute weights from the masters, as DeepSpeed does after a step. All ranks call this together."""
     if not _is_stage3(optimizer):
         optimizer.update_lp_params()
         return
-    optimizer.checkpoint_event_prologue()  # small parameters are kept whole: partition them, and gather them anew
+    optimizer.checkpoint_event_prologue()  # DeepSpeed keeps small parameters whole: partition them, gather them again below
     for number in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
     optimizer.checkpoint_event_epilogue()
@@ -43,25 +46,42 @@ def _is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-def _runs(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor, int, int]]:
-    """(name, whole shape, first element here, flat partition, where it begins there, elements) of each weight held here."""
+class _Run(NamedTuple):
+    """Contiguous elements of a weight, and where they are in a flat partition."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    begin: int
+    """First element of the weight that this rank has."""
+    flat: torch.Tensor
+    first: int
+    """Position of that element in `flat`."""
+    numel: int
+
+
+def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
+    """The run of each trained weight of which this rank has a part."""
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         if _is_stage3(optimizer):
             group, first, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             begin = min(parameter.ds_tensor.ds_numel * dist.get_rank(), parameter.ds_numel)
-            count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin)  # the last ranks' parts are padded
-            yield name, tuple(parameter.ds_shape), begin, optimizer.fp32_partitioned_groups_flat[group], first, count
-        elif (here := parameter._hp_mapping) is not None:
-            flat = optimizer.single_partition_of_fp32_groups[here.param_group_index]
-            inside, outside = here.hp_fragment_address, here.lp_fragment_address
-            yield name, tuple(parameter.shape), outside.start, flat, inside.start, inside.numel
+            count = min(
+                parameter.ds_tensor.ds_numel, parameter.ds_numel - begin
+            )  # the last ranks' partitions are padded
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield _Run(name, tuple(parameter.ds_shape), begin, flat, first, count)
+        elif (mapping := parameter._hp_mapping) is not None:
+            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            in_flat, in_weight = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]  # mypy does not read torch
 def _make_state(optimizer: Any) -> None:
-    """Let the optimizer make its state, which it does in its first step: one without gradients or a learning rate."""
+    """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
     stage3, real = _is_stage3(optimizer), optimizer.optimizer
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     if stage3:

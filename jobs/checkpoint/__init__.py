@@ -1,1 +1,4 @@
-"""Checkpoints of a run: saved in the background, published whole, checked, kept, resumed in any layout."""
+"""Saves checkpoints, in the background too; checks, deletes and resumes them, in any layout.
+
+May import `conf` and the folders of jobs from `distributed` to `backends`, in the order of tests/test_layers.py.
+"""

@@ -1,4 +1,4 @@
-"""Checkpoints on their way to disk: copied to host memory, written by a thread while training goes on, published steps later."""
+"""Saves checkpoints in the background: copies the state to host memory, and a thread writes it while training goes on."""
 
 import threading
 import time
@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from conf.schema import Config
-from jobs.backends import Engine, host_staging
+from jobs.backends import Backend, Engine, host_staging
 from jobs.checkpoint import checkpointing
-from jobs.checkpoint.checkpointing import Part
+from jobs.checkpoint.checkpointing import RankFiles
 from jobs.checkpoint.paths import folder
 from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
@@ -26,18 +25,18 @@ class _Pending:
     """A checkpoint that a thread of each rank is writing."""
 
     step: int
-    about: dict[str, Any]
+    info: dict[str, Any]
     blocked_s: float
     thread: threading.Thread
-    outcome: list[Callable[[], Part]]
-    """Once it is through: what gives its result, or raises its error."""
+    outcome: list[Callable[[], RankFiles]]
+    """Empty while the thread works. Then one function, which returns the thread's result or raises its error."""
 
 
 class Saver:
-    """Saves for a training, with at most one checkpoint on its way. All ranks call its methods together, but `written`.
+    """Saves the checkpoints of one training, with at most one being written in the background.
 
-    A checkpoint is published by agreement of all ranks: once all have written it, before the next, and at the end. Until
-    then nothing but a hidden folder is there, so a crash leaves the one before.
+    All ranks call its methods together, except `written`. A checkpoint is published once all ranks have written it, at the latest
+    before the next save and at the end. Until then it is a hidden folder, so after a crash the earlier checkpoint is still there.
     """
 
     def __init__(self, config: Config, world: World, metrics: Metrics) -> None:
@@ -48,90 +47,97 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if config.train.async_save:
             self._stager = host_staging.Stager(world.device)
-            # of its own: the thread's collectives must not come between those of training
-            # No time-out to speak of: training goes on meanwhile, and where it then waits in vain the watchdog says for whom
+            # A group for the threads alone: their collectives must not mix with those of training. Its time-out never ends a rank
+            # in practice: training goes on meanwhile, and if it then waits for a rank in vain, the watchdog names that rank.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     @property
     def written(self) -> bool:
-        """Whether this rank is through with the one on its way."""
+        """Whether this rank has written the checkpoint that is not published yet."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
-    def prepare(self, backend: ModuleType, engine: Engine) -> None:
-        """Begin to take the host memory of copies; all that will be saved must be there, as it is after a step."""
+    def prepare(self, backend: Backend, engine: Engine) -> None:
+        """Start allocating the host memory for copies. Call it after a step: only then the optimizer has its state."""
         if self._in_background(checkpointing.expected_bytes(engine.module) // self.world.size):
             assert self._stager
-            self._stager.prepare(backend.storages(engine))
+            self._stager.prepare(backend.storage_bytes(engine))
 
-    def save(self, backend: ModuleType, engine: Engine, step: int, about: dict[str, Any], *, wait: bool) -> Path:
-        """Begin the checkpoint of `step`, and with `wait` also publish it; returns where it is, or will be."""
-        self.settle()
+    def save(self, backend: Backend, engine: Engine, step: int, info: dict[str, Any], *, wait: bool) -> Path:
+        """Start the checkpoint of `step`; with `wait`, also finish and publish it. Returns the path of the published checkpoint."""
+        self.publish_pending()
         began, world = time.perf_counter(), self.world
         size = checkpointing.expected_bytes(engine.module)
-        beside = checkpointing.begin(self.config, step, world, size)
-        if beside is None:
-            return checkpointing.place(self.config, step)
+        hidden = checkpointing.begin(self.config, step, world, size)
+        if hidden is None:
+            return checkpointing.step_folder(self.config, step)
         if not wait and self._in_background(size // world.size):
-            write = backend.staged(engine, beside, self._stager, self._group)
-            self._start(step, about, began, lambda: checkpointing.written(beside, write, world.rank))
+            assert self._stager and self._group
+            write = backend.stage(engine, hidden, self._stager, self._group)
+            self._start(step, info, began, lambda: checkpointing.write_shards(hidden, write, world.rank))
         else:
-            ended = checkpointing.finish(
+            written = checkpointing.finish(
                 self.config,
                 step,
                 world,
-                lambda: checkpointing.written(beside, lambda: backend.save(engine, beside), world.rank),
-                about,
+                lambda: checkpointing.write_shards(hidden, lambda: backend.save(engine, hidden), world.rank),
+                info,
             )
-            self._say(step, ended, time.perf_counter() - began)
-        return checkpointing.place(self.config, step)
+            self._report(step, written, time.perf_counter() - began)
+        return checkpointing.step_folder(self.config, step)
 
-    def settle(self) -> None:
-        """Publish what is on its way; waits for it. Raises as a save without a thread does."""
+    def publish_pending(self) -> None:
+        """Wait for the checkpoint in the background, if any, and publish it. Raises the errors of `checkpointing.finish`."""
         if self._pending is None:
             return
         began, pending = time.perf_counter(), self._pending
         pending.thread.join()
         self._pending = None
-        ended = checkpointing.finish(self.config, pending.step, self.world, pending.outcome[0], pending.about)
-        self._say(pending.step, ended, pending.blocked_s + time.perf_counter() - began)
+        written = checkpointing.finish(self.config, pending.step, self.world, pending.outcome[0], pending.info)
+        self._report(pending.step, written, pending.blocked_s + time.perf_counter() - began)
 
     def _in_background(self, rank_bytes: int) -> bool:
-        """Looked at before the first copy; after that its room is taken."""
+        """Whether saves run in the background. Free memory is checked before the first copy only; later the copy has its memory."""
         if self._stager is None or self._group is None:
             return False
         if not self._copied and not host_staging.fits(rank_bytes, self.world):
-            self.metrics.log_lines(["checkpoints are written while training waits: host memory has no room for a copy"])
+            self.metrics.log_lines(
+                ["training waits while checkpoints are written: host memory is too small for a copy of the state"]
+            )
             self._stager = None
             return False
         self._copied = True
         return True
 
-    def _start(self, step: int, about: dict[str, Any], began: float, work: Callable[[], Part]) -> None:
-        outcome: list[Callable[[], Part]] = []
+    def _start(self, step: int, info: dict[str, Any], began: float, work: Callable[[], RankFiles]) -> None:
+        outcome: list[Callable[[], RankFiles]] = []
 
         def run() -> None:
             if self.world.device.type == "cuda":
-                torch.cuda.set_device(self.world.device)  # a thread begins on the first GPU, and would open it too
+                torch.cuda.set_device(
+                    self.world.device
+                )  # a new thread uses GPU 0, and would create a CUDA context there
             try:
-                part = work()
-                outcome.append(lambda: part)
-            except BaseException as error:  # DCP's own is no Exception
-                outcome.append(_raising(error))
+                files = work()
+                outcome.append(lambda: files)
+            except BaseException as error:  # DCP's CheckpointException is not an Exception
+                outcome.append(_raise_later(error))
 
-        thread = threading.Thread(target=run, name=f"checkpoint-{step}", daemon=True)  # a failing job waits for none
+        thread = threading.Thread(
+            target=run, name=f"checkpoint-{step}", daemon=True
+        )  # daemon: a job that fails does not wait for it
         thread.start()
-        self._pending = _Pending(step, about, time.perf_counter() - began, thread, outcome)
+        self._pending = _Pending(step, info, time.perf_counter() - began, thread, outcome)
 
-    def _say(self, step: int, ended: checkpointing.Written, blocked_s: float) -> None:
-        rate = ended.bytes / 1e9 / max(1e-9, ended.seconds)
+    def _report(self, step: int, written: checkpointing.Written, blocked_s: float) -> None:
+        rate = written.bytes / 1e9 / max(1e-9, written.seconds)
         self.metrics.note(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
-        size = f"{ended.bytes / 1e9:.3g} GB in {ended.seconds:.1f} s ({rate:.2f} GB/s)"
-        where = checkpointing.place(self.config, step).relative_to(folder(self.config))
-        self.metrics.log_lines([f"saved     {where}: {size}, training waited {blocked_s:.1f} s"])
+        size = f"{written.bytes / 1e9:.3g} GB in {written.seconds:.1f} s ({rate:.2f} GB/s)"
+        path = checkpointing.step_folder(self.config, step).relative_to(folder(self.config))
+        self.metrics.log_lines([f"saved     {path}: {size}, training waited {blocked_s:.1f} s"])
 
 
-def _raising(error: BaseException) -> Callable[[], Part]:
-    def fail() -> Part:
+def _raise_later(error: BaseException) -> Callable[[], RankFiles]:
+    def raise_it() -> RankFiles:
         raise error
 
-    return fail
+    return raise_it

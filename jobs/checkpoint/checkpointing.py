@@ -1,5 +1,9 @@
-"""Checkpoints that are whole or absent: written beside, published by rename once every rank has written, read once checked."""
+"""Saves and resumes checkpoints so that each is either complete or absent.
 
+Ranks write into a hidden folder. Rank 0 renames it once every rank has written its shards. Before a resume, checksums are compared.
+"""
+
+import functools
 import hashlib
 import logging
 import shutil
@@ -7,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,76 +27,77 @@ from jobs.distributed.process_group import World
 
 log = logging.getLogger(__name__)
 
-Found = tuple[Path, dict[str, Any]]
-"""A checkpoint, and what is recorded of it."""
+
+class Checkpoint(NamedTuple):
+    """A published checkpoint."""
+
+    path: Path
+    info: dict[str, Any]
+    """The content of its checkpoint.json: step, world size, layout, ..."""
 
 
-Part = tuple[manifest.Files, float]
-"""What one rank wrote, and the seconds that it took."""
+class RankFiles(NamedTuple):
+    """What one rank wrote of a checkpoint."""
+
+    files: manifest.Files
+    seconds: float
+    """Time it took, with flushing and checksums."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What all ranks wrote, and the seconds of the slowest."""
+    """What all ranks wrote."""
 
     bytes: int
     seconds: float
+    """Time of the slowest rank."""
 
 
-def place(config: Config, step: int) -> Path:
+def step_folder(config: Config, step: int) -> Path:
     return folder(config) / f"step-{step:08d}"
 
 
-def save(
-    config: Config,
-    step: int,
-    world: World,
-    write: Callable[[Path], None],
-    about: dict[str, Any],
-    expected_bytes: int = 0,
-) -> Path:
-    """Publish the checkpoint of `step`: `write` puts this rank's shards into a folder. All ranks call this together.
-
-    `expected_bytes`: of all ranks' shards, so that the first checkpoint, too, is only begun where it fits.
-    Raises RunError where the disk has too little room. What fails while writing (OSError) is raised on the rank it fails
-    on, and told to the others; then nothing is left of this checkpoint, and those before it stay.
-    """
-    if beside := begin(config, step, world, expected_bytes):
-        finish(config, step, world, lambda: written(beside, lambda: write(beside), world.rank), about)
-    return place(config, step)
-
-
 def begin(config: Config, step: int, world: World, expected_bytes: int = 0) -> Path | None:
-    """The empty folder that the checkpoint of `step` is to be written into; None where that checkpoint is there, and whole."""
-    target = place(config, step)
-    there = gather(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]
-    return None if there else partial(target)
+    """Return the empty hidden folder into which all ranks write the checkpoint of `step`. All ranks call this together.
+
+    Returns None if a complete checkpoint of `step` is already there. `expected_bytes` is the size of all ranks' shards: the first
+    checkpoint has no earlier one whose size could tell whether it fits. Raises RunError if the disk has too little free space.
+    """
+    target = step_folder(config, step)
+    is_complete = gather(lambda: world.is_main and _prepare(config, target, expected_bytes))[0]
+    return None if is_complete else partial(target)
 
 
-def finish(config: Config, step: int, world: World, work: Callable[[], Part], about: dict[str, Any]) -> Written:
-    """Publish what `work` has written, or writes now, once it has on all ranks; or else leave nothing of it. Raises as `save`."""
-    target = place(config, step)
+def finish(config: Config, step: int, world: World, work: Callable[[], RankFiles], info: dict[str, Any]) -> Written:
+    """Call `work`, which writes this rank's shards (or waits until a thread has), then publish the checkpoint of `step`.
+
+    All ranks call this together. An OSError of `work` is raised on the rank where it happened; the others raise OtherRankError.
+    Then nothing of this checkpoint is left, and the earlier ones are untouched.
+    """
+    target = step_folder(config, step)
     try:
-        parts = gather(work)
-        files = {name: entry for part, _ in parts for name, entry in part.items()}
-        about = {"step": step, "world_size": world.size, **about}
-        gather(lambda: _publish(target, files, about) if world.is_main else None)
+        ranks = gather(work)
+        files = {name: entry for rank in ranks for name, entry in rank.files.items()}
+        info = {"step": step, "world_size": world.size, **info}
+        gather(lambda: _publish(target, files, info) if world.is_main else None)
     except OSError as error:
         if world.is_main:
             shutil.rmtree(partial(target), ignore_errors=True)
-        barrier()  # it is gone: on a full disk there is room for a verdict again
+        # Ranks write their verdict only after rank 0 has deleted the folder: until then a full disk has no space for one
+        barrier()
         if isinstance(error, OtherRankError):
-            time.sleep(1)  # a verdict quotes the rank that speaks first
+            # The verdict of the attempt quotes the first rank that fails. The rank with the real error should be that one.
+            time.sleep(1)
         raise
     if world.is_main:
-        retention.prune(config, config.train.keep_checkpoints)  # nobody waits for this
-    return Written(sum(int(entry["bytes"]) for entry in files.values()), max(seconds for _, seconds in parts))
+        retention.prune(config, config.train.keep_checkpoints)  # the other ranks do not wait for this
+    return Written(sum(int(entry["bytes"]) for entry in files.values()), max(rank.seconds for rank in ranks))
 
 
 def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
-    """Make the empty folder beside `target`; True where `target` is there, and whole."""
+    """Make the empty hidden folder for `target`. Returns True, and makes none, if `target` is already there and complete."""
     if target.exists():
-        if not manifest.torn(target):
+        if not manifest.size_problems(target):
             return True
         retention.set_aside(config, [target], None)
     retention.sweep(config)
@@ -101,148 +106,147 @@ def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
     return False
 
 
-def written(beside: Path, write: Callable[[], None], rank: int) -> Part:
-    """Write this rank's shards, to the disk; their entries in the manifest. Raises OSError where they do not get there.
+def write_shards(hidden: Path, write: Callable[[], object], rank: int) -> RankFiles:
+    """Call `write`, which writes this rank's shards into `hidden`; flush them and compute their checksums.
 
-    Anything else that goes wrong is raised at once: ranks may then stand at different collectives, and cannot agree.
+    Raises OSError if they cannot be written, so that all ranks can agree that this checkpoint failed. Any other error is raised
+    unchanged: after it the ranks may be in different collectives, and cannot agree on anything.
     """
-    from torch.distributed.checkpoint import CheckpointException  # half a second that a merge does not need
+    from torch.distributed.checkpoint import (
+        CheckpointException,
+    )  # takes 0.5 s to import, and consolidation does not need it
 
     began = time.perf_counter()
     try:
         write()
-    except CheckpointException as error:  # a BaseException, raised on all ranks with the failures of each
-        if not all(write_errors.is_one(failure) for failure, _ in error.failures.values()):
+    except CheckpointException as error:  # a BaseException; raised on all ranks, with the failures of each rank
+        if not all(write_errors.is_write_error(failure) for failure, _ in error.failures.values()):
             raise
         if rank not in error.failures:
-            return {}, 0.0
-        raise write_errors.from_system(error.failures[rank][0], beside) from error
+            return RankFiles({}, 0.0)
+        raise write_errors.from_system(error.failures[rank][0], hidden) from error
     except RuntimeError as error:
-        if not write_errors.is_one(error):
+        if not write_errors.is_write_error(error):
             raise
-        raise write_errors.from_system(error, beside) from error
-    return manifest.written(beside, rank), time.perf_counter() - began
+        raise write_errors.from_system(error, hidden) from error
+    return RankFiles(manifest.flush_and_describe(hidden, rank), time.perf_counter() - began)
 
 
-def _publish(target: Path, files: manifest.Files, about: dict[str, Any]) -> None:
-    beside = partial(target)
-    manifest.write(beside, files)
-    write_json(beside / "checkpoint.json", about)
+def _publish(target: Path, files: manifest.Files, info: dict[str, Any]) -> None:
+    hidden = partial(target)
+    manifest.write(hidden, files)
+    write_json(hidden / "checkpoint.json", info)
     publish(target)
     write_text(target.parent / "latest", target.name + "\n")
 
 
-def latest(config: Config) -> Found | None:
-    """The newest whole checkpoint, by the names and sizes of its files; None in a run that has none. Says what it skips."""
-    for path in paths.published(config):
-        if not _say(path, manifest.torn(path)):
-            return path, read_json(path / "checkpoint.json")
-    return None
+def to_consolidate(config: Config) -> Checkpoint | None:
+    """The checkpoint of `consolidate.step`, or the newest one if that is null; None if the run has no checkpoint.
 
-
-def to_merge(config: Config) -> Found | None:
-    """The checkpoint that `consolidate.step` names, or the newest; None in a run that has none.
-
-    Raises RunError naming those that there are where it is not one of them, and its files where it is not whole.
+    Raises RunError with the steps there are if `consolidate.step` is none of them, and with the bad files if files are missing
+    or too short.
     """
-    asked, every = config.consolidate.step, paths.published(config)
-    if asked is not None:
-        steps = [paths.step_of(path) for path in every]
-        every = [path for path in every if paths.step_of(path) == asked]
-        if steps and not every:
-            said = f"is no checkpoint of this run: take one of {', '.join(map(str, sorted(steps)))}"
-            raise RunError(Problem("consolidate.step", asked, said))
-    for path in every[:1]:
-        if said := manifest.torn(path):
-            raise RunError(*(Problem("checkpoint", None, f"{item}: {manifest.REMEDY}") for item in said[:10]))
-        return path, read_json(path / "checkpoint.json")
-    return None
+    step, candidates = config.consolidate.step, paths.published(config)
+    if step is not None:
+        steps = [paths.step_of(path) for path in candidates]
+        candidates = [path for path in candidates if paths.step_of(path) == step]
+        if steps and not candidates:
+            message = f"is no checkpoint of this run: take one of {', '.join(map(str, sorted(steps)))}"
+            raise RunError(Problem("consolidate.step", step, message))
+    if not candidates:
+        return None
+    path = candidates[0]
+    if problems := manifest.size_problems(path):
+        raise RunError(*(Problem("checkpoint", None, f"{problem}: {manifest.REMEDY}") for problem in problems[:10]))
+    return Checkpoint(path, read_json(path / "checkpoint.json"))
 
 
-def find(config: Config, world: World) -> Found | None:
-    """The newest whole checkpoint, each of its bytes checked by some rank; None in a run that has none.
+def find(config: Config, world: World) -> Checkpoint | None:
+    """The newest checkpoint with correct checksums; None if the run has no checkpoint. All ranks call this together.
 
-    Damaged ones before it are named and set aside. Raises RunError where there are checkpoints, and all are damaged:
-    to start over by itself would throw away a run because, say, a disk is not mounted.
+    The ranks share the reading. Newer checkpoints that are damaged are logged and renamed, so that nothing reads them. Raises
+    RunError if all checkpoints are damaged: a run must not start from step 0 because, for example, a disk is not mounted.
     """
-    gather(lambda: world.is_main and retention.sweep(config))
+    gather(lambda: retention.sweep(config) if world.is_main else None)
     damaged: list[Path] = []
     for path in broadcast_from_rank0(lambda: paths.published(config)):
-        said = broadcast_from_rank0(lambda path=path: manifest.torn(path))
-        if not said:
-            parts = gather(lambda path=path: manifest.differing(path, world.rank, world.size))
-            said = [item for part in parts for item in part]
-        if not said:
-            gather(lambda damaged=damaged, path=path: world.is_main and retention.set_aside(config, damaged, good=path))
-            return path, broadcast_from_rank0(lambda path=path: read_json(path / "checkpoint.json"))
+        problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
+        if not problems:
+            of_ranks = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
+            problems = [problem for of_rank in of_ranks for problem in of_rank]
+        if not problems:
+            gather(functools.partial(_set_aside, config, world, damaged, path))
+            return Checkpoint(path, broadcast_from_rank0(functools.partial(read_json, path / "checkpoint.json")))
         damaged.append(path)
         if world.is_main:
-            _say(path, said)
+            more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+            log.warning(f"checkpoint {path.name} is damaged and skipped: {problems[0]}{more}")
     if damaged:
-        said = f"none of {len(damaged)} checkpoints is whole: bring their files back, or move the folder away to start anew"
-        raise RunError(Problem("checkpoints", folder(config), said))
+        message = f"all {len(damaged)} checkpoints are damaged: restore their files, or move this folder away to start from step 0"
+        raise RunError(Problem("checkpoints", folder(config), message))
     return None
 
 
-def _say(path: Path, damage: list[str]) -> bool:
-    """One line for a checkpoint that is skipped; False where there is nothing to say."""
-    if damage:
-        more = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
-        log.info(f"checkpoint {path.name} is damaged and skipped: {damage[0]}{more}")
-    return bool(damage)
+def _set_aside(config: Config, world: World, damaged: list[Path], good: Path) -> None:
+    if world.is_main:
+        retention.set_aside(config, damaged, good=good)
 
 
 def resume(
     config: Config,
     world: World,
     read: Callable[[Path], None],
-    found: Found | None = None,
-    move: Callable[[Path, Backend], object] | None = None,
+    checkpoint: Checkpoint | None = None,
+    reshard: Callable[[Path, Backend], object] | None = None,
 ) -> int:
-    """Load the checkpoint that `find` gave, or gives now; returns its step, 0 where there is none.
+    """Load `checkpoint`, or what `find` returns now; returns its step, or 0 if there is none.
 
-    The backend's own `read` loads what its own layout wrote; FSDP's does so for any number of ranks and all of its layouts.
-    `move` is for what any other layout wrote, named by its backend.
+    `read` is the backend's own function. It loads a checkpoint of the same layout and ranks, and FSDP's loads any checkpoint that
+    FSDP wrote. `reshard` loads every other one; it also gets the backend that wrote it.
     """
-    found = found or find(config, world)
-    if found is None:
+    checkpoint = checkpoint or find(config, world)
+    if checkpoint is None:
         return 0
-    path, about = found
-    wrote, same = Backend[about["backend"]], _as_before(about, config, world)
-    fsdp, began = wrote is config.parallel.backend is Backend.fsdp, time.perf_counter()
-    if fsdp or same or move is None:
+    path, info = checkpoint
+    written_by, same_layout = Backend[info["backend"]], _same_layout(info, config, world)
+    both_fsdp, began = written_by is config.parallel.backend is Backend.fsdp, time.perf_counter()
+    if both_fsdp or same_layout or reshard is None:
         read(path)
     else:
-        move(path, wrote)
+        reshard(path, written_by)
     if world.is_main:
         size, seconds = sum(file.stat().st_size for file in path.rglob("*")), time.perf_counter() - began
         took = f"{size / 1e9:.3g} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)"
-        log.info(f"resumed from {path}, {took}" + ("" if same else _moved(about, config, world)))
-    return int(about["step"])
+        log.info(f"resumed from {path}, {took}" + ("" if same_layout else _layout_change(info, config, world)))
+    return int(info["step"])
 
 
 def layout(config: Config, world: World) -> dict[str, Any]:
-    """What is recorded of how a checkpoint is cut into shards."""
+    """The entries of checkpoint.json that say how the state is sharded."""
     parallel = {name: getattr(value, "name", value) for name, value in vars(config.parallel).items()}
     return {"layout": parallel["name"], "backend": parallel["backend"], "parallel": parallel, "world_size": world.size}
 
 
-def _as_before(about: dict[str, Any], config: Config, world: World) -> bool:
-    """Whether shards are cut as they were; checkpoints from before `parallel` was recorded go by the layout's name."""
+def _same_layout(info: dict[str, Any], config: Config, world: World) -> bool:
+    """Whether the shards match this run's. Old checkpoints do not record `parallel`; for them the layout's name decides."""
     now = layout(config, world)
-    return all(about[key] == now[key] for key in ("layout", "parallel", "world_size") if key in about)
+    return all(info[key] == now[key] for key in ("layout", "parallel", "world_size") if key in info)
 
 
-def _moved(about: dict[str, Any], config: Config, world: World) -> str:
-    return f", from {about['layout']} on {about['world_size']} ranks to {config.parallel.name} on {world.size}"
+def _layout_change(info: dict[str, Any], config: Config, world: World) -> str:
+    return f", from {info['layout']} on {info['world_size']} ranks to {config.parallel.name} on {world.size}"
 
 
 def expected_bytes(module: nn.Module) -> int:
-    """Of a checkpoint of all ranks: fp32 masters and two moments of each trained parameter, sharded or not."""
+    """Size of a checkpoint (all ranks): fp32 weight and two moments of each trained parameter, 12 bytes an element.
+
+    DeepSpeed parameters count with their whole size, also when they are partitioned.
+    """
     trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    return 12 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    elements: int = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+    return 12 * elements
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """SHA-256 of a weight's values: what training records, and consolidation must find again."""
+    """SHA-256 of a weight's values. Training records it, and consolidation compares its result with it."""
     return hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with sizes and checksums: made by the rank that wrote each file, checked before it is read."""
+"""Writes and checks a checkpoint's manifest.json: size and checksums of every file, computed by the rank that wrote the file."""
 
 import os
 import re
@@ -16,30 +16,29 @@ from jobs.distributed import heartbeat
 
 NAME = "manifest.json"
 LAST = (NAME, "checkpoint.json")
-"""Files that are written after the manifest has been made."""
+"""Files that are written after the checksums are computed, and so are not in the manifest."""
 PIECE = 64 * 2**20
-"""Bytes a checksum covers: threads and ranks share a file by pieces, a message says where it differs, and who reads a part
-checks that."""
-READ = 4 * 2**20
+"""Bytes that one checksum covers. So threads and ranks can share a file, a message can say where the file is damaged, and a
+reader of a part of the file checks only that part."""
+READ_BYTES = 4 * 2**20
 THREADS = 4
 WRITER = re.compile(r"^__(\d+)_\d+\.distcp$|zero_pp_rank_(\d+)_")
-"""How torch and DeepSpeed name the file of a rank; every other file is written by rank 0."""
+"""File names of torch DCP and DeepSpeed that contain the rank. Every other file is written by rank 0."""
 
 Files = dict[str, dict[str, Any]]
+"""File name, relative to the checkpoint -> {"bytes": size, "xxh3": [checksum of each PIECE]}."""
 
 
-def written(folder: Path, rank: int) -> Files:
-    """Flush the files that this rank wrote, and describe them: {name: {bytes, xxh3: [a checksum for each PIECE]}}.
+def flush_and_describe(folder: Path, rank: int) -> Files:
+    """Flush the files that this rank wrote to disk, and return their sizes and checksums.
 
-    They are read back while they still lie in the page cache, so nothing is read from disk where memory suffices.
+    The files are read back while they are still in the page cache, so with enough memory nothing is read from disk.
     """
-    found = [path for path in _files(folder) if _writer(path.name)[0] == rank]
+    own = [path for path in _files(folder) if _writer(path.name)[0] == rank]
     with ThreadPoolExecutor(THREADS) as pool:
-        flushed = [pool.submit(sync, path) for path in found]  # the disk's time, beside the processor's
-        sizes = {path: path.stat().st_size for path in found}
-        sums = {
-            path: [pool.submit(_sum, path, first, PIECE) for first in range(0, sizes[path], PIECE)] for path in found
-        }
+        flushed = [pool.submit(sync, path) for path in own]  # the disk works while the CPU computes checksums
+        sizes = {path: path.stat().st_size for path in own}
+        sums = {path: [pool.submit(_sum, path, first, PIECE) for first in range(0, sizes[path], PIECE)] for path in own}
         for done in flushed:
             done.result()
         return {
@@ -47,7 +46,7 @@ def written(folder: Path, rank: int) -> Files:
                 "bytes": sizes[path],
                 "xxh3": [item.result() for item in sums[path]],
             }
-            for path in found
+            for path in own
         }
 
 
@@ -56,88 +55,98 @@ def write(folder: Path, files: Files) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of a checkpoint's files."""
+    """Total bytes of a checkpoint's files, without manifest.json and checkpoint.json."""
     return sum(path.stat().st_size for path in _files(folder))
 
 
-def torn(folder: Path) -> list[str]:
-    """What is missing or cut short, a phrase a file, by name and size alone; checkpoints from before manifests have none."""
+def size_problems(folder: Path) -> list[str]:
+    """One phrase for each file that is missing or has another size than the manifest says. Reads no file's content.
+
+    Old checkpoints have no manifest; for them only checkpoint.json is checked.
+    """
     try:
-        about, listed = read_json(folder / "checkpoint.json"), read_json(folder / NAME)
-        if about is None:
+        info, manifest = read_json(folder / "checkpoint.json"), read_json(folder / NAME)
+        if info is None:
             return [f"{folder / 'checkpoint.json'} is missing"]
-        step = int(about["step"])
+        step = int(info["step"])
         if folder.name.startswith("step-") and step != int(folder.name.removeprefix("step-")):
             return [f"{folder / 'checkpoint.json'} is of step {step}"]
-        files = listed["files"] if listed else {}
-        return [said for name, entry in files.items() if (said := _short(folder / name, int(entry["bytes"])))]
+        files = manifest["files"] if manifest else {}
+        sizes = (_size_problem(folder / name, int(entry["bytes"])) for name, entry in files.items())
+        return [problem for problem in sizes if problem]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{folder}: checkpoint.json or {NAME} is no longer what was written"]
+        return [f"{folder}: checkpoint.json or {NAME} is damaged"]
     except OSError as error:
         return [f"{error.filename or folder} cannot be read: {error.strerror}"]
 
 
-def differing(folder: Path, rank: int = 0, world_size: int = 1, threads: int = THREADS) -> list[str]:
-    """What this rank's share of the files holds other than what was written, a phrase a piece; `torn` comes first.
+def checksum_problems(folder: Path, rank: int = 0, world_size: int = 1, threads: int = THREADS) -> list[str]:
+    """One phrase for each piece whose checksum is wrong, of this rank's share of the files. Call `size_problems` first.
 
-    A rank reads what it wrote, and will load, so that it comes from disk once; with other ranks it is spread over them.
+    A rank reads the files that it wrote: it is going to load them, so they come from disk only once. If the number of ranks has
+    changed, the files are divided over the ranks.
     """
-    listed = read_json(folder / NAME)
-    if listed is None:
+    manifest = read_json(folder / NAME)
+    if manifest is None:
         return []
-    mine = [
-        (folder / name, number * listed["piece"], int(entry["bytes"]), value)
-        for name, entry in listed["files"].items()
+    own = [
+        (folder / name, number * manifest["piece"], int(entry["bytes"]), value)
+        for name, entry in manifest["files"].items()
         for number, value in enumerate(entry["xxh3"])
         if _reader(name, number, entry) % world_size == rank
     ]
-    found = []
+
+    def check_piece(own_piece: tuple[Path, int, int, str]) -> str:
+        path, first, length, checksum = own_piece
+        return _checksum_problem(path, first, length, checksum, manifest["piece"])
+
+    problems = []
     with ThreadPoolExecutor(threads) as pool:
-        for said in pool.map(lambda piece: _differs(*piece, listed["piece"]), mine):
+        for problem in pool.map(check_piece, own):
             heartbeat.alive()
-            found += [said] if said else []
-    return found
+            problems += [problem] if problem else []
+    return problems
 
 
 def check(folder: Path, threads: int = THREADS) -> None:
-    """Raises RunError naming every file that is missing, cut short, or differs from what was written."""
-    if said := torn(folder) or differing(folder, threads=threads):
-        raise RunError(*(Problem("checkpoint", None, f"{item}: {REMEDY}") for item in said[:10]))
+    """Raise RunError with the first ten problems if files are missing, have a wrong size or a wrong checksum."""
+    if problems := size_problems(folder) or checksum_problems(folder, threads=threads):
+        raise RunError(*(Problem("checkpoint", None, f"{problem}: {REMEDY}") for problem in problems[:10]))
 
 
 class Pieces:
-    """Checks what is about to be read of a checkpoint's files, each piece when the first of its bytes is wanted.
+    """Compares checksums just before a part of a checkpoint is read: each piece once, when its first byte is needed.
 
-    What nobody reads (of a merge, the moments beside the weights) costs nothing, and the rest comes from disk once: those who
-    read a piece find it in the page cache. Threads may share one.
+    Pieces that nobody reads cost nothing; consolidation, for example, does not read the optimizer's moments. The others come from
+    disk once, because the reader then finds them in the page cache. Threads may share one object.
     """
 
     def __init__(self, folder: Path) -> None:
-        listed = read_json(folder / NAME) or {"piece": PIECE, "files": {}}
-        self._piece: int = listed["piece"]
-        self._files = {str(folder / name): entry for name, entry in listed["files"].items()}
+        manifest = read_json(folder / NAME) or {"piece": PIECE, "files": {}}
+        self._piece: int = manifest["piece"]
+        self._files = {str(folder / name): entry for name, entry in manifest["files"].items()}
         self._good: set[tuple[str, int]] = set()
-        self._busy: dict[tuple[str, int], threading.Lock] = {}
+        self._locks: dict[tuple[str, int], threading.Lock] = {}
 
     def check(self, path: str, offset: int, count: int) -> None:
-        """Raises RunError where a piece that has any of these `count` bytes is not what was written. Other files pass."""
+        """Raise RunError if a piece with any of the bytes [offset, offset + count) has a wrong checksum. Unlisted files pass."""
         if entry := self._files.get(path):
             for number in range(offset // self._piece, -(-(offset + count) // self._piece)):
                 if (path, number) not in self._good:
-                    self._look(path, number, entry)
+                    self._check_piece(path, number, entry)
 
-    def _look(self, path: str, number: int, entry: dict[str, Any]) -> None:
+    def _check_piece(self, path: str, number: int, entry: dict[str, Any]) -> None:
         key = path, number
-        with self._busy.setdefault(key, threading.Lock()):
+        with self._locks.setdefault(key, threading.Lock()):
             if key in self._good:
                 return
             first, sums = number * self._piece, entry["xxh3"]
-            if said := _differs(Path(path), first, int(entry["bytes"]), sums[number], self._piece):
-                raise RunError(Problem("checkpoint", None, f"{said}: {REMEDY}"))
+            if problem := _checksum_problem(Path(path), first, int(entry["bytes"]), sums[number], self._piece):
+                raise RunError(Problem("checkpoint", None, f"{problem}: {REMEDY}"))
             self._good.add(key)
 
 
-REMEDY = "copy the file again if you have it elsewhere, or delete the checkpoint to go back to the one before"
+REMEDY = "copy the file again if you have it elsewhere, or delete this checkpoint to continue from the one before it"
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -147,42 +156,42 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _writer(name: str) -> tuple[int, bool]:
-    """Rank that wrote a file, and whether its name says so."""
-    found = WRITER.search(name)
-    return (int(found[1] or found[2]), True) if found else (0, False)
+    """(rank that wrote a file, whether the file's name contains the rank)."""
+    match = WRITER.search(name)
+    return (int(match[1] or match[2]), True) if match else (0, False)
 
 
 def _reader(name: str, number: int, entry: dict[str, Any]) -> int:
-    """What all ranks load (ZeRO's whole weights) is shared by pieces."""
+    """Rank that checks a piece. Of a file that all ranks load (ZeRO's whole weights), each rank checks some pieces."""
     rank, named = _writer(Path(name).name)
     return rank if named else number
 
 
-def _short(path: Path, length: int) -> str:
+def _size_problem(path: Path, length: int) -> str:
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
-    return "" if found == length else f"{path} has {found} bytes, {length} were written"
+    return "" if size == length else f"{path} has {size} bytes, {length} were written"
 
 
-def _differs(path: Path, first: int, length: int, value: str, piece: int) -> str:
+def _checksum_problem(path: Path, first: int, length: int, value: str, piece: int) -> str:
     last = min(first + piece, length)
     try:
         same = _sum(path, first, piece) == value
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return "" if same else f"{path} is not what was written (bytes {first} to {last})"
+    return "" if same else f"{path} has a wrong checksum in bytes {first} to {last}"
 
 
 def _sum(path: Path, first: int, piece: int) -> str:
-    """XXH3 of the bytes of a file from `first` on, at most a piece of them."""
-    found, buffer, last = xxhash.xxh3_64(), memoryview(bytearray(READ)), first + piece
+    """XXH3 (64 bits, hex) of at most `piece` bytes of a file, from byte `first` on."""
+    checksum, buffer, last = xxhash.xxh3_64(), memoryview(bytearray(READ_BYTES)), first + piece
     descriptor = os.open(path, os.O_RDONLY)
     try:
         while first < last and (count := os.preadv(descriptor, [buffer[: last - first]], first)):
-            found.update(buffer[:count])
+            checksum.update(buffer[:count])
             first += count
     finally:
         os.close(descriptor)
-    return str(found.hexdigest())
+    return str(checksum.hexdigest())

@@ -1,4 +1,4 @@
-"""Where checkpoints lie in a run folder, and which of them are complete."""
+"""Paths of checkpoints in a run folder."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,11 @@ def folder(config: Config) -> Path:
 
 
 def published(config: Config) -> list[Path]:
-    """Every checkpoint by its name, whole or not, newest first."""
-    found = [path for path in folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    """Every folder with the name of a checkpoint, newest first. It may be damaged; nothing in it is read."""
+    checkpoints = [path for path in folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """Of `step-00000100`, and of a hidden `.step-00000100.damaged`."""
+    """The step in a name like `step-00000100`, or a hidden one like `.step-00000100.damaged`."""
     return int(path.name.removeprefix(".").removeprefix("step-").split(".")[0])

@@ -1,17 +1,16 @@
-"""Training's state from a checkpoint of one layout into an engine of another: a rank reads just what it holds of each tensor."""
+"""Loads a checkpoint of one layout into an engine of another: each rank reads only its own part of each tensor."""
 
 import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-from conf.choices import Backend
+from conf import choices
 from conf.errors import Problem, RunError
-from jobs.backends import Engine
+from jobs.backends import Backend, Engine
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.tensor_io import dcp, deepspeed
 from jobs.tensor_io.dtypes import as_bytes
@@ -21,88 +20,92 @@ from jobs.tensor_io.reader import Files, Reader
 from jobs.tensor_io.slices import Part, plain
 
 WEIGHT = "weight"
-"""Kind of the fp32 masters; the other kinds are what the optimizer calls its state: exp_avg, exp_avg_sq, step."""
+"""Kind of the fp32 master weights. The other kinds are the optimizer's names for its state: exp_avg, exp_avg_sq, step."""
 
-Kinds = dict[str, dict[str, Stored]]
-"""Plain name of a trained weight -> kind -> where it is stored."""
-Held = dict[str, dict[str, Part]]
-"""Plain name of a trained weight -> kind -> what this rank holds of it."""
+StoredState = dict[str, dict[str, Stored]]
+"""Plain name of a trained weight -> kind -> where the checkpoint stores it."""
+RankState = dict[str, dict[str, Part]]
+"""Plain name of a trained weight -> kind -> this rank's part of it, to be filled."""
 
 
-def load(backend: ModuleType, engine: Engine, folder: Path, written_by: Backend) -> int:
+def load(backend: Backend, engine: Engine, folder: Path, written_by: choices.Backend) -> int:
     """Fill the engine's masters and optimizer state from `folder`; returns the bytes this rank read. All ranks call this.
 
-    Nothing is written and no rank has a whole tensor: reads go in pieces of 16 MiB from the old shards to their place.
-    Raises RunError, on all ranks, for a tensor that is missing, of another shape, or cut in a way that has no elements.
+    Nothing is written to disk, and no rank has a whole tensor in memory: blocks of 16 MiB go from the old shards straight into
+    the new ones. Raises RunError, on all ranks, for a tensor that is missing or has another shape.
     """
     saved = broadcast_from_rank0(lambda: stored(folder, written_by))
-    held = backend.held(engine)
-    raise_on_all_ranks(lambda: _check(folder, saved, held))
-    count = raise_on_all_ranks(lambda: _fill(saved, held))
-    backend.filled(engine)
-    return count
+    parts = backend.local_state(engine)
+    raise_on_all_ranks(lambda: _check(folder, saved, parts))
+    read_bytes = raise_on_all_ranks(lambda: _fill(saved, parts))
+    backend.local_state_filled(engine)
+    return read_bytes
 
 
-def stored(folder: Path, written_by: Backend) -> Kinds:
-    """Where a checkpoint has the masters and the optimizer's state of each trained weight. Raises RunError where it is damaged."""
-    return _zero(folder) if written_by is Backend.zero else _dcp(folder)
+def stored(folder: Path, written_by: choices.Backend) -> StoredState:
+    """Where a checkpoint stores master and optimizer state of each trained weight. Raises RunError if it is damaged."""
+    return _zero(folder) if written_by is choices.Backend.zero else _dcp(folder)
 
 
-def _dcp(folder: Path) -> Kinds:
-    found: Kinds = {}
-    for key, place in dcp.tensors(folder).items():
+def _dcp(folder: Path) -> StoredState:
+    weights: StoredState = {}
+    for key, tensor in dcp.tensors(folder).items():
         if state := re.fullmatch(r"optimizer\.state\.(.+)\.([^.]+)", key):
-            found.setdefault(plain(state[1]), {})[state[2]] = place
+            weights.setdefault(plain(state[1]), {})[state[2]] = tensor
         elif key.startswith("model."):
-            found.setdefault(plain(key.removeprefix("model.")), {})[WEIGHT] = place
-    # a tied weight stands there by both names, and has its state by the first
-    return {name: kinds for name, kinds in found.items() if len(kinds) > 1}
+            weights.setdefault(plain(key.removeprefix("model.")), {})[WEIGHT] = tensor
+    # A tied weight is stored under both of its names, its optimizer state only under the first: drop the name without state
+    return {name: kinds for name, kinds in weights.items() if len(kinds) > 1}
 
 
-def _zero(folder: Path) -> Kinds:
-    name = (folder / "latest").read_text(encoding="utf-8").strip()  # written beside DeepSpeed's own folder
+def _zero(folder: Path) -> StoredState:
+    name = (folder / "latest").read_text(encoding="utf-8").strip()  # `zero.save` writes it beside DeepSpeed's folder
     masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer_state(folder / name)
     return {plain(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
 
 
-def _check(folder: Path, saved: Kinds, held: Held) -> None:
+def _check(folder: Path, saved: StoredState, parts: RankState) -> None:
     problems = []
-    for name, parts in held.items():
-        there = saved.get(name, {})
-        for kind in sorted(parts.keys() ^ there.keys()):
-            said = "is not in it" if kind in parts else "is in it, but not in this training"
-            problems.append(Problem("checkpoint", folder, f"{kind} of {name} {said}: resume with the layout it is of"))
-        for kind in parts.keys() & there.keys():
-            if (old := there[kind].shape) != (new := parts[kind].shape):
-                said = f"{kind} of {name} has the shape {list(old)}, not {list(new)}: resume with the layout it is of"
-                problems.append(Problem("checkpoint", folder, said))
+    for name, kinds in parts.items():
+        stored_kinds = saved.get(name, {})
+        for kind in sorted(kinds.keys() ^ stored_kinds.keys()):
+            difference = "is missing" if kind in kinds else "is stored, but this training does not have it"
+            message = f"{kind} of {name} {difference}: resume with the layout that wrote it"
+            problems.append(Problem("checkpoint", folder, message))
+        for kind in kinds.keys() & stored_kinds.keys():
+            if (old := stored_kinds[kind].shape) != (new := kinds[kind].shape):
+                message = (
+                    f"{kind} of {name} has the shape {list(old)}, not {list(new)}: resume with the layout that wrote it"
+                )
+                problems.append(Problem("checkpoint", folder, message))
     if problems:
         raise RunError(*problems[:10])
 
 
-def _fill(saved: Kinds, held: Held) -> int:
+def _fill(saved: StoredState, parts: RankState) -> int:
+    """Read this rank's parts with several threads; returns the bytes read."""
     files, own = Files(), threading.local()
 
-    def one(piece: tuple[Stored, int, torch.Tensor]) -> int:
-        place, start, into = piece
-        if not hasattr(own, "reader"):
+    def read(block: tuple[Stored, int, torch.Tensor]) -> int:
+        tensor, start, into = block
+        if not hasattr(own, "reader"):  # a Reader has buffers, so each thread needs its own
             own.reader = Reader(files)
-        block = torch.empty(into.numel(), dtype=place.dtype.torch)
-        own.reader.fill(place, start, as_bytes(block))
-        into.copy_(block)
-        return block.nbytes
+        buffer = torch.empty(into.numel(), dtype=tensor.dtype.torch)
+        own.reader.fill(tensor, start, as_bytes(buffer))
+        into.copy_(buffer)
+        return int(buffer.nbytes)
 
     try:
         with torch.no_grad(), ThreadPoolExecutor(READERS) as pool:
-            return sum(pool.map(one, _pieces(saved, held)))
+            return sum(pool.map(read, _blocks(saved, parts)))
     finally:
         files.close()
 
 
-def _pieces(saved: Kinds, held: Held) -> Iterator[tuple[Stored, int, torch.Tensor]]:
-    """(where, first element, room for it) in pieces of at most a chunk, name by name."""
-    for name, parts in held.items():
-        for kind, part in parts.items():
-            place, end = saved[name][kind], part.begin + part.into.numel()
-            for start, stop in blocks(part.begin, end, place.width, CHUNK_BYTES // place.dtype.itemsize):
-                yield place, start, part.into[start - part.begin : stop - part.begin]
+def _blocks(saved: StoredState, parts: RankState) -> Iterator[tuple[Stored, int, torch.Tensor]]:
+    """(stored tensor, first element, memory to fill) in blocks of at most CHUNK_BYTES, weight by weight."""
+    for name, kinds in parts.items():
+        for kind, part in kinds.items():
+            tensor, end = saved[name][kind], part.begin + part.into.numel()
+            for start, stop in blocks(part.begin, end, tensor.width, CHUNK_BYTES // tensor.dtype.itemsize):
+                yield tensor, start, part.into[start - part.begin : stop - part.begin]

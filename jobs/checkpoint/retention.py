@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest whole ones, the milestones, and what must go before another one fits."""
+"""Deletes old checkpoints: keeps the newest complete ones and the milestones, and frees space for the next one."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from jobs.checkpoint.paths import folder, published, step_of
 
 
 def sweep(config: Config) -> None:
-    """Delete what a killed attempt left half written or half deleted. Nothing may be saving meanwhile."""
+    """Delete what a killed attempt left half written or half deleted. No checkpoint may be being written meanwhile."""
     for kind in ("partial", "old"):
         for path in folder(config).glob(f".step-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(config: Config, damaged: list[Path], good: Path | None) -> None:
-    """Hide damaged checkpoints from all readers until training has passed them, and let `latest` name the good one."""
+    """Rename damaged checkpoints, so that nothing reads them, and let `latest` name the good one. `prune` deletes them later."""
     for path in damaged:
         hidden = path.with_name(f".{path.name}.damaged")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -31,43 +31,47 @@ def set_aside(config: Config, damaged: list[Path], good: Path | None) -> None:
 
 
 def prune(config: Config, keep: int) -> None:
-    """Keep the `keep` newest that are whole, and those at multiples of train.keep_every; so the only good one always stays."""
+    """Delete checkpoints, except the `keep` newest complete ones and the steps that are multiples of train.keep_every.
+
+    Only complete checkpoints count, so the last good one always stays.
+    """
     every = config.train.keep_every
-    whole = [path for path in published(config) if not manifest.torn(path)]
-    if not whole:
+    complete = [path for path in published(config) if not manifest.size_problems(path)]
+    if not complete:
         return
-    stay = {*whole[:keep], *(path for path in whole if every and step_of(path) % every == 0)}
+    kept = {*complete[:keep], *(path for path in complete if every and step_of(path) % every == 0)}
+    newest = step_of(complete[0])
     for path in published(config):
-        if path not in stay and step_of(path) < step_of(whole[0]):
+        if path not in kept and step_of(path) < newest:
             _delete(path)
     for path in folder(config).glob(".step-*.damaged"):
-        if step_of(path) <= step_of(whole[0]):
+        if step_of(path) <= newest:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete(path: Path) -> None:
-    """A name that starts with a dot first, so that a half deleted one is never taken for whole."""
+    """Rename it to a hidden name first, so that a half deleted checkpoint is never taken for a complete one."""
     hidden = path.with_name(f".{path.name}.old")
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def make_room(config: Config, expected_bytes: int) -> None:
-    """See that another checkpoint fits on the disk: as large as the newest, or as `expected_bytes` where there is none.
+    """Make sure that the disk has space for another checkpoint, of the newest one's size, or of `expected_bytes` if there is none.
 
-    What another checkpoint would push out goes now if need be, but one whole one stays whatever happens to the next.
-    Raises RunError where there is too little room even so. A quota shows only when the write fails.
+    If it does not fit, the oldest checkpoint is deleted now instead of after the save; one complete checkpoint always stays.
+    Raises RunError if there is still too little free space. A quota cannot be seen here: it shows only when a write fails.
     """
-    home = folder(config)
-    home.mkdir(parents=True, exist_ok=True)
-    whole = next((path for path in published(config) if not manifest.torn(path)), None)
-    needed = manifest.size(whole) if whole else expected_bytes
-    if shutil.disk_usage(home).free >= needed:
+    checkpoints = folder(config)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    newest = next((path for path in published(config) if not manifest.size_problems(path)), None)
+    needed = manifest.size(newest) if newest else expected_bytes
+    if shutil.disk_usage(checkpoints).free >= needed:
         return
     prune(config, max(1, config.train.keep_checkpoints - 1))
-    if (free := shutil.disk_usage(home).free) < needed:
-        said = (
-            f"the next one needs {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free: free space on this disk, "
+    if (free := shutil.disk_usage(checkpoints).free) < needed:
+        message = (
+            f"the next checkpoint needs {needed / 2**30:.3g} GiB, only {free / 2**30:.3g} GiB are free: free space on this disk, "
             "lower train.keep_checkpoints, or raise train.keep_every; then resume"
         )
-        raise RunError(Problem("checkpoints", home, said))
+        raise RunError(Problem("checkpoints", checkpoints, message))

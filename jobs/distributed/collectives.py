@@ -7,7 +7,7 @@ functions, in the same order. Without a process group they only call their argum
 import errno
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -29,7 +29,8 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
         return work()
     box: list[Any] = [_result_or_user_error(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
-    return _value_or_raise(*box[0])
+    value, error = box[0]
+    return cast(T, _value_or_raise(value, error))
 
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
@@ -39,7 +40,7 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
         errors: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         error = next((other for other in errors if other), None)
-    return _value_or_raise(value, error)
+    return cast(T, _value_or_raise(value, error))
 
 
 def gather(work: Callable[[], T]) -> list[T]:
@@ -77,7 +78,7 @@ def barrier() -> None:
     gather(lambda: None)
 
 
-def _result_or_user_error(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
+def _result_or_user_error(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
     try:
         return work(), None
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Trains configs on real ranks, each on the same rows, where a run through launch.py would make these anew."""
+"""Trains several configs on real ranks with the same tokenized rows, which runs through launch.py would make again each time."""
 
 import json
 import shutil
@@ -15,17 +15,17 @@ SMALL = [
     "train.weight_decay=0.1", "train.learning_rate=3e-3", "train.precision=fp32", "cluster.train.gpus_per_node=0",
     "data.max_rows=120", "train.eval_every=0", "train.log_every=100",
 ]  # fmt: skip
-"""A training of seconds on four ranks, warm enough that a wrong gradient shows."""
+"""A training of seconds on four ranks, with a learning rate high enough that a wrong gradient changes the loss."""
 
 
 def train_each(configs: list[Config], world: int = 4) -> list[list[dict[str, float]]]:
-    """The lines of metrics.jsonl of each config, trained on `world` new ranks: without a launcher and the other jobs."""
-    found = []
+    """Train each config on `world` new ranks, without launcher and other jobs; returns the lines of each metrics.jsonl."""
+    metrics = []
     for config in configs:
         spawn(_rank, world, config)
         lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-        found.append([json.loads(line) for line in lines])
-    return found
+        metrics.append([json.loads(line) for line in lines])
+    return metrics
 
 
 def _rank(_: int, config: Config) -> None:
@@ -33,13 +33,13 @@ def _rank(_: int, config: Config) -> None:
 
 
 def runs(config: Config, data: Path, folder: Path, cases: dict[str, dict[str, object]]) -> list[Config]:
-    """`config` with the values of each case, in a folder of its own that has the tokenised rows of `data`."""
-    made = []
+    """A config for each case: `config` with the case's values, in a run folder with a copy of the tokenized rows in `data`."""
+    configs = []
     for name, values in cases.items():
         run = folder / name
         shutil.copytree(data, run / "data")
-        made.append(put(deepcopy(config), {"run_dir": str(run), **values}))
-    return made
+        configs.append(put(deepcopy(config), {"run_dir": str(run), **values}))
+    return configs
 
 
 def losses(lines: list[dict[str, float]]) -> list[float]:

@@ -1,6 +1,6 @@
-"""Holds the loss and gradient-norm curves of every layout against one process: `make numerics` writes docs/numerics.md.
+"""Compares loss and gradient norm of every layout with one process: `make numerics` writes docs/numerics.md.
 
-All layouts train in the same four processes, one after the other: starting ranks takes longer than twenty small steps.
+All layouts train in the same four processes, one after the other, because starting ranks takes longer than twenty small steps.
 """
 
 import gc
@@ -23,7 +23,7 @@ from tests.jobs.ranks import spawn
 
 STEPS, RANKS, ROWS = 20, 4, 12
 LIMIT = 2e-3
-"""Largest relative difference that is a layout's own arithmetic, and no fault."""
+"""Largest relative difference that can come from another order of floating-point operations. More is an error."""
 LAYOUTS = {
     "ddp": ["parallel=ddp"],
     "fsdp": ["parallel=fsdp"],
@@ -53,7 +53,7 @@ COMMON = [
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, whatever the layout: a reference curve each."""
+    """What is trained. Each task has one reference curve, for all layouts."""
 
     adapter: str
     packed: bool
@@ -73,7 +73,7 @@ class Case:
     layout: str
     task: Task
     accumulated: int
-    """Micro batches a step."""
+    """Micro batches per step."""
 
     @property
     def possible(self) -> bool:
@@ -81,14 +81,14 @@ class Case:
 
 
 def every() -> Iterator[Case]:
-    """All layouts with all tasks: tied embeddings in one micro batch, untied ones in three."""
+    """All layouts with all tasks. Tied embeddings train in one micro batch per step, untied ones in three."""
     for layout, task in product(LAYOUTS, tasks()):
         if (case := Case(layout, task, 1 if task.tied else 3)).possible:
             yield case
 
 
 def some() -> Iterator[Case]:
-    """Each layout with one task, the next layout with the next."""
+    """Each layout with one task, the tasks in turn."""
     for number, layout in enumerate(LAYOUTS):
         task, accumulated = tasks()[number % len(tasks())], (1, 3)[number // 2 % 2]
         if not Case(layout, task, accumulated).possible:
@@ -101,7 +101,7 @@ def tasks() -> list[Task]:
 
 
 def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
-    """Largest relative difference of loss or gradient norm over the steps of each case; `compose` is the tests' fixture."""
+    """For each case, the largest relative difference of loss or gradient norm over all steps. `compose` is the tests' fixture."""
     from jobs import preprocess
 
     rows, curves = {}, {}
@@ -117,8 +117,8 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
     for number, case in enumerate(cases):
         config = compose(f"run_dir={folder}/{number}", *COMMON, *case.task.words, *LAYOUTS[case.layout])
         parallel = config.parallel
-        apart = RANKS // (parallel.context_ranks * parallel.tensor_ranks)
-        config.train.micro_batch = ROWS // apart // case.accumulated
+        data_ranks = RANKS // (parallel.context_ranks * parallel.tensor_ranks)
+        config.train.micro_batch = ROWS // data_ranks // case.accumulated
         Path(config.run_dir).mkdir()
         (Path(config.run_dir) / "data").symlink_to(rows[case.task.packed])
         configs.append(config)
@@ -152,17 +152,18 @@ def _difference(run: Path, curve: list[tuple[float, float]]) -> float:
     steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
     assert len(steps) == len(curve)
     return max(
-        abs(found - wanted) / wanted
-        for step, expected in zip(steps, curve, strict=True)
-        for found, wanted in zip(step, expected, strict=True)
+        abs(value - expected) / expected
+        for step, reference_step in zip(steps, curve, strict=True)
+        for value, expected in zip(step, reference_step, strict=True)
     )
 
 
-def table(found: dict[Case, float]) -> str:
-    """Markdown: a line a layout, a column a task."""
+def table(differences_of: dict[Case, float]) -> str:
+    """A Markdown table: one line per layout, one column per task."""
     columns = list(product(("none", "lora"), (False, True), (1, 3)))
     cells = {
-        (case.layout, case.task.adapter, case.task.packed, case.accumulated): value for case, value in found.items()
+        (case.layout, case.task.adapter, case.task.packed, case.accumulated): value
+        for case, value in differences_of.items()
     }
     names = [f"{'LoRA' if a == 'lora' else 'full'}, {'packed' if p else 'padded'}, {n}" for a, p, n in columns]
     lines = ["| layout | " + " | ".join(names) + " |", "|---|" + "---:|" * len(columns)]
@@ -172,12 +173,13 @@ def table(found: dict[Case, float]) -> str:
     return "\n".join(lines)
 
 
-PAGE = """# Numerics: every layout against one process
+PAGE = """# Numerics: every layout compared with one process
 
-{ranks} ranks over Gloo on CPUs, float32, a Llama with grouped queries, ragged rows of at most 96 tokens, {rows} rows a step
-in 1 micro batch (with tied embeddings) or 3 (untied), {steps} steps of AdamW. A cell is the largest relative difference, over
-all steps, of loss and gradient norm from plain torch in one process, with the whole batch at once and a mask between packed
-samples. `make numerics` makes this page, and fails above {limit:g}; `make test` holds one column of each line against it.
+{ranks} ranks on CPUs (Gloo, float32) train a Llama with grouped queries for {steps} steps of AdamW. Each step has {rows} rows of
+different lengths, at most 96 tokens, in 1 micro batch (tied embeddings) or 3 micro batches (untied embeddings).
+The reference is plain torch in one process: the whole batch at once, with a mask between packed samples.
+A cell is the largest relative difference from the reference, in loss or gradient norm, over all steps.
+`make numerics` writes this page, and fails if a difference is above {limit:g}. `make test` checks one column of each line.
 
 {table}
 """
@@ -196,12 +198,12 @@ def main() -> None:
             return resolve.resolve(hydra.compose("config", overrides=list(words)))
 
     with tempfile.TemporaryDirectory() as folder:
-        found = differences(list(every()), Path(folder), compose)
-    text = PAGE.format(ranks=RANKS, rows=ROWS, steps=STEPS, limit=LIMIT, table=table(found))
+        results = differences(list(every()), Path(folder), compose)
+    text = PAGE.format(ranks=RANKS, rows=ROWS, steps=STEPS, limit=LIMIT, table=table(results))
     (root / "docs/numerics.md").write_text(text)
-    worst = max(found.values())
-    print(table(found))
-    print(f"RESULT layouts={len(LAYOUTS)} cases={len(found)} worst_relative={worst:.2e}")
+    worst = max(results.values())
+    print(table(results))
+    print(f"RESULT layouts={len(LAYOUTS)} cases={len(results)} worst_relative={worst:.2e}")
     sys.exit(worst > LIMIT)
 
 

@@ -1,4 +1,4 @@
-"""Runs real ranks: a function on several processes over Gloo, or a whole run through launch.py on this machine."""
+"""Starts real ranks for tests: a function in several processes over Gloo, or a whole run through launch.py on this machine."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ multiprocessing.set_forkserver_preload(["tests.jobs.preloaded"])
 
 
 def run(*words: str) -> str:
-    """`python launch.py words...` on this machine; what it printed. A failure fails the test with all of it."""
+    """Run `python launch.py words...` and return its output. If it fails, the test fails and shows the output."""
     done = subprocess.run(
         [sys.executable, CLONE / "launch.py", *words], capture_output=True, text=True, timeout=300, check=False
     )
@@ -25,13 +25,11 @@ def run(*words: str) -> str:
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call function(rank, *arguments) on every rank; an assertion that fails on any of them fails here."""
+    """Call function(rank, *arguments) on `world_size` ranks. An error on any of them is raised here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # read when torch is imported, which is once for all ranks of all tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, once for all ranks of all tests
     mp.start_processes(
         _rank, args=(os.getpid(), function, world_size, port, arguments), nprocs=world_size, start_method="forkserver"
     )
@@ -40,7 +38,7 @@ def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> No
 def _rank(
     rank: int, test: int, function: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]
 ) -> None:
-    for number in (1, 2):  # say it where the test does, not where the test said it that started the server
+    for number in (1, 2):  # the fork server has the output of the test that started it: use this test's
         os.dup2(os.open(f"/proc/{test}/fd/{number}", os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),

@@ -1,4 +1,4 @@
-"""Every layout against the reference: twenty steps on four real ranks, then the consolidated model against the live one."""
+"""Compares every layout with the reference over twenty steps on four ranks, then the consolidated model with the trained one."""
 
 import json
 
@@ -17,7 +17,7 @@ LAYOUTS = {
     "zero3_context": ["parallel=zero3", "parallel.context_ranks=2"],
 }  # fmt: skip
 QUICK = ("zero3",)
-"""What `make test` takes through the whole chain; tests/jobs/backends/test_numerics.py holds every layout against its reference."""
+"""`make test` runs all jobs of these layouts; tests/jobs/backends/test_numerics.py compares every layout with its reference."""
 
 
 def some(names):
@@ -37,7 +37,7 @@ LORA = ["adapter=lora", "model=hub", "train.learning_rate=1e-2"]
 
 
 def _reference(folder, *words):
-    """The reference curve of a config, on rows that the preprocess job wrote."""
+    """The reference curve of a config, computed on rows that the preprocess job wrote."""
     ranks.run(f"run_dir={folder}", *COMMON, *words, "jobs=[preprocess]")
     return reference.curve(resolve.load(folder / "config.yaml"), folder, STEPS)
 
@@ -49,7 +49,7 @@ def curve(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A small model that has learnt something, as a Hugging Face folder."""
+    """A small trained model, as a Hugging Face folder."""
     run = tmp_path_factory.mktemp("base") / "run"
     ranks.run(f"run_dir={run}", *COMMON, "jobs=[preprocess,train,consolidate]")
     return run / "model"
@@ -62,14 +62,14 @@ def lora_curve(base, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", some(LAYOUTS))
-def test_layout_equals_the_reference(layout, curve, tmp_path):
+def test_layout_equals_the_reference(layout, curve, tmp_path) -> None:
     ranks.run(f"run_dir={tmp_path}/run", *COMMON, *LAYOUTS[layout])
     check(tmp_path / "run", curve)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero3"])
-def test_packed_rows_equal_the_reference(layout, tmp_path):
+def test_packed_rows_equal_the_reference(layout, tmp_path) -> None:
     words = ["data.packing=true", "data.max_length=128"]
     ranks.run(f"run_dir={tmp_path}/run", *COMMON, *words, f"parallel={layout}")
     check(tmp_path / "run", _reference(tmp_path / "reference", *words))
@@ -77,17 +77,19 @@ def test_packed_rows_equal_the_reference(layout, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", some(["fsdp", "hsdp", "zero2", "zero3"]))
-def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path):
+def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path) -> None:
     run = tmp_path / "run"
     ranks.run(f"run_dir={run}", *COMMON, *LORA, f"model.source={base}", *LAYOUTS[layout])
     check(run, lora_curve)
-    assert _size(run / "checkpoints") < _size(base) * 3  # the base is in no checkpoint, only adapters and their moments
+    assert (
+        _size(run / "checkpoints") < _size(base) * 3
+    )  # checkpoints have adapters and their moments only, not the base
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.proof)])
-def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_path):
-    """A frozen bf16 base and fp32 adapters in one group were once gathered wrongly, without a word (torch 2.11)."""
+def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_path) -> None:
+    """torch 2.11 silently gathers wrong values for a frozen bf16 base and fp32 adapters in one FSDP group."""
     run = tmp_path / "run"
     words = [*COMMON, *LORA, f"model.source={base}", "train.precision=bf16", "train.steps=1", "train.warmup_steps=0"]
     ranks.run(f"run_dir={run}", *words, f"parallel={layout}", "jobs=[preprocess,train]")
@@ -102,7 +104,7 @@ def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", some(["zero1", "zero2", "zero3", "fsdp"]))
-def test_fp32_masters_of_bf16_training_are_consolidated_bit_for_bit(layout, tmp_path):
+def test_fp32_masters_of_bf16_training_are_consolidated_bit_for_bit(layout, tmp_path) -> None:
     words = [*COMMON, "train.precision=bf16", "train.steps=4", "train.warmup_steps=1", f"parallel={layout}"]
     shown = ranks.run(f"run_dir={tmp_path}/run", *words, "jobs=[preprocess,train,consolidate]")
     assert "38 weights equal those in training, bit for bit" in shown

@@ -1,4 +1,4 @@
-"""Each layout's curve is that of one process; `make numerics` does all combinations, and writes docs/numerics.md."""
+"""Each layout trains like one process, with one task each; `make numerics` checks all tasks and writes docs/numerics.md."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.jobs import numerics
 
 
 @pytest.mark.slow
-def test_every_layout_trains_like_one_process(compose, tmp_path):
-    found = numerics.differences(list(numerics.some()), tmp_path, compose)
-    assert {case.layout for case in found} == set(numerics.LAYOUTS)
-    assert {case: value for case, value in found.items() if value > numerics.LIMIT} == {}
+def test_every_layout_trains_like_one_process(compose, tmp_path) -> None:
+    results = numerics.differences(list(numerics.some()), tmp_path, compose)
+    assert {case.layout for case in results} == set(numerics.LAYOUTS)
+    assert {case: value for case, value in results.items() if value > numerics.LIMIT} == {}

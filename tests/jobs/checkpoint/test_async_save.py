@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: equal to those that are waited for, published by all ranks or by none."""
+"""Checkpoints written in the background: equal to those of a blocking save, published by all ranks or by none."""
 
 import os
 import resource
@@ -33,10 +33,10 @@ def update(backend, engine) -> None:
 
 
 def both(rank: int, configs: list[Config]) -> None:
-    """Save the same state in both ways, with an update between the copy and the write; then let one rank's disk be full."""
+    """Save the same state in both ways, with updates between the copy and the write; then fill the disk of one rank."""
     with process_group(configs[0]) as world:
         for config in configs:
-            backend = backends.chosen(config)
+            backend = backends.import_backend(config)
             engine = backend.wrap(build.build(config), config, world)
             saver = Saver(config, world, Metrics(config, world, last_step=9, first_step=0))
             update(backend, engine)
@@ -44,46 +44,46 @@ def both(rank: int, configs: list[Config]) -> None:
             saver.save(backend, engine, 2, checkpointing.layout(config, world), wait=False)
             for _ in range(2):
                 update(backend, engine)
-            saver.settle()
+            saver.publish_pending()
             assert paths.published(config)[0].name == "step-00000002"
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
             saver.save(backend, engine, 3, checkpointing.layout(config, world), wait=False)
             with pytest.raises(OSError, match="" if rank else "rank 1 on "):
-                saver.settle()
+                saver.publish_pending()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert [path.name for path in checkpointing.folder(config).glob("*-00000003*")] == []
 
 
 def prepared(rank: int, config: Config) -> None:
-    """What is taken beforehand is all that a save needs."""
+    """A save allocates no more memory than `prepare` has allocated."""
     slabs: list[int] = []
-    mapped = host_staging.Slabs._mapped
-    host_staging.Slabs._mapped = lambda self, size: slabs.append(size) or mapped(self, size)
+    map_slab = host_staging.Slabs._map_slab
+    host_staging.Slabs._map_slab = lambda self, size: slabs.append(size) or map_slab(self, size)
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         saver = Saver(config, world, Metrics(config, world, last_step=9, first_step=0))
         update(backend, engine)
         saver.prepare(backend, engine)
-        saver._stager.prepared()
+        saver._stager.wait_prepared()
         taken = len(slabs)
         assert taken > 0
         for step in (1, 2):
             saver.save(backend, engine, step, checkpointing.layout(config, world), wait=False)
-            saver.settle()
+            saver.publish_pending()
         assert len(slabs) == taken
 
 
 @pytest.mark.parametrize("words", ["fsdp", "fsdp adapter=lora", "zero2", "zero3", "zero3 adapter=lora"])
-def test_host_memory_is_taken_before_the_first_save(words, compose, tmp_path):
+def test_host_memory_is_taken_before_the_first_save(words, compose, tmp_path) -> None:
     spawn(prepared, 2, compose(f"run_dir={tmp_path}", *WORDS, *f"parallel={words}".split()))
 
 
 def shards(config: Config, step: int) -> dict[str, object]:
-    files = read_json(checkpointing.place(config, step) / "manifest.json")["files"]
-    return {name: entry for name, entry in files.items() if name != ".metadata"}  # which has an id of its own
+    files = read_json(checkpointing.step_folder(config, step) / "manifest.json")["files"]
+    return {name: entry for name, entry in files.items() if name != ".metadata"}  # each has an ID of its own
 
 
 def check(compose, folder: Path, layouts: tuple[str, ...], *words: str) -> None:
@@ -96,41 +96,41 @@ def check(compose, folder: Path, layouts: tuple[str, ...], *words: str) -> None:
         assert shards(config, 2) == shards(config, 1), config.parallel.name
 
 
-def test_both_ways_write_the_same_and_a_full_disk_is_met_in_both(compose, tmp_path):
+def test_both_ways_write_the_same_and_a_full_disk_is_met_in_both(compose, tmp_path) -> None:
     check(compose, tmp_path, ("fsdp", "zero3"))
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("words", [[], ["adapter=lora"], ["train.precision=bf16"]], ids=["full", "lora", "bf16"])
-def test_both_ways_write_the_same_in_every_layout(words, compose, tmp_path):
+def test_both_ways_write_the_same_in_every_layout(words, compose, tmp_path) -> None:
     check(compose, tmp_path, ("fsdp", "ddp", "zero1", "zero2", "zero3", "zero3_offload"), *words)
 
 
 def killed(rank: int, config: Config) -> None:
-    """Train until this rank writes step 4 in the background; there rank 1 dies of SIGKILL."""
-    real = checkpointing.manifest.written
+    """Train until step 4 is written in the background; then rank 1 is killed by SIGKILL."""
+    real = checkpointing.manifest.flush_and_describe
 
-    def written(beside, number):
-        if rank == 1 and "step-00000004" in beside.name:
+    def flush_and_describe(hidden, number):
+        if rank == 1 and "step-00000004" in hidden.name:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(beside, number)
+        return real(hidden, number)
 
-    checkpointing.manifest.written = written
+    checkpointing.manifest.flush_and_describe = flush_and_describe
     train.run(config)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("layout", ["fsdp", "zero2"])
-def test_killed_while_it_writes_in_the_background_it_goes_on_from_the_one_before(layout, compose, tmp_path):
+def test_killed_while_it_writes_in_the_background_it_goes_on_from_the_one_before(layout, compose, tmp_path) -> None:
     words = [*SMALL, "cluster.train.ranks_per_node=2", "train.save_every=2", f"parallel={layout}"]
     config = compose(f"run_dir={tmp_path}/data", *words)
     preprocess.run(config)
     whole, broken = runs(config, tmp_path / "data/data", tmp_path, {"whole": {}, "broken": {}})
     with pytest.raises(Exception, match="SIGKILL|terminated|process"):
         spawn(killed, 2, broken)
-    assert checkpointing.latest(broken)[1]["step"] == 2
+    assert checkpointing.to_consolidate(broken)[1]["step"] == 2
     assert [losses(lines) for lines in train_each([broken], 2)] == [losses(lines) for lines in train_each([whole], 2)]
-    assert checkpointing.latest(broken)[1]["step"] == 6
+    assert checkpointing.to_consolidate(broken)[1]["step"] == 6
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def contents(path: Path) -> dict[str, bytes]:
         }
 
 
-def test_a_copy_keeps_what_shares_storage_together(tmp_path):
+def test_a_copy_keeps_what_shares_storage_together(tmp_path) -> None:
     base = torch.arange(12.0)
     state = {
         "whole": base,
@@ -160,8 +160,8 @@ def test_a_copy_keeps_what_shares_storage_together(tmp_path):
     assert copy["again"] is copy["whole"]
 
 
-def test_memory_of_copies_is_used_again():
-    """By the next copy of the same tensor, and where one has gone by another of its size; never by two at once."""
+def test_memory_of_copies_is_used_again() -> None:
+    """Memory is used again for the same tensor, or, if that is gone, for another one of its size; never for two at once."""
     stager = host_staging.Stager(torch.device("cpu"))
     sizes = [1, 1000, 2**20, 2**22, 3 * 2**20, 0]
     state = {str(size): torch.randn(size) for size in sizes}
@@ -183,7 +183,7 @@ def test_memory_of_copies_is_used_again():
     assert torch.equal(third["1"], state["1"])
 
 
-def test_free_memory_is_that_of_the_tightest_group(tmp_path, monkeypatch):
+def test_free_memory_is_that_of_the_tightest_group(tmp_path, monkeypatch) -> None:
     assert host_memory.free_bytes() > 0
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
     before = host_memory.free_bytes()

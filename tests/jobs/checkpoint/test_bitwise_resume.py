@@ -1,4 +1,4 @@
-"""Interrupted three times and resumed, a training ends in exactly the weights, optimizer state and metrics of one that was not."""
+"""A training that is interrupted and resumed ends with exactly the same weights, optimizer state and metrics as one that is not."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LAYOUTS = {"fsdp": [], "hsdp": ["parallel.shard_ranks=2"], "zero1": [], "zero2":
 
 
 def phase(rank: int, config: Config, signalled: tuple[int, int] | None) -> None:
-    """Train on from where it stands: to the end, or until the step before which one rank gets a signal."""
+    """Resume and train: to the end, or until one rank gets a signal just before the given step."""
     torch.use_deterministic_algorithms(True)
     real, stopped = train._train_step, None
 
@@ -47,13 +47,13 @@ def record(run: Path) -> list[tuple[object, ...]]:
 
 
 def shards(run: Path) -> dict[str, object]:
-    """Length and checksums of every file with weights or optimizer state."""
+    """Size and checksums of every file with weights or optimizer state."""
     files = read_json(run / f"checkpoints/step-{STEPS:08d}/manifest.json")["files"]
     return {name: entry for name, entry in files.items() if name.endswith((".distcp", "_optim_states.pt"))}
 
 
 def check(config: Config, folder: Path, ranks: int, stops: list[tuple[int, int]]) -> None:
-    """Train once to the end and once with `stops`, each a step and the rank that gets the signal; compare what is left."""
+    """Train once to the end and once with `stops`, each a step and the rank that gets the signal; compare the results."""
     preprocess.run(config)
     whole, broken = runs(config, folder / "data/data", folder, {"whole": {}, "broken": {}})
     for config, signalled in [(whole, None), *((broken, stop) for stop in stops), (broken, None)]:
@@ -66,7 +66,7 @@ def check(config: Config, folder: Path, ranks: int, stops: list[tuple[int, int]]
     assert record(after) == record(before)
 
 
-def test_one_interruption_changes_nothing(compose, tmp_path):
+def test_one_interruption_changes_nothing(compose, tmp_path) -> None:
     words = [*WORDS, "parallel=fsdp", "cluster.train.ranks_per_node=2"]
     check(compose(f"run_dir={tmp_path}/data", *words), tmp_path, 2, [(2, 1)])
 
@@ -74,7 +74,7 @@ def test_one_interruption_changes_nothing(compose, tmp_path):
 @pytest.mark.proof
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_interruptions_change_nothing(layout, adapter, compose, tmp_path):
+def test_three_interruptions_change_nothing(layout, adapter, compose, tmp_path) -> None:
     words = [*WORDS, f"parallel={layout}", *LAYOUTS[layout], f"adapter={adapter}"]
     chance = random.Random(f"{layout} {adapter}")
     stops = [(number, chance.randrange(WORLD)) for number in sorted(chance.sample(range(STEPS - 1), 3))]

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks, or in another layout: the same rows, the same losses, every sample once an epoch."""
+"""A run that resumes with other ranks or in another layout: the same rows, the same losses, each sample once an epoch."""
 
 import json
 import re
@@ -41,7 +41,7 @@ CHAINS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Runs of eight steps on four ranks that still have their checkpoint of step 4, made once a layout; leave them as they are."""
+    """Runs of eight steps on four ranks that still have their checkpoint of step 4. Each layout runs once; do not change it."""
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def made(layout):
@@ -59,7 +59,7 @@ def history(run):
 
 
 def rewind(run, step):
-    """As if the run had been killed after it saved at `step`."""
+    """Make the run look as if it had been killed after it saved at `step`."""
     for path in (run / "checkpoints").glob("step-*"):
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
@@ -69,33 +69,33 @@ def rewind(run, step):
 
 
 def check(before, after, since, rel):
-    """The same losses and gradient norms from step `since` on; before it, and of tokens, the very same numbers."""
+    """From step `since` on, losses and gradient norms are close; before it, and for tokens, the numbers are identical."""
     assert len(after) == len(before)
     assert after[:since] == before[:since]
     for one, other in zip(before[since:], after[since:], strict=True):
-        assert one[2] == other[2]  # the very rows
+        assert one[2] == other[2]  # the same rows
         assert other[:2] == pytest.approx(one[:2], rel=rel)
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=pytest.mark.proof) if name in PROOF else name for name in ELSEWHERE]
 )
-def test_it_goes_on_from_step_4_as_if_nothing_had_changed(case, finished, tmp_path):
+def test_it_goes_on_from_step_4_as_if_nothing_had_changed(case, finished, tmp_path) -> None:
     layout, *words = ELSEWHERE[case]
     kept, run = finished(layout), tmp_path / "copy/run"
-    shutil.copytree(kept.parent, run.parent, symlinks=True)  # with the tokenised set beside it
+    shutil.copytree(kept.parent, run.parent, symlinks=True)  # with the tokenized set beside it
     rewind(run, 4)
     said = ranks.run(f"resume={run}", *words)
     assert f"from {layout.split()[0]} on 4 ranks to" in said
     check(history(kept), history(run), 4, rel=2e-3)
-    about = read_json(run / "checkpoints/step-00000008/checkpoint.json")
-    assert about["rows_seen"] == 8 * 16
+    info = read_json(run / "checkpoints/step-00000008/checkpoint.json")
+    assert info["rows_seen"] == 8 * 16
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("case", CHAINS)
-def test_twice_elsewhere_keeps_the_curve(case, adapter, tmp_path):
+def test_twice_elsewhere_keeps_the_curve(case, adapter, tmp_path) -> None:
     first, *hops = CHAINS[case]
     run, words = tmp_path / "run", ["train.steps=12", "train.keep_checkpoints=4", "train.global_batch=24"]
     ranks.run(f"run_dir={run}", *WORDS, *words, f"adapter={adapter}", f"parallel={first}")

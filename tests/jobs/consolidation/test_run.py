@@ -19,6 +19,7 @@ from jobs.distributed.process_group import process_group
 from jobs.model import build
 from jobs.tensor_io.open_checkpoint import open_checkpoint
 from jobs.tokenization.tokenizer import load_tokenizer
+from tests.jobs.checkpoints import save
 from tests.jobs.ranks import spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -34,14 +35,14 @@ TRAIN = [
 def train(rank, config) -> None:
     """One step on random tokens, then a checkpoint with fingerprints; also saves the live weights for the test."""
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         torch.manual_seed(rank)
         tokens = torch.randint(3, 1000, (2, 32))
         backend.backward(engine, engine.module(input_ids=tokens, labels=tokens).loss, last=True)
         backend.step(engine, 1e-2)
         about = {"layout": config.parallel.name, "config": digest(config)}
-        path = checkpointing.save(config, 1, world, lambda folder: backend.save(engine, folder), about)
+        path = save(config, 1, world, lambda folder: backend.save(engine, folder), about)
         live = {name: value.clone() for name, value in backend.weights(engine)}
         if world.is_main:
             write_json(
@@ -194,7 +195,7 @@ def test_only_what_is_read_is_checked(run, tmp_path, monkeypatch) -> None:
     path = tmp_path / "run/checkpoints/step-00000001"
     (path / "fingerprint.json").unlink()
     monkeypatch.setattr(manifest, "PIECE", 4096)
-    manifest.write(path, manifest.written(path, 0) | manifest.written(path, 1))
+    manifest.write(path, manifest.flush_and_describe(path, 0) | manifest.flush_and_describe(path, 1))
     checked = []
     monkeypatch.setattr(
         manifest.Pieces, "check", lambda *args, real=manifest.Pieces.check: checked.append(args[1:]) or real(*args)
@@ -215,7 +216,7 @@ def test_only_what_is_read_is_checked(run, tmp_path, monkeypatch) -> None:
     merged(config, tmp_path)
     shutil.rmtree(tmp_path / "run/model")
     flip(*sorted(read)[len(read) // 2])
-    with pytest.raises(RunError, match=r"is not what was written \(bytes \d+ to \d+\): copy the file again"):
+    with pytest.raises(RunError, match=r"has a wrong checksum in bytes \d+ to \d+: copy the file again"):
         merged(config, tmp_path)
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/.model.partial").exists()
 

@@ -1,4 +1,4 @@
-"""Rows shared by several ranks: loss and gradients are those of whole rows on one process."""
+"""If several ranks share rows, loss and gradients equal those of whole rows in one process."""
 
 import numpy as np
 import pytest
@@ -44,11 +44,11 @@ def _shared(rank: int, size: int, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3", marks=pytest.mark.proof)])
-def test_loss_and_gradients_are_those_of_whole_rows(size, kind):
+def test_loss_and_gradients_are_those_of_whole_rows(size, kind) -> None:
     spawn(_shared, size, size, kind)
 
 
-def test_stretches_make_up_the_row():
+def test_the_parts_of_a_row_make_up_the_row() -> None:
     found = rows(LENGTHS, 24)
     every = np.arange(len(found))
     whole = batches.collate(found, every, pad=0, multiple=24)
@@ -59,6 +59,6 @@ def test_stretches_make_up_the_row():
     assert all(torch.equal(part.cu_seqlens, whole.cu_seqlens) for part in parts)
 
 
-def test_heads_that_cannot_be_shared_out_are_refused():
+def test_heads_that_cannot_be_divided_are_an_error() -> None:
     with pytest.raises(ConfigError, match="parallel.context_ranks=3"):
         context_parallel.install(network().config, World(0, 3, 0, 3, torch.device("cpu"), context_ranks=3))

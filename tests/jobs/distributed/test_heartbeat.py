@@ -1,5 +1,4 @@
-"""jobs/distributed/heartbeat.py in real ranks over Gloo: a collective that one does not join, or in which one is
-stopped, is named."""
+"""jobs/distributed/heartbeat.py in real ranks over Gloo: the rank that does not join a collective, or is stopped, is named."""
 
 import os
 import signal
@@ -46,7 +45,7 @@ def _hang(does: str) -> None:
 @pytest.mark.parametrize(
     ("does", "said"), [("stops", "process stopped (T)"), ("sleeps", "at tests/jobs/distributed/test_heartbeat.py:")]
 )
-def test_a_collective_that_one_rank_does_not_join_is_named(tmp_path, does, said):
+def test_a_collective_that_one_rank_does_not_join_is_named(tmp_path, does, said) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "attempt-1").mkdir()
     with pytest.raises(Exception, match="SIGKILL"):
@@ -58,10 +57,10 @@ def test_a_collective_that_one_rank_does_not_join_is_named(tmp_path, does, said)
     assert "total" in found["reason"].partition(others)[2]
 
 
-def test_a_mark_is_overwritten_in_place_and_goes_with_the_rank(tmp_path):
+def test_a_heartbeat_is_overwritten_in_place_and_deleted_with_the_rank(tmp_path) -> None:
     local = tmp_path / "local"
     local.mkdir()
-    heartbeat.beat("train", 1)  # nobody listens: nothing is written
+    heartbeat.beat("train", 1)  # before `listen` nothing is written
     heartbeat.listen(local, 5, "n3")
     sizes = set()
     for step in (9, 10**9):
@@ -80,11 +79,11 @@ def test_a_mark_is_overwritten_in_place_and_goes_with_the_rank(tmp_path):
     assert read_json(local / "rank-5.beat")["step"] == 10**9
     heartbeat.close()
     assert not local.exists()
-    os.kill(os.getpid(), heartbeat.ASK)  # asked too late, which ends nobody
+    os.kill(os.getpid(), heartbeat.ASK)  # ASK after `close` ends nothing
     signal.signal(heartbeat.ASK, signal.SIG_DFL)
 
 
-def test_a_rank_asked_for_its_stacks_goes_on(tmp_path):
+def test_a_rank_asked_for_its_stacks_goes_on(tmp_path) -> None:
     heartbeat.listen(tmp_path, 0)
     os.kill(os.getpid(), heartbeat.ASK)
     assert "test_a_rank_asked_for_its_stacks_goes_on" in (tmp_path / "rank-0.stack").read_text()

@@ -1,4 +1,4 @@
-"""A training that is told to stop during an evaluation: it stops there, and makes up for it when it is resumed."""
+"""A training that gets a stop signal during an evaluation stops there, and repeats the evaluation when it is resumed."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ WORDS = [
 STEP = "step-00000006/fingerprint.json"
 
 
-def stopped_at(rank: int, config: str, step: int, said: str) -> None:
-    """Train, and signal rank 1 alone as the evaluation at `step` begins."""
+def stopped_at(rank: int, config: str, step: int, expected: str) -> None:
+    """Train, and signal only rank 1 when the evaluation at `step` begins."""
     from jobs import run, train
 
     evaluate = train._evaluate
@@ -31,12 +31,12 @@ def stopped_at(rank: int, config: str, step: int, said: str) -> None:
         return evaluate(training, at)
 
     train._evaluate = signalled
-    with pytest.raises(Stopped, match=f"told to stop by SIGUSR1; {said}") as caught:
+    with pytest.raises(Stopped, match=f"told to stop by SIGUSR1; {expected}") as caught:
         run("train", config)
     assert caught.value.status == "preempted"
 
 
-def on_to_the_end(rank: int, config: str) -> None:
+def train_to_the_end(rank: int, config: str) -> None:
     from jobs import run
 
     run("train", config)
@@ -46,15 +46,15 @@ def lines(run: Path) -> list[tuple[object, ...]]:
     return [tuple(item.get(name) for name in ("step", "loss", "grad_norm", "eval_loss")) for item in metrics(run)]
 
 
-def test_an_evaluation_is_cut_short_and_made_up_for(tmp_path):
+def test_an_interrupted_evaluation_is_repeated(tmp_path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ranks.run(f"run_dir={whole}", *WORDS, "jobs=[preprocess,train]")
     ranks.run(f"run_dir={broken}", *WORDS, "jobs=[preprocess]")
     config = str(broken / "config.yaml")
-    for step, said in ((0, "nothing to save yet"), (3, "saved at step 3 of 6"), (6, "saved at step 6 of 6")):
-        ranks.spawn(stopped_at, 2, config, step, said)
+    for step, expected in ((0, "nothing to save yet"), (3, "saved at step 3 of 6"), (6, "saved at step 6 of 6")):
+        ranks.spawn(stopped_at, 2, config, step, expected)
         assert step not in [line[0] for line in lines(broken) if line[3] is not None]
-    ranks.spawn(on_to_the_end, 2, config)
+    ranks.spawn(train_to_the_end, 2, config)
     assert lines(broken) == lines(whole)
     assert [line[0] for line in lines(broken) if line[3] is not None] == [0, 3, 6]
     assert read_json(broken / "checkpoints" / STEP) == read_json(whole / "checkpoints" / STEP)

@@ -269,7 +269,7 @@ def test_float8_on_a_gpu_without_such_products_is_an_error_with_a_remedy(monkeyp
 
 def _is_sharded(_rank: int, config: Config) -> None:
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.build_on_meta(config), config, world)
+        engine = backends.import_backend(config).wrap(build.build_on_meta(config), config, world)
         layers = quantized_linear.quantized_layers(getattr(engine.module, "module", engine.module))
         assert len(layers) == 7 * 4
         for name, layer in layers.items():

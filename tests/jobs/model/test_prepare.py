@@ -155,7 +155,7 @@ def test_blocks_are_compiled_by_default_on_gpus_with_triton(
 def _sharded(rank, overrides, config) -> None:
     """Two ranks, one of which has nothing to train in the second batch: the gradient norm equals that of one process."""
     with process_group(config) as world:
-        backend = backends.chosen(config)
+        backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
         batches = [rows([9, 14, 11], None), rows([5, 12], None, trained=0.5 * (rank == 0))]
         for number, batch_rows in enumerate(batches, 1):
@@ -204,7 +204,7 @@ def _has_no_graph_break(rank, config) -> None:
     torch._dynamo.reset()
     counters.clear()
     with process_group(config) as world:
-        engine = backends.chosen(config).wrap(build.build_on_meta(config), config, world)
+        engine = backends.import_backend(config).wrap(build.build_on_meta(config), config, world)
         loss.summed_cross_entropy(engine.module, whole(rows([9, 14, 11], None))).backward()
     adapted = config.adapter.kind is not AdapterKind.none
     # One graph for all blocks (with adapters two: the first block's input needs no gradient), one for the loss, and one for

@@ -52,7 +52,7 @@ def stored(request, tmp_path_factory):
 
 def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     """Weights by plain name, gathered; buffers; the bytes that this rank read."""
-    engine = backends.chosen(config).wrap(model.build_on_meta(config), config, world)
+    engine = backends.import_backend(config).wrap(model.build_on_meta(config), config, world)
     network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
     return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
 
@@ -157,7 +157,7 @@ def test_random_weights_have_the_scale_of_the_model(compose: Compose) -> None:
 
 def _refused(_rank: int, config: Config, expected_words: list[str]) -> None:
     with process_group(config) as world, pytest.raises(ConfigError) as caught:
-        backends.chosen(config).wrap(model.build_on_meta(config), config, world)
+        backends.import_backend(config).wrap(model.build_on_meta(config), config, world)
     for word in expected_words:
         assert word in str(caught.value)
 
@@ -276,9 +276,9 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.build_on_meta, zero._partitioned(twin, config, world), config, world)
+            materialize.fill(twin, model.build_on_meta, zero._allocate_partitions(twin, config, world), config, world)
         else:
-            backends.chosen(config).wrap(twin, config, world)
+            backends.import_backend(config).wrap(twin, config, world)
         done.set()
         watcher.join()
         assert size / 2 <= peak[0] - before < 0.75 * size, f"{(peak[0] - before) / size:.2f} of the model"
@@ -303,7 +303,8 @@ def test_a_resumed_run_reads_no_weights_that_its_checkpoint_holds(stored, compos
 def _skipped(_rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         full, lora = (
-            backends.chosen(config).wrap(model.build_on_meta(config), config, world, resumed=True) for config in configs
+            backends.import_backend(config).wrap(model.build_on_meta(config), config, world, resumed=True)
+            for config in configs
         )
     assert full.read_bytes == 0
     assert lora.read_bytes > 0
