@@ -14,6 +14,7 @@ from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
+from jobs.checkpoint.paths import checkpoints_folder
 from jobs.consolidation import external, model_card, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import AdapterSettings, Merge, merge_adapter_only, merge_model, use_dequantized_base
@@ -40,7 +41,7 @@ def run(config: Config) -> None:
 
     selected = checkpointing.to_consolidate(config)
     if selected is None:
-        raise RunError(Problem("checkpoints", checkpointing.folder(config), "has no whole checkpoint: train first"))
+        raise RunError(Problem("checkpoints", checkpoints_folder(config), "has no whole checkpoint: train first"))
     path, checkpoint_info = selected
     target = Path(config.run_dir) / "model"
     muster_json = _muster_json(config, path, checkpoint_info)

@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # torch does not type it
+@torch.no_grad()
 def answer(
     prompt: str,
     model: PreTrainedModel,
@@ -80,7 +80,7 @@ def answer(
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
         sampling = {"do_sample": True, "temperature": settings.temperature}
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # a class decorator hides it from mypy
         **inputs,
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,

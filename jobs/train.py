@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +45,7 @@ class Training:
     config: Config
     world: World
     stop: stop_signals.Stop
-    backend: ModuleType
+    backend: backends.Backend
     engine: backends.Engine
     train_rows: batches.Rows
     validation_rows: batches.Rows

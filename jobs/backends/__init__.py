@@ -24,8 +24,8 @@ from jobs.tensor_io.slices import Part
 class Engine:
     """A sharded model with its optimizer, as a backend made it."""
 
-    module: nn.Module
-    """Called for the forward pass."""
+    module: Any
+    """Called for the forward pass: the nn.Module itself (FSDP), or the DeepSpeedEngine around it (ZeRO)."""
     optimizer: Any
     """torch's optimizer (FSDP) or DeepSpeed's, which has torch's inside (ZeRO)."""
     max_grad_norm: float

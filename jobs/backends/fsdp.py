@@ -114,7 +114,7 @@ def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The config's optimizer over the trainable parameters, with a loss scale if training is in fp16."""
-    optimizer = optim.build(model, config)
+    optimizer: torch.optim.Optimizer = optim.build(model, config)
     if config.train.precision is Precision.fp16:
         loss_scaling.install(optimizer)
     return optimizer
@@ -145,7 +145,7 @@ def _shard_adapters(block: nn.Module, **options: Any) -> None:
     if not adapters:
         return
     fully_shard(adapters, **options)
-    state = fully_shard.state(adapters[0])
+    state = fully_shard.state(adapters[0])  # type: ignore[attr-defined]  # set by FSDP's decorator
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
     block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)

@@ -22,7 +22,7 @@ def clip(parameters: list[nn.Parameter], limit: float, parts: list[nn.Module], m
                 grad.copy_(all_reduce(grad, "sum", mesh))
     limit = limit or float("inf")
     if mesh.size() == 1:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
     grads = [parameter.grad for parameter in parameters if isinstance(parameter.grad, DTensor)]
     # Sum of squares: over the shards for all, and also over the tensor ranks for matrices that are sliced

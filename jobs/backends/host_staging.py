@@ -68,7 +68,7 @@ class Slabs:
         return slab
 
 
-class _SlabStager(StateDictStager):  # type: ignore[misc]  # mypy does not read torch
+class _SlabStager(StateDictStager):
     """torch's stager, which knows every kind of tensor, with memory from Slabs.
 
     torch 2.11's DefaultStager drops its memory after each copy.
@@ -81,7 +81,8 @@ class _SlabStager(StateDictStager):  # type: ignore[misc]  # mypy does not read 
     def _stage_untyped_storage(self, storage: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
         if storage.size() and storage not in self._cached_storage_mapping:
             self._cached_storage_mapping[storage] = self._slabs.allocate(storage)
-        return super()._stage_untyped_storage(storage, non_blocking)
+        staged: torch.UntypedStorage = super()._stage_untyped_storage(storage, non_blocking)
+        return staged
 
 
 class Stager:

@@ -104,7 +104,8 @@ def _slice_linear(name: str, module: Any, dimension: int, mesh: DeviceMesh) -> N
                 local, mesh, [Shard(dimension)], run_check=False, shape=parameter.shape, stride=parameter.stride()
             )
             setattr(module, key, nn.Parameter(sliced, parameter.requires_grad))
-    module.forward = _row_forward(module) if dimension == 0 else _column_forward(module, mesh)
+    forward = _row_forward(module) if dimension == 0 else _column_forward(module, mesh)
+    module.forward = forward  # type: ignore[method-assign]
 
 
 def _row_forward(module: nn.Linear) -> Any:
@@ -117,7 +118,7 @@ def _row_forward(module: nn.Linear) -> Any:
 
 def _column_forward(module: nn.Linear, mesh: DeviceMesh) -> Any:
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        output = _SumOverTensorRanks.apply(F.linear(inputs, local_tensor(module.weight)), mesh)
+        output: torch.Tensor = _SumOverTensorRanks.apply(F.linear(inputs, local_tensor(module.weight)), mesh)  # type: ignore[no-untyped-call]
         # The bias is whole on each rank: it is added once, after the sum
         return output if module.bias is None else output + module.bias
 
@@ -134,13 +135,14 @@ def _sum_input_gradient(mesh: DeviceMesh) -> Any:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (_CopyToTensorRanks.apply(args[0], mesh), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": _CopyToTensorRanks.apply(kwargs["hidden_states"], mesh)}
+            return (_CopyToTensorRanks.apply(args[0], mesh), *args[1:]), kwargs  # type: ignore[no-untyped-call]
+        hidden_states = _CopyToTensorRanks.apply(kwargs["hidden_states"], mesh)  # type: ignore[no-untyped-call]
+        return args, kwargs | {"hidden_states": hidden_states}
 
     return hook
 
 
-class _CopyToTensorRanks(torch.autograd.Function):  # type: ignore[misc]  # mypy does not read torch
+class _CopyToTensorRanks(torch.autograd.Function):
     """Identity in forward, all-reduce of the gradient in backward (Megatron-LM's `f`)."""
 
     @staticmethod
@@ -153,12 +155,13 @@ class _CopyToTensorRanks(torch.autograd.Function):  # type: ignore[misc]  # mypy
         return all_reduce(grad.contiguous(), "sum", ctx.mesh), None
 
 
-class _SumOverTensorRanks(torch.autograd.Function):  # type: ignore[misc]  # mypy does not read torch
+class _SumOverTensorRanks(torch.autograd.Function):
     """All-reduce in forward, identity in backward (Megatron-LM's `g`)."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        return all_reduce(inputs, "sum", mesh)
+        summed: torch.Tensor = all_reduce(inputs, "sum", mesh)
+        return summed
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

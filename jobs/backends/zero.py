@@ -30,7 +30,7 @@ TAG = "zero"
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
     """Pass the model to DeepSpeed. A model without weights gets them before that; with ZeRO-3, after it is partitioned."""
     start(world)
-    import deepspeed  # type: ignore[import-untyped]
+    import deepspeed
 
     prepare.prepare_model(model, config, world)
     if compile.gathers_whole_blocks(
@@ -106,8 +106,8 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
         # would be compiled again for each block, because it reads a weight's id (torch 2.11).
         context._enable_mem_efficient_linear()
 
-    def partition(parameter: nn.Parameter) -> nn.Parameter:
-        partitioned = nn.Parameter(
+    def partition(parameter: nn.Parameter) -> Any:
+        partitioned: Any = nn.Parameter(
             torch.empty_like(parameter, dtype=dtype, device=world.device), parameter.requires_grad
         )
         context._convert_to_deepspeed_param(partitioned)
@@ -115,7 +115,7 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
         partitioned.ds_tensor.zero_()  # the padding, too
         return partitioned
 
-    def local_part(parameter: nn.Parameter) -> tuple[torch.Size, int, torch.Tensor]:
+    def local_part(parameter: Any) -> tuple[torch.Size, int, torch.Tensor]:
         begin = min(parameter.ds_tensor.ds_numel * world.rank, parameter.ds_numel)
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
@@ -212,7 +212,7 @@ def local_state_filled(engine: Engine) -> None:
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed.utils import safe_get_full_fp32_param  # type: ignore[import-untyped]
+    from deepspeed.utils import safe_get_full_fp32_param
 
     for name, parameter in engine.module.module.named_parameters():
         if parameter.requires_grad:

@@ -62,6 +62,7 @@ class _Run(NamedTuple):
 
 def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
     """The run of each trained weight of which this rank has a part."""
+    parameter: Any  # DeepSpeed adds ds_* and _hp_mapping
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -79,7 +80,7 @@ def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
             yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # mypy does not read torch
+@torch.no_grad()
 def _make_state(optimizer: Any) -> None:
     """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
     stage3, real = _is_stage3(optimizer), optimizer.optimizer

@@ -15,7 +15,6 @@ from conf.schema import Config
 from jobs.backends import Backend, Engine, host_staging
 from jobs.checkpoint import checkpointing
 from jobs.checkpoint.checkpointing import RankFiles
-from jobs.checkpoint.paths import folder
 from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
 
@@ -132,7 +131,7 @@ class Saver:
         rate = written.bytes / 1e9 / max(1e-9, written.seconds)
         self.metrics.note(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
         size = f"{written.bytes / 1e9:.3g} GB in {written.seconds:.1f} s ({rate:.2f} GB/s)"
-        path = checkpointing.step_folder(self.config, step).relative_to(folder(self.config))
+        path = checkpointing.step_folder(self.config, step).relative_to(checkpoints_folder(self.config))
         self.metrics.log_lines([f"saved     {path}: {size}, training waited {blocked_s:.1f} s"])
 
 

@@ -21,7 +21,7 @@ from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
 from conf.schema import Config
 from jobs.checkpoint import manifest, paths, retention, write_errors
-from jobs.checkpoint.paths import folder
+from jobs.checkpoint.paths import checkpoints_folder
 from jobs.distributed.collectives import OtherRankError, barrier, broadcast_from_rank0, gather
 from jobs.distributed.process_group import World
 
@@ -54,7 +54,7 @@ class Written:
 
 
 def step_folder(config: Config, step: int) -> Path:
-    return folder(config) / f"step-{step:08d}"
+    return checkpoints_folder(config) / f"step-{step:08d}"
 
 
 def begin(config: Config, step: int, world: World, expected_bytes: int = 0) -> Path | None:
@@ -146,7 +146,7 @@ def to_consolidate(config: Config) -> Checkpoint | None:
     Raises RunError with the steps there are if `consolidate.step` is none of them, and with the bad files if files are missing
     or too short.
     """
-    step, candidates = config.consolidate.step, paths.published(config)
+    step, candidates = config.consolidate.step, paths.published_checkpoints(config)
     if step is not None:
         steps = [paths.step_of(path) for path in candidates]
         candidates = [path for path in candidates if paths.step_of(path) == step]
@@ -169,7 +169,7 @@ def find(config: Config, world: World) -> Checkpoint | None:
     """
     gather(lambda: retention.sweep(config) if world.is_main else None)
     damaged: list[Path] = []
-    for path in broadcast_from_rank0(lambda: paths.published(config)):
+    for path in broadcast_from_rank0(lambda: paths.published_checkpoints(config)):
         problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
         if not problems:
             of_ranks = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
@@ -183,7 +183,7 @@ def find(config: Config, world: World) -> Checkpoint | None:
             log.warning(f"checkpoint {path.name} is damaged and skipped: {problems[0]}{more}")
     if damaged:
         message = f"all {len(damaged)} checkpoints are damaged: restore their files, or move this folder away to start from step 0"
-        raise RunError(Problem("checkpoints", folder(config), message))
+        raise RunError(Problem("checkpoints", checkpoints_folder(config), message))
     return None
 
 

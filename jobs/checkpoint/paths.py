@@ -6,13 +6,13 @@ from pathlib import Path
 from conf.schema import Config
 
 
-def folder(config: Config) -> Path:
+def checkpoints_folder(config: Config) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def published(config: Config) -> list[Path]:
+def published_checkpoints(config: Config) -> list[Path]:
     """Every folder with the name of a checkpoint, newest first. It may be damaged; nothing in it is read."""
-    checkpoints = [path for path in folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    checkpoints = [path for path in checkpoints_folder(config).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(checkpoints, key=step_of, reverse=True)
 
 

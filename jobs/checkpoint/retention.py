@@ -8,13 +8,13 @@ from conf.errors import Problem, RunError
 from conf.files import sync, write_text
 from conf.schema import Config
 from jobs.checkpoint import manifest
-from jobs.checkpoint.paths import folder, published, step_of
+from jobs.checkpoint.paths import checkpoints_folder, published_checkpoints, step_of
 
 
 def sweep(config: Config) -> None:
     """Delete what a killed attempt left half written or half deleted. No checkpoint may be being written meanwhile."""
     for kind in ("partial", "old"):
-        for path in folder(config).glob(f".step-*.{kind}"):
+        for path in checkpoints_folder(config).glob(f".step-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -25,9 +25,9 @@ def set_aside(config: Config, damaged: list[Path], good: Path | None) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.rename(path, hidden)
     if damaged:
-        sync(folder(config))
+        sync(checkpoints_folder(config))
     if damaged and good:
-        write_text(folder(config) / "latest", good.name + "\n")
+        write_text(checkpoints_folder(config) / "latest", good.name + "\n")
 
 
 def prune(config: Config, keep: int) -> None:
@@ -36,15 +36,15 @@ def prune(config: Config, keep: int) -> None:
     Only complete checkpoints count, so the last good one always stays.
     """
     every = config.train.keep_every
-    complete = [path for path in published(config) if not manifest.size_problems(path)]
+    complete = [path for path in published_checkpoints(config) if not manifest.size_problems(path)]
     if not complete:
         return
     kept = {*complete[:keep], *(path for path in complete if every and step_of(path) % every == 0)}
     newest = step_of(complete[0])
-    for path in published(config):
+    for path in published_checkpoints(config):
         if path not in kept and step_of(path) < newest:
             _delete(path)
-    for path in folder(config).glob(".step-*.damaged"):
+    for path in checkpoints_folder(config).glob(".step-*.damaged"):
         if step_of(path) <= newest:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -62,9 +62,9 @@ def make_room(config: Config, expected_bytes: int) -> None:
     If it does not fit, the oldest checkpoint is deleted now instead of after the save; one complete checkpoint always stays.
     Raises RunError if there is still too little free space. A quota cannot be seen here: it shows only when a write fails.
     """
-    checkpoints = folder(config)
+    checkpoints = checkpoints_folder(config)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    newest = next((path for path in published(config) if not manifest.size_problems(path)), None)
+    newest = next((path for path in published_checkpoints(config) if not manifest.size_problems(path)), None)
     needed = manifest.size(newest) if newest else expected_bytes
     if shutil.disk_usage(checkpoints).free >= needed:
         return

@@ -99,14 +99,14 @@ def _saved_names(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    class ArenaView(torch.Tensor):  # type: ignore[misc]  # where mypy skips torch, Tensor is Any
+    class ArenaView(torch.Tensor):
         """A view of the arena that stays a view where transformers would copy it."""
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in (torch.Tensor.contiguous, torch.Tensor.clone):
                 return args[0]
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(ArenaView)
     ranges, views, end = [], {}, 0

@@ -77,4 +77,6 @@ def _all_to_all(tensor: torch.Tensor) -> torch.Tensor:
     """Send part i of the first dimension to rank i; part i of the result came from rank i."""
     assert _group is not None
     flat = tensor.contiguous()
-    return all_to_all_single_autograd(flat.flatten(0, 1), None, None, _group).unflatten(0, flat.shape[:2])
+    exchanged: torch.Tensor = all_to_all_single_autograd(flat.flatten(0, 1), None, None, _group)
+    result: torch.Tensor = exchanged.unflatten(0, flat.shape[:2])
+    return result

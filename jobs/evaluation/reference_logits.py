@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 In fp32 another order of sums gives 1e-6 to 1e-5. In bf16, which has 8 significant bits, tens of layers add up to 0.01 to 0.02."""
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]  # torch does not type it
+@torch.no_grad()
 def record(folder: Path, model: nn.Module, rows: batches.Rows, pad: int, world: World) -> None:
     """Write NAME into the folder of a complete checkpoint.
 
@@ -56,7 +56,7 @@ def record(folder: Path, model: nn.Module, rows: batches.Rows, pad: int, world: 
         os.replace(partial, folder / NAME)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def compare(config: Config, checkpoint: Path, folder: Path) -> None:
     """Load the model in `folder`, compute its logits in training's dtype, and compare them with those of `checkpoint`.
 

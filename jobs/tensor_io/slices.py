@@ -152,7 +152,7 @@ def _runs(stored: Stored, part: Part) -> Iterator[_Run]:
 def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> int:
     buffer = buffers.get()
     try:
-        read_range(descriptor, run.file, run.offset, memoryview(buffer.numpy())[: run.nbytes])
+        read_range(descriptor, run.file, run.offset, buffer.numpy()[: run.nbytes].data)
         # first to the device, then to the dtype: the cast is faster there
         run.into.copy_(buffer[: run.nbytes].view(run.dtype).to(run.into.device))
     finally:

@@ -240,7 +240,7 @@ def _ambiguous_characters(classes: frozenset[str], digits: bool, nfc: bool) -> r
 
 def _tiktoken_matches(pattern: str, text: str) -> str:
     """The characters of a text that tiktoken's regex engine matches: it makes tokens of matches and drops the rest."""
-    from tiktoken._tiktoken import CoreBPE  # type: ignore[import-not-found]  # compiled, without type stubs
+    from tiktoken._tiktoken import CoreBPE
 
     core = CoreBPE({bytes([byte]): byte for byte in range(256)}, {SEPARATOR: 256}, pattern)
     buffer = core.encode_to_tiktoken_buffer(text, frozenset())

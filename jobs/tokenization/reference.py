@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -48,8 +49,8 @@ def chat_messages(sample: Sample) -> list[dict[str, Any]]:
 
 
 def ends_with_end_token(
-    ids: Sequence[int],
-    trained: Sequence[int],
+    ids: Sequence[int] | NDArray[np.integer],
+    trained: Sequence[int] | NDArray[np.integer],
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Set[int] | None = None,
 ) -> bool:

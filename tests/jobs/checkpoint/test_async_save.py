@@ -16,6 +16,7 @@ from jobs import backends, preprocess, train
 from jobs.backends import host_staging
 from jobs.checkpoint import checkpointing, paths
 from jobs.checkpoint.async_save import Saver
+from jobs.checkpoint.paths import checkpoints_folder
 from jobs.distributed import host_memory
 from jobs.distributed.process_group import process_group
 from jobs.model import build
@@ -45,7 +46,7 @@ def both(rank: int, configs: list[Config]) -> None:
             for _ in range(2):
                 update(backend, engine)
             saver.publish_pending()
-            assert paths.published(config)[0].name == "step-00000002"
+            assert paths.published_checkpoints(config)[0].name == "step-00000002"
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -53,7 +54,7 @@ def both(rank: int, configs: list[Config]) -> None:
             with pytest.raises(OSError, match="" if rank else "rank 1 on "):
                 saver.publish_pending()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert [path.name for path in checkpointing.folder(config).glob("*-00000003*")] == []
+            assert [path.name for path in checkpoints_folder(config).glob("*-00000003*")] == []
 
 
 def prepared(rank: int, config: Config) -> None:

@@ -15,6 +15,7 @@ from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs import backends, consolidate
 from jobs.checkpoint import checkpointing, manifest, paths, retention
+from jobs.checkpoint.paths import checkpoints_folder
 from jobs.distributed.process_group import World, process_group
 from jobs.model import build
 from tests.jobs import checkpoints
@@ -47,7 +48,7 @@ def config(compose, tmp_path, monkeypatch):
 def saved(config):
     for step in (2, 4, 6):
         save(config, step)
-    return checkpointing.folder(config)
+    return checkpoints_folder(config)
 
 
 def resumed(config):
@@ -58,11 +59,11 @@ def resumed(config):
 
 
 def steps(config):
-    return [paths.step_of(path) for path in paths.published(config)]
+    return [paths.step_of(path) for path in paths.published_checkpoints(config)]
 
 
 def hidden(config):
-    return sorted(path.name for path in checkpointing.folder(config).glob(".*"))
+    return sorted(path.name for path in checkpoints_folder(config).glob(".*"))
 
 
 def test_the_manifest_names_every_file(config, saved) -> None:
@@ -228,8 +229,8 @@ def two_ranks(rank: int, config: Config) -> None:
         assert listed.keys() == {".metadata", "inner/__0_0.distcp", "inner/__1_0.distcp"}
         save(config, 4, world)
         if rank == 1:
-            flip(checkpointing.folder(config) / "step-00000004/inner/__1_0.distcp")
-        assert bool(manifest.checksum_problems(checkpointing.folder(config) / "step-00000004", rank, 2)) == (rank == 1)
+            flip(checkpoints_folder(config) / "step-00000004/inner/__1_0.distcp")
+        assert bool(manifest.checksum_problems(checkpoints_folder(config) / "step-00000004", rank, 2)) == (rank == 1)
         found = checkpointing.find(config, world)  # only rank 1 has read the damaged file
         assert checkpointing.resume(config, world, lambda _: None, found) == 2
 
