@@ -15,6 +15,7 @@ from conf.schema import Config
 from jobs.backends import Backend, Engine, host_staging
 from jobs.checkpoint import checkpointing
 from jobs.checkpoint.checkpointing import RankFiles
+from jobs.checkpoint.paths import checkpoints_folder
 from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
 
