@@ -140,11 +140,13 @@ def test_the_estimate_of_logits_matches_the_fused_loss(
     if targets == ["lm_head"]:
         last = torch.nn.Sequential(torch.nn.Linear(hidden, hidden, dtype=dtype), last)
     else:
-        head._take_targets(last, compiled=False)
+        head._let_head_return_loss(last, compiled=False)
     states = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
     wanted = torch.randint(0, vocabulary, (tokens,))
     call: Any = (
-        (lambda rows: head._in_parts(last, rows, wanted)) if targets == ["lm_head"] else lambda rows: last(rows, wanted)
+        (lambda rows: head._loss_in_parts(last, rows, wanted))
+        if targets == ["lm_head"]
+        else lambda rows: last(rows, wanted)
     )
     peak = peak_bytes(lambda: call(states.index_select(0, torch.arange(tokens))).backward())
     config = put(
