@@ -267,7 +267,7 @@ def test_cut_samples_have_a_note(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_stops_come_before_warnings(tokenizer: PreTrainedTokenizerBase) -> None:
     findings = Findings()
     findings.add_many("duplicates", ["rows.jsonl:7"], 1)
-    findings.note("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
+    findings.add_many("untrained", [f"rows.jsonl:{number}" for number in range(10)], 90)
     text = made_page(
         tokenizer, split([encoded(tokenizer, "q", "a")]), verdicts=quality_gates.judge(findings, 100, Gates())
     )
