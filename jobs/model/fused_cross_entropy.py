@@ -145,8 +145,9 @@ class FusedCrossEntropy(torch.autograd.Function):  # type: ignore[misc, unused-i
         size = max(1, CHUNK // weight.shape[0])  # tokens in a chunk
         for begin in range(0, len(rows), size):
             chunk, chunk_targets = rows[begin : begin + size], targets[begin : begin + size]
-            logits = F.linear(chunk, weight, bias)
-            chunk_loss, grad_logits = loss_and_grad(logits, chunk_targets, for_rows or for_weight or for_bias)
+            # The logits get no name here: it would keep them during the products below (0.5 GiB of 4,096 tokens in bf16).
+            with_grad = for_rows or for_weight or for_bias
+            chunk_loss, grad_logits = loss_and_grad(F.linear(chunk, weight, bias), chunk_targets, with_grad)
             loss += chunk_loss
             if grad_rows is not None:
                 torch.mm(grad_logits, weight, out=grad_rows[begin : begin + size])
