@@ -1,7 +1,7 @@
 """Errors that a user can fix. Each is printed as one line per problem with key, value and what to do, never as a traceback.
 
 MusterError
-├── Stopped              a job was asked to stop early and has saved its work; nothing went wrong
+├── Stopped            a job was asked to stop early and has saved its work; nothing went wrong
 └── UserError          something that the user can change; carries every Problem that was found; exit code 2
     ├── ConfigError    a key or a value of the configuration
     ├── DataError      the rows, files or tokenizer given to preprocess

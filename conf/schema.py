@@ -459,7 +459,7 @@ class Cluster:
     up to 60 s earlier."""
     requeue: bool = True
     """Restart a job that was preempted, reached its time limit or failed, with the same job id, so that dependent jobs wait for
-    it. Never after a user error. False: you restart it with `python launch.py resume=RUN`."""
+    it. Never after a user error. False: you restart it with `muster resume RUN`."""
     max_restarts: int = at_least(0, 3)
     """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
     network: Network = field(default_factory=Network)

@@ -25,7 +25,7 @@ COLUMNS = {
 def problems(config: Config, facts: Facts) -> Iterator[Problem]:
     """Every problem with the training and validation data that can be seen before a job reads it."""
     for key, path in facts.files_missing:
-        message = "no such file or folder, neither in the current folder nor in Muster's own"
+        message = "no such file or folder in the working directory or in Muster's clone. Give the full path"
         yield Problem(key, path, message)
     if config.data.path is None and not config.data.sets:
         message = "training rows are missing. Set data.path=..., or data.sets.NAME.path=... for each of several sets"

@@ -37,7 +37,7 @@ CHANGEABLE = (
     "train.profile",
     "train.profile_ranks",
 )
-"""Keys that may change when a run is resumed: where and how long it runs, never what is computed."""
+"""Keys that may change when a run is resumed: where it runs and how long, never what it computes."""
 
 
 def resumed_config(composed: Config, words: list[str]) -> Config:
@@ -56,11 +56,9 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     ]
     fixed = [key for key in overridden if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
-        message = (
-            "cannot change in a run. Start a new one: with model.source=RUN/model it begins from this run's weights"
-        )
+        message = "cannot change when a run is resumed. Start a new run. To begin from these weights, add model.source=RUN/model"
         raise RunError(*(Problem(key, None, message) for key in fixed))
-    for key in sorted(overridden):  # sorted: a group (cluster=...) is copied before keys inside it
+    for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, "jobs" if key == "pipeline" else key)
     config.run_dir, config.resume = str(folder), str(folder)
     return config
@@ -81,7 +79,7 @@ def require_same(stored: Config, requested: Config) -> None:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         message = (
             f"already holds a run with {shown}{more}. "
-            f"Use another run_dir, or continue that run with resume={requested.run_dir}"
+            f"Use another run_dir, or continue that run: muster resume {requested.run_dir}"
         )
         raise RunError(Problem("run_dir", requested.run_dir, message))
 
