@@ -10,7 +10,7 @@ MAX_NODES = 8
 """With more nodes than this, only the first and last ones are drawn."""
 FIRST_NODES, LAST_NODES = 4, 1
 MAX_RANKS = 16
-"""Ranks of a node that are drawn at most."""
+"""The most ranks of a node that are drawn."""
 INDENT = " " * 10
 
 

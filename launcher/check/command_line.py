@@ -159,6 +159,8 @@ def _describe(hint: Any) -> str:
             return f"{text} or null"
     if str(hint).startswith("list"):
         return "a list, for example [a,b]"
+    if str(hint).startswith("dict"):
+        return "a dictionary, for example {name: value}"
     return f"of type {getattr(hint, '__name__', hint)}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from conf.batch import ranks_per_row
 from conf.choices import AdapterKind, Attention, Backend
-from conf.errors import Problem
+from conf.errors import Problem, as_typed
 from conf.schema import Config
 
 CONTEXT_ATTENTION = (Attention.auto, Attention.cudnn, Attention.varlen)
@@ -61,7 +61,7 @@ def _fsdp(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.shard_ranks", parallel.shard_ranks, message)
     elif parallel.offload_optimizer != parallel.offload_parameters:
         message = (
-            f"must equal parallel.offload_parameters={parallel.offload_parameters}, because FSDP keeps optimizer state "
+            f"must equal parallel.offload_parameters={as_typed(parallel.offload_parameters)}, because FSDP keeps optimizer state "
             "where the parameters are. Use parallel=fsdp_offload or parallel=fsdp"
         )
         yield Problem("parallel.offload_optimizer", parallel.offload_optimizer, message)

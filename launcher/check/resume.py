@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf import resolve
-from conf.errors import Problem, RunError
+from conf.errors import Problem, RunError, as_typed
 from conf.schema import Config
 from launcher.run_folder.attempts import last_verdict
 from launcher.run_folder.status import COMPLETED
@@ -75,7 +75,7 @@ def require_same(stored: Config, requested: Config) -> None:
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     differing.sort(key=lambda key: (key.count("."), key))  # the name of a model before the numbers of its shape
     if differing:
-        shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
+        shown = ", ".join(f"{key}={as_typed(before.get(key))} (now {as_typed(now.get(key))})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         message = (
             f"already holds a run with {shown}{more}. "
