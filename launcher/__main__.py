@@ -21,7 +21,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """Print the log of one rank; with --follow until interrupted."""
+    """Print the log of one rank. With --follow, also print new lines until interrupted."""
     path = state.logs(options.run, options.job, options.rank)
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -45,7 +45,7 @@ def why(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Save a checkpoint at the next training step, then end. Only `resume` starts it again."""
+    """Save a checkpoint at the next training step, then end training. Only `resume` starts it again."""
     state.stop(options.run)
     print(f"training will save at its next step and end. To see when it has: muster status {options.run}")
     return 0
@@ -88,7 +88,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     result.add_argument("--version", action="version", version=version.text(CLONE))
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     launching = commands.add_parser(
-        "run", help="Launch a run from KEY=VALUE..., like launch.py. Without arguments: the demo on this machine."
+        "run",
+        help="Launch a run with the settings KEY=VALUE..., like launch.py. Without arguments: the demo on this machine.",
     )
     launching.set_defaults(command=run)
     for command in RUN_COMMANDS:
@@ -100,7 +101,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
             sub.add_argument("--rank", type=int, default=0, help="default: 0")
             sub.add_argument("--follow", "-f", action="store_true", help="print new lines until interrupted")
         if command in (resume, merge):
-            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `run`")
+            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, as for `run`")
     return result
 
 
