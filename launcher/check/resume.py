@@ -56,7 +56,10 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     ]
     fixed = [key for key in overridden if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
-        message = "cannot change when a run is resumed. Start a new run. To begin from these weights, add model.source=RUN/model"
+        message = (
+            "cannot change when a run is resumed. Start a new run; "
+            "to begin from this run's weights, add model.source=RUN/model"
+        )
         raise RunError(*(Problem(key, None, message) for key in fixed))
     for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, "jobs" if key == "pipeline" else key)
