@@ -1,4 +1,4 @@
-# Every target is one or two commands; `make` alone lists them.
+# Every target is one or two commands. `make` without a target lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -10,10 +10,10 @@ need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
 .PHONY: help setup demo test proof numerics chaos test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
 
-help: ## this list
+help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: $(V)/.installed ## make .venv with what constraints.txt pins
+setup: $(V)/.installed ## create .venv with the versions of constraints.txt
 
 $(V)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Muster needs Python 3.11 or later; name one with make PYTHON=...")'
@@ -22,22 +22,22 @@ $(V)/.installed: pyproject.toml constraints.txt
 	$(V)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup ## fine-tune the bundled model here, from rows to a merged model that answers
+demo: setup ## fine-tune a tiny model on this machine, from rows to a merged model
 	$(V)/python launch.py $(ARGS)
 
-test: setup test-system ## all tests, on a real Slurm where this machine can start one
+test: setup test-system ## all tests; as root on Debian or Ubuntu also on a real Slurm
 	$(V)/python -m pytest -m 'not proof' $(ARGS)
 
-proof: setup test-system ## the slower proof: every kill, layout and world size (an hour or two)
+proof: setup test-system ## the slower tests: every kill, layout and number of ranks (one to two hours)
 	$(V)/python -m pytest -m proof $(ARGS)
 
-chaos: setup test-system ## strike trainings on a real Slurm with 60 faults, and write docs/resilience.md (an hour)
+chaos: setup test-system ## inject 60 faults into trainings on a real Slurm, and write docs/resilience.md (one hour)
 	$(V)/python -m tests.slurm.chaos $(ARGS)
 
-numerics: setup ## hold every layout's curve against one process, and write docs/numerics.md (a quarter of an hour)
+numerics: setup ## compare every layout with one process, and write docs/numerics.md (15 minutes)
 	$(V)/python -m tests.jobs.numerics
 
-test-system: # Slurm for the tests, where we may install it
+test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh
 
 lint: setup ## ruff, mypy, and shellcheck of the shell scripts
@@ -46,29 +46,29 @@ lint: setup ## ruff, mypy, and shellcheck of the shell scripts
 	$(V)/mypy
 	$(V)/shellcheck .ci/run tests/*.sh
 
-format: setup ## let ruff format and sort
+format: setup ## format the code and sort imports with ruff
 	$(V)/ruff format .
 	$(V)/ruff check --fix .
 
-check: lint ## lint, then the tests that need neither Slurm nor many seconds
+check: lint ## lint, then the fast tests that need no Slurm
 	$(V)/python -m pytest -m 'not slurm and not slow and not proof'
 
 slurm-up: test-system ## start a real Slurm of four nodes on this machine (ACCOUNTING=1 for sacct)
 	@$(PYTHON) tests/slurm/cluster.py up $(if $(ACCOUNTING),--accounting)
 
-slurm-down: ## stop it, leaving nothing behind
+slurm-down: ## stop that Slurm and remove its files
 	@$(PYTHON) tests/slurm/cluster.py down
 
-preview: setup ## print what the mission command would submit
+preview: setup ## print what would be submitted for llama70b with zero3
 	$(V)/python launch.py cluster=slurm model=llama70b parallel=zero3 dry_run=true $(ARGS)
 
 merge: setup ## consolidate a run's newest checkpoint: RUN=... [STEP=500] [DTYPE=bf16] [CLUSTER=slurm]
 	$(need_run)$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(STEP),consolidate.step=$(STEP)) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
 
-status: ## the jobs of a run: RUN=...
+status: ## show the jobs of a run: RUN=...
 	@$(need_run)$(V)/python -m launcher status $(RUN) || [ $$? -eq 1 ] # 1: a job has failed, as shown
 
-logs: ## a rank's log: RUN=... [JOB=train RANK=0]
+logs: ## print the log of a rank: RUN=... [JOB=train RANK=0]
 	@$(need_run)$(V)/python -m launcher logs $(RUN) --job $(JOB) --rank $(RANK) $(ARGS)
 
 constraints: setup ## write constraints.txt from .venv

@@ -32,15 +32,15 @@ _composed: list[DictConfig] = []
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def hydra_command_line(config: DictConfig) -> None:
-    """Only keep what Hydra composed: it would print an error raised in here twice. With -m it calls this several times."""
+    """Only store what Hydra composed: Hydra prints an error that is raised in here twice. With -m it calls this per config."""
     _composed.append(config)
 
 
 def compose(words: Sequence[str]) -> list[DictConfig]:
-    """The configs that the words ask for: one, several with -m, none where Hydra printed something (--help, --cfg job).
+    """The configs that the command line asks for: one, several with -m, none if Hydra only printed something (--help, --cfg job).
 
-    hydra.main composes every config twice, first to learn whether there are several, which takes as long as everything else in a
-    dry run. So it is called only for what is its own: flags, and keys of `hydra`.
+    hydra.main composes every config twice: the first time only to learn whether there are several. That takes as long as
+    everything else in a dry run. So it is called only for Hydra's own flags and for keys of `hydra`.
     """
     if any(word.lstrip("+~").startswith(("-", "hydra")) for word in words):
         hydra_command_line()
@@ -54,18 +54,18 @@ def compose(words: Sequence[str]) -> list[DictConfig]:
 
 
 def launch(composed: DictConfig, suffix: str = "") -> int:
-    """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can mend."""
+    """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = resolve(composed)
     config.run_dir += suffix
     localize.localize(config, observe.local_gpus())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
-    seen = observe.observe(config)
-    if problems := rules.problems(config, seen):
+    facts = observe.observe(config)
+    if problems := rules.problems(config, facts):
         raise ConfigError(*problems)
     config, chosen = auto_settings.choose(config)
-    if seen.existing:
-        resume.require_same(seen.existing, config)
+    if facts.existing:
+        resume.require_same(facts.existing, config)
     for line in chosen if "train" in config.jobs else ():
         print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
@@ -76,10 +76,10 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
-    """Launch what the arguments (default: those of the process) ask for; `prog` stands before messages. Returns the exit code."""
+    """Launch what the arguments (default: those of the process) ask for; messages begin with `prog`. Returns the exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
     if arguments is not None:
-        sys.argv = [prog, *arguments]  # Hydra reads them there, and they are recorded in run.json
+        sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
         if problems := command_line.problems(sys.argv[1:], CLONE / "conf"):
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
         print(f"{prog}: {': '.join(causes)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `... dry_run=true | head`: nobody reads on
+    except BrokenPipeError:  # `... dry_run=true | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

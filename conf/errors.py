@@ -1,7 +1,7 @@
 """Errors that a user can fix. Each is printed as one line per problem with key, value and what to do, never as a traceback.
 
 MusterError
-├── Stopped              a job was asked to stop early and has saved its work; nothing went wrong
+├── Stopped            a job was asked to stop early and has saved its work; nothing went wrong
 └── UserError          something that the user can change; carries every Problem that was found; exit code 2
     ├── ConfigError    a key or a value of the configuration
     ├── DataError      the rows, files or tokenizer given to preprocess
@@ -11,7 +11,15 @@ MusterError
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
+
+
+def as_typed(value: object) -> str:
+    """A value as the user types it on the command line: `true`, `null`, the name of an option."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 @dataclass(frozen=True)
@@ -25,8 +33,8 @@ class Problem:
     """What is wrong, why, and what to type instead."""
 
     def __str__(self) -> str:
-        shown = "" if self.value is None else f"={self.value}"
-        return f"{self.key}{shown}: {self.message}"
+        value = "" if self.value is None else f"={as_typed(self.value)}"
+        return f"{self.key}{value}: {self.message}"
 
 
 class MusterError(Exception):

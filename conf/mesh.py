@@ -10,7 +10,7 @@ MAX_NODES = 8
 """With more nodes than this, only the first and last ones are drawn."""
 FIRST_NODES, LAST_NODES = 4, 1
 MAX_RANKS = 16
-"""Ranks of a node that are drawn at most."""
+"""The most ranks of a node that are drawn."""
 INDENT = " " * 10
 
 
@@ -48,12 +48,12 @@ def description(parallel: Parallel, world: int) -> str:
     size = copy_ranks(parallel, world)
     if parallel.backend is Backend.zero and parallel.zero_stage < 3:
         sharded = "optimizer state" if parallel.zero_stage == 1 else "gradients and optimizer state"
-        return f"each holds the whole model, and 1/{world} of {sharded}"
+        return f"each rank holds the whole model, and 1/{world} of {sharded}"
     if size == 1:
-        return "each holds the whole model, and gradients are averaged over all"
+        return "each rank holds the whole model, and gradients are averaged over all"
     state = f"1/{size} of parameters, gradients and optimizer state"
     if size == world:
-        return f"each holds {state}"
+        return f"each rank holds {state}"
     return f"{plural(world // size, 'copy')}; each rank holds {state}"
 
 

@@ -99,11 +99,11 @@ class DataSet:
     split: str | None = None
     """Like `data.split`."""
     format: Format | None = None
-    """Like `data.format`. Null: use that one."""
+    """Like `data.format`. Null: the value of `data.format`."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Like `data.fields`. Empty: use those."""
+    """Like `data.fields`. Empty: the value of `data.fields`."""
     roles: dict[str, str] = field(default_factory=dict)
-    """Like `data.roles`. Empty: use those."""
+    """Like `data.roles`. Empty: the value of `data.roles`."""
     weight: float = at_least(0.0001, 1.0)
     """How often each row is used in an epoch. 2: twice. 0.5: a random half of the rows, chosen by `data.seed`."""
     num_samples: int | None = at_least(1, None, at_most=1e9)
@@ -168,7 +168,7 @@ class Data:
     consolidated model."""
     mask: Mask = Mask.assistant
     """Which part of a chat is trained. `assistant`: every assistant turn. `last`: the last one. `all`: everything. If a turn
-    has a `train` field, that decides."""
+    has a `train` field, its value is used instead."""
     eos_token: str | None = None
     """Token that ends a text, and at which generation stops. Null: the tokenizer's own."""
     pad_token: str | None = None
@@ -329,11 +329,11 @@ class Train:
     keep_checkpoints: int = at_least(1, 2)
     """Number of newest complete checkpoints to keep. Two, because a disk failure may damage the last one."""
     keep_every: int = at_least(0, 0)
-    """Also keep, for good, the checkpoints at multiples of this many steps. 0: none of them."""
+    """Never delete checkpoints at multiples of this many steps. 0: off."""
     async_save: bool = True
     """Copy the training state to host memory and write it to disk while training continues. Ranks wait only for the copy, which
     takes seconds where writing takes minutes. If a node has too little memory for the copy, the log says so and ranks wait
-    for the write. The last checkpoint is always waited for."""
+    for the write. Training always waits for the last checkpoint."""
     fingerprint: bool = False
     """Record the SHA-256 of each final weight with the last checkpoint, so that consolidation can prove that its output equals
     the trained weights. Gathers every weight once more, one at a time."""
@@ -355,8 +355,8 @@ class Consolidate:
     quantized weights that it was trained on, converted back."""
     verify: Verify = Verify.weights
     """Check before the model folder counts as complete. `weights`: read every byte back. `logits`: also load the model, and
-    compare its logits for a validation row with those that training then stores with its last checkpoint; set it before
-    training. Needs memory for the whole model."""
+    compare its logits for a validation row with those of training. Set it before training, which then stores them with its last
+    checkpoint. Needs memory for the whole model."""
 
 
 @dataclass
@@ -412,7 +412,7 @@ class Network:
     """Null: a free port below the ephemeral range, derived from the job id and reserved while the job runs."""
     nccl_timeout_s: int = at_least(1, 1800)
     """Sets MUSTER_NCCL_TIMEOUT and the timeouts of all libraries: seconds without progress that are allowed during start-up and
-    loading. A rank that is silent for longer hangs: the watchdog of its node writes where, ends the job, and the job
+    loading. If a rank is silent for longer, the watchdog of its node writes where the rank hangs, ends the job, and the job
     restarts."""
     step_timeout_s: int = at_least(1, 600)
     """The same for a training step or a batch of evaluation. Shorter, because a hanging step wastes every GPU."""
@@ -449,7 +449,7 @@ class Cluster:
     secrets_file: str = "~/.config/muster/secrets"
     """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job."""
     scratch: str = "/tmp"
-    """Folder on the local disk of each node for compiler caches. Shared file systems corrupt these caches."""
+    """Folder on the local disk of each node for compiler caches and heartbeats. Shared file systems corrupt compiler caches."""
     hf_home: str | None = None
     """HF_HOME of the jobs. Null: not changed."""
     offline: bool = False
@@ -459,7 +459,7 @@ class Cluster:
     up to 60 s earlier."""
     requeue: bool = True
     """Restart a job that was preempted, reached its time limit or failed, with the same job id, so that dependent jobs wait for
-    it. Never after a user error. False: you restart it with `python launch.py resume=RUN`."""
+    it. Never after a user error. False: you restart it with `muster resume RUN`."""
     max_restarts: int = at_least(0, 3)
     """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
     network: Network = field(default_factory=Network)

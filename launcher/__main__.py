@@ -1,4 +1,4 @@
-"""The commands: `muster run KEY=VALUE...` launches a run, the others look at it or change it. `python -m launcher` is the same."""
+"""The command `muster`: `muster run KEY=VALUE...` launches a run, others show or change it. `python -m launcher` is the same."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.plural import plural
 from launcher import slurm, version
 from launcher.paths import CLONE
 from launcher.status import state, tables
@@ -20,7 +21,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """Print the log of one rank; with --follow until interrupted."""
+    """Print the log of one rank. With --follow, also print new lines until interrupted."""
     path = state.logs(options.run, options.job, options.rank)
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -32,7 +33,7 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def why(options: argparse.Namespace) -> int:
-    """Say why each job waits or how it failed: the first error, what helps, and what happens next."""
+    """Show why each job waits or how it failed: the first error, the remedy, and what happens next."""
     for job in state.job_states(options.run):
         if job.state == "PENDING":
             reason, start = slurm.pending_reason(job.job_id)
@@ -44,36 +45,36 @@ def why(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Let training save a checkpoint at its next step and end. It starts again only with `resume`."""
+    """Save a checkpoint at the next training step, then end training. Only `resume` starts it again."""
     state.stop(options.run)
-    print("training will save at its next step and end; muster status RUN shows when it has")
+    print(f"training will save at its next step and end. To see when it has: muster status {options.run}")
     return 0
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """End every job of the run that waits or runs, without saving."""
-    print(f"cancelled {len(state.cancel(options.run))} jobs")
+    """End every pending and running job of the run, without saving."""
+    print(f"cancelled {plural(len(state.cancel(options.run)), 'job')}")
     return 0
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Start the jobs that are left; training continues from its newest complete checkpoint."""
+    """Start the jobs that have not completed. Training continues from the newest complete checkpoint."""
     return run([f"resume={options.run}", *options.overrides], prog=f"{options.prog} resume")
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Consolidate the newest checkpoint into RUN/model (consolidate.step=500: an older one)."""
+    """Consolidate the newest checkpoint into RUN/model. For an older one: consolidate.step=500."""
     return run([f"resume={options.run}", "pipeline=consolidate", *options.overrides], prog=f"{options.prog} merge")
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Launch a run. Its own arguments, --help too, go to Hydra as they are."""
-    import launch  # Hydra and submitit: the commands that only look at a run start faster without
+    """Launch a run. Hydra reads all arguments, also --help."""
+    import launch  # imports Hydra and submitit; the other commands start faster without them
 
     return launch.main(arguments, prog)
 
 
-ON_A_RUN: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge)
+RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge)
 """Commands whose first argument is a run's folder."""
 
 
@@ -81,16 +82,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The parser of every command but `run`, whose arguments are Hydra's."""
     result = argparse.ArgumentParser(
         prog=prog,
-        description="Fine-tune an LLM on a SLURM cluster: launch runs, look at them, stop, resume and merge them.",
+        description="Fine-tune an LLM on a SLURM cluster: launch, watch, stop, resume and merge runs.",
         epilog=f"`{prog} run --help` lists the config groups; `{prog} COMMAND --help` explains a command.",
     )
     result.add_argument("--version", action="version", version=version.text(CLONE))
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     launching = commands.add_parser(
-        "run", help="Launch a run: KEY=VALUE... as for launch.py; alone, the demo on this machine."
+        "run",
+        help="Launch a run with the settings KEY=VALUE..., like launch.py. Without arguments: the demo on this machine.",
     )
     launching.set_defaults(command=run)
-    for command in ON_A_RUN:
+    for command in RUN_COMMANDS:
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
         sub.set_defaults(command=command, prog=prog)
@@ -99,7 +101,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
             sub.add_argument("--rank", type=int, default=0, help="default: 0")
             sub.add_argument("--follow", "-f", action="store_true", help="print new lines until interrupted")
         if command in (resume, merge):
-            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `run`")
+            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, as for `run`")
     return result
 
 
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     except (UserError, slurm.SlurmError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `muster logs RUN | head`: nobody reads on
+    except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141
     except KeyboardInterrupt:
         return 130

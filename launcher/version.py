@@ -28,5 +28,5 @@ def commit(code: Path) -> str | None:
 
 def text(code: Path) -> str:
     """For `--version`: `muster 0.1.0 (commit 0123abc)`."""
-    found = commit(code)
-    return f"muster {__version__}" + (f" (commit {found})" if found else "")
+    identifier = commit(code)
+    return f"muster {__version__}" + (f" (commit {identifier})" if identifier else "")

@@ -69,7 +69,7 @@ class Stop:
         if self.file is None or time.monotonic() < self._next_file_check:
             return None
         self._next_file_check = time.monotonic() + FILE_CHECK_S
-        return ("stopped", "told to stop by python -m launcher stop") if self.file.exists() else None
+        return ("stopped", "asked to stop by muster stop") if self.file.exists() else None
 
     def agree_on_request(self) -> Request:
         """The status and reason that all ranks record. All ranks call this once any of them has a request."""

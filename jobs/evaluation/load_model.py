@@ -19,7 +19,7 @@ def load(config: Config) -> Any:
     """
     folder = Path(config.run_dir) / "model"
     if not (folder / "muster.json").exists():
-        raise RunError(Problem("model", folder, "does not exist: consolidate a checkpoint first (make merge RUN=...)"))
+        raise RunError(Problem("model", folder, "does not exist: consolidate a checkpoint first (muster merge RUN)"))
     device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
     return load_folder(folder, config, "auto", device_map)
 

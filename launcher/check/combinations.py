@@ -75,7 +75,7 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         message = "needs 2-D weights, but ZeRO flattens them. Use parallel=fsdp, parallel=hsdp or parallel=ddp"
         yield Problem("train.optimizer", optimizer.name, message)
     if not zero and optimizer in PAGED_OPTIMIZERS:
-        message = "is from bitsandbytes, which cannot update the tensors of FSDP (and ddp). "
+        message = "is from bitsandbytes, which cannot update the tensors of FSDP (also parallel=ddp). "
         message += "Use train.optimizer=adamw_8bit (from torchao), or parallel=zero2"
         yield Problem("train.optimizer", optimizer.name, message)
     if optimizer in PAGED_OPTIMIZERS and config.cluster.train.gpus_per_node == 0:

@@ -49,7 +49,9 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
     """
     known, options, reported = resolve.keys(), groups(folder), list[Problem]()
     schema = OmegaConf.structured(Config)
-    schema.model.architecture = Architecture  # optional, so None in the schema: its keys could not be tried otherwise
+    schema.model.architecture = (
+        Architecture  # optional, so None in the schema; without this its keys could not be checked
+    )
     valid: list[Override] = []
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
@@ -57,7 +59,10 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            message = "is not of the form key=value. Put quotes around characters that the shell or Hydra interprets"
+            message = (
+                "is not of the form key=value. If the value has special characters, put quotes around it, "
+                "for the shell and for Hydra: 'key=\"value\"'"
+            )
             reported.append(Problem(word, None, message))
             continue
         problem = _problem(override, known, options, schema)
@@ -154,6 +159,8 @@ def _describe(hint: Any) -> str:
             return f"{text} or null"
     if str(hint).startswith("list"):
         return "a list, for example [a,b]"
+    if str(hint).startswith("dict"):
+        return "a dictionary, for example {name: value}"
     return f"of type {getattr(hint, '__name__', hint)}"
 
 

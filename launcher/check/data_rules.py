@@ -25,13 +25,13 @@ COLUMNS = {
 def problems(config: Config, facts: Facts) -> Iterator[Problem]:
     """Every problem with the training and validation data that can be seen before a job reads it."""
     for key, path in facts.files_missing:
-        message = "no such file or folder, neither in the current folder nor in Muster's own"
+        message = "no such file or folder in the working directory or in Muster's clone. Give the full path"
         yield Problem(key, path, message)
     if config.data.path is None and not config.data.sets:
         message = "training rows are missing. Set data.path=..., or data.sets.NAME.path=... for each of several sets"
         yield Problem("data.path", None, message)
     elif config.data.path is not None and config.data.sets:
-        message = "cannot be used with data.sets. Set data.path=null, or remove data.sets"
+        message = "cannot be used with data.sets. Use data=mix for several sets, or remove data.sets"
         yield Problem("data.path", config.data.path, message)
     else:
         yield from _names(config)
@@ -67,5 +67,6 @@ def _first_row(first_row: FirstRow, data_set: DataSet) -> Iterator[Problem]:
     formats = [format for format in COLUMNS if not fixed or format is data_set.format]
     if not any(columns <= set(first_row.columns) for format in formats for columns in COLUMNS[format]):
         needed = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in formats)
-        message = f"has the columns {', '.join(first_row.columns)}, but {needed}. Map your columns with data.fields"
+        message = f"has the columns {', '.join(first_row.columns)}, but {needed}. "
+        message += "Map your columns, for example 'data.fields={output: answer}'"
         yield Problem(first_row.key, data_set.path, message)

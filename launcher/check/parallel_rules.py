@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from conf.batch import ranks_per_row
 from conf.choices import AdapterKind, Attention, Backend
-from conf.errors import Problem
+from conf.errors import Problem, as_typed
 from conf.schema import Config
 
 CONTEXT_ATTENTION = (Attention.auto, Attention.cudnn, Attention.varlen)
@@ -26,7 +26,7 @@ def batch(config: Config) -> Iterator[Problem]:
 
 
 def layout(config: Config) -> Iterator[Problem]:
-    """What the `parallel` section must keep by itself and with the number of ranks."""
+    """Yield problems of the `parallel` section by itself, and with the number of ranks."""
     return _zero(config) if config.parallel.backend is Backend.zero else _fsdp(config)
 
 
@@ -61,7 +61,7 @@ def _fsdp(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.shard_ranks", parallel.shard_ranks, message)
     elif parallel.offload_optimizer != parallel.offload_parameters:
         message = (
-            f"must equal parallel.offload_parameters={parallel.offload_parameters}, because FSDP keeps optimizer state "
+            f"must equal parallel.offload_parameters={as_typed(parallel.offload_parameters)}, because FSDP keeps optimizer state "
             "where the parameters are. Use parallel=fsdp_offload or parallel=fsdp"
         )
         yield Problem("parallel.offload_optimizer", parallel.offload_optimizer, message)
@@ -73,7 +73,7 @@ def shared_rows_and_matrices(config: Config) -> Iterator[Problem]:
     if world % ranks_per_row(config):
         message = (
             f"parallel.context_ranks x parallel.tensor_ranks = {ranks_per_row(config)} must divide "
-            f"the {world} ranks of cluster.train. Lower one of the two"
+            f"the {world} ranks of cluster.train. Lower parallel.context_ranks or parallel.tensor_ranks"
         )
         yield Problem("parallel.context_ranks", parallel.context_ranks, message)
     if parallel.context_ranks > 1 and config.model.attention not in CONTEXT_ATTENTION:

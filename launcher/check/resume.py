@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf import resolve
-from conf.errors import Problem, RunError
+from conf.errors import Problem, RunError, as_typed
 from conf.schema import Config
 from launcher.run_folder.attempts import last_verdict
 from launcher.run_folder.status import COMPLETED
@@ -37,7 +37,7 @@ CHANGEABLE = (
     "train.profile",
     "train.profile_ranks",
 )
-"""Keys that may change when a run is resumed: where and how long it runs, never what is computed."""
+"""Keys that may change when a run is resumed: where it runs and how long, never what it computes."""
 
 
 def resumed_config(composed: Config, words: list[str]) -> Config:
@@ -57,10 +57,11 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     fixed = [key for key in overridden if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
     if fixed:
         message = (
-            "cannot change in a run. Start a new one: with model.source=RUN/model it begins from this run's weights"
+            "cannot change when a run is resumed. Start a new run; "
+            "to begin from this run's weights, add model.source=RUN/model"
         )
         raise RunError(*(Problem(key, None, message) for key in fixed))
-    for key in sorted(overridden):  # sorted: a group (cluster=...) is copied before keys inside it
+    for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, "jobs" if key == "pipeline" else key)
     config.run_dir, config.resume = str(folder), str(folder)
     return config
@@ -77,11 +78,11 @@ def require_same(stored: Config, requested: Config) -> None:
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     differing.sort(key=lambda key: (key.count("."), key))  # the name of a model before the numbers of its shape
     if differing:
-        shown = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in differing[:5])
+        shown = ", ".join(f"{key}={as_typed(before.get(key))} (now {as_typed(now.get(key))})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         message = (
             f"already holds a run with {shown}{more}. "
-            f"Use another run_dir, or continue that run with resume={requested.run_dir}"
+            f"Use another run_dir, or continue that run: muster resume {requested.run_dir}"
         )
         raise RunError(Problem("run_dir", requested.run_dir, message))
 

@@ -71,7 +71,9 @@ def _names(config: Config) -> Iterator[Problem]:
 def _steps(config: Config) -> Iterator[Problem]:
     steps, warmup = config.train.steps, config.train.warmup_steps
     if steps is None and config.train.epochs is None:
-        yield Problem("train.steps", "null", "training has no length. Set train.steps or train.epochs")
+        yield Problem(
+            "train.steps", "null", "the length of training is missing. Set train.steps=... or train.epochs=..."
+        )
     if steps is not None and warmup >= steps:
         yield Problem("train.warmup_steps", warmup, f"must be below train.steps={steps}. Lower it, or train longer")
 
@@ -135,7 +137,7 @@ def _model(config: Config) -> Iterator[Problem]:
     if config.adapter.kind is AdapterKind.lora and random and "consolidate" in config.jobs:
         message = (
             "a model with random weights has no stored base to merge an adapter into. Set model.init=pretrained and "
-            "model.source to a model folder or Hub id, or remove consolidate from jobs"
+            "model.source to a model folder or Hub id, or train without consolidating: pipeline=train"
         )
         yield Problem("adapter.kind", "lora", message)
 
@@ -151,7 +153,7 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
     if cluster.executor is Executor.local and config.submit is Submit.script:
         yield Problem("submit", "script", "writes sbatch scripts, which cluster=local does not use. Use cluster=slurm")
     if cluster.container is Container.none and cluster.container_image is not None:
-        message = "needs a container runtime. Add cluster.container=apptainer or cluster.container=pyxis"
+        message = "needs a container runtime, but cluster.container=none. Add cluster.container=apptainer or =pyxis"
         yield Problem("cluster.container_image", cluster.container_image, message)
     if cluster.container is not Container.none and cluster.container_image is None:
         message = f"cluster.container={cluster.container.name} needs an image. Set cluster.container_image=..."

@@ -91,8 +91,8 @@ def offloaded_bytes(config: Config) -> float:
 def kept_by_selection(config: Config, *, compiled: bool) -> float:
     """Bytes per token that `selective` keeps of one block besides its input: attention, and every second matrix product.
 
-    jobs/model/prepare.py counts the products in the order in which they run. In a compiled block the last one is not kept,
-    because no gradient needs it.
+    jobs/model/activation_checkpointing.py counts the products in the order in which they run. In a compiled block the last
+    one is not kept, because no gradient needs it.
     """
     shape, width = _local(config), width_of(config)
     adapted = [] if config.adapter.kind is AdapterKind.none else targets(shape, config.adapter)

@@ -83,7 +83,7 @@ class Estimate:
 def line(estimate: Estimate, capacity_gib: float | None = None) -> str:
     """The estimate in one line. `capacity_gib` is the memory of one GPU in GiB, if known."""
     host, disk = gib(estimate.host.total), gib(estimate.disk.checkpoint)
-    return f"{device_line(estimate, capacity_gib)}, {host} GiB per node, checkpoint {disk} GiB on disk"
+    return f"{device_line(estimate, capacity_gib)}, {host} GiB of host memory per node, checkpoint {disk} GiB on disk"
 
 
 def device_line(estimate: Estimate, capacity_gib: float | None = None) -> str:

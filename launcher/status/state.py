@@ -1,4 +1,4 @@
-"""Combines Slurm's job states with the run folder: jobs with verdicts and logs. `python -m launcher` shows the result."""
+"""Combines Slurm's job states with the run folder: jobs with verdicts and logs. `muster status` shows the result."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ def stop(run: Path) -> Path:
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(
-            Problem("RUN", run, f"training is not running ({state}); python -m launcher cancel {run} ends pending jobs")
+            Problem("RUN", run, f"training is not running ({state}). To end pending jobs: muster cancel {run}")
         )
     path = run / "jobs" / "train" / "stop"
     write_text(path, "")
@@ -154,7 +154,7 @@ def logs(run: Path, job: str, rank: int) -> Path:
     if ranks:
         available = f"there are ranks {ranks[0]} to {ranks[-1]}"
     else:
-        available = f"the job has not written any yet; see make status RUN={run}"
+        available = f"the job has not written any yet. Its state: muster status {run}"
     raise RunError(Problem("RANK", rank, f"no log of {job}: {available}"))
 
 

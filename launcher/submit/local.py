@@ -43,7 +43,7 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
             print(
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"resume    python launch.py resume={config.run_dir}",
+                f"resume    muster resume {config.run_dir}",
                 file=sys.stderr,
             )
             return 2 if verdict["status"] == USER_ERROR else 1

@@ -32,7 +32,7 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
         if on_slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
         parts.append(_heading(f"{job.name}: environment"))
-        parts.append(f"PYTHONPATH={config.run_dir}/code, then its present value")
+        parts.append(f"PYTHONPATH={config.run_dir}/code, then the value that it has already")
         parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
         if job.distributed:
             network = config.cluster.network

@@ -31,11 +31,11 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
     if not jobs:
         print(
             f"run       {config.run_dir}\n"
-            f"nothing to do: {', '.join(config.jobs)} completed already, with this configuration"
+            f"nothing to do: {', '.join(config.jobs)} completed with this configuration before"
         )
         return 0
     if active := state.active_jobs(Path(config.run_dir)):
-        remedy = f"is already running: {active}; wait, or python -m launcher cancel {config.run_dir}"
+        remedy = f"is already running: {active}. Wait until it ends, or type muster cancel {config.run_dir}"
         raise RunError(Problem("run_dir", config.run_dir, remedy))
     print(preview.summary(config, jobs), flush=True)
     config_path = write_run_folder(config, jobs, command)
@@ -100,7 +100,7 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
         message = next((line.strip() for line in lines if "error:" in line), lines[0])
         remedy = f"Slurm refused {job.name}: {message}{cancelled}"
         raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
-    print(f"\nwatch with   make status RUN={config.run_dir}   make logs RUN={config.run_dir}")
+    print(f"\nwatch with   muster status {config.run_dir}   muster logs {config.run_dir} --follow")
 
 
 def _cancel_submitted(ids: dict[str, str]) -> str:

@@ -72,7 +72,7 @@ ERROR_CLASSES = (
         NCCL,
         ("DistBackendError", "DistNetworkError", "DistStoreError"),
         ("nccl",),
-        "read the logs of the other ranks with python -m launcher logs, then run pipeline=preflight on these nodes",
+        "read the logs of the other ranks (muster logs RUN --rank R), then check the nodes with pipeline=preflight",
     ),
     ErrorClass(
         USER_ERROR,

@@ -34,7 +34,7 @@ STOP_SIGNALS = ("Terminated", "User defined signal")
 REMEDY = {
     OUT_OF_MEMORY: HOST_MEMORY,
     BAD_NODE: "if this happens again, exclude the node (cluster.train.exclude=NODE)",
-    FAILED: "if nobody killed it by hand, read its log: python -m launcher logs RUN",
+    FAILED: "if nobody killed it by hand, read its log: muster logs RUN",
 }
 TAIL_LINES, TAIL_BYTES = 20, 16_384
 

@@ -30,7 +30,7 @@ class Frame(NamedTuple):
     function: str
 
 
-class PlaceKind(Enum):
+class PositionKind(Enum):
     """What a rank is doing."""
 
     UNKNOWN = "unknown"
@@ -42,10 +42,10 @@ class PlaceKind(Enum):
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where in the code a rank is."""
 
-    kind: PlaceKind
+    kind: PositionKind
     location: str = ""
     """The innermost line of Muster's own code, e.g. `jobs/train.py:121 _step`."""
     operation: str = ""
@@ -54,9 +54,9 @@ class Place:
     """What that line is calling, e.g. `fsync (os.py:7)`; empty if the line itself is running."""
 
     def __str__(self) -> str:
-        if self.kind is PlaceKind.UNKNOWN:
+        if self.kind is PositionKind.UNKNOWN:
             return ""
-        if self.kind is PlaceKind.COLLECTIVE:
+        if self.kind is PositionKind.COLLECTIVE:
             return f"in {self.operation} ({self.location})"
         return f"at {self.location}" + (f", inside {self.library_call}" if self.library_call else "")
 
@@ -65,7 +65,7 @@ class Progress(NamedTuple):
     """How far a rank has come. Compared field by field: the rank with the smallest value is the one the others wait for."""
 
     answered: bool
-    """False: neither the rank nor the watchdog of its node has been heard of."""
+    """False: neither the rank nor the watchdog of its node has answered."""
     can_run: bool = False
     """False: the process is stopped, dead or stuck in a system call. Compared before the counts, because NCCL's threads
     of a stopped process still send for steps that it has already launched."""
@@ -73,7 +73,8 @@ class Progress(NamedTuple):
     """All ranks send heartbeats equally often."""
     in_collective: bool = False
     """Of ranks with equal counts, the one outside a collective keeps the others waiting."""
-    where_most_are: bool = False
+    at_common_position: bool = False
+    """Whether it is at the position that most ranks share."""
     last_collective: int = 0
     """Number of the newest collective that it passed to NCCL."""
 
@@ -111,27 +112,29 @@ def limit_key(phase: str) -> str:
 def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[str, Any]:
     """Return the verdict: which rank the others wait for, where that rank is, and where the others are.
 
-    `ranks` may lack ranks that were never heard of. `code` is the folder of Muster's code.
+    `ranks` may lack ranks that have never written a heartbeat. `code` is the folder of Muster's code.
     """
-    unheard = {"answered": False, "count": -1, "step": 0, "phase": "start"}
-    evidence: dict[int, Evidence] = {rank: ranks.get(rank, unheard) for rank in range(world_size)}
+    no_heartbeat = {"answered": False, "count": -1, "step": 0, "phase": "start"}
+    evidence: dict[int, Evidence] = {rank: ranks.get(rank, no_heartbeat) for rank in range(world_size)}
     # Nobody waits for a rank that has ended, unless all have.
     running = {rank: item for rank, item in evidence.items() if item.get("phase") != "ended"} or evidence
-    places = {rank: locate(item, code) for rank, item in running.items()}
-    usual_place = Counter(places.values()).most_common(1)[0][0]
-    progress = {rank: _progress(item, places[rank], usual_place) for rank, item in running.items()}
+    positions = {rank: locate(item, code) for rank, item in running.items()}
+    common_position = Counter(positions.values()).most_common(1)[0][0]
+    progress = {rank: _progress(item, positions[rank], common_position) for rank, item in running.items()}
     least = min(progress.values())
     behind = sorted(rank for rank in running if progress[rank] == least)
     first = running[behind[0]]
     step, key = f"step {first['step']}, phase {first['phase']}", limit_key(str(first["phase"]))
     silent = f" (silent for {max(item.get('silent_s', 0) for item in running.values()):.0f} s, {key})"
     if len(behind) == len(running) > 1:  # all ranks have come equally far, so none is the cause
-        where = f" {usual_place}" if str(usual_place) else ""
+        where = f" {common_position}" if str(common_position) else ""
         reason = f"all {len(running)} ranks hang{where}: {step}; none is behind"
         return _verdict(reason + silent, REMEDY["network"], None, {**first, "host": ""})
-    # The places of ranks that did not answer are old, so leave them out.
-    others = {rank: place for rank, place in places.items() if rank not in behind and running[rank].get("answered")}
-    doing = _describe_activity(first, places[behind[0]])
+    # The positions of ranks that did not answer are old, so leave them out.
+    others = {
+        rank: position for rank, position in positions.items() if rank not in behind and running[rank].get("answered")
+    }
+    doing = _describe_activity(first, positions[behind[0]])
     reason = f"{_describe_ranks(behind, first)}: {step}, {doing}{_describe_others(others)}"
     state = str(first.get("state")) if first.get("answered") else "node"
     remedy = REMEDY.get(state) or OTHER_REMEDY.format(key=key)
@@ -151,15 +154,15 @@ def _verdict(reason: str, remedy: str, rank: int | None, evidence: Evidence) -> 
     }
 
 
-def _progress(evidence: Evidence, place: Place, usual_place: Place) -> Progress:
+def _progress(evidence: Evidence, position: Position, common_position: Position) -> Progress:
     if not evidence.get("answered"):
         return Progress(answered=False)
     return Progress(
         answered=True,
         can_run=evidence.get("state") not in STATES,
         heartbeats=evidence["count"],
-        in_collective=place.kind is PlaceKind.COLLECTIVE,
-        where_most_are=place == usual_place,
+        in_collective=position.kind is PositionKind.COLLECTIVE,
+        at_common_position=position == common_position,
         last_collective=(evidence.get("flight") or {}).get("last", 0),
     )
 
@@ -171,31 +174,31 @@ def _describe_ranks(behind: Sequence[int], first: Evidence) -> str:
     return f"ranks {', '.join(map(str, behind))} hang, first rank {behind[0]}{on_host}"
 
 
-def _describe_activity(evidence: Evidence, place: Place) -> str:
+def _describe_activity(evidence: Evidence, position: Position) -> str:
     if not evidence.get("answered"):
         return "no heartbeat ever came" if evidence["count"] < 0 else "and the watchdog of its node does not answer"
-    return STATES.get(str(evidence.get("state"))) or str(place) or "without a Python stack"
+    return STATES.get(str(evidence.get("state"))) or str(position) or "without a Python stack"
 
 
-def _describe_others(others: Mapping[int, Place]) -> str:
+def _describe_others(others: Mapping[int, Position]) -> str:
     """Say where most of the other ranks wait; empty if that is unknown."""
     if not others:
         return ""
-    [(usual_place, count)] = Counter(others.values()).most_common(1)
-    if usual_place.kind is PlaceKind.UNKNOWN:
+    [(common_position, count)] = Counter(others.values()).most_common(1)
+    if common_position.kind is PositionKind.UNKNOWN:
         return ""
     if len(others) == 1:
-        return f"; rank {next(iter(others))} waits {usual_place}"
+        return f"; rank {next(iter(others))} waits {common_position}"
     who = "the others" if count == len(others) else f"{count} of {len(others)} others"
-    return f"; {who} wait {usual_place}"
+    return f"; {who} wait {common_position}"
 
 
-def locate(evidence: Evidence, code: str) -> Place:
+def locate(evidence: Evidence, code: str) -> Position:
     """Return where a rank is, from its Python stacks and, for the collective's name, NCCL's flight recorder."""
     root = code.rstrip("/") + "/"
     stacks = working_stacks(parse_stacks(evidence.get("stack", "")), root)
     if not stacks:
-        return Place(PlaceKind.UNKNOWN)
+        return Position(PositionKind.UNKNOWN)
     innermost = stacks[0][0]
     # The innermost line of our own code says more than one inside torch.
     own = next((frame for frame in stacks[0] if frame.file.startswith(root)), innermost)
@@ -203,11 +206,11 @@ def locate(evidence: Evidence, code: str) -> Place:
     # A rank that waits for its GPU shows no collective in Python, so ask the flight recorder.
     operation = collective_name(stacks) or (evidence.get("flight") or {}).get("waits")
     if operation:
-        return Place(PlaceKind.COLLECTIVE, location, operation=operation)
+        return Position(PositionKind.COLLECTIVE, location, operation=operation)
     if innermost == own:
-        return Place(PlaceKind.CODE, location)
+        return Position(PositionKind.CODE, location)
     file_name = innermost.file.rpartition("/")[2]
-    return Place(PlaceKind.CODE, location, library_call=f"{innermost.function} ({file_name}:{innermost.line})")
+    return Position(PositionKind.CODE, location, library_call=f"{innermost.function} ({file_name}:{innermost.line})")
 
 
 def parse_stacks(text: str) -> list[list[Frame]]:

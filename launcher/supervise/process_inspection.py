@@ -17,8 +17,8 @@ from launcher.supervise import hang_diagnosis
 ANSWER_S = 6.0
 """How long ranks may take to write their stacks, and NCCL's flight recorder its file. It checks its pipe once a second."""
 PAUSE_S = 0.5
-LOOKS = 3
-"""How often to look before a process counts as stuck in a system call: any process is in one now and then."""
+SAMPLES = 3
+"""How many times the state is read before a process counts as stuck in a system call. Any process is in one now and then."""
 PIPE = "flight-"
 """End of TORCH_NCCL_DEBUG_INFO_PIPE_FILE, after the folder of the heartbeats. torch appends the rank and `.pipe`."""
 
@@ -34,7 +34,7 @@ def inspect_ranks(heartbeats: dict[int, dict[str, Any]], local: Path, attempt: P
     for rank, heartbeat in running.items():
         send_signal(heartbeat, signal.SIGQUIT)  # jobs.distributed.heartbeat.ASK: write the Python stacks
         _request_flight_record(local / f"{PIPE}{rank}.pipe")
-    for look in range(int(ANSWER_S / PAUSE_S)):
+    for sample in range(int(ANSWER_S / PAUSE_S)):
         time.sleep(PAUSE_S)
         for rank, heartbeat in running.items():
             states[rank].add(process_state(heartbeat["pid"]))
@@ -43,13 +43,13 @@ def inspect_ranks(heartbeats: dict[int, dict[str, Any]], local: Path, attempt: P
             for rank in waiting_for
             if not states[rank] & {"T", "t", "Z"} and not _has_answered(rank, local, attempt, asked)
         }
-        if not waiting_for and look + 1 >= LOOKS:
+        if not waiting_for and sample + 1 >= SAMPLES:
             break
     for rank, heartbeat in running.items():
-        seen = states[rank]
+        letters = states[rank]
         # Several letters mean that the process was changing between states, so it is not stuck: S.
-        letter = next(iter(seen)) if len(seen) == 1 else "S"
-        heartbeat["state"] = next((stopped for stopped in "ZTt" if stopped in seen), letter)
+        letter = next(iter(letters)) if len(letters) == 1 else "S"
+        heartbeat["state"] = next((stopped for stopped in "ZTt" if stopped in letters), letter)
         heartbeat["stack"] = _copy_stack(local / f"rank-{rank}.stack", attempt)
         heartbeat["flight"] = _keep_flight_record(rank, attempt, asked)
 

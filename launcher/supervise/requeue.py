@@ -26,7 +26,7 @@ from launcher.run_folder.status import (
     USER_ERROR,
 )
 
-RESUME = "resume with python launch.py resume=RUN"
+RESUME = "to continue: muster resume RUN"
 WAIT_S, PAUSE_S = 600.0, 5.0
 """How long to retry while the controller does not answer, and the pause between tries."""
 BY_SLURM = "Slurm itself has requeued the job"
@@ -52,7 +52,7 @@ class Decision:
 
     again: bool
     why: str
-    """The reason, as `python -m launcher status` shows it."""
+    """The reason, as `muster status` shows it."""
     status: str
     """The final status of the verdict."""
 

@@ -50,7 +50,7 @@ class Watchdog:
         """Longest silence allowed by phase; all other phases use that of `start`."""
         self.heartbeats: dict[int, dict[str, Any]] = {}
         """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
-        self.looked, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
+        self.last_poll, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
 
     def run(self) -> None:
         """Watch until every rank of the node has ended, by itself or because this killed it."""
@@ -77,11 +77,11 @@ class Watchdog:
     def _read_heartbeats(self) -> float | None:
         """Update `heartbeats`. Returns the longest silence in seconds if a rank has been silent too long, else None.
 
-        A rank's silence is the sum of the times between looks, each at most 2 * POLL_S. So a job that Slurm suspended,
+        A rank's silence is the sum of the times between two polls, each at most 2 * POLL_S. So a job that Slurm suspended,
         and this process with it, is not taken for a hang.
         """
         now = time.monotonic()
-        passed, self.looked = min(now - self.looked, 2 * POLL_S), now
+        passed, self.last_poll = min(now - self.last_poll, 2 * POLL_S), now
         self.age_s += passed
         files = [_read_heartbeat(path) for path in self.local.glob("rank-*.beat")]
         current = {heartbeat["rank"]: heartbeat for heartbeat in files if heartbeat}

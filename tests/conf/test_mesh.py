@@ -16,7 +16,7 @@ def fsdp(name: str = "fsdp", shard: int | None = None, tensor_ranks: int = 1, co
 
 PICTURES = {
     "fsdp": (fsdp(), 2, 4, """\
-mesh      fsdp: 8 ranks on 2 nodes; each holds 1/8 of parameters, gradients and optimizer state
+mesh      fsdp: 8 ranks on 2 nodes; each rank holds 1/8 of parameters, gradients and optimizer state
           node 0  | 0 1 2 3
           node 1    4 5 6 7 |"""),
     "hsdp": (fsdp("hsdp", 4), 2, 4, """\
@@ -35,13 +35,13 @@ mesh      hsdp: 12 ranks on 3 nodes; 2 copies; each rank holds 1/6 of parameters
           node 2     8  9 10 11 |
           |: one copy; ranks 0 6 hold the same part of it, and average its gradients"""),
     "ddp": (fsdp("ddp", 1), 1, 2, """\
-mesh      ddp: 2 ranks on 1 node; each holds the whole model, and gradients are averaged over all
+mesh      ddp: 2 ranks on 1 node; each rank holds the whole model, and gradients are averaged over all
           node 0  | 0 | 1 |"""),
     "zero1": (Parallel("zero1", Backend.zero, zero_stage=1), 1, 2, """\
-mesh      zero1: 2 ranks on 1 node; each holds the whole model, and 1/2 of optimizer state
+mesh      zero1: 2 ranks on 1 node; each rank holds the whole model, and 1/2 of optimizer state
           node 0  | 0 1 |"""),
     "tensor and context parallelism": (fsdp(tensor_ranks=2, context_ranks=2), 1, 8, """\
-mesh      fsdp: 8 ranks on 1 node; each holds 1/8 of parameters, gradients and optimizer state
+mesh      fsdp: 8 ranks on 1 node; each rank holds 1/8 of parameters, gradients and optimizer state
           node 0  | 0+1~2+3 4+5~6+7 |
           +: these ranks share each matrix of a block
           ~: these ranks share the tokens of a row"""),
@@ -55,7 +55,7 @@ mesh      hsdp: 512 ranks on 64 nodes; 64 copies; each rank holds 1/8 of paramet
           node 63  | 504 505 506 507 508 509 510 511 |
           |: one copy; ranks 0 8 16 24 ... hold the same part of it, and average its gradients"""),
     "many ranks on a node": (fsdp(), 1, 32, """\
-mesh      fsdp: 32 ranks on 1 node; each holds 1/32 of parameters, gradients and optimizer state
+mesh      fsdp: 32 ranks on 1 node; each rank holds 1/32 of parameters, gradients and optimizer state
           node 0  |  0  1  2  3  4  5  6  7 ... 31 |"""),
 }  # fmt: skip
 

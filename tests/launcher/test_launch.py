@@ -121,7 +121,7 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
 
 def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path) -> None:
     [line] = refused(launch(f"resume={stored}", "train.learning_rate=0.5", "submit=script"))
-    assert line.startswith("train.learning_rate: cannot change in a run. Start a new one")
+    assert line.startswith("train.learning_rate: cannot change when a run is resumed. Start a new run")
 
 
 def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ EXCLUDED_NODES = ("n3,n4", "n1,n2")
 """Two runs are under way at the same time. Each excludes the nodes of the other one."""
 END_S = 300.0
 """A run that has not ended by itself this long after its last fault is wrong."""
-RECOVERED, STOPPED, WRONG = "recovered", "stopped rightly", "wrong"
+RECOVERED, STOPPED, WRONG = "recovered", "stopped correctly", "wrong"
 
 
 @dataclass

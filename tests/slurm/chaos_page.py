@@ -15,15 +15,15 @@ of three outcomes:
 
 - **recovered**: it ended by itself as `completed`. Its metrics of every step, and the SHA-256 of every weight, equal those of a
   run with the same layout and without a fault.
-- **stopped rightly**: continuing would be wrong, so it ended with the right verdict. After the cause was removed, it was
+- **stopped correctly**: continuing would be wrong, so it ended with the right verdict. After the cause was removed, it was
   resumed and reached the same metrics and weights.
 - **wrong**: anything else.
 
-{faults} faults in {runs} runs (seed {seeds}), on 2 nodes: {recovered} recovered, {stopped} stopped rightly, {wrong} wrong.
+{faults} faults in {runs} runs (seed {seeds}), on 2 nodes: {recovered} recovered, {stopped} stopped correctly, {wrong} wrong.
 Each run has 40 steps and a checkpoint every 5 steps, written while training continues. {struck} runs got two faults in a row.
 Layouts (runs): {layouts}.
 
-| fault | faults | recovered | stopped rightly | wrong | steps lost | seconds without a step |
+| fault | faults | recovered | stopped correctly | wrong | steps lost | seconds without a step |
 |---|---|---|---|---|---|---|
 """
 BOTTOM = """
@@ -83,7 +83,7 @@ def _top(results: list[Result]) -> str:
         runs=len(results),
         seeds=", ".join(map(str, sorted({result["seed"] for result in results}))),
         recovered=_count(results, "recovered"),
-        stopped=_count(results, "stopped rightly"),
+        stopped=_count(results, "stopped correctly"),
         wrong=_count(results, "wrong"),
         struck=sum(result["faults"] > 1 for result in results),
         layouts=", ".join(f"{name} {sum(result['layout'] == name for result in results)}" for name in layouts),
@@ -100,7 +100,7 @@ def _count(results: list[Result], outcome: str = "") -> int:
 
 
 def _row(label: str, results: list[Result]) -> str:
-    counts = [_count(results, outcome) for outcome in ("", "recovered", "stopped rightly", "wrong")]
+    counts = [_count(results, outcome) for outcome in ("", "recovered", "stopped correctly", "wrong")]
     good = [result for result in results if result["outcome"] != "wrong"]
     lost, seconds = [result["lost"] for result in good], [each for result in good for each in result["recovery_s"]]
     cells = [label, *map(str, counts), _range(lost), _range(seconds)]

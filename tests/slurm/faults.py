@@ -304,7 +304,7 @@ def clear(run: Path) -> None:
 
 
 def repair(scene: Scene, kind: str) -> None:
-    """Do what a user does before resuming a run that was stopped rightly: free the disk, or restore the checkpoints."""
+    """Do what a user does before resuming a run that was stopped correctly: free the disk, or restore the checkpoints."""
     if kind == "disk_full":
         (scene.run / "checkpoints/filler").unlink()
     else:

@@ -68,6 +68,6 @@ def test_the_page_shows_the_results(tmp_path: Path) -> None:
     wrong = {"number": 1, "faults": 1, "outcome": "wrong", "why": "it ended as failed: why"}
     chaos_page.write(tmp_path / "page.md", [RESULT, RESULT | wrong])
     page = (tmp_path / "page.md").read_text()
-    assert "3 faults in 2 runs (seed 7), on 2 nodes: 2 recovered, 0 stopped rightly, 1 wrong." in page
+    assert "3 faults in 2 runs (seed 7), on 2 nodes: 2 recovered, 0 stopped correctly, 1 wrong." in page
     assert "| SIGSTOP of a rank | 3 | 2 | 0 | 1 | 6 / 6 / 6 | 30 / 36 / 41 |\n" in page
     assert "- run 1 (seed 7), hang under zero3: it ended as failed: why\n" in page

@@ -112,7 +112,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(damage, sai
     damage(saved / "step-00000006/inner/__0_0.distcp")
     with pytest.raises(RunError, match=said):
         manifest.check(saved / "step-00000006")
-    if damage is not flip:  # consolidation sees it as it reads (test_what_is_read_is_checked_and_nothing_else)
+    if (
+        damage is not flip
+    ):  # consolidation sees it as it reads (tests/jobs/consolidation/test_run.py: test_only_what_is_read_is_checked)
         with pytest.raises(RunError, match=said):  # it must not silently take an older one
             consolidate.run(config)
     capsys.readouterr()

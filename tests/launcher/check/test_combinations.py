@@ -20,11 +20,11 @@ def messages(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("words", "values", "key", "remedy"),
     [
-        ((), {"adapter.dora": True}, "adapter.dora=True", "adapter=lora"),
-        ((), {"adapter.rslora": True}, "adapter.rslora=True", "adapter=lora"),
+        ((), {"adapter.dora": True}, "adapter.dora=true", "adapter=lora"),
+        ((), {"adapter.rslora": True}, "adapter.rslora=true", "adapter=lora"),
         ((), {"adapter.base": Frozen.nf4}, "adapter.base=nf4", "adapter=lora"),
-        (("adapter=dora", "parallel=zero3"), {}, "adapter.dora=True", "parallel=zero2"),
-        (("adapter=dora",), {"adapter.base": Frozen.int8}, "adapter.dora=True", "adapter.base=int8"),
+        (("adapter=dora", "parallel=zero3"), {}, "adapter.dora=true", "parallel=zero2"),
+        (("adapter=dora",), {"adapter.base": Frozen.int8}, "adapter.dora=true", "adapter.base=int8"),
         (("adapter=lora",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
         (("adapter=qlora8",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
         (("adapter=qlora",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "base=dequantised"),

@@ -98,7 +98,7 @@ def test_a_change_leaves_other_keys_unchanged(compose: Compose, run: Path) -> No
     ],
 )
 def test_keys_of_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
-    with pytest.raises(RunError, match="cannot change in a run. Start a new one") as caught:
+    with pytest.raises(RunError, match="cannot change when a run is resumed. Start a new run") as caught:
         continued(compose, run, word)
     assert str(caught.value).startswith(word.lstrip("+").split("=")[0] + ":")
 
@@ -136,7 +136,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(compose: Compose) 
     message = str(caught.value)
     assert message.startswith("run_dir=/runs/golden: already holds a run with ")
     assert "train.learning_rate=1e-05 (now 0.5), cluster.train.nodes=4 (now 7)." in message
-    assert "Use another run_dir, or continue that run with resume=/runs/golden" in message
+    assert "Use another run_dir, or continue that run: muster resume /runs/golden" in message
 
 
 def test_only_the_first_of_many_differences_are_named(compose: Compose) -> None:

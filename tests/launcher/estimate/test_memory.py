@@ -159,7 +159,7 @@ def test_the_estimate_is_formatted_as_a_line_and_as_a_table(compose: Compose) ->
     assert size
     line, rows = table.line(size, 139), table.table(size)
     assert line.startswith(f"{size.device.total / GIB:.1f} of 139 GiB per GPU (parameters 0.9, gathered 3.2,")
-    assert "GiB per node, checkpoint 89.7 GiB on disk" in line
+    assert "GiB of host memory per node, checkpoint 89.7 GiB on disk" in line
     assert f"{'GPU total':<22}{size.device.total / GIB:>10.1f} GiB" in rows
     assert len({len(row) for row in rows}) == 1
 

@@ -1,4 +1,4 @@
-"""launcher/status/state.py and `python -m launcher`: on run folders made by hand."""
+"""launcher/status/state.py and the command `muster`: on run folders made by hand."""
 
 import os
 import socket
@@ -150,7 +150,10 @@ def test_a_missing_log_names_the_ranks_that_have_one(tmp_path: Path) -> None:
 
 
 def test_a_job_without_logs_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RANK=0: no log of train: the job has not written any yet; .*{tmp_path}$"):
+    with pytest.raises(
+        RunError,
+        match=f"^RANK=0: no log of train: the job has not written any yet. Its state: muster status {tmp_path}$",
+    ):
         state_module.logs(tmp_path, "train", 0)
 
 
@@ -238,7 +241,7 @@ def test_only_running_training_can_be_stopped(
     programs(squeue=f"echo '102|{state}'")
     done = module("launcher", "stop", run, env=surroundings)
     assert done.returncode == 2
-    assert f"training is not running ({state.lower()}); python -m launcher cancel" in done.stderr
+    assert f"training is not running ({state.lower()}). To end pending jobs: muster cancel" in done.stderr
     assert not (run / "jobs/train/stop").exists()
 
 

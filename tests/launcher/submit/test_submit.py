@@ -139,7 +139,7 @@ def test_a_running_run_is_not_started_twice(launch: Launch, slurm: Path, program
     done = launch("resume=run")
     assert done.returncode == 2
     assert "is already running: train 103 is RUNNING" in done.stderr
-    assert "python -m launcher cancel" in done.stderr
+    assert "muster cancel" in done.stderr
     assert (slurm / "last").read_text() == "106\n"
 
 

@@ -186,7 +186,7 @@ def test_a_refused_requeue_is_reported(folder: Path, programs: Programs) -> None
     programs(scontrol=f'case "$1" in requeue) echo "Requeue is disabled" >&2; exit 1;; esac\n{scontrol()}')
     verdict = requeue_first_attempt(folder, progressed("preempted"))
     assert not verdict["requeued"]
-    assert "(Requeue is disabled); resume with python launch.py resume=RUN" in verdict["next"]
+    assert "(Requeue is disabled); to continue: muster resume RUN" in verdict["next"]
 
 
 def test_a_node_without_scontrol_is_reported(folder: Path, programs: Programs) -> None:
