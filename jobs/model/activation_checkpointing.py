@@ -62,7 +62,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call, unused-ignore]
+    contexts = create_selective_checkpoint_contexts(policy)
     return contexts
 
 
@@ -102,5 +102,5 @@ COPY_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in COPY_STREAMS:
-        COPY_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        COPY_STREAMS[device] = torch.cuda.Stream(device)
     return COPY_STREAMS[device]

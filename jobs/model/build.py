@@ -94,18 +94,18 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment, unused-ignore]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign, unused-ignore]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     shape = _configured_shape(config) if config.model.init is Init.random else _stored_shape(config)
     rows_before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call, unused-ignore]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             shape,
             dtype=dtype,
             attn_implementation=attention.select(config, shape),
@@ -114,7 +114,7 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(config, error) from error
     if config.model.init is Init.pretrained:
-        model.rows_before = rows_before  # type: ignore[assignment, unused-ignore] # embedding_resize reads it
+        model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model

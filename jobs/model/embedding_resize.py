@@ -76,6 +76,6 @@ def fill_added_rows(
 
 def _resized_weights(model: PreTrainedModel) -> set[str]:
     """Names of the weights of embedding and output head; a tied weight appears once."""
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weights = {id(module.weight) for module in (model.get_input_embeddings(), head) if module is not None}
     return {name for name, parameter in model.named_parameters() if id(parameter) in weights}

@@ -30,7 +30,7 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tenso
 
     `weight` holds the e4m3 bytes of W (rows, columns), flat. `absmax` (rows, 1) or (rows,) is that of `quantize_rows`.
     """
-    return cast(torch.Tensor, _Float8Matmul.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call, unused-ignore]
+    return cast(torch.Tensor, _Float8Matmul.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call]
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix * (LARGEST / absmax)).to(E4M3), absmax
 
 
-class _Float8Matmul(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+class _Float8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, absmax)
@@ -52,7 +52,7 @@ class _Float8Matmul(torch.autograd.Function):  # type: ignore[misc, unused-ignor
         return out.view(*x.shape[:-1], rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override, unused-ignore]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return grad @ W.
 
         The scales of W's rows lie along the summed dimension here, where the kernel takes no scale. So they are multiplied

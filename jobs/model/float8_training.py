@@ -23,7 +23,7 @@ def convert_linears(model: nn.Module, config: Config, world: World) -> None:
     if recipe is Float8.none:
         return
     try:
-        from torchao.float8 import (  # type: ignore[import-not-found, unused-ignore]
+        from torchao.float8 import (
             Float8LinearConfig,
             convert_to_float8_training,
         )

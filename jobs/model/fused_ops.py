@@ -28,9 +28,9 @@ def fuse(block: nn.Module, compiled: Compile) -> int:
     norms = [module for module in block.modules() if type(module).__name__.endswith("Norm")]
     mlps = [module for module in block.modules() if _is_gated_mlp(module)]
     for norm in norms:
-        norm.forward = compiled(norm.forward)  # type: ignore[method-assign, unused-ignore]
+        norm.forward = compiled(norm.forward)
     for mlp in mlps:
-        mlp.forward = _mlp_forward(mlp, compiled(_gated_activation(mlp.act_fn)))  # type: ignore[method-assign, unused-ignore]
+        mlp.forward = _mlp_forward(mlp, compiled(_gated_activation(mlp.act_fn)))
     return len(norms) + len(mlps)
 
 

@@ -43,4 +43,4 @@ def prepare_model(model: Any, config: Config, world: World) -> None:
             forward = compiled_for_training(forward)
         if checkpointing in (Checkpointing.full, Checkpointing.offload):
             forward = recomputed_in_backward(block, forward, offload=checkpointing is Checkpointing.offload)
-        block.forward = forward  # type: ignore[method-assign, unused-ignore]
+        block.forward = forward

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
     absmax: torch.Tensor
 
 
-class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
+class QuantizedLinear(nn.Linear):
     """A linear layer with a packed, frozen weight. A bias stays as it was."""
 
     def __init__(self, linear: nn.Linear, kind: Frozen, dtype: torch.dtype) -> None:
@@ -103,7 +103,7 @@ class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
             buffer.copy_(value)
 
 
-@torch.library.custom_op("muster::quantized_matmul", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+@torch.library.custom_op("muster::quantized_matmul", mutates_args=())
 def quantized_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,19 +120,19 @@ def quantized_matmul(
     return F.linear(x, dequantize(weight, nf4, shape, x.dtype, *scales), bias)
 
 
-@quantized_matmul.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+@quantized_matmul.register_fake
 def _(x: torch.Tensor, _weight: Any, _bias: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())
 def _quantized_matmul_backward(
     grad: torch.Tensor, weight: torch.Tensor, nf4: bool, shape: Sequence[int], scales: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     return grad @ dequantize(weight, nf4, shape, grad.dtype, *scales)
 
 
-@_quantized_matmul_backward.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+@_quantized_matmul_backward.register_fake
 def _(grad: torch.Tensor, _weight: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], shape[1])
 

@@ -27,7 +27,7 @@ def init_model(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, devi
         module.to_empty(device=device, recurse=recurse)
         torch.manual_seed(_seed(seed, name))
         for child in _children_first(module) if recurse else (module,):
-            twin._init_weights(child)  # type: ignore[no-untyped-call, unused-ignore]
+            twin._init_weights(child)  # type: ignore[no-untyped-call]
         _copy_to_parts(_named_weights(name, module, recurse), parts)
         module.to_empty(device="meta", recurse=recurse)
 
