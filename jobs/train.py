@@ -260,7 +260,7 @@ def _evaluate(training: Training, step: int) -> bool:
     def stop_requested() -> bool:
         heartbeat.beat("evaluate", step)
         requested = training.stop.requested()
-        return bool(total(torch.tensor(float(requested), device=world.device)).item() > 0)
+        return total(torch.tensor(float(requested), device=world.device)).item() > 0
 
     model, rows, micro_batch = training.engine.module, training.validation_rows, micro_batch_limit(training.config)
     sums = loss.evaluate(model, rows, micro_batch, training.pad_token, world, stop_requested)

@@ -106,10 +106,8 @@ def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) 
     device = torch.device("cpu") if config.parallel.offload_parameters else world.device
     materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=device), world.device)
     with tensor_parallel.columns() as local_rows:
-        read_bytes: int = materialize.fill(
-            model, build_on_meta, materialize.local_parts(model, local_rows), config, world, resumed
-        )
-    return read_bytes
+        parts = materialize.local_parts(model, local_rows)
+        return materialize.fill(model, build_on_meta, parts, config, world, resumed)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

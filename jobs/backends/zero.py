@@ -85,8 +85,7 @@ def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str,
     """Allocate every parameter whole on every rank, in the compute precision; DeepSpeed makes its master weights from them."""
     dtype = compute_dtype(config)
     materialize.materialize(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    parts: dict[str, Part] = materialize.local_parts(model, lambda item: (item.shape, 0, item))
-    return parts
+    return materialize.local_parts(model, lambda item: (item.shape, 0, item))
 
 
 def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
@@ -120,8 +119,7 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
     materialize.materialize(model, partition, world.device)
-    parts: dict[str, Part] = materialize.local_parts(model, local_part)
-    return parts
+    return materialize.local_parts(model, local_part)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:

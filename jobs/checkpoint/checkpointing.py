@@ -243,8 +243,7 @@ def expected_bytes(module: nn.Module) -> int:
     DeepSpeed parameters count with their whole size, also when they are partitioned.
     """
     trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    elements: int = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
-    return 12 * elements
+    return 12 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
 
 
 def fingerprint(weight: torch.Tensor) -> str:

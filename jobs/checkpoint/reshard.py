@@ -93,7 +93,7 @@ def _fill(saved: StoredState, parts: RankState) -> int:
         buffer = torch.empty(into.numel(), dtype=tensor.dtype.torch)
         own.reader.fill(tensor, start, as_bytes(buffer))
         into.copy_(buffer)
-        return int(buffer.nbytes)
+        return buffer.nbytes
 
     try:
         with torch.no_grad(), ThreadPoolExecutor(READERS) as pool:

@@ -59,8 +59,8 @@ def describe(plan: Plan, workers: int, folder: Path, processes: int = 1) -> list
 def memory_bytes(plan: Plan, workers: int) -> int:
     """Memory of one process, without file pages that the kernel can take back."""
     updates = [task.update for task in plan.tasks if task.update is not None]
-    adapters = sum(int(part.nbytes) for update in updates for part in (update.a, update.b))
-    widest_row = max((int(update.a.shape[1]) * 4 for update in updates), default=0)
+    adapters = sum(part.nbytes for update in updates for part in (update.a, update.b))
+    widest_row = max((update.a.shape[1] * 4 for update in updates), default=0)
     return RUNTIME_BYTES + workers * BUFFERS * max(CHUNK, widest_row) + adapters
 
 

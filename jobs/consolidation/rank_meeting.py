@@ -44,7 +44,7 @@ class Meeting:
 
     @property
     def alone(self) -> bool:
-        return bool(self.size == 1)
+        return self.size == 1
 
     def __enter__(self) -> "Meeting":
         if not self.alone:

@@ -147,7 +147,7 @@ def _short(value: object) -> str:
 
 def _text_of(row: Row, names: Sequence[str], format: str) -> str:
     column = _required(row, names, format)
-    text: str = content_text(row[column], column)
+    text = content_text(row[column], column)
     if not text.strip():
         raise Empty(f"{column} is empty, so there is nothing to train on: drop the row")
     return text

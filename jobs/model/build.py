@@ -127,8 +127,7 @@ def _configured_shape(config: Config) -> PreTrainedConfig:
     fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config: PreTrainedConfig = AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
-    return model_config
+    return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
 
 
 def _stored_shape(config: Config) -> PreTrainedConfig:

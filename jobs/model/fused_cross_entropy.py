@@ -186,5 +186,4 @@ def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool)
 
 @cache
 def _compiled_loss_and_grad() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    function: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(_loss_and_grad)
-    return function
+    return torch.compile(_loss_and_grad)

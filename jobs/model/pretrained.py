@@ -186,11 +186,10 @@ def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[s
 
 def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show: bool) -> int:
     try:
-        read_bytes: int = slices.read(folder, wanted, show)
+        return slices.read(folder, wanted, show)
     except OSError as error:
         message = f"cannot be read in {folder}: {error}; download the model again"
         raise ConfigError(Problem("model.source", config.model.source, message)) from error
-    return read_bytes
 
 
 def _load_whole(

@@ -177,7 +177,7 @@ def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *
 def _can_quantize(linear: nn.Linear, kind: Frozen) -> bool:
     if kind is Frozen.float8:
         return float8_matmul.supports(linear)
-    return bool(linear.weight.numel() % BLOCK == 0)
+    return linear.weight.numel() % BLOCK == 0
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -120,8 +120,7 @@ def as_bytes(tensor: "torch.Tensor") -> Bytes:
     """The bytes of a contiguous, one-dimensional tensor, sharing its memory."""
     import torch
 
-    shared: Bytes = tensor.view(torch.uint8).numpy()
-    return shared
+    return tensor.view(torch.uint8).numpy()
 
 
 def cast_with_torch(block: Bytes, stored: Dtype, wanted: Dtype, output: Bytes) -> Bytes:

@@ -46,7 +46,7 @@ class _Run:
 
     @property
     def nbytes(self) -> int:
-        return int(self.into.numel() * self.dtype.itemsize)
+        return self.into.numel() * self.dtype.itemsize
 
 
 def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
