@@ -29,7 +29,8 @@ from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, build_on_meta, compute_dtype
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
 
@@ -230,7 +231,7 @@ def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             state = engine.optimizer.state[parameter]
-            state_of_rank[plain(name)] = {"weight": _part(parameter)} | {
+            state_of_rank[without_wrappers(name)] = {"weight": _part(parameter)} | {
                 kind: _part(value) for kind, value in state.items()
             }
     return state_of_rank

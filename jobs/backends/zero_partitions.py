@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
 def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]:
@@ -27,7 +28,7 @@ def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]
                 if is_flat
                 else Part(tuple(value.shape), 0, value.view(-1), trained=True)
             )
-        state[plain(run.name)] = parts
+        state[without_wrappers(run.name)] = parts
     return state
 
 

@@ -17,15 +17,16 @@ from jobs.tensor_io.dtypes import as_bytes
 from jobs.tensor_io.layout import Stored, blocks
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS
 from jobs.tensor_io.reader import Files, Reader
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 WEIGHT = "weight"
 """Kind of the fp32 master weights. The other kinds are the optimizer's names for its state: exp_avg, exp_avg_sq, step."""
 
 StoredState = dict[str, dict[str, Stored]]
-"""Plain name of a trained weight -> kind -> where the checkpoint stores it."""
+"""Name of a trained weight (without wrappers) -> kind -> where the checkpoint stores it."""
 RankState = dict[str, dict[str, Part]]
-"""Plain name of a trained weight -> kind -> this rank's part of it, to be filled."""
+"""Name of a trained weight (without wrappers) -> kind -> this rank's part of it, to be filled."""
 
 
 def load(backend: Backend, engine: Engine, folder: Path, written_by: choices.Backend) -> int:
@@ -51,9 +52,9 @@ def _dcp(folder: Path) -> StoredState:
     weights: StoredState = {}
     for key, tensor in dcp.tensors(folder).items():
         if state := re.fullmatch(r"optimizer\.state\.(.+)\.([^.]+)", key):
-            weights.setdefault(plain(state[1]), {})[state[2]] = tensor
+            weights.setdefault(without_wrappers(state[1]), {})[state[2]] = tensor
         elif key.startswith("model."):
-            weights.setdefault(plain(key.removeprefix("model.")), {})[WEIGHT] = tensor
+            weights.setdefault(without_wrappers(key.removeprefix("model.")), {})[WEIGHT] = tensor
     # A tied weight is stored under both of its names, its optimizer state only under the first: drop the name without state
     return {name: kinds for name, kinds in weights.items() if len(kinds) > 1}
 
@@ -61,7 +62,7 @@ def _dcp(folder: Path) -> StoredState:
 def _zero(folder: Path) -> StoredState:
     name = (folder / "latest").read_text(encoding="utf-8").strip()  # `zero.save` writes it beside DeepSpeed's folder
     masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer_state(folder / name)
-    return {plain(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
+    return {without_wrappers(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
 
 
 def _check(folder: Path, saved: StoredState, parts: RankState) -> None:

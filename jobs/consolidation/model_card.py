@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs.consolidation.merge import Merge
@@ -39,7 +39,7 @@ def empty_model(source: str) -> Any:
         with torch.device("meta"):
             model = model_class._from_config(config) if model_class else auto_class.from_config(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("--base", source, f"cannot be loaded: {str(error).splitlines()[0]}")) from error
+        raise ConfigError(Problem("--base", source, f"cannot be loaded: {first_line(error)}")) from error
     try:
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from conf.columns import SPLIT
-from conf.errors import DataError, Problem
+from conf.errors import DataError, Problem, first_line
 from jobs.data.file_readers import CHUNK, LONGEST, READERS, ROWS, Unreadable
 
 Row = dict[str, Any]
@@ -253,7 +253,7 @@ def _hub_blocks(path: str) -> Iterator[Block]:
             last = part[-1][0]
             yield Block(f"{path} row ", last, rows=part)
     except Exception as error:  # anything that `datasets` raises: a damaged or missing cache file, a full disk
-        raise DataError(Problem("data.path", path, f"cannot be read after row {last}: {_reason(error)}")) from error
+        raise DataError(Problem("data.path", path, f"cannot be read after row {last}: {first_line(error)}")) from error
 
 
 def load_hub_dataset(path: str) -> Any:
@@ -269,10 +269,5 @@ def load_hub_dataset(path: str) -> Any:
         return load_dataset(name, split=split or "train")
     except Exception as error:  # anything that the Hub's client raises: no network, no such set, a gated set
         offline = " (HF_HUB_OFFLINE is set: fill HF_HOME on a machine with network)" if HF_HUB_OFFLINE else ""
-        message = f"no such file, and the Hub answers: {_reason(error)}{offline}"
+        message = f"no such file, and the Hub answers: {first_line(error)}{offline}"
         raise DataError(Problem("data.path", path, message)) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the error's message, or the error's class if the message is empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,8 @@ from conf.choices import AdapterKind, Init
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.model import pretrained, quantized_linear, random_init
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -56,7 +57,7 @@ def local_parts(
     parts = {}
     for name, parameter in model.named_parameters():
         shape, begin, tensor = local(parameter)
-        parts[plain(name)] = Part(tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad)
+        parts[without_wrappers(name)] = Part(tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad)
     return parts
 
 
@@ -114,7 +115,7 @@ def _random_device(parts: Mapping[str, Part], world: World | None) -> torch.devi
 def _stored_buffers(model: nn.Module) -> dict[str, Part]:
     """The buffers that are stored with a model. They are small, and every rank holds all of them."""
     return {
-        plain(f"{prefix}.{name}"): Part(tuple(buffer.shape), 0, buffer.view(-1), trained=False)
+        without_wrappers(f"{prefix}.{name}"): Part(tuple(buffer.shape), 0, buffer.view(-1), trained=False)
         for prefix, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set

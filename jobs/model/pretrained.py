@@ -25,6 +25,7 @@ from jobs.tensor_io import slices
 from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.model_files import find
 from jobs.tensor_io.slices import Part
+from jobs.tokenization.tokenizer import revision
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,11 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
     The first rank of each node downloads files that are missing; the other ranks then find them in the cache.
     """
-    source, revision = config.model.source, config.model.revision
+    source = config.model.source
 
     def locate(cached: bool) -> Path | None:
         try:
-            return find(source, revision, cached=cached)
+            return find(source, config.model.revision, cached=cached)
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
 
@@ -215,7 +216,7 @@ def _load_with_transformers(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=config.model.revision or "main",
+            revision=revision(config),
             trust_remote_code=config.model.trust_remote_code,
             dtype=base.dtype,
             output_loading_info=True,
@@ -230,7 +231,7 @@ def _load_with_transformers(
         raise ConfigError(*_problems(source, problems))
 
     def copy(part: Part, weight: torch.Tensor) -> int:
-        part.into.copy_(weight.reshape(-1)[part.begin : part.begin + part.into.numel()])
+        part.copy_from(weight)
         return 0
 
     with torch.no_grad():

@@ -21,7 +21,8 @@ from torch import nn
 from conf.choices import Frozen
 from conf.errors import ConfigError, Problem
 from jobs.model import float8_matmul
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 BLOCK, NESTED = 64, 256
 """NF4 weights that share a scale, and scales that share a scale of their own: the defaults of bitsandbytes."""
@@ -183,7 +184,9 @@ def _can_quantize(linear: nn.Linear, kind: Frozen) -> bool:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Name of each packed weight, without wrappers' prefixes -> its layer."""
     return {
-        plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+        without_wrappers(f"{name}.weight"): module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
 
 

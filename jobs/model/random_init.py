@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import Part
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
 def init_model(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
@@ -40,7 +41,7 @@ def adapter_weights(twin: nn.Module) -> dict[str, tuple[str, Any]]:
         (name, module) for name, module in twin.named_modules() if isinstance(module, BaseTunerLayer)
     ]
     return {
-        plain(f"{name}.{key}"): (name, layer)
+        without_wrappers(f"{name}.{key}"): (name, layer)
         for name, layer in layers
         for key, _ in layer.named_parameters()
         if key.split(".")[0] in layer.adapter_layer_names
@@ -56,7 +57,7 @@ def init_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None
         torch.manual_seed(_seed(seed, name))
         for adapter in layer.active_adapters:
             layer.reset_lora_parameters(adapter, init_lora_weights=True)
-        _copy_to_parts(((plain(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
+        _copy_to_parts(((without_wrappers(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
         for group in groups:
             group.to_empty(device="meta")
 
@@ -101,7 +102,7 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _named_weights(name: str, module: nn.Module, recurse: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((plain(f"{name}.{key}"), value) for key, value in module.named_parameters(recurse=recurse))
+    return ((without_wrappers(f"{name}.{key}"), value) for key, value in module.named_parameters(recurse=recurse))
 
 
 def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, Part]) -> None:
@@ -109,10 +110,9 @@ def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[s
     with torch.no_grad():
         for name, value in weights:
             if name in parts:
-                part = parts[name]
-                part.into.copy_(value.reshape(-1)[part.begin : part.begin + part.into.numel()])
+                parts[name].copy_from(value)
 
 
 def _seed(seed: int, name: str) -> int:
     """The seed of one unit. Python's `hash` would not do: it differs between processes."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{plain(name)}".encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed}/{without_wrappers(name)}".encode()).digest()[:8], "little") >> 1

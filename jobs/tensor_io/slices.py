@@ -17,7 +17,6 @@ from jobs.tensor_io import safetensors
 from jobs.tensor_io.layout import Stored
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files
 from jobs.tensor_io.reader import read_range
-from jobs.tensor_io.wrapper_names import without_wrappers
 
 COMPARED_BYTES = 4096
 """Bytes at each end of two tied weights that `probably_equal` compares."""
@@ -33,6 +32,10 @@ class Part:
     into: torch.Tensor
     """Flat and contiguous, on any device and in any dtype; empty if this rank holds nothing of the tensor."""
     trained: bool
+
+    def copy_from(self, whole: torch.Tensor) -> None:
+        """Fill this part from the whole tensor, of shape `shape`."""
+        self.into.copy_(whole.reshape(-1)[self.begin : self.begin + self.into.numel()])
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,3 @@ def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> i
     finally:
         buffers.put(buffer)
     return run.nbytes
-
-
-def plain(name: str) -> str:
-    """The name that a weight has in the files, from its name under adapters, recomputation or compilation."""
-    return without_wrappers(name)

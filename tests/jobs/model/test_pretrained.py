@@ -20,7 +20,7 @@ from jobs.distributed.process_group import World, process_group
 from jobs.model import build as model
 from jobs.model import materialize
 from jobs.tensor_io import model_files, slices
-from jobs.tensor_io.slices import plain
+from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import optimizer
 from tests.conftest import Compose
 from tests.jobs.ranks import spawn
@@ -54,7 +54,11 @@ def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dic
     """Weights by plain name, gathered; buffers; the bytes that this rank read."""
     engine = backends.import_backend(config).wrap(model.build_on_meta(config), config, world)
     network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
-    return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
+    return (
+        {without_wrappers(name): value for name, value in _gathered(network)},
+        dict(network.named_buffers()),
+        engine.read_bytes,
+    )
 
 
 def _gathered(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,7 +113,9 @@ def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
     """Every layout has the weights of `build` in one process, from which the reference curves start."""
     with process_group(next(iter(configs.values()))) as world:
         for layout, config in configs.items():
-            expected = {plain(name): value.detach() for name, value in model.build(config).named_parameters()}
+            expected = {
+                without_wrappers(name): value.detach() for name, value in model.build(config).named_parameters()
+            }
             _equal(_wrapped(config, world)[0], expected, layout)
 
 
