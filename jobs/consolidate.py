@@ -19,7 +19,7 @@ from jobs.consolidation import external, model_card, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import AdapterSettings, Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
-from jobs.consolidation.rank_meeting import Meeting
+from jobs.consolidation.rank_coordinator import RankCoordinator
 from jobs.consolidation.weight_names import CannotStream
 from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
         checkpointing,  # imports torch, which merging a checkpoint of another program may not need
     )
 
-    selected = checkpointing.to_consolidate(config)
+    selected = checkpointing.select_for_consolidation(config)
     if selected is None:
         raise RunError(Problem("checkpoints", checkpoints_folder(config), "has no whole checkpoint: train first"))
     path, checkpoint_info = selected
@@ -85,7 +85,7 @@ def run(config: Config) -> None:
         describe=describe,
         muster_json=muster_json,
         # fingerprints compare every weight with training; without them, the bytes of the shards are checked
-        check=None if fingerprints else manifest.Pieces(path).check,
+        check=None if fingerprints else manifest.PieceChecker(path).check,
     )
     log.info(f"model     {target}")
 
@@ -99,7 +99,7 @@ def _run_in_memory(
     fingerprints: dict[str, str],
     threads: int,
 ) -> None:
-    if not Meeting(target).alone:
+    if not RankCoordinator(target).alone:
         message = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
         raise RunError(Problem("model.source", config.model.source, message))
     from jobs.consolidation import in_memory  # imports transformers

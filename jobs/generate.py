@@ -31,7 +31,7 @@ def run(config: Config) -> None:
     for prompt in prompts:
         answers.append({"prompt": prompt, **answer(prompt, model, tokenizer, config.generate, special)})
         log.info(f"> {prompt}\n{answers[-1]['answer']}\n")
-    counts = {name: sum(name in one["faults"] for one in answers) for name in answer_checks.FAULTS}
+    counts = {name: sum(name in item["faults"] for item in answers) for name in answer_checks.FAULTS}
     summary = {"model": describe(config), "prompts": len(answers), "faults": counts}
     write_json(Path(config.run_dir) / "generations.json", summary | {"answers": answers})
     page = Path(config.run_dir) / "generations.html"

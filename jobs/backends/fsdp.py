@@ -29,7 +29,7 @@ from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, build_on_meta, compute_dtype
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) 
     """
     device = torch.device("cpu") if config.parallel.offload_parameters else world.device
     materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=device), world.device)
-    with tensor_parallel.columns() as local_rows:
+    with tensor_parallel.whole_rows_for_loading() as local_rows:
         parts = materialize.local_parts(model, local_rows)
         return materialize.fill(model, build_on_meta, parts, config, world, resumed)
 
@@ -199,7 +199,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def stage(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
     """See `Backend.stage`. Like torch's async_save, but its caller can also compute checksums in the background after the write."""
-    state = stager.state(_state(engine)[0])
+    state = stager.copy_state_dict(_state(engine)[0])
     return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
 
@@ -225,7 +225,7 @@ def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, {"param_groups": optimizer["param_groups"]}
 
 
-def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
     get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes missing state
     state_of_rank = {}
     for name, parameter in engine.module.named_parameters():
@@ -237,16 +237,16 @@ def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
     return state_of_rank
 
 
-def _part(value: torch.Tensor) -> Part:
+def _part(value: torch.Tensor) -> TensorPart:
     """Of a tensor that is sharded like its parameter, or of a scalar that all ranks have."""
     if isinstance(value, DTensor) and tensor_parallel.MESH_DIM in (value.device_mesh.mesh_dim_names or ()):
         message = "cannot load a checkpoint of another backend: resume with parallel.tensor_ranks=1, save, then resume with more"
         raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.MESH_DIM].size(), message))
     shape, begin, local = tensor_parallel.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
-    return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
+    return TensorPart(tuple(shape), begin, local.detach().view(-1), trained=True)
 
 
-def local_state_filled(engine: Engine) -> None:
+def apply_local_state(engine: Engine) -> None:
     """Nothing to do: FSDP computes from the master shards themselves."""
 
 

@@ -63,7 +63,7 @@ def rows(value: DTensor) -> tuple[torch.Size, int, torch.Tensor]:
 
 
 @contextmanager
-def columns() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.Tensor]]]:
+def whole_rows_for_loading() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.Tensor]]]:
     """Yields a function like `rows` that also takes tensors cut by columns. For those it returns temporary memory for whole rows;
     on exit this rank's columns are copied from it. So a loader can read every tensor as contiguous elements.
     """

@@ -20,7 +20,7 @@ from jobs.backends.host_staging import Stager, collect_storages
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, build_on_meta, compute_dtype
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.training import optimizer as optim
 
 TAG = "zero"
@@ -81,14 +81,14 @@ def _hide_gathering(offload: Any) -> None:
         setattr(offload, name, hidden(getattr(offload, name)))
 
 
-def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str, TensorPart]:
     """Allocate every parameter whole on every rank, in the compute precision; DeepSpeed makes its master weights from them."""
     dtype = compute_dtype(config)
     materialize.materialize(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
     return materialize.local_parts(model, lambda item: (item.shape, 0, item))
 
 
-def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, TensorPart]:
     """Allocate this rank's partition of every parameter: contiguous elements, padded to the same length on all ranks.
 
     `zero.Init` as a context would make each parameter whole on every rank and broadcast it. Its parts, called here, make empty
@@ -151,7 +151,7 @@ def stage(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) ->
     """See `Backend.stage`. DeepSpeed collects its state now; only the last part of its save, a torch.save per file, runs later."""
     later: list[tuple[Any, str]] = []
     write = engine.module.checkpoint_engine.save
-    finish = _save(engine.module, folder, lambda state_dict, path: later.append((stager.tree(state_dict), path)))
+    finish = _save(engine.module, folder, lambda state_dict, path: later.append((stager.copy_object(state_dict), path)))
 
     def work() -> None:
         for state, path in later:
@@ -201,12 +201,12 @@ def load(engine: Engine, folder: Path) -> None:
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
-def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
     return zero_partitions.local_state(engine.module.module, engine.optimizer)
 
 
-def local_state_filled(engine: Engine) -> None:
-    zero_partitions.local_state_filled(engine.optimizer)
+def apply_local_state(engine: Engine) -> None:
+    zero_partitions.apply_local_state(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,32 +7,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
 
-def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]:
+def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, TensorPart]]:
     """See `Backend.local_state`. Parts are views of the flat partitions. `optimizer` is DeepSpeed's, with torch's inside.
 
     Scalars, like Adam's count of steps, exist once for a whole partition, so several weights share one.
     """
     _make_state(optimizer)
-    state: dict[str, dict[str, Part]] = {}
+    state: dict[str, dict[str, TensorPart]] = {}
     for run in _runs(module, optimizer):
         span = slice(run.first, run.first + run.numel)
-        parts = {"weight": Part(run.shape, run.begin, run.flat.detach()[span], trained=True)}
+        parts = {"weight": TensorPart(run.shape, run.begin, run.flat.detach()[span], trained=True)}
         for kind, value in optimizer.optimizer.state[run.flat].items():
             is_flat = value.shape == run.flat.shape
             parts[kind] = (
-                Part(run.shape, run.begin, value[span], trained=True)
+                TensorPart(run.shape, run.begin, value[span], trained=True)
                 if is_flat
-                else Part(tuple(value.shape), 0, value.view(-1), trained=True)
+                else TensorPart(tuple(value.shape), 0, value.view(-1), trained=True)
             )
         state[without_wrappers(run.name)] = parts
     return state
 
 
-def local_state_filled(optimizer: Any) -> None:
+def apply_local_state(optimizer: Any) -> None:
     """Make the compute weights from the masters, as DeepSpeed does after a step. All ranks call this together."""
     if not _is_stage3(optimizer):
         optimizer.update_lp_params()

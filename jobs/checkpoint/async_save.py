@@ -99,7 +99,7 @@ class Saver:
         """Whether saves run in the background. Free memory is checked before the first copy only; later the copy has its memory."""
         if self._stager is None or self._group is None:
             return False
-        if not self._copied and not host_staging.fits(rank_bytes, self.world):
+        if not self._copied and not host_staging.fits_in_host_memory(rank_bytes, self.world):
             self.metrics.log_lines(
                 ["training waits while checkpoints are written: host memory is too small for a copy of the state"]
             )
@@ -130,7 +130,7 @@ class Saver:
 
     def _report(self, step: int, written: checkpointing.Written, blocked_s: float) -> None:
         rate = written.bytes / 1e9 / max(1e-9, written.seconds)
-        self.metrics.note(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
+        self.metrics.add_to_next_line(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
         size = f"{written.bytes / 1e9:.3g} GB in {written.seconds:.1f} s ({rate:.2f} GB/s)"
         path = checkpointing.step_folder(self.config, step).relative_to(checkpoints_folder(self.config))
         self.metrics.log_lines([f"saved     {path}: {size}, training waited {blocked_s:.1f} s"])

@@ -124,11 +124,11 @@ def write_shards(hidden: Path, write: Callable[[], object], rank: int) -> RankFi
             raise
         if rank not in error.failures:
             return RankFiles({}, 0.0)
-        raise write_errors.from_system(error.failures[rank][0], hidden) from error
+        raise write_errors.to_os_error(error.failures[rank][0], hidden) from error
     except RuntimeError as error:
         if not write_errors.is_write_error(error):
             raise
-        raise write_errors.from_system(error, hidden) from error
+        raise write_errors.to_os_error(error, hidden) from error
     return RankFiles(manifest.flush_and_describe(hidden, rank), time.perf_counter() - began)
 
 
@@ -140,7 +140,7 @@ def _publish(target: Path, files: manifest.Files, info: dict[str, Any]) -> None:
     write_text(target.parent / "latest", target.name + "\n")
 
 
-def to_consolidate(config: Config) -> Checkpoint | None:
+def select_for_consolidation(config: Config) -> Checkpoint | None:
     """The checkpoint of `consolidate.step`, or the newest one if that is null; None if the run has no checkpoint.
 
     Raises RunError with the steps there are if `consolidate.step` is none of them, and with the bad files if files are missing
@@ -172,8 +172,8 @@ def find(config: Config, world: World) -> Checkpoint | None:
     for path in broadcast_from_rank0(lambda: paths.published_checkpoints(config)):
         problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
         if not problems:
-            of_ranks = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
-            problems = [problem for of_rank in of_ranks for problem in of_rank]
+            problems_by_rank = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
+            problems = [problem for rank_problems in problems_by_rank for problem in rank_problems]
         if not problems:
             gather(functools.partial(_set_aside, config, world, damaged, path))
             return Checkpoint(path, broadcast_from_rank0(functools.partial(read_json, path / "checkpoint.json")))
@@ -229,8 +229,8 @@ def layout(config: Config, world: World) -> dict[str, Any]:
 
 def _same_layout(info: dict[str, Any], config: Config, world: World) -> bool:
     """Whether the shards match this run's. Old checkpoints do not record `parallel`; for them the layout's name decides."""
-    now = layout(config, world)
-    return all(info[key] == now[key] for key in ("layout", "parallel", "world_size") if key in info)
+    current = layout(config, world)
+    return all(info[key] == current[key] for key in ("layout", "parallel", "world_size") if key in info)
 
 
 def _layout_change(info: dict[str, Any], config: Config, world: World) -> str:

@@ -7,7 +7,7 @@ estimate.py        bytes, memory and time of a plan
 workers.py         threads that read, cast, add adapters and write
 lora.py            what an adapter adds to a block of base weights; base weights in NF4
 output_folder.py   the folder of the result: finished files are kept over a restart, read back, published
-rank_meeting.py    several processes that write one result
+rank_coordinator.py    several processes that write one result
 execute.py         carries a plan out with the last four
 in_memory.py       models that cannot be streamed
 model_card.py      config, tokenizer, model card

@@ -26,7 +26,7 @@ class LoraUpdate:
         return LoraUpdate(self.b.T.contiguous(), self.a.T.contiguous(), self.scale, self.magnitude)
 
 
-class Nf4:
+class Nf4Rounder:
     """Rounds a weight to NF4 as training had it (`adapter.base=nf4`), block by block of its flat elements.
 
     First `collect_scales` for all blocks in their order, then `finish_scales`, then `round` for any block: the scales are

@@ -126,8 +126,8 @@ def write_card(folder: Path, title: str, rows: Mapping[str, object], base: str |
     front_matter = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
         front_matter.append(f"base_model: {base}")
-    every = dict(rows) | {"merged by": f"Muster {_muster_version()}"}
-    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in every.items() if value is not None)
+    all_rows = dict(rows) | {"merged by": f"Muster {_muster_version()}"}
+    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in all_rows.items() if value is not None)
     text = "---\n" + "\n".join(front_matter) + f"\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n"
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 

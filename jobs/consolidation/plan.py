@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.dtypes import Dtype
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 
 if TYPE_CHECKING:  # lora imports torch, which a merge without an adapter does not need
     from jobs.consolidation.lora import LoraUpdate
@@ -48,7 +48,7 @@ class Task:
     """One source tensor, which one worker reads from the first element to the last."""
 
     name: str
-    stored: Stored
+    stored: StoredTensor
     placed: tuple[PlacedOutput, ...]
     """The outputs that are made of it, sorted by their first element."""
     sha256: str | None = None
@@ -98,7 +98,7 @@ class Plan:
 
 def make_plan(
     outputs: list[Output],
-    sources: dict[str, Stored],
+    sources: dict[str, StoredTensor],
     *,
     shard_bytes: int,
     fingerprints: Mapping[str, str] | None = None,
@@ -164,11 +164,11 @@ def _sorted_tasks(tasks: list[Task], files: list[str]) -> tuple[Task, ...]:
 def _index(files: dict[str, list[Output]]) -> dict[str, Any] | None:
     if len(files) == 1:
         return None
-    every = [output for group in files.values() for output in group]
+    outputs = [output for group in files.values() for output in group]
     return {
         "metadata": {
-            "total_parameters": sum(output.numel for output in every),
-            "total_size": sum(output.nbytes for output in every),
+            "total_parameters": sum(output.numel for output in outputs),
+            "total_size": sum(output.nbytes for output in outputs),
         },
         "weight_map": {output.name: file for file, group in files.items() for output in group},
     }

@@ -76,10 +76,10 @@ def _texts(sample: Sample) -> Iterator[str]:
     yield from (text for text, _ in sample.parts)
     if sample.tools:
         yield _to_json(sample.tools)
-    for each in sample.turns:
-        yield each.content
-        more = (each.tool_calls, each.reasoning_content, each.name, each.tool_call_id)
-        yield from (value if isinstance(value, str) else _to_json(value) for value in more if value)
+    for turn in sample.turns:
+        yield turn.content
+        other_fields = (turn.tool_calls, turn.reasoning_content, turn.name, turn.tool_call_id)
+        yield from (value if isinstance(value, str) else _to_json(value) for value in other_fields if value)
 
 
 def _to_json(value: object) -> str:
@@ -182,7 +182,7 @@ def _turns(raw: object, column: str, fields: Names, roles: Names) -> list[Turn]:
 
 def _chat(row: Row, turns: list[Turn]) -> Sample:
     """A chat of these turns, with the row's system prompt and tools. A system turn in the chat wins over the system column."""
-    if not any(each.role == "assistant" for each in turns):
+    if not any(turn.role == "assistant" for turn in turns):
         raise ValueError(
             "no turn is the assistant's, so there is nothing to train on: drop the row, or map its roles with data.roles"
         )
@@ -201,7 +201,7 @@ def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
         return Sample(parts=((prompt, False), (completion, True)))
     turns = [Turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", fields, roles)
     # answers in the prompt are not trained, unless they are marked with `train`
-    turns = [replace(each, train=bool(each.train)) if each.role == "assistant" else each for each in turns]
+    turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
     if isinstance(completion, str):
         return _chat(row, [*turns, Turn("assistant", completion)])
     return _chat(row, turns + _turns(completion, "completion", fields, roles))
@@ -232,7 +232,7 @@ def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
             f"input_ids has {len(ids)} tokens, labels {len(labels)}, attention_mask {len(mask)}: "
             "all must have the same length"
         )
-    kept = [(token, label) for token, label, real in zip(ids, labels, mask, strict=True) if real]
+    kept = [(token, label) for token, label, is_token in zip(ids, labels, mask, strict=True) if is_token]
     if mismatch := next((pair for pair in kept if pair[1] not in (-100, pair[0])), None):
         raise ValueError(
             f"a label is {_short(mismatch[1])} where the token is {mismatch[0]}: "

@@ -1,7 +1,7 @@
 """Packs samples into rows of at most a fixed number of tokens, and computes the training cost of a row.
 
 Packing only computes indices; tokens stay where preprocess wrote them. Packed rows have equal tokens and memory, but not
-equal time: attention costs the square of each sample's length. `sampler.Order` puts rows of similar cost into one step.
+equal time: attention costs the square of each sample's length. `sampler.RowSampler` puts rows of similar cost into one step.
 """
 
 from bisect import bisect_left, insort
@@ -39,7 +39,7 @@ def pack(lengths: NDArray[np.int64], capacity: int, seed: int | None = None) -> 
     `lengths` are tokens, shape (samples,); a row holds at most `capacity` tokens. Best fit decreasing needs at most 11/9
     of the fewest possible rows, plus a constant (Johnson et al. 1974, doi:10.1137/0203025). The same arguments give the
     same rows. A `seed` shuffles samples of equal length: the number of rows stays, but samples get other neighbors.
-    Rows come out nearly sorted by length; `sampler.Order` shuffles them.
+    Rows come out nearly sorted by length; `sampler.RowSampler` shuffles them.
 
     Raises ValueError naming the first sample that is shorter than one token or longer than a row.
     """

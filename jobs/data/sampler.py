@@ -7,14 +7,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["balanced", "random", "file"]
+OrderKind = Literal["balanced", "random", "file"]
 
 NOISE = 0.005
 """Random share added to a row's cost in each epoch. Without it, rows of nearly equal cost would share a step in every epoch."""
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class RowSampler:
     """The rows of any step, computed from the step number alone.
 
     So a run can resume on more or fewer ranks, and no row is lost or repeated.
@@ -34,7 +34,7 @@ class Order:
     costs: NDArray[np.float64]
     global_batch: int
     seed: int
-    kind: Kind
+    kind: OrderKind
 
     def __post_init__(self) -> None:
         if self.costs.ndim != 1 or not len(self.costs):
@@ -43,8 +43,8 @@ class Order:
             raise ValueError("costs: each must be finite and above 0; a row without tokens cannot be in a batch")
         if self.global_batch < 1:
             raise ValueError(f"global_batch={self.global_batch}: a step takes at least one row")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r}: must be one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(OrderKind):
+            raise ValueError(f"kind={self.kind!r}: must be one of {', '.join(get_args(OrderKind))}")
 
     def rows_of(self, step: int) -> NDArray[np.int64]:
         """The rows of a step (the first is 0): int64, shape (global_batch,), the cheapest row first.
@@ -63,7 +63,7 @@ class Order:
 
 
 @lru_cache(maxsize=2)  # a step has rows of at most two epochs, unless an epoch is shorter than a step
-def _epoch(order: Order, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
+def _epoch(order: RowSampler, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
     """All rows once, in the order in which the steps take them: shape (rows,)."""
     row_count, batch = len(order.costs), order.global_batch
     # the cache keeps this array for the whole epoch, so it is int32 (4 bytes per row) if the row numbers fit

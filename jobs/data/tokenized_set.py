@@ -108,8 +108,8 @@ def _check_fast_encoder(settings: TokenizeSettings, rows: list[tuple[str, source
         except ValueError:
             continue  # the quality gates report such rows later
     difference = encoder.first_difference(settings.tokenizer, samples, mask=settings.mask.name)
-    ways = encoder.Encoder(settings.tokenizer, mask=settings.mask.name, fast=difference is None).description
-    log.info(f"encoder   {ways}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))
+    description = encoder.Encoder(settings.tokenizer, mask=settings.mask.name, fast=difference is None).description
+    log.info(f"encoder   {description}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))
     return replace(settings, fast=difference is None)
 
 

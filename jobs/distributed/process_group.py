@@ -42,22 +42,22 @@ class World:
         return self.rank == 0
 
     @property
-    def copies(self) -> int:
-        """Number of ranks that work on the same rows."""
+    def ranks_per_group(self) -> int:
+        """Number of ranks that work on the same rows: one group of context-parallel and tensor-parallel ranks."""
         return self.context_ranks * self.tensor_ranks
 
     @property
     def data_rank(self) -> int:
-        """Index of this rank's group, where all ranks of a group work on the same rows."""
-        return self.rank // self.copies
+        """Index of this rank's group: its rank for data parallelism."""
+        return self.rank // self.ranks_per_group
 
     @property
     def data_size(self) -> int:
-        """Number of such groups."""
-        return self.size // self.copies
+        """Number of groups: the world size for data parallelism."""
+        return self.size // self.ranks_per_group
 
     @property
-    def share(self) -> tuple[int, int]:
+    def context_part(self) -> tuple[int, int]:
         """(index, count): this rank has part `index` of `count` equal parts of every row's tokens."""
         return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
 
@@ -137,7 +137,7 @@ def set_timeout(seconds: int) -> None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + MARGIN_S), group)
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum `value` over all ranks, in place; every rank gets the result."""
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum `value` over all ranks, in place, and return it. Collective: all ranks call this."""
     dist.all_reduce(value)
     return value

@@ -80,6 +80,6 @@ def ends_in_loop(ids: Sequence[int]) -> bool:
         if length > len(ids):
             return False
         tail = ids[len(ids) - length :]
-        if all(tail[at] == tail[at - period] for at in range(period, length)):
+        if all(tail[index] == tail[index - period] for index in range(period, length)):
             return True
     return False

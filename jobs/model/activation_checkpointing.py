@@ -27,7 +27,7 @@ SAVED_OPS = {
 Forward = Callable[..., Any]
 
 
-def recomputed_in_backward(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
+def with_activation_checkpointing(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
     """Return `forward` under activation checkpointing; `options` go to torch.utils.checkpoint.
 
     `offload` keeps the inputs of the block in host memory until backward. Without gradients, the plain `forward` runs.

@@ -102,7 +102,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    shape = _configured_shape(config) if config.model.init is Init.random else _stored_shape(config)
+    shape = _new_model_config(config) if config.model.init is Init.random else _pretrained_model_config(config)
     rows_before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _configured_shape(config: Config) -> PreTrainedConfig:
+def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
     shape = config.model.architecture
     assert shape is not None  # launcher.check.rules refuses model.init=random without it
@@ -130,7 +130,7 @@ def _configured_shape(config: Config) -> PreTrainedConfig:
     return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
 
 
-def _stored_shape(config: Config) -> PreTrainedConfig:
+def _pretrained_model_config(config: Config) -> PreTrainedConfig:
     try:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code

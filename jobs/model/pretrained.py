@@ -22,9 +22,9 @@ from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.tokenization.tokenizer import revision
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ SHOWN = 20
 class LoadMethod(NamedTuple):
     """How the weights are loaded; the same on all ranks."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
     """The tensors in the files, by name."""
     why_whole: str = ""
     """Why each rank must load the whole model; empty if it can read slices."""
@@ -44,7 +44,7 @@ class LoadMethod(NamedTuple):
 
 def load(
     base: PreTrainedModel,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TensorPart],
     config: Config,
     world: World | None,
     quantized: Mapping[str, QuantizedLinear],
@@ -68,7 +68,7 @@ def load(
     names = _stored_names(base)
     stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
-    def read_part(tensor: Stored, part: Part) -> int:
+    def read_part(tensor: StoredTensor, part: TensorPart) -> int:
         return _read(folder, [(tensor, part)], config, show=False)
 
     def read_all() -> int:
@@ -152,7 +152,7 @@ def _stored_names(base: PreTrainedModel) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(candidates)) for name, candidates in names.items()}
 
 
-def _converted(base: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
+def _converted(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> str:
     """The first stored tensor that transformers would rename, fuse or transpose while loading; empty if there is none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -170,7 +170,7 @@ def _is_ignored(base: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[str, list[str]]) -> list[str]:
+def _differing_ties(folder: Path, stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]]) -> list[str]:
     """A sentence about each pair of tied tensors that the files store twice with different values.
 
     Without this check, training would silently use one of the two and drop the other.
@@ -185,7 +185,7 @@ def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[s
     return problems
 
 
-def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show: bool) -> int:
+def _read(folder: Path, wanted: list[tuple[StoredTensor, TensorPart]], config: Config, show: bool) -> int:
     try:
         return slices.read(folder, wanted, show)
     except OSError as error:
@@ -195,7 +195,7 @@ def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show:
 
 def _load_whole(
     base: PreTrainedModel,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TensorPart],
     config: Config,
     world: World | None,
     quantized: Mapping[str, QuantizedLinear],
@@ -210,7 +210,7 @@ def _load_whole(
 
 
 def _load_with_transformers(
-    base: PreTrainedModel, parts: Mapping[str, Part], config: Config, quantized: Mapping[str, QuantizedLinear]
+    base: PreTrainedModel, parts: Mapping[str, TensorPart], config: Config, quantized: Mapping[str, QuantizedLinear]
 ) -> None:
     source = config.model.source
     try:
@@ -230,7 +230,7 @@ def _load_with_transformers(
     if problems:
         raise ConfigError(*_problems(source, problems))
 
-    def copy(part: Part, weight: torch.Tensor) -> int:
+    def copy(part: TensorPart, weight: torch.Tensor) -> int:
         part.copy_from(weight)
         return 0
 

@@ -21,7 +21,7 @@ from torch import nn
 from conf.choices import Frozen
 from conf.errors import ConfigError, Problem
 from jobs.model import float8_matmul
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
 BLOCK, NESTED = 64, 256
@@ -64,26 +64,26 @@ class QuantizedLinear(nn.Linear):
     def scales(self) -> tuple[torch.Tensor, ...]:
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
 
-    def load(self, part: Part, read: Callable[[Part], int]) -> int:
+    def load(self, part: TensorPart, read: Callable[[TensorPart], int]) -> int:
         """Fill this rank's `part` of the packed weight. Returns what `read` returns (bytes read).
 
-        `read` fills a Part of the original weight. It is asked for whole blocks, because a shard may begin and end inside a
-        block.
+        `read` fills a TensorPart of the original weight and returns the bytes that it read. It is asked for whole blocks,
+        because a shard may begin and end inside a block.
         """
-        if not part.into.numel():
+        if not part.destination.numel():
             return 0
         numel = self.out_features * self.in_features
         weights_per_element = self.dtype.itemsize * (2 if self.kind is Frozen.nf4 else 1)  # NF4: two weights in a byte
-        end = min(numel, (part.begin + part.into.numel()) * weights_per_element)
+        end = min(numel, (part.begin + part.destination.numel()) * weights_per_element)
         first_block = part.begin * weights_per_element // self.block
         last_block = -(-end // self.block)
         begin, count = first_block * self.block, (last_block - first_block) * self.block
-        original = torch.empty(count, dtype=self.dtype, device=part.into.device)
-        read_bytes = read(Part((self.out_features, self.in_features), begin, original, trained=False))
+        original = torch.empty(count, dtype=self.dtype, device=part.destination.device)
+        read_bytes = read(TensorPart((self.out_features, self.in_features), begin, original, trained=False))
         packed, absmax = quantize(self.kind, original, self.block)
         skipped = part.begin * self.dtype.itemsize - nbytes(self.kind, begin)
-        into = part.into.view(torch.uint8)
-        into.copy_(packed[skipped : skipped + into.numel()])
+        destination = part.destination.view(torch.uint8)
+        destination.copy_(packed[skipped : skipped + destination.numel()])
         self._local_absmax = first_block, absmax
         return read_bytes
 
@@ -190,10 +190,10 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     }
 
 
-def share_scales(model: nn.Module, parts: Mapping[str, Part]) -> None:
+def share_scales(model: nn.Module, parts: Mapping[str, TensorPart]) -> None:
     """Call `QuantizedLinear.share_scales` of every layer, in the same order on all ranks."""
     for name, layer in quantized_layers(model).items():
-        layer.share_scales(parts[name].into.device)
+        layer.share_scales(parts[name].destination.device)
 
 
 def quantize(kind: Frozen, original: torch.Tensor, block: int) -> Packed:

@@ -54,7 +54,7 @@ class Metrics:
         if self.tracker:
             self.tracker.log(values, step=step)
 
-    def note(self, **values: float) -> None:
+    def add_to_next_line(self, **values: float) -> None:
         """Add numbers to the next line of metrics.jsonl."""
         self._for_next_line |= values
 

@@ -140,7 +140,7 @@ def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
         }
         for name, count, trained_count in zip(names, tokens, trained, strict=True)
     ]
-    return sorted(sets, key=lambda one: -one["tokens"])
+    return sorted(sets, key=lambda item: -item["tokens"])
 
 
 def line_chart(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
 from jobs.tensor_io.dtypes import Dtype
-from jobs.tensor_io.layout import Extent, Stored
+from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.safe_pickle import SavedTensor
 
 
@@ -40,7 +40,7 @@ Shapes = list[dict[str, Any]]
 """For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
+def tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
 
     Raises RunError if the file of a rank is missing or damaged.
@@ -68,7 +68,7 @@ def tensors(folder: Path) -> dict[str, Stored]:
     return weights
 
 
-def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
+def optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Name of each trained weight -> kind of state (exp_avg, exp_avg_sq, step, ...) -> where it is stored.
 
     State as long as the fp32 weights is laid out like them; a scalar is the same for all weights and ranks.
@@ -79,7 +79,7 @@ def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
     is_zero3 = int(states[0].get("zero_stage", 1)) == 3
     shapes: Shapes = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
     inner = [state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"] for state in states]
-    state_of_weight: dict[str, dict[str, Stored]] = {name: {} for group in shapes for name in group}
+    state_of_weight: dict[str, dict[str, StoredTensor]] = {name: {} for group in shapes for name in group}
     for kind, value in inner[0][0].items():
         if isinstance(value, SavedTensor) and value.shape == ():
             laid_out = dict.fromkeys(state_of_weight, _whole(str(paths[0]), value))
@@ -157,7 +157,7 @@ def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -
     return parts
 
 
-def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     names = set(model_state.get("buffer_names") or ())
     return {
         name: _whole(path, saved)
@@ -166,10 +166,10 @@ def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
     }
 
 
-def _whole(path: str, saved: SavedTensor, shape: Any = None) -> Stored:
+def _whole(path: str, saved: SavedTensor, shape: Any = None) -> StoredTensor:
     """A tensor that one file holds completely."""
     shape = tuple(saved.shape if shape is None else shape)
-    return Stored(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
+    return StoredTensor(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
 
 
 def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
@@ -177,14 +177,14 @@ def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
     return Extent(part.path, part.saved.offset + first * part.saved.dtype.itemsize, row, count)
 
 
-def _frozen_whole(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+def _frozen_whole(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     """ZeRO-1 and 2: frozen parameters are whole in the model file."""
     shapes = model_state.get("frozen_param_shapes") or {}
     fragments = model_state.get("frozen_param_fragments") or {}
     return {name: _whole(path, fragments[name], shape) for name, shape in shapes.items()}
 
 
-def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, Stored]:
+def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     """ZeRO-3: the model file of each rank holds its part of every frozen parameter; the last part is padded."""
     shapes = model_state.get("frozen_param_shapes") or {}
     if not shapes:
@@ -201,17 +201,19 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
     return parameters
 
 
-def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> Stored:
+def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> StoredTensor:
     """A tensor that is made of runs end to end, without the padding after its last element."""
     numel, row, extents = prod(shape), 0, []
     for part, first, count in runs:
         if (count := min(count, numel - row)) > 0:
             extents.append(_extent(part, first, row, count))
             row += count
-    return Stored(shape, dtype, tuple(extents))
+    return StoredTensor(shape, dtype, tuple(extents))
 
 
-def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any) -> dict[str, Stored]:
+def _zero12_parameters(
+    folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any
+) -> dict[str, StoredTensor]:
     """ZeRO-1 and 2. `paddings`, if any, are elements after each parameter of each group."""
     parameters = {}
     for number, shapes in enumerate(groups):
@@ -226,7 +228,7 @@ def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes
     return parameters
 
 
-def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, Stored]:
+def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, StoredTensor]:
     """ZeRO-3. A rank's part of a parameter may span two of its groups: DeepSpeed also cuts them into sub-groups."""
     shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
     total, position, parameters = sum(part.saved.numel for part in parts[0]), 0, {}

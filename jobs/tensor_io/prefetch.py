@@ -48,7 +48,7 @@ def _ranges(config: Config, node_rank: int) -> list[ByteRange]:
     has_checkpoint = any(Path(config.run_dir).glob("checkpoints/step-*"))
     if random_weights or (config.adapter.kind is AdapterKind.none and has_checkpoint):
         return []
-    begin, end = share(config, node_rank)
+    begin, end = node_fractions(config, node_rank)
     ranges = []
     with suppress(Exception):  # whatever is wrong with the files, loading reports it with a better message
         folder = find(config.model.source, config.model.revision, cached=True)
@@ -60,7 +60,7 @@ def _ranges(config: Config, node_rank: int) -> list[ByteRange]:
     return sorted(ranges)
 
 
-def share(config: Config, node_rank: int) -> tuple[float, float]:
+def node_fractions(config: Config, node_rank: int) -> tuple[float, float]:
     """The part of every tensor that the ranks of this node hold, as two fractions of its bytes: (first, last).
 
     FSDP gives a node a block of rows, ZeRO-3 a run of elements. With tensor parallelism over several nodes the parts are not

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from conf.errors import ConfigError, Problem
 from jobs.distributed import heartbeat
 from jobs.tensor_io import safetensors
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files
 from jobs.tensor_io.reader import read_range
 
@@ -23,19 +23,19 @@ COMPARED_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Part:
-    """The part of a tensor that a rank holds: as many elements as `into` has, from the flat element `begin` on."""
+class TensorPart:
+    """The part of a tensor that a rank holds: as many elements as `destination` has, from the flat element `begin` on."""
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
     begin: int
-    into: torch.Tensor
+    destination: torch.Tensor
     """Flat and contiguous, on any device and in any dtype; empty if this rank holds nothing of the tensor."""
     trained: bool
 
     def copy_from(self, whole: torch.Tensor) -> None:
         """Fill this part from the whole tensor, of shape `shape`."""
-        self.into.copy_(whole.reshape(-1)[self.begin : self.begin + self.into.numel()])
+        self.destination.copy_(whole.reshape(-1)[self.begin : self.begin + self.destination.numel()])
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class _Run:
     file: str
     offset: int
     dtype: torch.dtype
-    into: torch.Tensor
+    destination: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return self.into.numel() * self.dtype.itemsize
+        return self.destination.numel() * self.dtype.itemsize
 
 
-def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
+def find_tensors(folder: Path, key: str, source: str) -> dict[str, StoredTensor]:
     """Every stored tensor by its name, with paths relative to `folder`: other nodes may have the files in another folder.
 
     Raises ConfigError, for `key`=`source`, that names every file that is missing, cut off or not in this format.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
     for name in files(folder):
         try:
@@ -70,7 +70,7 @@ def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
 
 
 def mismatches(
-    stored: Mapping[str, Stored], names: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Why these files do not fit the model, one sentence per tensor; empty if they fit.
 
@@ -90,7 +90,7 @@ def mismatches(
     return problems
 
 
-def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int:
+def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: bool) -> int:
     """Fill each part from the files in `folder`; returns the bytes read. `show` draws a progress bar. Raises OSError.
 
     Uses explicit reads, not a mapping of the file: page faults on network mounts took hours where reads took seconds
@@ -99,7 +99,7 @@ def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int
     runs = sorted(
         (run for stored, part in wanted for run in _runs(stored, part)), key=lambda run: (run.file, run.offset)
     )
-    pinned = any(run.into.is_cuda for run in runs)
+    pinned = any(run.destination.is_cuda for run in runs)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned))
@@ -119,14 +119,14 @@ def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int
         try:
             for count in pool.map(lambda run: _fill(opened[run.file].fileno(), run, buffers), runs):
                 bar.update(count)
-                heartbeat.alive()
+                heartbeat.refresh()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # otherwise leaving the pool would read everything first
             raise
         return int(bar.total)
 
 
-def probably_equal(folder: Path, one: Stored, other: Stored) -> bool:
+def probably_equal(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, judged by both ends: weights that were trained apart differ everywhere."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -139,17 +139,17 @@ def probably_equal(folder: Path, one: Stored, other: Stored) -> bool:
     return ends[0] == ends[1]
 
 
-def _file(stored: Stored) -> str:
+def _file(stored: StoredTensor) -> str:
     """A tensor of a safetensors file has one extent."""
     return stored.extents[0].path
 
 
-def _runs(stored: Stored, part: Part) -> Iterator[_Run]:
+def _runs(stored: StoredTensor, part: TensorPart) -> Iterator[_Run]:
     (extent,), size = stored.extents, stored.dtype.itemsize
     step = CHUNK_BYTES // size
-    for begin in range(0, part.into.numel(), step):
+    for begin in range(0, part.destination.numel(), step):
         offset = extent.offset + (part.begin + begin) * size
-        yield _Run(extent.path, offset, stored.dtype.torch, part.into[begin : begin + step])
+        yield _Run(extent.path, offset, stored.dtype.torch, part.destination[begin : begin + step])
 
 
 def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> int:
@@ -157,7 +157,7 @@ def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> i
     try:
         read_range(descriptor, run.file, run.offset, buffer.numpy()[: run.nbytes].data)
         # first to the device, then to the dtype: the cast is faster there
-        run.into.copy_(buffer[: run.nbytes].view(run.dtype).to(run.into.device))
+        run.destination.copy_(buffer[: run.nbytes].view(run.dtype).to(run.destination.device))
     finally:
         buffers.put(buffer)
     return run.nbytes

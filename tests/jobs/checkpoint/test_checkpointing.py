@@ -139,7 +139,7 @@ def test_if_all_are_damaged_nothing_is_resumed_or_renamed(config, saved) -> None
 
 
 def test_no_checkpoint_yet(config) -> None:
-    assert checkpointing.to_consolidate(config) is None and resumed(config) == 0
+    assert checkpointing.select_for_consolidation(config) is None and resumed(config) == 0
 
 
 def test_resume_ignores_latest_and_half_written_checkpoints(config, saved) -> None:

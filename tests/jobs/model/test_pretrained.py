@@ -270,7 +270,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
     with process_group(config) as world:
         if config.parallel.backend.name == "zero":
             zero.start(world)
-        twin = model.build_on_meta(config)
+        meta_model = model.build_on_meta(config)
         before, peak, done = _resident(), [0], Event()
 
         def watch() -> None:
@@ -282,9 +282,11 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.build_on_meta, zero._allocate_partitions(twin, config, world), config, world)
+            materialize.fill(
+                meta_model, model.build_on_meta, zero._allocate_partitions(meta_model, config, world), config, world
+            )
         else:
-            backends.import_backend(config).wrap(twin, config, world)
+            backends.import_backend(config).wrap(meta_model, config, world)
         done.set()
         watcher.join()
         assert size / 2 <= peak[0] - before < 0.75 * size, f"{(peak[0] - before) / size:.2f} of the model"

@@ -27,8 +27,8 @@ class Assignment(NamedTuple):
     """Files that an earlier start finished; they are only read back."""
 
 
-class Meeting:
-    """The ranks of a job that write `target`. Rank 0 assigns the files, and publishes when every rank is done.
+class RankCoordinator:
+    """Coordinates the ranks of a job that write `target` together. Rank 0 assigns the files, and publishes when all are done.
 
     Every rank writes a hello with a random id, and rank 0 answers these ids. So nobody mistakes a file that a killed start left
     behind for one of this start. A rank writes whole files: if two nodes write into one page of a file, network file systems
@@ -46,7 +46,7 @@ class Meeting:
     def alone(self) -> bool:
         return self.size == 1
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "RankCoordinator":
         if not self.alone:
             self.folder.mkdir(parents=True, exist_ok=True)
         return self
