@@ -35,9 +35,8 @@ def run(config: Config) -> None:
     (or, with `consolidate.verify=logits`, the model's output) is not what training recorded, or if the disk is too full;
     DataError if the checkpoint does not fit the model.
     """
-    from jobs.checkpoint import (
-        checkpointing,  # imports torch, which merging a checkpoint of another program may not need
-    )
+    # imports torch, which merging a checkpoint of another program may not need
+    from jobs.checkpoint import checkpointing
 
     selected = checkpointing.select_for_consolidation(config)
     if selected is None:

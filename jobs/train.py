@@ -173,7 +173,7 @@ def _train_step(training: Training, step: int) -> bool:
     torch.manual_seed(hash((training.config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
 
     rows = training.sampler.rows_of(step)
-    tokens = int(training.train_rows.counts[rows].sum())
+    tokens = int(training.train_rows.label_counts[rows].sum())
     loss_sum = _forward_backward(training, step, rows, tokens)
     learning_rate = lr_schedule.learning_rate(step, training.last_step, training.config)
     with monitor.timer("optimizer"):

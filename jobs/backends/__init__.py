@@ -69,7 +69,7 @@ class Backend(Protocol):
         """This rank's parts of master weights and optimizer state, as views that may be filled: weight name -> kind -> part."""
 
     def apply_local_state(self, engine: Engine) -> None:
-        """Call it after the views of `local_state` were filled, so that the weights used in forward are made from the masters."""
+        """Make the weights used in forward from the master weights. Call it after the views of `local_state` are filled."""
 
     def weights(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole fp32 tensor on the CPU) of each trainable weight, gathered one at a time."""

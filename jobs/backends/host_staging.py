@@ -185,7 +185,7 @@ def _rebuild_dict(value: dict[Any, Any], storages: dict[int, torch.Tensor], copi
 
 
 def fits_in_host_memory(rank_bytes: int, world: World) -> bool:
-    """Whether on every node each rank can allocate `rank_bytes` of host memory, with SPARE. All ranks call this together."""
+    """Whether every node has SPARE * `rank_bytes` of free host memory for each of its ranks. Collective: all ranks call this."""
     free = torch.tensor(float(free_bytes() >= SPARE * rank_bytes * world.local_size))
     dist.all_reduce(free, dist.ReduceOp.MIN)
     return bool(free)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from conf import deepspeed as derived
+from conf import deepspeed as deepspeed_settings
 from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
@@ -29,30 +29,31 @@ TAG = "zero"
 
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
     """Pass the model to DeepSpeed. A model without weights gets them before that; with ZeRO-3, after it is partitioned."""
-    start(world)
+    init_deepspeed(world)
     import deepspeed
 
     prepare.prepare_model(model, config, world)
-    if compile.gathers_whole_blocks(
-        config, world
-    ):  # hooks inside a block would split its compiled code into dozens of parts
+    # hooks inside a block would split its compiled code into dozens of parts
+    if compile.gathers_whole_blocks(config, world):
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
-    read = 0
+    read_bytes = 0
     if materialize.is_empty(model):
         allocate = _allocate_partitions if config.parallel.zero_stage == 3 else _allocate_whole
-        read = materialize.fill(model, build_on_meta, allocate(model, config, world), config, world, resumed)
+        read_bytes = materialize.fill(model, build_on_meta, allocate(model, config, world), config, world, resumed)
     model.train()  # DeepSpeed casts the parameters; buffers (rotary frequencies) must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=optim.build(model, config), config=derived.deepspeed_config(config, world.size)
+        model=model,
+        optimizer=optim.build(model, config),
+        config=deepspeed_settings.deepspeed_config(config, world.size),
     )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
     if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
         _hide_gathering(optimizer.parameter_offload)
-    return Engine(engine, optimizer, config.train.max_grad_norm, read)
+    return Engine(engine, optimizer, config.train.max_grad_norm, read_bytes)
 
 
-def start(world: World) -> None:
-    """Make DeepSpeed use the process group and the device of this rank."""
+def init_deepspeed(world: World) -> None:
+    """Initialize DeepSpeed with the process group and the device of this rank. Call it before any other DeepSpeed function."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses and logs a warning
     import deepspeed
 
@@ -98,7 +99,7 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
 
     dtype, context = (
         compute_dtype(config),
-        deepspeed.zero.Init(config_dict_or_path=derived.deepspeed_config(config, world.size)),
+        deepspeed.zero.Init(config_dict_or_path=deepspeed_settings.deepspeed_config(config, world.size)),
     )
     if context.mem_efficient_linear and not compile.gathers_whole_blocks(config, world):
         # Without it, every linear layer keeps its gathered weight until its backward. Compiled blocks do not keep it, and with it
@@ -149,16 +150,18 @@ def storage_bytes(engine: Engine) -> list[int]:
 
 def stage(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
     """See `Backend.stage`. DeepSpeed collects its state now; only the last part of its save, a torch.save per file, runs later."""
-    later: list[tuple[Any, str]] = []
+    staged: list[tuple[Any, str]] = []
     write = engine.module.checkpoint_engine.save
-    finish = _save(engine.module, folder, lambda state_dict, path: later.append((stager.copy_object(state_dict), path)))
+    finish = _save(
+        engine.module, folder, lambda state_dict, path: staged.append((stager.copy_object(state_dict), path))
+    )
 
-    def work() -> None:
-        for state, path in later:
+    def write_staged() -> None:
+        for state, path in staged:
             write(state, path)
         finish()
 
-    return work
+    return write_staged
 
 
 def _save(module: Any, folder: Path, write: Callable[..., object]) -> Callable[[], None]:

@@ -16,19 +16,19 @@ def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor
 
     Scalars, like Adam's count of steps, exist once for a whole partition, so several weights share one.
     """
-    _make_state(optimizer)
+    _create_optimizer_state(optimizer)
     state: dict[str, dict[str, TensorPart]] = {}
-    for run in _runs(module, optimizer):
-        span = slice(run.first, run.first + run.numel)
-        parts = {"weight": TensorPart(run.shape, run.begin, run.flat.detach()[span], trained=True)}
-        for kind, value in optimizer.optimizer.state[run.flat].items():
-            is_flat = value.shape == run.flat.shape
+    for item in _flat_ranges(module, optimizer):
+        span = slice(item.first, item.first + item.numel)
+        parts = {"weight": TensorPart(item.shape, item.begin, item.flat.detach()[span], trained=True)}
+        for kind, value in optimizer.optimizer.state[item.flat].items():
+            is_flat = value.shape == item.flat.shape
             parts[kind] = (
-                TensorPart(run.shape, run.begin, value[span], trained=True)
+                TensorPart(item.shape, item.begin, value[span], trained=True)
                 if is_flat
                 else TensorPart(tuple(value.shape), 0, value.view(-1), trained=True)
             )
-        state[without_wrappers(run.name)] = parts
+        state[without_wrappers(item.name)] = parts
     return state
 
 
@@ -47,7 +47,7 @@ def _is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-class _Run(NamedTuple):
+class _FlatRange(NamedTuple):
     """Contiguous elements of a weight, and where they are in a flat partition."""
 
     name: str
@@ -61,7 +61,7 @@ class _Run(NamedTuple):
     numel: int
 
 
-def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
+def _flat_ranges(module: nn.Module, optimizer: Any) -> Iterator[_FlatRange]:
     """The run of each trained weight of which this rank has a part."""
     parameter: Any  # DeepSpeed adds ds_* and _hp_mapping
     for name, parameter in module.named_parameters():
@@ -70,31 +70,30 @@ def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
         if _is_stage3(optimizer):
             group, first, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             begin = min(parameter.ds_tensor.ds_numel * dist.get_rank(), parameter.ds_numel)
-            count = min(
-                parameter.ds_tensor.ds_numel, parameter.ds_numel - begin
-            )  # the last ranks' partitions are padded
+            # the last ranks' partitions are padded
+            count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin)
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield _Run(name, tuple(parameter.ds_shape), begin, flat, first, count)
+            yield _FlatRange(name, tuple(parameter.ds_shape), begin, flat, first, count)
         elif (mapping := parameter._hp_mapping) is not None:
             flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             in_flat, in_weight = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
+            yield _FlatRange(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
 @torch.no_grad()
-def _make_state(optimizer: Any) -> None:
+def _create_optimizer_state(optimizer: Any) -> None:
     """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
-    stage3, real = _is_stage3(optimizer), optimizer.optimizer
+    stage3, torch_optimizer = _is_stage3(optimizer), optimizer.optimizer
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     if stage3:
         optimizer._set_fp32_optimizer_param_groups()
     before = [(flat, flat.grad) for flat in flats]
-    rates = [(group, group["lr"]) for group in real.param_groups]
+    rates = [(group, group["lr"]) for group in torch_optimizer.param_groups]
     for flat in flats:
         flat.grad = torch.zeros_like(flat)
-    for group in real.param_groups:
+    for group in torch_optimizer.param_groups:
         group["lr"] = 0.0
-    real.step()
+    torch_optimizer.step()
     for flat, gradient in before:
         flat.grad = gradient
     for group, rate in rates:

@@ -113,18 +113,16 @@ class Saver:
 
         def run() -> None:
             if self.world.device.type == "cuda":
-                torch.cuda.set_device(
-                    self.world.device
-                )  # a new thread uses GPU 0, and would create a CUDA context there
+                # a new thread uses GPU 0, and would create a CUDA context there
+                torch.cuda.set_device(self.world.device)
             try:
                 files = work()
                 outcome.append(lambda: files)
             except BaseException as error:  # DCP's CheckpointException is not an Exception
                 outcome.append(_raise_later(error))
 
-        thread = threading.Thread(
-            target=run, name=f"checkpoint-{step}", daemon=True
-        )  # daemon: a job that fails does not wait for it
+        # daemon: a job that fails does not wait for it
+        thread = threading.Thread(target=run, name=f"checkpoint-{step}", daemon=True)
         thread.start()
         self._pending = _Pending(step, info, time.perf_counter() - began, thread, outcome)
 

@@ -112,9 +112,8 @@ def write_shards(hidden: Path, write: Callable[[], object], rank: int) -> RankFi
     Raises OSError if they cannot be written, so that all ranks can agree that this checkpoint failed. Any other error is raised
     unchanged: after it the ranks may be in different collectives, and cannot agree on anything.
     """
-    from torch.distributed.checkpoint import (
-        CheckpointException,
-    )  # takes 0.5 s to import, and consolidation does not need it
+    # takes 0.5 s to import, and consolidation does not need it
+    from torch.distributed.checkpoint import CheckpointException
 
     began = time.perf_counter()
     try:

@@ -16,7 +16,7 @@ from jobs.tensor_io import dcp, deepspeed
 from jobs.tensor_io.dtypes import as_bytes
 from jobs.tensor_io.layout import StoredTensor, blocks
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -85,7 +85,7 @@ def _check(folder: Path, saved: StoredState, parts: RankState) -> None:
 
 def _fill(saved: StoredState, parts: RankState) -> int:
     """Read this rank's parts with several threads; returns the bytes read."""
-    files, of_thread = Files(), threading.local()
+    files, of_thread = OpenFiles(), threading.local()
 
     def read(block: tuple[StoredTensor, int, torch.Tensor]) -> int:
         tensor, start, destination = block

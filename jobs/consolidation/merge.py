@@ -12,7 +12,7 @@ from jobs.consolidation.plan import Output
 from jobs.consolidation.weight_names import Blueprint, SavedName, split_adapters
 from jobs.tensor_io.dtypes import Dtype, as_tensor
 from jobs.tensor_io.layout import StoredTensor
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 
 if TYPE_CHECKING:  # both are imported only if there is an adapter
     import torch
@@ -23,7 +23,7 @@ Adapters = dict[str, dict[str, str]]
 """Live name -> kind (lora_A, lora_B, ...) -> name in the checkpoint."""
 BASE = "base:"
 """Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
-LISTED = 3
+MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def merge_model(
         output_dtype = _output_dtype(in_base, dtype)
         merge.outputs.append(Output(saved.name, saved.shape, output_dtype, source.name, source.start))
     if missing or wrong:
-        message = f"does not fit the model: missing {missing[:LISTED]}, unknown or of another shape {wrong[:LISTED]}"
+        message = (
+            f"does not fit the model: missing {missing[:MAX_LISTED]}, unknown or of another shape {wrong[:MAX_LISTED]}"
+        )
         remedy = "name the model that was trained (model.source, --base)"
         raise DataError(Problem("checkpoint", None, f"{message}; {remedy}"))
     if adapters:
@@ -209,7 +211,7 @@ def _add_adapters(
 
 
 def _read_adapters(sources: dict[str, StoredTensor], adapters: Adapters) -> "dict[str, dict[str, torch.Tensor]]":
-    files = Files()
+    files = OpenFiles()
     reader = Reader(files)
     try:
         return {

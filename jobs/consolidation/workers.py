@@ -17,7 +17,7 @@ from jobs.consolidation.output_folder import Checksums
 from jobs.consolidation.plan import PlacedOutput, Plan, Task
 from jobs.tensor_io.dtypes import FP32, Bytes, Cast, Dtype, as_bytes, as_tensor, best_cast
 from jobs.tensor_io.layout import blocks
-from jobs.tensor_io.reader import CHUNK, Check, Files, Reader, write
+from jobs.tensor_io.reader import CHUNK, Check, OpenFiles, Reader, write
 
 if TYPE_CHECKING:
     from jobs.consolidation.lora import Nf4Rounder
@@ -36,14 +36,14 @@ class Worker:
     """The buffers of one thread, and how it carries out a task."""
 
     def __init__(
-        self, files: Files, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
+        self, files: OpenFiles, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
     ) -> None:
         self.files, self.folder, self.cast, self.moved, self.stop = files, folder, cast, moved, stop
         self.reader = Reader(files, drop_cache=True)
         self.buffers = [np.empty(CHUNK, np.uint8) for _ in (SOURCE, WIDE, RESULT)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
-        """Returns the XXH3 of each output that was written. Files in `skip` are finished, or those of another rank.
+        """Returns the XXH3 of each output that was written. OpenFiles in `skip` are finished, or those of another rank.
 
         Raises FingerprintMismatch if the weight is not what training recorded.
         """
@@ -141,7 +141,7 @@ class FileProgress:
     def _files(self, task: Task) -> set[str]:
         return {item.file for item in task.placed} & self.checksums.keys()
 
-    def task_done(self, task: Task, checksums: dict[str, str], files: Files) -> None:
+    def task_done(self, task: Task, checksums: dict[str, str], files: OpenFiles) -> None:
         """Call it only once the fingerprint of the task is compared: a recorded file is not written again."""
         for file in self._files(task):
             with self.lock:
@@ -185,7 +185,7 @@ def run_tasks(
 
     The first error stops all workers and is raised: FingerprintMismatch, RunError or OSError.
     """
-    files, stop, of_thread = Files(check), threading.Event(), threading.local()
+    files, stop, of_thread = OpenFiles(check), threading.Event(), threading.local()
     progress = FileProgress(plan, folder, skip, finished)
     casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}

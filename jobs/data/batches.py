@@ -31,7 +31,7 @@ class Rows:
     packs: Packs
     lengths: NDArray[np.int64]
     """Tokens of each row: shape (rows,)."""
-    counts: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
     """Trained labels of each row: shape (rows,)."""
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int |
     else:
         packs = pack(lengths, pack_into)
     row_lengths = packs.sums(lengths).astype(np.int64)
-    row_labels = packs.sums(samples.labels[chosen]).astype(np.int64)
+    row_labels = packs.sums(samples.label_counts[chosen]).astype(np.int64)
     return Rows(samples, chosen, packs, row_lengths, row_labels)
 
 

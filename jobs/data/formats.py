@@ -11,13 +11,13 @@ from typing import Any
 
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.data.column_mapping import Names, Row, map_columns
-from jobs.tokenization.conversation import Empty, Sample, Turn, content_text, parse_tools, parse_turn
+from jobs.tokenization.conversation import EmptyText, Sample, Turn, content_text, parse_tools, parse_turn
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 MEDIA = ("images", "image", "videos", "audios")
 PREFERENCE = ("chosen", "rejected", "kto_tag")
-HIGHEST = 2**31 - 1
+MAX_TOKEN_ID = 2**31 - 1
 """Highest token id that an int32 can store. The gate `vocabulary` checks ids against the tokenizer."""
 
 
@@ -149,7 +149,7 @@ def _text_of(row: Row, names: Sequence[str], format: str) -> str:
     column = _required(row, names, format)
     text = content_text(row[column], column)
     if not text.strip():
-        raise Empty(f"{column} is empty, so there is nothing to train on: drop the row")
+        raise EmptyText(f"{column} is empty, so there is nothing to train on: drop the row")
     return text
 
 
@@ -159,7 +159,7 @@ def _alpaca(row: Row, fields: Names, roles: Names) -> Sample:
     question = "\n".join(text for name in columns if name and (text := content_text(row[name], name)))
     if not question.strip():
         _required(row, INSTRUCTION, "alpaca")
-        raise Empty("instruction and input are both empty, so there is no question: drop the row")
+        raise EmptyText("instruction and input are both empty, so there is no question: drop the row")
     turns = []
     for number, pair in enumerate(_list(row, "history", "pairs of texts")):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
@@ -196,7 +196,7 @@ def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
     """Only the completion is trained. Two strings are joined as plain text; if either side is a list of messages, it is a chat."""
     prompt, completion = (row[_required(row, (name,), "prompt_completion")] for name in ("prompt", "completion"))
     if isinstance(completion, str) and not completion.strip():
-        raise Empty("completion is empty, so there is nothing to train on: drop the row")
+        raise EmptyText("completion is empty, so there is nothing to train on: drop the row")
     if isinstance(prompt, str) and isinstance(completion, str):
         return Sample(parts=((prompt, False), (completion, True)))
     turns = [Turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", fields, roles)
@@ -222,7 +222,7 @@ def _text(row: Row, fields: Names, roles: Names) -> Sample:
 def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
     """Rows that are tokens already. Padding (attention_mask 0) is removed. Without labels, every token is trained."""
     ids = _list(row, _required(row, ("input_ids",), "tokenised"), "token ids")
-    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > HIGHEST), None)
+    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID), None)
     if bad is not None:
         raise ValueError(f"input_ids[{bad}] is {_short(ids[bad])}, not a token id: give integers, or drop the row")
     labels = ids if row.get("labels") is None else _list(row, "labels", "token ids and -100")
@@ -239,7 +239,7 @@ def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
             "a label must be the token itself or -100; do not shift the labels"
         )
     if not kept:
-        raise Empty("input_ids is empty: drop the row")
+        raise EmptyText("input_ids is empty: drop the row")
     return Sample(ids=tuple(token for token, _ in kept), labels=tuple(label for _, label in kept))
 
 

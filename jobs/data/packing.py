@@ -77,12 +77,12 @@ def hidden_factor(model_config: Any) -> float:
     Of a mixture of experts, only the experts that a token passes count. The result depends only on the model's shape, so
     that a resumed run has the same order of rows.
     """
-    text = model_config.get_text_config()
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-    width = heads * int(getattr(text, "head_dim", None) or hidden // heads)
-    key_value_width = width * int(getattr(text, "num_key_value_heads", None) or heads) // heads
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    inner *= int(getattr(text, "num_experts_per_tok", None) or 1)
+    text_config = model_config.get_text_config()
+    hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
+    width = heads * int(getattr(text_config, "head_dim", None) or hidden // heads)
+    key_value_width = width * int(getattr(text_config, "num_key_value_heads", None) or heads) // heads
+    inner = int(getattr(text_config, "intermediate_size", None) or 4 * hidden)
+    inner *= int(getattr(text_config, "num_experts_per_tok", None) or 1)
     return hidden * (2 * width + 2 * key_value_width + 3 * inner) / width
 
 
@@ -111,12 +111,15 @@ def _argsort(keys: NDArray[np.int64], seed: int | None = None) -> NDArray[np.int
 
 
 class _Move(NamedTuple):
-    """Puts `each` samples of one length into each of `rows` rows that have `room` tokens left; `after` tokens remain."""
+    """Puts `samples_per_row` samples of one length into each of `rows` rows.
+
+    These rows have room for `room` tokens before, and for `room_after` tokens afterwards.
+    """
 
     room: int
-    after: int
+    room_after: int
     rows: int
-    each: int
+    samples_per_row: int
 
 
 def _moves(counts: NDArray[np.int64], capacity: int) -> list[_Move]:
@@ -134,20 +137,20 @@ def _moves(counts: NDArray[np.int64], capacity: int) -> list[_Move]:
         while left:
             best = bisect_left(rooms, length)
             room = rooms[best] if best < len(rooms) else capacity  # no row fits: open new ones
-            each = min(left, room // length)
-            rows = left // each
+            samples_per_row = min(left, room // length)
+            rows = left // samples_per_row
             if best < len(rooms):
                 rows = min(rows, rows_with_room[room])
                 rows_with_room[room] -= rows
                 if not rows_with_room[room]:
                     del rooms[best]
-            after = room - each * length
-            if after:
-                if not rows_with_room[after]:
-                    insort(rooms, after)
-                rows_with_room[after] += rows
-            left -= rows * each
-            moves.append(_Move(room, after, rows, each))
+            room_after = room - samples_per_row * length
+            if room_after:
+                if not rows_with_room[room_after]:
+                    insort(rooms, room_after)
+                rows_with_room[room_after] += rows
+            left -= rows * samples_per_row
+            moves.append(_Move(room, room_after, rows, samples_per_row))
     return moves
 
 
@@ -159,8 +162,8 @@ def _rows_of(moves: list[_Move], capacity: int, samples: int) -> NDArray[np.int6
     numbered in the order in which they are opened.
     """
     sizes = np.zeros(capacity + 1, dtype=np.int64)  # how many rows ever enter each queue
-    for room, after, rows, _ in moves:
-        sizes[after] += rows
+    for room, room_after, rows, _ in moves:
+        sizes[room_after] += rows
         if room == capacity:
             sizes[capacity] += rows
     ends = np.cumsum(sizes)
@@ -169,11 +172,13 @@ def _rows_of(moves: list[_Move], capacity: int, samples: int) -> NDArray[np.int6
     queues[head[capacity] :] = np.arange(sizes[capacity])
     row_of = np.empty(samples, dtype=np.int64)
     done = 0
-    for room, after, rows, each in moves:
+    for room, room_after, rows, samples_per_row in moves:
         taken = queues[head[room] : head[room] + rows]
         head[room] += rows
-        queues[tail[after] : tail[after] + rows] = taken
-        tail[after] += rows
-        row_of[done : done + rows * each] = taken if each == 1 else np.repeat(taken, each)
-        done += rows * each
+        queues[tail[room_after] : tail[room_after] + rows] = taken
+        tail[room_after] += rows
+        row_of[done : done + rows * samples_per_row] = (
+            taken if samples_per_row == 1 else np.repeat(taken, samples_per_row)
+        )
+        done += rows * samples_per_row
     return row_of

@@ -31,7 +31,7 @@ class TokenDataset:
     """Number of each part's first sample, and at the end the number of all samples: shape (parts + 1,)."""
     lengths: NDArray[np.int64]
     """Tokens of each sample: shape (samples,)."""
-    labels: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
     """Trained labels of each sample: shape (samples,). A first token is never a label, because nothing predicts it."""
 
     def __len__(self) -> int:

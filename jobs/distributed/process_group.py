@@ -130,9 +130,8 @@ def set_timeout(seconds: int) -> None:
 
     A collective that takes longer ends its rank.
     """
-    for group in list(
-        dist.distributed_c10d._world.pg_map
-    ):  # groups of a device mesh get torch's default of ten minutes
+    # all groups, because those of a device mesh get torch's default of ten minutes
+    for group in list(dist.distributed_c10d._world.pg_map):
         if "nccl" in dist.get_backend_config(group):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + MARGIN_S), group)
 

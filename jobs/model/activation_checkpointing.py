@@ -28,9 +28,9 @@ Forward = Callable[..., Any]
 
 
 def with_activation_checkpointing(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
-    """Return `forward` under activation checkpointing; `options` go to torch.utils.checkpoint.
+    """Return a forward that calls `forward` under torch.utils.checkpoint, with these `options`.
 
-    `offload` keeps the inputs of the block in host memory until backward. Without gradients, the plain `forward` runs.
+    `offload` keeps the inputs of the block in host memory until backward. Without gradients, `forward` is called directly.
     """
     # Saving and restoring the random state takes time, so it is done only for blocks that use dropout.
     random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(

@@ -92,21 +92,21 @@ def best_implementation(
 
 def _unsupported_feature(model_config: PreTrainedConfig) -> str:
     """The first feature of the model's attention that `attention_kernels` does not compute, or an empty string."""
-    text = model_config.get_text_config()
+    text_config = model_config.get_text_config()
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
     except KeyError:
         return "custom code"
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     features = {
-        "softcap": getattr(text, "attn_logit_softcapping", None) is not None,
+        "softcap": getattr(text_config, "attn_logit_softcapping", None) is not None,
         # Models with attention sinks (logits added to the softmax, as in gpt_oss) declare that sdpa does not support them.
         "sinks": not model_class._supports_sdpa,
         "custom code": not (model_class._supports_attention_backend and model_class._supports_flash_attn),
-        "layer types other than full and sliding": not set(getattr(text, "layer_types", None) or ())
+        "layer types other than full and sliding": not set(getattr(text_config, "layer_types", None) or ())
         <= {"full_attention", "sliding_attention"},
-        "latent heads (MLA)": getattr(text, "kv_lora_rank", None) is not None,
-        "dropout": bool(getattr(text, "attention_dropout", 0.0)),
+        "latent heads (MLA)": getattr(text_config, "kv_lora_rank", None) is not None,
+        "dropout": bool(getattr(text_config, "attention_dropout", 0.0)),
         f"head size {head_dim}": head_dim % 8 != 0 or head_dim > 256,  # limits of the cuDNN and flash kernels
     }
     return next((name for name, present in features.items() if present), "")

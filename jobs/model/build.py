@@ -102,13 +102,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    shape = _new_model_config(config) if config.model.init is Init.random else _pretrained_model_config(config)
-    rows_before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
+    is_random = config.model.init is Init.random
+    model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
+    rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            shape,
+            model_config,
             dtype=dtype,
-            attn_implementation=attention.select(config, shape),
+            attn_implementation=attention.select(config, model_config),
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -122,12 +123,12 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
 
 def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
-    shape = config.model.architecture
-    assert shape is not None  # launcher.check.rules refuses model.init=random without it
-    fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
+    architecture = config.model.architecture
+    assert architecture is not None  # launcher.check.rules refuses model.init=random without it
+    fields = {name: value for name, value in vars(architecture).items() if name not in ("model_type", "extra")}
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
+    return AutoConfig.for_model(architecture.model_type, **(fields | architecture.extra | ids))
 
 
 def _pretrained_model_config(config: Config) -> PreTrainedConfig:

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-CAPABILITY = (8, 9)
+MIN_CAPABILITY = (8, 9)
 """Compute capability of Ada, the first GPUs with float8 matrix products; Hopper has 9.0."""
 E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
+E4M3_MAX = torch.finfo(E4M3).max
 MULTIPLE = 16
 """torch._scaled_mm requires both dimensions of a weight to be multiples of this."""
 
@@ -39,8 +39,8 @@ def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The largest magnitude of a row becomes the largest e4m3 number. Rows of zeros stay zeros.
     """
     matrix = matrix.float()
-    absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
-    return (matrix * (LARGEST / absmax)).to(E4M3), absmax
+    absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * E4M3_MAX)
+    return (matrix * (E4M3_MAX / absmax)).to(E4M3), absmax
 
 
 class _Float8Matmul(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _Float8Matmul(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, absmax)
         ctx.rows = rows
-        out = _scaled_matmul(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / LARGEST, x.dtype)
+        out = _scaled_matmul(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / E4M3_MAX, x.dtype)
         return out.view(*x.shape[:-1], rows)
 
     @staticmethod
@@ -60,7 +60,7 @@ class _Float8Matmul(torch.autograd.Function):
         """
         weight, absmax = ctx.saved_tensors
         column_major = weight.view(E4M3).view(ctx.rows, -1).t().contiguous().t()
-        scaled_grad = grad.flatten(0, -2).float() * (absmax / LARGEST)
+        scaled_grad = grad.flatten(0, -2).float() * (absmax / E4M3_MAX)
         ones = absmax.new_ones(column_major.shape[1])
         out = _scaled_matmul(scaled_grad, column_major, ones, grad.dtype)
         return out.view(*grad.shape[:-1], column_major.shape[1]), None, None, None
@@ -72,7 +72,7 @@ def _scaled_matmul(left: torch.Tensor, right: torch.Tensor, scales: torch.Tensor
     GPUs produce bf16. On CPUs, torch 2.11 supports only one scale per matrix, so the same numbers are multiplied in fp32.
     """
     quantized, absmax = quantize_rows(left)
-    scale = absmax / LARGEST
+    scale = absmax / E4M3_MAX
     if not left.is_cuda:
         return ((quantized.float() @ right.float()) * scale * scales).to(dtype)
     out = torch._scaled_mm(quantized, right, scale, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True)

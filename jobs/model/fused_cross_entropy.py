@@ -46,10 +46,10 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     ) -> Any:
         if trained is None or targets is None:
             return original(*args, **kwargs)
-        given = {
+        set_kwargs = {
             name: value for name, value in kwargs.items() if value is not None
-        }  # PEFT passes None for what it lacks
-        hidden = inner.base_model(*args, **given).last_hidden_state
+        }  # PEFT passes None for the others
+        hidden = inner.base_model(*args, **set_kwargs).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, trained)
         return head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
 

@@ -29,7 +29,7 @@ from jobs.tokenization.tokenizer import revision
 
 log = logging.getLogger(__name__)
 
-SHOWN = 20
+MAX_LISTED = 20
 """Tensors that an error lists one by one; the others are counted."""
 
 
@@ -243,6 +243,6 @@ def _load_with_transformers(
 
 
 def _problems(source: str, sentences: list[str]) -> list[Problem]:
-    more = [f"{len(sentences) - SHOWN} more tensors do not match"] if len(sentences) > SHOWN else []
+    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] if len(sentences) > MAX_LISTED else []
     remedy = "download the model again, or use the config.json that belongs to these files"
-    return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:SHOWN] + more]
+    return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:MAX_LISTED] + more]

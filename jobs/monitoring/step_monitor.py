@@ -60,7 +60,7 @@ class StepMonitor:
         Returns tokens/s without padding, and on known GPUs the MFU: needed FLOP/s over the peak FLOP/s of all ranks.
         """
         self.timer.enabled = False  # an evaluation may come before the next step
-        tokens, trained_tokens = (int(counts[chosen].sum()) for counts in (self._rows.lengths, self._rows.counts))
+        tokens, trained_tokens = (int(counts[chosen].sum()) for counts in (self._rows.lengths, self._rows.label_counts))
         per_rank = tokens / seconds / self._world.size
         measured = {
             "tokens_per_s": round(per_rank * self._world.size, 1),

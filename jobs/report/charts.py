@@ -127,7 +127,7 @@ def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
         sums: list[float] = np.bincount(set_of_sample, weights=values[rows.chosen], minlength=len(names)).tolist()
         return sums
 
-    tokens, trained = sum_by_set(rows.samples.lengths), sum_by_set(rows.samples.labels)
+    tokens, trained = sum_by_set(rows.samples.lengths), sum_by_set(rows.samples.label_counts)
     largest, total = max(1, *tokens), max(1, sum(tokens))
     sets = [
         {

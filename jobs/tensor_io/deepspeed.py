@@ -28,7 +28,7 @@ class FlatPart:
     saved: SavedTensor
 
 
-class Run(NamedTuple):
+class ElementRange(NamedTuple):
     """Elements that follow each other in one rank's file."""
 
     part: FlatPart
@@ -196,15 +196,15 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
             FlatPart(str(path), fragments[name])
             for path, fragments in zip(model_paths, fragments_of_ranks, strict=True)
         ]
-        runs = [Run(part, 0, part.saved.numel) for part in parts]
-        parameters[name] = _joined(runs, tuple(shape), parts[0].saved.dtype)
+        ranges = [ElementRange(part, 0, part.saved.numel) for part in parts]
+        parameters[name] = _joined(ranges, tuple(shape), parts[0].saved.dtype)
     return parameters
 
 
-def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> StoredTensor:
-    """A tensor that is made of runs end to end, without the padding after its last element."""
+def _joined(ranges: list[ElementRange], shape: tuple[int, ...], dtype: Dtype) -> StoredTensor:
+    """A tensor that is made of ranges end to end, without the padding after its last element."""
     numel, row, extents = prod(shape), 0, []
-    for part, first, count in runs:
+    for part, first, count in ranges:
         if (count := min(count, numel - row)) > 0:
             extents.append(_extent(part, first, row, count))
             row += count
@@ -221,7 +221,7 @@ def _zero12_parameters(
         total, position = sum(part.saved.numel for part in parts_of_group), 0
         dtype = parts_of_group[0].saved.dtype
         for index, (name, shape) in enumerate(shapes.items()):
-            parameters[name] = _joined(_runs(parts_of_group, position, prod(shape)), tuple(shape), dtype)
+            parameters[name] = _joined(_element_ranges(parts_of_group, position, prod(shape)), tuple(shape), dtype)
             position += prod(shape) + (paddings[number][index] if paddings else 0)
         if not position <= total < position + 2 * len(parts_of_group):  # DeepSpeed pads to a multiple of 2 x ranks
             raise _wrong_size(folder, position, total)
@@ -235,23 +235,23 @@ def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes)
     dtype = parts[0][0].saved.dtype
     for name, shape in shapes.items():
         count = -(-prod(shape) // len(parts))
-        runs = [run for rank in parts for run in _runs(rank, position, count)]
-        parameters[name] = _joined(runs, shape, dtype)
+        ranges = [item for rank in parts for item in _element_ranges(rank, position, count)]
+        parameters[name] = _joined(ranges, shape, dtype)
         position += count
     if position != total:
         raise _wrong_size(folder, position, total)
     return parameters
 
 
-def _runs(parts: list[FlatPart], start: int, count: int) -> list[Run]:
+def _element_ranges(parts: list[FlatPart], start: int, count: int) -> list[ElementRange]:
     """The elements `start` to `start + count` of parts that lie end to end."""
-    runs, begin = [], 0
+    ranges, begin = [], 0
     for part in parts:
         first, last = max(start, begin), min(start + count, begin + part.saved.numel)
         if first < last:
-            runs.append(Run(part, first - begin, last - first))
+            ranges.append(ElementRange(part, first - begin, last - first))
         begin += part.saved.numel
-    return runs
+    return ranges
 
 
 def _wrong_size(folder: Path, expected: int, actual: int) -> RunError:

@@ -23,7 +23,7 @@ Check = Callable[[str, int, int], None]
 """Called with (path, offset, number of bytes) before these bytes are read; raises RunError if they are damaged."""
 
 
-class Files:
+class OpenFiles:
     """Open file descriptors by path, shared by all threads: opening a file is a round trip on a network file system."""
 
     def __init__(self, check: Check | None = None) -> None:
@@ -50,7 +50,7 @@ class Files:
 class Reader:
     """Reads blocks of stored tensors for one thread."""
 
-    def __init__(self, files: Files, *, drop_cache: bool = False) -> None:
+    def __init__(self, files: OpenFiles, *, drop_cache: bool = False) -> None:
         self.files = files
         self.drop_cache = drop_cache
         """Whether the kernel may drop each range from the page cache once it is read. The cache otherwise grows by the size of

@@ -39,7 +39,7 @@ class TensorPart:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _FileRange:
     """At most CHUNK_BYTES of a file, and where they go."""
 
     file: str
@@ -96,18 +96,20 @@ def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: 
     Uses explicit reads, not a mapping of the file: page faults on network mounts took hours where reads took seconds
     (pytorch PR 175762), and mapped pages count as memory of this process.
     """
-    runs = sorted(
-        (run for stored, part in wanted for run in _runs(stored, part)), key=lambda run: (run.file, run.offset)
+    file_ranges = sorted(
+        (item for stored, part in wanted for item in _file_ranges(stored, part)),
+        key=lambda item: (item.file, item.offset),
     )
-    pinned = any(run.destination.is_cuda for run in runs)
+    pinned = any(file_range.destination.is_cuda for file_range in file_ranges)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned))
     with ExitStack() as stack:
-        opened = {name: stack.enter_context((folder / name).open("rb", 0)) for name in {run.file for run in runs}}
+        names = {item.file for item in file_ranges}
+        opened = {name: stack.enter_context((folder / name).open("rb", 0)) for name in names}
         bar = stack.enter_context(
             tqdm(
-                total=sum(run.nbytes for run in runs),
+                total=sum(file_range.nbytes for file_range in file_ranges),
                 desc="weights",
                 unit="B",
                 unit_scale=True,
@@ -117,7 +119,7 @@ def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: 
         )
         pool = stack.enter_context(ThreadPoolExecutor(READERS))
         try:
-            for count in pool.map(lambda run: _fill(opened[run.file].fileno(), run, buffers), runs):
+            for count in pool.map(lambda item: _fill(opened[item.file].fileno(), item, buffers), file_ranges):
                 bar.update(count)
                 heartbeat.refresh()
         except BaseException:
@@ -144,20 +146,22 @@ def _file(stored: StoredTensor) -> str:
     return stored.extents[0].path
 
 
-def _runs(stored: StoredTensor, part: TensorPart) -> Iterator[_Run]:
+def _file_ranges(stored: StoredTensor, part: TensorPart) -> Iterator[_FileRange]:
     (extent,), size = stored.extents, stored.dtype.itemsize
     step = CHUNK_BYTES // size
     for begin in range(0, part.destination.numel(), step):
         offset = extent.offset + (part.begin + begin) * size
-        yield _Run(extent.path, offset, stored.dtype.torch, part.destination[begin : begin + step])
+        yield _FileRange(extent.path, offset, stored.dtype.torch, part.destination[begin : begin + step])
 
 
-def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> int:
+def _fill(descriptor: int, file_range: _FileRange, buffers: "SimpleQueue[torch.Tensor]") -> int:
     buffer = buffers.get()
     try:
-        read_range(descriptor, run.file, run.offset, buffer.numpy()[: run.nbytes].data)
+        read_range(descriptor, file_range.file, file_range.offset, buffer.numpy()[: file_range.nbytes].data)
         # first to the device, then to the dtype: the cast is faster there
-        run.destination.copy_(buffer[: run.nbytes].view(run.dtype).to(run.destination.device))
+        file_range.destination.copy_(
+            buffer[: file_range.nbytes].view(file_range.dtype).to(file_range.destination.device)
+        )
     finally:
         buffers.put(buffer)
-    return run.nbytes
+    return file_range.nbytes

@@ -16,7 +16,7 @@ PATIENCE = 50
 
 
 class DivergenceDetector:
-    """Keeps the best median of `WINDOW` losses so far, and counts the steps since the median rose too far above it."""
+    """Compares the median of the last `WINDOW` losses with the lowest such median so far, and counts the steps it is too high."""
 
     def __init__(self, max_rise: float | None, losses: Iterable[float] = ()) -> None:
         """`losses` are those before the checkpoint of a resumed run, so that it decides as an uninterrupted run would."""

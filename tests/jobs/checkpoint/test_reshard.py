@@ -11,7 +11,7 @@ from jobs.checkpoint import checkpointing, reshard
 from jobs.distributed.process_group import process_group
 from jobs.model import build
 from jobs.tensor_io.dtypes import as_bytes
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 from tests.jobs.checkpoints import save
 from tests.jobs.ranks import spawn
 
@@ -63,7 +63,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
 def whole(config: Config) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint; the key is 'weight kind'."""
     path, _ = checkpointing.select_for_consolidation(config)
-    files, tensors = Files(), {}
+    files, tensors = OpenFiles(), {}
     for name, kinds in reshard.stored(path, config.parallel.backend).items():
         for kind, tensor in kinds.items():
             value = torch.empty(tensor.numel, dtype=tensor.dtype.torch)

@@ -26,7 +26,7 @@ from conf.files import read_json
 from jobs.consolidation import execute, external, lora, output_folder, plan, weight_names, workers
 from jobs.tensor_io import dtypes, layout, safe_pickle, safetensors
 from jobs.tensor_io.layout import Extent, StoredTensor
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 from tests.conftest import ROOT
 from tests.jobs import shards
 
@@ -91,7 +91,7 @@ def test_blocks_of_random_chunks_give_the_tensor(seed, tmp_path) -> None:
             Extent(str(path), 0, row, count, column, columns, 0, skip) for row, count, column, columns, skip in rows
         ]
     stored = StoredTensor(shape, dtypes.FP32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
-    files = Files()
+    files = OpenFiles()
     reader, flat = Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in layout.blocks(start, stop, width, chance.randint(1, 30)):

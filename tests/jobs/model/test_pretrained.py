@@ -269,7 +269,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
     """The peak of memory that filling adds: this rank's half of the model and read buffers, never the whole model."""
     with process_group(config) as world:
         if config.parallel.backend.name == "zero":
-            zero.start(world)
+            zero.init_deepspeed(world)
         meta_model = model.build_on_meta(config)
         before, peak, done = _resident(), [0], Event()
 

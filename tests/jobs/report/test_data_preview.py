@@ -96,7 +96,7 @@ def data_json(rows, sizes, validation=None):
             "rows": size,
             "samples": size,
             "tokens": int(rows.samples.lengths[span].sum()),
-            "trained_tokens": int(rows.samples.labels[span].sum()),
+            "trained_tokens": int(rows.samples.label_counts[span].sum()),
             "epoch": size,
         }
         at += size
@@ -104,7 +104,7 @@ def data_json(rows, sizes, validation=None):
         name: {
             "samples": len(one.chosen),
             "tokens": int(one.lengths.sum()),
-            "trained_tokens": int(one.counts.sum()),
+            "trained_tokens": int(one.label_counts.sum()),
         }
         for name, one in (("train", rows), ("validation", validation or rows))
     }
@@ -175,7 +175,7 @@ def test_the_terminal_shows_trained_tokens_in_green(tokenizer: PreTrainedTokeniz
     assert shown == (
         "sample    rows.jsonl:1: 10 tokens, 7 trained (in green)\n"
         "Why?\n\033[32mSo.\033[0m\n\033[32mYes.<|im_end|>\033[0m"
-    ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
+    ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.label_counts[0]} trained")
 
 
 def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters(
