@@ -150,7 +150,7 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
     while step < last_step and not stopped:
         stopped = _train_step(training, step)
         step += 1
-        # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs beside the next steps.
+        # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and train.save_every and step + train.save_every < last_step:
             training.saver.prepare(training.backend, training.engine)
         # Save before the evaluation: a requested stop may leave little time.

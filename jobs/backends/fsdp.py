@@ -174,6 +174,7 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
+    """See `Backend.save`."""
     dcp.save(_state(engine)[0], checkpoint_id=folder)
 
 
@@ -189,7 +190,7 @@ def storage_bytes(engine: Engine) -> list[int]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dictionaries; of a DTensor this rank's part."""
+    """The tensors in nested dictionaries. A DTensor gives this rank's part."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
@@ -204,6 +205,7 @@ def stage(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> 
 
 
 def load(engine: Engine, folder: Path) -> None:
+    """See `Backend.load`."""
     state, groups = _state(engine)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
@@ -226,6 +228,7 @@ def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
+    """See `Backend.local_state`."""
     get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes missing state
     state_of_rank = {}
     for name, parameter in engine.module.named_parameters():
@@ -238,7 +241,7 @@ def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
 
 
 def _part(value: torch.Tensor) -> TensorPart:
-    """Of a tensor that is sharded like its parameter, or of a scalar that all ranks have."""
+    """This rank's part of a tensor that is sharded like its parameter, or the whole of a scalar, which every rank has."""
     if isinstance(value, DTensor) and tensor_parallel.MESH_DIM in (value.device_mesh.mesh_dim_names or ()):
         message = "cannot load a checkpoint of another backend: resume with parallel.tensor_ranks=1, save, then resume with more"
         raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.MESH_DIM].size(), message))
@@ -251,6 +254,7 @@ def apply_local_state(engine: Engine) -> None:
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `Backend.weights`."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -26,7 +26,7 @@ PORTABLE = 1
 class SlabAllocator:
     """Allocates host memory for copies in large slabs, with huge pages if the kernel has them, and pins each slab as a whole.
 
-    To pin a plain allocation page by page takes half a minute for 48 GB. The memory is never given back to the system.
+    Pinning a plain allocation page by page takes half a minute for 48 GB. The memory is never freed.
     """
 
     def __init__(self, pinned: bool) -> None:

@@ -124,12 +124,14 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
+    """See `Backend.backward`. The loss is already scaled, so DeepSpeed must not divide it by the number of micro batches."""
     engine.module.backward(loss, scale_wrt_gas=False)
     if not last:
         engine.module.step()  # counts the micro batch; nothing is updated
 
 
 def step(engine: Engine, learning_rate: float) -> float:
+    """See `Backend.step`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.module.step()
@@ -137,6 +139,7 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
+    """See `Backend.save`."""
     _save(engine.module, folder, engine.module.checkpoint_engine.save)()
 
 
@@ -201,18 +204,22 @@ def _collected_errors(module: Any, write: Callable[..., object]) -> Iterator[lis
 
 
 def load(engine: Engine, folder: Path) -> None:
+    """See `Backend.load`."""
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
 def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
+    """See `Backend.local_state`."""
     return zero_partitions.local_state(engine.module.module, engine.optimizer)
 
 
 def apply_local_state(engine: Engine) -> None:
+    """See `Backend.apply_local_state`."""
     zero_partitions.apply_local_state(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `Backend.weights`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for name, parameter in engine.module.module.named_parameters():

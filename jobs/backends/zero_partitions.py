@@ -52,7 +52,7 @@ class _FlatRange(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole weight."""
+    """Shape of the whole weight."""
     begin: int
     """First element of the weight that this rank has."""
     flat: torch.Tensor

@@ -47,8 +47,8 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if config.train.async_save:
             self._stager = host_staging.Stager(world.device)
-            # A group for the threads alone: their collectives must not mix with those of training. Its time-out never ends a rank
-            # in practice: training goes on meanwhile, and if it then waits for a rank in vain, the watchdog names that rank.
+            # A group for the threads alone: their collectives must not mix with those of training. Its time-out of a day
+            # never ends a rank in practice: if training waits for a rank that does not answer, the watchdog names that rank.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     @property

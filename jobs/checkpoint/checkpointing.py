@@ -54,6 +54,7 @@ class Written:
 
 
 def step_folder(config: Config, step: int) -> Path:
+    """RUN/checkpoints/step-00000100 for step 100."""
     return checkpoints_folder(config) / f"step-{step:08d}"
 
 

@@ -53,6 +53,7 @@ def flush_and_describe(folder: Path, rank: int) -> Files:
 
 
 def write(folder: Path, files: Files) -> None:
+    """Write manifest.json for the files of all ranks. Only rank 0 calls this."""
     write_json(folder / NAME, {"piece": PIECE, "files": dict(sorted(files.items()))})
 
 
@@ -164,7 +165,7 @@ def _writer(name: str) -> tuple[int, bool]:
 
 
 def _reader(name: str, number: int, entry: dict[str, Any]) -> int:
-    """Rank that checks a piece. Of a file that all ranks load (ZeRO's whole weights), each rank checks some pieces."""
+    """Rank that checks a piece. The pieces of a file that all ranks load (ZeRO's whole weights) are divided over the ranks."""
     rank, named = _writer(Path(name).name)
     return rank if named else number
 

@@ -136,7 +136,7 @@ def move_aside(target: Path) -> None:
 
 
 def worker_count(cpus: int | None = None) -> int:
-    """Threads for so many CPUs, or for those of this process: at least 4, at most 32.
+    """Number of threads for `cpus` CPUs, by default for those of this process: at least 4, at most 32.
 
     Some threads wait for the disk while others work. With a cold cache on 2 CPUs, 4 threads took two thirds of the time of 2,
     and 8 the same as 4. A disk is not faster with more than 32.

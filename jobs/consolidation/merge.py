@@ -36,6 +36,7 @@ class AdapterSettings:
     """Regular expression of module names -> alpha, if it is not the same for all."""
 
     def scale(self, weight: str, rank: int) -> float:
+        """The factor of B @ A for an adapter of this rank on `weight`, a live name."""
         from jobs.consolidation.lora import scale
 
         module = weight.removesuffix(".weight")

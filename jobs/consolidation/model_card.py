@@ -1,7 +1,7 @@
 """Writes the files beside the weights: config, generation config, tokenizer with its chat template, adapter config, model card.
 
 torch and transformers are imported inside the functions that need them: that takes seconds, and merging a checkpoint of another
-program often does without.
+program often does not need them.
 """
 
 import shutil
@@ -66,6 +66,7 @@ def write_model(folder: Path, model: Any, merge: Merge) -> None:
 
 
 def write_tokenizer(folder: Path, config: Config) -> None:
+    """The tokenizer files, with the chat template that the model was trained with."""
     from jobs.tokenization.tokenizer import load_tokenizer
 
     load_tokenizer(config).save_pretrained(folder)
@@ -122,7 +123,7 @@ def write_adapter(folder: Path, settings: dict[str, Any], merge: Merge, base: st
 
 
 def write_card(folder: Path, title: str, rows: Mapping[str, object], base: str | None, library: str) -> None:
-    """README.md: what was trained from what. Of a folder of this machine it shows only the last part of the path."""
+    """README.md: what was trained from what. A path on this machine is shortened to its last part."""
     front_matter = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
         front_matter.append(f"base_model: {base}")

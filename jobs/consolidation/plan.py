@@ -60,7 +60,7 @@ class Task:
 
     @property
     def dtype_before_cast(self) -> Dtype:
-        """Of its elements just before they are cast to the dtype of an output."""
+        """Dtype of the elements just before they are cast to the dtype of an output."""
         return dtypes.FP32 if self.update is not None else self.nf4_compute or self.stored.dtype
 
 
@@ -80,10 +80,12 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
+        """Bytes of all source tensors."""
         return sum(task.stored.nbytes for task in self.tasks)
 
     @property
     def written_bytes(self) -> int:
+        """Bytes of all files of the result."""
         return sum(self.sizes.values())
 
     def digest(self) -> str:

@@ -44,6 +44,7 @@ class RankCoordinator:
 
     @property
     def alone(self) -> bool:
+        """Whether there is only one rank."""
         return self.size == 1
 
     def __enter__(self) -> "RankCoordinator":
@@ -148,10 +149,10 @@ class RankCoordinator:
 
     def _send(self, name: str, value: dict[str, Any]) -> None:
         """Write a file for the other ranks, atomically. If rank 0 has removed the folder, nobody reads it any more."""
-        beside = self.folder / f".{name}.{self.id}"
+        temporary = self.folder / f".{name}.{self.id}"
         with suppress(FileNotFoundError):
-            beside.write_text(json.dumps(value), encoding="utf-8")
-            beside.rename(self.folder / name)
+            temporary.write_text(json.dumps(value), encoding="utf-8")
+            temporary.rename(self.folder / name)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         pause_s = 0.05

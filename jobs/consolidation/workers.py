@@ -43,7 +43,7 @@ class Worker:
         self.buffers = [np.empty(CHUNK, np.uint8) for _ in (SOURCE, WIDE, RESULT)]
 
     def run(self, task: Task, skip: set[str]) -> dict[str, str]:
-        """Returns the XXH3 of each output that was written. OpenFiles in `skip` are finished, or those of another rank.
+        """Returns the XXH3 of each output that was written. Files in `skip` are finished, or those of another rank.
 
         Raises FingerprintMismatch if the weight is not what training recorded.
         """

@@ -74,7 +74,7 @@ def attention_cost(lengths: NDArray[np.int64], hidden_factor: float) -> NDArray[
 def hidden_factor(model_config: Any) -> float:
     """The factor for `attention_cost` from a Hugging Face config: linear weights of a block divided by its attention width.
 
-    Of a mixture of experts, only the experts that a token passes count. The result depends only on the model's shape, so
+    For a mixture of experts, only the experts that a token passes count. The result depends only on the model's shape, so
     that a resumed run has the same order of rows.
     """
     text_config = model_config.get_text_config()

@@ -59,6 +59,7 @@ class Findings:
     """How many rows a gate checked, for gates that do not check all rows."""
 
     def add(self, gate: str, location: str, detail: str = "") -> None:
+        """Count one row."""
         self.counts[gate] = self.counts.get(gate, 0) + 1
         if len(listed := self.first.setdefault(gate, [])) < MAX_LISTED:
             listed.append((location, detail))
@@ -70,6 +71,7 @@ class Findings:
             self.merge(Findings({gate: count}, {gate: [(location, "") for location in locations]}, checked_rows))
 
     def merge(self, other: "Findings") -> None:
+        """Add the counts and examples of `other` to these."""
         for gate, count in other.counts.items():
             self.counts[gate] = self.counts.get(gate, 0) + count
             listed = self.first.setdefault(gate, [])
@@ -99,6 +101,7 @@ class Verdict:
 
     @property
     def key(self) -> str:
+        """The config key of the gate's limit."""
         return f"data.gates.{self.gate}"
 
     @property

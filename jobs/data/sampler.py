@@ -15,9 +15,9 @@ NOISE = 0.005
 
 @dataclass(frozen=True, eq=False)
 class RowSampler:
-    """The rows of any step, computed from the step number alone.
+    """Chooses the rows of any step, from the step number alone.
 
-    So a run can resume on more or fewer ranks, and no row is lost or repeated.
+    Every rank computes the same rows of the global batch, and `batches.micro_batches` divides them over the ranks. So a run can resume on more or fewer ranks, and no row is lost or repeated.
 
     costs: training cost of each row in any unit (sums of `packing.attention_cost`), above 0, shape (rows,).
     global_batch: rows per step. Epochs follow each other without a gap, so a step can contain rows of two epochs:

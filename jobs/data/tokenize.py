@@ -185,7 +185,7 @@ def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
 
 
 _tokenizer: BlockTokenizer | None = None
-"""Of this worker process; see `start_worker`."""
+"""The tokenizer of this worker process. `start_worker` sets it."""
 
 
 def start_worker(settings: TokenizeSettings) -> None:

@@ -1,4 +1,4 @@
-"""Creates the process group of a job from the rank variables (RANK, LOCAL_RANK, ...), and destroys it in the end."""
+"""Creates the process group of a job from the rank variables (RANK, LOCAL_RANK, ...), and destroys it at the end."""
 
 import logging
 import os
@@ -39,6 +39,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property

@@ -70,7 +70,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
 def _saved_tensors_on_host() -> Iterator[None]:
     """Move tensors that autograd saves inside this context to pinned host memory. On CPUs they stay where they are.
 
-    The copy runs on its own stream, beside the computation. torch's `save_on_cpu` makes the host wait for every copy.
+    The copy runs on its own stream, in parallel with the computation. torch's `save_on_cpu` makes the host wait for every copy.
     """
     with saved_tensors_hooks(_copy_to_host, _copy_to_device):
         yield

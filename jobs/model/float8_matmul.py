@@ -56,7 +56,7 @@ class _Float8Matmul(torch.autograd.Function):
         """Return grad @ W.
 
         The scales of W's rows lie along the summed dimension here, where the kernel takes no scale. So they are multiplied
-        into grad before it is quantized. The kernel needs W in column-major order, hence the copy.
+        into grad before it is quantized. The copy brings W into the column-major order that the kernel needs.
         """
         weight, absmax = ctx.saved_tensors
         column_major = weight.view(E4M3).view(ctx.rows, -1).t().contiguous().t()

@@ -20,8 +20,8 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 def fuse(block: nn.Module, compiled: Compile) -> int:
     """Apply `compiled` to the forward of each norm and to the gated activation of each MLP in `block`; returns how many.
 
-    Forwards are replaced, not modules. ZeRO-3's hooks, which gather a module's weights, thus stay outside the compiled code.
-    ZeRO-3 also hooks activation modules, which have no weights. With that hook compiled along, the code would be compiled again
+    Forwards are replaced, not modules. So ZeRO-3's hooks, which gather a module's weights, stay outside the compiled code.
+    ZeRO-3 also hooks activation modules, which have no weights. If that hook were compiled too, the code would be compiled again
     for every block, until the compiler reaches its limit of recompilations. So the forward of the activation is called, not the
     module.
     """

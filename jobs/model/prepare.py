@@ -26,7 +26,7 @@ from jobs.model.compile import compiled_for_training, compiles_blocks, compiles_
 def prepare_model(model: Any, config: Config, world: World) -> None:
     """Change the forwards of the output head and the blocks, in place. Call it after adapters are added and before sharding.
 
-    Forwards are replaced, not modules, so that parameters keep their names. FSDP's and ZeRO's hooks on a block thus stay outside:
+    Forwards are replaced, not modules, so that parameters keep their names. FSDP's and ZeRO's hooks on a block stay outside:
     they run once per call, and the compiler does not trace them.
     """
     context_parallel.create_groups(unwrap.causal_lm(model).config, world)

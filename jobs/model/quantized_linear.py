@@ -62,6 +62,7 @@ class QuantizedLinear(nn.Linear):
         return cast(torch.Tensor, quantized_matmul(x, self.weight, self.bias, is_nf4, shape, self.scales()))
 
     def scales(self) -> tuple[torch.Tensor, ...]:
+        """The scale buffers, in the order of `_scale_buffers`."""
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
 
     def load(self, part: TensorPart, read: Callable[[TensorPart], int]) -> int:

@@ -119,5 +119,5 @@ def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[s
 
 
 def _seed(seed: int, name: str) -> int:
-    """The seed of one unit. Python's `hash` would not do: it differs between processes."""
+    """The seed of one unit. Python's `hash` cannot be used, because it differs between processes."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{without_wrappers(name)}".encode()).digest()[:8], "little") >> 1

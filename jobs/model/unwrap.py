@@ -1,4 +1,4 @@
-"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and can replace forwards for a moment."""
+"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and replaces forwards temporarily."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -34,8 +34,8 @@ class ModelFlops:
     """The numbers of a model that decide how many FLOPs its training needs. `count_weights` reads them from the model."""
 
     weights: int
-    """Weights that every token passes: all except the input embedding and the output head. Of a mixture of experts, only the
-    experts chosen for a token count."""
+    """Weights that every token passes: all except the input embedding and the output head. For a mixture of experts, only the
+    experts that a token passes count."""
     head_weights: int
     """Weights of the output head, tied to the embedding or not. Only trained tokens pass through it
     (jobs/model/fused_cross_entropy.py)."""

@@ -13,7 +13,7 @@ from conf.schema import Config
 
 
 def start_tracker(config: Config, first_step: int) -> Any:
-    """Start the tracker and return accelerate's `GeneralTracker`; None if `tracker` is `none`. Call it on rank 0 only.
+    """Start the tracker and return accelerate's `GeneralTracker`; None if `tracker` is `none`. Only rank 0 calls it.
 
     `first_step` is the step of the checkpoint that training resumes from, 0 for a new run. Raises ImportError if the
     package of the tracker is not installed.

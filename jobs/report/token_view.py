@@ -57,7 +57,7 @@ class SampleView:
 
 
 def view_sample(number: int, rows: Rows, decoder: "Decoder", location_of: LocationOf, limit: int) -> SampleView:
-    """Decode one sample. Of a longer one only `limit` tokens, or fewer if their text is very large."""
+    """Decode one sample. A sample of more than `limit` tokens is cut to `limit`, or to fewer if their text is very large."""
     ids, trained = rows.samples[number]
     while True:
         half = limit // 2

@@ -2,7 +2,7 @@
 
 DeepSpeed flattens parameters into groups, one per parameter group of the optimizer, and cuts each group into one part per rank:
 
-- ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole into equal parts. A parameter may span two ranks.
+- ZeRO-1 and 2 concatenate the parameters of a group and cut the result into equal parts. A parameter may span two ranks.
 - ZeRO-3 cuts every parameter into equal parts. A rank's part of the group has its parts of all parameters, end to end.
 """
 
@@ -29,7 +29,7 @@ class FlatPart:
 
 
 class ElementRange(NamedTuple):
-    """Elements that follow each other in one rank's file."""
+    """Contiguous elements of one rank's file."""
 
     part: FlatPart
     first: int
@@ -71,7 +71,7 @@ def tensors(folder: Path) -> dict[str, StoredTensor]:
 def optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Name of each trained weight -> kind of state (exp_avg, exp_avg_sq, step, ...) -> where it is stored.
 
-    State as long as the fp32 weights is laid out like them; a scalar is the same for all weights and ranks.
+    State that is as long as the flat fp32 weights has their layout. A scalar is the same for all weights and ranks.
     Raises RunError for state of any other shape: it cannot be assigned to weights.
     """
     paths = _files(folder, "*_optim_states.pt")
@@ -202,7 +202,7 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
 
 
 def _joined(ranges: list[ElementRange], shape: tuple[int, ...], dtype: Dtype) -> StoredTensor:
-    """A tensor that is made of ranges end to end, without the padding after its last element."""
+    """A tensor that is the concatenation of ranges, without the padding after its last element."""
     numel, row, extents = prod(shape), 0, []
     for part, first, count in ranges:
         if (count := min(count, numel - row)) > 0:
@@ -244,7 +244,7 @@ def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes)
 
 
 def _element_ranges(parts: list[FlatPart], start: int, count: int) -> list[ElementRange]:
-    """The elements `start` to `start + count` of parts that lie end to end."""
+    """The elements `start` to `start + count` of the concatenated parts."""
     ranges, begin = [], 0
     for part in parts:
         first, last = max(start, begin), min(start + count, begin + part.saved.numel)

@@ -124,6 +124,7 @@ def as_bytes(tensor: "torch.Tensor") -> Bytes:
 
 
 def cast_with_torch(block: Bytes, stored: Dtype, wanted: Dtype, output: Bytes) -> Bytes:
+    """Cast between any two dtypes of torch. Arguments as in `Cast`."""
     if stored is wanted:
         return block
     as_tensor(output, wanted).copy_(as_tensor(block, stored))

@@ -27,7 +27,7 @@ class TensorPart:
     """The part of a tensor that a rank holds: as many elements as `destination` has, from the flat element `begin` on."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     begin: int
     destination: torch.Tensor
     """Flat and contiguous, on any device and in any dtype; empty if this rank holds nothing of the tensor."""
