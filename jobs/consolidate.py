@@ -131,7 +131,7 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
 def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
     """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
-    from jobs.tensor_io.model_files import find
+    from jobs.tensor_io.model_files import find_or_download
 
     dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
     has_adapter = config.adapter.kind is not AdapterKind.none
@@ -140,10 +140,10 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
         return merge_adapter_only(weights, dtype)
     base = {}
     if config.model.init is Init.pretrained and (has_adapter or dtype is None):
-        folder = find(config.model.source, config.model.revision)
+        folder = find_or_download(config.model.source, config.model.revision)
         if folder is None and has_adapter:
             raise CannotStream(f"{config.model.source} has no safetensors files")
-        base = safetensors.tensors(folder) if folder else {}
+        base = safetensors.find_tensors(folder) if folder else {}
     settings = AdapterSettings(config.adapter.alpha, config.adapter.rslora) if has_adapter else None
     blueprint = weight_names.blueprint_of_model(empty_model)
     merge = merge_model(blueprint, weights, base, dtype, settings)

@@ -193,7 +193,7 @@ def _write(
             np.save(temporary / f"{split}.npy", split_rows.chosen)
         tokenizer.save_pretrained(temporary / "tokenizer")
         write_json(temporary / "data.json", description)
-        page = data_preview.html(
+        page = data_preview.render_html(
             description,
             rows,
             locate,
@@ -204,6 +204,8 @@ def _write(
             seed=config.data.seed,
         )
         write_text(temporary / "preview.html", page)
-        samples = data_preview.terminal(rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True)
+        samples = data_preview.render_terminal(
+            rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True
+        )
         log.info(samples)
     log.info(f"data      {folder}; see preview.html in it")

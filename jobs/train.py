@@ -100,7 +100,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
     backend = backends.import_backend(config)
-    checkpoint = checkpointing.find(config, world)
+    checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
     # before sharding: FSDP and ZeRO replace the parameters by their shards

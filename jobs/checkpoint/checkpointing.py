@@ -101,7 +101,7 @@ def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
         if not manifest.size_problems(target):
             return True
         retention.set_aside(config, [target], None)
-    retention.sweep(config)
+    retention.delete_leftovers(config)
     retention.make_room(config, expected_bytes)
     partial(target).mkdir(parents=True)
     return False
@@ -161,13 +161,13 @@ def select_for_consolidation(config: Config) -> Checkpoint | None:
     return Checkpoint(path, read_json(path / "checkpoint.json"))
 
 
-def find(config: Config, world: World) -> Checkpoint | None:
+def find_newest(config: Config, world: World) -> Checkpoint | None:
     """The newest checkpoint with correct checksums; None if the run has no checkpoint. All ranks call this together.
 
     The ranks share the reading. Newer checkpoints that are damaged are logged and renamed, so that nothing reads them. Raises
     RunError if all checkpoints are damaged: a run must not start from step 0 because, for example, a disk is not mounted.
     """
-    gather(lambda: retention.sweep(config) if world.is_main else None)
+    gather(lambda: retention.delete_leftovers(config) if world.is_main else None)
     damaged: list[Path] = []
     for path in broadcast_from_rank0(lambda: paths.published_checkpoints(config)):
         problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
@@ -199,12 +199,12 @@ def resume(
     checkpoint: Checkpoint | None = None,
     reshard: Callable[[Path, Backend], object] | None = None,
 ) -> int:
-    """Load `checkpoint`, or what `find` returns now; returns its step, or 0 if there is none.
+    """Load `checkpoint`, or what `find_newest` returns now; returns its step, or 0 if there is none.
 
     `read` is the backend's own function. It loads a checkpoint of the same layout and ranks, and FSDP's loads any checkpoint that
     FSDP wrote. `reshard` loads every other one; it also gets the backend that wrote it.
     """
-    checkpoint = checkpoint or find(config, world)
+    checkpoint = checkpoint or find_newest(config, world)
     if checkpoint is None:
         return 0
     path, info = checkpoint

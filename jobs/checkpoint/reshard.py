@@ -50,7 +50,7 @@ def stored(folder: Path, written_by: choices.Backend) -> StoredState:
 
 def _dcp(folder: Path) -> StoredState:
     weights: StoredState = {}
-    for key, tensor in dcp.tensors(folder).items():
+    for key, tensor in dcp.find_tensors(folder).items():
         if state := re.fullmatch(r"optimizer\.state\.(.+)\.([^.]+)", key):
             weights.setdefault(without_wrappers(state[1]), {})[state[2]] = tensor
         elif key.startswith("model."):
@@ -61,7 +61,7 @@ def _dcp(folder: Path) -> StoredState:
 
 def _zero(folder: Path) -> StoredState:
     name = (folder / "latest").read_text(encoding="utf-8").strip()  # `zero.save` writes it beside DeepSpeed's folder
-    masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer_state(folder / name)
+    masters, states = deepspeed.find_tensors(folder / name), deepspeed.find_optimizer_state(folder / name)
     return {without_wrappers(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
 
 

@@ -83,14 +83,14 @@ class Base:
         self.empty_model: Any = None
         """The model on the meta device, if it had to be built."""
         if self.folder and any(self.folder.glob("*.safetensors")):
-            self.tensors = safetensors.tensors(self.folder)
+            self.tensors = safetensors.find_tensors(self.folder)
 
     def fetch_weights(self) -> None:
         """Find or download the weights of a Hub id."""
-        from jobs.tensor_io.model_files import find
+        from jobs.tensor_io.model_files import find_or_download
 
-        if self.source and self.folder is None and (folder := find(self.source, None)):
-            self.folder, self.tensors = folder, safetensors.tensors(folder)
+        if self.source and self.folder is None and (folder := find_or_download(self.source, None)):
+            self.folder, self.tensors = folder, safetensors.find_tensors(folder)
 
     def blueprint(self, source: str, tensors: dict[str, StoredTensor]) -> Blueprint:
         """From the base's files if they name all weights of the checkpoint, else from its model class.

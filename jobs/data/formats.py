@@ -219,7 +219,7 @@ def _text(row: Row, fields: Names, roles: Names) -> Sample:
     return Sample(parts=((_text_of(row, ("text",), "text"), True),))
 
 
-def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
+def _tokenized(row: Row, fields: Names, roles: Names) -> Sample:
     """Rows that are tokens already. Padding (attention_mask 0) is removed. Without labels, every token is trained."""
     ids = _list(row, _required(row, ("input_ids",), "tokenised"), "token ids")
     bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID), None)
@@ -250,6 +250,6 @@ CONVERTERS: dict[str, Callable[[Row, Names, Names], Sample]] = {
     "prompt_completion": _prompt_completion,
     "segments": _segments,
     "text": _text,
-    "tokenised": _tokenised,
+    "tokenised": _tokenized,
 }
 """The function of each format. sharegpt and messages differ only in the keys of a message, and one function reads both."""

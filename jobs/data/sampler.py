@@ -17,7 +17,8 @@ NOISE = 0.005
 class RowSampler:
     """Chooses the rows of any step, from the step number alone.
 
-    Every rank computes the same rows of the global batch, and `batches.micro_batches` divides them over the ranks. So a run can resume on more or fewer ranks, and no row is lost or repeated.
+    Every rank computes the rows of the whole global batch, and `batches.micro_batches` divides them over the ranks. So a run can
+    resume on more or fewer ranks, and no row is lost or repeated.
 
     costs: training cost of each row in any unit (sums of `packing.attention_cost`), above 0, shape (rows,).
     global_batch: rows per step. Epochs follow each other without a gap, so a step can contain rows of two epochs:
@@ -57,27 +58,27 @@ class RowSampler:
         parts = []
         for epoch in range(start // rows, -(-end // rows)):
             first = epoch * rows
-            parts.append(_epoch(self, epoch)[max(start - first, 0) : end - first])
+            parts.append(_rows_of_epoch(self, epoch)[max(start - first, 0) : end - first])
         chosen = np.concatenate(parts).astype(np.int64)
         return chosen[np.argsort(self.costs[chosen], kind="stable")]
 
 
 @lru_cache(maxsize=2)  # a step has rows of at most two epochs, unless an epoch is shorter than a step
-def _epoch(order: RowSampler, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
+def _rows_of_epoch(sampler: RowSampler, epoch: int) -> NDArray[np.int32] | NDArray[np.int64]:
     """All rows once, in the order in which the steps take them: shape (rows,)."""
-    row_count, batch = len(order.costs), order.global_batch
+    row_count, batch = len(sampler.costs), sampler.global_batch
     # the cache keeps this array for the whole epoch, so it is int32 (4 bytes per row) if the row numbers fit
     rows: NDArray[np.int32] | NDArray[np.int64]
     rows = np.arange(row_count, dtype=np.int32) if row_count < 2**31 else np.arange(row_count, dtype=np.int64)
-    if order.kind == "file":
+    if sampler.kind == "file":
         return rows
-    random = np.random.default_rng([order.seed, epoch])
+    random = np.random.default_rng([sampler.seed, epoch])
     random.shuffle(rows)
     head = -epoch * row_count % batch  # rows that complete the last, partial step of the epoch before
     steps = max(0, row_count - head) // batch
-    if order.kind == "balanced" and steps:
+    if sampler.kind == "balanced" and steps:
         whole_steps = rows[head : head + steps * batch]
-        noisy_costs = order.costs[whole_steps] * (1 + NOISE * random.random(len(whole_steps)))
+        noisy_costs = sampler.costs[whole_steps] * (1 + NOISE * random.random(len(whole_steps)))
         # A stable sort: numpy's default sort uses other instructions on other CPUs, and nodes would disagree on equal costs.
         similar = whole_steps[np.argsort(noisy_costs, kind="stable")].reshape(steps, batch)
         whole_steps[:] = random.permutation(similar).ravel()

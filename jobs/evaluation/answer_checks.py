@@ -43,7 +43,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     )
 
 
-def faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
+def find_faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
     """Names of the FAULTS that an answer has.
 
     ids: its tokens, including the end token if there is one. text: its text without special tokens.

@@ -23,7 +23,7 @@ from jobs.model import embedding_resize
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
 from jobs.tensor_io.layout import StoredTensor
-from jobs.tensor_io.model_files import find
+from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.slices import TensorPart
 from jobs.tokenization.tokenizer import revision
 
@@ -91,7 +91,7 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
     def locate(cached: bool) -> Path | None:
         try:
-            return find(source, config.model.revision, cached=cached)
+            return find_or_download(source, config.model.revision, cached=cached)
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
 

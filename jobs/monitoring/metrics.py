@@ -90,7 +90,7 @@ class Metrics:
             return
         began = time.monotonic()
         try:
-            page = training_curves.html(self.config, self.path, self.last_step, self.warnings)
+            page = training_curves.render_html(self.config, self.path, self.last_step, self.warnings)
             write_text(self.path.with_name("report.html"), page)
         except OSError as error:
             log.warning(f"report.html: cannot be written ({error}); training continues")

@@ -14,7 +14,7 @@ StorageInfos = dict[tuple[str, tuple[int, ...]], Any]
 LISTED_PROBLEMS = 10
 
 
-def tensors(folder: Path) -> dict[str, StoredTensor]:
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by its key, including optimizer state. Raises RunError if a shard file is missing or cut short."""
     metadata = safe_pickle.load_dcp_metadata(folder / ".metadata")
     infos = {

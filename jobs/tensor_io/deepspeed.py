@@ -40,7 +40,7 @@ Shapes = list[dict[str, Any]]
 """For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
-def tensors(folder: Path) -> dict[str, StoredTensor]:
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
 
     Raises RunError if the file of a rank is missing or damaged.
@@ -68,7 +68,7 @@ def tensors(folder: Path) -> dict[str, StoredTensor]:
     return weights
 
 
-def optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
+def find_optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Name of each trained weight -> kind of state (exp_avg, exp_avg_sq, step, ...) -> where it is stored.
 
     State that is as long as the flat fp32 weights has their layout. A scalar is the same for all weights and ranks.

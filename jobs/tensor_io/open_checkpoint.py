@@ -28,13 +28,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise RunError(Problem("checkpoint", folder, "is not a folder"))
     for candidate in [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]:
         if (candidate / ".metadata").exists() or any(candidate.glob("*.distcp")):
-            return Checkpoint(candidate, "DCP", dcp.tensors(candidate))
+            return Checkpoint(candidate, "DCP", dcp.find_tensors(candidate))
     if (zero_folder := _zero_folder(folder)) is not None:
-        return Checkpoint(zero_folder, "ZeRO", deepspeed.tensors(zero_folder))
+        return Checkpoint(zero_folder, "ZeRO", deepspeed.find_tensors(zero_folder))
     if (folder / "adapter_config.json").exists():
-        return Checkpoint(folder, "adapter", safetensors.tensors(folder, "adapter_model"))
+        return Checkpoint(folder, "adapter", safetensors.find_tensors(folder, "adapter_model"))
     if any(folder.glob("*.safetensors")):
-        return Checkpoint(folder, "safetensors", safetensors.tensors(folder))
+        return Checkpoint(folder, "safetensors", safetensors.find_tensors(folder))
     message = (
         "is not a checkpoint: it has no .metadata (FSDP), no latest and no *_optim_states.pt (DeepSpeed), and no "
         "*.safetensors; name the folder that holds these files"

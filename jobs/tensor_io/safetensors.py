@@ -23,7 +23,7 @@ class Header(NamedTuple):
     """Byte in the file at which the data begins."""
 
 
-def tensors(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
+def find_tensors(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
     """Every tensor of a folder by its name. Raises DataError if a file is missing, cut short or not in this format."""
     index = read_json(folder / f"{stem}.safetensors.index.json")
     if index is not None:

@@ -15,7 +15,7 @@ from conf.errors import ConfigError, Problem
 from jobs.distributed import heartbeat
 from jobs.tensor_io import safetensors
 from jobs.tensor_io.layout import StoredTensor
-from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files
+from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, weight_files
 from jobs.tensor_io.reader import read_range
 
 COMPARED_BYTES = 4096
@@ -59,7 +59,7 @@ def find_tensors(folder: Path, key: str, source: str) -> dict[str, StoredTensor]
     """
     tensors: dict[str, StoredTensor] = {}
     problems = []
-    for name in files(folder):
+    for name in weight_files(folder):
         try:
             tensors |= safetensors.tensors_of_file(folder / name, name)
         except (OSError, ValueError, KeyError) as error:

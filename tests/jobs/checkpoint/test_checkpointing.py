@@ -231,7 +231,7 @@ def two_ranks(rank: int, config: Config) -> None:
         if rank == 1:
             flip(checkpoints_folder(config) / "step-00000004/inner/__1_0.distcp")
         assert bool(manifest.checksum_problems(checkpoints_folder(config) / "step-00000004", rank, 2)) == (rank == 1)
-        found = checkpointing.find(config, world)  # only rank 1 has read the damaged file
+        found = checkpointing.find_newest(config, world)  # only rank 1 has read the damaged file
         assert checkpointing.resume(config, world, lambda _: None, found) == 2
 
 

@@ -349,8 +349,8 @@ def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path: Path, monkey
     (tmp_path / "models--owner--name/refs").mkdir()
     (tmp_path / "models--owner--name/refs/main").write_text(commit)
     snapshot.symlink_to(stored)
-    assert model_files.find("owner/name", None, cached=True) == snapshot
-    assert model_files.find("owner/other", None, cached=True) is None
+    assert model_files.find_or_download("owner/name", None, cached=True) == snapshot
+    assert model_files.find_or_download("owner/other", None, cached=True) is None
     assert len(slices.find_tensors(snapshot, "model.source", "owner/name")) >= 29
 
 
