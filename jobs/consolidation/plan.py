@@ -66,7 +66,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pure data, made in seconds for a model of any size."""
+    """The files of the result and the tasks that fill them. Plain data, made in seconds for a model of any size."""
 
     headers: dict[str, bytes]
     """The first bytes of each file."""

@@ -62,9 +62,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     else:
         weights |= _frozen_whole(str(model_paths[0]), model_state)
         weights |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
-    for name, other in dict(model_state.get("shared_params") or {}).items():
-        if other in weights:
-            weights[name] = weights[other]
+    for name, stored_name in dict(model_state.get("shared_params") or {}).items():
+        if stored_name in weights:
+            weights[name] = weights[stored_name]
     return weights
 
 

@@ -56,7 +56,7 @@ class Piece:
 
     extent: Extent
     element: int
-    """First element, counted from `Extent.offset` or in the archive's tensor."""
+    """First element, counted from `Extent.offset`, or from the first element of the archive's tensor."""
     start: int
     """First element in the block; each following row is `StoredTensor.width` elements further."""
     rows: int

@@ -78,14 +78,14 @@ def mismatches(
     """
     problems = []
     for name, shape in shapes.items():
-        tensor = next((stored[other] for other in names[name] if other in stored), None)
+        tensor = next((stored[candidate] for candidate in names[name] if candidate in stored), None)
         if tensor is None:
             problems.append(f"{name} is in none of the files")
         elif not tensor.dtype.itemsize:
             problems.append(f"{name} in {_file(tensor)} is stored as {tensor.dtype.name}, which cannot be trained")
         elif tensor.shape != shape:
             problems.append(f"{name} in {_file(tensor)} has the shape {list(tensor.shape)}, not {list(shape)}")
-    known = {other for others in names.values() for other in others}
+    known = {candidate for candidates in names.values() for candidate in candidates}
     problems += [f"{name} in {_file(stored[name])} is not in the model" for name in stored if name not in known]
     return problems
 
