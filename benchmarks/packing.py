@@ -10,7 +10,7 @@ two take turns. TRL's rounds need 10 GB of memory for a million samples. Without
 
 Waiting: spread is (max - min) / mean of the cost that ranks process at the same time. The figure is its 95th percentile over an
 epoch of steps of 64 rows, one row per micro batch, on 8 ranks and on 64 (`widest`: each rank has one row of the step).
-Ours is `Order` with `micro_batches`. Naive is a random permutation, given to ranks as by torch's DistributedSampler, which
+Ours is `RowSampler` with `micro_batches`. Naive is a random permutation, given to ranks as by torch's DistributedSampler, which
 is the Trainer's default. Both run with packed rows and with one sample per row (`unpacked`).
 
 The last line is RESULT with the figures as JSON. packer_vs_trl is the median of the ratios of all rounds, for the first
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.data import batches, packing
-from jobs.data.sampler import Order
+from jobs.data.sampler import RowSampler
 
 DISTRIBUTIONS = [("mean 643", 5.9964, 1.0, 4096), ("mean 1619", 7.1982, 0.7, 4096), ("mean 1274", 6.5957, 1.1, 8192)]
 """(name, mean and deviation of the logarithm, tokens of a row): like chats, like long documents, and with a longer tail."""
@@ -64,7 +64,7 @@ def spread(costs: NDArray[np.float64], dealt: NDArray[np.int64]) -> NDArray[np.f
 
 def spread_p95(costs: NDArray[np.float64], ranks: int) -> tuple[float, float]:
     """(ours, a random sampler's)."""
-    order = Order(costs, GLOBAL_BATCH, seed=0, kind="balanced")
+    order = RowSampler(costs, GLOBAL_BATCH, seed=0, kind="balanced")
     steps = len(costs) // GLOBAL_BATCH
     ours = []
     for step in range(steps):

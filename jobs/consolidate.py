@@ -19,7 +19,7 @@ from jobs.consolidation import external, model_card, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import AdapterSettings, Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
-from jobs.consolidation.rank_meeting import Meeting
+from jobs.consolidation.rank_coordinator import RankCoordinator
 from jobs.consolidation.weight_names import CannotStream
 from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
@@ -35,11 +35,10 @@ def run(config: Config) -> None:
     (or, with `consolidate.verify=logits`, the model's output) is not what training recorded, or if the disk is too full;
     DataError if the checkpoint does not fit the model.
     """
-    from jobs.checkpoint import (
-        checkpointing,  # imports torch, which merging a checkpoint of another program may not need
-    )
+    # imports torch, which merging a checkpoint of another program may not need
+    from jobs.checkpoint import checkpointing
 
-    selected = checkpointing.to_consolidate(config)
+    selected = checkpointing.select_for_consolidation(config)
     if selected is None:
         raise RunError(Problem("checkpoints", checkpoints_folder(config), "has no whole checkpoint: train first"))
     path, checkpoint_info = selected
@@ -85,7 +84,7 @@ def run(config: Config) -> None:
         describe=describe,
         muster_json=muster_json,
         # fingerprints compare every weight with training; without them, the bytes of the shards are checked
-        check=None if fingerprints else manifest.Pieces(path).check,
+        check=None if fingerprints else manifest.PieceChecker(path).check,
     )
     log.info(f"model     {target}")
 
@@ -99,7 +98,7 @@ def _run_in_memory(
     fingerprints: dict[str, str],
     threads: int,
 ) -> None:
-    if not Meeting(target).alone:
+    if not RankCoordinator(target).alone:
         message = "is merged in memory, by one process: set cluster.cpu.nodes=1 and cluster.cpu.ranks_per_node=1"
         raise RunError(Problem("model.source", config.model.source, message))
     from jobs.consolidation import in_memory  # imports transformers
@@ -132,7 +131,7 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
 def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
     """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
-    from jobs.tensor_io.model_files import find
+    from jobs.tensor_io.model_files import find_or_download
 
     dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
     has_adapter = config.adapter.kind is not AdapterKind.none
@@ -141,10 +140,10 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
         return merge_adapter_only(weights, dtype)
     base = {}
     if config.model.init is Init.pretrained and (has_adapter or dtype is None):
-        folder = find(config.model.source, config.model.revision)
+        folder = find_or_download(config.model.source, config.model.revision)
         if folder is None and has_adapter:
             raise CannotStream(f"{config.model.source} has no safetensors files")
-        base = safetensors.tensors(folder) if folder else {}
+        base = safetensors.find_tensors(folder) if folder else {}
     settings = AdapterSettings(config.adapter.alpha, config.adapter.rslora) if has_adapter else None
     blueprint = weight_names.blueprint_of_model(empty_model)
     merge = merge_model(blueprint, weights, base, dtype, settings)

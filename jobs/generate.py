@@ -29,13 +29,13 @@ def run(config: Config) -> None:
     special = answer_checks.special_tokens(tokenizer)
     answers: list[dict[str, Any]] = []
     for prompt in prompts:
-        answers.append({"prompt": prompt, **answer(prompt, model, tokenizer, config.generate, special)})
+        answers.append({"prompt": prompt, **generate_answer(prompt, model, tokenizer, config.generate, special)})
         log.info(f"> {prompt}\n{answers[-1]['answer']}\n")
-    counts = {name: sum(name in one["faults"] for one in answers) for name in answer_checks.FAULTS}
+    counts = {name: sum(name in item["faults"] for item in answers) for name in answer_checks.FAULTS}
     summary = {"model": describe(config), "prompts": len(answers), "faults": counts}
     write_json(Path(config.run_dir) / "generations.json", summary | {"answers": answers})
     page = Path(config.run_dir) / "generations.html"
-    write_text(page, html(config.name, summary, answers))
+    write_text(page, render_html(config.name, summary, answers))
     faults = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
     if faults:
         log.warning(f"answers   {len(answers)} in {page}: {', '.join(faults)}")
@@ -58,7 +58,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def answer(
+def generate_answer(
     prompt: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,11 +94,11 @@ def answer(
         "raw": tokenizer.decode(ids, skip_special_tokens=False),
         "tokens": len(ids),
         "ended": answer_checks.has_ended(ids, special),
-        "faults": answer_checks.faults(ids, text, special),
+        "faults": answer_checks.find_faults(ids, text, special),
     }
 
 
-def html(name: str, summary: dict[str, Any], answers: list[dict[str, Any]]) -> str:
+def render_html(name: str, summary: dict[str, Any], answers: list[dict[str, Any]]) -> str:
     """The page of answers: one HTML file that needs no other file."""
     return render_page(
         "generations.html.j2", name=name, summary=summary, answers=answers, meanings=answer_checks.FAULTS

@@ -139,7 +139,7 @@ def _apply_gates(findings: Findings, description: dict[str, Any], config: Config
 
 def _locations(sets: Iterable[TokenizedSet], numbers: SampleNumbers) -> list[str]:
     """Locations of the first few of these samples, as many as a message lists."""
-    return [_location(sets, number) for number in numbers[: quality_gates.LISTED].tolist()]
+    return [_location(sets, number) for number in numbers[: quality_gates.MAX_LISTED].tolist()]
 
 
 def _location(sets: Iterable[TokenizedSet], number: int) -> str:
@@ -161,7 +161,7 @@ def _describe(sets: Sets, set_names: dict[str, list[str]], rows: dict[str, batch
         description[split] = {
             "samples": len(split_rows.chosen),
             "tokens": int(split_rows.lengths.sum()),
-            "trained_tokens": int(split_rows.counts.sum()),
+            "trained_tokens": int(split_rows.label_counts.sum()),
         }
     ends = np.cumsum([sets[name].description["samples"] for name in set_names[TRAIN]])
     set_of_sample = np.searchsorted(ends, rows[TRAIN].chosen, side="right")
@@ -193,7 +193,7 @@ def _write(
             np.save(temporary / f"{split}.npy", split_rows.chosen)
         tokenizer.save_pretrained(temporary / "tokenizer")
         write_json(temporary / "data.json", description)
-        page = data_preview.html(
+        page = data_preview.render_html(
             description,
             rows,
             locate,
@@ -204,6 +204,8 @@ def _write(
             seed=config.data.seed,
         )
         write_text(temporary / "preview.html", page)
-        samples = data_preview.terminal(rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True)
+        samples = data_preview.render_terminal(
+            rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True
+        )
         log.info(samples)
     log.info(f"data      {folder}; see preview.html in it")

@@ -23,10 +23,10 @@ from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.data.sampler import Order
+from jobs.data.sampler import RowSampler
 from jobs.distributed import heartbeat, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
-from jobs.distributed.process_group import World, process_group, set_timeout, total
+from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
 from jobs.model import build
 from jobs.monitoring import flops
@@ -35,7 +35,7 @@ from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor, log_fields
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.training import loss, lr_schedule
-from jobs.training.divergence import Divergence
+from jobs.training.divergence import DivergenceDetector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,17 @@ class Training:
 
     config: Config
     world: World
-    stop: stop_signals.Stop
+    stop: stop_signals.StopFlag
     backend: backends.Backend
     engine: backends.Engine
     train_rows: batches.Rows
     validation_rows: batches.Rows
-    sampler: Order
+    sampler: RowSampler
     pad_token: int
     last_step: int
     metrics: Metrics
     monitor: StepMonitor
-    divergence: Divergence
+    divergence: DivergenceDetector
     profiler: Profiler
     saver: Saver
 
@@ -75,7 +75,7 @@ def run(config: Config) -> None:
 
     Raises Stopped, after saving a checkpoint, if a signal, the stop file or the time limit asks this run to stop.
     """
-    with stop_signals.watched(config) as stop, process_group(config) as world:
+    with stop_signals.watch(config) as stop, process_group(config) as world:
         training, step = _set_up(config, world, stop)  # step: of the checkpoint that training resumes from, or 0
         step, stopped = _train(training, step)
         heartbeat.beat("finish", step)
@@ -86,7 +86,7 @@ def run(config: Config) -> None:
         stop.raise_stopped(stop_reason, step, training.last_step)
 
 
-def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Training, int]:
+def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[Training, int]:
     """Build the model and all that trains it, and load the newest checkpoint. Also returns the step to continue from."""
     heartbeat.beat("load")
 
@@ -100,7 +100,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
     backend = backends.import_backend(config)
-    checkpoint = checkpointing.find(config, world)
+    checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
@@ -116,7 +116,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.Stop) -> tuple[Trai
     metrics = Metrics(config, world, last_step=last_step, first_step=step)
     monitor = StepMonitor(config, world, rows=train_rows, flops=model_flops, blocks=blocks)
     metrics.log_lines(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, monitor.nodes))
-    divergence = Divergence(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.earlier_losses))
+    divergence = DivergenceDetector(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.earlier_losses))
     training = Training(
         config=config,
         world=world,
@@ -150,7 +150,7 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
     while step < last_step and not stopped:
         stopped = _train_step(training, step)
         step += 1
-        # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs beside the next steps.
+        # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and train.save_every and step + train.save_every < last_step:
             training.saver.prepare(training.backend, training.engine)
         # Save before the evaluation: a requested stop may leave little time.
@@ -173,7 +173,7 @@ def _train_step(training: Training, step: int) -> bool:
     torch.manual_seed(hash((training.config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
 
     rows = training.sampler.rows_of(step)
-    tokens = int(training.train_rows.counts[rows].sum())
+    tokens = int(training.train_rows.label_counts[rows].sum())
     loss_sum = _forward_backward(training, step, rows, tokens)
     learning_rate = lr_schedule.learning_rate(step, training.last_step, training.config)
     with monitor.timer("optimizer"):
@@ -181,7 +181,7 @@ def _train_step(training: Training, step: int) -> bool:
 
     # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
     flags = torch.tensor([stop_requested, training.saver.written], dtype=torch.float64, device=world.device)
-    totals = StepTotals(*total(torch.cat([loss_sum[None], flags])).tolist())
+    totals = StepTotals(*all_reduce_sum(torch.cat([loss_sum[None], flags])).tolist())
     seconds = time.perf_counter() - began
     mean_loss = totals.loss / world.tensor_ranks / tokens
     _check_finite(training, step + 1, mean_loss, grad_norm)
@@ -212,7 +212,7 @@ def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], to
         training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
         with timer("data"):
             batch = batches.collate(
-                training.train_rows, own_rows, training.pad_token, device=world.device, share=world.share
+                training.train_rows, own_rows, training.pad_token, device=world.device, context_part=world.context_part
             )
         with timer("forward"):
             micro_batch_loss = loss.summed_cross_entropy(training.engine.module, batch)
@@ -246,7 +246,7 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     if log_is_due:
         metrics.log_step(step, **log_fields(values, on_gpu=training.world.device.type == "cuda"))
     try:
-        training.divergence.see(step, values["loss"])
+        training.divergence.add_loss(step, values["loss"])
     except DivergedError:
         metrics.write_report()
         training.saver.publish_pending()
@@ -260,13 +260,13 @@ def _evaluate(training: Training, step: int) -> bool:
     def stop_requested() -> bool:
         heartbeat.beat("evaluate", step)
         requested = training.stop.requested()
-        return bool(total(torch.tensor(float(requested), device=world.device)).item() > 0)
+        return all_reduce_sum(torch.tensor(float(requested), device=world.device)).item() > 0
 
     model, rows, micro_batch = training.engine.module, training.validation_rows, micro_batch_limit(training.config)
     sums = loss.evaluate(model, rows, micro_batch, training.pad_token, world, stop_requested)
     if sums is None:
         return False
-    loss_sum, tokens = total(sums).tolist()
+    loss_sum, tokens = all_reduce_sum(sums).tolist()
     training.metrics.write(step, eval_loss=loss_sum / tokens, evaluation_s=round(time.perf_counter() - began, 3))
     training.metrics.log_step(step, **{"held-out loss": f"{loss_sum / tokens:.4f}"})
     return True

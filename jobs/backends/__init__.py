@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from conf.schema import Config
 from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Backend(Protocol):
         `group`: for the collectives of that function, which must not mix with those of training.
         """
 
-    def local_state(self, engine: Engine) -> dict[str, dict[str, Part]]:
+    def local_state(self, engine: Engine) -> dict[str, dict[str, TensorPart]]:
         """This rank's parts of master weights and optimizer state, as views that may be filled: weight name -> kind -> part."""
 
-    def local_state_filled(self, engine: Engine) -> None:
-        """Call it after the views of `local_state` were filled, so that the weights used in forward are made from the masters."""
+    def apply_local_state(self, engine: Engine) -> None:
+        """Make the weights used in forward from the master weights. Call it after the views of `local_state` are filled."""
 
     def weights(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole fp32 tensor on the CPU) of each trainable weight, gathered one at a time."""

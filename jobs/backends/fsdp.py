@@ -29,7 +29,8 @@ from jobs.backends.host_staging import Stager
 from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, build_on_meta, compute_dtype
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
 
@@ -105,11 +106,9 @@ def load_weights(model: nn.Module, config: Config, world: World, resumed: bool) 
     """
     device = torch.device("cpu") if config.parallel.offload_parameters else world.device
     materialize.materialize(model, lambda parameter: torch.empty_like(parameter, device=device), world.device)
-    with tensor_parallel.columns() as local_rows:
-        read_bytes: int = materialize.fill(
-            model, build_on_meta, materialize.local_parts(model, local_rows), config, world, resumed
-        )
-    return read_bytes
+    with tensor_parallel.whole_rows_for_loading() as local_rows:
+        parts = materialize.local_parts(model, local_rows)
+        return materialize.fill(model, build_on_meta, parts, config, world, resumed)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -175,6 +174,7 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
+    """See `Backend.save`."""
     dcp.save(_state(engine)[0], checkpoint_id=folder)
 
 
@@ -190,7 +190,7 @@ def storage_bytes(engine: Engine) -> list[int]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dictionaries; of a DTensor this rank's part."""
+    """The tensors in nested dictionaries. A DTensor gives this rank's part."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
@@ -200,11 +200,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def stage(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
     """See `Backend.stage`. Like torch's async_save, but its caller can also compute checksums in the background after the write."""
-    state = stager.state(_state(engine)[0])
+    state = stager.copy_state_dict(_state(engine)[0])
     return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
 
 def load(engine: Engine, folder: Path) -> None:
+    """See `Backend.load`."""
     state, groups = _state(engine)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
@@ -226,32 +227,34 @@ def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, {"param_groups": optimizer["param_groups"]}
 
 
-def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
+    """See `Backend.local_state`."""
     get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINABLE)  # makes missing state
     state_of_rank = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             state = engine.optimizer.state[parameter]
-            state_of_rank[plain(name)] = {"weight": _part(parameter)} | {
+            state_of_rank[without_wrappers(name)] = {"weight": _part(parameter)} | {
                 kind: _part(value) for kind, value in state.items()
             }
     return state_of_rank
 
 
-def _part(value: torch.Tensor) -> Part:
-    """Of a tensor that is sharded like its parameter, or of a scalar that all ranks have."""
+def _part(value: torch.Tensor) -> TensorPart:
+    """This rank's part of a tensor that is sharded like its parameter, or the whole of a scalar, which every rank has."""
     if isinstance(value, DTensor) and tensor_parallel.MESH_DIM in (value.device_mesh.mesh_dim_names or ()):
         message = "cannot load a checkpoint of another backend: resume with parallel.tensor_ranks=1, save, then resume with more"
         raise RunError(Problem("parallel.tensor_ranks", value.device_mesh[tensor_parallel.MESH_DIM].size(), message))
     shape, begin, local = tensor_parallel.rows(value) if isinstance(value, DTensor) else (value.shape, 0, value)
-    return Part(tuple(shape), begin, local.detach().view(-1), trained=True)
+    return TensorPart(tuple(shape), begin, local.detach().view(-1), trained=True)
 
 
-def local_state_filled(engine: Engine) -> None:
+def apply_local_state(engine: Engine) -> None:
     """Nothing to do: FSDP computes from the master shards themselves."""
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `Backend.weights`."""
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

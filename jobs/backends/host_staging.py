@@ -23,10 +23,10 @@ PORTABLE = 1
 """cudaHostRegisterPortable: the memory counts as pinned in every CUDA context of the process."""
 
 
-class Slabs:
+class SlabAllocator:
     """Allocates host memory for copies in large slabs, with huge pages if the kernel has them, and pins each slab as a whole.
 
-    To pin a plain allocation page by page takes half a minute for 48 GB. The memory is never given back to the system.
+    Pinning a plain allocation page by page takes half a minute for 48 GB. The memory is never freed.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -69,12 +69,12 @@ class Slabs:
 
 
 class _SlabStager(StateDictStager):
-    """torch's stager, which knows every kind of tensor, with memory from Slabs.
+    """torch's stager, which knows every kind of tensor, with memory from SlabAllocator.
 
     torch 2.11's DefaultStager drops its memory after each copy.
     """
 
-    def __init__(self, slabs: Slabs) -> None:
+    def __init__(self, slabs: SlabAllocator) -> None:
         super().__init__(pin_memory=False, share_memory=False)
         self._slabs = slabs
 
@@ -90,7 +90,7 @@ class Stager:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._device = device.type == "cuda", device
-        self._slabs = Slabs(pinned=self._cuda)
+        self._slabs = SlabAllocator(pinned=self._cuda)
         self._stager = _SlabStager(self._slabs)
         self._preparing: threading.Thread | None = None
 
@@ -110,7 +110,7 @@ class Stager:
         if self._preparing:
             self._preparing.join()
 
-    def state(self, state: dict[str, Any]) -> dict[str, Any]:
+    def copy_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """A complete copy of a state dict for DCP. It waits for the copy, because the next step changes the weights in place."""
         self.wait_prepared()
         copied: dict[str, Any] = self._stager.stage(state, non_blocking=self._cuda)
@@ -118,7 +118,7 @@ class Stager:
             torch.cuda.synchronize()
         return copied
 
-    def tree(self, value: Any) -> Any:
+    def copy_object(self, value: Any) -> Any:
         """A copy of an object for torch.save, which pickles to the same bytes: tensors that share a storage share one in the copy.
 
         Only tensors and the containers around them are copied. Torch's own stager would follow attributes of tensors into
@@ -126,7 +126,7 @@ class Stager:
         """
         storages: dict[int, torch.Tensor] = {}
         collect_storages(value, storages)
-        return _rebuild(value, self.state({"storages": storages})["storages"], {})
+        return _rebuild(value, self.copy_state_dict({"storages": storages})["storages"], {})
 
 
 def collect_storages(value: Any, storages: dict[int, torch.Tensor]) -> None:
@@ -184,8 +184,8 @@ def _rebuild_dict(value: dict[Any, Any], storages: dict[int, torch.Tensor], copi
     return copy
 
 
-def fits(rank_bytes: int, world: World) -> bool:
-    """Whether on every node each rank can allocate `rank_bytes` of host memory, with SPARE. All ranks call this together."""
+def fits_in_host_memory(rank_bytes: int, world: World) -> bool:
+    """Whether every node has SPARE * `rank_bytes` of free host memory for each of its ranks. Collective: all ranks call this."""
     free = torch.tensor(float(free_bytes() >= SPARE * rank_bytes * world.local_size))
     dist.all_reduce(free, dist.ReduceOp.MIN)
     return bool(free)

@@ -33,15 +33,15 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     Returns the modules whose weights are whole but see this rank's heads only: `grad_clip.clip` sums their gradients. Raises
     ConfigError if the model has no plan, a plan with other styles, or dimensions that the number of tensor ranks does not divide.
     """
-    inside = causal_lm(model)
-    plan = getattr(inside.config.get_text_config(), "base_model_tp_plan", None) or {}
+    language_model = causal_lm(model)
+    plan = getattr(language_model.config.get_text_config(), "base_model_tp_plan", None) or {}
     problems = [f"cannot cut {name} in the style {style}" for name, style in plan.items() if style not in STYLES]
     if not plan or problems:
-        no_plan = f"transformers has no tensor-parallel plan for {type(inside).__name__}"
+        no_plan = f"transformers has no tensor-parallel plan for {type(language_model).__name__}"
         raise _config_error(mesh, problems[0] if problems else no_plan)
     parts: list[nn.Module] = []
     entered: set[nn.Module] = set()
-    for name, module in inside.base_model.named_modules():
+    for name, module in language_model.base_model.named_modules():
         style = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
         if style is None:
             continue
@@ -49,7 +49,7 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
             parts.append(module)
             continue
         _slice_linear(name, module, 0 if style == "colwise" else 1, mesh)
-        parent = inside.base_model.get_submodule(name.rpartition(".")[0])
+        parent = language_model.base_model.get_submodule(name.rpartition(".")[0])
         if style == "colwise" and parent not in entered:
             entered.add(parent)
             parent.register_forward_pre_hook(_sum_input_gradient(mesh), with_kwargs=True)
@@ -63,9 +63,11 @@ def rows(value: DTensor) -> tuple[torch.Size, int, torch.Tensor]:
 
 
 @contextmanager
-def columns() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.Tensor]]]:
-    """Yields a function like `rows` that also takes tensors cut by columns. For those it returns temporary memory for whole rows;
-    on exit this rank's columns are copied from it. So a loader can read every tensor as contiguous elements.
+def whole_rows_for_loading() -> Iterator[Callable[[torch.Tensor], tuple[torch.Size, int, torch.Tensor]]]:
+    """Let a loader read every tensor as contiguous elements, also tensors that are cut by columns.
+
+    Yields a function like `rows` that takes any tensor. For one that is cut by columns it returns temporary memory for whole
+    rows. On exit, this rank's columns are copied from that memory into the tensor.
     """
     wide: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 

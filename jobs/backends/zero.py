@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from conf import deepspeed as derived
+from conf import deepspeed as deepspeed_settings
 from conf.choices import AdapterKind, Checkpointing
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
@@ -20,7 +20,7 @@ from jobs.backends.host_staging import Stager, collect_storages
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, build_on_meta, compute_dtype
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.training import optimizer as optim
 
 TAG = "zero"
@@ -29,30 +29,31 @@ TAG = "zero"
 
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
     """Pass the model to DeepSpeed. A model without weights gets them before that; with ZeRO-3, after it is partitioned."""
-    start(world)
+    init_deepspeed(world)
     import deepspeed
 
     prepare.prepare_model(model, config, world)
-    if compile.gathers_whole_blocks(
-        config, world
-    ):  # hooks inside a block would split its compiled code into dozens of parts
+    # hooks inside a block would split its compiled code into dozens of parts
+    if compile.gathers_whole_blocks(config, world):
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
-    read = 0
+    read_bytes = 0
     if materialize.is_empty(model):
         allocate = _allocate_partitions if config.parallel.zero_stage == 3 else _allocate_whole
-        read = materialize.fill(model, build_on_meta, allocate(model, config, world), config, world, resumed)
+        read_bytes = materialize.fill(model, build_on_meta, allocate(model, config, world), config, world, resumed)
     model.train()  # DeepSpeed casts the parameters; buffers (rotary frequencies) must stay fp32
     engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=optim.build(model, config), config=derived.deepspeed_config(config, world.size)
+        model=model,
+        optimizer=optim.build(model, config),
+        config=deepspeed_settings.deepspeed_config(config, world.size),
     )
     engine.adapter_only = config.adapter.kind is not AdapterKind.none
     if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
         _hide_gathering(optimizer.parameter_offload)
-    return Engine(engine, optimizer, config.train.max_grad_norm, read)
+    return Engine(engine, optimizer, config.train.max_grad_norm, read_bytes)
 
 
-def start(world: World) -> None:
-    """Make DeepSpeed use the process group and the device of this rank."""
+def init_deepspeed(world: World) -> None:
+    """Initialize DeepSpeed with the process group and the device of this rank. Call it before any other DeepSpeed function."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses and logs a warning
     import deepspeed
 
@@ -81,15 +82,14 @@ def _hide_gathering(offload: Any) -> None:
         setattr(offload, name, hidden(getattr(offload, name)))
 
 
-def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+def _allocate_whole(model: nn.Module, config: Config, world: World) -> dict[str, TensorPart]:
     """Allocate every parameter whole on every rank, in the compute precision; DeepSpeed makes its master weights from them."""
     dtype = compute_dtype(config)
     materialize.materialize(model, lambda item: torch.empty_like(item, dtype=dtype, device=world.device), world.device)
-    parts: dict[str, Part] = materialize.local_parts(model, lambda item: (item.shape, 0, item))
-    return parts
+    return materialize.local_parts(model, lambda item: (item.shape, 0, item))
 
 
-def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, Part]:
+def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict[str, TensorPart]:
     """Allocate this rank's partition of every parameter: contiguous elements, padded to the same length on all ranks.
 
     `zero.Init` as a context would make each parameter whole on every rank and broadcast it. Its parts, called here, make empty
@@ -99,7 +99,7 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
 
     dtype, context = (
         compute_dtype(config),
-        deepspeed.zero.Init(config_dict_or_path=derived.deepspeed_config(config, world.size)),
+        deepspeed.zero.Init(config_dict_or_path=deepspeed_settings.deepspeed_config(config, world.size)),
     )
     if context.mem_efficient_linear and not compile.gathers_whole_blocks(config, world):
         # Without it, every linear layer keeps its gathered weight until its backward. Compiled blocks do not keep it, and with it
@@ -120,17 +120,18 @@ def _allocate_partitions(model: nn.Module, config: Config, world: World) -> dict
         return parameter.ds_shape, begin, parameter.ds_tensor[: parameter.ds_numel - begin]
 
     materialize.materialize(model, partition, world.device)
-    parts: dict[str, Part] = materialize.local_parts(model, local_part)
-    return parts
+    return materialize.local_parts(model, local_part)
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
+    """See `Backend.backward`. The loss is already scaled, so DeepSpeed must not divide it by the number of micro batches."""
     engine.module.backward(loss, scale_wrt_gas=False)
     if not last:
         engine.module.step()  # counts the micro batch; nothing is updated
 
 
 def step(engine: Engine, learning_rate: float) -> float:
+    """See `Backend.step`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.module.step()
@@ -138,6 +139,7 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 
 def save(engine: Engine, folder: Path) -> None:
+    """See `Backend.save`."""
     _save(engine.module, folder, engine.module.checkpoint_engine.save)()
 
 
@@ -151,16 +153,18 @@ def storage_bytes(engine: Engine) -> list[int]:
 
 def stage(engine: Engine, folder: Path, stager: Stager, _: dist.ProcessGroup) -> Callable[[], object]:
     """See `Backend.stage`. DeepSpeed collects its state now; only the last part of its save, a torch.save per file, runs later."""
-    later: list[tuple[Any, str]] = []
+    staged: list[tuple[Any, str]] = []
     write = engine.module.checkpoint_engine.save
-    finish = _save(engine.module, folder, lambda state_dict, path: later.append((stager.tree(state_dict), path)))
+    finish = _save(
+        engine.module, folder, lambda state_dict, path: staged.append((stager.copy_object(state_dict), path))
+    )
 
-    def work() -> None:
-        for state, path in later:
+    def write_staged() -> None:
+        for state, path in staged:
             write(state, path)
         finish()
 
-    return work
+    return write_staged
 
 
 def _save(module: Any, folder: Path, write: Callable[..., object]) -> Callable[[], None]:
@@ -200,18 +204,22 @@ def _collected_errors(module: Any, write: Callable[..., object]) -> Iterator[lis
 
 
 def load(engine: Engine, folder: Path) -> None:
+    """See `Backend.load`."""
     engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
-def local_state(engine: Engine) -> dict[str, dict[str, Part]]:
+def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:
+    """See `Backend.local_state`."""
     return zero_partitions.local_state(engine.module.module, engine.optimizer)
 
 
-def local_state_filled(engine: Engine) -> None:
-    zero_partitions.local_state_filled(engine.optimizer)
+def apply_local_state(engine: Engine) -> None:
+    """See `Backend.apply_local_state`."""
+    zero_partitions.apply_local_state(engine.optimizer)
 
 
 def weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `Backend.weights`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for name, parameter in engine.module.module.named_parameters():

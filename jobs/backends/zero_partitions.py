@@ -7,31 +7,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
-def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, Part]]:
+def local_state(module: nn.Module, optimizer: Any) -> dict[str, dict[str, TensorPart]]:
     """See `Backend.local_state`. Parts are views of the flat partitions. `optimizer` is DeepSpeed's, with torch's inside.
 
     Scalars, like Adam's count of steps, exist once for a whole partition, so several weights share one.
     """
-    _make_state(optimizer)
-    state: dict[str, dict[str, Part]] = {}
-    for run in _runs(module, optimizer):
-        span = slice(run.first, run.first + run.numel)
-        parts = {"weight": Part(run.shape, run.begin, run.flat.detach()[span], trained=True)}
-        for kind, value in optimizer.optimizer.state[run.flat].items():
-            is_flat = value.shape == run.flat.shape
+    _create_optimizer_state(optimizer)
+    state: dict[str, dict[str, TensorPart]] = {}
+    for item in _flat_ranges(module, optimizer):
+        span = slice(item.first, item.first + item.numel)
+        parts = {"weight": TensorPart(item.shape, item.begin, item.flat.detach()[span], trained=True)}
+        for kind, value in optimizer.optimizer.state[item.flat].items():
+            is_flat = value.shape == item.flat.shape
             parts[kind] = (
-                Part(run.shape, run.begin, value[span], trained=True)
+                TensorPart(item.shape, item.begin, value[span], trained=True)
                 if is_flat
-                else Part(tuple(value.shape), 0, value.view(-1), trained=True)
+                else TensorPart(tuple(value.shape), 0, value.view(-1), trained=True)
             )
-        state[plain(run.name)] = parts
+        state[without_wrappers(item.name)] = parts
     return state
 
 
-def local_state_filled(optimizer: Any) -> None:
+def apply_local_state(optimizer: Any) -> None:
     """Make the compute weights from the masters, as DeepSpeed does after a step. All ranks call this together."""
     if not _is_stage3(optimizer):
         optimizer.update_lp_params()
@@ -46,12 +47,12 @@ def _is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-class _Run(NamedTuple):
+class _FlatRange(NamedTuple):
     """Contiguous elements of a weight, and where they are in a flat partition."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole weight."""
+    """Shape of the whole weight."""
     begin: int
     """First element of the weight that this rank has."""
     flat: torch.Tensor
@@ -60,7 +61,7 @@ class _Run(NamedTuple):
     numel: int
 
 
-def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
+def _flat_ranges(module: nn.Module, optimizer: Any) -> Iterator[_FlatRange]:
     """The run of each trained weight of which this rank has a part."""
     parameter: Any  # DeepSpeed adds ds_* and _hp_mapping
     for name, parameter in module.named_parameters():
@@ -69,31 +70,30 @@ def _runs(module: nn.Module, optimizer: Any) -> Iterator[_Run]:
         if _is_stage3(optimizer):
             group, first, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             begin = min(parameter.ds_tensor.ds_numel * dist.get_rank(), parameter.ds_numel)
-            count = min(
-                parameter.ds_tensor.ds_numel, parameter.ds_numel - begin
-            )  # the last ranks' partitions are padded
+            # the last ranks' partitions are padded
+            count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin)
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield _Run(name, tuple(parameter.ds_shape), begin, flat, first, count)
+            yield _FlatRange(name, tuple(parameter.ds_shape), begin, flat, first, count)
         elif (mapping := parameter._hp_mapping) is not None:
             flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             in_flat, in_weight = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield _Run(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
+            yield _FlatRange(name, tuple(parameter.shape), in_weight.start, flat, in_flat.start, in_flat.numel)
 
 
 @torch.no_grad()
-def _make_state(optimizer: Any) -> None:
+def _create_optimizer_state(optimizer: Any) -> None:
     """Make the optimizer allocate its state. It does so in its first step, so take one with zero gradients and learning rate 0."""
-    stage3, real = _is_stage3(optimizer), optimizer.optimizer
+    stage3, torch_optimizer = _is_stage3(optimizer), optimizer.optimizer
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     if stage3:
         optimizer._set_fp32_optimizer_param_groups()
     before = [(flat, flat.grad) for flat in flats]
-    rates = [(group, group["lr"]) for group in real.param_groups]
+    rates = [(group, group["lr"]) for group in torch_optimizer.param_groups]
     for flat in flats:
         flat.grad = torch.zeros_like(flat)
-    for group in real.param_groups:
+    for group in torch_optimizer.param_groups:
         group["lr"] = 0.0
-    real.step()
+    torch_optimizer.step()
     for flat, gradient in before:
         flat.grad = gradient
     for group, rate in rates:

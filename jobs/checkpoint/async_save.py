@@ -47,8 +47,8 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if config.train.async_save:
             self._stager = host_staging.Stager(world.device)
-            # A group for the threads alone: their collectives must not mix with those of training. Its time-out never ends a rank
-            # in practice: training goes on meanwhile, and if it then waits for a rank in vain, the watchdog names that rank.
+            # A group for the threads alone: their collectives must not mix with those of training. Its time-out of a day
+            # never ends a rank in practice: if training waits for a rank that does not answer, the watchdog names that rank.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     @property
@@ -99,7 +99,7 @@ class Saver:
         """Whether saves run in the background. Free memory is checked before the first copy only; later the copy has its memory."""
         if self._stager is None or self._group is None:
             return False
-        if not self._copied and not host_staging.fits(rank_bytes, self.world):
+        if not self._copied and not host_staging.fits_in_host_memory(rank_bytes, self.world):
             self.metrics.log_lines(
                 ["training waits while checkpoints are written: host memory is too small for a copy of the state"]
             )
@@ -113,24 +113,22 @@ class Saver:
 
         def run() -> None:
             if self.world.device.type == "cuda":
-                torch.cuda.set_device(
-                    self.world.device
-                )  # a new thread uses GPU 0, and would create a CUDA context there
+                # a new thread uses GPU 0, and would create a CUDA context there
+                torch.cuda.set_device(self.world.device)
             try:
                 files = work()
                 outcome.append(lambda: files)
             except BaseException as error:  # DCP's CheckpointException is not an Exception
                 outcome.append(_raise_later(error))
 
-        thread = threading.Thread(
-            target=run, name=f"checkpoint-{step}", daemon=True
-        )  # daemon: a job that fails does not wait for it
+        # daemon: a job that fails does not wait for it
+        thread = threading.Thread(target=run, name=f"checkpoint-{step}", daemon=True)
         thread.start()
         self._pending = _Pending(step, info, time.perf_counter() - began, thread, outcome)
 
     def _report(self, step: int, written: checkpointing.Written, blocked_s: float) -> None:
         rate = written.bytes / 1e9 / max(1e-9, written.seconds)
-        self.metrics.note(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
+        self.metrics.add_to_next_line(checkpoint_s=round(blocked_s, 3), checkpoint_gb_per_s=round(rate, 3))
         size = f"{written.bytes / 1e9:.3g} GB in {written.seconds:.1f} s ({rate:.2f} GB/s)"
         path = checkpointing.step_folder(self.config, step).relative_to(checkpoints_folder(self.config))
         self.metrics.log_lines([f"saved     {path}: {size}, training waited {blocked_s:.1f} s"])

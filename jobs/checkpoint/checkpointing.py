@@ -54,6 +54,7 @@ class Written:
 
 
 def step_folder(config: Config, step: int) -> Path:
+    """RUN/checkpoints/step-00000100 for step 100."""
     return checkpoints_folder(config) / f"step-{step:08d}"
 
 
@@ -100,7 +101,7 @@ def _prepare(config: Config, target: Path, expected_bytes: int) -> bool:
         if not manifest.size_problems(target):
             return True
         retention.set_aside(config, [target], None)
-    retention.sweep(config)
+    retention.delete_leftovers(config)
     retention.make_room(config, expected_bytes)
     partial(target).mkdir(parents=True)
     return False
@@ -112,9 +113,8 @@ def write_shards(hidden: Path, write: Callable[[], object], rank: int) -> RankFi
     Raises OSError if they cannot be written, so that all ranks can agree that this checkpoint failed. Any other error is raised
     unchanged: after it the ranks may be in different collectives, and cannot agree on anything.
     """
-    from torch.distributed.checkpoint import (
-        CheckpointException,
-    )  # takes 0.5 s to import, and consolidation does not need it
+    # takes 0.5 s to import, and consolidation does not need it
+    from torch.distributed.checkpoint import CheckpointException
 
     began = time.perf_counter()
     try:
@@ -124,11 +124,11 @@ def write_shards(hidden: Path, write: Callable[[], object], rank: int) -> RankFi
             raise
         if rank not in error.failures:
             return RankFiles({}, 0.0)
-        raise write_errors.from_system(error.failures[rank][0], hidden) from error
+        raise write_errors.to_os_error(error.failures[rank][0], hidden) from error
     except RuntimeError as error:
         if not write_errors.is_write_error(error):
             raise
-        raise write_errors.from_system(error, hidden) from error
+        raise write_errors.to_os_error(error, hidden) from error
     return RankFiles(manifest.flush_and_describe(hidden, rank), time.perf_counter() - began)
 
 
@@ -140,7 +140,7 @@ def _publish(target: Path, files: manifest.Files, info: dict[str, Any]) -> None:
     write_text(target.parent / "latest", target.name + "\n")
 
 
-def to_consolidate(config: Config) -> Checkpoint | None:
+def select_for_consolidation(config: Config) -> Checkpoint | None:
     """The checkpoint of `consolidate.step`, or the newest one if that is null; None if the run has no checkpoint.
 
     Raises RunError with the steps there are if `consolidate.step` is none of them, and with the bad files if files are missing
@@ -161,19 +161,19 @@ def to_consolidate(config: Config) -> Checkpoint | None:
     return Checkpoint(path, read_json(path / "checkpoint.json"))
 
 
-def find(config: Config, world: World) -> Checkpoint | None:
+def find_newest(config: Config, world: World) -> Checkpoint | None:
     """The newest checkpoint with correct checksums; None if the run has no checkpoint. All ranks call this together.
 
     The ranks share the reading. Newer checkpoints that are damaged are logged and renamed, so that nothing reads them. Raises
     RunError if all checkpoints are damaged: a run must not start from step 0 because, for example, a disk is not mounted.
     """
-    gather(lambda: retention.sweep(config) if world.is_main else None)
+    gather(lambda: retention.delete_leftovers(config) if world.is_main else None)
     damaged: list[Path] = []
     for path in broadcast_from_rank0(lambda: paths.published_checkpoints(config)):
         problems = broadcast_from_rank0(functools.partial(manifest.size_problems, path))
         if not problems:
-            of_ranks = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
-            problems = [problem for of_rank in of_ranks for problem in of_rank]
+            problems_by_rank = gather(functools.partial(manifest.checksum_problems, path, world.rank, world.size))
+            problems = [problem for rank_problems in problems_by_rank for problem in rank_problems]
         if not problems:
             gather(functools.partial(_set_aside, config, world, damaged, path))
             return Checkpoint(path, broadcast_from_rank0(functools.partial(read_json, path / "checkpoint.json")))
@@ -199,12 +199,12 @@ def resume(
     checkpoint: Checkpoint | None = None,
     reshard: Callable[[Path, Backend], object] | None = None,
 ) -> int:
-    """Load `checkpoint`, or what `find` returns now; returns its step, or 0 if there is none.
+    """Load `checkpoint`, or what `find_newest` returns now; returns its step, or 0 if there is none.
 
     `read` is the backend's own function. It loads a checkpoint of the same layout and ranks, and FSDP's loads any checkpoint that
     FSDP wrote. `reshard` loads every other one; it also gets the backend that wrote it.
     """
-    checkpoint = checkpoint or find(config, world)
+    checkpoint = checkpoint or find_newest(config, world)
     if checkpoint is None:
         return 0
     path, info = checkpoint
@@ -229,8 +229,8 @@ def layout(config: Config, world: World) -> dict[str, Any]:
 
 def _same_layout(info: dict[str, Any], config: Config, world: World) -> bool:
     """Whether the shards match this run's. Old checkpoints do not record `parallel`; for them the layout's name decides."""
-    now = layout(config, world)
-    return all(info[key] == now[key] for key in ("layout", "parallel", "world_size") if key in info)
+    current = layout(config, world)
+    return all(info[key] == current[key] for key in ("layout", "parallel", "world_size") if key in info)
 
 
 def _layout_change(info: dict[str, Any], config: Config, world: World) -> str:
@@ -243,8 +243,7 @@ def expected_bytes(module: nn.Module) -> int:
     DeepSpeed parameters count with their whole size, also when they are partitioned.
     """
     trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    elements: int = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
-    return 12 * elements
+    return 12 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
 
 
 def fingerprint(weight: torch.Tensor) -> str:

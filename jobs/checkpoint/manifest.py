@@ -34,23 +34,26 @@ def flush_and_describe(folder: Path, rank: int) -> Files:
 
     The files are read back while they are still in the page cache, so with enough memory nothing is read from disk.
     """
-    own = [path for path in _files(folder) if _writer(path.name)[0] == rank]
+    paths = [path for path in _files(folder) if _writer(path.name)[0] == rank]
     with ThreadPoolExecutor(THREADS) as pool:
-        flushed = [pool.submit(sync, path) for path in own]  # the disk works while the CPU computes checksums
-        sizes = {path: path.stat().st_size for path in own}
-        sums = {path: [pool.submit(_sum, path, first, PIECE) for first in range(0, sizes[path], PIECE)] for path in own}
-        for done in flushed:
-            done.result()
+        flushed = [pool.submit(sync, path) for path in paths]  # the disk works while the CPU computes checksums
+        sizes = {path: path.stat().st_size for path in paths}
+        sums = {
+            path: [pool.submit(_sum, path, first, PIECE) for first in range(0, sizes[path], PIECE)] for path in paths
+        }
+        for future in flushed:
+            future.result()
         return {
             path.relative_to(folder).as_posix(): {
                 "bytes": sizes[path],
-                "xxh3": [item.result() for item in sums[path]],
+                "xxh3": [future.result() for future in sums[path]],
             }
-            for path in own
+            for path in paths
         }
 
 
 def write(folder: Path, files: Files) -> None:
+    """Write manifest.json for the files of all ranks. Only rank 0 calls this."""
     write_json(folder / NAME, {"piece": PIECE, "files": dict(sorted(files.items()))})
 
 
@@ -89,21 +92,21 @@ def checksum_problems(folder: Path, rank: int = 0, world_size: int = 1, threads:
     manifest = read_json(folder / NAME)
     if manifest is None:
         return []
-    own = [
+    pieces = [
         (folder / name, number * manifest["piece"], int(entry["bytes"]), value)
         for name, entry in manifest["files"].items()
         for number, value in enumerate(entry["xxh3"])
         if _reader(name, number, entry) % world_size == rank
     ]
 
-    def check_piece(own_piece: tuple[Path, int, int, str]) -> str:
-        path, first, length, checksum = own_piece
+    def check_piece(piece: tuple[Path, int, int, str]) -> str:
+        path, first, length, checksum = piece
         return _checksum_problem(path, first, length, checksum, manifest["piece"])
 
     problems = []
     with ThreadPoolExecutor(threads) as pool:
-        for problem in pool.map(check_piece, own):
-            heartbeat.alive()
+        for problem in pool.map(check_piece, pieces):
+            heartbeat.refresh()
             problems += [problem] if problem else []
     return problems
 
@@ -114,11 +117,11 @@ def check(folder: Path, threads: int = THREADS) -> None:
         raise RunError(*(Problem("checkpoint", None, f"{problem}: {REMEDY}") for problem in problems[:10]))
 
 
-class Pieces:
+class PieceChecker:
     """Compares checksums just before a part of a checkpoint is read: each piece once, when its first byte is needed.
 
-    Pieces that nobody reads cost nothing; consolidation, for example, does not read the optimizer's moments. The others come from
-    disk once, because the reader then finds them in the page cache. Threads may share one object.
+    Pieces that nobody reads cost nothing: consolidation, for example, does not read the optimizer's moments. Every other piece
+    comes from disk once, because the reader then finds it in the page cache. Threads may share one object.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -162,7 +165,7 @@ def _writer(name: str) -> tuple[int, bool]:
 
 
 def _reader(name: str, number: int, entry: dict[str, Any]) -> int:
-    """Rank that checks a piece. Of a file that all ranks load (ZeRO's whole weights), each rank checks some pieces."""
+    """Rank that checks a piece. The pieces of a file that all ranks load (ZeRO's whole weights) are divided over the ranks."""
     rank, named = _writer(Path(name).name)
     return rank if named else number
 

@@ -7,6 +7,7 @@ from conf.schema import Config
 
 
 def checkpoints_folder(config: Config) -> Path:
+    """RUN/checkpoints."""
     return Path(config.run_dir) / "checkpoints"
 
 

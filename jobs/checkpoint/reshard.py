@@ -14,18 +14,19 @@ from jobs.backends import Backend, Engine
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.tensor_io import dcp, deepspeed
 from jobs.tensor_io.dtypes import as_bytes
-from jobs.tensor_io.layout import Stored, blocks
+from jobs.tensor_io.layout import StoredTensor, blocks
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS
-from jobs.tensor_io.reader import Files, Reader
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.reader import OpenFiles, Reader
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 WEIGHT = "weight"
 """Kind of the fp32 master weights. The other kinds are the optimizer's names for its state: exp_avg, exp_avg_sq, step."""
 
-StoredState = dict[str, dict[str, Stored]]
-"""Plain name of a trained weight -> kind -> where the checkpoint stores it."""
-RankState = dict[str, dict[str, Part]]
-"""Plain name of a trained weight -> kind -> this rank's part of it, to be filled."""
+StoredState = dict[str, dict[str, StoredTensor]]
+"""Name of a trained weight (without wrappers) -> kind -> where the checkpoint stores it."""
+RankState = dict[str, dict[str, TensorPart]]
+"""Name of a trained weight (without wrappers) -> kind -> this rank's part of it, to be filled."""
 
 
 def load(backend: Backend, engine: Engine, folder: Path, written_by: choices.Backend) -> int:
@@ -38,7 +39,7 @@ def load(backend: Backend, engine: Engine, folder: Path, written_by: choices.Bac
     parts = backend.local_state(engine)
     raise_on_all_ranks(lambda: _check(folder, saved, parts))
     read_bytes = raise_on_all_ranks(lambda: _fill(saved, parts))
-    backend.local_state_filled(engine)
+    backend.apply_local_state(engine)
     return read_bytes
 
 
@@ -49,19 +50,19 @@ def stored(folder: Path, written_by: choices.Backend) -> StoredState:
 
 def _dcp(folder: Path) -> StoredState:
     weights: StoredState = {}
-    for key, tensor in dcp.tensors(folder).items():
+    for key, tensor in dcp.find_tensors(folder).items():
         if state := re.fullmatch(r"optimizer\.state\.(.+)\.([^.]+)", key):
-            weights.setdefault(plain(state[1]), {})[state[2]] = tensor
+            weights.setdefault(without_wrappers(state[1]), {})[state[2]] = tensor
         elif key.startswith("model."):
-            weights.setdefault(plain(key.removeprefix("model.")), {})[WEIGHT] = tensor
+            weights.setdefault(without_wrappers(key.removeprefix("model.")), {})[WEIGHT] = tensor
     # A tied weight is stored under both of its names, its optimizer state only under the first: drop the name without state
     return {name: kinds for name, kinds in weights.items() if len(kinds) > 1}
 
 
 def _zero(folder: Path) -> StoredState:
     name = (folder / "latest").read_text(encoding="utf-8").strip()  # `zero.save` writes it beside DeepSpeed's folder
-    masters, states = deepspeed.tensors(folder / name), deepspeed.optimizer_state(folder / name)
-    return {plain(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
+    masters, states = deepspeed.find_tensors(folder / name), deepspeed.find_optimizer_state(folder / name)
+    return {without_wrappers(key): {WEIGHT: masters[key], **kinds} for key, kinds in states.items()}
 
 
 def _check(folder: Path, saved: StoredState, parts: RankState) -> None:
@@ -84,16 +85,16 @@ def _check(folder: Path, saved: StoredState, parts: RankState) -> None:
 
 def _fill(saved: StoredState, parts: RankState) -> int:
     """Read this rank's parts with several threads; returns the bytes read."""
-    files, own = Files(), threading.local()
+    files, of_thread = OpenFiles(), threading.local()
 
-    def read(block: tuple[Stored, int, torch.Tensor]) -> int:
-        tensor, start, into = block
-        if not hasattr(own, "reader"):  # a Reader has buffers, so each thread needs its own
-            own.reader = Reader(files)
-        buffer = torch.empty(into.numel(), dtype=tensor.dtype.torch)
-        own.reader.fill(tensor, start, as_bytes(buffer))
-        into.copy_(buffer)
-        return int(buffer.nbytes)
+    def read(block: tuple[StoredTensor, int, torch.Tensor]) -> int:
+        tensor, start, destination = block
+        if not hasattr(of_thread, "reader"):  # a Reader has buffers, so each thread needs its own
+            of_thread.reader = Reader(files)
+        buffer = torch.empty(destination.numel(), dtype=tensor.dtype.torch)
+        of_thread.reader.fill(tensor, start, as_bytes(buffer))
+        destination.copy_(buffer)
+        return buffer.nbytes
 
     try:
         with torch.no_grad(), ThreadPoolExecutor(READERS) as pool:
@@ -102,10 +103,10 @@ def _fill(saved: StoredState, parts: RankState) -> int:
         files.close()
 
 
-def _blocks(saved: StoredState, parts: RankState) -> Iterator[tuple[Stored, int, torch.Tensor]]:
+def _blocks(saved: StoredState, parts: RankState) -> Iterator[tuple[StoredTensor, int, torch.Tensor]]:
     """(stored tensor, first element, memory to fill) in blocks of at most CHUNK_BYTES, weight by weight."""
     for name, kinds in parts.items():
         for kind, part in kinds.items():
-            tensor, end = saved[name][kind], part.begin + part.into.numel()
+            tensor, end = saved[name][kind], part.begin + part.destination.numel()
             for start, stop in blocks(part.begin, end, tensor.width, CHUNK_BYTES // tensor.dtype.itemsize):
-                yield tensor, start, part.into[start - part.begin : stop - part.begin]
+                yield tensor, start, part.destination[start - part.begin : stop - part.begin]

@@ -11,8 +11,8 @@ from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder, published_checkpoints, step_of
 
 
-def sweep(config: Config) -> None:
-    """Delete what a killed attempt left half written or half deleted. No checkpoint may be being written meanwhile."""
+def delete_leftovers(config: Config) -> None:
+    """Delete what a killed attempt left half written or half deleted. Do not call it while a checkpoint is being written."""
     for kind in ("partial", "old"):
         for path in checkpoints_folder(config).glob(f".step-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)

@@ -14,7 +14,7 @@ def is_write_error(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(text in str(error) for text in SHORT_WRITE)
 
 
-def from_system(error: BaseException, folder: Path) -> OSError:
+def to_os_error(error: BaseException, folder: Path) -> OSError:
     """The system's error for a failed write in `folder`. The attempt's verdict and its advice depend on the error number."""
     causes = (error, error.__cause__, error.__context__)
     cause = next((item for item in causes if isinstance(item, OSError) and item.errno), None)

@@ -13,7 +13,7 @@ from jobs.tensor_io.reader import CHUNK, write
 MAX_PROBE_BYTES = 256 * 2**20
 """The probe writes and reads at most this, or a 400th of the bytes of the merge if that is less."""
 PROBE_SHARE = 400
-"""The merge moves so many times more bytes than the probe, so that it does not wait for its estimate."""
+"""The merge moves at least this many times the bytes of the probe, so that the probe takes little of the time."""
 MIN_PROBE_BYTES = 64 * 2**20
 """A smaller probe measures nothing useful, and a merge that small takes moments."""
 BUFFERS = 4
@@ -59,13 +59,13 @@ def describe(plan: Plan, workers: int, folder: Path, processes: int = 1) -> list
 def memory_bytes(plan: Plan, workers: int) -> int:
     """Memory of one process, without file pages that the kernel can take back."""
     updates = [task.update for task in plan.tasks if task.update is not None]
-    adapters = sum(int(part.nbytes) for update in updates for part in (update.a, update.b))
-    widest_row = max((int(update.a.shape[1]) * 4 for update in updates), default=0)
+    adapters = sum(part.nbytes for update in updates for part in (update.a, update.b))
+    widest_row = max((update.a.shape[1] * 4 for update in updates), default=0)
     return RUNTIME_BYTES + workers * BUFFERS * max(CHUNK, widest_row) + adapters
 
 
 def probe(folder: Path, size: int, workers: int) -> Speed:
-    """Write, flush and read back a file of about `size` bytes beside the result, with as many threads; then delete it.
+    """Write, flush and read back a file of about `size` bytes with `workers` threads, then delete it.
 
     Its pages are dropped from the cache before it is read, so that it is read from the disk. Raises OSError.
     """

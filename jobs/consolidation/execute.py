@@ -17,7 +17,7 @@ from conf.files import partial
 from jobs.consolidation import estimate, output_folder, workers
 from jobs.consolidation.output_folder import Checksums
 from jobs.consolidation.plan import Plan
-from jobs.consolidation.rank_meeting import Meeting
+from jobs.consolidation.rank_coordinator import RankCoordinator
 from jobs.tensor_io.reader import Check
 
 log = logging.getLogger(__name__)
@@ -41,21 +41,21 @@ def execute(
     checkpoint are read. Other ranks of the job call this function with the same plan, and write their share of the files.
     Raises RunError, also when `check` does, or when a weight is not what training recorded.
     """
-    with Meeting(target) as meeting:
-        share = _Share(plan, threads, checkpoint, check, meeting)
-        if meeting.rank:
-            assignment = meeting.wait_for_assignment(plan)
-            meeting.report_done(share.write(partial(target), assignment.rank_of_file, assignment.finished))
+    with RankCoordinator(target) as coordinator:
+        writer = _RankWriter(plan, threads, checkpoint, check, coordinator)
+        if coordinator.rank:
+            assignment = coordinator.wait_for_assignment(plan)
+            coordinator.report_done(writer.write(partial(target), assignment.rank_of_file, assignment.finished))
             return
-        with output_folder.locked_partial_folder(target, meeting.alone) as folder:
+        with output_folder.locked_partial_folder(target, coordinator.alone) as folder:
             finished = output_folder.find_finished(folder, plan)
             if finished:
                 log.info(f"{len(finished)} of {len(plan.sizes)} files were finished by an earlier start, and are kept")
             output_folder.check_free_space(folder, plan, finished)
-            for line in estimate.describe(plan, threads, folder, meeting.size):
+            for line in estimate.describe(plan, threads, folder, coordinator.size):
                 log.info(line)
-            rank_of_file = meeting.assign_files(plan, set(finished))
-            checksums = share.write(folder, rank_of_file, set(finished)) | meeting.wait_for_all()
+            rank_of_file = coordinator.assign_files(plan, set(finished))
+            checksums = writer.write(folder, rank_of_file, set(finished)) | coordinator.wait_for_all()
             describe(folder)
             move_aside(target)
             checksums = {name: dict(sorted(checksums[name].items())) for name in plan.sizes}
@@ -65,30 +65,30 @@ def execute(
 
 
 @dataclass(frozen=True)
-class _Share:
+class _RankWriter:
     """What this rank needs to write its share of the files."""
 
     plan: Plan
     threads: int
     checkpoint: Path
     check: Check | None
-    meeting: Meeting
+    coordinator: RankCoordinator
 
     def write(self, folder: Path, rank_of_file: dict[str, int], finished: set[str]) -> Checksums:
         """Write this rank's files that are not finished, and read all of its files back. Returns their checksums."""
-        plan, rank, ranks = self.plan, self.meeting.rank, self.meeting.size
+        plan, rank, ranks = self.plan, self.coordinator.rank, self.coordinator.size
         began = time.perf_counter()
-        mine = {name for name, owner in rank_of_file.items() if owner == rank}
-        checksums = {name: output_folder.read_record(folder, name) for name in mine & finished}
-        output_folder.create_files(folder, plan, mine - finished)
+        own_files = {name for name, owner in rank_of_file.items() if owner == rank}
+        checksums = {name: output_folder.read_record(folder, name) for name in own_files & finished}
+        output_folder.create_files(folder, plan, own_files - finished)
         # a source without outputs is only compared with its fingerprint; one rank does that
         tasks = [task for number, task in enumerate(plan.tasks) if task.placed or number % ranks == rank]
-        skip = (rank_of_file.keys() - mine) | finished
+        skip = (rank_of_file.keys() - own_files) | finished
         read_bytes = self._run_tasks(replace(plan, tasks=tuple(tasks)), folder, checksums, skip)
         seconds = time.perf_counter() - began
-        log.info(f"reading {len(mine)} files back")
+        log.info(f"reading {len(own_files)} files back")
         tensors = output_folder.read_back(folder, plan, checksums, self.threads)
-        written_bytes = sum(plan.sizes[name] for name in mine - finished)
+        written_bytes = sum(plan.sizes[name] for name in own_files - finished)
         log.info(
             f"read {read_bytes / 1e9:.2f} GB and wrote {written_bytes / 1e9:.2f} GB in {seconds:.1f} s "
             f"with {self.threads} workers, {(read_bytes + written_bytes) / 1e9 / seconds:.2f} GB/s; "
@@ -136,7 +136,7 @@ def move_aside(target: Path) -> None:
 
 
 def worker_count(cpus: int | None = None) -> int:
-    """Threads for so many CPUs, or for those of this process: at least 4, at most 32.
+    """Number of threads for `cpus` CPUs, by default for those of this process: at least 4, at most 32.
 
     Some threads wait for the disk while others work. With a cold cache on 2 CPUs, 4 threads took two thirds of the time of 2,
     and 8 the same as 4. A disk is not faster with more than 32.

@@ -24,7 +24,7 @@ from jobs.consolidation.weight_names import (
 from jobs.distributed import logs
 from jobs.tensor_io import safetensors
 from jobs.tensor_io.dtypes import PRECISIONS, Dtype
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.open_checkpoint import Checkpoint, adapter_settings, file_versions, open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -79,20 +79,20 @@ class Base:
     def __init__(self, source: str | None) -> None:
         self.source = source
         self.folder = Path(source) if source and Path(source).is_dir() else None
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self.empty_model: Any = None
         """The model on the meta device, if it had to be built."""
         if self.folder and any(self.folder.glob("*.safetensors")):
-            self.tensors = safetensors.tensors(self.folder)
+            self.tensors = safetensors.find_tensors(self.folder)
 
     def fetch_weights(self) -> None:
         """Find or download the weights of a Hub id."""
-        from jobs.tensor_io.model_files import find
+        from jobs.tensor_io.model_files import find_or_download
 
-        if self.source and self.folder is None and (folder := find(self.source, None)):
-            self.folder, self.tensors = folder, safetensors.tensors(folder)
+        if self.source and self.folder is None and (folder := find_or_download(self.source, None)):
+            self.folder, self.tensors = folder, safetensors.find_tensors(folder)
 
-    def blueprint(self, source: str, tensors: dict[str, Stored]) -> Blueprint:
+    def blueprint(self, source: str, tensors: dict[str, StoredTensor]) -> Blueprint:
         """From the base's files if they name all weights of the checkpoint, else from its model class.
 
         Raises DataError for a model that cannot be streamed.
@@ -112,7 +112,7 @@ class Base:
             raise DataError(Problem("--base", source, message)) from error
 
 
-def _merge(tensors: dict[str, Stored], base: Base, dtype: Dtype | None, settings: dict[str, Any]) -> Merge:
+def _merge(tensors: dict[str, StoredTensor], base: Base, dtype: Dtype | None, settings: dict[str, Any]) -> Merge:
     if base.source is None:
         return merge_without_base(strip_prefixes(tensors), dtype)
     blueprint = base.blueprint(base.source, tensors)

@@ -19,7 +19,7 @@ from jobs.consolidation.merge import read_tensor
 from jobs.consolidation.weight_names import strip_prefixes
 from jobs.model import build
 from jobs.tensor_io.open_checkpoint import Checkpoint
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 from jobs.tokenization.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,8 @@ def run(
     if config.consolidate.base is MergeBase.dequantised:
         message = f"is not possible for {config.model.source}, which is merged in memory: set consolidate.base=original"
         raise DataError(Problem("consolidate.base", "dequantised", message))
-    adapter = replace(
-        config.adapter, base=Frozen.full
-    )  # the adapter is merged into the stored weights, not quantized ones
+    # the adapter is merged into the stored weights, not quantized ones
+    adapter = replace(config.adapter, base=Frozen.full)
     model = build.build(replace(config, adapter=adapter))
     weights = _read_weights(checkpoint, [name for name, _ in model.named_parameters()])
     _check_weights(checkpoint, model, weights, fingerprints)
@@ -64,7 +63,7 @@ def run(
 
 
 def _read_weights(checkpoint: Checkpoint, live_names: list[str]) -> dict[str, torch.Tensor]:
-    files = Files()
+    files = OpenFiles()
     try:
         reader = Reader(files)
         stored = strip_prefixes(checkpoint.tensors, live_names)

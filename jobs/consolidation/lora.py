@@ -26,11 +26,11 @@ class LoraUpdate:
         return LoraUpdate(self.b.T.contiguous(), self.a.T.contiguous(), self.scale, self.magnitude)
 
 
-class Nf4:
+class Nf4Rounder:
     """Rounds a weight to NF4 as training had it (`adapter.base=nf4`), block by block of its flat elements.
 
-    First `collect_scales` for all blocks in their order, then `finish_scales`, then `round` for any block: the scales are
-    quantized too, and depend on the whole weight.
+    Call `collect_scales` for all blocks in order, then `finish_scales` once, then `round` for any block. The scales are quantized
+    too, so they depend on the whole weight.
     """
 
     block = quantized_linear.BLOCK
@@ -45,6 +45,7 @@ class Nf4:
         self._collected.append(quantized.absmax)
 
     def finish_scales(self) -> None:
+        """Quantize the collected scales, as double quantization does. Call it once, after the last block."""
         self._absmax = quantized_linear.double_quantized_absmax(torch.cat(self._collected))
 
     def round(self, elements: torch.Tensor, start: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
 from jobs.consolidation.weight_names import Blueprint, SavedName, split_adapters
 from jobs.tensor_io.dtypes import Dtype, as_tensor
-from jobs.tensor_io.layout import Stored
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.reader import OpenFiles, Reader
 
 if TYPE_CHECKING:  # both are imported only if there is an adapter
     import torch
@@ -23,7 +23,7 @@ Adapters = dict[str, dict[str, str]]
 """Live name -> kind (lora_A, lora_B, ...) -> name in the checkpoint."""
 BASE = "base:"
 """Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
-LISTED = 3
+MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class AdapterSettings:
     """Regular expression of module names -> alpha, if it is not the same for all."""
 
     def scale(self, weight: str, rank: int) -> float:
+        """The factor of B @ A for an adapter of this rank on `weight`, a live name."""
         from jobs.consolidation.lora import scale
 
         module = weight.removesuffix(".weight")
@@ -48,7 +49,7 @@ class Merge:
     """Everything that a plan needs: the outputs, their sources, and what is added to which source."""
 
     outputs: list[Output]
-    sources: dict[str, Stored]
+    sources: dict[str, StoredTensor]
     updates: "dict[str, LoraUpdate]" = field(default_factory=dict)
     nf4_sources: dict[str, Dtype] = field(default_factory=dict)
     """Source -> compute dtype of training, for sources that are rounded to NF4 as training had them."""
@@ -63,7 +64,7 @@ class Merge:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def merge_without_base(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
+def merge_without_base(weights: dict[str, StoredTensor], dtype: Dtype | None) -> Merge:
     """Every weight under its own name, if no model is given to compare with. Raises DataError if there are adapters."""
     _, adapters = split_adapters(weights)
     if adapters:
@@ -75,8 +76,8 @@ def merge_without_base(weights: dict[str, Stored], dtype: Dtype | None) -> Merge
 
 def merge_model(
     blueprint: Blueprint,
-    weights: dict[str, Stored],
-    base: dict[str, Stored],
+    weights: dict[str, StoredTensor],
+    base: dict[str, StoredTensor],
     dtype: Dtype | None,
     settings: AdapterSettings | None,
 ) -> Merge:
@@ -105,7 +106,9 @@ def merge_model(
         output_dtype = _output_dtype(in_base, dtype)
         merge.outputs.append(Output(saved.name, saved.shape, output_dtype, source.name, source.start))
     if missing or wrong:
-        message = f"does not fit the model: missing {missing[:LISTED]}, unknown or of another shape {wrong[:LISTED]}"
+        message = (
+            f"does not fit the model: missing {missing[:MAX_LISTED]}, unknown or of another shape {wrong[:MAX_LISTED]}"
+        )
         remedy = "name the model that was trained (model.source, --base)"
         raise DataError(Problem("checkpoint", None, f"{message}; {remedy}"))
     if adapters:
@@ -121,7 +124,7 @@ def use_dequantized_base(merge: Merge, blueprint: Blueprint, layers: Iterable[st
             merge.nf4_sources[BASE + str(blueprint.base_name(saved, base))] = compute_dtype
 
 
-def merge_adapter_only(weights: dict[str, Stored], dtype: Dtype | None) -> Merge:
+def merge_adapter_only(weights: dict[str, StoredTensor], dtype: Dtype | None) -> Merge:
     """The adapters, and the modules that PEFT trained whole, under PEFT's names in files. Raises DataError if there are none."""
     keys, adapters = split_adapters(weights)
     if not adapters:
@@ -143,13 +146,13 @@ _ADAPTER_NAME = re.compile(
 """The name of the adapter (`default`), which PEFT leaves out of the names in adapter_model.safetensors."""
 
 
-def _output_dtype(stored: Stored, dtype: Dtype | None) -> Dtype:
+def _output_dtype(stored: StoredTensor, dtype: Dtype | None) -> Dtype:
     """Integers and booleans keep their dtype."""
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
 
 def _without_tied_names(
-    blueprint: Blueprint, keys: dict[str, str], weights: dict[str, Stored]
+    blueprint: Blueprint, keys: dict[str, str], weights: dict[str, StoredTensor]
 ) -> tuple[dict[str, str], list[SavedName]]:
     """`keys` without the second names of tied weights, and the weights that are no longer tied.
 
@@ -178,7 +181,7 @@ class _Source(NamedTuple):
 
 
 def _find_source(
-    saved: SavedName, blueprint: Blueprint, keys: dict[str, str], base: dict[str, Stored]
+    saved: SavedName, blueprint: Blueprint, keys: dict[str, str], base: dict[str, StoredTensor]
 ) -> _Source | None:
     """The weight of the checkpoint, or else of the base, that has the elements of a tensor."""
     if saved.live in keys:
@@ -208,8 +211,8 @@ def _add_adapters(
                 merge.updates[key] = _rows_of_update(update, saved.start // columns, saved.shape[0])
 
 
-def _read_adapters(sources: dict[str, Stored], adapters: Adapters) -> "dict[str, dict[str, torch.Tensor]]":
-    files = Files()
+def _read_adapters(sources: dict[str, StoredTensor], adapters: Adapters) -> "dict[str, dict[str, torch.Tensor]]":
+    files = OpenFiles()
     reader = Reader(files)
     try:
         return {
@@ -242,7 +245,7 @@ def _make_update(
     return update.transposed() if is_embedding or transposed else update
 
 
-def read_tensor(reader: Reader, stored: Stored) -> "torch.Tensor":
+def read_tensor(reader: Reader, stored: StoredTensor) -> "torch.Tensor":
     """A whole stored tensor in fp32, for small ones."""
     flat = np.empty(stored.nbytes, np.uint8)
     reader.fill(stored, 0, flat)

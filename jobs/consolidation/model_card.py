@@ -1,7 +1,7 @@
 """Writes the files beside the weights: config, generation config, tokenizer with its chat template, adapter config, model card.
 
 torch and transformers are imported inside the functions that need them: that takes seconds, and merging a checkpoint of another
-program often does without.
+program often does not need them.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs.consolidation.merge import Merge
@@ -39,7 +39,7 @@ def empty_model(source: str) -> Any:
         with torch.device("meta"):
             model = model_class._from_config(config) if model_class else auto_class.from_config(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("--base", source, f"cannot be loaded: {str(error).splitlines()[0]}")) from error
+        raise ConfigError(Problem("--base", source, f"cannot be loaded: {first_line(error)}")) from error
     try:
         model.generation_config = GenerationConfig.from_pretrained(source)
     except OSError:
@@ -66,6 +66,7 @@ def write_model(folder: Path, model: Any, merge: Merge) -> None:
 
 
 def write_tokenizer(folder: Path, config: Config) -> None:
+    """The tokenizer files, with the chat template that the model was trained with."""
     from jobs.tokenization.tokenizer import load_tokenizer
 
     load_tokenizer(config).save_pretrained(folder)
@@ -122,12 +123,12 @@ def write_adapter(folder: Path, settings: dict[str, Any], merge: Merge, base: st
 
 
 def write_card(folder: Path, title: str, rows: Mapping[str, object], base: str | None, library: str) -> None:
-    """README.md: what was trained from what. Of a folder of this machine it shows only the last part of the path."""
+    """README.md: what was trained from what. A path on this machine is shortened to its last part."""
     front_matter = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base and not Path(base).exists():
         front_matter.append(f"base_model: {base}")
-    every = dict(rows) | {"merged by": f"Muster {_muster_version()}"}
-    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in every.items() if value is not None)
+    all_rows = dict(rows) | {"merged by": f"Muster {_muster_version()}"}
+    table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in all_rows.items() if value is not None)
     text = "---\n" + "\n".join(front_matter) + f"\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n"
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 

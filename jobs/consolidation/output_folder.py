@@ -16,7 +16,7 @@ import xxhash
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json
 from jobs.consolidation.plan import PlacedOutput, Plan
-from jobs.tensor_io.reader import CHUNK, Files, read
+from jobs.tensor_io.reader import CHUNK, OpenFiles, read
 
 RECORDS = ".finished"
 """Folder with one record per finished file; removed before the result is published."""
@@ -128,7 +128,7 @@ def read_back(folder: Path, plan: Plan, checksums: Checksums, workers: int) -> i
     Raises RunError if one differs; the next start then writes its file again.
     """
     tensors = [item for task in plan.tasks for item in task.placed if item.file in checksums]
-    files = Files()
+    files = OpenFiles()
 
     def checksum(item: PlacedOutput) -> str:
         path = str(folder / item.file)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.dtypes import Dtype
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 
 if TYPE_CHECKING:  # lora imports torch, which a merge without an adapter does not need
     from jobs.consolidation.lora import LoraUpdate
@@ -48,7 +48,7 @@ class Task:
     """One source tensor, which one worker reads from the first element to the last."""
 
     name: str
-    stored: Stored
+    stored: StoredTensor
     placed: tuple[PlacedOutput, ...]
     """The outputs that are made of it, sorted by their first element."""
     sha256: str | None = None
@@ -60,13 +60,13 @@ class Task:
 
     @property
     def dtype_before_cast(self) -> Dtype:
-        """Of its elements just before they are cast to the dtype of an output."""
+        """Dtype of the elements just before they are cast to the dtype of an output."""
         return dtypes.FP32 if self.update is not None else self.nf4_compute or self.stored.dtype
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Pure data, made in seconds for a model of any size."""
+    """The files of the result and the tasks that fill them. Plain data, made in seconds for a model of any size."""
 
     headers: dict[str, bytes]
     """The first bytes of each file."""
@@ -80,10 +80,12 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
+        """Bytes of all source tensors."""
         return sum(task.stored.nbytes for task in self.tasks)
 
     @property
     def written_bytes(self) -> int:
+        """Bytes of all files of the result."""
         return sum(self.sizes.values())
 
     def digest(self) -> str:
@@ -98,7 +100,7 @@ class Plan:
 
 def make_plan(
     outputs: list[Output],
-    sources: dict[str, Stored],
+    sources: dict[str, StoredTensor],
     *,
     shard_bytes: int,
     fingerprints: Mapping[str, str] | None = None,
@@ -164,11 +166,11 @@ def _sorted_tasks(tasks: list[Task], files: list[str]) -> tuple[Task, ...]:
 def _index(files: dict[str, list[Output]]) -> dict[str, Any] | None:
     if len(files) == 1:
         return None
-    every = [output for group in files.values() for output in group]
+    outputs = [output for group in files.values() for output in group]
     return {
         "metadata": {
-            "total_parameters": sum(output.numel for output in every),
-            "total_size": sum(output.nbytes for output in every),
+            "total_parameters": sum(output.numel for output in outputs),
+            "total_size": sum(output.nbytes for output in outputs),
         },
         "weight_map": {output.name: file for file, group in files.items() for output in group},
     }

@@ -52,7 +52,7 @@ class Blueprint:
 
 
 def blueprint_of_model(model: Any) -> Blueprint:
-    """Of a transformers model on the meta device. Raises CannotStream."""
+    """The blueprint of a transformers model on the meta device. Raises CannotStream."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     return Blueprint(
@@ -67,12 +67,12 @@ def blueprint_of_model(model: Any) -> Blueprint:
 STORED_AS_USED = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "starcoder2"}
 )
-"""Values of `model_type` for which transformers neither renames nor rearranges weights on loading, so that the files of a base
-say all. A test checks each."""
+"""Values of `model_type` for which transformers neither renames nor rearranges weights on loading, so that names and
+shapes in the files are those in memory. A test checks each."""
 
 
 def blueprint_of_files(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Blueprint | None:
-    """From config.json and the headers of a model folder, without importing transformers. None if these do not suffice."""
+    """The blueprint from config.json and the shapes in a model folder, without transformers. None if these are not enough."""
     if config.get("model_type") not in STORED_AS_USED or not shapes:
         return None
     tied = {}

@@ -17,10 +17,10 @@ from jobs.consolidation.output_folder import Checksums
 from jobs.consolidation.plan import PlacedOutput, Plan, Task
 from jobs.tensor_io.dtypes import FP32, Bytes, Cast, Dtype, as_bytes, as_tensor, best_cast
 from jobs.tensor_io.layout import blocks
-from jobs.tensor_io.reader import CHUNK, Check, Files, Reader, write
+from jobs.tensor_io.reader import CHUNK, Check, OpenFiles, Reader, write
 
 if TYPE_CHECKING:
-    from jobs.consolidation.lora import Nf4
+    from jobs.consolidation.lora import Nf4Rounder
 
 EMPTY_CHECKSUM = xxhash.xxh3_64().hexdigest()
 """Checksum of a tensor without elements."""
@@ -36,7 +36,7 @@ class Worker:
     """The buffers of one thread, and how it carries out a task."""
 
     def __init__(
-        self, files: Files, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
+        self, files: OpenFiles, folder: Path, cast: Cast, moved: Callable[[int], None], stop: threading.Event
     ) -> None:
         self.files, self.folder, self.cast, self.moved, self.stop = files, folder, cast, moved, stop
         self.reader = Reader(files, drop_cache=True)
@@ -64,13 +64,13 @@ class Worker:
             raise FingerprintMismatch(task.name)
         return checksums
 
-    def _nf4_scales(self, task: Task) -> "Nf4 | None":
+    def _nf4_scales(self, task: Task) -> "Nf4Rounder | None":
         """Reads a weight that training had in NF4 a first time: its scales depend on all elements."""
         if task.nf4_compute is None:
             return None
-        from jobs.consolidation.lora import Nf4
+        from jobs.consolidation.lora import Nf4Rounder
 
-        nf4, numel = Nf4(task.nf4_compute.torch), task.stored.numel
+        nf4, numel = Nf4Rounder(task.nf4_compute.torch), task.stored.numel
         self.reader.drop_cache = False  # it is read a second time at once
         for start, stop in blocks(0, numel, 1, CHUNK // 4):
             block = self._buffer(SOURCE, stop - start, task.stored.dtype)
@@ -81,7 +81,7 @@ class Worker:
         return nf4
 
     def _move(
-        self, task: Task, begin: int, end: int, placed: PlacedOutput | None, fingerprint: Any, nf4: "Nf4 | None"
+        self, task: Task, begin: int, end: int, placed: PlacedOutput | None, fingerprint: Any, nf4: "Nf4Rounder | None"
     ) -> str:
         """Read the elements `begin` to `end`, add them to the fingerprint, write them as an output; returns the output's XXH3."""
         stored, checksum = task.stored, xxhash.xxh3_64()
@@ -103,7 +103,7 @@ class Worker:
             self.moved((stop - start) * stored.dtype.itemsize)
         return str(checksum.hexdigest())
 
-    def _output_bytes(self, task: Task, block: Bytes, start: int, dtype: Dtype, nf4: "Nf4 | None") -> Bytes:
+    def _output_bytes(self, task: Task, block: Bytes, start: int, dtype: Dtype, nf4: "Nf4Rounder | None") -> Bytes:
         """The bytes of a block as they are written."""
         count = block.size // task.stored.dtype.itemsize
         if task.update is not None or nf4 is not None:
@@ -141,7 +141,7 @@ class FileProgress:
     def _files(self, task: Task) -> set[str]:
         return {item.file for item in task.placed} & self.checksums.keys()
 
-    def task_done(self, task: Task, checksums: dict[str, str], files: Files) -> None:
+    def task_done(self, task: Task, checksums: dict[str, str], files: OpenFiles) -> None:
         """Call it only once the fingerprint of the task is compared: a recorded file is not written again."""
         for file in self._files(task):
             with self.lock:
@@ -185,16 +185,16 @@ def run_tasks(
 
     The first error stops all workers and is raised: FingerprintMismatch, RunError or OSError.
     """
-    files, stop, own = Files(check), threading.Event(), threading.local()
+    files, stop, of_thread = OpenFiles(check), threading.Event(), threading.local()
     progress = FileProgress(plan, folder, skip, finished)
     casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
 
     def run_task(task: Task) -> None:
-        if not hasattr(own, "worker"):
-            own.worker = Worker(files, folder, cast, moved, stop)
+        if not hasattr(of_thread, "worker"):
+            of_thread.worker = Worker(files, folder, cast, moved, stop)
         try:
-            checksums = own.worker.run(task, skip)
+            checksums = of_thread.worker.run(task, skip)
             if not stop.is_set():
                 progress.task_done(task, checksums, files)
         except BaseException:
@@ -215,7 +215,7 @@ def run_tasks(
         files.close()
 
 
-def apply_update(task: Task, block: Bytes, start: int, nf4: "Nf4 | None", output: Bytes) -> Bytes:
+def apply_update(task: Task, block: Bytes, start: int, nf4: "Nf4Rounder | None", output: Bytes) -> Bytes:
     """Elements of a source from `start` on, rounded to NF4 if training had them so, plus the adapter; in `dtype_before_cast`.
 
     `output` has four bytes per element.

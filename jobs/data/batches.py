@@ -14,7 +14,7 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs.data import token_dataset
 from jobs.data.packing import Packs, attention_cost, pack
-from jobs.data.sampler import Kind, Order
+from jobs.data.sampler import OrderKind, RowSampler
 from jobs.data.token_dataset import TokenDataset
 
 IGNORED = -100
@@ -31,7 +31,7 @@ class Rows:
     packs: Packs
     lengths: NDArray[np.int64]
     """Tokens of each row: shape (rows,)."""
-    counts: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
     """Trained labels of each row: shape (rows,)."""
 
     def __len__(self) -> int:
@@ -72,17 +72,17 @@ def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int |
     else:
         packs = pack(lengths, pack_into)
     row_lengths = packs.sums(lengths).astype(np.int64)
-    row_labels = packs.sums(samples.labels[chosen]).astype(np.int64)
+    row_labels = packs.sums(samples.label_counts[chosen]).astype(np.int64)
     return Rows(samples, chosen, packs, row_lengths, row_labels)
 
 
-def training_order(rows: Rows, config: Config, hidden_factor: float) -> Order:
+def training_order(rows: Rows, config: Config, hidden_factor: float) -> RowSampler:
     """The order of rows that data.order asks for. It depends on rows, seed and global batch, never on the ranks."""
     name = config.data.order.name
     if name == "auto":
         name = "balanced" if config.data.packing else "random"
-    kind = cast(Kind, name)  # Order checks it
-    return Order(rows.costs(hidden_factor), config.train.global_batch, config.data.seed, kind)
+    kind = cast(OrderKind, name)  # RowSampler checks it
+    return RowSampler(rows.costs(hidden_factor), config.train.global_batch, config.data.seed, kind)
 
 
 @dataclass
@@ -118,14 +118,14 @@ def collate(
     *,
     multiple: int = 8,
     device: torch.device | str = "cpu",
-    share: tuple[int, int] = (0, 1),
+    context_part: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Pad these rows on the right with token `pad` and make them a Batch on `device`.
 
     The length is that of the longest row, rounded up to `multiple` (times the number of context-parallel ranks).
-    `share` is (index, count) of the context-parallel part: each rank gets an equal, contiguous part of every row.
+    `context_part` is (index, count) of the context-parallel part: each rank gets an equal, contiguous part of every row.
     """
-    index, count = share
+    index, count = context_part
     multiple *= count
     length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
     ids, labels, positions = _padded(rows, chosen, pad, length)

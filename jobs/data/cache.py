@@ -250,6 +250,7 @@ class _PartWriter:
         self.size = self.rows = self.new_tokens = 0
 
     def add(self, block: Block, tokenized: TokenizedBlock) -> None:
+        """Add a block and its tokens. Writes a part once PART_TOKENS are pending."""
         progress = self.progress
         if block.location not in progress.places[-1:]:
             progress.places.append(block.location)

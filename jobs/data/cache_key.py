@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from conf.files import read_json, write_json
 from conf.schema import Data, DataSet
 from jobs.data import sources
-from jobs.data.file_readers import CHUNK, ROWS
+from jobs.data.file_readers import BLOCK_ROWS, CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def compute_key(dataset: DataSet, data: Data, tokenizer: PreTrainedTokenizerBase
     """20 hexadecimal digits: a hash of the rows' bytes, the tokenizer, its chat template, and the settings that decide a sample."""
     settings = {name: getattr(data, name) for name in ("mask", "max_length", "overlong", "max_rows")}
     inputs = {
-        "format": [FORMAT, CHUNK, ROWS],
+        "format": [FORMAT, CHUNK, BLOCK_ROWS],
         "rows": _hash_rows(dataset.path, cache),
         "part": dataset.split,
         "shape": [format_name, dataset.fields, dataset.roles],

@@ -14,11 +14,11 @@ from conf.errors import DataError, Problem
 
 CHUNK = 2**20
 """How much is read at a time: characters of a JSON array, or bytes of a file of lines."""
-LONGEST = 2**28
+MAX_ROW_LENGTH = 2**28
 """Most characters or bytes of one row. Without this limit, a file without line ends would fill the memory."""
-ROWS = 256
+BLOCK_ROWS = 256
 """Rows in a block of a file that is not read by lines."""
-NEAR = 64
+NEAR_END = 64
 """A JSON error this close (in characters) to the end of the text read so far may come from a value cut in two (`tru`, `1e`,
 `\\u12`): the reader then reads on and tries again."""
 WHITESPACE = re.compile(r"[ \t\r\n]*")
@@ -62,7 +62,7 @@ class _JsonReader:
             except ValueError as error:  # Python limits the digits of a number
                 raise self.error(str(error)) from error
             else:
-                if len(self._text) - end < NEAR and self._read_more():
+                if len(self._text) - end < NEAR_END and self._read_more():
                     continue  # a number may have more digits in the next chunk
                 self._advance(end)
                 return row
@@ -74,17 +74,17 @@ class _JsonReader:
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether the error may only mean that the rest of the value is not read yet."""
-        return error.msg.startswith("Unterminated string") or len(self._text[error.pos :].strip()) <= NEAR
+        return error.msg.startswith("Unterminated string") or len(self._text[error.pos :].strip()) <= NEAR_END
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._position, end)
         self._position = end
 
     def _read_more(self) -> bool:
-        """Read another chunk. False at the end of the file, and if the current row is longer than LONGEST."""
+        """Read another chunk. False at the end of the file, and if the current row is longer than MAX_ROW_LENGTH."""
         rest = len(self._text) - self._position
         # at least as much as is left: a long row is then decoded again only after its text has doubled
-        chunk = self._source.read(max(CHUNK, rest)) if rest < LONGEST else ""
+        chunk = self._source.read(max(CHUNK, rest)) if rest < MAX_ROW_LENGTH else ""
         if chunk:
             self._text, self._position = self._text[self._position :] + chunk, 0
         return bool(chunk)
@@ -130,7 +130,7 @@ def _array_items(reader: _JsonReader) -> Iterator[tuple[int, Any]]:
 
 def _csv(opened: BinaryIO, file: Path, dialect: str) -> Iterator[tuple[int, Any]]:
     """The rows of a CSV file whose first record is the header."""
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(MAX_ROW_LENGTH)
     with _as_text(opened) as lines:
         records = _csv_records(csv.reader(lines, dialect, strict=True), file)
         _, header = next(records, (1, []))
@@ -158,7 +158,7 @@ def _parquet(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
 
     def batches() -> Any:
         # Without these two options memory grows with the row group, which may be the whole file.
-        return parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20).iter_batches(batch_size=ROWS)
+        return parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20).iter_batches(batch_size=BLOCK_ROWS)
 
     yield from _arrow_rows(file, batches)
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from jobs.data.column_mapping import Names, Row, map_columns
-from jobs.tokenization.conversation import Empty, Sample, Turn, content_text, parse_tools, parse_turn
+from jobs.tokenization.conversation import EmptyText, Sample, Turn, content_text, parse_tools, parse_turn
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 MEDIA = ("images", "image", "videos", "audios")
 PREFERENCE = ("chosen", "rejected", "kto_tag")
-HIGHEST = 2**31 - 1
+MAX_TOKEN_ID = 2**31 - 1
 """Highest token id that an int32 can store. The gate `vocabulary` checks ids against the tokenizer."""
 
 
@@ -76,10 +76,10 @@ def _texts(sample: Sample) -> Iterator[str]:
     yield from (text for text, _ in sample.parts)
     if sample.tools:
         yield _to_json(sample.tools)
-    for each in sample.turns:
-        yield each.content
-        more = (each.tool_calls, each.reasoning_content, each.name, each.tool_call_id)
-        yield from (value if isinstance(value, str) else _to_json(value) for value in more if value)
+    for turn in sample.turns:
+        yield turn.content
+        other_fields = (turn.tool_calls, turn.reasoning_content, turn.name, turn.tool_call_id)
+        yield from (value if isinstance(value, str) else _to_json(value) for value in other_fields if value)
 
 
 def _to_json(value: object) -> str:
@@ -147,9 +147,9 @@ def _short(value: object) -> str:
 
 def _text_of(row: Row, names: Sequence[str], format: str) -> str:
     column = _required(row, names, format)
-    text: str = content_text(row[column], column)
+    text = content_text(row[column], column)
     if not text.strip():
-        raise Empty(f"{column} is empty, so there is nothing to train on: drop the row")
+        raise EmptyText(f"{column} is empty, so there is nothing to train on: drop the row")
     return text
 
 
@@ -159,7 +159,7 @@ def _alpaca(row: Row, fields: Names, roles: Names) -> Sample:
     question = "\n".join(text for name in columns if name and (text := content_text(row[name], name)))
     if not question.strip():
         _required(row, INSTRUCTION, "alpaca")
-        raise Empty("instruction and input are both empty, so there is no question: drop the row")
+        raise EmptyText("instruction and input are both empty, so there is no question: drop the row")
     turns = []
     for number, pair in enumerate(_list(row, "history", "pairs of texts")):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
@@ -182,7 +182,7 @@ def _turns(raw: object, column: str, fields: Names, roles: Names) -> list[Turn]:
 
 def _chat(row: Row, turns: list[Turn]) -> Sample:
     """A chat of these turns, with the row's system prompt and tools. A system turn in the chat wins over the system column."""
-    if not any(each.role == "assistant" for each in turns):
+    if not any(turn.role == "assistant" for turn in turns):
         raise ValueError(
             "no turn is the assistant's, so there is nothing to train on: drop the row, or map its roles with data.roles"
         )
@@ -196,12 +196,12 @@ def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
     """Only the completion is trained. Two strings are joined as plain text; if either side is a list of messages, it is a chat."""
     prompt, completion = (row[_required(row, (name,), "prompt_completion")] for name in ("prompt", "completion"))
     if isinstance(completion, str) and not completion.strip():
-        raise Empty("completion is empty, so there is nothing to train on: drop the row")
+        raise EmptyText("completion is empty, so there is nothing to train on: drop the row")
     if isinstance(prompt, str) and isinstance(completion, str):
         return Sample(parts=((prompt, False), (completion, True)))
     turns = [Turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", fields, roles)
     # answers in the prompt are not trained, unless they are marked with `train`
-    turns = [replace(each, train=bool(each.train)) if each.role == "assistant" else each for each in turns]
+    turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
     if isinstance(completion, str):
         return _chat(row, [*turns, Turn("assistant", completion)])
     return _chat(row, turns + _turns(completion, "completion", fields, roles))
@@ -219,10 +219,10 @@ def _text(row: Row, fields: Names, roles: Names) -> Sample:
     return Sample(parts=((_text_of(row, ("text",), "text"), True),))
 
 
-def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
+def _tokenized(row: Row, fields: Names, roles: Names) -> Sample:
     """Rows that are tokens already. Padding (attention_mask 0) is removed. Without labels, every token is trained."""
     ids = _list(row, _required(row, ("input_ids",), "tokenised"), "token ids")
-    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > HIGHEST), None)
+    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID), None)
     if bad is not None:
         raise ValueError(f"input_ids[{bad}] is {_short(ids[bad])}, not a token id: give integers, or drop the row")
     labels = ids if row.get("labels") is None else _list(row, "labels", "token ids and -100")
@@ -232,14 +232,14 @@ def _tokenised(row: Row, fields: Names, roles: Names) -> Sample:
             f"input_ids has {len(ids)} tokens, labels {len(labels)}, attention_mask {len(mask)}: "
             "all must have the same length"
         )
-    kept = [(token, label) for token, label, real in zip(ids, labels, mask, strict=True) if real]
+    kept = [(token, label) for token, label, is_token in zip(ids, labels, mask, strict=True) if is_token]
     if mismatch := next((pair for pair in kept if pair[1] not in (-100, pair[0])), None):
         raise ValueError(
             f"a label is {_short(mismatch[1])} where the token is {mismatch[0]}: "
             "a label must be the token itself or -100; do not shift the labels"
         )
     if not kept:
-        raise Empty("input_ids is empty: drop the row")
+        raise EmptyText("input_ids is empty: drop the row")
     return Sample(ids=tuple(token for token, _ in kept), labels=tuple(label for _, label in kept))
 
 
@@ -250,6 +250,6 @@ CONVERTERS: dict[str, Callable[[Row, Names, Names], Sample]] = {
     "prompt_completion": _prompt_completion,
     "segments": _segments,
     "text": _text,
-    "tokenised": _tokenised,
+    "tokenised": _tokenized,
 }
 """The function of each format. sharegpt and messages differ only in the keys of a message, and one function reads both."""

@@ -1,7 +1,7 @@
 """Packs samples into rows of at most a fixed number of tokens, and computes the training cost of a row.
 
 Packing only computes indices; tokens stay where preprocess wrote them. Packed rows have equal tokens and memory, but not
-equal time: attention costs the square of each sample's length. `sampler.Order` puts rows of similar cost into one step.
+equal time: attention costs the square of each sample's length. `sampler.RowSampler` puts rows of similar cost into one step.
 """
 
 from bisect import bisect_left, insort
@@ -39,7 +39,7 @@ def pack(lengths: NDArray[np.int64], capacity: int, seed: int | None = None) -> 
     `lengths` are tokens, shape (samples,); a row holds at most `capacity` tokens. Best fit decreasing needs at most 11/9
     of the fewest possible rows, plus a constant (Johnson et al. 1974, doi:10.1137/0203025). The same arguments give the
     same rows. A `seed` shuffles samples of equal length: the number of rows stays, but samples get other neighbors.
-    Rows come out nearly sorted by length; `sampler.Order` shuffles them.
+    Rows come out nearly sorted by length; `sampler.RowSampler` shuffles them.
 
     Raises ValueError naming the first sample that is shorter than one token or longer than a row.
     """
@@ -74,15 +74,15 @@ def attention_cost(lengths: NDArray[np.int64], hidden_factor: float) -> NDArray[
 def hidden_factor(model_config: Any) -> float:
     """The factor for `attention_cost` from a Hugging Face config: linear weights of a block divided by its attention width.
 
-    Of a mixture of experts, only the experts that a token passes count. The result depends only on the model's shape, so
+    For a mixture of experts, only the experts that a token passes count. The result depends only on the model's shape, so
     that a resumed run has the same order of rows.
     """
-    text = model_config.get_text_config()
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-    width = heads * int(getattr(text, "head_dim", None) or hidden // heads)
-    key_value_width = width * int(getattr(text, "num_key_value_heads", None) or heads) // heads
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    inner *= int(getattr(text, "num_experts_per_tok", None) or 1)
+    text_config = model_config.get_text_config()
+    hidden, heads = int(text_config.hidden_size), int(text_config.num_attention_heads)
+    width = heads * int(getattr(text_config, "head_dim", None) or hidden // heads)
+    key_value_width = width * int(getattr(text_config, "num_key_value_heads", None) or heads) // heads
+    inner = int(getattr(text_config, "intermediate_size", None) or 4 * hidden)
+    inner *= int(getattr(text_config, "num_experts_per_tok", None) or 1)
     return hidden * (2 * width + 2 * key_value_width + 3 * inner) / width
 
 
@@ -111,12 +111,15 @@ def _argsort(keys: NDArray[np.int64], seed: int | None = None) -> NDArray[np.int
 
 
 class _Move(NamedTuple):
-    """Puts `each` samples of one length into each of `rows` rows that have `room` tokens left; `after` tokens remain."""
+    """Puts `samples_per_row` samples of one length into each of `rows` rows.
+
+    These rows have room for `room` tokens before, and for `room_after` tokens afterwards.
+    """
 
     room: int
-    after: int
+    room_after: int
     rows: int
-    each: int
+    samples_per_row: int
 
 
 def _moves(counts: NDArray[np.int64], capacity: int) -> list[_Move]:
@@ -134,20 +137,20 @@ def _moves(counts: NDArray[np.int64], capacity: int) -> list[_Move]:
         while left:
             best = bisect_left(rooms, length)
             room = rooms[best] if best < len(rooms) else capacity  # no row fits: open new ones
-            each = min(left, room // length)
-            rows = left // each
+            samples_per_row = min(left, room // length)
+            rows = left // samples_per_row
             if best < len(rooms):
                 rows = min(rows, rows_with_room[room])
                 rows_with_room[room] -= rows
                 if not rows_with_room[room]:
                     del rooms[best]
-            after = room - each * length
-            if after:
-                if not rows_with_room[after]:
-                    insort(rooms, after)
-                rows_with_room[after] += rows
-            left -= rows * each
-            moves.append(_Move(room, after, rows, each))
+            room_after = room - samples_per_row * length
+            if room_after:
+                if not rows_with_room[room_after]:
+                    insort(rooms, room_after)
+                rows_with_room[room_after] += rows
+            left -= rows * samples_per_row
+            moves.append(_Move(room, room_after, rows, samples_per_row))
     return moves
 
 
@@ -159,8 +162,8 @@ def _rows_of(moves: list[_Move], capacity: int, samples: int) -> NDArray[np.int6
     numbered in the order in which they are opened.
     """
     sizes = np.zeros(capacity + 1, dtype=np.int64)  # how many rows ever enter each queue
-    for room, after, rows, _ in moves:
-        sizes[after] += rows
+    for room, room_after, rows, _ in moves:
+        sizes[room_after] += rows
         if room == capacity:
             sizes[capacity] += rows
     ends = np.cumsum(sizes)
@@ -169,11 +172,13 @@ def _rows_of(moves: list[_Move], capacity: int, samples: int) -> NDArray[np.int6
     queues[head[capacity] :] = np.arange(sizes[capacity])
     row_of = np.empty(samples, dtype=np.int64)
     done = 0
-    for room, after, rows, each in moves:
+    for room, room_after, rows, samples_per_row in moves:
         taken = queues[head[room] : head[room] + rows]
         head[room] += rows
-        queues[tail[after] : tail[after] + rows] = taken
-        tail[after] += rows
-        row_of[done : done + rows * each] = taken if each == 1 else np.repeat(taken, each)
-        done += rows * each
+        queues[tail[room_after] : tail[room_after] + rows] = taken
+        tail[room_after] += rows
+        row_of[done : done + rows * samples_per_row] = (
+            taken if samples_per_row == 1 else np.repeat(taken, samples_per_row)
+        )
+        done += rows * samples_per_row
     return row_of

@@ -8,9 +8,9 @@ from typing import Any
 from conf.errors import Problem
 from conf.schema import Gates
 from jobs.data.file_readers import Unreadable
-from jobs.tokenization.conversation import Empty, Sample, UnknownRole
+from jobs.tokenization.conversation import EmptyText, Sample, UnknownRole
 
-LISTED = 10
+MAX_LISTED = 10
 """Rows of each gate that a message lists with their location; all rows are counted."""
 DETAIL_LENGTH = 300
 """Most characters of the detail of one listed row."""
@@ -54,13 +54,14 @@ class Findings:
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """The first LISTED rows of each gate as (location, detail)."""
+    """The first MAX_LISTED rows of each gate as (location, detail)."""
     checked: dict[str, int] = field(default_factory=dict)
     """How many rows a gate checked, for gates that do not check all rows."""
 
     def add(self, gate: str, location: str, detail: str = "") -> None:
+        """Count one row."""
         self.counts[gate] = self.counts.get(gate, 0) + 1
-        if len(listed := self.first.setdefault(gate, [])) < LISTED:
+        if len(listed := self.first.setdefault(gate, [])) < MAX_LISTED:
             listed.append((location, detail))
 
     def add_many(self, gate: str, locations: Iterable[str], count: int, *, checked: int | None = None) -> None:
@@ -70,10 +71,11 @@ class Findings:
             self.merge(Findings({gate: count}, {gate: [(location, "") for location in locations]}, checked_rows))
 
     def merge(self, other: "Findings") -> None:
+        """Add the counts and examples of `other` to these."""
         for gate, count in other.counts.items():
             self.counts[gate] = self.counts.get(gate, 0) + count
             listed = self.first.setdefault(gate, [])
-            listed += [(location, detail) for location, detail in other.first.get(gate, [])[: LISTED - len(listed)]]
+            listed += [(location, detail) for location, detail in other.first.get(gate, [])[: MAX_LISTED - len(listed)]]
         self.checked |= other.checked
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class Verdict:
 
     @property
     def key(self) -> str:
+        """The config key of the gate's limit."""
         return f"data.gates.{self.gate}"
 
     @property
@@ -136,7 +139,7 @@ class Verdict:
 
 def gate_of(error: ValueError) -> str:
     """The gate that counts a row which could not be read, converted or rendered."""
-    gates = {Unreadable: "unreadable", UnknownRole: "roles", Empty: "empty"}
+    gates = {Unreadable: "unreadable", UnknownRole: "roles", EmptyText: "empty"}
     return next((gate for kind, gate in gates.items() if isinstance(error, kind)), "unusable")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from conf.columns import SPLIT
-from conf.errors import DataError, Problem
-from jobs.data.file_readers import CHUNK, LONGEST, READERS, ROWS, Unreadable
+from conf.errors import DataError, Problem, first_line
+from jobs.data.file_readers import BLOCK_ROWS, CHUNK, MAX_ROW_LENGTH, READERS, Unreadable
 
 Row = dict[str, Any]
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -134,7 +134,7 @@ def _slice_rows(blocks: Iterator[Block], start: int, stop: int) -> Iterator[Bloc
     """Rows [start, stop), in blocks of parsed rows: how many rows a block of lines has is only known once it is parsed."""
     numbered = ((block, item) for block in blocks for item in block.parsed())
     kept = islice(numbered, start, stop)
-    while part := list(islice(kept, ROWS)):
+    while part := list(islice(kept, BLOCK_ROWS)):
         for location in dict.fromkeys(block.location for block, _ in part):
             rows = tuple(item for block, item in part if block.location == location)
             yield Block(location, part[-1][0].read, rows=rows)
@@ -210,7 +210,7 @@ def _read_parts(
         yield from ((first, lines, ()) for first, lines in _read_lines(opened, file))
         return
     rows = iter(READERS[".json" if array else ending](opened, file))
-    while part := tuple(islice(rows, ROWS)):
+    while part := tuple(islice(rows, BLOCK_ROWS)):
         yield 0, None, part
 
 
@@ -240,8 +240,10 @@ def _read_lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
             first += rest.getvalue().count(b"\n") + 1
             rest = io.BytesIO()
         rest.write(after)
-        if rest.tell() > LONGEST:
-            raise DataError(Problem("data.path", f"{file}:{first}", f"has no end of line within {LONGEST >> 20} MiB"))
+        if rest.tell() > MAX_ROW_LENGTH:
+            raise DataError(
+                Problem("data.path", f"{file}:{first}", f"has no end of line within {MAX_ROW_LENGTH >> 20} MiB")
+            )
     if rest.getvalue().strip():
         yield first, rest.getvalue()
 
@@ -249,11 +251,11 @@ def _read_lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
 def _hub_blocks(path: str) -> Iterator[Block]:
     rows, last = enumerate(load_hub_dataset(path), 1), 0
     try:
-        while part := tuple((number, dict(row)) for number, row in islice(rows, ROWS)):
+        while part := tuple((number, dict(row)) for number, row in islice(rows, BLOCK_ROWS)):
             last = part[-1][0]
             yield Block(f"{path} row ", last, rows=part)
     except Exception as error:  # anything that `datasets` raises: a damaged or missing cache file, a full disk
-        raise DataError(Problem("data.path", path, f"cannot be read after row {last}: {_reason(error)}")) from error
+        raise DataError(Problem("data.path", path, f"cannot be read after row {last}: {first_line(error)}")) from error
 
 
 def load_hub_dataset(path: str) -> Any:
@@ -269,10 +271,5 @@ def load_hub_dataset(path: str) -> Any:
         return load_dataset(name, split=split or "train")
     except Exception as error:  # anything that the Hub's client raises: no network, no such set, a gated set
         offline = " (HF_HUB_OFFLINE is set: fill HF_HOME on a machine with network)" if HF_HUB_OFFLINE else ""
-        message = f"no such file, and the Hub answers: {_reason(error)}{offline}"
+        message = f"no such file, and the Hub answers: {first_line(error)}{offline}"
         raise DataError(Problem("data.path", path, message)) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the error's message, or the error's class if the message is empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

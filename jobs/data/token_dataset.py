@@ -31,7 +31,7 @@ class TokenDataset:
     """Number of each part's first sample, and at the end the number of all samples: shape (parts + 1,)."""
     lengths: NDArray[np.int64]
     """Tokens of each sample: shape (samples,)."""
-    labels: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
     """Trained labels of each sample: shape (samples,). A first token is never a label, because nothing predicts it."""
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ def from_parts(parts: Sequence[Part], labels: Sequence[NDArray[np.int32]] | None
     """A dataset of these parts, in memory or memory-mapped. Without `labels`, the trained labels are counted here."""
     lengths = [np.diff(part.offsets).astype(np.int64) for part in parts]
     counts = [_count_labels(part) for part in parts] if labels is None else labels
-    first = np.concatenate([[0], np.cumsum([len(each) for each in lengths])]).astype(np.int64)
+    first = np.concatenate([[0], np.cumsum([len(part_lengths) for part_lengths in lengths])]).astype(np.int64)
     return TokenDataset(parts, first, _concatenate(lengths), _concatenate(counts))
 
 

@@ -149,7 +149,7 @@ class BlockTokenizer:
             return []
         findings.add("overlong", location, f"{len(ids)} tokens")
         if policy is Overlong.split:
-            return [(ids[at : at + size], trained[at : at + size]) for at in range(0, len(ids), size)]
+            return [(ids[start : start + size], trained[start : start + size]) for start in range(0, len(ids), size)]
         return [(ids[:size], trained[:size])] if policy is Overlong.truncate else []
 
 
@@ -185,7 +185,7 @@ def _hash(ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> int:
 
 
 _tokenizer: BlockTokenizer | None = None
-"""Of this worker process; see `start_worker`."""
+"""The tokenizer of this worker process. `start_worker` sets it."""
 
 
 def start_worker(settings: TokenizeSettings) -> None:

@@ -22,7 +22,7 @@ from jobs.tokenization import encoder
 
 log = logging.getLogger(__name__)
 
-COMPARED = 300
+COMPARED_ROWS = 300
 """Rows on which the fast paths of the encoder are compared with the slow path before they are used."""
 
 
@@ -48,7 +48,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     data = config.data
     folder = Path(data.cache) if data.cache else Path(config.run_dir).parent / ".data"
     read_blocks = partial(sources.read_blocks, dataset.path, dataset.split, data.max_rows)
-    first_rows = list(islice(_readable_rows(read_blocks()), COMPARED))
+    first_rows = list(islice(_readable_rows(read_blocks()), COMPARED_ROWS))
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", dataset.path, "has no rows"))
     format_name = _format_name(name, first_rows, dataset)
@@ -108,8 +108,8 @@ def _check_fast_encoder(settings: TokenizeSettings, rows: list[tuple[str, source
         except ValueError:
             continue  # the quality gates report such rows later
     difference = encoder.first_difference(settings.tokenizer, samples, mask=settings.mask.name)
-    ways = encoder.Encoder(settings.tokenizer, mask=settings.mask.name, fast=difference is None).description
-    log.info(f"encoder   {ways}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))
+    description = encoder.Encoder(settings.tokenizer, mask=settings.mask.name, fast=difference is None).description
+    log.info(f"encoder   {description}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))
     return replace(settings, fast=difference is None)
 
 

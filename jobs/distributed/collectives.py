@@ -27,9 +27,9 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return work()
-    box: list[Any] = [_result_or_user_error(work) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    value, error = box[0]
+    results: list[Any] = [_result_or_user_error(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(results)
+    value, error = results[0]
     return cast(T, _value_or_raise(value, error))
 
 
@@ -61,16 +61,16 @@ def gather(work: Callable[[], T]) -> list[T]:
         return [_value_or_raise(value, user_error)]
     # The number and the text: the error itself may hold objects that cannot be pickled
     sent = os_error and (os_error.errno or errno.EIO, f"rank {dist.get_rank()} on {socket.gethostname()}: {os_error}")
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, (value, user_error, sent))
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, (value, user_error, sent))
     if os_error:
         raise os_error
-    for _, error_of_rank, _ in box:
+    for _, error_of_rank, _ in results:
         _value_or_raise(None, error_of_rank)
-    for _, _, received in box:
+    for _, _, received in results:
         if received:
             raise OtherRankError(*received)
-    return [value for value, _, _ in box]
+    return [value for value, _, _ in results]
 
 
 def barrier() -> None:

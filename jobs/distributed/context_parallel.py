@@ -16,7 +16,7 @@ from jobs.distributed.process_group import World
 _group: dist.ProcessGroup | None = None
 
 
-def install(shape: PreTrainedConfig, world: World) -> None:
+def create_groups(model_config: PreTrainedConfig, world: World) -> None:
     """Create the process group of the ranks that share rows; attention uses it from now on.
 
     All ranks call this before the model is used, because creating a group is collective. Raises ConfigError if the model's heads
@@ -27,9 +27,9 @@ def install(shape: PreTrainedConfig, world: World) -> None:
     size = world.context_ranks
     if size == 1:
         return
-    text = shape.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    text_config = model_config.get_text_config()
+    heads = text_config.num_attention_heads
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     if heads % size or (kv_heads % size and size % kv_heads):
         message = (
             f"cannot divide the model's {heads} query heads and {kv_heads} key heads: take a divisor of both numbers"
@@ -45,17 +45,18 @@ def install(shape: PreTrainedConfig, world: World) -> None:
                 _group = group
 
 
-def ranks() -> int:
+def group_size() -> int:
     """Number of ranks that share a row."""
     return 1 if _group is None else _group.size()
 
 
-def heads_of(tensor: torch.Tensor) -> torch.Tensor:
-    """(rows, heads, this rank's tokens, head size) -> (rows, this rank's heads, all tokens, head size).
+def shard_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """All-to-all before attention: exchange sharded tokens for sharded heads.
 
+    (rows, heads, this rank's tokens, head size) -> (rows, this rank's heads, all tokens, head size). Differentiable.
     If there are fewer heads than ranks (grouped keys), neighboring ranks get the same head.
     """
-    size = ranks()
+    size = group_size()
     if size == 1:
         return tensor
     if tensor.shape[1] < size:
@@ -64,9 +65,12 @@ def heads_of(tensor: torch.Tensor) -> torch.Tensor:
     return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def tokens_of(tensor: torch.Tensor) -> torch.Tensor:
-    """(rows, all tokens, this rank's heads, head size) -> (rows, this rank's tokens, heads, head size)."""
-    size = ranks()
+def shard_tokens(tensor: torch.Tensor) -> torch.Tensor:
+    """All-to-all after attention: exchange sharded heads for sharded tokens.
+
+    (rows, all tokens, this rank's heads, head size) -> (rows, this rank's tokens, heads, head size). Differentiable.
+    """
+    size = group_size()
     if size == 1:
         return tensor
     parts = _all_to_all(tensor.unflatten(1, (size, -1)).movedim(1, 0))  # (ranks, rows, tokens, heads, head size)

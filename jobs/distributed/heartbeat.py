@@ -1,7 +1,7 @@
 """Writes a rank's heartbeat at every step and phase. `launcher.supervise.watchdog`, another process, reads it to detect hangs.
 
 The training loop itself writes it: a thread would go on while the loop hangs. The file is on the node's local disk, so that a
-network file system that does not answer delays no step. Without `listen`, as under torchrun, nothing is written.
+network file system that does not answer delays no step. Without `start`, as under torchrun, nothing is written.
 """
 
 import faulthandler
@@ -17,7 +17,7 @@ from typing import Any
 BYTES = 256
 """Length of a heartbeat. It is always written with one call at offset 0, so that a reader hardly ever sees half of one."""
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-ASK = signal.SIGQUIT
+STACKS_SIGNAL = signal.SIGQUIT
 """The signal that makes a rank write its Python stacks, even while it is stuck in C code. Neither Slurm nor
 `jobs.distributed.stop_signals` uses it."""
 
@@ -26,14 +26,18 @@ _stacks: int | None = None
 _record: dict[str, Any] = {}
 
 
-def listen(folder: Path, rank: int, host: str = "") -> None:
-    """From now on write heartbeats to `folder`/rank-R.beat, and on ASK the stacks to rank-R.stack. Raises OSError."""
+def start(folder: Path, rank: int, host: str = "") -> None:
+    """Open this rank's heartbeat file, `folder`/rank-R.beat. From now on STACKS_SIGNAL writes the stacks to rank-R.stack.
+
+    Raises OSError if a file cannot be created.
+    """
     global _file, _stacks
     close()
     path = folder / f"rank-{rank}.beat"
     _stacks = os.open(path.with_suffix(".stack"), FLAGS, 0o600)
-    signal.signal(ASK, signal.SIG_IGN)  # `close` restores this: a rank must not die if ASK comes after it
-    faulthandler.register(ASK, _stacks, all_threads=True)
+    # `faulthandler.unregister` in `close` restores this handler: a signal that comes later must not end the rank
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, _stacks, all_threads=True)
     _record.update(rank=rank, host=host or socket.gethostname(), pid=os.getpid(), count=0, step=0, path=str(path))
     _file = os.open(path, FLAGS, 0o600)
     beat("start")
@@ -50,8 +54,11 @@ def beat(phase: str, step: int | None = None) -> None:
     _write()
 
 
-def alive() -> None:
-    """Refresh the time only, not the count. For work that each rank does alone, like reading its slices of the weights."""
+def refresh() -> None:
+    """Write the current time, and leave phase, step and count as they are.
+
+    For long work that each rank does alone, like reading its slices of the weights.
+    """
     if _file is not None:
         _write()
 
@@ -69,7 +76,7 @@ def close() -> None:
     global _file, _stacks
     if _file is None or _stacks is None:
         return
-    faulthandler.unregister(ASK)
+    faulthandler.unregister(STACKS_SIGNAL)
     os.close(_file)
     os.close(_stacks)
     _file = _stacks = None

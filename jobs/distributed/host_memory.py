@@ -9,8 +9,9 @@ def free_bytes() -> int:
     """Bytes this process may still allocate: the smallest of what the machine and each of its control groups (cgroup v2) allow."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     limits = [int(lines["MemAvailable"].split()[0]) * 1024]
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    cgroup = CGROUPS / own.lstrip("/")
+    lines_of_cgroup = Path("/proc/self/cgroup").read_text().splitlines()
+    cgroup_path = next((line[3:] for line in lines_of_cgroup if line.startswith("0::")), "/")
+    cgroup = CGROUPS / cgroup_path.lstrip("/")
     for group in (cgroup, *cgroup.parents):
         try:
             limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))

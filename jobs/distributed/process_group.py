@@ -1,4 +1,4 @@
-"""Creates the process group of a job from the rank variables (RANK, LOCAL_RANK, ...), and destroys it in the end."""
+"""Creates the process group of a job from the rank variables (RANK, LOCAL_RANK, ...), and destroys it at the end."""
 
 import logging
 import os
@@ -39,25 +39,26 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
-    def copies(self) -> int:
-        """Number of ranks that work on the same rows."""
+    def ranks_per_group(self) -> int:
+        """Number of ranks that work on the same rows: one group of context-parallel and tensor-parallel ranks."""
         return self.context_ranks * self.tensor_ranks
 
     @property
     def data_rank(self) -> int:
-        """Index of this rank's group, where all ranks of a group work on the same rows."""
-        return self.rank // self.copies
+        """Index of this rank's group: its rank for data parallelism."""
+        return self.rank // self.ranks_per_group
 
     @property
     def data_size(self) -> int:
-        """Number of such groups."""
-        return self.size // self.copies
+        """Number of groups: the world size for data parallelism."""
+        return self.size // self.ranks_per_group
 
     @property
-    def share(self) -> tuple[int, int]:
+    def context_part(self) -> tuple[int, int]:
         """(index, count): this rank has part `index` of `count` equal parts of every row's tokens."""
         return self.rank // self.tensor_ranks % self.context_ranks, self.context_ranks
 
@@ -130,14 +131,13 @@ def set_timeout(seconds: int) -> None:
 
     A collective that takes longer ends its rank.
     """
-    for group in list(
-        dist.distributed_c10d._world.pg_map
-    ):  # groups of a device mesh get torch's default of ten minutes
+    # all groups, because those of a device mesh get torch's default of ten minutes
+    for group in list(dist.distributed_c10d._world.pg_map):
         if "nccl" in dist.get_backend_config(group):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + MARGIN_S), group)
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum `value` over all ranks, in place; every rank gets the result."""
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum `value` over all ranks, in place, and return it. Collective: all ranks call this."""
     dist.all_reduce(value)
     return value

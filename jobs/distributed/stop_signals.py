@@ -15,10 +15,10 @@ from types import FrameType
 from conf.errors import Stopped
 from conf.schema import Config
 
-NUMBERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 """USR2: Slurm sends it before the time limit, as `--signal` requests. USR1: sent by hand. TERM: preemption and scancel."""
-RANKING = ("preempted", "time_limit", "stopped")
-"""If ranks got different requests, all of them record the one that comes last in this tuple."""
+PRIORITY = ("preempted", "time_limit", "stopped")
+"""Statuses from the lowest to the highest priority. If ranks got different requests, all of them record the highest one."""
 FILE_CHECK_S = 5.0
 """Seconds between checks for the stop file. On a network file system each check is a round trip."""
 EARLY_S = 65
@@ -28,7 +28,7 @@ Request = tuple[str, str]
 """(status of the verdict, its reason)"""
 
 
-class Stop:
+class StopFlag:
     """The flag of one rank. Training asks `requested()` at step boundaries, and then all ranks save together.
 
     Saving inside the signal handler would hang: the other ranks may be at another point of the step.
@@ -77,7 +77,7 @@ class Stop:
 
         requests: list[Request | None] = [None] * dist.get_world_size()
         dist.all_gather_object(requests, self.request if self.requested() else None)
-        return max((request for request in requests if request), key=lambda request: RANKING.index(request[0]))
+        return max((request for request in requests if request), key=lambda request: PRIORITY.index(request[0]))
 
     def raise_stopped(self, request: Request, step: int, steps: int) -> None:
         """Raise Stopped with the request that the ranks agreed on, after `step` of `steps` is saved."""
@@ -86,51 +86,52 @@ class Stop:
         raise Stopped(status, f"{reason}; {saved}")
 
 
-_listening: Stop | None = None
+_installed: StopFlag | None = None
 
 
-def listen() -> Stop:
+def install_handlers() -> StopFlag:
     """Install the signal handlers, and return the flag they set. Every call in a process returns the same flag."""
-    global _listening
-    if _listening is None:
+    global _installed
+    if _installed is None:
         stop_at = os.environ.get("MUSTER_STOP_AT")  # noqa: TID251 (before jobs.distributed.process_group, which imports torch)
-        _listening = Stop(float(stop_at) if stop_at else None)
-        for number in NUMBERS:
-            signal.signal(number, _listening.set)
-    return _listening
+        _installed = StopFlag(float(stop_at) if stop_at else None)
+        for number in SIGNALS:
+            signal.signal(number, _installed.set)
+    return _installed
 
 
 @contextmanager
-def watched(config: Config) -> Iterator[Stop]:
-    """The flag that training reads while the block runs. It reacts to signals (also to those since `listen`), to the clock and
-    to the file RUN/jobs/train/stop. Afterwards the earlier signal handlers are restored.
+def watch(config: Config) -> Iterator[StopFlag]:
+    """Yield the flag that training reads inside this context, and restore the earlier signal handlers afterwards.
+
+    The flag is set by a signal (also by one since `install_handlers`), by the clock, or by the file RUN/jobs/train/stop.
     """
-    global _listening
-    before = {number: signal.getsignal(number) for number in NUMBERS}
-    stop = listen()
+    global _installed
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop = install_handlers()
     rank = os.environ.get("RANK", "0")  # noqa: TID251 (same reason)
     stop.file = Path(config.run_dir) / "jobs" / "train" / "stop" if rank == "0" else None
     try:
         yield stop
     finally:
-        _listening = None
+        _installed = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def leave_at_once(say: Callable[[str, str], None]) -> None:
-    """For jobs that have nothing to save: a signal calls `say(status, reason)` and ends the process with exit code 3."""
-    stop, owner = listen(), os.getpid()
+def exit_on_signal(record: Callable[[str, str], None]) -> None:
+    """For jobs that have nothing to save: a signal calls `record(status, reason)` and ends the process with exit code 3."""
+    stop, owner = install_handlers(), os.getpid()
 
     def leave(number: int, _: FrameType | None = None) -> None:
         stop.set(number)
         # The worker processes of a pool get the signal too, but only the job itself writes a verdict
         if os.getpid() == owner and stop.requested() and stop.request:
-            say(*stop.request)
+            record(*stop.request)
             sys.stdout.flush()
         os._exit(3)
 
     if stop.requested():  # a signal came before this call
         leave(signal.SIGTERM)
-    for number in NUMBERS:
+    for number in SIGNALS:
         signal.signal(number, leave)

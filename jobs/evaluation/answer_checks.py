@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from jobs.tokenization import chat_template
+from jobs.tokenization.tokenizer import special_token_ids
 
 FAULTS = {
     "empty": "are empty",
@@ -34,16 +35,15 @@ class SpecialTokens:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """The special tokens of a tokenizer and the turn markers of its chat template."""
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     return SpecialTokens(
-        ids=frozenset(added | set(tokenizer.all_special_ids)),
+        ids=special_token_ids(tokenizer),
         end_ids=chat_template.end_token_ids(tokenizer),
         markers=tuple(sorted(set(MARKERS.findall(template)))),
     )
 
 
-def faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
+def find_faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
     """Names of the FAULTS that an answer has.
 
     ids: its tokens, including the end token if there is one. text: its text without special tokens.
@@ -80,6 +80,6 @@ def ends_in_loop(ids: Sequence[int]) -> bool:
         if length > len(ids):
             return False
         tail = ids[len(ids) - length :]
-        if all(tail[at] == tail[at - period] for at in range(period, length)):
+        if all(tail[index] == tail[index - period] for index in range(period, length)):
             return True
     return False

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
+from jobs.tokenization.tokenizer import revision
 
 
 def load(config: Config) -> Any:
@@ -37,8 +38,7 @@ def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_m
         return model.eval()
     from peft import PeftModel
 
-    revision = config.model.revision or "main"
-    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision, **options)
+    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision(config), **options)
     model = PeftModel.from_pretrained(base, folder)
     return model.eval()
 

@@ -43,7 +43,9 @@ def record(folder: Path, model: nn.Module, rows: batches.Rows, pad: int, world: 
     tokens = int(rows.lengths[row])
     ids = batches.collate(rows, np.array([row]), pad).input_ids[0, :tokens]
     model.eval()
-    logits = loss.logits(model, batches.collate(rows, np.array([row]), pad, device=world.device, share=world.share))
+    logits = loss.logits(
+        model, batches.collate(rows, np.array([row]), pad, device=world.device, context_part=world.context_part)
+    )
     model.train()
     if isinstance(logits, DTensor):
         logits = logits.full_tensor()
@@ -75,15 +77,15 @@ def compare(config: Config, checkpoint: Path, folder: Path) -> None:
     model: Any = load_model.load_folder(folder, config, dtype)
     tolerance = max(TOLERANCE[dtype], TOLERANCE.get(getattr(torch, written_dtype), 0.0))
     logits = model(input_ids=recorded["ids"][None].to(model.device), use_cache=False).logits
-    off = difference(logits[0, recorded["places"]].float().cpu(), recorded["logits"])
-    if not off <= tolerance:  # written so that NaN is refused too
+    largest = difference(logits[0, recorded["places"]].float().cpu(), recorded["logits"])
+    if not largest <= tolerance:  # written so that NaN is refused too
         message = (
-            f"logits differ by {off:.2g} of their spread from those in training, but rounding explains only {tolerance:g}: "
+            f"logits differ by {largest:.2g} of their spread from those in training, but rounding explains only {tolerance:g}: "
             "this is not the model that was trained, so it is not published"
         )
         raise RunError(Problem("model", folder, message))
     log.info(
-        f"verified  logits at {len(recorded['places'])} positions differ by {off:.2g} of their spread ({tolerance:g} allowed)"
+        f"verified  logits at {len(recorded['places'])} positions differ by {largest:.2g} of their spread ({tolerance:g} allowed)"
     )
 
 

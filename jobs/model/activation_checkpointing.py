@@ -27,10 +27,10 @@ SAVED_OPS = {
 Forward = Callable[..., Any]
 
 
-def recomputed_in_backward(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
-    """Return `forward` under activation checkpointing; `options` go to torch.utils.checkpoint.
+def with_activation_checkpointing(block: nn.Module, forward: Forward, offload: bool = False, **options: Any) -> Forward:
+    """Return a forward that calls `forward` under torch.utils.checkpoint, with these `options`.
 
-    `offload` keeps the inputs of the block in host memory until backward. Without gradients, the plain `forward` runs.
+    `offload` keeps the inputs of the block in host memory until backward. Without gradients, `forward` is called directly.
     """
     # Saving and restoring the random state takes time, so it is done only for blocks that use dropout.
     random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(
@@ -62,7 +62,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call, unused-ignore]
+    contexts = create_selective_checkpoint_contexts(policy)
     return contexts
 
 
@@ -70,7 +70,7 @@ def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextMa
 def _saved_tensors_on_host() -> Iterator[None]:
     """Move tensors that autograd saves inside this context to pinned host memory. On CPUs they stay where they are.
 
-    The copy runs on its own stream, beside the computation. torch's `save_on_cpu` makes the host wait for every copy.
+    The copy runs on its own stream, in parallel with the computation. torch's `save_on_cpu` makes the host wait for every copy.
     """
     with saved_tensors_hooks(_copy_to_host, _copy_to_device):
         yield
@@ -102,5 +102,5 @@ COPY_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in COPY_STREAMS:
-        COPY_STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        COPY_STREAMS[device] = torch.cuda.Stream(device)
     return COPY_STREAMS[device]

@@ -31,7 +31,7 @@ PACKAGES = {  # model.attention -> the Python module it needs
 }
 
 
-def select(config: Config, shape: PreTrainedConfig) -> str:
+def select(config: Config, model_config: PreTrainedConfig) -> str:
     """Return transformers' name of the attention implementation for this model, and log the choice once with its reason.
 
     Raises ConfigError if the config names an implementation that the model or this machine cannot run.
@@ -43,30 +43,34 @@ def select(config: Config, shape: PreTrainedConfig) -> str:
     if choice is Attention.auto and config.parallel.context_ranks > 1:
         choice = Attention.varlen if config.data.packing else Attention.cudnn
         reason = "context parallelism exchanges heads between the ranks that share a row"
-        if feature := _unsupported_feature(shape):
+        if feature := _unsupported_feature(model_config):
             message = (
                 f"does not work with this model: its attention has {feature}. "
                 "Set parallel.context_ranks=1, and use more parallel.tensor_ranks or more nodes"
             )
             raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, message))
     elif choice is Attention.auto:
-        choice, reason = best(config, shape, torch.cuda.get_device_capability() if on_gpu else None)
+        choice, reason = best_implementation(
+            config, model_config, torch.cuda.get_device_capability() if on_gpu else None
+        )
     else:
         reason = "set in the config"
-        if why_not := _why_unavailable(config, choice, _unsupported_feature(shape), on_gpu):
+        if why_not := _why_unavailable(config, choice, _unsupported_feature(model_config), on_gpu):
             remedy = "set model.attention=auto, which selects the fastest one that works"
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
     _log_once(f"attention {choice.name}: {reason}")
     return NAMES.get(choice, choice.name)
 
 
-def best(config: Config, shape: PreTrainedConfig, capability: tuple[int, int] | None) -> tuple[Attention, str]:
+def best_implementation(
+    config: Config, model_config: PreTrainedConfig, capability: tuple[int, int] | None
+) -> tuple[Attention, str]:
     """The implementation that `auto` selects, and the reason for the log.
 
     `capability` is the compute capability of the GPU, None on CPUs.
     """
     packed, half = config.data.packing, config.train.precision is not Precision.fp32
-    feature = _unsupported_feature(shape)
+    feature = _unsupported_feature(model_config)
     if feature in ("softcap", "sinks"):
         if capability and find_spec("triton"):
             return Attention.flex, f"the model's attention has {feature}, which of torch's kernels only flex supports"
@@ -86,23 +90,23 @@ def best(config: Config, shape: PreTrainedConfig, capability: tuple[int, int] | 
     return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"
 
 
-def _unsupported_feature(shape: PreTrainedConfig) -> str:
+def _unsupported_feature(model_config: PreTrainedConfig) -> str:
     """The first feature of the model's attention that `attention_kernels` does not compute, or an empty string."""
-    text = shape.get_text_config()
+    text_config = model_config.get_text_config()
     try:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(shape)]
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
     except KeyError:
         return "custom code"
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     features = {
-        "softcap": getattr(text, "attn_logit_softcapping", None) is not None,
+        "softcap": getattr(text_config, "attn_logit_softcapping", None) is not None,
         # Models with attention sinks (logits added to the softmax, as in gpt_oss) declare that sdpa does not support them.
         "sinks": not model_class._supports_sdpa,
         "custom code": not (model_class._supports_attention_backend and model_class._supports_flash_attn),
-        "layer types other than full and sliding": not set(getattr(text, "layer_types", None) or ())
+        "layer types other than full and sliding": not set(getattr(text_config, "layer_types", None) or ())
         <= {"full_attention", "sliding_attention"},
-        "latent heads (MLA)": getattr(text, "kv_lora_rank", None) is not None,
-        "dropout": bool(getattr(text, "attention_dropout", 0.0)),
+        "latent heads (MLA)": getattr(text_config, "kv_lora_rank", None) is not None,
+        "dropout": bool(getattr(text_config, "attention_dropout", 0.0)),
         f"head size {head_dim}": head_dim % 8 != 0 or head_dim > 256,  # limits of the cuDNN and flash kernels
     }
     return next((name for name, present in features.items() if present), "")

@@ -47,8 +47,8 @@ def attend(
     tokens. With it, attention stays inside each sample; without it, inside each row.
     Returns (rows, length, heads, head size), and None in place of the attention weights.
     """
-    if context_parallel.ranks() > 1:
-        query, key, value = (context_parallel.heads_of(item) for item in (query, key, value))
+    if context_parallel.group_size() > 1:
+        query, key, value = (context_parallel.shard_heads(item) for item in (query, key, value))
     elif attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     rows, _heads, length, _size = query.shape
@@ -61,7 +61,7 @@ def attend(
         out = _packed_attention(query, key, value, boundaries, longest, dropout, scaling, sliding_window)
     else:
         out = _causal_attention(query, key, value, dropout, scaling, None).transpose(1, 2).contiguous()
-    return context_parallel.tokens_of(out), None
+    return context_parallel.shard_tokens(out), None
 
 
 def _packed_attention(
@@ -97,8 +97,8 @@ def _packed_attention(
     samples = zip(*(torch.split(item, sizes) for item in (flat_query, flat_key, flat_value)), strict=True)
     outputs = []
     for sample in samples:
-        one_query, one_key, one_value = (item.transpose(0, 1)[None] for item in sample)
-        attended = _causal_attention(one_query, one_key, one_value, dropout, scaling, window)
+        sample_query, sample_key, sample_value = (item.transpose(0, 1)[None] for item in sample)
+        attended = _causal_attention(sample_query, sample_key, sample_value, dropout, scaling, window)
         outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs).view(rows, length, *outputs[0].shape[1:])
 

@@ -94,44 +94,44 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment, unused-ignore]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign, unused-ignore]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    shape = _configured_shape(config) if config.model.init is Init.random else _stored_shape(config)
-    rows_before = embedding_resize.resize_vocabulary(shape, load_tokenizer(config), config)
+    is_random = config.model.init is Init.random
+    model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
+    rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call, unused-ignore]
-            shape,
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model_config,
             dtype=dtype,
-            attn_implementation=attention.select(config, shape),
+            attn_implementation=attention.select(config, model_config),
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(config, error) from error
     if config.model.init is Init.pretrained:
-        model.rows_before = rows_before  # type: ignore[assignment, unused-ignore] # embedding_resize reads it
+        model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model
 
 
-def _configured_shape(config: Config) -> PreTrainedConfig:
+def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
-    shape = config.model.architecture
-    assert shape is not None  # launcher.check.rules refuses model.init=random without it
-    fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
+    architecture = config.model.architecture
+    assert architecture is not None  # launcher.check.rules refuses model.init=random without it
+    fields = {name: value for name, value in vars(architecture).items() if name not in ("model_type", "extra")}
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config: PreTrainedConfig = AutoConfig.for_model(shape.model_type, **(fields | shape.extra | ids))
-    return model_config
+    return AutoConfig.for_model(architecture.model_type, **(fields | architecture.extra | ids))
 
 
-def _stored_shape(config: Config) -> PreTrainedConfig:
+def _pretrained_model_config(config: Config) -> PreTrainedConfig:
     try:
         model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code

@@ -8,17 +8,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from conf.choices import AdapterKind
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.tensor_io.layout import Stored
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.slices import TensorPart
 
 
-def resize_vocabulary(shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config) -> int | None:
+def resize_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config) -> int | None:
     """Raise `vocab_size` in a model's config to the size of the tokenizer, if it is smaller.
 
     Returns the previous size, or None if nothing was added.
     Raises ConfigError with an adapter: the embedding is frozen then, and the new rows could not be trained.
     """
-    rows_before = shape.get_text_config().vocab_size
+    rows_before = model_config.get_text_config().vocab_size
     if len(tokenizer) <= rows_before:
         return None
     if config.adapter.kind is not AdapterKind.none:
@@ -30,7 +30,7 @@ def resize_vocabulary(shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
                 "not train the embedding. Use tokens that the model reserves, or adapter=none",
             )
         )
-    shape.get_text_config().vocab_size = len(tokenizer)
+    model_config.get_text_config().vocab_size = len(tokenizer)
     return int(rows_before)
 
 
@@ -45,10 +45,10 @@ def stored_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
 
 def fill_added_rows(
     model: PreTrainedModel,
-    parts: Mapping[str, Part],
-    stored: Mapping[str, Stored],
-    read: Callable[[Stored, Part], object],
-) -> dict[str, Part]:
+    parts: Mapping[str, TensorPart],
+    stored: Mapping[str, StoredTensor],
+    read: Callable[[StoredTensor, TensorPart], object],
+) -> dict[str, TensorPart]:
     """Set each added row to the mean of the stored rows. Returns the parts that must still be read from the files.
 
     With the mean, a new token is at first as likely as an average token (Hewitt 2021, "Initializing new word embeddings for
@@ -60,12 +60,12 @@ def fill_added_rows(
     for name in _resized_weights(model) & parts.keys():
         part, source = parts[name], stored[name]
         rows, width = source.shape
-        in_file = max(0, min(part.into.numel(), rows * width - part.begin))
-        to_read[name] = Part(source.shape, part.begin, part.into[:in_file], part.trained)
-        added = part.into[in_file:]
+        in_file = max(0, min(part.destination.numel(), rows * width - part.begin))
+        to_read[name] = TensorPart(source.shape, part.begin, part.destination[:in_file], part.trained)
+        added = part.destination[in_file:]
         if added.numel():
             whole = torch.empty(rows * width, dtype=torch.float32)
-            read(source, Part(source.shape, 0, whole, part.trained))
+            read(source, TensorPart(source.shape, 0, whole, part.trained))
             mean = whole.view(rows, width).mean(0)
             # A part is a flat range: it may begin in the middle of an added row, at this column.
             column = (part.begin + in_file) % width
@@ -76,6 +76,6 @@ def fill_added_rows(
 
 def _resized_weights(model: PreTrainedModel) -> set[str]:
     """Names of the weights of embedding and output head; a tied weight appears once."""
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weights = {id(module.weight) for module in (model.get_input_embeddings(), head) if module is not None}
     return {name for name, parameter in model.named_parameters() if id(parameter) in weights}

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-CAPABILITY = (8, 9)
+MIN_CAPABILITY = (8, 9)
 """Compute capability of Ada, the first GPUs with float8 matrix products; Hopper has 9.0."""
 E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
+E4M3_MAX = torch.finfo(E4M3).max
 MULTIPLE = 16
 """torch._scaled_mm requires both dimensions of a weight to be multiples of this."""
 
@@ -30,7 +30,7 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tenso
 
     `weight` holds the e4m3 bytes of W (rows, columns), flat. `absmax` (rows, 1) or (rows,) is that of `quantize_rows`.
     """
-    return cast(torch.Tensor, _Float8Matmul.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call, unused-ignore]
+    return cast(torch.Tensor, _Float8Matmul.apply(x, weight, rows, absmax))  # type: ignore[no-untyped-call]
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,28 +39,28 @@ def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The largest magnitude of a row becomes the largest e4m3 number. Rows of zeros stay zeros.
     """
     matrix = matrix.float()
-    absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
-    return (matrix * (LARGEST / absmax)).to(E4M3), absmax
+    absmax = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * E4M3_MAX)
+    return (matrix * (E4M3_MAX / absmax)).to(E4M3), absmax
 
 
-class _Float8Matmul(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+class _Float8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: int, absmax: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, absmax)
         ctx.rows = rows
-        out = _scaled_matmul(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / LARGEST, x.dtype)
+        out = _scaled_matmul(x.flatten(0, -2), weight.view(E4M3).view(rows, -1).t(), absmax / E4M3_MAX, x.dtype)
         return out.view(*x.shape[:-1], rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override, unused-ignore]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return grad @ W.
 
         The scales of W's rows lie along the summed dimension here, where the kernel takes no scale. So they are multiplied
-        into grad before it is quantized. The kernel needs W in column-major order, hence the copy.
+        into grad before it is quantized. The copy brings W into the column-major order that the kernel needs.
         """
         weight, absmax = ctx.saved_tensors
         column_major = weight.view(E4M3).view(ctx.rows, -1).t().contiguous().t()
-        scaled_grad = grad.flatten(0, -2).float() * (absmax / LARGEST)
+        scaled_grad = grad.flatten(0, -2).float() * (absmax / E4M3_MAX)
         ones = absmax.new_ones(column_major.shape[1])
         out = _scaled_matmul(scaled_grad, column_major, ones, grad.dtype)
         return out.view(*grad.shape[:-1], column_major.shape[1]), None, None, None
@@ -72,7 +72,7 @@ def _scaled_matmul(left: torch.Tensor, right: torch.Tensor, scales: torch.Tensor
     GPUs produce bf16. On CPUs, torch 2.11 supports only one scale per matrix, so the same numbers are multiplied in fp32.
     """
     quantized, absmax = quantize_rows(left)
-    scale = absmax / LARGEST
+    scale = absmax / E4M3_MAX
     if not left.is_cuda:
         return ((quantized.float() @ right.float()) * scale * scales).to(dtype)
     out = torch._scaled_mm(quantized, right, scale, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -46,10 +46,10 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     ) -> Any:
         if trained is None or targets is None:
             return original(*args, **kwargs)
-        given = {
+        set_kwargs = {
             name: value for name, value in kwargs.items() if value is not None
-        }  # PEFT passes None for what it lacks
-        hidden = inner.base_model(*args, **given).last_hidden_state
+        }  # PEFT passes None for the others
+        hidden = inner.base_model(*args, **set_kwargs).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, trained)
         return head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
 
@@ -78,7 +78,7 @@ def _returns_head_output(inner: Any, head: nn.Module) -> bool:
         head_inputs.append(head_input)
         return logits
 
-    outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type, unused-ignore]
+    outputs = MoeModelOutputWithPast(last_hidden_state=hidden)
     try:
         with stubbed_forwards({inner.base_model: lambda *_, **__: outputs, head: stub_head}):
             returned = inner.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
@@ -97,12 +97,12 @@ def _let_head_return_loss(head: nn.Linear, compiled: bool) -> None:
             return original(rows)
         needs_grad = torch.is_grad_enabled()  # inside the autograd function it is always off
         rows = rows.to(head.weight.dtype)
-        loss: torch.Tensor = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call, unused-ignore]
+        loss: torch.Tensor = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             rows, head.weight, head.bias, targets, needs_grad, compiled
         )
         return loss
 
-    head.forward = forward  # type: ignore[method-assign, assignment, unused-ignore]
+    head.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _loss_in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _loss_in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -
     return torch.stack([checkpoint(part_loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-class FusedCrossEntropy(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+class FusedCrossEntropy(torch.autograd.Function):
     """Cross entropy of `rows @ weight.T + bias`, summed in fp32.
 
     Forward computes the gradients too, chunk by chunk, so that no logits are kept or computed twice. Backward only multiplies
@@ -187,5 +187,4 @@ def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool)
 
 @cache
 def _compiled_loss_and_grad() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    function: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(_loss_and_grad)
-    return function
+    return torch.compile(_loss_and_grad)

@@ -20,17 +20,17 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 def fuse(block: nn.Module, compiled: Compile) -> int:
     """Apply `compiled` to the forward of each norm and to the gated activation of each MLP in `block`; returns how many.
 
-    Forwards are replaced, not modules. ZeRO-3's hooks, which gather a module's weights, thus stay outside the compiled code.
-    ZeRO-3 also hooks activation modules, which have no weights. With that hook compiled along, the code would be compiled again
+    Forwards are replaced, not modules. So ZeRO-3's hooks, which gather a module's weights, stay outside the compiled code.
+    ZeRO-3 also hooks activation modules, which have no weights. If that hook were compiled too, the code would be compiled again
     for every block, until the compiler reaches its limit of recompilations. So the forward of the activation is called, not the
     module.
     """
     norms = [module for module in block.modules() if type(module).__name__.endswith("Norm")]
     mlps = [module for module in block.modules() if _is_gated_mlp(module)]
     for norm in norms:
-        norm.forward = compiled(norm.forward)  # type: ignore[method-assign, unused-ignore]
+        norm.forward = compiled(norm.forward)
     for mlp in mlps:
-        mlp.forward = _mlp_forward(mlp, compiled(_gated_activation(mlp.act_fn)))  # type: ignore[method-assign, unused-ignore]
+        mlp.forward = _mlp_forward(mlp, compiled(_gated_activation(mlp.act_fn)))
     return len(norms) + len(mlps)
 
 

@@ -13,7 +13,8 @@ from conf.choices import AdapterKind, Init
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.model import pretrained, quantized_linear, random_init
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -47,7 +48,7 @@ def materialize(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor], 
 
 def local_parts(
     model: nn.Module, local: Callable[[nn.Parameter], tuple[torch.Size, int, torch.Tensor]]
-) -> dict[str, Part]:
+) -> dict[str, TensorPart]:
     """Return what this rank must fill, by parameter name without wrappers' prefixes.
 
     `local` returns for a parameter: the shape of the whole weight, the index of this rank's first element in it, and this
@@ -56,14 +57,16 @@ def local_parts(
     parts = {}
     for name, parameter in model.named_parameters():
         shape, begin, tensor = local(parameter)
-        parts[plain(name)] = Part(tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad)
+        parts[without_wrappers(name)] = TensorPart(
+            tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad
+        )
     return parts
 
 
 def fill(
     model: nn.Module,
     build_on_meta: Callable[..., Any],
-    parts: dict[str, Part],
+    parts: dict[str, TensorPart],
     config: Config,
     world: World | None = None,
     resumed: bool = False,
@@ -78,14 +81,14 @@ def fill(
     if resumed:
         for part in parts.values():
             if part.trained:
-                part.into.fill_(torch.nan)
+                part.destination.fill_(torch.nan)
         parts = {name: part for name, part in parts.items() if not part.trained}
     magnitudes = [] if resumed else random_init.dora_magnitudes(parts)
     if config.adapter.kind is not AdapterKind.none:
-        twin = build_on_meta(config, adapters=True)
-        adapter_weights = random_init.adapter_weights(twin)
+        meta_model = build_on_meta(config, adapters=True)
+        adapter_weights = random_init.adapter_weights(meta_model)
         adapter_parts = {name: part for name, part in parts.items() if name in adapter_weights}
-        random_init.init_adapters(twin, adapter_parts, config.train.seed)
+        random_init.init_adapters(meta_model, adapter_parts, config.train.seed)
         parts = {name: part for name, part in parts.items() if name not in adapter_weights}
     if not parts:
         return 0
@@ -101,7 +104,7 @@ def fill(
     return read_bytes
 
 
-def _random_device(parts: Mapping[str, Part], world: World | None) -> torch.device:
+def _random_device(parts: Mapping[str, TensorPart], world: World | None) -> torch.device:
     """Where random weights are generated. A GPU needs seconds where a CPU core needs minutes, but gives other numbers.
 
     A frozen base is always generated on the CPU: it is in no checkpoint, and merging the adapter generates it again,
@@ -111,10 +114,10 @@ def _random_device(parts: Mapping[str, Part], world: World | None) -> torch.devi
     return torch.device("cpu") if frozen or world is None else world.device
 
 
-def _stored_buffers(model: nn.Module) -> dict[str, Part]:
+def _stored_buffers(model: nn.Module) -> dict[str, TensorPart]:
     """The buffers that are stored with a model. They are small, and every rank holds all of them."""
     return {
-        plain(f"{prefix}.{name}"): Part(tuple(buffer.shape), 0, buffer.view(-1), trained=False)
+        without_wrappers(f"{prefix}.{name}"): TensorPart(tuple(buffer.shape), 0, buffer.view(-1), trained=False)
         for prefix, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set

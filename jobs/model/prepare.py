@@ -18,7 +18,7 @@ from conf.schema import Config
 from jobs.distributed import context_parallel
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, fused_ops, unwrap
-from jobs.model.activation_checkpointing import recomputed_in_backward, selective_contexts
+from jobs.model.activation_checkpointing import selective_contexts, with_activation_checkpointing
 from jobs.model.build import blocks
 from jobs.model.compile import compiled_for_training, compiles_blocks, compiles_fused_ops
 
@@ -26,10 +26,10 @@ from jobs.model.compile import compiled_for_training, compiles_blocks, compiles_
 def prepare_model(model: Any, config: Config, world: World) -> None:
     """Change the forwards of the output head and the blocks, in place. Call it after adapters are added and before sharding.
 
-    Forwards are replaced, not modules, so that parameters keep their names. FSDP's and ZeRO's hooks on a block thus stay outside:
+    Forwards are replaced, not modules, so that parameters keep their names. FSDP's and ZeRO's hooks on a block stay outside:
     they run once per call, and the compiler does not trace them.
     """
-    context_parallel.install(unwrap.causal_lm(model).config, world)
+    context_parallel.create_groups(unwrap.causal_lm(model).config, world)
     compiles_block, compiles_ops = compiles_blocks(config, world), compiles_fused_ops(config, world)
     fused_cross_entropy.fuse(model, compiled=compiles_block or compiles_ops)
     checkpointing = config.train.activation_checkpointing
@@ -38,9 +38,9 @@ def prepare_model(model: Any, config: Config, world: World) -> None:
             fused_ops.fuse(block, compiled_for_training)
         forward = block.forward
         if checkpointing is Checkpointing.selective:
-            forward = recomputed_in_backward(block, forward, context_fn=selective_contexts)
+            forward = with_activation_checkpointing(block, forward, context_fn=selective_contexts)
         if compiles_block:
             forward = compiled_for_training(forward)
         if checkpointing in (Checkpointing.full, Checkpointing.offload):
-            forward = recomputed_in_backward(block, forward, offload=checkpointing is Checkpointing.offload)
-        block.forward = forward  # type: ignore[method-assign, unused-ignore]
+            forward = with_activation_checkpointing(block, forward, offload=checkpointing is Checkpointing.offload)
+        block.forward = forward

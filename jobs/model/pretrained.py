@@ -22,20 +22,21 @@ from jobs.distributed.process_group import World
 from jobs.model import embedding_resize
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
-from jobs.tensor_io.layout import Stored
-from jobs.tensor_io.model_files import find
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.model_files import find_or_download
+from jobs.tensor_io.slices import TensorPart
+from jobs.tokenization.tokenizer import revision
 
 log = logging.getLogger(__name__)
 
-SHOWN = 20
+MAX_LISTED = 20
 """Tensors that an error lists one by one; the others are counted."""
 
 
 class LoadMethod(NamedTuple):
     """How the weights are loaded; the same on all ranks."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
     """The tensors in the files, by name."""
     why_whole: str = ""
     """Why each rank must load the whole model; empty if it can read slices."""
@@ -43,7 +44,7 @@ class LoadMethod(NamedTuple):
 
 def load(
     base: PreTrainedModel,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TensorPart],
     config: Config,
     world: World | None,
     quantized: Mapping[str, QuantizedLinear],
@@ -67,7 +68,7 @@ def load(
     names = _stored_names(base)
     stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
-    def read_part(tensor: Stored, part: Part) -> int:
+    def read_part(tensor: StoredTensor, part: TensorPart) -> int:
         return _read(folder, [(tensor, part)], config, show=False)
 
     def read_all() -> int:
@@ -86,11 +87,11 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
     The first rank of each node downloads files that are missing; the other ranks then find them in the cache.
     """
-    source, revision = config.model.source, config.model.revision
+    source = config.model.source
 
     def locate(cached: bool) -> Path | None:
         try:
-            return find(source, revision, cached=cached)
+            return find_or_download(source, config.model.revision, cached=cached)
         except (OSError, ValueError) as error:
             raise ConfigError(Problem("model.source", source, f"cannot be downloaded: {error}")) from error
 
@@ -151,7 +152,7 @@ def _stored_names(base: PreTrainedModel) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(candidates)) for name, candidates in names.items()}
 
 
-def _converted(base: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
+def _converted(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> str:
     """The first stored tensor that transformers would rename, fuse or transpose while loading; empty if there is none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -169,7 +170,7 @@ def _is_ignored(base: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[str, list[str]]) -> list[str]:
+def _differing_ties(folder: Path, stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]]) -> list[str]:
     """A sentence about each pair of tied tensors that the files store twice with different values.
 
     Without this check, training would silently use one of the two and drop the other.
@@ -184,18 +185,17 @@ def _differing_ties(folder: Path, stored: Mapping[str, Stored], names: Mapping[s
     return problems
 
 
-def _read(folder: Path, wanted: list[tuple[Stored, Part]], config: Config, show: bool) -> int:
+def _read(folder: Path, wanted: list[tuple[StoredTensor, TensorPart]], config: Config, show: bool) -> int:
     try:
-        read_bytes: int = slices.read(folder, wanted, show)
+        return slices.read(folder, wanted, show)
     except OSError as error:
         message = f"cannot be read in {folder}: {error}; download the model again"
         raise ConfigError(Problem("model.source", config.model.source, message)) from error
-    return read_bytes
 
 
 def _load_whole(
     base: PreTrainedModel,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TensorPart],
     config: Config,
     world: World | None,
     quantized: Mapping[str, QuantizedLinear],
@@ -210,13 +210,13 @@ def _load_whole(
 
 
 def _load_with_transformers(
-    base: PreTrainedModel, parts: Mapping[str, Part], config: Config, quantized: Mapping[str, QuantizedLinear]
+    base: PreTrainedModel, parts: Mapping[str, TensorPart], config: Config, quantized: Mapping[str, QuantizedLinear]
 ) -> None:
     source = config.model.source
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=config.model.revision or "main",
+            revision=revision(config),
             trust_remote_code=config.model.trust_remote_code,
             dtype=base.dtype,
             output_loading_info=True,
@@ -230,8 +230,8 @@ def _load_with_transformers(
     if problems:
         raise ConfigError(*_problems(source, problems))
 
-    def copy(part: Part, weight: torch.Tensor) -> int:
-        part.into.copy_(weight.reshape(-1)[part.begin : part.begin + part.into.numel()])
+    def copy(part: TensorPart, weight: torch.Tensor) -> int:
+        part.copy_from(weight)
         return 0
 
     with torch.no_grad():
@@ -243,6 +243,6 @@ def _load_with_transformers(
 
 
 def _problems(source: str, sentences: list[str]) -> list[Problem]:
-    more = [f"{len(sentences) - SHOWN} more tensors do not match"] if len(sentences) > SHOWN else []
+    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] if len(sentences) > MAX_LISTED else []
     remedy = "download the model again, or use the config.json that belongs to these files"
-    return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:SHOWN] + more]
+    return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:MAX_LISTED] + more]

@@ -21,7 +21,8 @@ from torch import nn
 from conf.choices import Frozen
 from conf.errors import ConfigError, Problem
 from jobs.model import float8_matmul
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 BLOCK, NESTED = 64, 256
 """NF4 weights that share a scale, and scales that share a scale of their own: the defaults of bitsandbytes."""
@@ -34,7 +35,7 @@ class Packed(NamedTuple):
     absmax: torch.Tensor
 
 
-class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
+class QuantizedLinear(nn.Linear):
     """A linear layer with a packed, frozen weight. A bias stays as it was."""
 
     def __init__(self, linear: nn.Linear, kind: Frozen, dtype: torch.dtype) -> None:
@@ -61,28 +62,29 @@ class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
         return cast(torch.Tensor, quantized_matmul(x, self.weight, self.bias, is_nf4, shape, self.scales()))
 
     def scales(self) -> tuple[torch.Tensor, ...]:
+        """The scale buffers, in the order of `_scale_buffers`."""
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
 
-    def load(self, part: Part, read: Callable[[Part], int]) -> int:
+    def load(self, part: TensorPart, read: Callable[[TensorPart], int]) -> int:
         """Fill this rank's `part` of the packed weight. Returns what `read` returns (bytes read).
 
-        `read` fills a Part of the original weight. It is asked for whole blocks, because a shard may begin and end inside a
-        block.
+        `read` fills a TensorPart of the original weight and returns the bytes that it read. It is asked for whole blocks,
+        because a shard may begin and end inside a block.
         """
-        if not part.into.numel():
+        if not part.destination.numel():
             return 0
         numel = self.out_features * self.in_features
         weights_per_element = self.dtype.itemsize * (2 if self.kind is Frozen.nf4 else 1)  # NF4: two weights in a byte
-        end = min(numel, (part.begin + part.into.numel()) * weights_per_element)
+        end = min(numel, (part.begin + part.destination.numel()) * weights_per_element)
         first_block = part.begin * weights_per_element // self.block
         last_block = -(-end // self.block)
         begin, count = first_block * self.block, (last_block - first_block) * self.block
-        original = torch.empty(count, dtype=self.dtype, device=part.into.device)
-        read_bytes = read(Part((self.out_features, self.in_features), begin, original, trained=False))
+        original = torch.empty(count, dtype=self.dtype, device=part.destination.device)
+        read_bytes = read(TensorPart((self.out_features, self.in_features), begin, original, trained=False))
         packed, absmax = quantize(self.kind, original, self.block)
         skipped = part.begin * self.dtype.itemsize - nbytes(self.kind, begin)
-        into = part.into.view(torch.uint8)
-        into.copy_(packed[skipped : skipped + into.numel()])
+        destination = part.destination.view(torch.uint8)
+        destination.copy_(packed[skipped : skipped + destination.numel()])
         self._local_absmax = first_block, absmax
         return read_bytes
 
@@ -103,7 +105,7 @@ class QuantizedLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
             buffer.copy_(value)
 
 
-@torch.library.custom_op("muster::quantized_matmul", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+@torch.library.custom_op("muster::quantized_matmul", mutates_args=())
 def quantized_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,19 +122,19 @@ def quantized_matmul(
     return F.linear(x, dequantize(weight, nf4, shape, x.dtype, *scales), bias)
 
 
-@quantized_matmul.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+@quantized_matmul.register_fake
 def _(x: torch.Tensor, _weight: Any, _bias: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+@torch.library.custom_op("muster::quantized_matmul_backward", mutates_args=())
 def _quantized_matmul_backward(
     grad: torch.Tensor, weight: torch.Tensor, nf4: bool, shape: Sequence[int], scales: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     return grad @ dequantize(weight, nf4, shape, grad.dtype, *scales)
 
 
-@_quantized_matmul_backward.register_fake  # type: ignore[untyped-decorator, unused-ignore]
+@_quantized_matmul_backward.register_fake
 def _(grad: torch.Tensor, _weight: Any, _nf4: bool, shape: Sequence[int], _scales: Any) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], shape[1])
 
@@ -161,7 +163,7 @@ def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *
     """
     # Consolidation of a float8 run also comes here, possibly on a node without GPUs; it multiplies nothing.
     checks_gpu = on_gpu and kind is Frozen.float8 and torch.cuda.is_available()
-    if checks_gpu and torch.cuda.get_device_capability() < float8_matmul.CAPABILITY:
+    if checks_gpu and torch.cuda.get_device_capability() < float8_matmul.MIN_CAPABILITY:
         message = (
             "needs a GPU with float8 products (compute capability 8.9 or later), but this one is "
             f"{torch.cuda.get_device_name()}: set adapter.base=int8"
@@ -177,20 +179,22 @@ def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *
 def _can_quantize(linear: nn.Linear, kind: Frozen) -> bool:
     if kind is Frozen.float8:
         return float8_matmul.supports(linear)
-    return bool(linear.weight.numel() % BLOCK == 0)
+    return linear.weight.numel() % BLOCK == 0
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Name of each packed weight, without wrappers' prefixes -> its layer."""
     return {
-        plain(f"{name}.weight"): module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+        without_wrappers(f"{name}.weight"): module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
 
 
-def share_scales(model: nn.Module, parts: Mapping[str, Part]) -> None:
+def share_scales(model: nn.Module, parts: Mapping[str, TensorPart]) -> None:
     """Call `QuantizedLinear.share_scales` of every layer, in the same order on all ranks."""
     for name, layer in quantized_layers(model).items():
-        layer.share_scales(parts[name].into.device)
+        layer.share_scales(parts[name].destination.device)
 
 
 def quantize(kind: Frozen, original: torch.Tensor, block: int) -> Packed:

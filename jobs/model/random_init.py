@@ -12,56 +12,59 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from jobs.tensor_io.slices import Part, plain
+from jobs.tensor_io.slices import TensorPart
+from jobs.tensor_io.wrapper_names import without_wrappers
 
 
-def init_model(twin: PreTrainedModel, parts: Mapping[str, Part], seed: int, device: torch.device) -> None:
+def init_model(meta_model: PreTrainedModel, parts: Mapping[str, TensorPart], seed: int, device: torch.device) -> None:
     """Fill `parts` with the model's own initial weights, generated on `device`.
 
-    `twin` is the whole model on the meta device, and is there again afterwards. Each unit is generated whole and freed again:
+    `meta_model` is the whole model on the meta device, and is there again afterwards. Each unit is generated whole and freed again:
     a rank that generated only its own share would get other numbers than its neighbors.
     """
-    for name, module, recurse in _units(twin, "", set(twin._no_split_modules or ())):
-        if not any(parts[key].into.numel() for key, _ in _named_weights(name, module, recurse) if key in parts):
+    for name, module, recurse in _units(meta_model, "", set(meta_model._no_split_modules or ())):
+        if not any(parts[key].destination.numel() for key, _ in _named_weights(name, module, recurse) if key in parts):
             continue
         module.to_empty(device=device, recurse=recurse)
         torch.manual_seed(_seed(seed, name))
         for child in _children_first(module) if recurse else (module,):
-            twin._init_weights(child)  # type: ignore[no-untyped-call, unused-ignore]
+            meta_model._init_weights(child)  # type: ignore[no-untyped-call]
         _copy_to_parts(_named_weights(name, module, recurse), parts)
         module.to_empty(device="meta", recurse=recurse)
 
 
-def adapter_weights(twin: nn.Module) -> dict[str, tuple[str, Any]]:
+def adapter_weights(meta_model: nn.Module) -> dict[str, tuple[str, Any]]:
     """Name of each adapter weight, without wrappers' prefixes -> the name of its layer, and the layer (PEFT's BaseTunerLayer)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[tuple[str, Any]] = [
-        (name, module) for name, module in twin.named_modules() if isinstance(module, BaseTunerLayer)
+        (name, module) for name, module in meta_model.named_modules() if isinstance(module, BaseTunerLayer)
     ]
     return {
-        plain(f"{name}.{key}"): (name, layer)
+        without_wrappers(f"{name}.{key}"): (name, layer)
         for name, layer in layers
         for key, _ in layer.named_parameters()
         if key.split(".")[0] in layer.adapter_layer_names
     }
 
 
-def init_adapters(twin: nn.Module, parts: Mapping[str, Part], seed: int) -> None:
+def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], seed: int) -> None:
     """Fill `parts` with PEFT's initial adapter weights, layer by layer. They are small, so they are generated on the CPU."""
-    for name, layer in {name: layer for key, (name, layer) in adapter_weights(twin).items() if key in parts}.items():
+    for name, layer in {
+        name: layer for key, (name, layer) in adapter_weights(meta_model).items() if key in parts
+    }.items():
         groups = [getattr(layer, group_name) for group_name in layer.adapter_layer_names]
         for group in groups:
             group.to_empty(device="cpu")
         torch.manual_seed(_seed(seed, name))
         for adapter in layer.active_adapters:
             layer.reset_lora_parameters(adapter, init_lora_weights=True)
-        _copy_to_parts(((plain(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
+        _copy_to_parts(((without_wrappers(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
         for group in groups:
             group.to_empty(device="meta")
 
 
-def dora_magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
+def dora_magnitudes(parts: Mapping[str, TensorPart]) -> list[tuple[TensorPart, TensorPart]]:
     """Each DoRA magnitude vector, with the base weight that gives its initial value."""
     suffix = ".lora_magnitude_vector.default.weight"
     return [
@@ -69,7 +72,7 @@ def dora_magnitudes(parts: Mapping[str, Part]) -> list[tuple[Part, Part]]:
     ]
 
 
-def init_dora_magnitudes(pairs: list[tuple[Part, Part]]) -> None:
+def init_dora_magnitudes(pairs: list[tuple[TensorPart, TensorPart]]) -> None:
     """Set each DoRA magnitude to the norm of its weight row, so that the adapted model equals its base at the start.
 
     Call it once the base weights are filled. A rank must hold the magnitudes of exactly the rows that it holds, as under
@@ -77,9 +80,12 @@ def init_dora_magnitudes(pairs: list[tuple[Part, Part]]) -> None:
     """
     for magnitude, weight in pairs:
         columns = weight.shape[1]
-        assert weight.begin == magnitude.begin * columns and weight.into.numel() == magnitude.into.numel() * columns
-        rows = weight.into.view(-1, columns)
-        magnitude.into.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+        assert (
+            weight.begin == magnitude.begin * columns
+            and weight.destination.numel() == magnitude.destination.numel() * columns
+        )
+        rows = weight.destination.view(-1, columns)
+        magnitude.destination.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
 
 
 def _units(module: nn.Module, name: str, block_names: set[str]) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -101,18 +107,17 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _named_weights(name: str, module: nn.Module, recurse: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((plain(f"{name}.{key}"), value) for key, value in module.named_parameters(recurse=recurse))
+    return ((without_wrappers(f"{name}.{key}"), value) for key, value in module.named_parameters(recurse=recurse))
 
 
-def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, Part]) -> None:
+def _copy_to_parts(weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, TensorPart]) -> None:
     """Copy this rank's range of each whole weight."""
     with torch.no_grad():
         for name, value in weights:
             if name in parts:
-                part = parts[name]
-                part.into.copy_(value.reshape(-1)[part.begin : part.begin + part.into.numel()])
+                parts[name].copy_from(value)
 
 
 def _seed(seed: int, name: str) -> int:
-    """The seed of one unit. Python's `hash` would not do: it differs between processes."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{plain(name)}".encode()).digest()[:8], "little") >> 1
+    """The seed of one unit. Python's `hash` cannot be used, because it differs between processes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{without_wrappers(name)}".encode()).digest()[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and can replace forwards for a moment."""
+"""Finds the causal language model inside PEFT's and DeepSpeed's wrappers, and replaces forwards temporarily."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ def stubbed_forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
     originals = {module: module.forward for module in stubs}
     try:
         for module, stub in stubs.items():
-            module.forward = stub  # type: ignore[method-assign, unused-ignore]
+            module.forward = stub
         yield
     finally:
         for module, forward in originals.items():
-            module.forward = forward  # type: ignore[method-assign, unused-ignore]
+            module.forward = forward

@@ -34,8 +34,8 @@ class ModelFlops:
     """The numbers of a model that decide how many FLOPs its training needs. `count_weights` reads them from the model."""
 
     weights: int
-    """Weights that every token passes: all except the input embedding and the output head. Of a mixture of experts, only the
-    experts chosen for a token count."""
+    """Weights that every token passes: all except the input embedding and the output head. For a mixture of experts, only the
+    experts that a token passes count."""
     head_weights: int
     """Weights of the output head, tied to the embedding or not. Only trained tokens pass through it
     (jobs/model/fused_cross_entropy.py)."""
@@ -66,13 +66,13 @@ def count_weights(model: nn.Module, *, frozen: bool) -> ModelFlops:
     `frozen`: only adapters are trained, so parameters with requires_grad are adapter weights and are not counted.
     """
     language_model = unwrap.causal_lm(model)
-    shape = language_model.config.get_text_config()
+    text_config = language_model.config.get_text_config()
     head = language_model.get_output_embeddings()
     while hasattr(head, "base_layer"):  # the head may be wrapped by an adapter
         head = head.base_layer
     head_weight = head.weight if head is not None else None
     seen = {id(language_model.get_input_embeddings().weight), id(head_weight)}
-    experts_per_token = getattr(shape, "num_experts_per_tok", None) or 1
+    experts_per_token = getattr(text_config, "num_experts_per_tok", None) or 1
     weights = 0
     for module in language_model.modules():
         for parameter in module.parameters(recurse=False):
@@ -86,11 +86,11 @@ def count_weights(model: nn.Module, *, frozen: bool) -> ModelFlops:
                 weights += int(parameter.numel() * experts_per_token / parameter.shape[0])
             else:
                 weights += parameter.numel()
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return ModelFlops(
         weights=weights,
         head_weights=head_weight.numel() if head_weight is not None else 0,
-        layers=shape.num_hidden_layers,
-        attention_width=shape.num_attention_heads * head_size,
+        layers=text_config.num_hidden_layers,
+        attention_width=text_config.num_attention_heads * head_size,
         frozen=frozen,
     )

@@ -1,16 +1,15 @@
-"""Reports a training from rank 0: every step to metrics.jsonl, log lines, report.html, and a tracker (W&B, TensorBoard)."""
+"""Reports a training from rank 0: every step to metrics.jsonl, log lines, report.html, and the tracker (`trackers.py`)."""
 
 import json
 import logging
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
-from conf.choices import Tracker
-from conf.files import read_json, write_json, write_text
+from conf.files import write_text
 from conf.schema import Config
 from jobs.distributed.process_group import World
+from jobs.monitoring.trackers import start_tracker
 from jobs.report import training_curves
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class Metrics:
             self.evaluated_steps = {int(line["step"]) for line in kept if "eval_loss" in line}
             self.earlier_losses = [float(line["loss"]) for line in kept if "loss" in line]
             self.file = self.path.open("a", encoding="utf-8")
-            self.tracker = _tracker(config, first_step)
+            self.tracker = start_tracker(config, first_step)
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and flush it, so that a killed job does not leave half a line."""
@@ -55,7 +54,7 @@ class Metrics:
         if self.tracker:
             self.tracker.log(values, step=step)
 
-    def note(self, **values: float) -> None:
+    def add_to_next_line(self, **values: float) -> None:
         """Add numbers to the next line of metrics.jsonl."""
         self._for_next_line |= values
 
@@ -91,7 +90,7 @@ class Metrics:
             return
         began = time.monotonic()
         try:
-            page = training_curves.html(self.config, self.path, self.last_step, self.warnings)
+            page = training_curves.render_html(self.config, self.path, self.last_step, self.warnings)
             write_text(self.path.with_name("report.html"), page)
         except OSError as error:
             log.warning(f"report.html: cannot be written ({error}); training continues")
@@ -125,28 +124,3 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
             continue
     write_text(path, "".join(lines))
     return kept
-
-
-def _tracker_id(config: Config) -> str:
-    """One random id for all attempts of a run, kept in its folder. The folder's name would not do: runs of other projects
-    may have the same name."""
-    path = Path(config.run_dir) / "tracker.json"
-    if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:12]})
-    return str(read_json(path)["id"])
-
-
-def _tracker(config: Config, first_step: int) -> Any:
-    """The tracker of `tracker`, started; None for none. It continues the curves of earlier attempts."""
-    if config.tracker is Tracker.none:
-        return None
-    from accelerate.tracking import TensorBoardTracker, WandBTracker  # type: ignore[import-untyped]  # imports the trackers
-
-    if config.tracker is Tracker.tensorboard:
-        purge_step = first_step + 1 if first_step else None  # hides what a killed attempt wrote after its checkpoint
-        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir, purge_step=purge_step)
-    else:
-        name = Path(config.run_dir).name
-        tracker = WandBTracker(config.name, id=_tracker_id(config), name=name, resume="allow", dir=config.run_dir)
-    tracker.start()
-    return tracker

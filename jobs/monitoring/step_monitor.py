@@ -60,7 +60,7 @@ class StepMonitor:
         Returns tokens/s without padding, and on known GPUs the MFU: needed FLOP/s over the peak FLOP/s of all ranks.
         """
         self.timer.enabled = False  # an evaluation may come before the next step
-        tokens, trained_tokens = (int(counts[chosen].sum()) for counts in (self._rows.lengths, self._rows.counts))
+        tokens, trained_tokens = (int(counts[chosen].sum()) for counts in (self._rows.lengths, self._rows.label_counts))
         per_rank = tokens / seconds / self._world.size
         measured = {
             "tokens_per_s": round(per_rank * self._world.size, 1),
@@ -81,10 +81,10 @@ class StepMonitor:
         Seconds of a phase are per step, the mean over ranks and timed steps. Memory is the peak since the rank started.
         """
         seconds = self.timer.read()
-        own = [*seconds.values(), self._cost, float(peak_memory_bytes(self._world.device))]
+        local = [*seconds.values(), self._cost, float(peak_memory_bytes(self._world.device))]
         steps = max(1, self._timed_steps)
         self._cost, self._timed_steps = 0.0, 0
-        sent = torch.tensor(own, dtype=torch.float64, device=self._world.device)
+        sent = torch.tensor(local, dtype=torch.float64, device=self._world.device)
         received = [torch.empty_like(sent) for _ in range(self._world.size)]
         dist.all_gather(received, sent)
         by_rank = np.array([values.tolist() for values in received])

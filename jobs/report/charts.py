@@ -127,7 +127,7 @@ def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
         sums: list[float] = np.bincount(set_of_sample, weights=values[rows.chosen], minlength=len(names)).tolist()
         return sums
 
-    tokens, trained = sum_by_set(rows.samples.lengths), sum_by_set(rows.samples.labels)
+    tokens, trained = sum_by_set(rows.samples.lengths), sum_by_set(rows.samples.label_counts)
     largest, total = max(1, *tokens), max(1, sum(tokens))
     sets = [
         {
@@ -140,7 +140,7 @@ def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
         }
         for name, count, trained_count in zip(names, tokens, trained, strict=True)
     ]
-    return sorted(sets, key=lambda one: -one["tokens"])
+    return sorted(sets, key=lambda item: -item["tokens"])
 
 
 def line_chart(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:

@@ -20,7 +20,7 @@ PAGE_TOKENS, TERMINAL_TOKENS = 2000, 600
 GREEN, RESET = "\033[32m", "\033[0m"
 
 
-def html(
+def render_html(
     data: dict[str, Any],
     splits: Mapping[str, Rows],
     location_of: Mapping[str, LocationOf],
@@ -65,7 +65,7 @@ def html(
     )
 
 
-def terminal(
+def render_terminal(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     location_of: LocationOf,

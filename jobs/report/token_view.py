@@ -10,6 +10,7 @@ from markupsafe import escape
 from transformers import PreTrainedTokenizerBase
 
 from jobs.data.batches import Rows
+from jobs.tokenization.tokenizer import special_token_ids
 
 LocationOf = Callable[[int], str]
 """Gives `file:line` of a sample, by the sample's number in its split."""
@@ -56,7 +57,7 @@ class SampleView:
 
 
 def view_sample(number: int, rows: Rows, decoder: "Decoder", location_of: LocationOf, limit: int) -> SampleView:
-    """Decode one sample. Of a longer one only `limit` tokens, or fewer if their text is very large."""
+    """Decode one sample. A sample of more than `limit` tokens is cut to `limit`, or to fewer if their text is very large."""
     ids, trained = rows.samples[number]
     while True:
         half = limit // 2
@@ -77,8 +78,7 @@ class Decoder:
         self.tokenizer = tokenizer
         self.prefix = tokenizer.encode("a", add_special_tokens=False)
         self.prefix_text = self._decode(self.prefix)
-        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = added | set(tokenizer.all_special_ids)
+        self.special = special_token_ids(tokenizer)
         self.text_of_token: dict[int, str] = {}
 
     def runs(self, ids: list[int], trained: list[int]) -> Iterator[DecodedGroup]:
@@ -120,7 +120,7 @@ class Decoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _with_signs(groups: list[DecodedGroup], special: set[int]) -> list[TrainedRun]:
+def _with_signs(groups: list[DecodedGroup], special: frozenset[int]) -> list[TrainedRun]:
     """Token groups by whether they are trained. The whole text decides which characters are invisible, e.g. double spaces."""
     whole = "".join(text for _, _, text in groups)
     invisible, start, marked = bytearray(len(whole)), 0, []

@@ -25,7 +25,7 @@ class Panel:
     curve: Curve
 
 
-def html(config: Config, path: Path, steps: int, warnings: list[str]) -> str:
+def render_html(config: Config, path: Path, steps: int, warnings: list[str]) -> str:
     """The page for the metrics.jsonl at `path`. steps: how many steps the whole training has."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     trained = [line for line in lines if "loss" in line]

@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
-from jobs.tensor_io.layout import Chunk, Extent, Stored, rectangles
+from jobs.tensor_io.layout import Chunk, Extent, StoredTensor, rectangles
 
 StorageInfos = dict[tuple[str, tuple[int, ...]], Any]
 """(key, first index of the chunk) -> DCP's _StorageInfo: `relative_path`, `offset`, `length`."""
@@ -14,7 +14,7 @@ StorageInfos = dict[tuple[str, tuple[int, ...]], Any]
 LISTED_PROBLEMS = 10
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor by its key, including optimizer state. Raises RunError if a shard file is missing or cut short."""
     metadata = safe_pickle.load_dcp_metadata(folder / ".metadata")
     infos = {
@@ -46,7 +46,7 @@ def _check_files(folder: Path, infos: StorageInfos) -> None:
         raise RunError(*problems[:LISTED_PROBLEMS], *([f"and {more} more files"] if more > 0 else []))
 
 
-def _stored(folder: Path, key: str, entry: safe_pickle.TensorMetadata, infos: StorageInfos) -> Stored:
+def _stored(folder: Path, key: str, entry: safe_pickle.TensorMetadata, infos: StorageInfos) -> StoredTensor:
     shape, dtype = tuple(entry.size), entry.properties.state[0]
     sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks if prod(chunk.sizes)}
     chunks = [Chunk(starts, size) for starts, size in sizes.items()]
@@ -77,4 +77,4 @@ def _stored(folder: Path, key: str, entry: safe_pickle.TensorMetadata, infos: St
     extents.sort(key=lambda extent: (extent.row, extent.column))
     if sum(extent.rows * extent.columns for extent in extents) != prod(entry.size):
         raise RunError(Problem("checkpoint", folder, f"lacks parts of {key}: merge another step"))
-    return Stored(shape, dtype, tuple(extents), width)
+    return StoredTensor(shape, dtype, tuple(extents), width)

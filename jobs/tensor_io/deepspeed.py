@@ -2,7 +2,7 @@
 
 DeepSpeed flattens parameters into groups, one per parameter group of the optimizer, and cuts each group into one part per rank:
 
-- ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole into equal parts. A parameter may span two ranks.
+- ZeRO-1 and 2 concatenate the parameters of a group and cut the result into equal parts. A parameter may span two ranks.
 - ZeRO-3 cuts every parameter into equal parts. A rank's part of the group has its parts of all parameters, end to end.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
 from jobs.tensor_io.dtypes import Dtype
-from jobs.tensor_io.layout import Extent, Stored
+from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.safe_pickle import SavedTensor
 
 
@@ -28,8 +28,8 @@ class FlatPart:
     saved: SavedTensor
 
 
-class Run(NamedTuple):
-    """Elements that follow each other in one rank's file."""
+class ElementRange(NamedTuple):
+    """Contiguous elements of one rank's file."""
 
     part: FlatPart
     first: int
@@ -40,7 +40,7 @@ Shapes = list[dict[str, Any]]
 """For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
 
     Raises RunError if the file of a rank is missing or damaged.
@@ -62,16 +62,16 @@ def tensors(folder: Path) -> dict[str, Stored]:
     else:
         weights |= _frozen_whole(str(model_paths[0]), model_state)
         weights |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
-    for name, other in dict(model_state.get("shared_params") or {}).items():
-        if other in weights:
-            weights[name] = weights[other]
+    for name, stored_name in dict(model_state.get("shared_params") or {}).items():
+        if stored_name in weights:
+            weights[name] = weights[stored_name]
     return weights
 
 
-def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
+def find_optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Name of each trained weight -> kind of state (exp_avg, exp_avg_sq, step, ...) -> where it is stored.
 
-    State as long as the fp32 weights is laid out like them; a scalar is the same for all weights and ranks.
+    State that is as long as the flat fp32 weights has their layout. A scalar is the same for all weights and ranks.
     Raises RunError for state of any other shape: it cannot be assigned to weights.
     """
     paths = _files(folder, "*_optim_states.pt")
@@ -79,7 +79,7 @@ def optimizer_state(folder: Path) -> dict[str, dict[str, Stored]]:
     is_zero3 = int(states[0].get("zero_stage", 1)) == 3
     shapes: Shapes = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
     inner = [state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"] for state in states]
-    state_of_weight: dict[str, dict[str, Stored]] = {name: {} for group in shapes for name in group}
+    state_of_weight: dict[str, dict[str, StoredTensor]] = {name: {} for group in shapes for name in group}
     for kind, value in inner[0][0].items():
         if isinstance(value, SavedTensor) and value.shape == ():
             laid_out = dict.fromkeys(state_of_weight, _whole(str(paths[0]), value))
@@ -157,7 +157,7 @@ def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -
     return parts
 
 
-def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     names = set(model_state.get("buffer_names") or ())
     return {
         name: _whole(path, saved)
@@ -166,10 +166,10 @@ def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
     }
 
 
-def _whole(path: str, saved: SavedTensor, shape: Any = None) -> Stored:
+def _whole(path: str, saved: SavedTensor, shape: Any = None) -> StoredTensor:
     """A tensor that one file holds completely."""
     shape = tuple(saved.shape if shape is None else shape)
-    return Stored(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
+    return StoredTensor(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
 
 
 def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
@@ -177,14 +177,14 @@ def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
     return Extent(part.path, part.saved.offset + first * part.saved.dtype.itemsize, row, count)
 
 
-def _frozen_whole(path: str, model_state: dict[str, Any]) -> dict[str, Stored]:
+def _frozen_whole(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     """ZeRO-1 and 2: frozen parameters are whole in the model file."""
     shapes = model_state.get("frozen_param_shapes") or {}
     fragments = model_state.get("frozen_param_fragments") or {}
     return {name: _whole(path, fragments[name], shape) for name, shape in shapes.items()}
 
 
-def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, Stored]:
+def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, StoredTensor]:
     """ZeRO-3: the model file of each rank holds its part of every frozen parameter; the last part is padded."""
     shapes = model_state.get("frozen_param_shapes") or {}
     if not shapes:
@@ -196,22 +196,24 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
             FlatPart(str(path), fragments[name])
             for path, fragments in zip(model_paths, fragments_of_ranks, strict=True)
         ]
-        runs = [Run(part, 0, part.saved.numel) for part in parts]
-        parameters[name] = _joined(runs, tuple(shape), parts[0].saved.dtype)
+        ranges = [ElementRange(part, 0, part.saved.numel) for part in parts]
+        parameters[name] = _joined(ranges, tuple(shape), parts[0].saved.dtype)
     return parameters
 
 
-def _joined(runs: list[Run], shape: tuple[int, ...], dtype: Dtype) -> Stored:
-    """A tensor that is made of runs end to end, without the padding after its last element."""
+def _joined(ranges: list[ElementRange], shape: tuple[int, ...], dtype: Dtype) -> StoredTensor:
+    """A tensor that is the concatenation of ranges, without the padding after its last element."""
     numel, row, extents = prod(shape), 0, []
-    for part, first, count in runs:
+    for part, first, count in ranges:
         if (count := min(count, numel - row)) > 0:
             extents.append(_extent(part, first, row, count))
             row += count
-    return Stored(shape, dtype, tuple(extents))
+    return StoredTensor(shape, dtype, tuple(extents))
 
 
-def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any) -> dict[str, Stored]:
+def _zero12_parameters(
+    folder: Path, parts: list[list[FlatPart]], groups: Shapes, paddings: Any
+) -> dict[str, StoredTensor]:
     """ZeRO-1 and 2. `paddings`, if any, are elements after each parameter of each group."""
     parameters = {}
     for number, shapes in enumerate(groups):
@@ -219,37 +221,37 @@ def _zero12_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes
         total, position = sum(part.saved.numel for part in parts_of_group), 0
         dtype = parts_of_group[0].saved.dtype
         for index, (name, shape) in enumerate(shapes.items()):
-            parameters[name] = _joined(_runs(parts_of_group, position, prod(shape)), tuple(shape), dtype)
+            parameters[name] = _joined(_element_ranges(parts_of_group, position, prod(shape)), tuple(shape), dtype)
             position += prod(shape) + (paddings[number][index] if paddings else 0)
         if not position <= total < position + 2 * len(parts_of_group):  # DeepSpeed pads to a multiple of 2 x ranks
             raise _wrong_size(folder, position, total)
     return parameters
 
 
-def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, Stored]:
+def _zero3_parameters(folder: Path, parts: list[list[FlatPart]], groups: Shapes) -> dict[str, StoredTensor]:
     """ZeRO-3. A rank's part of a parameter may span two of its groups: DeepSpeed also cuts them into sub-groups."""
     shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
     total, position, parameters = sum(part.saved.numel for part in parts[0]), 0, {}
     dtype = parts[0][0].saved.dtype
     for name, shape in shapes.items():
         count = -(-prod(shape) // len(parts))
-        runs = [run for rank in parts for run in _runs(rank, position, count)]
-        parameters[name] = _joined(runs, shape, dtype)
+        ranges = [item for rank in parts for item in _element_ranges(rank, position, count)]
+        parameters[name] = _joined(ranges, shape, dtype)
         position += count
     if position != total:
         raise _wrong_size(folder, position, total)
     return parameters
 
 
-def _runs(parts: list[FlatPart], start: int, count: int) -> list[Run]:
-    """The elements `start` to `start + count` of parts that lie end to end."""
-    runs, begin = [], 0
+def _element_ranges(parts: list[FlatPart], start: int, count: int) -> list[ElementRange]:
+    """The elements `start` to `start + count` of the concatenated parts."""
+    ranges, begin = [], 0
     for part in parts:
         first, last = max(start, begin), min(start + count, begin + part.saved.numel)
         if first < last:
-            runs.append(Run(part, first - begin, last - first))
+            ranges.append(ElementRange(part, first - begin, last - first))
         begin += part.saved.numel
-    return runs
+    return ranges
 
 
 def _wrong_size(folder: Path, expected: int, actual: int) -> RunError:

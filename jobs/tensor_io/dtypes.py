@@ -120,11 +120,11 @@ def as_bytes(tensor: "torch.Tensor") -> Bytes:
     """The bytes of a contiguous, one-dimensional tensor, sharing its memory."""
     import torch
 
-    shared: Bytes = tensor.view(torch.uint8).numpy()
-    return shared
+    return tensor.view(torch.uint8).numpy()
 
 
 def cast_with_torch(block: Bytes, stored: Dtype, wanted: Dtype, output: Bytes) -> Bytes:
+    """Cast between any two dtypes of torch. Arguments as in `Cast`."""
     if stored is wanted:
         return block
     as_tensor(output, wanted).copy_(as_tensor(block, stored))

@@ -11,7 +11,10 @@ from jobs.tensor_io.dtypes import Dtype
 
 @dataclass(frozen=True)
 class Extent:
-    """A rectangle of a tensor that is contiguous in a file, row by row. A row has `Stored.width` elements of the flat tensor."""
+    """A rectangle of a tensor whose elements are contiguous in a file, row by row.
+
+    Rows and columns are those of the flat tensor viewed as (rows, `StoredTensor.width`).
+    """
 
     path: str
     """The file. Only its name when base weights are loaded: nodes may keep the model in different folders."""
@@ -28,7 +31,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor on disk."""
 
     shape: tuple[int, ...]
@@ -53,14 +56,14 @@ class Piece:
 
     extent: Extent
     element: int
-    """First element, counted from `Extent.offset` or in the archive's tensor."""
+    """First element, counted from `Extent.offset`, or from the first element of the archive's tensor."""
     start: int
-    """First element in the block; each following row is `Stored.width` elements further."""
+    """First element in the block; each following row is `StoredTensor.width` elements further."""
     rows: int
     columns: int
 
 
-def pieces(stored: Stored, start: int, stop: int) -> Iterator[Piece]:
+def pieces(stored: StoredTensor, start: int, stop: int) -> Iterator[Piece]:
     """The pieces that make up the flat elements `start` to `stop`, which are whole rows or a part of one row."""
     width = stored.width
     first, last = start // width, -(-stop // width)
@@ -75,7 +78,7 @@ def pieces(stored: Stored, start: int, stop: int) -> Iterator[Piece]:
             yield Piece(extent, element, top * width + west - start, bottom - top, east - west)
 
 
-def _extents_from(stored: Stored, row: int) -> tuple[Extent, ...]:
+def _extents_from(stored: StoredTensor, row: int) -> tuple[Extent, ...]:
     """The extents that do not end before `row`. A binary search, because thousands of ranks give thousands of extents."""
     if stored.width > 1:
         return stored.extents

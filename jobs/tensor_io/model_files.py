@@ -9,7 +9,7 @@ READERS = 4
 """Threads that read, each with one chunk in host memory. A network file system is fast only with several requests at once."""
 
 
-def find(source: str, revision: str | None, *, cached: bool = False) -> Path | None:
+def find_or_download(source: str, revision: str | None, *, cached: bool = False) -> Path | None:
     """The folder with the safetensors files of a Hub id or of a local folder; None if it has none.
 
     Downloads what is missing. HF_HUB_OFFLINE is honored. With `cached` the Hub is not asked, because another process has just
@@ -27,12 +27,12 @@ def find(source: str, revision: str | None, *, cached: bool = False) -> Path | N
         except EntryNotFoundError:
             continue
         if not cached:  # by commit (the folder's name), because the branch may have moved in the meantime
-            snapshot_download(source, revision=folder.name, allow_patterns=[*files(folder), "*.json"])
+            snapshot_download(source, revision=folder.name, allow_patterns=[*weight_files(folder), "*.json"])
         return folder
     return None
 
 
-def files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold the weights, chosen as transformers chooses them."""
     if (folder / SINGLE).exists():
         return [SINGLE]

@@ -7,7 +7,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from jobs.tensor_io import dcp, deepspeed, safetensors
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,23 @@ class Checkpoint:
     """That of the files; it may be inside the folder that was asked for."""
     kind: str
     """Format, as it is shown to the user."""
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     """By the names under which they were saved."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Raises RunError if this is not a checkpoint, or not a complete one."""
+    """Recognize the format of `folder` and list its tensors. Raises RunError if it is not a complete checkpoint."""
     if not folder.is_dir():
         raise RunError(Problem("checkpoint", folder, "is not a folder"))
     for candidate in [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]:
         if (candidate / ".metadata").exists() or any(candidate.glob("*.distcp")):
-            return Checkpoint(candidate, "DCP", dcp.tensors(candidate))
+            return Checkpoint(candidate, "DCP", dcp.find_tensors(candidate))
     if (zero_folder := _zero_folder(folder)) is not None:
-        return Checkpoint(zero_folder, "ZeRO", deepspeed.tensors(zero_folder))
+        return Checkpoint(zero_folder, "ZeRO", deepspeed.find_tensors(zero_folder))
     if (folder / "adapter_config.json").exists():
-        return Checkpoint(folder, "adapter", safetensors.tensors(folder, "adapter_model"))
+        return Checkpoint(folder, "adapter", safetensors.find_tensors(folder, "adapter_model"))
     if any(folder.glob("*.safetensors")):
-        return Checkpoint(folder, "safetensors", safetensors.tensors(folder))
+        return Checkpoint(folder, "safetensors", safetensors.find_tensors(folder))
     message = (
         "is not a checkpoint: it has no .metadata (FSDP), no latest and no *_optim_states.pt (DeepSpeed), and no "
         "*.safetensors; name the folder that holds these files"
@@ -54,7 +54,7 @@ def _zero_folder(folder: Path) -> Path | None:
     return named
 
 
-def file_versions(tensors: dict[str, Stored]) -> dict[str, list[int]]:
+def file_versions(tensors: dict[str, StoredTensor]) -> dict[str, list[int]]:
     """Path -> [bytes, modification time in ns] of every file that is read, to notice later that one was replaced."""
     paths = {extent.path for stored in tensors.values() for extent in stored.extents}
     states = {path: Path(path).stat() for path in sorted(paths)}
@@ -63,5 +63,5 @@ def file_versions(tensors: dict[str, Stored]) -> dict[str, list[int]]:
 
 def adapter_settings(folder: Path) -> dict[str, Any] | None:
     """adapter_config.json of the checkpoint's folder, or else of the folder above."""
-    candidates = (read_json(place / "adapter_config.json") for place in (folder, folder.parent))
+    candidates = (read_json(parent / "adapter_config.json") for parent in (folder, folder.parent))
     return next((settings for settings in candidates if settings), None)

@@ -16,7 +16,7 @@ from conf.schema import Config
 from jobs.distributed import host_memory
 from jobs.distributed.rank import local_and_node_rank
 from jobs.tensor_io import safetensors
-from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files, find
+from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, find_or_download, weight_files
 
 ByteRange = tuple[str, int, int]
 """Path, first byte, last byte + 1."""
@@ -48,11 +48,11 @@ def _ranges(config: Config, node_rank: int) -> list[ByteRange]:
     has_checkpoint = any(Path(config.run_dir).glob("checkpoints/step-*"))
     if random_weights or (config.adapter.kind is AdapterKind.none and has_checkpoint):
         return []
-    begin, end = share(config, node_rank)
+    begin, end = node_fractions(config, node_rank)
     ranges = []
     with suppress(Exception):  # whatever is wrong with the files, loading reports it with a better message
-        folder = find(config.model.source, config.model.revision, cached=True)
-        for path in [folder / name for name in files(folder)] if folder else []:
+        folder = find_or_download(config.model.source, config.model.revision, cached=True)
+        for path in [folder / name for name in weight_files(folder)] if folder else []:
             header = safetensors.read_header(path)
             for first, last in (entry["data_offsets"] for entry in header.entries.values()):
                 size, start = last - first, header.data_start + first
@@ -60,7 +60,7 @@ def _ranges(config: Config, node_rank: int) -> list[ByteRange]:
     return sorted(ranges)
 
 
-def share(config: Config, node_rank: int) -> tuple[float, float]:
+def node_fractions(config: Config, node_rank: int) -> tuple[float, float]:
     """The part of every tensor that the ranks of this node hold, as two fractions of its bytes: (first, last).
 
     FSDP gives a node a block of rows, ZeRO-3 a run of elements. With tensor parallelism over several nodes the parts are not

@@ -9,7 +9,7 @@ import numpy as np
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
 from jobs.tensor_io.dtypes import Bytes
-from jobs.tensor_io.layout import Extent, Piece, Stored, pieces
+from jobs.tensor_io.layout import Extent, Piece, StoredTensor, pieces
 
 CHUNK = 4 * 2**20
 """Bytes per read: few enough that they are still in the CPU cache when they are cast, hashed and written, which takes a quarter
@@ -23,7 +23,7 @@ Check = Callable[[str, int, int], None]
 """Called with (path, offset, number of bytes) before these bytes are read; raises RunError if they are damaged."""
 
 
-class Files:
+class OpenFiles:
     """Open file descriptors by path, shared by all threads: opening a file is a round trip on a network file system."""
 
     def __init__(self, check: Check | None = None) -> None:
@@ -50,7 +50,7 @@ class Files:
 class Reader:
     """Reads blocks of stored tensors for one thread."""
 
-    def __init__(self, files: Files, *, drop_cache: bool = False) -> None:
+    def __init__(self, files: OpenFiles, *, drop_cache: bool = False) -> None:
         self.files = files
         self.drop_cache = drop_cache
         """Whether the kernel may drop each range from the page cache once it is read. The cache otherwise grows by the size of
@@ -58,7 +58,7 @@ class Reader:
         self._scratch = np.empty(0, np.uint8)
         self._element_offsets: dict[tuple[str, int], int] = {}
 
-    def fill(self, stored: Stored, start: int, block: Bytes) -> None:
+    def fill(self, stored: StoredTensor, start: int, block: Bytes) -> None:
         """Read the flat elements from `start` on into `block`, in the dtype in which they are stored.
 
         Raises RunError if a file is missing, cut short, damaged or not what the metadata says.
@@ -74,7 +74,7 @@ class Reader:
                 shape, strides = (piece.rows, piece.columns * size), (stored.width * size, 1)
                 np.lib.stride_tricks.as_strided(target, shape, strides)[:] = rows.reshape(shape)
 
-    def _read(self, stored: Stored, piece: Piece, target: Bytes) -> None:
+    def _read(self, stored: StoredTensor, piece: Piece, target: Bytes) -> None:
         extent = piece.extent
         begin = self._offset_in_archive(stored, extent) if extent.archive else extent.offset
         descriptor, offset = self.files.open(extent.path), begin + piece.element * stored.dtype.itemsize
@@ -84,7 +84,7 @@ class Reader:
         if self.drop_cache:
             os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _offset_in_archive(self, stored: Stored, extent: Extent) -> int:
+    def _offset_in_archive(self, stored: StoredTensor, extent: Extent) -> int:
         """The byte at which the elements of a torch.save archive begin. Remembered: a tensor is read in many blocks."""
         key = extent.path, extent.offset
         if key not in self._element_offsets:

@@ -199,7 +199,7 @@ def load_archive(descriptor: int, path: str, offset: int = 0, length: int | None
     """
     length = os.fstat(descriptor).st_size if length is None else length
     try:
-        # a small buffer: the pickle is all that is read, and it lies among gigabytes of numbers
+        # a small buffer: only the pickle is read, which is a few KB among gigabytes of numbers
         with zipfile.ZipFile(io.BufferedReader(_FileWindow(descriptor, offset, length), 4096)) as files:
             records = {name.partition("/")[2]: name for name in files.namelist()}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from conf.errors import DataError, Problem
 from conf.files import read_json
 from jobs.tensor_io.dtypes import SAFETENSORS, SAFETENSORS_NAMES, Dtype
-from jobs.tensor_io.layout import Extent, Stored
+from jobs.tensor_io.layout import Extent, StoredTensor
 
 ALIGNMENT = 4096
 """The data of files made here begins on a page of memory."""
@@ -23,7 +23,7 @@ class Header(NamedTuple):
     """Byte in the file at which the data begins."""
 
 
-def tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
+def find_tensors(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
     """Every tensor of a folder by its name. Raises DataError if a file is missing, cut short or not in this format."""
     index = read_json(folder / f"{stem}.safetensors.index.json")
     if index is not None:
@@ -37,7 +37,7 @@ def tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
     return {name: stored for file in files for name, stored in _tensors_to_merge(folder / file).items()}
 
 
-def _tensors_to_merge(path: Path) -> dict[str, Stored]:
+def _tensors_to_merge(path: Path) -> dict[str, StoredTensor]:
     try:
         tensors = tensors_of_file(path, str(path))
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def _tensors_to_merge(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, Stored]:
+def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, StoredTensor]:
     """Every tensor of one file; a dtype that is not in the table gets a Dtype of 0 bytes.
 
     Raises OSError if the file cannot be read, ValueError if it is cut short or not in this format.
@@ -62,7 +62,9 @@ def tensors_of_file(path: Path, name_in_extents: str) -> dict[str, Stored]:
         dtype = SAFETENSORS.get(entry["dtype"]) or Dtype(entry["dtype"], 0)
         if dtype.itemsize and stop - start != prod(shape) * dtype.itemsize:
             raise ValueError(f"is damaged: {name} has {stop - start} bytes for {list(shape)} of {entry['dtype']}")
-        tensors[name] = Stored(shape, dtype, (Extent(name_in_extents, header.data_start + start, 0, prod(shape)),))
+        tensors[name] = StoredTensor(
+            shape, dtype, (Extent(name_in_extents, header.data_start + start, 0, prod(shape)),)
+        )
     return tensors
 
 

@@ -14,49 +14,52 @@ from tqdm import tqdm
 from conf.errors import ConfigError, Problem
 from jobs.distributed import heartbeat
 from jobs.tensor_io import safetensors
-from jobs.tensor_io.layout import Stored
-from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, files
+from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, weight_files
 from jobs.tensor_io.reader import read_range
-from jobs.tensor_io.wrapper_names import without_wrappers
 
 COMPARED_BYTES = 4096
 """Bytes at each end of two tied weights that `probably_equal` compares."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The part of a tensor that a rank holds: as many elements as `into` has, from the flat element `begin` on."""
+class TensorPart:
+    """The part of a tensor that a rank holds: as many elements as `destination` has, from the flat element `begin` on."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     begin: int
-    into: torch.Tensor
+    destination: torch.Tensor
     """Flat and contiguous, on any device and in any dtype; empty if this rank holds nothing of the tensor."""
     trained: bool
 
+    def copy_from(self, whole: torch.Tensor) -> None:
+        """Fill this part from the whole tensor, of shape `shape`."""
+        self.destination.copy_(whole.reshape(-1)[self.begin : self.begin + self.destination.numel()])
+
 
 @dataclass(frozen=True)
-class _Run:
+class _FileRange:
     """At most CHUNK_BYTES of a file, and where they go."""
 
     file: str
     offset: int
     dtype: torch.dtype
-    into: torch.Tensor
+    destination: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return int(self.into.numel() * self.dtype.itemsize)
+        return self.destination.numel() * self.dtype.itemsize
 
 
-def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
+def find_tensors(folder: Path, key: str, source: str) -> dict[str, StoredTensor]:
     """Every stored tensor by its name, with paths relative to `folder`: other nodes may have the files in another folder.
 
     Raises ConfigError, for `key`=`source`, that names every file that is missing, cut off or not in this format.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
-    for name in files(folder):
+    for name in weight_files(folder):
         try:
             tensors |= safetensors.tensors_of_file(folder / name, name)
         except (OSError, ValueError, KeyError) as error:
@@ -67,7 +70,7 @@ def find_tensors(folder: Path, key: str, source: str) -> dict[str, Stored]:
 
 
 def mismatches(
-    stored: Mapping[str, Stored], names: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Why these files do not fit the model, one sentence per tensor; empty if they fit.
 
@@ -75,36 +78,38 @@ def mismatches(
     """
     problems = []
     for name, shape in shapes.items():
-        tensor = next((stored[other] for other in names[name] if other in stored), None)
+        tensor = next((stored[candidate] for candidate in names[name] if candidate in stored), None)
         if tensor is None:
             problems.append(f"{name} is in none of the files")
         elif not tensor.dtype.itemsize:
             problems.append(f"{name} in {_file(tensor)} is stored as {tensor.dtype.name}, which cannot be trained")
         elif tensor.shape != shape:
             problems.append(f"{name} in {_file(tensor)} has the shape {list(tensor.shape)}, not {list(shape)}")
-    known = {other for others in names.values() for other in others}
+    known = {candidate for candidates in names.values() for candidate in candidates}
     problems += [f"{name} in {_file(stored[name])} is not in the model" for name in stored if name not in known]
     return problems
 
 
-def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int:
+def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: bool) -> int:
     """Fill each part from the files in `folder`; returns the bytes read. `show` draws a progress bar. Raises OSError.
 
     Uses explicit reads, not a mapping of the file: page faults on network mounts took hours where reads took seconds
     (pytorch PR 175762), and mapped pages count as memory of this process.
     """
-    runs = sorted(
-        (run for stored, part in wanted for run in _runs(stored, part)), key=lambda run: (run.file, run.offset)
+    file_ranges = sorted(
+        (item for stored, part in wanted for item in _file_ranges(stored, part)),
+        key=lambda item: (item.file, item.offset),
     )
-    pinned = any(run.into.is_cuda for run in runs)
+    pinned = any(file_range.destination.is_cuda for file_range in file_ranges)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned))
     with ExitStack() as stack:
-        opened = {name: stack.enter_context((folder / name).open("rb", 0)) for name in {run.file for run in runs}}
+        names = {item.file for item in file_ranges}
+        opened = {name: stack.enter_context((folder / name).open("rb", 0)) for name in names}
         bar = stack.enter_context(
             tqdm(
-                total=sum(run.nbytes for run in runs),
+                total=sum(file_range.nbytes for file_range in file_ranges),
                 desc="weights",
                 unit="B",
                 unit_scale=True,
@@ -114,16 +119,16 @@ def read(folder: Path, wanted: Iterable[tuple[Stored, Part]], show: bool) -> int
         )
         pool = stack.enter_context(ThreadPoolExecutor(READERS))
         try:
-            for count in pool.map(lambda run: _fill(opened[run.file].fileno(), run, buffers), runs):
+            for count in pool.map(lambda item: _fill(opened[item.file].fileno(), item, buffers), file_ranges):
                 bar.update(count)
-                heartbeat.alive()
+                heartbeat.refresh()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # otherwise leaving the pool would read everything first
             raise
         return int(bar.total)
 
 
-def probably_equal(folder: Path, one: Stored, other: Stored) -> bool:
+def probably_equal(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, judged by both ends: weights that were trained apart differ everywhere."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -136,30 +141,27 @@ def probably_equal(folder: Path, one: Stored, other: Stored) -> bool:
     return ends[0] == ends[1]
 
 
-def _file(stored: Stored) -> str:
+def _file(stored: StoredTensor) -> str:
     """A tensor of a safetensors file has one extent."""
     return stored.extents[0].path
 
 
-def _runs(stored: Stored, part: Part) -> Iterator[_Run]:
+def _file_ranges(stored: StoredTensor, part: TensorPart) -> Iterator[_FileRange]:
     (extent,), size = stored.extents, stored.dtype.itemsize
     step = CHUNK_BYTES // size
-    for begin in range(0, part.into.numel(), step):
+    for begin in range(0, part.destination.numel(), step):
         offset = extent.offset + (part.begin + begin) * size
-        yield _Run(extent.path, offset, stored.dtype.torch, part.into[begin : begin + step])
+        yield _FileRange(extent.path, offset, stored.dtype.torch, part.destination[begin : begin + step])
 
 
-def _fill(descriptor: int, run: _Run, buffers: "SimpleQueue[torch.Tensor]") -> int:
+def _fill(descriptor: int, file_range: _FileRange, buffers: "SimpleQueue[torch.Tensor]") -> int:
     buffer = buffers.get()
     try:
-        read_range(descriptor, run.file, run.offset, buffer.numpy()[: run.nbytes].data)
+        read_range(descriptor, file_range.file, file_range.offset, buffer.numpy()[: file_range.nbytes].data)
         # first to the device, then to the dtype: the cast is faster there
-        run.into.copy_(buffer[: run.nbytes].view(run.dtype).to(run.into.device))
+        file_range.destination.copy_(
+            buffer[: file_range.nbytes].view(file_range.dtype).to(file_range.destination.device)
+        )
     finally:
         buffers.put(buffer)
-    return run.nbytes
-
-
-def plain(name: str) -> str:
-    """The name that a weight has in the files, from its name under adapters, recomputation or compilation."""
-    return without_wrappers(name)
+    return file_range.nbytes

@@ -12,5 +12,8 @@ def without_torch_wrappers(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Also without PEFT's: `base_model.model.model.q_proj.base_layer.weight` -> `model.q_proj.weight`."""
+    """The name that a weight has in the model's files, without the names of torch's and PEFT's wrappers.
+
+    `base_model.model.model.q_proj.base_layer.weight` -> `model.q_proj.weight`.
+    """
     return _PEFT.sub("", _TORCH.sub("", name))

@@ -34,7 +34,7 @@ class UnknownRole(ValueError):
     """The speaker of a turn is in neither `ROLES` nor the roles given by the config."""
 
 
-class Empty(ValueError):
+class EmptyText(ValueError):
     """A question or an answer has no text."""
 
 
@@ -85,7 +85,7 @@ def parse_turn(message: object, where: str, fields: Mapping[str, str], roles: Ma
     content = content_text(raw, f"{where}.{key}") if raw is not None else ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
     if role == "assistant" and not (content.strip() or calls or reasoning):
-        raise Empty(f"{where}.{key or 'content'} is empty: there is nothing to train on; drop the row")
+        raise EmptyText(f"{where}.{key or 'content'} is empty: there is nothing to train on; drop the row")
     return Turn(
         role, content, calls, message.get("name"), _train(message, where), message.get("tool_call_id"), reasoning
     )

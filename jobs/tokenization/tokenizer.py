@@ -49,6 +49,12 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special tokens: bos, eos, pad and so on, and added tokens that are marked as special."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
 def revision(config: Config) -> str:
     """The revision of the model on the Hugging Face Hub."""
     return config.model.revision or "main"

@@ -10,14 +10,14 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 
-class Adafactor(torch.optim.Adafactor):  # type: ignore[misc, unused-ignore]
+class Adafactor(torch.optim.Adafactor):
     """Shazeer and Stern 2018 (arXiv 1804.04235), as in torch.optim: per matrix, one row and one column of second moments.
 
     Row moments are sharded like the weight; column moments are whole on every rank. A test compares it with torch's on plain
     tensors.
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override, unused-ignore]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take a step. `closure` is for the signature only; it is not called."""
         with torch.no_grad():
             for group in self.param_groups:

@@ -15,8 +15,8 @@ PATIENCE = 50
 """The median must stay too high for this many steps. Spikes and the end of the warmup recover in fewer."""
 
 
-class Divergence:
-    """Keeps the best median of `WINDOW` losses so far, and counts the steps since the median rose too far above it."""
+class DivergenceDetector:
+    """Compares the median of the last `WINDOW` losses with the lowest such median so far, and counts the steps it is too high."""
 
     def __init__(self, max_rise: float | None, losses: Iterable[float] = ()) -> None:
         """`losses` are those before the checkpoint of a resumed run, so that it decides as an uninterrupted run would."""
@@ -27,7 +27,7 @@ class Divergence:
         for loss in losses:
             self._add(loss)
 
-    def see(self, step: int, loss: float) -> None:
+    def add_loss(self, step: int, loss: float) -> None:
         """Add the loss of a step, counted from 1. Raises DivergedError if the median has been too high for PATIENCE steps."""
         self._add(loss)
         if self._above >= PATIENCE:

@@ -81,9 +81,15 @@ def _evaluate_batches(
         if stop():
             return None
         first = start + world.data_rank * micro_batch
-        mine = order[first : first + micro_batch]
-        batch = batches.collate(rows, mine if len(mine) else order[:1], pad, device=world.device, share=world.share)
-        if not len(mine):
+        local_rows = order[first : first + micro_batch]
+        batch = batches.collate(
+            rows,
+            local_rows if len(local_rows) else order[:1],
+            pad,
+            device=world.device,
+            context_part=world.context_part,
+        )
+        if not len(local_rows):
             batch.labels.fill_(batches.IGNORED)
             batch.trained = batch.trained[:0]
         sums[0] += summed_cross_entropy(model, batch).double()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 INITIAL, GROWTH, PATIENCE = 2.0**16, 2.0, 1000
-"""The first scale; the factor by which it changes; the number of good steps before it grows. As in torch.amp.GradScaler and
-DeepSpeed, it is doubled after so many good steps and halved after a bad one."""
+"""The first scale, the factor by which it changes, and the number of good steps in a row before it grows. As in
+torch.amp.GradScaler and DeepSpeed, the scale is halved after a step with an overflow."""
 
 
 def install(optimizer: Any) -> None:

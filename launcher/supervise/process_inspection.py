@@ -32,7 +32,7 @@ def inspect_ranks(heartbeats: dict[int, dict[str, Any]], local: Path, attempt: P
     states: dict[int, set[str]] = {rank: set() for rank in running}
     asked, waiting_for = time.time(), set(running)
     for rank, heartbeat in running.items():
-        send_signal(heartbeat, signal.SIGQUIT)  # jobs.distributed.heartbeat.ASK: write the Python stacks
+        send_signal(heartbeat, signal.SIGQUIT)  # jobs.distributed.heartbeat.STACKS_SIGNAL: write the Python stacks
         _request_flight_record(local / f"{PIPE}{rank}.pipe")
     for sample in range(int(ANSWER_S / PAUSE_S)):
         time.sleep(PAUSE_S)

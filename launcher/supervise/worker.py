@@ -38,7 +38,7 @@ def run(job: str, config_path: str) -> None:
     from jobs import run as run_job
     from jobs.distributed import logs, stop_signals
 
-    stop_signals.listen()  # first of all: submitit's own signal handler would requeue the job before it has saved
+    stop_signals.install_handlers()  # first of all: submitit's own signal handler would requeue the job before it has saved
     config = _load_config(Path(config_path))
     rank_info = environment.read_rank_info(os.environ)
     logs.set_up(rank_info.rank)
@@ -47,7 +47,7 @@ def run(job: str, config_path: str) -> None:
     record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     started = time.time()
     if not JOB_KINDS[job].resumable:
-        stop_signals.leave_at_once(record_end)
+        stop_signals.exit_on_signal(record_end)
     watched = JOB_KINDS[job].distributed
     try:
         with _heartbeats(config, folder / f"attempt-{number}", rank_info) if watched else nullcontext():
@@ -93,7 +93,7 @@ def _heartbeats(config: Config, folder: Path, rank_info: environment.RankInfo) -
     local = watchdog.heartbeat_folder(config.cluster.scratch, folder, rank_info.node_rank)
     try:
         local.mkdir(parents=True, exist_ok=True)
-        heartbeat.listen(local, rank_info.rank, attempt.host())
+        heartbeat.start(local, rank_info.rank, attempt.host())
         values = environment.watchdog_variables(config, str(local / PIPE))
         environment.set_variables({key: value for key, value in values.items() if key not in os.environ})
         if rank_info.local_rank == 0:

@@ -138,7 +138,7 @@ def _train(rank: int, configs: list[Config]) -> None:
         for config in tqdm(configs, desc="layouts", disable=rank > 0 or not sys.stderr.isatty()):
             parallel = config.parallel
             here = replace(world, context_ranks=parallel.context_ranks, tensor_ranks=parallel.tensor_ranks)
-            training, step = train._set_up(config, here, stop_signals.Stop())
+            training, step = train._set_up(config, here, stop_signals.StopFlag())
             while step < STEPS:
                 train._train_step(training, step)
                 step += 1

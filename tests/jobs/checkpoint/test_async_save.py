@@ -60,8 +60,8 @@ def both(rank: int, configs: list[Config]) -> None:
 def prepared(rank: int, config: Config) -> None:
     """A save allocates no more memory than `prepare` has allocated."""
     slabs: list[int] = []
-    map_slab = host_staging.Slabs._map_slab
-    host_staging.Slabs._map_slab = lambda self, size: slabs.append(size) or map_slab(self, size)
+    map_slab = host_staging.SlabAllocator._map_slab
+    host_staging.SlabAllocator._map_slab = lambda self, size: slabs.append(size) or map_slab(self, size)
     with process_group(config) as world:
         backend = backends.import_backend(config)
         engine = backend.wrap(build.build(config), config, world)
@@ -129,9 +129,9 @@ def test_killed_while_it_writes_in_the_background_it_goes_on_from_the_one_before
     whole, broken = runs(config, tmp_path / "data/data", tmp_path, {"whole": {}, "broken": {}})
     with pytest.raises(Exception, match="SIGKILL|terminated|process"):
         spawn(killed, 2, broken)
-    assert checkpointing.to_consolidate(broken)[1]["step"] == 2
+    assert checkpointing.select_for_consolidation(broken)[1]["step"] == 2
     assert [losses(lines) for lines in train_each([broken], 2)] == [losses(lines) for lines in train_each([whole], 2)]
-    assert checkpointing.to_consolidate(broken)[1]["step"] == 6
+    assert checkpointing.select_for_consolidation(broken)[1]["step"] == 6
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -166,19 +166,19 @@ def test_memory_of_copies_is_used_again() -> None:
     stager = host_staging.Stager(torch.device("cpu"))
     sizes = [1, 1000, 2**20, 2**22, 3 * 2**20, 0]
     state = {str(size): torch.randn(size) for size in sizes}
-    first = stager.state(state)
+    first = stager.copy_state_dict(state)
     assert all(torch.equal(first[name], value) for name, value in state.items())
     spans = sorted((item.data_ptr(), item.data_ptr() + item.nbytes) for item in first.values() if item.numel())
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     for value in state.values():
         value.add_(1)
     places = {name: item.data_ptr() for name, item in first.items()}
-    second = stager.state(state)
+    second = stager.copy_state_dict(state)
     assert {name: item.data_ptr() for name, item in second.items()} == places
     assert all(torch.equal(second[name], value) for name, value in state.items())
     del state["1000"]
     state["new"] = torch.randn(1000)
-    third = stager.state(state)
+    third = stager.copy_state_dict(state)
     assert third["new"].data_ptr() == places["1000"]
     assert torch.equal(third["new"], state["new"])
     assert torch.equal(third["1"], state["1"])

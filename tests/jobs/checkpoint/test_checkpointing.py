@@ -141,7 +141,7 @@ def test_if_all_are_damaged_nothing_is_resumed_or_renamed(config, saved) -> None
 
 
 def test_no_checkpoint_yet(config) -> None:
-    assert checkpointing.to_consolidate(config) is None and resumed(config) == 0
+    assert checkpointing.select_for_consolidation(config) is None and resumed(config) == 0
 
 
 def test_resume_ignores_latest_and_half_written_checkpoints(config, saved) -> None:
@@ -233,7 +233,7 @@ def two_ranks(rank: int, config: Config) -> None:
         if rank == 1:
             flip(checkpoints_folder(config) / "step-00000004/inner/__1_0.distcp")
         assert bool(manifest.checksum_problems(checkpoints_folder(config) / "step-00000004", rank, 2)) == (rank == 1)
-        found = checkpointing.find(config, world)  # only rank 1 has read the damaged file
+        found = checkpointing.find_newest(config, world)  # only rank 1 has read the damaged file
         assert checkpointing.resume(config, world, lambda _: None, found) == 2
 
 

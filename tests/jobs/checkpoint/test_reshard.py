@@ -11,7 +11,7 @@ from jobs.checkpoint import checkpointing, reshard
 from jobs.distributed.process_group import process_group
 from jobs.model import build
 from jobs.tensor_io.dtypes import as_bytes
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.reader import OpenFiles, Reader
 from tests.jobs.checkpoints import save
 from tests.jobs.ranks import spawn
 
@@ -53,7 +53,7 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
         for source, config in [(source, config) for source, configs in moves.values() for config in configs]:
             backend = backends.import_backend(config)
             engine = backend.wrap(build.build_on_meta(config), config, world, resumed=True)
-            path, _ = checkpointing.to_consolidate(source)
+            path, _ = checkpointing.select_for_consolidation(source)
             reshard.load(backend, engine, path, source.parallel.backend)
             assert loss(engine).item() == pytest.approx(torch.load(path.parent / "loss"), rel=1e-4)
             info = checkpointing.layout(config, world)
@@ -62,8 +62,8 @@ def read(rank: int, moves: dict[str, tuple[Config, list[Config]]]) -> None:
 
 def whole(config: Config) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint; the key is 'weight kind'."""
-    path, _ = checkpointing.to_consolidate(config)
-    files, tensors = Files(), {}
+    path, _ = checkpointing.select_for_consolidation(config)
+    files, tensors = OpenFiles(), {}
     for name, kinds in reshard.stored(path, config.parallel.backend).items():
         for kind, tensor in kinds.items():
             value = torch.empty(tensor.numel, dtype=tensor.dtype.torch)
@@ -113,7 +113,7 @@ def different_adapter(rank: int, source: Config, config: Config) -> None:
         backend = backends.import_backend(config)
         engine = backend.wrap(build.build_on_meta(config), config, world, resumed=True)
         with pytest.raises(RunError, match=r"lora_A.* is missing: resume with the layout that wrote it"):
-            reshard.load(backend, engine, checkpointing.to_consolidate(source)[0], Backend.zero)
+            reshard.load(backend, engine, checkpointing.select_for_consolidation(source)[0], Backend.zero)
 
 
 @pytest.mark.proof

@@ -25,8 +25,8 @@ from conf.errors import DataError, RunError, UserError
 from conf.files import read_json
 from jobs.consolidation import execute, external, lora, output_folder, plan, weight_names, workers
 from jobs.tensor_io import dtypes, layout, safe_pickle, safetensors
-from jobs.tensor_io.layout import Extent, Stored
-from jobs.tensor_io.reader import Files, Reader
+from jobs.tensor_io.layout import Extent, StoredTensor
+from jobs.tensor_io.reader import OpenFiles, Reader
 from tests.conftest import ROOT
 from tests.jobs import shards
 
@@ -90,8 +90,8 @@ def test_blocks_of_random_chunks_give_the_tensor(seed, tmp_path) -> None:
         found += [
             Extent(str(path), 0, row, count, column, columns, 0, skip) for row, count, column, columns, skip in rows
         ]
-    stored = Stored(shape, dtypes.FP32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
-    files = Files()
+    stored = StoredTensor(shape, dtypes.FP32, tuple(sorted(found, key=lambda item: (item.row, item.column))), width)
+    files = OpenFiles()
     reader, flat = Reader(files), torch.full((whole.numel(),), -1.0)
     start, stop = sorted(chance.randint(0, whole.numel()) for _ in range(2))
     for first, last in layout.blocks(start, stop, width, chance.randint(1, 30)):
@@ -370,7 +370,7 @@ def test_the_plan_is_shown_without_writing(checkpoint, tmp_path, capsys) -> None
 
 def test_a_dtype_is_the_same_object_in_another_rank() -> None:
     for dtype in dtypes.TORCH.values():
-        assert pickle.loads(pickle.dumps(Stored((), dtype, ()))).dtype is dtype
+        assert pickle.loads(pickle.dumps(StoredTensor((), dtype, ()))).dtype is dtype
 
 
 def test_seventy_billion_weights_are_planned_in_seconds() -> None:
@@ -383,7 +383,7 @@ def test_seventy_billion_weights_are_planned_in_seconds() -> None:
             shape, [layout.Chunk((rank * shape[0] // 64, 0), (shape[0] // 64, shape[1])) for rank in range(64)]
         )
         rows = tuple(Extent(f"/shards/{rank}", 0, *box[0][:4]) for rank, box in enumerate(boxes))
-        sources[name] = Stored(shape, dtypes.FP32, rows, width)
+        sources[name] = StoredTensor(shape, dtypes.FP32, rows, width)
     outputs = [plan.Output(name, stored.shape, dtypes.BF16, name) for name, stored in sources.items()]
     made = plan.make_plan(outputs, sources, shard_bytes=5 * 2**30)
     assert len(made.digest()) == 64 and made.read_bytes == 2 * (

@@ -198,7 +198,9 @@ def test_only_what_is_read_is_checked(run, tmp_path, monkeypatch) -> None:
     manifest.write(path, manifest.flush_and_describe(path, 0) | manifest.flush_and_describe(path, 1))
     checked = []
     monkeypatch.setattr(
-        manifest.Pieces, "check", lambda *args, real=manifest.Pieces.check: checked.append(args[1:]) or real(*args)
+        manifest.PieceChecker,
+        "check",
+        lambda *args, real=manifest.PieceChecker.check: checked.append(args[1:]) or real(*args),
     )
     found = merged(config, tmp_path)
     assert all(torch.equal(found[name], value) for name, value in live.items())

@@ -62,7 +62,7 @@ def test_packed_samples_restart_at_position_0_and_do_not_predict_each_other(rows
     assert batch.position_ids.tolist() == [[*range(9), 0, 0, 1]]
     assert batch.labels.tolist() == [[-100] + [8] * 8 + [-100] * 3]
     assert batch.trained.tolist() == list(range(8))
-    assert packed.counts.sum() == rows.counts.sum()
+    assert packed.label_counts.sum() == rows.label_counts.sum()
     assert packed.lengths.max() == 10
 
 
@@ -109,7 +109,7 @@ def test_packing_does_not_change_loss_and_gradient(compose) -> None:
 def test_a_trained_first_token_is_not_counted() -> None:
     trained, offsets = np.array([1, 1, 0, 1], dtype=np.uint8), np.array([0, 2, 4])
     dataset = token_dataset.from_parts([Part(np.arange(4, dtype=np.int32), trained, offsets)])
-    assert dataset.labels.tolist() == [1, 1]
+    assert dataset.label_counts.tolist() == [1, 1]
 
 
 def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:

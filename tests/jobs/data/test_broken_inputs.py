@@ -158,9 +158,9 @@ def test_a_broken_row_is_named_with_its_line(row, overrides, expected, refused) 
 
 
 def test_a_row_without_an_end_does_not_fill_memory(refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST", 2**16)
+    monkeypatch.setattr(sources, "MAX_ROW_LENGTH", 2**16)
     for module in (file_readers, sources):
-        monkeypatch.setattr(module, "LONGEST", 2**16)
+        monkeypatch.setattr(module, "MAX_ROW_LENGTH", 2**16)
         monkeypatch.setattr(module, "CHUNK", 2**12)
     assert "a.jsonl:3: has no end of line" in refused("a.jsonl", lines(GOOD, GOOD) + b'{"text": "' + b"x" * 2**18)
     assert "a.json:1: is not valid JSON" in refused("a.json", b'[{"text": "' + b"x" * 2**18)

@@ -9,7 +9,7 @@ from conf.schema import Gates
 from jobs.data import quality_gates
 from jobs.data.file_readers import Unreadable
 from jobs.data.quality_gates import Findings, judge
-from jobs.tokenization.conversation import Empty, Sample, Turn, UnknownRole
+from jobs.tokenization.conversation import EmptyText, Sample, Turn, UnknownRole
 
 PLACEHOLDERS = [
     "{instruction}",
@@ -73,7 +73,7 @@ def test_rows_of_tokens_have_no_placeholders() -> None:
     [
         (Unreadable("x"), "unreadable"),
         (UnknownRole("x"), "roles"),
-        (Empty("x"), "empty"),
+        (EmptyText("x"), "empty"),
         (ValueError("x"), "unusable"),
     ],
 )

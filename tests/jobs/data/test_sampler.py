@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jobs.data import batches, packing
-from jobs.data.sampler import Order
+from jobs.data.sampler import RowSampler
 
 DISTRIBUTIONS = {"mean 643": (5.9964, 1.0, 4096), "mean 1619": (7.1982, 0.7, 4096), "mean 1274": (6.5957, 1.1, 8192)}
 FACTOR = 8192
@@ -12,7 +12,7 @@ FACTOR = 8192
 
 
 def lognormal_order(rows, global_batch, kind="balanced", seed=0):
-    return Order(np.random.default_rng(5).lognormal(6, 1, rows), global_batch, seed, kind)
+    return RowSampler(np.random.default_rng(5).lognormal(6, 1, rows), global_batch, seed, kind)
 
 
 def sequence(order, steps):
@@ -95,13 +95,13 @@ def test_file_is_the_order_of_the_file_in_every_epoch() -> None:
 
 
 def test_the_next_epoch_combines_other_rows_in_a_step() -> None:
-    order = Order(np.linspace(100, 101, 400), 4, 0, "balanced")
+    order = RowSampler(np.linspace(100, 101, 400), 4, 0, "balanced")
     epochs = [{tuple(order.rows_of(step)) for step in range(start, start + 100)} for start in (0, 100)]
     assert len(epochs[0] & epochs[1]) < 10
 
 
 def test_only_steps_in_two_epochs_have_rows_of_different_cost() -> None:
-    order = Order(np.linspace(1, 100, 1003), 8, 0, "balanced")
+    order = RowSampler(np.linspace(1, 100, 1003), 8, 0, "balanced")
     for step in range(5 * 1003 // 8):
         chosen = order.costs[order.rows_of(step)]
         in_two = step * 8 // 1003 != (step * 8 + 7) // 1003
@@ -118,7 +118,7 @@ def test_steps_are_not_sorted_by_cost() -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_balanced_ranks_wait_less_than_with_a_random_order(distribution, packed) -> None:
     costs = costs_of(distribution, packed)
-    order = Order(costs, 64, 0, "balanced")
+    order = RowSampler(costs, 64, 0, "balanced")
     steps = len(costs) // 64
     chosen = sequence(order, steps)
     shuffled = np.random.default_rng(0).permutation(len(costs))[: steps * 64]
@@ -142,4 +142,4 @@ def test_balanced_ranks_wait_less_than_with_a_random_order(distribution, packed)
 )
 def test_invalid_arguments_are_refused(costs, global_batch, kind, message) -> None:
     with pytest.raises(ValueError, match=message):
-        Order(np.array(costs), global_batch, 0, kind)
+        RowSampler(np.array(costs), global_batch, 0, kind)

@@ -25,12 +25,12 @@ def _shared(rank: int, size: int, kind: str) -> None:
         found = rows(LENGTHS, pack_into)
         every = np.arange(len(found))
         whole = network(kind, num_attention_heads=4, num_key_value_heads=2)  # fewer key heads than four ranks
-        context_parallel.install(whole.config, World(rank, size, rank, size, torch.device("cpu")))
+        context_parallel.create_groups(whole.config, World(rank, size, rank, size, torch.device("cpu")))
         expected = loss.summed_cross_entropy(whole, batches.collate(found, every, pad=0))
         expected.backward()
         part = network(kind, attention=attention.NAMES[Attention.varlen], num_attention_heads=4, num_key_value_heads=2)
-        context_parallel.install(part.config, world)
-        batch = batches.collate(found, every, pad=0, share=world.share)
+        context_parallel.create_groups(part.config, world)
+        batch = batches.collate(found, every, pad=0, context_part=world.context_part)
         mine = loss.summed_cross_entropy(part, batch)
         mine.backward()
         summed = mine.detach().clone()
@@ -52,7 +52,7 @@ def test_the_parts_of_a_row_make_up_the_row() -> None:
     found = rows(LENGTHS, 24)
     every = np.arange(len(found))
     whole = batches.collate(found, every, pad=0, multiple=24)
-    parts = [batches.collate(found, every, pad=0, share=(which, 3)) for which in range(3)]
+    parts = [batches.collate(found, every, pad=0, context_part=(which, 3)) for which in range(3)]
     for name in ("input_ids", "position_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(whole, name))
     assert sum(len(part.trained) for part in parts) == len(whole.trained)
@@ -61,4 +61,4 @@ def test_the_parts_of_a_row_make_up_the_row() -> None:
 
 def test_heads_that_cannot_be_divided_are_an_error() -> None:
     with pytest.raises(ConfigError, match="parallel.context_ranks=3"):
-        context_parallel.install(network().config, World(0, 3, 0, 3, torch.device("cpu"), context_ranks=3))
+        context_parallel.create_groups(network().config, World(0, 3, 0, 3, torch.device("cpu"), context_ranks=3))

@@ -20,9 +20,9 @@ def _hangs(rank: int, local: str, attempt: str, does: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from jobs.distributed.process_group import total
+    from jobs.distributed.process_group import all_reduce_sum
 
-    heartbeat.listen(Path(local), rank, "n1")
+    heartbeat.start(Path(local), rank, "n1")
     if rank == 0:
         words = ["--node", "0", "--here", "3", "--world", "3", "--start", "60", "--step", "2", "--save", "60"]
         subprocess.Popen([sys.executable, "-m", "launcher.supervise.watchdog", local, attempt, *words], cwd=CLONE)
@@ -31,7 +31,7 @@ def _hangs(rank: int, local: str, attempt: str, does: str) -> None:
         heartbeat.beat("train", step)
         if step == 3 and rank == 1:
             _hang(does)
-        total(torch.ones(1))
+        all_reduce_sum(torch.ones(1))
 
 
 def _hang(does: str) -> None:
@@ -60,8 +60,8 @@ def test_a_collective_that_one_rank_does_not_join_is_named(tmp_path, does, said)
 def test_a_heartbeat_is_overwritten_in_place_and_deleted_with_the_rank(tmp_path) -> None:
     local = tmp_path / "local"
     local.mkdir()
-    heartbeat.beat("train", 1)  # before `listen` nothing is written
-    heartbeat.listen(local, 5, "n3")
+    heartbeat.beat("train", 1)  # before `start` nothing is written
+    heartbeat.start(local, 5, "n3")
     sizes = set()
     for step in (9, 10**9):
         heartbeat.beat("train", step)
@@ -79,13 +79,13 @@ def test_a_heartbeat_is_overwritten_in_place_and_deleted_with_the_rank(tmp_path)
     assert read_json(local / "rank-5.beat")["step"] == 10**9
     heartbeat.close()
     assert not local.exists()
-    os.kill(os.getpid(), heartbeat.ASK)  # ASK after `close` ends nothing
-    signal.signal(heartbeat.ASK, signal.SIG_DFL)
+    os.kill(os.getpid(), heartbeat.STACKS_SIGNAL)  # STACKS_SIGNAL after `close` ends nothing
+    signal.signal(heartbeat.STACKS_SIGNAL, signal.SIG_DFL)
 
 
 def test_a_rank_asked_for_its_stacks_goes_on(tmp_path) -> None:
-    heartbeat.listen(tmp_path, 0)
-    os.kill(os.getpid(), heartbeat.ASK)
+    heartbeat.start(tmp_path, 0)
+    os.kill(os.getpid(), heartbeat.STACKS_SIGNAL)
     assert "test_a_rank_asked_for_its_stacks_goes_on" in (tmp_path / "rank-0.stack").read_text()
     heartbeat.close()
-    signal.signal(heartbeat.ASK, signal.SIG_DFL)
+    signal.signal(heartbeat.STACKS_SIGNAL, signal.SIG_DFL)

@@ -11,14 +11,14 @@ import pytest
 
 from conf.errors import Stopped
 from jobs.distributed import stop_signals
-from jobs.distributed.stop_signals import Stop
+from jobs.distributed.stop_signals import StopFlag
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_without_a_request_the_flag_is_not_set() -> None:
-    assert not Stop().requested()
-    assert not Stop(stop_at=time.time() + 60).requested()
+    assert not StopFlag().requested()
+    assert not StopFlag(stop_at=time.time() + 60).requested()
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ def test_without_a_request_the_flag_is_not_set() -> None:
     ids=["no limit", "long before", "a minute early", "in time"],
 )
 def test_a_signal_close_to_the_time_limit_means_the_time_limit(seconds_to_limit, status) -> None:
-    stop = Stop(None if seconds_to_limit is None else time.time() + seconds_to_limit)
+    stop = StopFlag(None if seconds_to_limit is None else time.time() + seconds_to_limit)
     stop.set(signal.SIGUSR2)
     assert stop.requested()
     assert stop.request == (status, "told to stop by SIGUSR2")
 
 
 def test_the_clock_alone_sets_the_flag() -> None:
-    stop = Stop(time.time() - 1)
+    stop = StopFlag(time.time() - 1)
     assert stop.requested()
     assert stop.request[0] == "time_limit"
 
@@ -42,7 +42,7 @@ def test_the_clock_alone_sets_the_flag() -> None:
 def test_the_stop_file_is_checked_every_few_seconds(tmp_path, monkeypatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now)
-    stop = Stop()
+    stop = StopFlag()
     stop.file = tmp_path / "stop"
     assert not stop.requested()
     stop.file.touch()
@@ -54,7 +54,7 @@ def test_the_stop_file_is_checked_every_few_seconds(tmp_path, monkeypatch) -> No
 
 
 def test_the_first_request_stays() -> None:
-    stop = Stop()
+    stop = StopFlag()
     stop.set(signal.SIGUSR1)
     assert stop.requested()
     stop.stop_at = 0.0
@@ -64,7 +64,7 @@ def test_the_first_request_stays() -> None:
 @pytest.mark.parametrize(("step", "expected"), [(7, "saved at step 7 of 9"), (0, "nothing to save yet")])
 def test_the_error_names_the_saved_step(step, expected) -> None:
     with pytest.raises(Stopped, match=f"because; {expected}") as caught:
-        Stop().raise_stopped(("stopped", "because"), step, 9)
+        StopFlag().raise_stopped(("stopped", "because"), step, 9)
     assert caught.value.status == "stopped"
 
 
@@ -73,33 +73,33 @@ def test_training_watches_signals_clock_and_file(monkeypatch, tmp_path, rank) ->
     monkeypatch.setenv("MUSTER_STOP_AT", "4000000000")
     monkeypatch.setenv("RANK", str(rank))
     config = type("Config", (), {"run_dir": str(tmp_path)})
-    before = {number: signal.getsignal(number) for number in stop_signals.NUMBERS}
-    for number in stop_signals.NUMBERS:
-        with stop_signals.watched(config) as stop:
+    before = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
+    for number in stop_signals.SIGNALS:
+        with stop_signals.watch(config) as stop:
             assert stop.stop_at == 4e9
             assert (stop.file == tmp_path / "jobs/train/stop") is (rank == 0)
             os.kill(os.getpid(), number)
             assert stop.requested()
-    assert {number: signal.getsignal(number) for number in stop_signals.NUMBERS} == before
+    assert {number: signal.getsignal(number) for number in stop_signals.SIGNALS} == before
 
 
 def test_a_signal_during_start_up_is_not_lost(tmp_path) -> None:
-    stop = stop_signals.listen()
+    stop = stop_signals.install_handlers()
     os.kill(os.getpid(), signal.SIGUSR2)
-    with stop_signals.watched(type("Config", (), {"run_dir": str(tmp_path)})) as watched:
+    with stop_signals.watch(type("Config", (), {"run_dir": str(tmp_path)})) as watched:
         assert watched is stop
         assert watched.requested()
-    for number in stop_signals.NUMBERS:
+    for number in stop_signals.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 LEAVES = """
 import multiprocessing, os, signal, sys, time
 from jobs.distributed import stop_signals
-stop_signals.listen()
+stop_signals.install_handlers()
 if sys.argv[1] == "before":
     os.kill(os.getpid(), signal.SIGTERM)
-stop_signals.leave_at_once(lambda status, reason: print(status, reason))
+stop_signals.exit_on_signal(lambda status, reason: print(status, reason))
 if sys.argv[1] == "pool":
     child = os.fork()
     if child == 0:

@@ -19,7 +19,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def faults_of(tokenizer, text):
     """The faults of an answer, written with its special tokens."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return answer_checks.faults(
+    return answer_checks.find_faults(
         ids, tokenizer.decode(ids, skip_special_tokens=True), answer_checks.special_tokens(tokenizer)
     )
 
@@ -43,7 +43,7 @@ def test_faults(text: str, faults: list[str], tokenizer: PreTrainedTokenizerBase
 def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
     known = answer_checks.special_tokens(tokenizer)
     assert "<|im_start|>" in known.markers
-    assert answer_checks.faults([*range(5, 30), *known.end_ids][:26], "so <|im_start|>user", known) == ["template"]
+    assert answer_checks.find_faults([*range(5, 30), *known.end_ids][:26], "so <|im_start|>user", known) == ["template"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_page_is_complete_and_escapes_all_text() -> None:
         "faults": ["looping"],
     }
     counts = dict.fromkeys(answer_checks.FAULTS, 0) | {"looping": 1}
-    page = generate.html(EVIL, {"model": "step-1 in bf16", "prompts": 1, "faults": counts}, [one])
+    page = generate.render_html(EVIL, {"model": "step-1 in bf16", "prompts": 1, "faults": counts}, [one])
     parsed = Parsed()
     parsed.feed(page)
     parsed.close()

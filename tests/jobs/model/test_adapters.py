@@ -14,10 +14,10 @@ from conf.choices import Backend, Frozen
 from conf.errors import ConfigError
 from conf.schema import Config
 from jobs import backends
-from jobs.consolidation.lora import Nf4
+from jobs.consolidation.lora import Nf4Rounder
 from jobs.distributed.process_group import process_group
 from jobs.model import build, quantized_linear
-from jobs.tensor_io.slices import Part
+from jobs.tensor_io.slices import TensorPart
 from jobs.tokenization.tokenizer import load_tokenizer
 from tests.conftest import Compose
 from tests.jobs import curves, ranks, reference
@@ -140,13 +140,13 @@ def packed(source: nn.Linear, kind: Frozen, dtype: torch.dtype, cuts: list[int])
     original = source.weight.detach().to(dtype).flatten()
     absmaxes = []
 
-    def read(part: Part) -> int:
-        part.into.copy_(original[part.begin : part.begin + part.into.numel()])
-        return part.into.nbytes
+    def read(part: TensorPart) -> int:
+        part.destination.copy_(original[part.begin : part.begin + part.destination.numel()])
+        return part.destination.nbytes
 
     edges = [0, *cuts, numbers.numel()]
     for begin, end in zip(edges, edges[1:], strict=False):
-        layer.load(Part((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
+        layer.load(TensorPart((numbers.numel(),), begin, numbers[begin:end], trained=False), read)
         absmaxes.append(layer._local_absmax)
     blocks = torch.zeros(source.weight.numel() // layer.block)
     for first, absmax in absmaxes:
@@ -308,7 +308,7 @@ def test_dora_starts_as_its_base(untrained, compose: Compose) -> None:
 def test_a_base_that_is_merged_dequantized_is_the_one_trained_on(dtype) -> None:
     source = linear()
     layer = packed(source, Frozen.nf4, dtype, [])
-    flat, rounding = source.weight.detach().flatten(), Nf4(dtype)
+    flat, rounding = source.weight.detach().flatten(), Nf4Rounder(dtype)
     for begin in range(0, flat.numel(), 1024):
         rounding.collect_scales(flat[begin : begin + 1024])
     rounding.finish_scales()

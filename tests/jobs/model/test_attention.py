@@ -114,7 +114,7 @@ def test_auto_selects_the_best_implementation_and_gives_a_reason(
     compose: Compose, words, shape, capability, expected
 ) -> None:
     words = [*words, "train.precision=bf16"] if "train.precision=fp32" not in words else words
-    implementation, reason = attention.best(compose(*words), shape, capability)
+    implementation, reason = attention.best_implementation(compose(*words), shape, capability)
     assert implementation is expected
     assert reason
 
@@ -122,7 +122,7 @@ def test_auto_selects_the_best_implementation_and_gives_a_reason(
 @pytest.mark.parametrize("installed", [True, False])
 def test_softcap_uses_flex_if_triton_is_installed(compose: Compose, installed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: installed)
-    implementation, reason = attention.best(compose(), AutoConfig.for_model("gemma2"), (9, 0))
+    implementation, reason = attention.best_implementation(compose(), AutoConfig.for_model("gemma2"), (9, 0))
     assert (implementation, "softcap" in reason) == (Attention.flex if installed else Attention.eager, True)
 
 

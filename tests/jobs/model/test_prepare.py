@@ -247,7 +247,7 @@ def test_compiled_ops_are_right_under_zero3(compose: Compose) -> None:
 def _gathers_little(rank, config):
     from jobs.backends import zero
 
-    planned = zero.derived.deepspeed_config
+    planned = zero.deepspeed_settings.deepspeed_config
     room = {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 10**4,
@@ -259,7 +259,7 @@ def _gathers_little(rank, config):
         settings["zero_optimization"] |= room | {"stage3_prefetch_bucket_size": 10**4}
         return settings
 
-    zero.derived.deepspeed_config = plan
+    zero.deepspeed_settings.deepspeed_config = plan
     with process_group(config) as world:
         engine = zero.wrap(build.build(config), config, world)
         for _ in range(3):  # from the second step on, ZeRO-3 knows what to prefetch

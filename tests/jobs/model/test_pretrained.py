@@ -20,7 +20,7 @@ from jobs.distributed.process_group import World, process_group
 from jobs.model import build as model
 from jobs.model import materialize
 from jobs.tensor_io import model_files, slices
-from jobs.tensor_io.slices import plain
+from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import optimizer
 from tests.conftest import Compose
 from tests.jobs.ranks import spawn
@@ -54,7 +54,11 @@ def _wrapped(config: Config, world: World) -> tuple[dict[str, torch.Tensor], dic
     """Weights by plain name, gathered; buffers; the bytes that this rank read."""
     engine = backends.import_backend(config).wrap(model.build_on_meta(config), config, world)
     network = engine.module if config.parallel.backend.name == "fsdp" else engine.module.module
-    return {plain(name): value for name, value in _gathered(network)}, dict(network.named_buffers()), engine.read_bytes
+    return (
+        {without_wrappers(name): value for name, value in _gathered(network)},
+        dict(network.named_buffers()),
+        engine.read_bytes,
+    )
 
 
 def _gathered(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,7 +113,9 @@ def _like_the_whole(_rank: int, configs: dict[str, Config]) -> None:
     """Every layout has the weights of `build` in one process, from which the reference curves start."""
     with process_group(next(iter(configs.values()))) as world:
         for layout, config in configs.items():
-            expected = {plain(name): value.detach() for name, value in model.build(config).named_parameters()}
+            expected = {
+                without_wrappers(name): value.detach() for name, value in model.build(config).named_parameters()
+            }
             _equal(_wrapped(config, world)[0], expected, layout)
 
 
@@ -263,8 +269,8 @@ def _measured(_rank: int, config: Config, size: int) -> None:
     """The peak of memory that filling adds: this rank's half of the model and read buffers, never the whole model."""
     with process_group(config) as world:
         if config.parallel.backend.name == "zero":
-            zero.start(world)
-        twin = model.build_on_meta(config)
+            zero.init_deepspeed(world)
+        meta_model = model.build_on_meta(config)
         before, peak, done = _resident(), [0], Event()
 
         def watch() -> None:
@@ -276,9 +282,11 @@ def _measured(_rank: int, config: Config, size: int) -> None:
         if (
             config.parallel.backend.name == "zero"
         ):  # what DeepSpeed itself makes afterwards lives on the GPU, if there is one
-            materialize.fill(twin, model.build_on_meta, zero._allocate_partitions(twin, config, world), config, world)
+            materialize.fill(
+                meta_model, model.build_on_meta, zero._allocate_partitions(meta_model, config, world), config, world
+            )
         else:
-            backends.import_backend(config).wrap(twin, config, world)
+            backends.import_backend(config).wrap(meta_model, config, world)
         done.set()
         watcher.join()
         assert size / 2 <= peak[0] - before < 0.75 * size, f"{(peak[0] - before) / size:.2f} of the model"
@@ -341,8 +349,8 @@ def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path: Path, monkey
     (tmp_path / "models--owner--name/refs").mkdir()
     (tmp_path / "models--owner--name/refs/main").write_text(commit)
     snapshot.symlink_to(stored)
-    assert model_files.find("owner/name", None, cached=True) == snapshot
-    assert model_files.find("owner/other", None, cached=True) is None
+    assert model_files.find_or_download("owner/name", None, cached=True) == snapshot
+    assert model_files.find_or_download("owner/other", None, cached=True) is None
     assert len(slices.find_tensors(snapshot, "model.source", "owner/name")) >= 29
 
 

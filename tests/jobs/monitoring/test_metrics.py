@@ -1,4 +1,4 @@
-"""jobs/monitoring/metrics.py: all attempts of a run write one record, with every step once."""
+"""jobs/monitoring/metrics.py and trackers.py: all attempts of a run write one record, with every step once."""
 
 import json
 from pathlib import Path

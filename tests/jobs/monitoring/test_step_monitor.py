@@ -24,7 +24,7 @@ from conf.errors import DivergedError
 from jobs.monitoring import stragglers
 from jobs.monitoring.flops import ModelFlops, count_weights, peak_flops
 from jobs.monitoring.step_timer import StepTimer
-from jobs.training.divergence import PATIENCE, WINDOW, Divergence
+from jobs.training.divergence import PATIENCE, WINDOW, DivergenceDetector
 from launcher.run_folder.attempts import metrics
 from tests.jobs import ranks
 from tests.jobs.networks import adapted, network, rows, whole
@@ -159,10 +159,10 @@ def test_an_idle_rank_is_named(detector: stragglers.StragglerDetector) -> None:
 
 def diverged_at(losses: Iterable[float], rise: float | None = 2.0) -> tuple[int, str] | None:
     """The step at which these losses end a training, and the message; None if they do not."""
-    divergence = Divergence(rise)
+    divergence = DivergenceDetector(rise)
     for step, loss in enumerate(losses, 1):
         try:
-            divergence.see(step, loss)
+            divergence.add_loss(step, loss)
         except DivergedError as error:
             return step, str(error)
     return None
@@ -202,10 +202,10 @@ def test_a_resumed_run_ends_at_the_same_step(resumed: int) -> None:
     losses = [*CALM, *[7.0] * 200]
     end = diverged_at(losses)
     assert end is not None
-    divergence = Divergence(2.0, losses[:resumed])
+    divergence = DivergenceDetector(2.0, losses[:resumed])
     with pytest.raises(DivergedError, match=f"step {end[0]}:"):
         for step in range(resumed, len(losses)):
-            divergence.see(step + 1, losses[step])
+            divergence.add_loss(step + 1, losses[step])
 
 
 OVERRIDES = [

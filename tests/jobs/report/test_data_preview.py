@@ -96,7 +96,7 @@ def data_json(rows, sizes, validation=None):
             "rows": size,
             "samples": size,
             "tokens": int(rows.samples.lengths[span].sum()),
-            "trained_tokens": int(rows.samples.labels[span].sum()),
+            "trained_tokens": int(rows.samples.label_counts[span].sum()),
             "epoch": size,
         }
         at += size
@@ -104,7 +104,7 @@ def data_json(rows, sizes, validation=None):
         name: {
             "samples": len(one.chosen),
             "tokens": int(one.lengths.sum()),
-            "trained_tokens": int(one.counts.sum()),
+            "trained_tokens": int(one.label_counts.sum()),
         }
         for name, one in (("train", rows), ("validation", validation or rows))
     }
@@ -112,7 +112,7 @@ def data_json(rows, sizes, validation=None):
 
 
 def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_length=512, packed=False, **more):
-    return data_preview.html(
+    return data_preview.render_html(
         data_json(rows, sizes or {"facts": len(rows.samples)}, validation),
         {"train": rows, "validation": validation or rows},
         {"train": location, "validation": location},
@@ -171,18 +171,18 @@ def test_tokens_keep_the_leading_space_that_some_tokenizers_strip() -> None:
 
 def test_the_terminal_shows_trained_tokens_in_green(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "Why?\n", "So.\nYes.<|im_end|>")])
-    shown = data_preview.terminal(rows, tokenizer, location, color=True)
+    shown = data_preview.render_terminal(rows, tokenizer, location, color=True)
     assert shown == (
         "sample    rows.jsonl:1: 10 tokens, 7 trained (in green)\n"
         "Why?\n\033[32mSo.\033[0m\n\033[32mYes.<|im_end|>\033[0m"
-    ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.counts[0]} trained")
+    ).replace("10 tokens, 7 trained", f"{rows.lengths[0]} tokens, {rows.label_counts[0]} trained")
 
 
 def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     rows = split([encoded(tokenizer, "a  b\t\x1b[2J\r", "c\u202e d")] * 3)
-    shown = data_preview.terminal(rows, tokenizer, location, count=2, color=False)
+    shown = data_preview.render_terminal(rows, tokenizer, location, count=2, color=False)
     assert "a  b\t␛[2J␍«c‹U+202E› d»" in shown
     assert shown.count("sample    rows.jsonl:") == 2
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", shown)
@@ -190,7 +190,7 @@ def test_the_terminal_shows_trained_tokens_in_brackets_and_no_control_characters
 
 def test_a_long_sample_shows_its_beginning_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "first " + "x " * 5000, "answer<|im_end|>")])
-    shown = data_preview.terminal(rows, tokenizer, location, color=False)
+    shown = data_preview.render_terminal(rows, tokenizer, location, color=False)
     assert len(shown) < 5000
     assert "\nfirst x" in shown
     assert shown.endswith("«answer<|im_end|>»")
@@ -212,7 +212,7 @@ def test_contents_of_rows_are_escaped(tokenizer: PreTrainedTokenizerBase) -> Non
     findings = Findings()
     findings.add("roles", f"{EVIL}:1", f"turn is {EVIL}")
     found = parsed(
-        data_preview.html(
+        data_preview.render_html(
             data_json(rows := split([encoded(tokenizer, EVIL, EVIL)]), {EVIL: 1}),
             {"train": rows, "validation": rows},
             {"train": lambda _: EVIL, "validation": lambda _: EVIL},

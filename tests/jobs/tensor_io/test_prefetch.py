@@ -84,7 +84,7 @@ def test_a_share_follows_the_layout(compose, folder, words, nodes, expected) -> 
     parallel = compose(*words, "cluster.train.ranks_per_node=4").parallel
     config.parallel = parallel
     config.cluster.train.nodes = nodes
-    assert [prefetch.share(config, node) for node in range(nodes)] == expected
+    assert [prefetch.node_fractions(config, node) for node in range(nodes)] == expected
 
 
 def test_nothing_is_read_when_it_would_not_help(compose, folder, monkeypatch) -> None:

@@ -134,4 +134,4 @@ def test_held_out_loss_is_that_of_all_rows_on_any_number_of_ranks(ranks) -> None
     shares = [loss.evaluate(model, all_rows, 2, 0, world) for world in worlds]
     summed, tokens = sum(shares).tolist()
     assert summed == pytest.approx(expected, rel=1e-6)
-    assert tokens == all_rows.counts.sum()
+    assert tokens == all_rows.label_counts.sum()

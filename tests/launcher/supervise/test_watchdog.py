@@ -25,7 +25,7 @@ def wait_for_others():
     time.sleep(100)
 
 rank, does = int(sys.argv[2]), sys.argv[3]
-heartbeat.listen(Path(sys.argv[1]), rank, f"n{rank + 1}")
+heartbeat.start(Path(sys.argv[1]), rank, f"n{rank + 1}")
 heartbeat.beat("load")
 heartbeat.beat("train", 1)
 if does == "ends":
@@ -42,7 +42,7 @@ elif does == "works":
         time.sleep(0.2)
 elif does == "reads":
     while True:
-        heartbeat.alive()
+        heartbeat.refresh()
         time.sleep(0.2)
 elif does == "saves":
     heartbeat.beat("save", 1)

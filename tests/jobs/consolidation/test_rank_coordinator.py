@@ -9,9 +9,9 @@ import time
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from jobs.consolidation import plan, rank_meeting
+from jobs.consolidation import plan, rank_coordinator
 from jobs.tensor_io import dtypes
-from jobs.tensor_io.layout import Stored
+from jobs.tensor_io.layout import StoredTensor
 from tests.conftest import ROOT
 from tests.jobs import shards
 from tests.jobs.consolidation.test_external import contents
@@ -74,11 +74,11 @@ def test_a_rank_that_fails_is_named_and_nothing_is_published(checkpoint, tmp_pat
 
 @pytest.mark.proof
 def test_a_killed_job_can_be_restarted(checkpoint, tmp_path) -> None:
-    """Files that killed ranks left in the meeting folder are ignored."""
+    """Files that killed ranks left in the folder of the coordinator are ignored."""
     for number in range(3):
         started = [start(rank, 2, checkpoint, tmp_path / "out") for rank in (0, 1)]
-        meeting = tmp_path / ".out.ranks"
-        while not (meeting / ("hello-1.json", "shares.json", "done-1.json")[number]).exists():
+        coordinator = tmp_path / ".out.ranks"
+        while not (coordinator / ("hello-1.json", "shares.json", "done-1.json")[number]).exists():
             time.sleep(0.002)
             if all(one.poll() is not None for one in started):
                 break  # the merge ended before we saw the file
@@ -90,22 +90,22 @@ def test_a_killed_job_can_be_restarted(checkpoint, tmp_path) -> None:
     assert [code for code, _ in ended(*(start(rank, 2, checkpoint, tmp_path / "out") for rank in (0, 1)))] == [0, 0]
     ended(start(0, 1, checkpoint, tmp_path / "one"))
     assert (tmp_path / "out/muster.json").read_bytes() == (tmp_path / "one/muster.json").read_bytes()
-    assert not meeting.exists()
+    assert not coordinator.exists()
 
 
 def test_files_are_assigned_by_the_work_left() -> None:
     outputs = [plan.Output(f"{size}", (size, 1000), dtypes.BF16, f"{size}") for size in (9, 8, 7, 6, 5, 4)]
     sources = {
-        output.source: Stored(output.shape, dtypes.FP32, (), 1)  # no byte is read
+        output.source: StoredTensor(output.shape, dtypes.FP32, (), 1)  # no byte is read
         for output in outputs
     }
     made = plan.make_plan(outputs, sources, shard_bytes=1)
     names = list(made.sizes)
-    found = rank_meeting.assign(made, set(), 2)
+    found = rank_coordinator.assign(made, set(), 2)
     assert {rank: sum(made.sizes[name] for name in names if found[name] == rank) // 2000 for rank in (0, 1)} == {
         0: 26,
         1: 25,
     }
     done = set(names[:3])
-    found = rank_meeting.assign(made, done, 2)
+    found = rank_coordinator.assign(made, done, 2)
     assert sorted(found[name] for name in names[3:]) == [0, 1, 1] and found.keys() == set(names)

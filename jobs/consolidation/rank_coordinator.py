@@ -27,8 +27,8 @@ class Assignment(NamedTuple):
     """Files that an earlier start finished; they are only read back."""
 
 
-class Meeting:
-    """The ranks of a job that write `target`. Rank 0 assigns the files, and publishes when every rank is done.
+class RankCoordinator:
+    """Coordinates the ranks of a job that write `target` together. Rank 0 assigns the files, and publishes when all are done.
 
     Every rank writes a hello with a random id, and rank 0 answers these ids. So nobody mistakes a file that a killed start left
     behind for one of this start. A rank writes whole files: if two nodes write into one page of a file, network file systems
@@ -44,9 +44,10 @@ class Meeting:
 
     @property
     def alone(self) -> bool:
-        return bool(self.size == 1)
+        """Whether there is only one rank."""
+        return self.size == 1
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "RankCoordinator":
         if not self.alone:
             self.folder.mkdir(parents=True, exist_ok=True)
         return self
@@ -148,10 +149,10 @@ class Meeting:
 
     def _send(self, name: str, value: dict[str, Any]) -> None:
         """Write a file for the other ranks, atomically. If rank 0 has removed the folder, nobody reads it any more."""
-        beside = self.folder / f".{name}.{self.id}"
+        temporary = self.folder / f".{name}.{self.id}"
         with suppress(FileNotFoundError):
-            beside.write_text(json.dumps(value), encoding="utf-8")
-            beside.rename(self.folder / name)
+            temporary.write_text(json.dumps(value), encoding="utf-8")
+            temporary.rename(self.folder / name)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         pause_s = 0.05
