@@ -68,6 +68,10 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
+        elif override.is_sweep_override() and not {"-m", "--multirun"} & set(words):
+            message = "has several values. Add -m to start one run for each, or write a list as [a,b]"
+            key, _, value = word.partition("=")
+            reported.append(Problem(key, value, message))
         else:
             valid.append(override)
     return reported + _shape_of_a_model_without_one(valid, folder, options)

@@ -37,7 +37,7 @@ def localize(config: Config, gpus: int) -> None:
         if value:
             setattr(section, name, _absolute(value))
     for resources in (config.cluster.train, config.cluster.inference):
-        if resources.gpus_per_node is None:
+        if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
     train = config.cluster.train
     if config.cluster.executor is Executor.local and train.gpus_per_node and train.gpu_memory_gib is None:
