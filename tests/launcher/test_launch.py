@@ -51,7 +51,6 @@ MISTAKES = {
     "data.path=messages.jsonl data.format=alpaca": "but alpaca needs instruction and output",
     "run_dir=file/run": "run_dir={here}/file/run: {here}/file is not a folder that you can write to. Choose another",
     "run_dir=thesis": "run_dir={here}/thesis: already exists and is not a run folder. Choose another run_dir",
-    "cluster=slurm cluster.train.gpus_per_node=null": "cluster.train.gpus_per_node=null: must be a number",
     "train.learning_rate=1e-5,2e-5": "train.learning_rate=1e-5,2e-5: has several values. Add -m to start one run for each",
     "cluster.train.gpus_per_node=2": "cluster.train.gpus_per_node=2: this machine has 0 GPUs. Set cluster.train.gpus_per_node=0",
     "train.global_batch=7": "train.global_batch=7: must be divisible by the 2 ranks of cluster.train. Use 6 or 8",

@@ -65,12 +65,13 @@ def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path)
         (["cluster=local", "cluster.train.ranks_per_node=1"], 1, (1, Precision.bf16)),
         (["cluster=local", "cluster.train.gpus_per_node=0"], 8, (0, Precision.fp32)),
         (["cluster=slurm"], 0, (8, Precision.bf16)),
+        (["cluster=slurm", "cluster.train.gpus_per_node=null"], 8, (None, Precision.fp32)),  # rules.py refuses it
         (["cluster=slurm", "train.precision=fp32"], 0, (8, Precision.fp32)),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
 def test_local_ranks_use_gpus_if_there_is_one_for_each(
-    compose: Compose, words: list[str], gpus: int, expected: tuple[int, Precision]
+    compose: Compose, words: list[str], gpus: int, expected: tuple[int | None, Precision]
 ) -> None:
     config = compose(*words, gpus=gpus)
     assert (config.cluster.train.gpus_per_node, config.train.precision) == expected
