@@ -18,7 +18,7 @@ from jobs.tokenization.offsets import Span
 
 FIRST_MARK, LAST_MARK = 0xF0000, 0x10FFFD
 """Marks are characters of the private planes 15 and 16, which hardly any text has."""
-MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(LAST_MARK)}]")
+MARK = re.compile(f"([{chr(FIRST_MARK)}-{chr(LAST_MARK)}])")
 THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"
 THOUGHT_PLACES = ("reasoning_content", f"content before {THOUGHT_END}")
 BOUNDARY = re.compile(r"[\s>\]]")
@@ -52,11 +52,13 @@ class Marks:
 
     def turn(self, turn: Turn, number: int) -> Turn:
         """A copy of the turn with marks in its content, thoughts and calls."""
-        thoughts, calls = turn.reasoning_content, turn.tool_calls
+        calls, content = turn.tool_calls, self._text(turn.content, number, "content")
+        if calls is None and turn.reasoning_content is None:  # the usual turn: faster than `replace`
+            return Turn(turn.role, content, None, turn.name, turn.train, turn.tool_call_id)
         return replace(
             turn,
-            content=self._text(turn.content, number, "content"),
-            reasoning_content=self._value(thoughts, number, "reasoning_content"),
+            content=content,
+            reasoning_content=self._value(turn.reasoning_content, number, "reasoning_content"),
             tool_calls=calls and [self._call(call, number, f"tool_calls[{i}]") for i, call in enumerate(calls)],
         )
 
@@ -103,7 +105,7 @@ class MarkedChat:
 
     def __init__(self, sample: Sample, text: str, renderer: Renderer) -> None:
         """text: the rendering of the whole sample without marks. Raises CannotMark where positions cannot be told."""
-        if MARK.search(text):
+        if not text.isascii() and MARK.search(text):
             raise CannotMark("the chat has characters of Unicode's private planes, which Muster uses as marks")
         marks = Marks()
         marked = tuple(marks.turn(turn, number) for number, turn in enumerate(sample.turns))
@@ -114,15 +116,19 @@ class MarkedChat:
             raise CannotMark("the chat template writes something else when the texts change")
         self._missing = [number for number in range(len(self._texts)) if number not in positions]
         self._regions: dict[int, Span] = {}
+        self._last_texts: dict[int, int] = {}
+        """Of each turn, the number of its last text."""
         for number, (begin, end) in positions.items():
             turn = self._texts[number].turn
             first, last = self._regions.get(turn, (begin, end))
             self._regions[turn] = (min(first, begin), max(last, end))
+            if end >= last:
+                self._last_texts[turn] = number
         by_place = sorted((begin, end, turn) for turn, (begin, end) in self._regions.items())
         self._order = [begin for begin, _, _ in by_place]
         self._ends: list[tuple[int, int | None]] = list(accumulate(((end, turn) for _, end, turn in by_place), max))
         """Of the turns in the order of their beginnings: the furthest end so far, and whose it is."""
-        self._headers: dict[tuple[str, ...], str] = {}
+        self._headers: dict[str, str] = {}
 
     def missing(self) -> Iterator[Text]:
         """Texts that the template never writes.
@@ -167,19 +173,16 @@ class MarkedChat:
 
     def _positions(self, rendered: str) -> tuple[str, dict[int, Span]]:
         """(the rendering without its marks, where each text stands). A text written twice has the place of its first copy."""
-        parts, begins, positions = [], dict[int, int](), dict[int, Span]()
-        length = last = 0
-        for found in MARK.finditer(rendered):
-            parts.append(rendered[last : found.start()])
-            length += found.start() - last
-            last = found.end()
-            number, is_end = divmod(ord(found[0]) - FIRST_MARK, 2)
+        begins, positions = dict[int, int](), dict[int, Span]()
+        parts, length = MARK.split(rendered), 0  # text, mark, text, mark, ..., text
+        for part, mark in zip(parts[::2], parts[1::2], strict=False):
+            length += len(part)
+            number, is_end = divmod(ord(mark) - FIRST_MARK, 2)
             if not is_end:
                 begins.setdefault(number, length)
             elif number in begins:
                 positions.setdefault(number, (begins[number], length))
-        parts.append(rendered[last:])
-        return "".join(parts), positions
+        return "".join(parts[::2]), positions
 
     def _neighbors(self, turn: int) -> tuple[int, int, int | None]:
         """(end of the texts before a turn, beginning of the texts after it, the number of the turn before).
@@ -219,23 +222,21 @@ class MarkedChat:
 
     def _header(self, turn: int, last: int | None) -> str:
         """What stands between the texts before a turn and what the model writes: the end of the turn before and the
-        generation prompt. It is the same after every question of a chat, so it is rendered once for each sequence of roles.
+        generation prompt. It is the same after every question and after every result of a tool, so it is rendered once for each.
         """
-        turns = self._sample.turns
-        key = tuple(item.role for item in turns[max(0, turn - 2) : turn])
-        is_usual = last == turn - 1 and turns[last].role != "assistant"
-        if is_usual and key in self._headers:
-            return self._headers[key]
-        prompt = self._render(turn, generation_prompt=True)
-        mark = None
-        for mark in MARK.finditer(prompt):  # noqa: B007 - the last one is needed
-            pass
-        found = self._texts[(ord(mark[0]) - FIRST_MARK) // 2].turn if mark else None
-        if found != last:
+        before = self._sample.turns[turn - 1].role
+        is_usual = last == turn - 1 and before != "assistant"
+        if is_usual and before in self._headers:
+            return self._headers[before]
+        header = self._render(turn, generation_prompt=True)
+        if last is not None:
+            _, found, header = header.rpartition(chr(FIRST_MARK + 2 * self._last_texts[last] + 1))
+            if not found:
+                raise CannotMark(f"the chat template does not write turn {last} before turn {turn}")
+        if MARK.search(header):
             raise CannotMark(f"the chat template writes the turns before turn {turn} in another order")
-        header = prompt[mark.end() if mark else 0 :]
         if is_usual and header.strip():
-            self._headers[key] = header
+            self._headers[before] = header
         return header
 
     def _begin_of_first(self, limit: int, tokens: "Tokens") -> int:
