@@ -243,7 +243,7 @@ class MarkedChat:
         """Where the first turn of a chat begins: behind the longest beginning of the generation prompt that stands there."""
         count = len(self._sample.turns)
         whole, prompt = (self._render(count, generation_prompt=yes) for yes in (False, True))
-        prompt = prompt.removeprefix(whole) if prompt.startswith(whole) else ""
+        prompt = prompt[tokens.outside(prompt, 0, _common(whole, prompt)) :]
         least = tokens.any.match(prompt) or re.match(r"\s*\S+", prompt)
         for size in range(len(prompt), least.end() - 1 if least else len(prompt), -1):
             place = self._text.rfind(prompt[:size], 0, limit)
