@@ -46,7 +46,9 @@ class Text(NamedTuple):
 class Marks:
     """Puts marks into the texts of turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Collection[int]) -> None:
+        """answers: the numbers of the assistant turns."""
+        self._answers = answers
         self.texts: list[Text] = []
         """Every text with marks. The mark before text n is character FIRST_MARK + 2n, the one behind it the next character."""
 
@@ -89,7 +91,9 @@ class Marks:
 
     def _body(self, body: str, turn: int, where: str) -> str:
         thought, closing, answer = body.rpartition(THOUGHT_END)
-        if closing:  # templates cut content there: the thought and the answer are texts of their own
+        if (
+            closing and turn in self._answers
+        ):  # templates cut content there: the thought and the answer are texts of their own
             opening = THOUGHT_BEGIN if thought.startswith(THOUGHT_BEGIN) else ""
             inside = self._text(thought.removeprefix(opening), turn, f"{where} before {THOUGHT_END}")
             return opening + inside + closing + self._text(answer, turn, f"{where} after {THOUGHT_END}")
@@ -107,7 +111,7 @@ class MarkedChat:
         """text: the rendering of the whole sample without marks. Raises CannotMark where positions cannot be told."""
         if not text.isascii() and MARK.search(text):
             raise CannotMark("the chat has characters of Unicode's private planes, which Muster uses as marks")
-        marks = Marks()
+        marks = Marks({number for number, turn in enumerate(sample.turns) if turn.role == "assistant"})
         marked = tuple(marks.turn(turn, number) for number, turn in enumerate(sample.turns))
         self._sample, self._text, self._renderer = replace(sample, turns=marked), text, renderer
         self._texts = marks.texts
@@ -157,7 +161,8 @@ class MarkedChat:
         """
         before, after, last = self._neighbors(turn)
         own = self._regions.get(turn, (after, before))
-        begin = self._begin(turn, before, own[0], last, tokens)
+        # A content may itself begin with what the generation prompt ends with, as <think>.
+        begin = self._begin(turn, before, after, last, tokens) if turn else self._begin_of_first(own[0], tokens)
         if tokens.end.search(self._text, begin, own[0] if turn in self._regions else begin):
             raise CannotMark(f"the beginning of turn {turn} is unknown")
         ending = tokens.end.search(self._text, max(own[1], begin), after)
@@ -207,15 +212,13 @@ class MarkedChat:
         return before, after, last
 
     def _begin(self, turn: int, before: int, limit: int, last: int | None, tokens: "Tokens") -> int:
-        """Where the text parts from the generation prompt, between the texts before a turn and its own."""
-        if turn == 0:
-            return self._begin_of_first(limit, tokens)
+        """Where the text parts from the generation prompt, between the texts before a turn and those after it."""
         header = self._header(turn, last)
         start = before
         if header.strip():  # Blanks behind a question are the question's: some templates strip them.
             header = header.lstrip()
             start += _blanks(self._text, before, limit)
-        size = _common(header, self._text[start:limit])
+        size = _common(header, self._text[start : min(start + len(header), limit)])
         if size < len(header):
             size = max((found.end() for found in BOUNDARY.finditer(header, 0, size)), default=size)
         return tokens.outside(self._text, before, start + size)

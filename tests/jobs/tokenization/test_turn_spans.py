@@ -297,11 +297,26 @@ def test_a_first_turn_without_a_generation_prompt_is_refused(tokenizers: dict[st
 def test_blanks_and_tokens_in_texts(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     """Questions that end with blanks, are empty, or have the tokens of the template in them."""
     tokenizer, (first, last) = tokenizers[family], CHATS[family]
-    for question in ("Hi \n", "", f"Say {first} <|im_start|>assistant\n"):
+    for question in (
+        "Hi \n",
+        "",
+        "Hi <think>",
+        *([] if "qwen" in family else ["Say </think>"]),
+        f"Say {first} <|im_start|>assistant\n",
+    ):
         sample = Sample(turns=(Turn("user", question), CHAT[1], Turn("user", question + " "), CHAT[3]))
         assert trained(sample, tokenizer) == [first, last], question
     repeats = Sample(turns=(Turn("user", "Hello!"), CHAT[1], Turn("user", "Hello!"), CHAT[3]))
     assert trained(repeats, tokenizer) == [first, last]
+
+
+@pytest.mark.parametrize("content", ["<think>\nPart.", "<think>\n", "<think>\n\n"], ids=repr)
+def test_content_may_begin_as_the_generation_prompt_ends(
+    content: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    sample = Sample(turns=(HI, Turn("assistant", content), BYE, Turn("assistant", content)))
+    answer = content.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
+    assert trained(sample, tokenizers["r1"]) == [answer, answer]
 
 
 def test_consecutive_answers_and_results(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
