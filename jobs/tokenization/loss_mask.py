@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
-from jobs.tokenization.turn_spans import THOUGHT_PLACES, CannotMark, MarkedChat, Text, Tokens, texts_of
+from jobs.tokenization.text_marks import CannotMark, Text, texts_of
+from jobs.tokenization.turn_spans import MarkedChat, Tokens
 
 MASKS = ("assistant", "last", "all")
 
@@ -99,7 +100,7 @@ def _check_written(missing: Text | None) -> None:
     kind, also = "such texts", "the text"
     if missing.where.startswith("tool_calls"):
         kind, also = "tool calls", "the calls"
-    elif missing.where in THOUGHT_PLACES:
+    elif missing.is_thought:
         kind, also = "thoughts", "them"
     raise ValueError(
         f"the chat template does not write {missing.where} of messages[{missing.turn}]: "

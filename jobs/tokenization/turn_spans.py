@@ -1,8 +1,8 @@
 """Finds where each text and each assistant turn of a chat stands in its rendering, for any chat template.
 
-The chat is rendered a second time with an invisible mark at both ends of every text: content, thoughts, names and arguments of
-calls. Without its marks the second rendering must equal the first, so each mark gives a position in it. Comparing renderings of
-prefixes does not do: many templates rewrite earlier turns (Qwen 3, DeepSeek R1 and gpt-oss drop their thoughts).
+The chat is rendered a second time with the marks of text_marks.py in its texts. Without its marks the second rendering must equal
+the first, so each mark gives a position in it. Comparing renderings of prefixes does not do: many templates rewrite earlier turns
+(Qwen 3, DeepSeek R1 and gpt-oss drop their thoughts).
 """
 
 import re
@@ -11,22 +11,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
-from jobs.tokenization.conversation import Sample, Turn
+from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
+from jobs.tokenization.text_marks import MARK, CannotMark, Marks, Text, end_mark, positions
 
-FIRST_MARK, LAST_MARK = 0xF0000, 0x10FFFD
-"""Marks are characters of the private planes 15 and 16, which hardly any text has."""
-MARK = re.compile(f"([{chr(FIRST_MARK)}-{chr(LAST_MARK)}])")
-THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"
-THOUGHT_PLACES = ("reasoning_content", f"content before {THOUGHT_END}")
 BOUNDARY = re.compile(r"[\s>\]]")
 """Characters after which a generation prompt may part from what a template writes: those that end a line or a tag."""
-
-
-class CannotMark(ValueError):
-    """The template writes something else when texts have marks, or does not show where a turn begins."""
 
 
 class Renderer(Protocol):
@@ -34,74 +26,6 @@ class Renderer(Protocol):
 
     def render_prefix(self, sample: Sample, turns: int, generation_prompt: bool) -> str:
         """Text of the first `turns` turns alone, with or without the header of an assistant turn after them."""
-
-
-class Text(NamedTuple):
-    """One text of a chat: the number of its turn and its place there, as `tool_calls[0].arguments.city`."""
-
-    turn: int
-    where: str
-
-
-class Marks:
-    """Puts marks into the texts of turns."""
-
-    def __init__(self, answers: Collection[int]) -> None:
-        """answers: the numbers of the assistant turns."""
-        self._answers = answers
-        self.texts: list[Text] = []
-        """Every text with marks. The mark before text n is character FIRST_MARK + 2n, the one behind it the next character."""
-
-    def turn(self, turn: Turn, number: int) -> Turn:
-        """A copy of the turn with marks in its content, thoughts and calls."""
-        calls, content = turn.tool_calls, self._text(turn.content, number, "content")
-        if calls is None and turn.reasoning_content is None:  # the usual turn: faster than `replace`
-            return Turn(turn.role, content, None, turn.name, turn.train, turn.tool_call_id)
-        return replace(
-            turn,
-            content=content,
-            reasoning_content=self._value(turn.reasoning_content, number, "reasoning_content"),
-            tool_calls=calls and [self._call(call, number, f"tool_calls[{i}]") for i, call in enumerate(calls)],
-        )
-
-    def _call(self, call: dict[str, Any], turn: int, where: str) -> dict[str, Any]:
-        function = dict(call["function"])
-        for key in ("name", "arguments"):
-            if key in function:
-                function[key] = self._value(function[key], turn, f"{where}.{key}")
-        return {**call, "function": function}
-
-    def _value(self, value: Any, turn: int, where: str) -> Any:
-        """A JSON value with marks in all its texts."""
-        if isinstance(value, str):
-            return self._text(value, turn, where)
-        if isinstance(value, dict):
-            return {key: self._value(item, turn, f"{where}.{key}") for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._value(item, turn, f"{where}[{number}]") for number, item in enumerate(value)]
-        return value
-
-    def _text(self, text: str, turn: int, where: str) -> str:
-        """The text with a mark at both ends, inside its blanks: templates strip those."""
-        body = text.strip()
-        if not body:
-            return text
-        begin = text.index(body)
-        return text[:begin] + self._body(body, turn, where) + text[begin + len(body) :]
-
-    def _body(self, body: str, turn: int, where: str) -> str:
-        thought, closing, answer = body.rpartition(THOUGHT_END)
-        if (
-            closing and turn in self._answers
-        ):  # templates cut content there: the thought and the answer are texts of their own
-            opening = THOUGHT_BEGIN if thought.startswith(THOUGHT_BEGIN) else ""
-            inside = self._text(thought.removeprefix(opening), turn, f"{where} before {THOUGHT_END}")
-            return opening + inside + closing + self._text(answer, turn, f"{where} after {THOUGHT_END}")
-        number = FIRST_MARK + 2 * len(self.texts)
-        if number + 1 > LAST_MARK:
-            raise CannotMark("the chat has more texts than there are marks")
-        self.texts.append(Text(turn, where))
-        return chr(number) + body + chr(number + 1)
 
 
 class MarkedChat:
@@ -115,14 +39,14 @@ class MarkedChat:
         marked = tuple(marks.turn(turn, number) for number, turn in enumerate(sample.turns))
         self._sample, self._text, self._renderer = replace(sample, turns=marked), text, renderer
         self._texts = marks.texts
-        unmarked, positions = self._positions(self._render(len(marked), generation_prompt=False))
+        unmarked, places = positions(self._render(len(marked), generation_prompt=False))
         if unmarked != text:
             raise CannotMark("the chat template writes something else when the texts change")
-        self._missing = [number for number in range(len(self._texts)) if number not in positions]
+        self._missing = [number for number in range(len(self._texts)) if number not in places]
         self._regions: dict[int, Span] = {}
         self._last_texts: dict[int, int] = {}
         """Of each turn, the number of its last text."""
-        for number, (begin, end) in positions.items():
+        for number, (begin, end) in places.items():
             turn = self._texts[number].turn
             first, last = self._regions.get(turn, (begin, end))
             self._regions[turn] = (min(first, begin), max(last, end))
@@ -143,17 +67,16 @@ class MarkedChat:
         last = max((number for number, turn in enumerate(turns) if turn.role in ("user", "assistant")), default=0)
         for number in self._missing:
             item = self._texts[number]
-            if item.turn >= last or not (item.where in THOUGHT_PLACES or self._is_written_last(number)):
+            if item.turn >= last or not (item.is_thought or self._is_written_last(number)):
                 yield item
 
     def _is_written_last(self, number: int) -> bool:
         """Whether a text is written in the chat that ends with its turn."""
         try:
-            return chr(FIRST_MARK + 2 * number + 1) in self._render(
-                self._texts[number].turn + 1, generation_prompt=False
-            )
+            written = self._render(self._texts[number].turn + 1, generation_prompt=False)
         except CannotMark:
             return False
+        return end_mark(number) in written
 
     def span(self, turn: int, tokens: "Tokens") -> Span | None:
         """Characters of an assistant turn: from the first that the generation prompt leaves to the model, up to and with the
@@ -175,19 +98,6 @@ class MarkedChat:
             raise
         except ValueError as error:
             raise CannotMark(str(error)) from error
-
-    def _positions(self, rendered: str) -> tuple[str, dict[int, Span]]:
-        """(the rendering without its marks, where each text stands). A text written twice has the place of its first copy."""
-        begins, positions = dict[int, int](), dict[int, Span]()
-        parts, length = MARK.split(rendered), 0  # text, mark, text, mark, ..., text
-        for part, mark in zip(parts[::2], parts[1::2], strict=False):
-            length += len(part)
-            number, is_end = divmod(ord(mark) - FIRST_MARK, 2)
-            if not is_end:
-                begins.setdefault(number, length)
-            elif number in begins:
-                positions.setdefault(number, (begins[number], length))
-        return "".join(parts[::2]), positions
 
     def _neighbors(self, turn: int) -> tuple[int, int, int | None]:
         """(end of the texts before a turn, beginning of the texts after it, the number of the turn before).
@@ -233,7 +143,7 @@ class MarkedChat:
             return self._headers[before]
         header = self._render(turn, generation_prompt=True)
         if last is not None:
-            _, found, header = header.rpartition(chr(FIRST_MARK + 2 * self._last_texts[last] + 1))
+            _, found, header = header.rpartition(end_mark(self._last_texts[last]))
             if not found:
                 raise CannotMark(f"the chat template does not write turn {last} before turn {turn}")
         if MARK.search(header):
@@ -271,24 +181,6 @@ class Tokens:
             if token.end() > position:
                 return token.start()
         return position
-
-
-def texts_of(sample: Sample) -> Iterator[str]:
-    """Every text of a chat that a template should write, without the blanks around it."""
-    for turn in sample.turns:
-        yield turn.content.strip()
-        if turn.reasoning_content is not None:
-            yield from _texts_in(turn.reasoning_content)
-        for call in turn.tool_calls or ():
-            yield from _texts_in([call["function"].get("name"), call["function"].get("arguments")])
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(item)
 
 
 @lru_cache(maxsize=16)
