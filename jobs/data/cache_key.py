@@ -21,7 +21,7 @@ from jobs.data.file_readers import BLOCK_ROWS, CHUNK
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files of a set. Increase it when the same rows would give different files."""
 SETTLED_S = 10.0
 """The hash of a file younger than this is not remembered: the file may change again without a change of its timestamp, because

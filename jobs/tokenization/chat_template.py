@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from jobs.tokenization.turn_spans import Tokens
+
 TEMPLATES = Path(__file__).parent / "chat_templates"
 BUNDLED = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -19,8 +21,11 @@ BUNDLED = {
 END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
     *("</s>", "<eos>", "<|eot|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),
+    *("<turn|>", "<|tool_response>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
 )
 """Tokens that end a turn or a text in the model families known to Muster."""
+GLM, GLM_END_TOKENS = "[gMASK]", ("<|user|>", "<|observation|>")
+"""Tokenizers that have the first token belong to the GLM family, whose answers end with the token that begins the next turn."""
 
 
 def template_source(template: str | None, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
@@ -71,7 +76,14 @@ def _id(token: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The tokens of this tokenizer that end a turn or a text."""
-    return tuple(end for end in {tokenizer.eos_token, *END_TOKENS} if end and _id(end, tokenizer) is not None)
+    known = {tokenizer.eos_token, *END_TOKENS, *(GLM_END_TOKENS if _id(GLM, tokenizer) is not None else ())}
+    return tuple(end for end in known if end and _id(end, tokenizer) is not None)
+
+
+def span_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of this tokenizer that decide where an assistant turn begins and ends."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    return Tokens(end_tokens(tokenizer), {*tokenizer.all_special_tokens, *(token for token in added if token.strip())})
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.tokenization import loss_mask, reference
 from jobs.tokenization.byte_bpe import TiktokenBackend
-from jobs.tokenization.chat_template import end_tokens, template_source
+from jobs.tokenization.chat_template import span_tokens, template_source
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import MaskedText, Span, TokenizedText, Unsupported, close_gaps, mark_tokens
 from jobs.tokenization.template_renderer import CompiledRenderer
@@ -54,7 +54,7 @@ class Encoder:
         loss_mask.check_mask(mask)
         self._reference = partial(reference.encode, tokenizer=tokenizer, template=template, mask=mask)
         self._tokenizer, self._template, self._mask = tokenizer, template, mask
-        self._end_tokens = end_tokens(tokenizer)
+        self._span_tokens = span_tokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._eos_array = np.array([self._eos or 0], dtype=np.int32)
         self._renderers: dict[bool, loss_mask.Renderer] = {}
@@ -94,7 +94,7 @@ class Encoder:
         with suppress(Exception):
             if sample.turns and not sample.parts:
                 renderer = self._renderer(sample.tools is not None)
-                text, spans, excluded = loss_mask.trained_spans(sample, renderer, self._mask, self._end_tokens)
+                text, spans, excluded = loss_mask.trained_spans(sample, renderer, self._mask, self._span_tokens)
                 return MaskedText(text, spans, excluded, add_special_tokens=False)
             if sample.parts and self._eos is not None:
                 text, spans = loss_mask.join_parts(sample.parts, self._mask)

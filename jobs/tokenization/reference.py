@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from jobs.tokenization.chat_template import end_token_ids, end_tokens, template_source
+from jobs.tokenization.chat_template import end_token_ids, span_tokens, template_source
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.loss_mask import GENERATION_TAG, check_mask, join_parts, trained_spans
 from jobs.tokenization.offsets import Span, mark_tokens, tokenize_with_spans
@@ -34,7 +34,7 @@ def encode(
     if sample.parts:
         return _encode_text(sample.parts, tokenizer, mask)
     renderer = TransformersRenderer(tokenizer, template_source(template, tokenizer, sample.tools))
-    text, spans, excluded = trained_spans(sample, renderer, mask, end_tokens(tokenizer))
+    text, spans, excluded = trained_spans(sample, renderer, mask, span_tokens(tokenizer))
     ids, token_spans = tokenize_with_spans(text, tokenizer, add_special_tokens=False)
     trained = mark_tokens(token_spans, spans, [0] * len(ids))
     return ids, mark_tokens(token_spans, excluded, trained, value=0)

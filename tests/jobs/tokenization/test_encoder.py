@@ -468,5 +468,7 @@ def test_first_difference_reports_a_missing_error(
     tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Encoder, "_text", lambda self, sample: MaskedText("...", [], [], False))
-    found = first_difference(tokenizers["gpt2"], [CHATS[11]])
-    assert found.startswith("sample 0: 3 tokens instead of the error: the first turn is the assistant's")
+    found = first_difference(tokenizers["gpt2"], [Sample(turns=(CHAT[0], THOUGHT))])
+    assert found.startswith(
+        "sample 0: 3 tokens instead of the error: the chat template does not write reasoning_content"
+    )

@@ -328,18 +328,22 @@ def test_samples_without_an_end_token_are_noticed(tokenizer: PreTrainedTokenizer
     assert not ends_with_end_token([5], [0], tokenizer)
 
 
-def test_templates_that_rewrite_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_templates_may_rewrite_earlier_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = REWRITES
+    last = "<think></think>So long.<|im_end|>"
+    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == ["Hello!<|im_end|>", last]
+    assert trained_texts(*encode(Sample(turns=CHAT[:2]), tokenizer), tokenizer) == ["<think></think>Hello!<|im_end|>"]
+    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer, mask="last"), tokenizer) == [last]
+    taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
+    assert all(encode(taught, tokenizer, mask="all")[1])
+
+
+def test_templates_that_rewrite_and_change_with_the_text_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = REWRITES.replace("{{ m.content }}", "{{ m.content | length }}{{ m.content }}")
     with pytest.raises(
         ValueError, match="rewrites earlier turns, so the beginning and end of turn 1 .* such as one of chatml"
     ):
         encode(Sample(turns=CHAT), tokenizer)
-    assert trained_texts(*encode(Sample(turns=CHAT[:2]), tokenizer), tokenizer) == ["<think></think>Hello!<|im_end|>"]
-    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer, mask="last"), tokenizer) == [
-        "<think></think>So long.<|im_end|>"
-    ]
-    taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
-    assert all(encode(taught, tokenizer, mask="all")[1])
 
 
 def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -359,7 +363,6 @@ NO_ID = (CHAT[0], Turn("assistant", tool_calls=[{"function": {"name": "add", "ar
 @pytest.mark.parametrize(
     ("template", "turns", "says"),
     [
-        (None, LONE, "the first turn is the assistant's"),
         ("gemma", LONE, "gemma needs user and assistant turns to alternate"),
         ("gemma", THOUGHT, "gemma has no format for tool calls or reasoning"),
         ("llama3", THOUGHT, "llama3 has no format for reasoning_content"),

@@ -1,0 +1,409 @@
+"""jobs/tokenization/turn_spans.py: under templates of every shape, exactly what the model writes is trained on."""
+
+import time
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jobs.tokenization.chat_template import end_tokens
+from jobs.tokenization.conversation import Sample, Turn
+from jobs.tokenization.encoder import Encoder
+from jobs.tokenization.reference import chat_messages, encode, ends_with_end_token
+from tests.jobs.ranks import CLONE
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+QWEN3 = """{% set n = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set n.asked = loop.index0 %}
+{% endif %}{% endfor %}{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}
+{% set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '') %}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.index0 > n.asked %}<think>
+{{ thought.strip('\n') }}
+</think>
+
+{% endif %}{{ said }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""Writes thoughts only behind the last question."""
+QWEN36 = QWEN3.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+"""The generation prompt also opens the thought."""
+R1 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}<｜User｜>
+{{- m.content }}{% elif m.role == 'tool' %}<｜tool｜>{{ m.content }}{% else %}<｜Assistant｜>
+{%- if loop.last and m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{% for call in m.tool_calls or [] %}<｜call｜>{{ call.function.name }}
+{{ call.function.arguments | tojson }}{% endfor %}{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>
+{%- endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>
+{% endif %}"""
+GPT_OSS = """{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and (loop.last or m.tool_calls) %}
+<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}{% if m.tool_calls %}
+<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>
+{{- m.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}
+{% elif m.role == 'tool' %}
+<|start|>functions.{{ messages[loop.index0 - 1].tool_calls[0].function.name }} to=assistant<|message|>{{ m.content }}<|end|>
+{%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+GLM = """[gMASK]<sop>{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>
+{% if m.role == 'assistant' %}<think>{{ m.reasoning_content if loop.last else '' }}</think>
+{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
+{% for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key><arg_value>{{ value }}</arg_value>{% endfor %}
+</tool_call>{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+GEMMA4 = """{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
+{% if loop.last and m.reasoning_content %}<|channel>thought
+{{ m.reasoning_content }}
+<channel|>{% endif %}{% for call in m.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}
+{{- call.function.arguments }}<tool_call|>{% endfor %}{{ m.content | trim }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+{% endif %}"""
+NEMOTRON = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>{% if loop.last and m.reasoning_content %}
+{{ m.reasoning_content }}
+{% endif %}</think>{% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+PHI3 = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}<|end|>
+{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else '<|endoftext|>' }}"""
+LLAMA = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}
+{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}
+{%- else %}{{ m.content | trim }}{% endif %}<|eot_id|>{% endfor %}
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+MISTRAL = """{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' %}{% for m in messages %}
+{% if m.role == 'user' %}[INST] {% if loop.last or loop.index0 + 2 == messages | length %}
+{{- system + '\n\n' if system else '' }}{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>
+{%- endif %}{% endfor %}"""
+"""The system's text moves on into the last question."""
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "qwen3": (QWEN3, "<|im_end|>"),
+    "qwen3.6": (QWEN36, "<|im_end|>"),
+    "r1": (R1, "<｜end▁of▁sentence｜>"),
+    "gpt-oss": (GPT_OSS, "<|return|>"),
+    "glm": (GLM, "<|endoftext|>"),
+    "gemma4": (GEMMA4, "<eos>"),
+    "nemotron": (NEMOTRON, "<|im_end|>"),
+    "phi3": (PHI3, "<|endoftext|>"),
+    "llama": (LLAMA, "<|end_of_text|>"),
+    "mistral": (MISTRAL, "</s>"),
+}
+"""(template, end-of-text token). The shapes of these families, not their text."""
+SPECIAL = [
+    *(
+        "<|im_start|>",
+        "<|im_end|>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜tool｜>",
+        "<｜call｜>",
+        "<｜end▁of▁sentence｜>",
+    ),
+    *("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>", "<|endoftext|>", "<sop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+    *("<|tool_call>", "<tool_call|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<eos>", "</s>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>", "[INST]", "[/INST]"),
+]
+
+
+def tokenizer_for(family):
+    tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
+    template, eos = TEMPLATES[family]
+    special = [*SPECIAL, *(["[gMASK]"] if family == "glm" else [])]
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos, "additional_special_tokens": special})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
+    return {family: tokenizer_for(family) for family in TEMPLATES}
+
+
+def trained(sample, tokenizer, mask="assistant"):
+    """The text of each unbroken run of trained tokens. Checks the ids, and that both ways give the same."""
+    ids, marks = encode(sample, tokenizer, mask=mask)
+    assert (
+        ids == tokenizer.apply_chat_template(chat_messages(sample), tools=sample.tools, return_dict=True)["input_ids"]
+    )
+    [fast] = Encoder(tokenizer, mask=mask).encode_fast([sample])
+    assert fast is not None, "the fast way must not need the slow one"
+    assert (fast[0].tolist(), fast[1].tolist()) == (ids, marks)
+    runs = groupby(zip(ids, marks, strict=True), key=lambda item: item[1])
+    return [tokenizer.decode([token for token, _ in run]) for yes, run in runs if yes]
+
+
+def error(sample, tokenizer, mask="assistant"):
+    """The error of both ways, which must be the same."""
+    with pytest.raises(ValueError) as slow:
+        encode(sample, tokenizer, mask=mask)
+    with pytest.raises(ValueError) as fast:
+        Encoder(tokenizer, mask=mask)(sample)
+    assert str(fast.value) == str(slow.value)
+    return str(slow.value)
+
+
+def called(name="add", **arguments: Any):
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+SYSTEM = Turn("system", "Be kind.")
+HI, BYE = Turn("user", "Hi"), Turn("user", "Bye")
+CHAT = (HI, Turn("assistant", "Hello!"), BYE, Turn("assistant", "So long."))
+THOUGHTS = (
+    HI,
+    Turn("assistant", "Hello!", reasoning_content="Greet."),
+    BYE,
+    Turn("assistant", "So long.", reasoning_content="Part."),
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALLS = (
+    Turn("user", "1+1?"),
+    Turn("assistant", tool_calls=called(a="one")),
+    Turn("tool", "2"),
+    Turn("assistant", "Two."),
+)
+CALL = '{"name": "add", "arguments": {"a": "one"}}'
+
+CHATS = {
+    "chatml": ["Hello!<|im_end|>", "So long.<|im_end|>"],
+    "qwen3": ["Hello!<|im_end|>", "<think>\n\n</think>\n\nSo long.<|im_end|>"],
+    "qwen3.6": ["Hello!<|im_end|>", "\n</think>\n\nSo long.<|im_end|>"],
+    "r1": ["Hello!<｜end▁of▁sentence｜>", "So long.<｜end▁of▁sentence｜>"],
+    "gpt-oss": ["<|channel|>final<|message|>Hello!<|end|>", "<|channel|>final<|message|>So long.<|return|>"],
+    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think></think>\nSo long."],
+    "gemma4": ["Hello!<turn|>", "So long.<turn|>"],
+    "nemotron": ["</think>Hello!<|im_end|>", "</think>So long.<|im_end|>"],
+    "phi3": ["Hello!<|end|>", "So long.<|end|>"],
+    "llama": ["Hello!<|eot_id|>", "So long.<|eot_id|>"],
+    "mistral": [" Hello!</s>", " So long.</s>"],
+}
+
+
+@pytest.mark.parametrize("system", [False, True], ids=["", "system"])
+@pytest.mark.parametrize("family", CHATS)
+def test_answers_are_trained_with_their_end(
+    family: str, system: bool, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    tokenizer, head = tokenizers[family], (SYSTEM,) if system else ()
+    first, last = CHATS[family]
+    assert trained(Sample(turns=(*head, *CHAT)), tokenizer) == [first, last]
+    assert trained(Sample(turns=(*head, *CHAT)), tokenizer, "last") == [last]
+    assert trained(Sample(turns=(*head, HI, CHAT[3])), tokenizer) == [last]
+    assert ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == (family != "glm")
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_a_turns_flag_wins(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer, (first, last) = tokenizers[family], CHATS[family]
+    untaught = Sample(turns=(HI, replace(CHAT[1], train=False), *CHAT[2:]))
+    taught = Sample(turns=(HI, replace(CHAT[1], train=True), *CHAT[2:]))
+    assert trained(untaught, tokenizer) == [last]
+    assert trained(taught, tokenizer, "last") == [first, last]
+    before, after = trained(untaught, tokenizer, "all")
+    whole = tokenizer.apply_chat_template(chat_messages(untaught), tokenize=False)
+    assert before + first + after == whole
+
+
+THOUGHT_TEXTS = {
+    "qwen3": ["Hello!<|im_end|>", "<think>\nPart.\n</think>\n\nSo long.<|im_end|>"],
+    "qwen3.6": ["Hello!<|im_end|>", "Part.\n</think>\n\nSo long.<|im_end|>"],
+    "r1": ["Hello!<｜end▁of▁sentence｜>", "Part.\n</think>\n\nSo long.<｜end▁of▁sentence｜>"],
+    "gpt-oss": [
+        "<|channel|>final<|message|>Hello!<|end|>",
+        "<|channel|>analysis<|message|>Part.<|end|><|start|>assistant<|channel|>final<|message|>So long.<|return|>",
+    ],
+    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think>Part.</think>\nSo long."],
+    "gemma4": ["Hello!<turn|>", "<|channel>thought\nPart.\n<channel|>So long.<turn|>"],
+    "nemotron": ["</think>Hello!<|im_end|>", "Part.\n</think>So long.<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("family", THOUGHT_TEXTS)
+def test_thoughts_of_earlier_turns_may_be_dropped(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer = tokenizers[family]
+    assert trained(Sample(turns=THOUGHTS), tokenizer) == THOUGHT_TEXTS[family]
+    assert trained(Sample(turns=(HI, THOUGHTS[3])), tokenizer) == THOUGHT_TEXTS[family][1:]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3.6"])
+def test_thoughts_in_the_content(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    inside = [Turn("assistant", f"<think>\n{t.reasoning_content}\n</think>\n\n{t.content}") for t in THOUGHTS[1::2]]
+    sample = Sample(turns=(HI, inside[0], BYE, inside[1]))
+    assert trained(sample, tokenizers[family]) == THOUGHT_TEXTS[family]
+
+
+CALL_TEXTS = {
+    "qwen3": [
+        f"<think>\n\n</think>\n\n<tool_call>{CALL}</tool_call><|im_end|>",
+        "<think>\n\n</think>\n\nTwo.<|im_end|>",
+    ],
+    "r1": ['<｜call｜>add\n{"a": "one"}<｜end▁of▁sentence｜>', "Two.<｜end▁of▁sentence｜>"],
+    "gpt-oss": [
+        ' to=functions.add<|channel|>commentary json<|message|>{"a": "one"}<|call|>',
+        "<|channel|>final<|message|>Two.<|return|>",
+    ],
+    "glm": [
+        "\n<think></think>\n<tool_call>add\n<arg_key>a</arg_key><arg_value>one</arg_value></tool_call><|observation|>",
+        "\n<think></think>\nTwo.",
+    ],
+    "gemma4": ["<|tool_call>call:add{'a': 'one'}<tool_call|><turn|>", "Two.<turn|>"],
+    "nemotron": [f"</think><tool_call>{CALL}</tool_call><|im_end|>", "</think>Two.<|im_end|>"],
+    "llama": ['{"name": "add", "parameters": {"a": "one"}}<|eot_id|>', "Two.<|eot_id|>"],
+}
+
+
+@pytest.mark.parametrize("family", CALL_TEXTS)
+def test_calls_without_content_are_trained(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    assert trained(Sample(turns=CALLS, tools=TOOLS), tokenizers[family]) == CALL_TEXTS[family]
+
+
+@pytest.mark.parametrize("value", [7, None, {}, [1.5, True]], ids=repr)
+def test_arguments_that_are_no_texts_are_trained_whole(
+    value: object, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    turns = (CALLS[0], Turn("assistant", tool_calls=called(a=value)), *CALLS[2:])
+    first = trained(Sample(turns=turns), tokenizers["llama"])[0]
+    assert first.startswith('{"name": "add", "parameters": {"a": ')
+    assert first.endswith("}}<|eot_id|>")
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3", "gemma4", "llama", "phi3", "gpt-oss"])
+def test_the_first_turn_may_be_the_assistants(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    first, last = CHATS[family]
+    sample = Sample(turns=(CHAT[1], BYE, CHAT[3]))
+    assert trained(sample, tokenizers[family]) == [first, last]
+
+
+def test_a_first_turn_without_a_generation_prompt_is_refused(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    assert "the first turn is the assistant's" in error(Sample(turns=CHAT[1:]), tokenizers["mistral"])
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_blanks_and_tokens_in_texts(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Questions that end with blanks, are empty, or have the tokens of the template in them."""
+    tokenizer, (first, last) = tokenizers[family], CHATS[family]
+    for question in (
+        "Hi \n",
+        "",
+        "Hi <think>",
+        *([] if "qwen" in family else ["Say </think>"]),
+        f"Say {first} <|im_start|>assistant\n",
+    ):
+        sample = Sample(turns=(Turn("user", question), CHAT[1], Turn("user", question + " "), CHAT[3]))
+        assert trained(sample, tokenizer) == [first, last], question
+    repeats = Sample(turns=(Turn("user", "Hello!"), CHAT[1], Turn("user", "Hello!"), CHAT[3]))
+    assert trained(repeats, tokenizer) == [first, last]
+
+
+@pytest.mark.parametrize("content", ["<think>\nPart.", "<think>\n", "<think>\n\n"], ids=repr)
+def test_content_may_begin_as_the_generation_prompt_ends(
+    content: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    sample = Sample(turns=(HI, Turn("assistant", content), BYE, Turn("assistant", content)))
+    answer = content.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
+    assert trained(sample, tokenizers["r1"]) == [answer, answer]
+
+
+def test_consecutive_answers_and_results(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    turns = (*CALLS[:3], Turn("tool", "3"), CALLS[3], *CHAT[:2], Turn("assistant", "Again."))
+    texts = [*CALL_TEXTS["llama"], "Hello!<|eot_id|>", "Again.<|eot_id|>"]
+    assert trained(Sample(turns=turns), tokenizers["llama"]) == texts
+
+
+def test_private_characters_leave_the_way_of_prefixes(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    sample = Sample(turns=(Turn("user", "Hi \U000f0000"), *CHAT[1:]))
+    assert trained(sample, tokenizers["llama"]) == CHATS["llama"]
+    assert "rewrites earlier turns" in error(sample, tokenizers["qwen3"])
+
+
+def test_without_an_end_token_the_turn_is_what_the_template_adds() -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "")
+    assert trained(Sample(turns=CHAT), tokenizer) == ["Hello!\n", "So long.\n"]
+    assert not ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer)
+
+
+def test_the_next_roles_tokens_end_turns_of_glm_only(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    assert {"<|user|>", "<|observation|>"} <= set(end_tokens(tokenizers["glm"]))
+    assert not {"<|user|>", "<|observation|>"} & set(end_tokens(tokenizers["phi3"]))
+
+
+MARKED = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
+UNWRITTEN = {
+    "a call": (
+        (HI, Turn("assistant", "Wait.", tool_calls=called(a="one")), *CHAT[2:]),
+        "tool_calls[0].name of messages[1]: use a template that knows tool calls, or drop the calls",
+    ),
+    "an untrained call": (
+        (HI, Turn("assistant", "Wait.", tool_calls=called(a="one"), train=False), *CHAT[2:]),
+        "tool_calls[0].name of messages[1]: use a template that knows tool calls, or drop the calls",
+    ),
+    "thoughts": (
+        (*CHAT[:3], THOUGHTS[3]),
+        "reasoning_content of messages[3]: use a template that knows thoughts, or drop them",
+    ),
+}
+
+
+@pytest.mark.parametrize("mask", ["assistant", "last", "all"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["", "generation marks"])
+@pytest.mark.parametrize(("turns", "says"), UNWRITTEN.values(), ids=UNWRITTEN)
+def test_texts_that_the_template_does_not_write_are_refused(
+    turns: tuple[Turn, ...], says: str, template: str, mask: str
+) -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = template
+    assert error(Sample(turns=turns), tokenizer, mask) == f"the chat template does not write {says}"
+    assert trained(Sample(turns=(HI, THOUGHTS[1], *CHAT[2:])), tokenizer, "last") == ["So long.<|im_end|>"]
+
+
+def test_content_beside_a_call(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Refused where the template never writes it, but not where it writes it in the last turn only."""
+    beside = Sample(turns=(CALLS[0], replace(CALLS[1], content="Let me add."), *CALLS[2:]))
+    assert error(beside, tokenizers["llama"]) == (
+        "the chat template does not write content of messages[1]: use a template that knows such texts, or drop the text"
+    )
+    tokenizer = tokenizer_for("llama")
+    tokenizer.chat_template = LLAMA.replace('{"name"', '{% if loop.last %}{{ m.content }}{% endif %}{"name"')
+    assert trained(beside, tokenizer) == CALL_TEXTS["llama"]
+
+
+def test_a_system_turn_that_is_not_written_is_refused() -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    assert "does not write content of messages[0]" in error(Sample(turns=(SYSTEM, *CHAT)), tokenizer)
+
+
+def test_arguments_may_be_written_with_escapes(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    turns = (CALLS[0], Turn("assistant", tool_calls=called(a='two\n"lines"')), *CALLS[2:])
+    first = trained(Sample(turns=turns), tokenizers["llama"])[0]
+    assert first == '{"name": "add", "parameters": {"a": "two\\n\\"lines\\""}}<|eot_id|>'
+    trained(Sample(turns=turns), tokenizers["llama"], "all")
+
+
+def test_many_turns_take_linear_time(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    for family in ("chatml", "qwen3.6", "gpt-oss"):
+        encoder = Encoder(tokenizers[family])
+        begin = time.process_time()
+        [found] = encoder.encode_fast([Sample(turns=CHAT * 200)])
+        assert time.process_time() - begin < 1
+        assert found is not None
