@@ -145,7 +145,7 @@ def test_a_training_stopped_by_the_user_is_saved_and_does_not_restart(start: run
     shown = runs.command("status", run)
     assert shown.returncode == 1
     assert "stopped" in shown.stdout
-    assert "asked for" in shown.stdout
+    assert "stopped on request" in shown.stdout
 
 
 @pytest.mark.proof
