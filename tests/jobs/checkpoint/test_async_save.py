@@ -152,7 +152,7 @@ def test_a_copy_keeps_what_shares_storage_together(tmp_path) -> None:
     }
     state["module"] = torch.nn.Linear(2, 2).state_dict()
     state["module"]._metadata["seen"] = base
-    copy = host_staging.Stager(torch.device("cpu")).tree(state)
+    copy = host_staging.Stager(torch.device("cpu")).copy_object(state)
     torch.save(state, tmp_path / "one")
     torch.save(copy, tmp_path / "other")
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
