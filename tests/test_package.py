@@ -120,7 +120,7 @@ def test_a_run_is_launched_looked_at_resumed_and_merged(muster: Muster, project:
     ("words", "code", "shown"),
     [
         ([], 2, "usage: muster"),
-        (["--help"], 0, "launch runs"),
+        (["--help"], 0, "muster run --help"),
         (["status", "--help"], 0, "usage: muster status"),
         (["model=tiny"], 2, "to launch a run: muster run model=tiny"),
         (["status", "runs/none"], 2, "muster: RUN=runs/none"),
