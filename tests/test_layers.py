@@ -199,7 +199,6 @@ def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     assert users == {
         "launcher.slurm",
         "launcher.version",  # git
-        "launcher.submit.snapshot",
         "launcher.check.observe",  # nvidia-smi
     }
 

@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from jobs.tokenization import turn_spans
 from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
@@ -18,7 +19,7 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = f"use a template with {{% generation %}} marks, such as one of {', '.join(BUNDLED)}"
 
 
-class Renderer(Protocol):
+class Renderer(turn_spans.Renderer, Protocol):
     """Renders the turns of a sample with one chat template."""
 
     has_marks: bool
@@ -26,9 +27,6 @@ class Renderer(Protocol):
 
     def render(self, sample: Sample) -> tuple[str, list[Span]]:
         """(text of all turns, the spans between the template's generation marks in order)."""
-
-    def render_prefix(self, sample: Sample, turns: int, generation_prompt: bool) -> str:
-        """Text of the first `turns` turns alone, with or without the header of an assistant turn after them."""
 
 
 class TrainedSpans(NamedTuple):

@@ -1,11 +1,11 @@
 """Copies Muster's code into the run folder, and records its commit: a queued job must not change when the clone changes."""
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from conf.files import partial, sync_tree, write_text
+from launcher.version import git
 
 COPIED_FOLDERS = ("conf", "launcher", "jobs", "slurm_templates")
 
@@ -28,16 +28,6 @@ def copy_code(clone: Path, run: Path) -> None:
 
 def provenance(clone: Path, run: Path) -> dict[str, Any]:
     """Return the clone's commit and whether files differ from it; empty without git. Writes the diff to RUN/code.diff."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(clone), *words], capture_output=True, text=True, timeout=30, check=False
-            )
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD")
+    commit, diff = git(clone, "rev-parse", "HEAD"), git(clone, "diff", "HEAD")
     write_text(run / "code.diff", diff or "")
     return {"commit": commit, "modified": bool(diff)} if commit else {}
