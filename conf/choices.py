@@ -37,6 +37,20 @@ class Mask(Enum):
     all = "all"
 
 
+class Role(Enum):
+    system = "system"
+    user = "user"
+    assistant = "assistant"
+    tool = "tool"
+
+
+class TrainOnEnd(Enum):
+    turn = "turn"
+    all = "all"
+    last = "last"
+    none = "none"
+
+
 class Overlong(Enum):
     truncate = "truncate"
     split = "split"

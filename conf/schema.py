@@ -30,8 +30,10 @@ from conf.choices import (
     OutputDtype,
     Overlong,
     Precision,
+    Role,
     Submit,
     Tracker,
+    TrainOnEnd,
     Verify,
 )
 
@@ -96,6 +98,12 @@ class DataSet:
 
     path: str = MISSING
     """Like `data.path`."""
+    subset: str | None = None
+    """Like `data.subset`."""
+    revision: str | None = None
+    """Like `data.revision`."""
+    files: list[str] = field(default_factory=list)
+    """Like `data.files`."""
     split: str | None = None
     """Like `data.split`."""
     format: Format | None = None
@@ -104,6 +112,8 @@ class DataSet:
     """Like `data.fields`. Empty: the value of `data.fields`."""
     roles: dict[str, str] = field(default_factory=dict)
     """Like `data.roles`. Empty: the value of `data.roles`."""
+    ignore: list[str] = field(default_factory=list)
+    """Like `data.ignore`. Empty: the value of `data.ignore`."""
     weight: float = at_least(0.0001, 1.0)
     """How often each row is used in an epoch. 2: twice. 0.5: a random half of the rows, chosen by `data.seed`."""
     num_samples: int | None = at_least(1, None, at_most=1e9)
@@ -152,6 +162,12 @@ class Data:
     path: str | None = MISSING
     """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or glob pattern of
     such files, or a Hub id: `owner/name` or `owner/name:train[:100]`."""
+    subset: str | None = None
+    """Subset of a Hub data set, also called its config name. With LLaMA-Factory's `dataset_info.json` as path: the set's name."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub data set. Set a commit if the run must be repeatable."""
+    files: list[str] = field(default_factory=list)
+    """Files to read in a Hub data set or a folder, as glob patterns. Empty: all that belong to the split."""
     split: str | None = None
     """Range of rows to use, in the notation of Python and the Hub: `[:1000]`, `[10%:]`, `[-100:]`."""
     sets: dict[str, Any] = entries(DataSet)
@@ -160,15 +176,28 @@ class Data:
     """Format of the rows. `auto` recognizes it from the columns and logs which one it is."""
     fields: dict[str, str] = field(default_factory=dict)
     """Maps columns with other names: the format's column to your column, or to a Jinja template of the row
-    ("{{ title }}: {{ body }}")."""
+    ("{{ title }}: {{ body }}"). `role`, `content` and the other keys of a message map in the same way."""
     roles: dict[str, str] = field(default_factory=dict)
     """Maps speakers with other names: your name to system, user, assistant or tool."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns, and keys of messages, to read as if the rows did not have them."""
+    split_thinking: bool = False
+    """Take `<think>...</think>` out of the answers, and give it to the chat template as the thought (`reasoning_content`)."""
     chat_template: str | None = None
     """chatml, gemma, llama3, mistral, qwen, or the path of a Jinja file. Null: the tokenizer's own. It is saved with the
     consolidated model."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Values for variables of the chat template, for example `{enable_thinking: false}`. A row's own `chat_template_kwargs` win."""
     mask: Mask = Mask.assistant
-    """Which part of a chat is trained. `assistant`: every assistant turn. `last`: the last one. `all`: everything. If a turn
-    has a `train` field, its value is used instead."""
+    """Which part of a chat is trained. `assistant`: every turn of the roles in `train_on`. `last`: the last of these turns.
+    `all`: everything. If a turn has a `train` field, its value is used instead."""
+    train_on: list[Role] = field(default_factory=lambda: [Role.assistant])
+    """Roles whose turns are trained."""
+    train_on_end: TrainOnEnd = TrainOnEnd.turn
+    """Which tokens that end a turn are trained. `turn`: those of trained turns. `all`: those of every turn. `last`: the last one
+    of the chat. `none`: none of them."""
+    end_of_turn: list[str] = field(default_factory=list)
+    """Tokens that end a turn of this chat template. Empty: those of the known model families and the end-of-text token."""
     eos_token: str | None = None
     """Token that ends a text, and at which generation stops. Null: the tokenizer's own."""
     pad_token: str | None = None

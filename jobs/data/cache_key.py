@@ -21,6 +21,11 @@ from jobs.data.file_readers import BLOCK_ROWS, CHUNK
 
 log = logging.getLogger(__name__)
 
+SETTINGS = (
+    *("split_thinking", "template_kwargs", "mask", "train_on", "train_on_end", "end_of_turn"),
+    *("max_length", "overlong", "max_rows"),
+)
+"""Keys of `data` that decide a sample."""
 FORMAT = 2
 """Version of the files of a set. Increase it when the same rows would give different files."""
 SETTLED_S = 10.0
@@ -30,12 +35,12 @@ the clocks of file systems are coarse."""
 
 def compute_key(dataset: DataSet, data: Data, tokenizer: PreTrainedTokenizerBase, format_name: str, cache: Path) -> str:
     """20 hexadecimal digits: a hash of the rows' bytes, the tokenizer, its chat template, and the settings that decide a sample."""
-    settings = {name: getattr(data, name) for name in ("mask", "max_length", "overlong", "max_rows")}
+    settings = {name: getattr(data, name) for name in SETTINGS}
     inputs = {
         "format": [FORMAT, CHUNK, BLOCK_ROWS],
         "rows": _hash_rows(dataset.path, cache),
         "part": dataset.split,
-        "shape": [format_name, dataset.fields, dataset.roles],
+        "shape": [format_name, dataset.fields, dataset.roles, dataset.ignore],
         "tokenizer": _hash_tokenizer(tokenizer),
         "settings": settings,
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
