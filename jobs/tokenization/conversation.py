@@ -43,15 +43,34 @@ class Turn:
     """One message of a chat."""
 
     role: str
-    """system, user, assistant or tool."""
+    """system, developer, user, assistant or tool."""
     content: str = ""
     tool_calls: list[dict[str, Any]] | None = None
-    """Tool calls of the assistant: {type: function, function: {name, arguments: a dict}}, plus `id` if the row has one."""
+    """Tool calls of the assistant: {type: function, function: {name, arguments: a dict, or the JSON text that the row has}},
+    plus `id` if the row has one."""
     name: str | None = None
     train: bool | None = None
     """Whether to train on this turn. None: the mask (`data.mask`) decides."""
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    is_null: bool = False
+    """Whether the row's content is null. Templates that test for null get null, others an empty text."""
+    train_detail: tuple[tuple[int, int, bool], ...] = ()
+    """(begin, end, whether to train on them) of characters of the content; they win over `train` and the mask."""
+    extra: Mapping[str, Any] | None = None
+    """Further keys of the message, which a template may read."""
+
+    def message(self) -> dict[str, Any]:
+        """The turn as `apply_chat_template` takes it: without the keys that have no value."""
+        message = {
+            "role": self.role,
+            "content": self.content,
+            "tool_calls": self.tool_calls,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
+        return {**(self.extra or {}), **{key: value for key, value in message.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,10 @@ class Sample:
     ids: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
     """As long as `ids`: the same token, or -100 to ignore it. Not shifted. None trains on all ids."""
+    documents: list[dict[str, Any]] | None = None
+    """Documents that the chat template writes before the turns."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """The row's own variables for the chat template. They win over `data.template_kwargs`."""
 
 
 def parse_turn(message: object, where: str, fields: Mapping[str, str], roles: Mapping[str, str]) -> Turn:

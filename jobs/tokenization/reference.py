@@ -42,10 +42,7 @@ def encode(
 
 def chat_messages(sample: Sample) -> list[dict[str, Any]]:
     """The turns as messages for `apply_chat_template`, without the keys that have no value."""
-    return [
-        {key: value for key, value in vars(turn).items() if value is not None and key != "train"}
-        for turn in sample.turns
-    ]
+    return [turn.message() for turn in sample.turns]
 
 
 def ends_with_end_token(

@@ -80,9 +80,9 @@ def _message(turn: Turn) -> dict[str, Any]:
     content, reasoning = turn.content, turn.reasoning_content
     if type(content) is not str or START in content or END in content:
         raise Unsupported("a turn contains control characters reserved for marks")
-    if turn.tool_calls is None and turn.name is None and turn.tool_call_id is None and reasoning is None:
-        return {"role": turn.role, "content": content}
-    message = {key: value for key, value in vars(turn).items() if value is not None and key != "train"}
+    message = turn.message()
+    if len(message) == 2:
+        return message
     if not _is_plain_json(message):
         raise Unsupported("a turn is not plain JSON")
     return message if reasoning is None else {"thinking": reasoning, **message}
