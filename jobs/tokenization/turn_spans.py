@@ -81,8 +81,8 @@ class MarkedChat:
 
     def span(self, turn: int, tokens: "Tokens") -> Span | None:
         """Characters of an assistant turn: from the first that the generation prompt leaves to the model, up to and with the
-        token that ends the turn, or to the end of the text. None if a text of another turn follows without such a token between
-        them. Raises CannotMark if the beginning is unknown.
+        token that ends the turn. Without such a token, up to where the template goes on in another way than in a chat that ends
+        with this turn. None if the turn has neither text nor end. Raises CannotMark if the beginning is unknown.
         """
         before, after, last = self._neighbors(turn)
         own = self._regions.get(turn, (after, before))
@@ -93,7 +93,14 @@ class MarkedChat:
         ending = tokens.end.search(self._text, max(own[1], begin), after)
         if ending:
             return begin, ending.end()
-        return (begin, after) if after == len(self._text) and turn in self._regions else None
+        if turn not in self._regions:
+            return None
+        return begin, after if after == len(self._text) else own[1] + self._common_tail(turn, own[1], after)
+
+    def _common_tail(self, turn: int, begin: int, end: int) -> int:
+        """How much of the text from `begin` also stands behind a turn in the chat that ends with it."""
+        _, found, tail = self._render(turn + 1, generation_prompt=False).rpartition(end_mark(self._last_texts[turn]))
+        return _common(tail, self._text[begin:end]) if found else 0
 
     def end(self, turn: int, tokens: "Tokens") -> Span | None:
         """Characters of the token that ends a turn of any role. None if there is none, or if the turn has no text."""

@@ -51,6 +51,12 @@ ARGUMENTS = {
         'add{"a": 1, "b": "é"}',
         "add" + COMPACT,
     ),
+    "adds braces to text": (
+        "{{ c.function.name }}{{ '{' }}{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}:{{ v }}{{ ',' if not loop.last }}{% endfor %}{% endif %}{{ '}' }}",
+        "add{a:1,b:é}",
+        "add{a:1,b:é}",
+    ),
     "writes it as it is": (
         "{{ c.function.name }}{{ c.function.arguments }}",
         'add{"a": 1, "b": "é"}',

@@ -517,3 +517,15 @@ def test_blanks_that_a_token_takes_are_not_the_tokens(answer: str) -> None:
     )
     sample = Sample(turns=(Turn("user", "Hi "), Turn("assistant", answer)) * 2)
     assert trained(sample, tokenizer, end_of_turn=("<stop>",)) == [f"{answer.strip()}<stop>"] * 2
+
+
+def test_a_call_without_an_end_token_ends_where_the_results_begin() -> None:
+    """As in DeepSeek R1's template: the result follows the call at once."""
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% for c in m.tool_calls or [] %}"
+        "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% if not m.tool_calls %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert trained(Sample(turns=CALLS), tokenizer) == [f"<tool_call>{CALL}</tool_call>", "Two.<|im_end|>"]
