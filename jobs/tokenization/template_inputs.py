@@ -182,9 +182,9 @@ def _is_unchanged(chat: RenderedChat) -> bool:
         for call in turn.tool_calls or ():
             arguments = call["function"].get("arguments")
             if isinstance(arguments, str):
-                if arguments not in chat.text or any(
-                    json.dumps(arguments, ensure_ascii=ascii) in chat.text for ascii in (True, False)
-                ):
+                # Gemma 4 writes text between braces of its own.
+                changed = (json.dumps(arguments), _json(arguments), f"{{{arguments}}}")
+                if arguments not in chat.text or any(text in chat.text for text in changed):
                     return False
             elif arguments and str(arguments) in chat.text and str(arguments) != _json(arguments):
                 return False
