@@ -57,6 +57,8 @@ class Turn:
     """Whether the row's content is null. `template_inputs` decides whether the template gets null, no content, or an empty text."""
     is_absent: bool = False
     """Whether the template gets no content at all, as `apply_chat_template` does with null."""
+    in_parts: bool = False
+    """Whether the template gets the content as a list with one part, which templates of models for images may want."""
     train_detail: tuple[tuple[int, int, bool], ...] = ()
     """(begin, end, whether to train on them) of characters of the content; they win over `train` and the mask."""
     extra: Mapping[str, Any] | None = None
@@ -67,6 +69,8 @@ class Turn:
         message: dict[str, Any] = {"role": self.role}
         if not self.is_absent:
             message["content"] = None if self.is_null else self.content
+        if self.in_parts:
+            message["content"] = [{"type": "text", "text": self.content}]
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
         if self.name is not None:

@@ -102,23 +102,34 @@ def render(sample: Sample, renderer: Renderer) -> RenderedChat:
     _check_variables(sample, renderer)
     if "developer" not in renderer.source and any(turn.role == "developer" for turn in sample.turns):
         sample = _map_turns(sample, lambda turn: replace(turn, role="system") if turn.role == "developer" else turn)
+    chat = _render_best(_forms(sample, renderer.source), renderer)
+    if isinstance(chat, ValueError) or chat.missing() is not None:
+        in_parts = _map_turns(sample, lambda turn: replace(turn, in_parts=not turn.is_null))
+        with_parts = _render_best(_forms(in_parts, renderer.source), renderer)
+        if not isinstance(with_parts, ValueError) and with_parts.missing() is None:
+            return with_parts
+    if isinstance(chat, ValueError):
+        raise chat
+    _check_written(chat.missing())
+    return chat
+
+
+def _render_best(forms: Iterator[Sample], renderer: Renderer) -> RenderedChat | ValueError:
+    """The first form that the template writes whole, else the first that it does not refuse, else its first error."""
     first_error: ValueError | None = None
-    fallback: RenderedChat | None = None
-    for form in _forms(sample, renderer.source):
+    first_chat: RenderedChat | None = None
+    for form in forms:
         try:
             chat = RenderedChat(form, *renderer.render(form), renderer)
         except ValueError as error:
             first_error = first_error or error
             continue
-        if form is sample or (_is_unchanged(chat) and chat.missing() is None):
-            fallback = chat
-            break
-        fallback = fallback or chat
-    if fallback is None:
-        assert first_error is not None  # there is at least one form
-        raise first_error
-    _check_written(fallback.missing())
-    return fallback
+        if _is_unchanged(chat) and chat.missing() is None:
+            return chat
+        first_chat = first_chat or chat
+    found = first_chat or first_error
+    assert found is not None  # there is at least one form
+    return found
 
 
 def _map_turns(sample: Sample, change: Callable[[Turn], Turn]) -> Sample:

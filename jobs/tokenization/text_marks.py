@@ -44,12 +44,8 @@ class Marks:
     def turn(self, turn: Turn, number: int) -> Turn:
         """A copy of the turn with marks in its content, thoughts and calls."""
         calls, content = turn.tool_calls, self._text(turn.content, number, "content")
-        if (
-            calls is None
-            and turn.reasoning_content is None
-            and turn.extra is None
-            and not (turn.is_null or turn.is_absent)
-        ):
+        is_plain = turn.extra is None and not (turn.is_null or turn.is_absent or turn.in_parts)
+        if calls is None and turn.reasoning_content is None and is_plain:
             return Turn(turn.role, content, None, turn.name, turn.train, turn.tool_call_id)  # faster than `replace`
         return replace(
             turn,
