@@ -214,10 +214,14 @@ def _differences(found: dict[str, Any], truth: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(found: dict[str, Any]) -> Iterator[str]:
+    """One line for all templates with the same cells."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, chats in found.items():
+        names.setdefault(tuple(cell for _, cell in chats.values()), []).append(name)
     yield "| template | " + " | ".join(CHATS) + " |"
     yield "|---|" + "---|" * len(CHATS)
-    for name, chats in found.items():
-        yield f"| {name} | " + " | ".join(cell for _, cell in chats.values()) + " |"
+    for cells, equal in names.items():
+        yield f"| {', '.join(equal)} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
