@@ -107,12 +107,32 @@ class _Null(str):
 NULL = _Null()
 
 
+class _List(list[Any]):
+    """A list in a template, which may be joined or indexed, but not written as it is."""
+
+    def __str__(self) -> str:
+        raise TypeError(
+            "a list is not text: choose an item such as [0], or write `| join(', ')` or `| tojson` behind it"
+        )
+
+    __repr__ = __str__
+
+
+class _Object(dict[str, Any]):
+    """An object in a template, of which single keys may be written, but not the whole."""
+
+    def __str__(self) -> str:
+        raise TypeError("an object is not text: choose one of its keys, or write `| tojson` behind it")
+
+    __repr__ = __str__
+
+
 def _without_nulls(value: Any) -> Any:
-    """The value with NULL for each null in it."""
+    """The value with NULL for each null in it, and with lists and objects that refuse to be written as Python prints them."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items()}
+        return _Object({key: _without_nulls(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return _List(map(_without_nulls, value))
     return NULL if is_null(value) else value
 
 

@@ -45,22 +45,27 @@ def parse_content(raw: object, where: str, role: str) -> Content:
         return Content(_as_json(raw, where))
     if (number := number_text(raw)) is not None:
         return Content(number)
-    remedy = "give a text, or a list of parts such as {type: text, text: ...}"
     if isinstance(raw, list | tuple) and raw and isinstance(raw[0], Mapping) and ("role" in raw[0] or "from" in raw[0]):
         remedy = "it holds messages, so set data.format=messages or prompt_completion"
-    elif not is_null(raw):
-        remedy = f"give a text, map it with a template such as {_template_for(raw, where)}, or drop the row"
+    elif template := _template_for(raw, where):
+        remedy = f'give a text, or map it with a template such as data.fields.{where}="{template}"'
+    else:
+        remedy = "give a text, or drop the row"
     raise ValueError(f"{where} is {kind_of(raw)}, not text: {remedy}")
 
 
-def _template_for(raw: object, column: str) -> str:
-    """A template that makes a text of such a value, to show in a message."""
-    name = column.split(".")[-1].split("[")[0]
-    if isinstance(raw, list | tuple):
-        return f'"{{{{ {name}[0] }}}}"'
-    if isinstance(raw, Mapping):
-        return f'"{{{{ {name}.{next(iter(raw), "key")} }}}}"'
-    return f"\"{{{{ 'yes' if {name} else 'no' }}}}\"" if isinstance(raw, bool) else f'"{{{{ {name} }}}}"'
+def _template_for(raw: object, column: str) -> str | None:
+    """A template that makes a text of such a value, to show in a message; None for a part of a message, or an empty value."""
+    if "." in column or "[" in column or is_null(raw):
+        return None
+    path, value = column, raw
+    while isinstance(value, list | tuple | Mapping) and value:
+        is_object = isinstance(value, Mapping)
+        key = next(iter(value)) if isinstance(value, Mapping) else 0
+        path, value = f"{path}['{key}']" if is_object else f"{path}[0]", value[key]
+    if isinstance(value, bool):
+        return f"{{{{ 'yes' if {path} else 'no' }}}}"
+    return f"{{{{ {path} }}}}" if isinstance(value, str | int | float) else None
 
 
 def _as_json(value: object, where: str) -> str:

@@ -39,6 +39,11 @@ def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str]
     for name, reason in reasons_for_formats(row):
         if name in candidates:
             return name, reason
+    if fields:
+        raise ValueError(
+            f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}: correct "
+            "data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
+        )
     raise ValueError(
         f"no known format has the columns {', '.join(row) or '(none)'}: "
         "set data.format, and map its columns to yours with data.fields"
@@ -203,16 +208,15 @@ def _alpaca(row: Row, reading: Reading) -> Sample:
             raise ValueError(f"history[{number}] is not a pair of texts: give [question, answer]")
         if not all(half.strip() for half in pair):
             raise EmptyText(f"history[{number}] has an empty question or answer: drop the pair, or the row")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+        turns += [Turn("user", pair[0]), *_answer(pair[1], f"history[{number}]", reading)]
     answer = _text_of(row, OUTPUT, "alpaca", reading)
-    return make_chat(row, [*turns, *_answered(Turn("user", question), answer, reading)])
+    return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)])
 
 
-def _answered(question: Turn, answer: str, reading: Reading) -> list[Turn]:
+def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
     if not reading.split_thinking:
-        return [question, Turn("assistant", answer)]
-    message = {"role": "assistant", "content": answer}
-    return [question, *parse_turns([message], "answer", Reading(split_thinking=True))]
+        return [Turn("assistant", answer)]
+    return parse_turns([{"role": "assistant", "content": answer}], column, Reading(split_thinking=True))
 
 
 def _messages(row: Row, reading: Reading) -> Sample:
@@ -242,7 +246,7 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
         # answers in the prompt are not trained, unless they are marked with `train`
         turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
     if after is None:
-        return make_chat(row, [*turns[:-1], *_answered(turns[-1], answer, reading)])
+        return make_chat(row, [*turns, *_answer(answer, column, reading)])
     return make_chat(row, turns + parse_turns(after, column, reading))
 
 

@@ -11,7 +11,7 @@ from jobs.data.refused_rows import media_column
 from jobs.data.row_values import Names, is_filled, is_null, kind_of, number_text, parse_list, short
 from jobs.data.thoughts import read_thought, split_thought
 from jobs.data.tool_calls import parse_calls
-from jobs.data.train_marks import read_train, read_train_detail
+from jobs.data.train_marks import check_train_detail, read_train, read_train_detail, without_gaps
 from jobs.tokenization.conversation import EmptyText, Turn, UnknownRole
 
 ROLES = {
@@ -63,8 +63,8 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
     after_call = False  # whether the last turn came from a message that is nothing but a call
     has_keys = any(name in KEYS for name in reading.fields)
     for number, message in enumerate(raw):
-        turn = None if has_keys or reading.split_thinking else _plain_turn(message, reading.roles)
-        if turn is not None:
+        turn = None if has_keys else _plain_turn(message, reading.roles)
+        if turn is not None and not (reading.split_thinking and "<" in turn.content):
             turns.append(turn)
             after_call = False
             continue
@@ -105,7 +105,7 @@ def _turns_of(
 ) -> list[Turn]:
     """The turns of one message: one, or several if it holds results of tools."""
     train, detail = read_train(message, where), read_train_detail(message, where)
-    calls = next((parse_calls(message[key], f"{where}.{key}") for key in CALL_KEYS if message.get(key)), [])
+    calls = _calls(message, where)
     key, raw = _content(message, where, role)
     content = Content()
     if speaker in CALL_SPEAKERS and not calls:
@@ -133,12 +133,7 @@ def _turns_of(
     ):
         what = "there is no question" if role == "user" else "there is nothing to train on"
         raise EmptyText(f"{where}.{key or 'content'} is empty: {what}; drop the row")
-    if detail and detail[-1][1] > len(text):
-        raise ValueError(
-            f"{where}.train_detail ends at character {detail[-1][1] - 1}, but the content has {len(text)}: correct its offsets"
-        )
-    if detail and not isinstance(raw, str):
-        raise ValueError(f"{where}.train_detail needs a content that is one text: join its parts, or drop the row")
+    check_train_detail(detail, raw, text, where)
     return [
         *results,
         Turn(
@@ -150,10 +145,17 @@ def _turns_of(
             _text_key(message, "tool_call_id", where),
             thought,
             is_null=is_null(raw),
-            train_detail=() if train is False else _without_gaps(detail, len(text)),
+            train_detail=() if train is False else without_gaps(detail, len(text)),
             extra=_extra(message, where),
         ),
     ]
+
+
+def _calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    filled = [key for key in CALL_KEYS if is_filled(message.get(key))]
+    if len(filled) > 1:
+        raise ValueError(f"{where} has both {' and '.join(filled)}: remove one, or set data.ignore=[{filled[1]}]")
+    return parse_calls(message[filled[0]], f"{where}.{filled[0]}") if filled else []
 
 
 def _key_of(message: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
@@ -161,7 +163,7 @@ def _key_of(message: Mapping[str, Any], names: Sequence[str], where: str) -> str
     filled = [name for name in names if not is_null(message.get(name))]
     if len(filled) > 1 and any(message[name] != message[filled[0]] for name in filled[1:]):
         raise ValueError(
-            f"{where} has both {filled[0]} and {filled[1]}, which differ: remove one, or name it in data.ignore=[{filled[1]}]"
+            f"{where} has both {filled[0]} and {filled[1]}, which differ: remove one, or set data.ignore=[{filled[1]}]"
         )
     return filled[0] if filled else next((name for name in names if name in message), None)
 
@@ -237,16 +239,6 @@ def _pair_turns(message: Mapping[str, Any], pair: tuple[str, str], where: str) -
             raise EmptyText(f"{where}.{key} is empty: drop the row")
         turns.append(Turn(role, text, train=train if role == "assistant" else None))
     return turns
-
-
-def _without_gaps(detail: tuple[tuple[int, int, bool], ...], length: int) -> tuple[tuple[int, int, bool], ...]:
-    """The same parts, with untrained ones between them: what train_detail does not name is not trained."""
-    parts, position = [], 0
-    for begin, end, train in detail:
-        parts += [(position, begin, False)] if begin > position else []
-        parts.append((begin, end, train))
-        position = end
-    return (*parts, *([(position, length, False)] if detail and position < length else []))
 
 
 def _text_key(message: Mapping[str, Any], key: str, where: str) -> str | None:

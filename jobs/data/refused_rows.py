@@ -10,12 +10,12 @@ from jobs.tokenization.conversation import Sample
 
 PREFERENCE = re.compile(
     r"(?:\w+_)?(?:chosen|rejected)(?:_\w+)?|kto_tag|(?:non_)?preferred_output|preferences?|overall_preference"
-    r"|better_response_id|safer_response_id|human_ref_[AB]",
+    r"|better_response_id|safer_response_id|human_ref_[AB]|(?:is_)?desirable|kto_label",
     re.IGNORECASE,
 )
 """Columns of DPO, KTO and reward data: TRL, ms-swift, LLaMA-Factory, OpenAI, OpenRLHF, UltraFeedback, SafeRLHF, HelpSteer3, SHP."""
 MEDIA = re.compile(
-    r"(?:input_)?(?:image|img|picture|photo|audio|video|speech|wav)s?(?:_?(?:path|file|file_?name|url|bytes|list|base64)s?)?"
+    r"(?:input_)?(?:image|img|picture|photo|audio|video|wav)s?(?:_?(?:path|file|file_?name|url|bytes|list|base64)s?)?"
     r"|pixel_values(?:_videos)?|input_features|(?:image|video)_grid_thw|multi_?modal_data|mm_data",
     re.IGNORECASE,
 )

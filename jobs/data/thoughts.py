@@ -28,7 +28,7 @@ def read_thought(message: Mapping[str, Any], role: str, part: str | None, where:
     if len(set(filled.values())) > 1:
         first, second = list(filled)[:2]
         raise ValueError(
-            f"{where} has both {first} and {second}, which differ: remove one, or name it in data.ignore=[{first}]"
+            f"{where} has both {first} and {second}, which differ: remove one, or set data.ignore=[{first}]"
         )
     if filled:
         return str(next(iter(filled.values())))

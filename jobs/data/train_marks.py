@@ -44,3 +44,23 @@ def read_train_detail(message: Mapping[str, Any], where: str) -> tuple[tuple[int
             f"{where}.{key} has parts that overlap: correct their offsets, of which end_offset is included"
         )
     return tuple(parts)
+
+
+def check_train_detail(detail: tuple[tuple[int, int, bool], ...], raw: object, text: str, where: str) -> None:
+    """Raise ValueError if these parts cannot be parts of the message's text. raw: the content as the row has it."""
+    if detail and not isinstance(raw, str):
+        raise ValueError(f"{where}.train_detail needs a content that is one text: join its parts, or drop the row")
+    if detail and detail[-1][1] > len(text):
+        raise ValueError(
+            f"{where}.train_detail ends at character {detail[-1][1] - 1}, but the content has {len(text)}: correct its offsets"
+        )
+
+
+def without_gaps(detail: tuple[tuple[int, int, bool], ...], length: int) -> tuple[tuple[int, int, bool], ...]:
+    """The same parts, with untrained ones between them: what train_detail does not name is not trained."""
+    parts, position = [], 0
+    for begin, end, train in detail:
+        parts += [(position, begin, False)] if begin > position else []
+        parts.append((begin, end, train))
+        position = end
+    return (*parts, *([(position, length, False)] if detail and position < length else []))
