@@ -229,25 +229,24 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
     prompt_column = _required(row, ("prompt",), "prompt_completion", reading)
     column = _required(row, ("completion", *OUTPUT), "prompt_completion", reading)
     before, after = messages_in(row[prompt_column], prompt_column), messages_in(row[column], column)
-    if after is None:
-        answer = _text_of(row, (column,), "prompt_completion", reading)
-    if before is None:
+    answer = _text_of(row, (column,), "prompt_completion", reading) if after is None else ""
+    if before is not None:
+        turns = parse_turns(before, prompt_column, reading._replace(trained=False))
+        # answers in the prompt are not trained, unless they are marked with `train`
+        turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
+    else:
         question = text_of(row[prompt_column], prompt_column)
         if not question or question.isspace():
             raise EmptyText(
                 "prompt is empty, so there is no question: drop the row; to train on texts alone, set data.fields.text="
                 f"{reading.fields.get(column, column)}"
             )
-    if before is None and after is None:
-        return Sample(parts=((question, False), (answer, True)))
-    turns = [Turn("user", question)]
-    if before is not None:
-        turns = parse_turns(before, prompt_column, reading._replace(trained=False))
-        # answers in the prompt are not trained, unless they are marked with `train`
-        turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
-    if after is None:
-        return make_chat(row, [*turns, *_answer(answer, column, reading)])
-    return make_chat(row, turns + parse_turns(after, column, reading))
+        if after is None:
+            return Sample(parts=((question, False), (answer, True)))
+        turns = [Turn("user", question)]
+    return make_chat(
+        row, turns + (_answer(answer, column, reading) if after is None else parse_turns(after, column, reading))
+    )
 
 
 def _all_messages(row: Row) -> list[Any]:
