@@ -44,9 +44,11 @@ def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str]
             f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}: correct "
             "data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
         )
+    nulls = [name for name, value in row.items() if is_null(value)]
     raise ValueError(
-        f"no known format has the columns {', '.join(row) or '(none)'}: "
-        "set data.format, and map its columns to yours with data.fields"
+        f"no known format has the columns {', '.join(row) or '(none)'}"
+        + (f" where {', '.join(nulls)} {'are' if len(nulls) > 1 else 'is'} null" if nulls else "")
+        + ": set data.format, and map its columns to yours with data.fields"
     )
 
 
