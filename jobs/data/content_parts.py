@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.columns import OUTPUT
 from jobs.data.row_values import is_null, kind_of, number_text
 from jobs.data.tool_calls import parse_calls
 
@@ -46,12 +47,18 @@ def parse_content(raw: object, where: str, role: str) -> Content:
     if (number := number_text(raw)) is not None:
         return Content(number)
     if isinstance(raw, list | tuple) and raw and isinstance(raw[0], Mapping) and ("role" in raw[0] or "from" in raw[0]):
-        remedy = "it holds messages, so set data.format=messages or prompt_completion"
+        remedy = "it holds messages, so set data.format=auto" + _names_for_messages(where)
     elif template := _template_for(raw, where):
         remedy = f'give a text, or map it with a template such as data.fields.{where}="{template}"'
     else:
         remedy = "give a text, or drop the row"
     raise ValueError(f"{where} is {kind_of(raw)}, not text: {remedy}")
+
+
+def _names_for_messages(column: str) -> str:
+    if column in OUTPUT:
+        return f", and name the columns as in data.fields={{prompt: instruction, completion: {column}}}"
+    return "" if column == "prompt" else f" and data.fields.prompt={column}"
 
 
 def _template_for(raw: object, column: str) -> str | None:

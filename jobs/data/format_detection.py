@@ -43,8 +43,7 @@ def messages_in(value: Any, column: str) -> list[Any] | None:
         if not start[1:].lstrip().startswith("{"):
             return None
         value = parse_json(value, column)
-    return (
-        list(value)
-        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping) and "type" not in value[0]
-        else None
-    )
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
+        return None
+    has_role = any(key in value[0] for key in ("role", "from"))
+    return list(value) if has_role or "type" not in value[0] else None

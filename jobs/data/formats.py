@@ -15,7 +15,7 @@ from jobs.data.content_parts import text_of
 from jobs.data.format_detection import messages_in, reasons_for_formats
 from jobs.data.messages import Reading, parse_turns
 from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds
-from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, parse_list, to_json
+from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list, to_json
 from jobs.data.token_rows import convert_tokens
 from jobs.tokenization.conversation import EmptyText, Sample, Turn
 
@@ -44,6 +44,8 @@ def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str]
             f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}: correct "
             "data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
         )
+    if messages := first_filled(row, MESSAGES):
+        raise ValueError(f"{messages} is {kind_of(row[messages])}, not a list: give a list of messages with roles")
     nulls = [name for name, value in row.items() if is_null(value)]
     raise ValueError(
         f"no known format has the columns {', '.join(row) or '(none)'}"

@@ -89,7 +89,9 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
 
 def _plain_turn(message: object, roles: Names) -> Turn | None:
     """The turn of a message with a known role and a text, and nothing else, which most messages are. None for all others."""
-    if type(message) is not dict or len(message) != 2:
+    if type(message) is not dict:
+        return None
+    if len(message) != 2 and len(message := {key: value for key, value in message.items() if value is not None}) != 2:
         return None
     speaker, content = message.get("role"), message.get("content")
     if content is None:

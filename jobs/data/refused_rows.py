@@ -84,4 +84,6 @@ def _matching(pattern: re.Pattern[str], names: Iterable[str]) -> tuple[str, ...]
 
 
 def _is_verdict(label: object) -> bool:
+    if isinstance(label, str):  # as in CSV
+        return label.strip().lower() in ("true", "false", "0", "1")
     return isinstance(label, bool | int | float) and label in (0, 1)

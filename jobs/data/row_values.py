@@ -15,8 +15,10 @@ def is_null(value: object) -> bool:
 
 
 def is_filled(value: object) -> bool:
-    """Whether a value is there: not null, and no empty text, list or object. False and 0 are values."""
-    return not is_null(value) and not (isinstance(value, str | list | tuple | Mapping) and not value)
+    """Whether a value is there: not null, and no empty text, list or object (also as JSON text). False and 0 are values."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}")
+    return not is_null(value) and not (isinstance(value, list | tuple | Mapping) and not value)
 
 
 def first_filled(row: Row, names: tuple[str, ...]) -> str | None:

@@ -77,6 +77,7 @@ def test_columns_are_mapped_and_nulls_are_empty(row, fields, expected) -> None:
     ("row", "fields", "message"),
     [
         ({"instruction": "a", "output": NAN}, None, "no known format .* instruction, output where output is null"),
+        ({"messages": {"role": ["user"], "content": ["a"]}}, None, "messages is an object, not a list: give a list"),
         ({"a": "x", "b": "y"}, {"txet": "a"}, r"data\.fields\.txet is neither a column of a format .* nor a key"),
         ({"q": "a", "o": "b"}, {"text": "q", "output": "o"}, "columns of different formats .text, output."),
         (
@@ -161,13 +162,22 @@ def test_numbers_are_texts_and_results_of_tools_may_be_json() -> None:
         assert turns[2].content in ('{"sum": 2}', "[1, 2]", "true")
 
 
-def test_messages_under_the_wrong_format_name_the_right_one() -> None:
-    row = {"prompt": [USER], "response": "Hello!"}
-    with pytest.raises(
-        ValueError, match="prompt is a list, not text: it holds messages, so set data.format=messages or prompt_c"
-    ):
-        convert(row, "alpaca")
-    assert convert(row, "prompt_completion").turns == (Turn("user", "Hi"), Turn("assistant", "Hello!"))
+@pytest.mark.parametrize(
+    ("row", "format", "fields"),
+    [
+        ({"prompt": [USER], "response": "Hello!"}, "alpaca", None),
+        ({"input": [USER], "output": "Hello!"}, "auto", {"prompt": "input"}),
+        ({"instruction": "Hi", "output": [ANSWER]}, "auto", {"prompt": "instruction", "completion": "output"}),
+    ],
+)
+def test_messages_where_a_text_belongs_name_a_mapping_that_works(row, format, fields) -> None:
+    remedy = r"is a list, not text: it holds messages, so set data.format=auto"
+    with pytest.raises(ValueError, match=remedy) as caught:
+        convert(row, detect_format(row)[0] if format == "auto" else format)
+    named = [f"data.fields.{name}={source}" for name, source in (fields or {}).items()]
+    together = f"data.fields={{{', '.join(f'{name}: {source}' for name, source in (fields or {}).items())}}}"
+    assert together in str(caught.value) or all(name in str(caught.value) for name in named)
+    assert read(row, fields).turns == (Turn("user", "Hi"), Turn("assistant", "Hello!"))
 
 
 def test_a_mapped_column_that_no_row_has_is_refused_and_null_in_one_row_is_enough() -> None:

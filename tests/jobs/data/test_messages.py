@@ -64,6 +64,7 @@ LAST = {
         {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": ""}}]},
         Turn("assistant", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}], is_null=True),
     ),
+    "null keys, as Arrow fills them in": (answer(name=None, tool_calls=None, train=None), A),
     "further keys": (answer(id="m1", note=[], audio=None), Turn("assistant", "Hello!", extra={"id": "m1", "note": []})),
     "a number as the name": (answer(name=7), Turn("assistant", "Hello!", name="7")),
     "an empty answer that is not trained": (answer(content="", weight=0), Turn("assistant", "", train=False)),

@@ -30,6 +30,7 @@ OTHER_KINDS = [
     {**CHAT, "rejected_response": "b"},
     {**CHAT, "label": True},
     {**CHAT, "label": 0},
+    {"prompt": "a", "completion": "b", "label": "False"},
     {**PAIR, "label": 1.0},
     {**PAIR, "kto_tag": False},
     {"prompt": "a", "completion": "b", "label": False},
@@ -59,6 +60,7 @@ def test_another_kind_is_refused_and_the_remedy_works(row) -> None:
     [
         {**CHAT, "images": [], "audio": None, "chosen": None, "rejected": "", "label": None},
         {**CHAT, "label": "positive"},
+        {**PAIR, "images": "[]", "rejected": " "},
         {**PAIR, "label": 3},
         {"text": "A film.", "label": 1},
         {**CHAT, "video_id": "x7", "imagery": "x", "audience": "y", "unchosen": 1},
