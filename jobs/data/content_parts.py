@@ -125,7 +125,9 @@ def _text_part(part: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _result(part: Mapping[str, Any], where: str) -> dict[str, Any]:
-    raw = part.get("content")
+    raw, identity = part.get("content"), part.get("tool_use_id")
+    if not is_null(identity) and not isinstance(identity, str):
+        raise ValueError(f"{where}.tool_use_id is {kind_of(identity)}, not text: give the id of the call")
     text = "" if is_null(raw) else parse_content(raw, f"{where}.content", "tool").text
-    result = {"tool_call_id": part.get("tool_use_id"), "content": text}
+    result = {"tool_call_id": identity, "content": text}
     return {**result, "is_error": True} if part.get("is_error") else result

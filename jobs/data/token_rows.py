@@ -32,8 +32,8 @@ def convert_tokens(row: Row) -> Sample:
         )
     labels = _labels(row, ids)
     mask = _column(row, "attention_mask", "0 and 1", len(ids)) or [1] * len(ids)
-    if wrong := next((value for value in mask if not isinstance(value, int) or value < 0), None):
-        raise ValueError(f"attention_mask has {short(wrong)}: give 1 for each token and 0 for padding")
+    if negative := next((value for value in mask if value < 0), None):
+        raise ValueError(f"attention_mask has {negative}: give 1 for each token and 0 for padding")
     kept = [index for index, value in enumerate(mask) if value]
     if not kept:
         raise EmptyText("input_ids is empty: drop the row")
@@ -67,8 +67,13 @@ def _column(row: Row, column: str, content: str, length: int) -> list[Any] | Non
     values = _numbers(row, column, content)
     if len(values) != length:
         raise ValueError(f"input_ids has {length} tokens, {column} {len(values)}: both must have the same length")
-    if values and isinstance(values[0], list | tuple):
+    wrong = next((value for value in values if not isinstance(value, int)), 0)
+    if isinstance(wrong, list | tuple):
         raise ValueError(f"{column} holds lists, not numbers: give {content}, or set data.ignore=[{column}]")
+    if column != "labels" and not isinstance(wrong, int):
+        raise ValueError(
+            f"{column} has {short(wrong)}, not a whole number: give {content}, or set data.ignore=[{column}]"
+        )
     return values
 
 

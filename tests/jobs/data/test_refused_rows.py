@@ -165,7 +165,11 @@ WRONG = {
         r"column cu_seqlens .* give their lengths as seq_lengths, or set data.ignore",
     ),
     "a negative mask": ({"attention_mask": [1, 1, 1, 1, -1]}, "attention_mask has -1"),
-    "a mask of fractions": ({"completion_mask": [0, 0.5, 1, 1, 1]}, "completion_mask has other values than 0 and 1"),
+    "a mask of fractions": ({"completion_mask": [0, 0.5, 1, 1, 1]}, "completion_mask has 0.5, not a whole number"),
+    "a mask of other numbers": ({"completion_mask": [0, 2, 1, 1, 1]}, "completion_mask has other values than 0 and 1"),
+    "a mask with null": ({"attention_mask": [1, 1, 1, 1, None]}, "attention_mask has null, not a whole number"),
+    "positions that are texts": ({"position_ids": list("01234")}, "position_ids has '0', not a whole number"),
+    "segments that are objects": ({"segment_ids": [{}] * 5}, "segment_ids has {}, not a whole number"),
     "a shifted label at the beginning": ({"labels": [6, 7, 8, 9, -100]}, "a label is 6 where the token is 5"),
 }
 
