@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.filters import FILTERS
@@ -24,14 +24,41 @@ def map_columns(row: Row, fields: Names) -> dict[str, Any]:
     format's other names of it. A column that the row lacks is null. Keys of messages are skipped; see `rename_keys`.
     Raises ValueError if a key of `fields` is unknown or a template fails.
     """
-    check_names(fields)
-    mapped: dict[str, Any] = {}
-    replaced: set[str] = set()
-    for name, source in fields.items():
-        if name in COLUMNS:
-            mapped[name] = _value(row, name, source)
-            replaced |= set(sources(row, source)) | set(GROUPS[name])
+    plan = _plan(tuple(fields.items()))
+    mapped = {name: _value(row, name, source) for name, source in plan.mapped}
+    replaced = plan.replaced
+    if plan.paths:
+        replaced = replaced | {path.partition(".")[0] for path in plan.paths if path not in row}
     return {**{name: value for name, value in row.items() if name not in replaced}, **mapped}
+
+
+class _Plan(NamedTuple):
+    """What a mapping does to every row."""
+
+    mapped: tuple[tuple[str, str], ...]
+    """(the format's column, what it is made of)."""
+    replaced: frozenset[str]
+    """Columns that are not read under their own names."""
+    paths: tuple[str, ...]
+    """Sources with a dot, which may name a nested column."""
+
+
+@lru_cache
+def _plan(fields: tuple[tuple[str, str], ...]) -> _Plan:
+    check_names(dict(fields))
+    mapped = tuple((name, source) for name, source in fields if name in COLUMNS)
+    replaced = {name for column, source in mapped for name in (*GROUPS[column], *_columns(column, source))}
+    paths = tuple(source for _, source in mapped if "." in source and not is_template(source))
+    return _Plan(mapped, frozenset(replaced), paths)
+
+
+def _columns(name: str, source: str) -> tuple[str, ...]:
+    if not is_template(source):
+        return (source,)
+    try:
+        return _template(source)[1]
+    except TemplateError as error:
+        raise ValueError(f"the template of {name} cannot be rendered: {error} in {source!r}") from error
 
 
 def rename_keys(message: Mapping[str, Any], fields: Names) -> dict[str, Any]:
@@ -59,7 +86,7 @@ def sources(row: Row, source: str) -> tuple[str, ...]:
     """The top-level columns that the right side of a mapping reads."""
     if is_template(source):
         return _template(source)[1]
-    return (source,) if source in row else (source.split(".")[0],)
+    return (source,) if source in row else (source.partition(".")[0],)
 
 
 def lacks(row: Row, source: str) -> list[str]:
@@ -129,6 +156,8 @@ class _Object(dict[str, Any]):
 
 def _without_nulls(value: Any) -> Any:
     """The value with NULL for each null in it, and with lists and objects that refuse to be written as Python prints them."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         return _Object({key: _without_nulls(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
@@ -185,11 +214,8 @@ def _template(source: str) -> tuple[Template, tuple[str, ...]]:
     """(the template, the columns that it reads)."""
     environment = _environment()
     text = _with_newlines(source)
-    try:
-        columns = tuple(sorted(meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()))
-    except TemplateError as error:
-        raise ValueError(f"{error} in {source!r}") from error
-    return environment.from_string(text), columns
+    columns = sorted(meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys())
+    return environment.from_string(text), tuple(columns)
 
 
 def _with_newlines(source: str) -> str:

@@ -24,6 +24,13 @@ MESSAGE_FORMATS = ("messages", "sharegpt", "prompt_completion")
 """Formats whose rows have messages, so that `data.fields` may name keys of a message."""
 
 
+NAMES = {
+    format: frozenset(name for group in groups for name in group) | (KEYS if format in MESSAGE_FORMATS else frozenset())
+    for format, groups in FORMAT_COLUMNS.items()
+}
+"""What `data.fields` may name for each format: its columns, and the keys of its messages."""
+
+
 def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str] = ()) -> tuple[str, str]:
     """(format, reason) for rows with the columns and types of this one.
 
@@ -119,8 +126,7 @@ def unused_columns(row: Row, format: str, fields: Names | None = None, ignore: C
 
 def _fits(format: str, fields: Names) -> bool:
     """Whether every key of `fields` is a column of this format, or a key of its messages."""
-    columns = {name for group in FORMAT_COLUMNS[format] for name in group}
-    return all(name in columns or (name in KEYS and format in MESSAGE_FORMATS) for name in fields)
+    return fields.keys() <= NAMES[format]
 
 
 def _prepare(row: Row, fields: Names, ignore: Collection[str]) -> Row:

@@ -61,9 +61,10 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
         raise ValueError(f"{column} is {what}: give a list of messages with roles")
     turns: list[Turn] = []
     after_call = False  # whether the last turn came from a message that is nothing but a call
-    has_keys = any(name in KEYS for name in reading.fields)
+    keys = {name: key for name, key in reading.fields.items() if name in KEYS} if reading.fields else {}
+    plain_keys = (keys.get("role"), keys.get("content")) if keys.keys() <= {"role", "content"} else None
     for number, message in enumerate(raw):
-        turn = None if has_keys else _plain_turn(message, reading.roles)
+        turn = _plain_turn(message, reading.roles, *plain_keys) if plain_keys else None
         if turn is not None and not (reading.split_thinking and "<" in turn.content):
             turns.append(turn)
             after_call = False
@@ -72,7 +73,7 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
         if not isinstance(message, Mapping):
             raise ValueError(f"{where} is {message!r}, not an object with a role and content")
         message = {key: value for key, value in message.items() if key not in reading.ignore}
-        message = rename_keys(message, reading.fields) if has_keys else message
+        message = rename_keys(message, keys) if keys else message
         if pair := _pair_of(message):
             turns += _pair_turns(message, pair, where)
             after_call = False
@@ -87,14 +88,17 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
     return turns
 
 
-def _plain_turn(message: object, roles: Names) -> Turn | None:
-    """The turn of a message with a known role and a text, and nothing else, which most messages are. None for all others."""
+def _plain_turn(message: object, roles: Names, role_key: str | None, content_key: str | None) -> Turn | None:
+    """The turn of a message with a known role and a text, and nothing else, which most messages are. None for all others.
+
+    role_key, content_key: the keys that `data.fields` names.
+    """
     if type(message) is not dict:
         return None
     if len(message) != 2 and len(message := {key: value for key, value in message.items() if value is not None}) != 2:
         return None
-    speaker, content = message.get("role"), message.get("content")
-    if content is None:
+    speaker, content = message.get(role_key or "role"), message.get(content_key or "content")
+    if content is None and role_key is None and content_key is None:
         speaker, content = message.get("from"), message.get("value")
     if type(content) is not str or type(speaker) is not str or not content or content.isspace():
         return None

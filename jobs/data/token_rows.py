@@ -21,8 +21,8 @@ def convert_tokens(row: Row) -> Sample:
     for each sample. If the row has several of them, they must agree.
     """
     ids = _numbers(row, "input_ids", "token ids")
-    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID), None)
-    if bad is not None:
+    if set(map(type, ids)) - {int} or (ids and max(max(ids), -min(ids)) > MAX_TOKEN_ID):
+        bad = next(index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID)
         remedy = "give one row for each list" if isinstance(ids[bad], list) else "give integers, or drop the row"
         raise ValueError(f"input_ids[{bad}] is {short(ids[bad])}, not a token id: {remedy}")
     if name := next((name for name in CUMULATIVE if not is_null(row.get(name))), None):
@@ -32,21 +32,25 @@ def convert_tokens(row: Row) -> Sample:
         )
     labels = _labels(row, ids)
     mask = _column(row, "attention_mask", "0 and 1", len(ids)) or [1] * len(ids)
-    if negative := next((value for value in mask if value < 0), None):
-        raise ValueError(f"attention_mask has {negative}: give 1 for each token and 0 for padding")
+    if mask and min(mask) < 0:
+        raise ValueError(f"attention_mask has {min(mask)}: give 1 for each token and 0 for padding")
     kept = [index for index, value in enumerate(mask) if value]
     if not kept:
         raise EmptyText("input_ids is empty: drop the row")
-    mismatch = next((index for index in kept if labels[index] not in (-100, ids[index])), None)
+    mismatch = None
+    if labels != ids:
+        mismatch = next((index for index in kept if labels[index] not in (-100, ids[index])), None)
     if mismatch is not None:
         raise ValueError(
             f"a label is {short(labels[mismatch])} where the token is {ids[mismatch]}: "
             "a label must be the token itself or -100; do not shift the labels"
         )
     lengths = _lengths(row, mask, kept)
+    if len(kept) < len(ids):
+        ids, labels = [ids[index] for index in kept], [labels[index] for index in kept]
     return Sample(
-        ids=tuple(ids[index] for index in kept),
-        labels=tuple(labels[index] for index in kept),
+        ids=tuple(ids),
+        labels=tuple(labels),
         lengths=lengths if len(lengths) > 1 else (),
     )
 
@@ -67,6 +71,8 @@ def _column(row: Row, column: str, content: str, length: int) -> list[Any] | Non
     values = _numbers(row, column, content)
     if len(values) != length:
         raise ValueError(f"input_ids has {length} tokens, {column} {len(values)}: both must have the same length")
+    if not set(map(type, values)) - {int, bool}:
+        return values
     wrong = next((value for value in values if not isinstance(value, int)), 0)
     if isinstance(wrong, list | tuple):
         raise ValueError(f"{column} holds lists, not numbers: give {content}, or set data.ignore=[{column}]")
