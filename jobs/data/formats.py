@@ -1,69 +1,95 @@
 """Detects the format of raw rows, and converts one row into a Sample.
 
-The formats are those that LLaMA-Factory, Axolotl and TRL document, so that their users' files load without changes. Rows of
-any other schema need `data.fields`. A row that does not fit raises an error; nothing is guessed.
+The formats are those that LLaMA-Factory, Axolotl, TRL, ms-swift and OpenAI document, so that their users' files load without
+changes. Rows of any other schema need `data.fields`. A row that does not fit raises an error; nothing is guessed.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
-from jobs.data.column_mapping import Names, Row, map_columns
-from jobs.tokenization.conversation import EmptyText, Sample, Turn, content_text, parse_tools, parse_turn
+from conf.columns import COLUMNS, FORMAT_COLUMNS, INPUT, INSTRUCTION, KEYS, MESSAGES, OUTPUT
+from jobs.data import column_mapping
+from jobs.data.chat_columns import make_chat
+from jobs.data.content_parts import text_of
+from jobs.data.format_detection import messages_in, reasons_for_formats
+from jobs.data.messages import Reading, parse_turns
+from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds
+from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list, to_json
+from jobs.data.token_rows import convert_tokens
+from jobs.tokenization.conversation import EmptyText, Sample, Turn
 
-SYSTEM = ("system", "system_prompt")
-TOOLS = ("tools", "functions")
-MEDIA = ("images", "image", "videos", "audios")
-PREFERENCE = ("chosen", "rejected", "kto_tag")
-MAX_TOKEN_ID = 2**31 - 1
-"""Highest token id that an int32 can store. The gate `vocabulary` checks ids against the tokenizer."""
+NO_OTHERS = (None,) * 5
+MESSAGE_FORMATS = ("messages", "sharegpt", "prompt_completion")
+"""Formats whose rows have messages, so that `data.fields` may name keys of a message."""
 
 
-def detect_format(row: Row, fields: Names | None = None) -> tuple[str, str]:
+NAMES = {
+    format: frozenset(name for group in groups for name in group) | (KEYS if format in MESSAGE_FORMATS else frozenset())
+    for format, groups in FORMAT_COLUMNS.items()
+}
+"""What `data.fields` may name for each format: its columns, and the keys of its messages."""
+
+
+def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str] = ()) -> tuple[str, str]:
     """(format, reason) for rows with the columns and types of this one.
 
     Raises ValueError if no format fits, or if training on such rows would teach the wrong thing.
     """
-    row = map_columns(row, fields)
-    _refuse_unsupported(row)
-    messages = _first_filled(row, MESSAGES)
-    output = _first_filled(row, OUTPUT)
-    if _first_filled(row, ("input_ids",)):
-        return "tokenised", "it has a column input_ids"
-    if messages and isinstance(row[messages], list):
-        opening = row[messages][0] if row[messages] and isinstance(row[messages][0], Mapping) else {}
-        name = "sharegpt" if opening.get("from") is not None or opening.get("value") is not None else "messages"
-        return name, f"its column {messages} is a list of turns with the keys {', '.join(opening) or '(none)'}"
-    if _first_filled(row, ("prompt",)) and _first_filled(row, ("completion",)):
-        return "prompt_completion", "it has the columns prompt and completion"
-    if isinstance(row.get("segments"), list):
-        return "segments", "its column segments is a list of texts with labels"
-    if output and (question := _first_filled(row, INSTRUCTION) or _first_filled(row, INPUT)):
-        return "alpaca", f"it has the columns {question} and {output}"
-    if isinstance(row.get("text"), str):
-        return "text", "it has a column text"
+    fields = fields or {}
+    row = _prepare(row, fields, ignore)
+    candidates = [name for name in FORMAT_COLUMNS if _fits(name, fields)]
+    if fields and not candidates:
+        raise ValueError(
+            f"data.fields names columns of different formats ({', '.join(fields)}): name only those of one format"
+        )
+    for name, reason in reasons_for_formats(row):
+        if name in candidates:
+            return name, reason
+    if fields:
+        raise ValueError(
+            f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}: correct "
+            "data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
+        )
+    if messages := first_filled(row, MESSAGES):
+        raise ValueError(f"{messages} is {kind_of(row[messages])}, not a list: give a list of messages with roles")
+    nulls = [name for name, value in row.items() if is_null(value)]
     raise ValueError(
-        f"no known format has the columns {', '.join(row) or '(none)'}: "
-        "set data.format, and map its columns to yours with data.fields"
+        f"no known format has the columns {', '.join(row) or '(none)'}"
+        + (f" where {', '.join(nulls)} {'are' if len(nulls) > 1 else 'is'} null" if nulls else "")
+        + ": set data.format, and map its columns to yours with data.fields"
     )
 
 
-def convert(row: Row, format: str, fields: Names | None = None, roles: Names | None = None) -> Sample:
+def convert(
+    row: Row,
+    format: str,
+    fields: Names | None = None,
+    roles: Names | None = None,
+    ignore: Collection[str] = (),
+    split_thinking: bool = False,
+) -> Sample:
     """The sample of one row. Raises ValueError; the message names the column and the remedy.
 
     fields: for each column of the format, the row's column, or a Jinja template over the row, for example
-        "{{ title }}: {{ body }}". `role` and `content` name the keys inside a message.
-    roles: further names of speakers, and the role of each.
+        "{{ title }}: {{ body }}"; for each key of a message, the key that the row's messages have.
+    roles: further names of speakers, and the role of each. ignore: columns, and keys of messages, to read as if the row did
+    not have them. split_thinking: take a thought in tags out of the answers.
     """
     if format not in CONVERTERS:
         raise ValueError(f"format {format!r} is unknown: use one of {', '.join(CONVERTERS)}")
-    row = map_columns(row, fields)
-    _refuse_unsupported(row)
-    sample = CONVERTERS[format](row, fields or {}, roles or {})
-    if any(map(_has_lone_surrogate, _texts(sample))):
-        column = next((name for name, value in row.items() if _has_lone_surrogate(_to_json(value))), "the row")
+    fields = fields or {}
+    if fields and not _fits(format, fields):
+        column_mapping.check_names(fields)
+        name = next(name for name in fields if not _fits(format, {name: ""}))
+        raise ValueError(
+            f"data.fields.{name} has no meaning in rows of the format {format}: remove it, or correct data.format"
+        )
+    row = _prepare(row, fields, ignore)
+    sample = CONVERTERS[format](row, Reading(fields, roles or {}, frozenset(ignore), split_thinking))
+    refuse_media_placeholders(sample)
+    if _has_cut_character(sample):
+        column = next((name for name, value in row.items() if _has_lone_surrogate(to_json(value))), "the row")
         raise ValueError(
             f"{column} holds half a character (a surrogate such as \\ud83d without its other half): "
             "an emoji was cut in two; repair the text, or drop the row"
@@ -71,19 +97,68 @@ def convert(row: Row, format: str, fields: Names | None = None, roles: Names | N
     return sample
 
 
-def _texts(sample: Sample) -> Iterator[str]:
-    """All texts of a sample that may become tokens."""
-    yield from (text for text, _ in sample.parts)
-    if sample.tools:
-        yield _to_json(sample.tools)
+def check_fields(rows: Iterable[Row], fields: Names | None, ignore: Collection[str] = ()) -> None:
+    """Raise ValueError if `fields` names a column, or a key of a message, that none of these rows has."""
+    if fields:
+        kept = [{name: value for name, value in row.items() if name not in ignore} for row in rows]
+        column_mapping.check_sources(fields, kept, _all_messages)
+
+
+def unused_columns(row: Row, format: str, fields: Names | None = None, ignore: Collection[str] = ()) -> list[str]:
+    """The columns of a row that nothing reads, in the row's order; without those to ignore, and without null ones."""
+    fields = fields or {}
+    mapped = column_mapping.map_columns(row, fields) if fields else row
+    groups = FORMAT_COLUMNS[format]
+    if format == "prompt_completion":  # a text has neither system prompt nor tools
+        texts = all(
+            isinstance(mapped.get(name), str) and not messages_in(mapped[name], name)
+            for name in ("prompt", "completion")
+        )
+        groups = groups[:2] if texts else groups
+    read = {first_filled(mapped, group) for group in groups}
+    sources = {name for key, source in fields.items() if key in COLUMNS for name in column_mapping.sources(row, source)}
+    return [
+        name
+        for name, value in row.items()
+        if is_filled(value) and name not in {*read, *sources, *ignore, "parallel_tool_calls"}
+    ]
+
+
+def _fits(format: str, fields: Names) -> bool:
+    """Whether every key of `fields` is a column of this format, or a key of its messages."""
+    return fields.keys() <= NAMES[format]
+
+
+def _prepare(row: Row, fields: Names, ignore: Collection[str]) -> Row:
+    """The row without the columns to ignore, with its columns renamed, and with null for NaN; refused if it is of another kind."""
+    if ignore:
+        row = {name: value for name, value in row.items() if name not in ignore}
+    if fields:
+        row = column_mapping.map_columns(row, fields)
+    if float in map(type, row.values()):
+        row = {name: None if is_null(value) else value for name, value in row.items()}
+    refuse_other_kinds(row)
+    return row
+
+
+def _has_cut_character(sample: Sample) -> bool:
+    """Whether any text of the sample that may become tokens has one half of a surrogate pair alone."""
+    for text, _ in sample.parts:
+        if not text.isascii() and _has_lone_surrogate(text):
+            return True
     for turn in sample.turns:
-        yield turn.content
-        other_fields = (turn.tool_calls, turn.reasoning_content, turn.name, turn.tool_call_id)
-        yield from (value if isinstance(value, str) else _to_json(value) for value in other_fields if value)
+        if not turn.content.isascii() and _has_lone_surrogate(turn.content):
+            return True
+        others = (turn.tool_calls, turn.reasoning_content, turn.name, turn.tool_call_id, turn.extra)
+        if others != NO_OTHERS and any(_has_lone_surrogate(_as_text(value)) for value in others if value):
+            return True
+    if sample.tools or sample.documents or sample.template_kwargs:
+        return _has_lone_surrogate(to_json([sample.tools, sample.documents, sample.template_kwargs]))
+    return False
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else to_json(value)
 
 
 def _has_lone_surrogate(text: str) -> bool:
@@ -97,34 +172,13 @@ def _has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def _refuse_unsupported(row: Row) -> None:
-    """Raise ValueError for rows that would load without an error, but teach the wrong thing."""
-    if column := _first_filled(row, PREFERENCE):
-        raise ValueError(
-            f"the column {column} marks preference data, which is not supported: keep only the good answers, "
-            "as rows of another format"
-        )
-    if "completion" in row and isinstance(row.get("label"), bool):
-        raise ValueError(
-            "the column label marks preference data, which is not supported: keep the rows where it is true, "
-            "and drop the column"
-        )
-    if column := next((name for name in MEDIA if row.get(name)), None):
-        raise ValueError(f"the column {column} is not text, and only text is supported: drop the row or the column")
-
-
-def _first_filled(row: Row, names: Sequence[str]) -> str | None:
-    """The first of these columns that is not null: Arrow files store null in a row that lacks the column."""
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    return None
-
-
-def _required(row: Row, names: Sequence[str], format: str) -> str:
+def _required(row: Row, names: tuple[str, ...], format: str, reading: Reading) -> str:
     """The first of these columns that is not null. Raises ValueError if there is none."""
-    if column := _first_filled(row, names):
+    if column := first_filled(row, names):
         return column
+    if mapped := next((name for name in names if name in reading.fields), None):
+        source = reading.fields[mapped]
+        raise ValueError(f"{mapped} is null, because the row has no value in {source}: give its text, or drop the row")
     if null_column := next((name for name in names if name in row), None):
         raise ValueError(f"{null_column} is null: give its text, or drop the row")
     raise ValueError(
@@ -135,115 +189,100 @@ def _required(row: Row, names: Sequence[str], format: str) -> str:
 
 def _list(row: Row, column: str, content: str) -> list[Any]:
     """The list in this column; empty if the row has none. `content` says in the error what the list must hold."""
-    value = row.get(column)
+    value = parse_list(row.get(column), column)
     if value is not None and not isinstance(value, list | tuple):
-        raise ValueError(f"{column} is {_short(value)}, not a list: give a list of {content}, or drop the row")
+        raise ValueError(f"{column} is {repr(value)[:60]}, not a list: give a list of {content}, or drop the row")
     return list(value or [])
 
 
-def _short(value: object) -> str:
-    return "null" if value is None else repr(value)[:60]
-
-
-def _text_of(row: Row, names: Sequence[str], format: str) -> str:
-    column = _required(row, names, format)
-    text = content_text(row[column], column)
-    if not text.strip():
+def _text_of(row: Row, names: tuple[str, ...], format: str, reading: Reading) -> str:
+    column = _required(row, names, format, reading)
+    text = text_of(row[column], column)
+    if not text or text.isspace():
         raise EmptyText(f"{column} is empty, so there is nothing to train on: drop the row")
     return text
 
 
-def _alpaca(row: Row, fields: Names, roles: Names) -> Sample:
+def _alpaca(row: Row, reading: Reading) -> Sample:
     """Instruction and input become one question, joined by a newline as in LLaMA-Factory. Answers of the history train too."""
-    columns = (_first_filled(row, INSTRUCTION), _first_filled(row, INPUT))
-    question = "\n".join(text for name in columns if name and (text := content_text(row[name], name)))
-    if not question.strip():
-        _required(row, INSTRUCTION, "alpaca")
+    instruction, input = first_filled(row, INSTRUCTION), first_filled(row, INPUT)
+    question = text_of(row[instruction], instruction) if instruction else ""
+    if input and (text := text_of(row[input], input)):
+        question = f"{question}\n{text}" if question else text
+    if not question or question.isspace():
+        _required(row, INSTRUCTION, "alpaca", reading)
         raise EmptyText("instruction and input are both empty, so there is no question: drop the row")
     turns = []
     for number, pair in enumerate(_list(row, "history", "pairs of texts")):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
             raise ValueError(f"history[{number}] is not a pair of texts: give [question, answer]")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    turns += [Turn("user", question), Turn("assistant", _text_of(row, OUTPUT, "alpaca"))]
-    return _chat(row, turns)
+        if not all(half.strip() for half in pair):
+            raise EmptyText(f"history[{number}] has an empty question or answer: drop the pair, or the row")
+        turns += [Turn("user", pair[0]), *_answer(pair[1], f"history[{number}]", reading)]
+    answer = _text_of(row, OUTPUT, "alpaca", reading)
+    return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)])
 
 
-def _messages(row: Row, fields: Names, roles: Names) -> Sample:
-    column = _required(row, MESSAGES, "messages")
-    return _chat(row, _turns(row[column], column, fields, roles))
+def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
+    if not reading.split_thinking:
+        return [Turn("assistant", answer)]
+    return parse_turns([{"role": "assistant", "content": answer}], column, Reading(split_thinking=True))
 
 
-def _turns(raw: object, column: str, fields: Names, roles: Names) -> list[Turn]:
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{column} is {'empty' if raw == [] else 'not a list'}: give a list of messages with roles")
-    return [parse_turn(message, f"{column}[{number}]", fields, roles) for number, message in enumerate(raw)]
+def _messages(row: Row, reading: Reading) -> Sample:
+    column = _required(row, MESSAGES, "messages", reading)
+    return make_chat(row, parse_turns(row[column], column, reading))
 
 
-def _chat(row: Row, turns: list[Turn]) -> Sample:
-    """A chat of these turns, with the row's system prompt and tools. A system turn in the chat wins over the system column."""
-    if not any(turn.role == "assistant" for turn in turns):
-        raise ValueError(
-            "no turn is the assistant's, so there is nothing to train on: drop the row, or map its roles with data.roles"
-        )
-    system, tools = _first_filled(row, SYSTEM), _first_filled(row, TOOLS)
-    if system and row[system] and turns[0].role != "system":
-        turns = [Turn("system", content_text(row[system], system)), *turns]
-    return Sample(turns=tuple(turns), tools=parse_tools(row[tools]) if tools else None)
+def _prompt_completion(row: Row, reading: Reading) -> Sample:
+    """Only the completion is trained. Two texts are joined as plain text; if either side is a list of messages, it is a chat."""
+    prompt_column = _required(row, ("prompt",), "prompt_completion", reading)
+    column = _required(row, ("completion", *OUTPUT), "prompt_completion", reading)
+    before, after = messages_in(row[prompt_column], prompt_column), messages_in(row[column], column)
+    answer = _text_of(row, (column,), "prompt_completion", reading) if after is None else ""
+    if before is not None:
+        turns = parse_turns(before, prompt_column, reading._replace(trained=False))
+        # answers in the prompt are not trained, unless they are marked with `train`
+        turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
+    else:
+        question = text_of(row[prompt_column], prompt_column)
+        if not question or question.isspace():
+            raise EmptyText(
+                "prompt is empty, so there is no question: drop the row; to train on texts alone, set data.fields.text="
+                f"{reading.fields.get(column, column)}"
+            )
+        if after is None:
+            return Sample(parts=((question, False), (answer, True)))
+        turns = [Turn("user", question)]
+    return make_chat(
+        row, turns + (_answer(answer, column, reading) if after is None else parse_turns(after, column, reading))
+    )
 
 
-def _prompt_completion(row: Row, fields: Names, roles: Names) -> Sample:
-    """Only the completion is trained. Two strings are joined as plain text; if either side is a list of messages, it is a chat."""
-    prompt, completion = (row[_required(row, (name,), "prompt_completion")] for name in ("prompt", "completion"))
-    if isinstance(completion, str) and not completion.strip():
-        raise EmptyText("completion is empty, so there is nothing to train on: drop the row")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return Sample(parts=((prompt, False), (completion, True)))
-    turns = [Turn("user", prompt)] if isinstance(prompt, str) else _turns(prompt, "prompt", fields, roles)
-    # answers in the prompt are not trained, unless they are marked with `train`
-    turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
-    if isinstance(completion, str):
-        return _chat(row, [*turns, Turn("assistant", completion)])
-    return _chat(row, turns + _turns(completion, "completion", fields, roles))
+def _all_messages(row: Row) -> list[Any]:
+    """All messages of a row whose columns are mapped, of whatever format."""
+    values = [parse_list(row[name], name) for name in (*MESSAGES, "prompt", "completion") if row.get(name) is not None]
+    return [message for value in values if isinstance(value, list | tuple) for message in value]
 
 
-def _segments(row: Row, fields: Names, roles: Names) -> Sample:
+def _segments(row: Row, reading: Reading) -> Sample:
     """Axolotl's input_output format: texts in order; those with a true `label` are trained."""
-    parts = _list(row, _required(row, ("segments",), "segments"), "objects with `text` and `label`")
+    parts = _list(row, _required(row, ("segments",), "segments", reading), "objects with `text` and `label`")
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) and "label" in part for part in parts):
         raise ValueError("segments must be a list of objects with `text` and `label`")
     return Sample(parts=tuple((part["text"], bool(part["label"])) for part in parts))
 
 
-def _text(row: Row, fields: Names, roles: Names) -> Sample:
-    return Sample(parts=((_text_of(row, ("text",), "text"), True),))
+def _text(row: Row, reading: Reading) -> Sample:
+    return Sample(parts=((_text_of(row, ("text",), "text", reading), True),))
 
 
-def _tokenized(row: Row, fields: Names, roles: Names) -> Sample:
-    """Rows that are tokens already. Padding (attention_mask 0) is removed. Without labels, every token is trained."""
-    ids = _list(row, _required(row, ("input_ids",), "tokenised"), "token ids")
-    bad = next((index for index, token in enumerate(ids) if type(token) is not int or abs(token) > MAX_TOKEN_ID), None)
-    if bad is not None:
-        raise ValueError(f"input_ids[{bad}] is {_short(ids[bad])}, not a token id: give integers, or drop the row")
-    labels = ids if row.get("labels") is None else _list(row, "labels", "token ids and -100")
-    mask = [1] * len(ids) if row.get("attention_mask") is None else _list(row, "attention_mask", "0 and 1")
-    if not len(ids) == len(labels) == len(mask):
-        raise ValueError(
-            f"input_ids has {len(ids)} tokens, labels {len(labels)}, attention_mask {len(mask)}: "
-            "all must have the same length"
-        )
-    kept = [(token, label) for token, label, is_token in zip(ids, labels, mask, strict=True) if is_token]
-    if mismatch := next((pair for pair in kept if pair[1] not in (-100, pair[0])), None):
-        raise ValueError(
-            f"a label is {_short(mismatch[1])} where the token is {mismatch[0]}: "
-            "a label must be the token itself or -100; do not shift the labels"
-        )
-    if not kept:
-        raise EmptyText("input_ids is empty: drop the row")
-    return Sample(ids=tuple(token for token, _ in kept), labels=tuple(label for _, label in kept))
+def _tokenized(row: Row, reading: Reading) -> Sample:
+    _required(row, ("input_ids",), "tokenised", reading)
+    return convert_tokens(row)
 
 
-CONVERTERS: dict[str, Callable[[Row, Names, Names], Sample]] = {
+CONVERTERS: dict[str, Callable[[Row, Reading], Sample]] = {
     "alpaca": _alpaca,
     "sharegpt": _messages,
     "messages": _messages,

@@ -40,8 +40,14 @@ class TokenizeSettings:
     chat: ChatSettings
     max_length: int
     overlong: Overlong
+    ignore: tuple[str, ...] = ()
+    split_thinking: bool = False
     fast: bool = True
     """Whether the encoder may use its fast paths; the parent has compared them with the slow one."""
+
+    def convert(self, row: Row) -> Sample:
+        """The sample of one row. Raises ValueError if the row does not fit."""
+        return formats.convert(row, self.format, self.fields, self.roles, self.ignore, self.split_thinking)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class BlockTokenizer:
         if isinstance(row, Unreadable):
             return row
         try:
-            return formats.convert(row, self.settings.format, self.settings.fields, self.settings.roles)
+            return self.settings.convert(row)
         except (ValueError, *UNEXPECTED) as error:
             return error
 
@@ -129,13 +135,16 @@ class BlockTokenizer:
             return []
         if placeholder := quality_gates.find_placeholder(sample):
             findings.add("placeholders", location, placeholder)
-        parts = [(ids, trained)]
-        if len(ids) > self.settings.max_length:
-            parts = self._shorten(ids, trained, findings, location)
-        elif _any_trained(trained) and not reference.ends_with_end_token(
-            ids, trained, self.settings.tokenizer, self.end_ids
-        ):
-            findings.add("endless", location, repr(self.settings.tokenizer.decode(ids[-8:])))
+        parts = []
+        for piece in _packed_samples(ids, trained, sample.lengths):
+            if len(piece[0]) > self.settings.max_length:
+                parts += self._shorten(*piece, findings, location)
+                continue
+            parts.append(piece)
+            if _any_trained(piece[1]) and not reference.ends_with_end_token(
+                *piece, self.settings.tokenizer, self.end_ids
+            ):
+                findings.add("endless", location, repr(self.settings.tokenizer.decode(piece[0][-8:])))
         kept = [part for part in parts if _any_trained(part[1][1:])]
         if parts and not kept:
             findings.add("untrained", location)
@@ -175,6 +184,14 @@ def _concatenate(
         rows=rows,
         findings=findings,
     )
+
+
+def _packed_samples(ids: NDArray[np.int32], trained: NDArray[np.uint8], lengths: tuple[int, ...]) -> list[Tokens]:
+    """The samples of a row that holds several of these lengths; without lengths, the whole row."""
+    if not lengths:
+        return [(ids, trained)]
+    borders = np.cumsum(lengths)[:-1]
+    return list(zip(np.split(ids, borders), np.split(trained, borders), strict=True))
 
 
 def _any_trained(trained: NDArray[np.uint8]) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -53,6 +54,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", dataset.path, "has no rows"))
     format_name = _format_name(name, first_rows, dataset)
+    _log_unused_columns(name, first_rows, format_name, dataset)
     states = cache_key.file_states(dataset.path)
     key = cache_key.compute_key(dataset, data, tokenizer, format_name, folder)
     if path := cache.find(folder, key):
@@ -65,7 +67,15 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
             raise DataError(Problem("data.path", dataset.path, message))
 
     settings = TokenizeSettings(
-        tokenizer, format_name, dataset.fields, dataset.roles, ChatSettings.of(data), data.max_length, data.overlong
+        tokenizer=tokenizer,
+        format=format_name,
+        fields=dataset.fields,
+        roles=dataset.roles,
+        chat=ChatSettings.of(data),
+        max_length=data.max_length,
+        overlong=data.overlong,
+        ignore=tuple(dataset.ignore),
+        split_thinking=data.split_thinking,
     )
     settings = _check_fast_encoder(settings, first_rows)
     size = sources.total_bytes(dataset.path)
@@ -86,12 +96,16 @@ def _readable_rows(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sourc
 def _format_name(name: str, rows: list[tuple[str, sources.Row]], dataset: DataSet) -> str:
     """data.format, or for `auto` the format of the first of these rows that fits one. Logs the reason."""
     assert dataset.format is not None  # conf.datasets fills it in
+    try:
+        formats.check_fields([row for _, row in rows], dataset.fields, dataset.ignore)
+    except ValueError as error:
+        raise DataError(Problem("data.fields", None, f"{error} (set {name})")) from error
     if not rows or dataset.format is not Format.auto:
         return dataset.format.name
     problems = []
     for location, row in rows:
         try:
-            format_name, reason = formats.detect_format(row, dataset.fields)
+            format_name, reason = formats.detect_format(row, dataset.fields, dataset.ignore)
         except ValueError as error:
             problems.append(Problem("data.format", "auto", f"{error} ({location})"))
             continue
@@ -100,12 +114,22 @@ def _format_name(name: str, rows: list[tuple[str, sources.Row]], dataset: DataSe
     raise DataError(problems[0])
 
 
+def _log_unused_columns(name: str, rows: list[tuple[str, sources.Row]], format_name: str, dataset: DataSet) -> None:
+    """Log the columns of these rows that nothing reads, so that none is left out without a word."""
+    unused: dict[str, None] = {}
+    for _, row in rows:
+        with suppress(ValueError):  # the quality gates report such rows later
+            unused |= dict.fromkeys(formats.unused_columns(row, format_name, dataset.fields, dataset.ignore))
+    if unused:
+        log.info(f"columns   {name}: not used: {', '.join(unused)}")
+
+
 def _check_fast_encoder(settings: TokenizeSettings, rows: list[tuple[str, sources.Row]]) -> TokenizeSettings:
     """The settings with `fast` set to whether the encoder's fast and slow paths agree on all of these rows."""
     samples = []
     for _, row in rows:
         try:
-            samples.append(formats.convert(row, settings.format, settings.fields, settings.roles))
+            samples.append(settings.convert(row))
         except ValueError:
             continue  # the quality gates report such rows later
     difference = encoder.first_difference(settings.tokenizer, samples, settings=settings.chat)

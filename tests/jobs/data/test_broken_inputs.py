@@ -120,7 +120,7 @@ ROWS = [
     ("duplicates", GOOD, [], r"data\.gates\.duplicates=0\.2"),
     ("field of no column", GOOD, ["data.format=alpaca", "+data.fields={instruction: q, output: output}"], "no column q"),
     ("field with a broken template", GOOD, ["data.format=alpaca", '+data.fields={instruction: "{{ q }}", output: output}'],
-     "template of instruction cannot be rendered"),
+     "no column q for data.fields.instruction in any of the first 3 rows"),
     ("part without rows", GOOD, ["data.split='[50:]'"], r"has no rows in \[50:\]"),
     ("part of no such form", GOOD, ["data.split=first"], "is not a part of rows"),
     ("no such template", GOOD, ["data.chat_template=nowhere.jinja"], "not a readable file and not one of chatml"),

@@ -9,9 +9,11 @@ HI, HELLO = Turn("user", "Hi"), Turn("assistant", "Hello!")
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 ADD = {"name": "add", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": ADD}]
+TEXT_CALL = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+"""The same call with its arguments as text: they stay as the row has them."""
 TOOL_TURNS = (
     Turn("user", "1+1?"),
-    Turn("assistant", tool_calls=CALL),
+    Turn("assistant", tool_calls=CALL, is_null=True),
     Turn("tool", '{"sum": 2}'),
     Turn("assistant", "2."),
 )
@@ -111,7 +113,7 @@ ROWS = {
                 keys=SHAREGPT,
             ),
         },
-        chat(HI, Turn("assistant", tool_calls=CALL * 2), Turn("tool", "2")),
+        chat(HI, Turn("assistant", tool_calls=[*TEXT_CALL, *CALL], is_null=True), Turn("tool", "2")),
     ),
     "axolotl's sharegpt with train": (
         "sharegpt",
@@ -155,7 +157,7 @@ ROWS = {
                 ("assistant", [{"type": "text", "text": "Hello!"}]),
             )
         },
-        chat(Turn("system", "Be kind."), HI, HELLO),
+        chat(Turn("developer", "Be kind."), HI, HELLO),
     ),
     "messages with OpenAI's tools": (
         "messages",
@@ -171,7 +173,7 @@ ROWS = {
         },
         chat(
             TOOL_TURNS[0],
-            Turn("assistant", tool_calls=[{"id": "call_0001", **CALL[0]}], train=False),
+            Turn("assistant", tool_calls=[{"id": "call_0001", **TEXT_CALL[0]}], train=False, is_null=True),
             Turn("tool", '{"sum": 2}', name="add", tool_call_id="call_0001"),
             Turn("assistant", "2.", train=True),
             tools=TOOLS,
@@ -188,7 +190,13 @@ ROWS = {
                 {"role": "assistant", "content": "2."},
             ],
         },
-        chat(*TOOL_TURNS[:2], Turn("tool", '{"sum": 2}', name="add"), TOOL_TURNS[3], tools=TOOLS),
+        chat(
+            TOOL_TURNS[0],
+            Turn("assistant", tool_calls=TEXT_CALL, is_null=True),
+            Turn("tool", '{"sum": 2}', name="add"),
+            TOOL_TURNS[3],
+            tools=TOOLS,
+        ),
     ),
     "messages with TRL's tools and reasoning": (
         "messages",
@@ -314,7 +322,10 @@ WRONG = {
         r"messages\[0\].content\[0\] is of type image_url: only text",
     ),
     "half a weight": (turns(USER, ANSWER | {"weight": 0.5}), r"messages\[1\].weight is 0.5"),
-    "parts of a turn": (turns(USER, ANSWER | {"train_detail": [{}]}), r"messages\[1\].train_detail .* not supported"),
+    "parts of a turn": (
+        turns(USER, ANSWER | {"train_detail": [{}]}),
+        r"messages\[1\].train_detail\[0\] is {}: give a list",
+    ),
     "a call without a name": (
         turns(USER, ANSWER | {"tool_calls": [{}]}),
         r"messages\[1\].tool_calls\[0\] is not a tool call",
@@ -398,13 +409,8 @@ def test_unsupported_data_is_refused(row, message) -> None:
         ({"text": "x"}, "csv", None, "format 'csv' is unknown: use one of alpaca"),
         ({"segments": 5}, "segments", None, "segments is 5, not a list: give a list of objects with `text`"),
         ({"a": 1, "b": 0}, "text", {"text": "{{ a / b }}"}, "text cannot be rendered: division by zero; columns: a, b"),
-        ({"a": "x"}, "text", {"text": "b"}, "there is no column b for text; the columns are a"),
-        (
-            {"a": "x"},
-            "text",
-            {"text": "{{ b }}"},
-            "the template of text cannot be rendered: 'b' is undefined; columns: a",
-        ),
+        ({"a": "x"}, "text", {"text": "b"}, "text is null, because the row has no value in b: give its text"),
+        ({"a": "x"}, "text", {"text": "{{ b }}"}, "text is null, because the row has no value in {{ b }}: give"),
     ],
 )
 def test_a_row_of_another_format_is_refused_with_the_reason(row, format, fields, message) -> None:

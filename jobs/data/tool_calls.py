@@ -1,0 +1,66 @@
+"""Reads tool schemas and tool calls in the shapes of OpenAI, Anthropic, TRL, LLaMA-Factory and ms-swift."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.data.row_values import check_json, check_json_object, is_null, kind_of, parse_json
+
+
+def parse_tools(raw: object) -> list[dict[str, Any]] | None:
+    """Tools from a list, or from JSON text. Wraps bare functions as {type: function, function: ...}. None if there are none."""
+    if isinstance(raw, str):
+        raw = parse_json(raw, "tools") if raw.strip() else None
+    if not raw:
+        return None
+    return [_tool(tool, f"tools[{number}]") for number, tool in enumerate(raw if isinstance(raw, list) else [raw])]
+
+
+def _tool(tool: object, where: str) -> dict[str, Any]:
+    if isinstance(tool, str):
+        tool = parse_json(tool, where)
+    if not isinstance(tool, Mapping) or (is_null(tool.get("function")) and is_null(tool.get("name"))):
+        raise ValueError(f"{where} is not a function schema: it needs `name` and `parameters`, or `function`")
+    check_json(tool, where)
+    if is_null(tool.get("function")):  # the function itself; Anthropic calls its parameters input_schema
+        function = {key: value for key, value in tool.items() if key not in ("type", "function")}
+        if "input_schema" in function and is_null(function.get("parameters")):
+            function["parameters"] = function.pop("input_schema")
+        wrapper: dict[str, Any] = {"type": "function"}
+    else:
+        function, wrapper = tool["function"], dict(tool)
+    if not isinstance(function, Mapping):
+        raise ValueError(f"{where}.function is {kind_of(function)}, not an object with `name` and `parameters`")
+    if isinstance(parameters := function.get("parameters"), str):
+        function = {**function, "parameters": parse_json(parameters, f"{where}.function.parameters")}
+    return {**wrapper, "function": dict(function)}
+
+
+def parse_calls(raw: object, where: str) -> list[dict[str, Any]]:
+    """Calls from a list, from one call, or from JSON text of either. The arguments stay as the row has them: object or text."""
+    raw = parse_json(raw, where) if isinstance(raw, str) else raw
+    return [_call(call, f"{where}[{number}]") for number, call in enumerate(raw if isinstance(raw, list) else [raw])]
+
+
+def _call(raw: object, where: str) -> dict[str, Any]:
+    raw = parse_json(raw, where) if isinstance(raw, str) else raw
+    inner = raw.get("function") or raw if isinstance(raw, Mapping) else None
+    if not isinstance(raw, Mapping) or not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise ValueError(f"{where} is not a tool call: it needs `name` and `arguments`")
+    if raw.get("type") not in (None, "function", "tool_use"):
+        raise ValueError(f"{where}.type is {raw['type']!r}: only calls of functions can be trained on; drop the row")
+    name = next((name for name in ("arguments", "parameters", "input") if not is_null(inner.get(name))), None)
+    arguments = {} if name is None else _arguments(inner[name], f"{where}.{name}")
+    call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    return call if is_null(raw.get("id")) else {"id": raw["id"], **call}
+
+
+def _arguments(value: object, where: str) -> object:
+    if isinstance(value, str):
+        if not value.strip():
+            return {}
+        check_json_object(value, where)
+    elif isinstance(value, Mapping):
+        check_json(value, where)
+    else:
+        raise ValueError(f"{where} is {kind_of(value)}, not an object: give {{name: value}} for each argument")
+    return value
