@@ -121,13 +121,24 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
         if name not in hints:
             problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
         elif isinstance(value, dict) and str(hints[name]).startswith("list"):
-            problems.append(Problem(key, value, "must be a list, for example [a,b]"))
+            problems.append(Problem(key, value, f"must be {describe_list(hints[name])}"))
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
         elif (section := _section(hints[name])) and value is not None:
             problems += _schema_problems(value, section, f"{key}.")
     return problems
+
+
+def describe_list(hint: Any) -> str:
+    """A type of list in plain words, with the values that exist if they are fixed: `a list, for example [a,b]`."""
+    (item,) = get_args(hint) or (str,)
+    if isinstance(item, type) and issubclass(item, Enum):
+        names = list(item.__members__)
+        return f"a list of {', '.join(names[:-1])} or {names[-1]}, for example [{','.join(names[-2:])}]"
+    if item is int:
+        return "a list of whole numbers, for example [0,1]"
+    return "a list, for example [a,b]"
 
 
 def _entry_problems(entry: Any, section: type, key: str) -> list[Problem]:

@@ -254,7 +254,12 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
 
 
 def _evaluate(training: Training, step: int) -> bool:
-    """Compute and report the mean loss over all validation tokens. False, with nothing reported, if a stop cut it short."""
+    """Compute and report the mean loss over all validation tokens. False, with nothing reported, if a stop cut it short.
+
+    Without validation rows (data.validation_fraction=0) there is nothing to compute, and nothing is reported.
+    """
+    if not len(training.validation_rows):
+        return True
     world, began = training.world, time.perf_counter()
 
     def stop_requested() -> bool:
@@ -290,7 +295,12 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
         if world.is_main:
             write_json(path / "fingerprint.json", fingerprints)
     if step == training.last_step and config.consolidate.verify is Verify.logits:
-        reference_logits.record(path, engine.module, training.validation_rows, training.pad_token, world)
+        rows = training.validation_rows
+        if not len(
+            rows
+        ):  # nothing is held out: a training sample shows as well that the merged model is the trained one
+            rows = batches.make_rows(training.train_rows.samples, training.train_rows.chosen)
+        reference_logits.record(path, engine.module, rows, training.pad_token, world)
     set_timeout(config.cluster.network.step_timeout_s)
 
 

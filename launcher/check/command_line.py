@@ -152,7 +152,7 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
 
 
 def _describe(hint: Any) -> str:
-    """A type in plain words: `a whole number`, `one of a, b`."""
+    """A type in plain words: `a whole number`, `one of a, b`, `a list of a, b: [a,b]`."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if isinstance(hint, type) and hasattr(hint, "__members__"):
         return "one of " + ", ".join(hint.__members__)
@@ -162,7 +162,7 @@ def _describe(hint: Any) -> str:
         if str(hint) == f"{kind.__name__} | None":
             return f"{text} or null"
     if str(hint).startswith("list"):
-        return "a list, for example [a,b]"
+        return resolve.describe_list(hint)
     if str(hint).startswith("dict"):
         return "a dictionary, for example {name: value}"
     return f"of type {getattr(hint, '__name__', hint)}"

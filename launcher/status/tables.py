@@ -106,7 +106,8 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
         ]
     if held_out:
         rows.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
-    if merged := read_json(run / "evaluate.json"):
+    merged = read_json(run / "evaluate.json") or {"loss": None}
+    if merged["loss"] is not None:  # null where nothing is held out
         rows.append(("merged model", f"held-out loss {merged['loss']:.4f}, perplexity {merged['perplexity']:.2f}"))
     for name in ("data", "checkpoints", "model"):
         if (run / name).is_dir():

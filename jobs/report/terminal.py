@@ -1,0 +1,16 @@
+"""Decides whether a stream shows colors. The only place in Muster that knows color codes."""
+
+from typing import TextIO
+
+from rich.console import Console
+
+GREEN, RESET = "\033[32m", "\033[0m"
+
+
+def supports_color(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that shows colors (TERM is not dumb), and NO_COLOR does not turn them off.
+
+    A job's log is a file, so it never has color codes, and no other terminal that shows it later must understand them.
+    """
+    console = Console(file=stream)
+    return stream.isatty() and console.color_system is not None and not console.no_color
