@@ -23,8 +23,8 @@ def run(config: Config) -> None:
     """
     rows = batches.load_split(Path(config.run_dir) / "data", "validation")
     if not len(rows):
-        result = {"loss": None, "perplexity": None, "tokens": 0, "model": describe(config)}
-        write_json(Path(config.run_dir) / "evaluate.json", result)
+        nothing = {"loss": None, "perplexity": None, "tokens": 0, "model": describe(config)}
+        write_json(Path(config.run_dir) / "evaluate.json", nothing)
         log.info("no rows are held out (data.validation_fraction=0), so there is no held-out loss")
         return
     model = load(config)

@@ -147,8 +147,13 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, value, f"must be {_describe(known[key])}")
+        return Problem(key, _as_typed(value), f"must be {_describe(known[key])}")
     return None
+
+
+def _as_typed(value: Any) -> Any:
+    """A list as the user types it: `[a,b]`, not `['a', 'b']`."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
 
 
 def _describe(hint: Any) -> str:
