@@ -26,6 +26,8 @@ PREFIX_TOKENS = 5_000_000
 """Tokens that are decoded at most to place the borders of a sample whose parts, decoded one by one, do not give its text."""
 ESCAPED = re.compile("[\\x85\u2028\u2029\ud800-\udfff]")
 """Characters that some programs take for line ends, and those of file names that are not UTF-8."""
+BYTES_OF_CHARACTER = 4
+"""Most bytes of a character in UTF-8, so most tokens that only have a part of it."""
 
 Span = tuple[int, int, bool]
 """(begin, end, whether it is trained) in characters of a text."""
@@ -127,9 +129,8 @@ def text_and_spans(decoder: Decoder, ids: NDArray[np.int32], trained: NDArray[np
     pieces = [decoder.plain(tokens[begin:end]) if begin else decoder.whole(tokens[:end]) for begin, end in runs]
     text, ends = decoder.whole(tokens), list(accumulate(map(len, pieces)))
     if "".join(pieces) != text:
-        if len(runs) * len(tokens) <= PREFIX_TOKENS:
-            ends = [_common_length(decoder.whole(tokens[:end]), text) for _, end in runs[:-1]]
-            ends = [*accumulate(ends, max), len(text)]
+        if BYTES_OF_CHARACTER * len(runs) * len(tokens) <= PREFIX_TOKENS:
+            ends = [*accumulate((_border(decoder, tokens[:end], text) for _, end in runs[:-1]), max), len(text)]
         else:
             text = "".join(pieces)
     spans: list[Span] = []
@@ -142,5 +143,10 @@ def text_and_spans(decoder: Decoder, ids: NDArray[np.int32], trained: NDArray[np
     return text, spans
 
 
-def _common_length(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one, other]))
+def _border(decoder: Decoder, tokens: list[int], text: str) -> int:
+    """How many characters of `text` these first tokens of it have whole.
+
+    Tokens that end inside a character can make the characters before it unreadable too, so fewer of them are tried as well.
+    """
+    ends = range(max(0, len(tokens) - BYTES_OF_CHARACTER + 1), len(tokens) + 1)
+    return max(len(os.path.commonprefix([decoder.whole(tokens[:end]), text])) for end in ends)

@@ -275,7 +275,7 @@ def test_stops_come_before_warnings(tokenizer: PreTrainedTokenizerBase) -> None:
     assert stop < warning
     assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
     assert "<strong>1</strong> of 100 rows are equal to an earlier row: 1.00%, within" in text
-    assert "the first 10" in text
+    assert "... and 87 more" in text
     assert "<code>rows.jsonl:7</code>" in text[warning:]
 
 
