@@ -332,4 +332,7 @@ def test_the_page_stays_small_however_long_the_samples(tokenizer: PreTrainedToke
 def test_empty_validation_shows(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "q", "a")] * 3)
     none = batches.make_rows(rows.samples, np.zeros(0, dtype=np.int64))
+    text = made_page(tokenizer, rows, validation=none)
+    parsed(text)
+    assert text.count("No samples.") == 1
     parsed(made_page(tokenizer, none, validation=none))
