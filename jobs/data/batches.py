@@ -57,7 +57,9 @@ def load_split(folder: Path, split: str, pack_into: int | None = None) -> Rows:
         if not token_dataset.is_complete(path):
             raise DataError(
                 Problem(
-                    "data", path, f"tokens at {path.resolve()} were deleted: delete {folder}, then preprocess again"
+                    "data",
+                    path,
+                    f"tokens at {path.resolve()} were deleted: delete {folder}, then use muster resume {folder.parent}",
                 )
             )
     return make_rows(token_dataset.open_sets(sets), np.load(folder / f"{split}.npy"), pack_into)

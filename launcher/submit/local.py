@@ -39,9 +39,15 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
         verdict = _run_job(config, job, config_path, on_start)
         if verdict["status"] != COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
+            # The settings of a run do not change, so most errors of a user that are not in a file need a new run.
+            note = (
+                " (once the rows or files are right; other settings of data or model need a new run)"
+                if verdict["status"] == USER_ERROR
+                else ""
+            )
             print(
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"resume    muster resume {config.run_dir}",
+                f"resume    muster resume {config.run_dir}{note}",
                 file=sys.stderr,
             )
             return 2 if verdict["status"] == USER_ERROR else 1
