@@ -35,6 +35,9 @@ TRAIN, VALIDATION = "train", "validation"
 HELD_OUT = "held out"
 """Name of the set at `data.validation_path`. No training set can have this name."""
 
+MOST_PARTS = 20
+"""Parts of a split row that the preview shows at most."""
+
 Sets = Mapping[str, TokenizedSet]
 
 
@@ -170,7 +173,7 @@ def _found_rows(item: TokenizedSet, first: int) -> Iterator[FoundRow]:
     ]
     samples = token_dataset.samples_at(item.folder, [location for _, location, _ in listed])
     for gate, location, detail in listed:
-        numbers = [first + number for number in samples.get(location, ())]
+        numbers = [first + number for number in samples.get(location, ())[:MOST_PARTS]]
         yield FoundRow(gate, item.localize(location), detail or quality_gates.MEANINGS[gate], numbers)
 
 
