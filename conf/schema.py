@@ -137,6 +137,9 @@ class Gates:
     """Rows with an unknown speaker. `data.roles` maps names of speakers."""
     empty: float = at_least(0, 0.0, at_most=1)
     """Rows with an empty question or answer."""
+    unwritten: float = at_least(0, 0.0, at_most=1)
+    """Rows with tools, documents or names that the chat template does not write. A row with a text, a thought or a call that it
+    does not write is `unusable`."""
     overlong: float = at_least(0, 0.2, at_most=1)
     """Rows longer than `data.max_length` that are truncated or dropped. With `data.overlong=split` nothing is lost, so this
     limit does not apply."""

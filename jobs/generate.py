@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def run(config: Config) -> None:
     """
     prompts = read_prompts(Path(config.generate.prompts))
     model, tokenizer = load(config), load_tokenizer(config)
-    special = answer_checks.special_tokens(tokenizer)
+    special = answer_checks.special_tokens(tokenizer, config.data.end_of_turn)
     answers: list[dict[str, Any]] = []
     for prompt in prompts:
-        answers.append({"prompt": prompt, **generate_answer(prompt, model, tokenizer, config.generate, special)})
+        answer = generate_answer(prompt, model, tokenizer, config.generate, special, config.data.template_kwargs)
+        answers.append({"prompt": prompt, **answer})
         log.info(f"> {prompt}\n{answers[-1]['answer']}\n")
     counts = {name: sum(name in item["faults"] for item in answers) for name in answer_checks.FAULTS}
     summary = {"model": describe(config), "prompts": len(answers), "faults": counts}
@@ -64,6 +66,7 @@ def generate_answer(
     tokenizer: PreTrainedTokenizerBase,
     settings: Generate,
     special: answer_checks.SpecialTokens,
+    template_kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Generate one answer, up to a token that ends a turn or `max_new_tokens`; `ended` tells which of the two.
 
@@ -72,7 +75,7 @@ def generate_answer(
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **template_kwargs
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -25,6 +25,7 @@ MEANINGS = {
     "unusable": "do not fit the format",
     "roles": "have an unknown role",
     "empty": "have an empty question or answer",
+    "unwritten": "have something that the chat template does not write",
     "overlong": "are longer than data.max_length",
     "untrained": "have no trained token",
     "endless": "do not end with an end-of-turn or end-of-text token",

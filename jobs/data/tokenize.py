@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from conf.choices import Mask, Overlong
+from conf.choices import Overlong
 from jobs.data import formats, quality_gates
 from jobs.data.file_readers import Unreadable
 from jobs.data.quality_gates import Findings
 from jobs.data.sources import Block, Row
 from jobs.tokenization import chat_template, reference
+from jobs.tokenization.chat_settings import ChatSettings
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.encoder import Encoder
 
@@ -36,7 +37,7 @@ class TokenizeSettings:
     format: str
     fields: dict[str, str]
     roles: dict[str, str]
-    mask: Mask
+    chat: ChatSettings
     max_length: int
     overlong: Overlong
     fast: bool = True
@@ -72,9 +73,9 @@ class BlockTokenizer:
     def __init__(self, settings: TokenizeSettings) -> None:
         tokenizer = settings.tokenizer
         self.settings = settings
-        self.encode = Encoder(tokenizer, mask=settings.mask.name, fast=settings.fast)
+        self.encode = Encoder(tokenizer, settings=settings.chat, fast=settings.fast)
         self.vocabulary_size = len(tokenizer)
-        self.end_ids = chat_template.end_token_ids(tokenizer)
+        self.end_ids = chat_template.end_token_ids(tokenizer, settings.chat.end_of_turn)
 
     def __call__(self, block: Block) -> TokenizedBlock:
         findings = Findings()
@@ -90,6 +91,8 @@ class BlockTokenizer:
                 if isinstance(sample, Exception):
                     raise sample
                 ids, trained = next(encoded) or self.encode.encode_slow(sample)
+                if unread := self.encode.unread(sample):
+                    findings.add("unwritten", location, unread)
             except ValueError as error:
                 findings.add(quality_gates.gate_of(error), location, str(error))
                 continue

@@ -19,6 +19,7 @@ from jobs.data import cache, cache_key, formats, sources
 from jobs.data.file_readers import Unreadable
 from jobs.data.tokenize import TokenizeSettings
 from jobs.tokenization import encoder
+from jobs.tokenization.chat_settings import ChatSettings
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
             raise DataError(Problem("data.path", dataset.path, message))
 
     settings = TokenizeSettings(
-        tokenizer, format_name, dataset.fields, dataset.roles, data.mask, data.max_length, data.overlong
+        tokenizer, format_name, dataset.fields, dataset.roles, ChatSettings.of(data), data.max_length, data.overlong
     )
     settings = _check_fast_encoder(settings, first_rows)
     size = sources.total_bytes(dataset.path)
@@ -107,8 +108,8 @@ def _check_fast_encoder(settings: TokenizeSettings, rows: list[tuple[str, source
             samples.append(formats.convert(row, settings.format, settings.fields, settings.roles))
         except ValueError:
             continue  # the quality gates report such rows later
-    difference = encoder.first_difference(settings.tokenizer, samples, mask=settings.mask.name)
-    description = encoder.Encoder(settings.tokenizer, mask=settings.mask.name, fast=difference is None).description
+    difference = encoder.first_difference(settings.tokenizer, samples, settings=settings.chat)
+    description = encoder.Encoder(settings.tokenizer, settings=settings.chat, fast=difference is None).description
     log.info(f"encoder   {description}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))
     return replace(settings, fast=difference is None)
 

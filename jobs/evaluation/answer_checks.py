@@ -33,12 +33,12 @@ class SpecialTokens:
     """What the template writes around turns, also if it is made of ordinary tokens."""
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """The special tokens of a tokenizer and the turn markers of its chat template."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str] = ()) -> SpecialTokens:
+    """The special tokens of a tokenizer and the turn markers of its chat template. end_of_turn: the value of that key of `data`."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     return SpecialTokens(
         ids=special_token_ids(tokenizer),
-        end_ids=chat_template.end_token_ids(tokenizer),
+        end_ids=chat_template.end_token_ids(tokenizer, end_of_turn),
         markers=tuple(sorted(set(MARKERS.findall(template)))),
     )
 

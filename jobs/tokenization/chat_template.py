@@ -1,5 +1,6 @@
 """Finds the source of a chat template (the tokenizer's own, a bundled one, or a file) and the tokens that end a turn."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,24 @@ def _id(token: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokens of this tokenizer that end a turn or a text."""
-    known = {tokenizer.eos_token, *END_TOKENS, *(GLM_END_TOKENS if _id(GLM, tokenizer) is not None else ())}
-    return tuple(end for end in known if end and _id(end, tokenizer) is not None)
+def end_tokens(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str] = ()) -> tuple[str, ...]:
+    """The tokens of this tokenizer that end a turn or a text: `end_of_turn` if it names any, else the known ones."""
+    known = end_of_turn or (*END_TOKENS, *_next_roles(tokenizer))
+    return tuple(end for end in {tokenizer.eos_token, *known} if end and _id(end, tokenizer) is not None)
 
 
-def span_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def _next_roles(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    return GLM_END_TOKENS if _id(GLM, tokenizer) is not None else ()
+
+
+def span_tokens(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str] = ()) -> Tokens:
     """The tokens of this tokenizer that decide where an assistant turn begins and ends."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    return Tokens(end_tokens(tokenizer), {*tokenizer.all_special_tokens, *(token for token in added if token.strip())})
+    special = {*tokenizer.all_special_tokens, *(token for token in added if token.strip())}
+    return Tokens(end_tokens(tokenizer, end_of_turn), special, _next_roles(tokenizer))
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str] = ()) -> frozenset[int]:
     """Ids of the tokens that end a turn or a text."""
-    return frozenset(token_id for end in end_tokens(tokenizer) if (token_id := _id(end, tokenizer)) is not None)
+    ends = end_tokens(tokenizer, end_of_turn)
+    return frozenset(token_id for end in ends if (token_id := _id(end, tokenizer)) is not None)

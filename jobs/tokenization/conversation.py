@@ -54,7 +54,9 @@ class Turn:
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     is_null: bool = False
-    """Whether the row's content is null. Templates that test for null get null, others an empty text."""
+    """Whether the row's content is null. `template_inputs` decides whether the template gets null, no content, or an empty text."""
+    is_absent: bool = False
+    """Whether the template gets no content at all, as `apply_chat_template` does with null."""
     train_detail: tuple[tuple[int, int, bool], ...] = ()
     """(begin, end, whether to train on them) of characters of the content; they win over `train` and the mask."""
     extra: Mapping[str, Any] | None = None
@@ -62,15 +64,18 @@ class Turn:
 
     def message(self) -> dict[str, Any]:
         """The turn as `apply_chat_template` takes it: without the keys that have no value."""
-        message = {
-            "role": self.role,
-            "content": self.content,
-            "tool_calls": self.tool_calls,
-            "name": self.name,
-            "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning_content,
-        }
-        return {**(self.extra or {}), **{key: value for key, value in message.items() if value is not None}}
+        message: dict[str, Any] = {"role": self.role}
+        if not self.is_absent:
+            message["content"] = None if self.is_null else self.content
+        if self.tool_calls is not None:
+            message["tool_calls"] = self.tool_calls
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        return message if self.extra is None else {**self.extra, **message}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jobs.tokenization import loss_mask, reference
+from jobs.tokenization import loss_mask, reference, template_inputs
 from jobs.tokenization.byte_bpe import TiktokenBackend
+from jobs.tokenization.chat_settings import DEFAULTS, ChatSettings
 from jobs.tokenization.chat_template import span_tokens, template_source
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import MaskedText, Span, TokenizedText, Unsupported, close_gaps, mark_tokens
+from jobs.tokenization.template_inputs import Renderer
 from jobs.tokenization.template_renderer import CompiledRenderer
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.uint8]]
@@ -37,7 +39,7 @@ class TokenizerBackend(Protocol):
 class Encoder:
     """Encodes samples by the fastest way that gives the same result as `reference.encode`.
 
-    template, mask: as for `reference.encode`. fast: False uses transformers only.
+    template, settings: as for `reference.encode`. fast: False uses transformers only.
     """
 
     description: str
@@ -48,16 +50,15 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template: str | None = None,
-        mask: str = "assistant",
+        settings: ChatSettings = DEFAULTS,
         fast: bool = True,
     ) -> None:
-        loss_mask.check_mask(mask)
-        self._reference = partial(reference.encode, tokenizer=tokenizer, template=template, mask=mask)
-        self._tokenizer, self._template, self._mask = tokenizer, template, mask
-        self._span_tokens = span_tokens(tokenizer)
+        self._reference = partial(reference.encode, tokenizer=tokenizer, template=template, settings=settings)
+        self._tokenizer, self._template, self._settings = tokenizer, template, settings
+        self._span_tokens = span_tokens(tokenizer, settings.end_of_turn)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._eos_array = np.array([self._eos or 0], dtype=np.int32)
-        self._renderers: dict[bool, loss_mask.Renderer] = {}
+        self._renderers: dict[bool, Renderer] = {}
         self._backend: TokenizerBackend | None = None
         self.description = "tokens and chats by transformers"
         if not fast:
@@ -89,15 +90,23 @@ class Encoder:
                 results[number] = self._append_eos(samples[number], tokenized) if is_text else tokenized[:2]
         return results
 
+    def unread(self, sample: Sample) -> str | None:
+        """What the row has that the template does not write; see `template_inputs.unread`. For a sample that can be encoded."""
+        with_tools = sample.tools is not None
+        try:
+            return template_inputs.unread(sample, self._renderer(with_tools)) if sample.turns else None
+        except Unsupported:
+            return template_inputs.unread(sample, self._slow_renderer(with_tools))
+
     def _text(self, sample: Sample) -> MaskedText | None:
         """The text to tokenize. None if the slow way must report what is wrong with the sample, or find that nothing is."""
         with suppress(Exception):
             if sample.turns and not sample.parts:
                 renderer = self._renderer(sample.tools is not None)
-                text, spans, excluded = loss_mask.trained_spans(sample, renderer, self._mask, self._span_tokens)
+                text, spans, excluded = loss_mask.trained_spans(sample, renderer, self._settings, self._span_tokens)
                 return MaskedText(text, spans, excluded, add_special_tokens=False)
             if sample.parts and self._eos is not None:
-                text, spans = loss_mask.join_parts(sample.parts, self._mask)
+                text, spans = loss_mask.join_parts(sample.parts, self._settings.mask)
                 has_bos = bool(self._bos and text.startswith(self._bos))
                 return MaskedText(text, spans, [], add_special_tokens=not has_bos)
         return None
@@ -109,18 +118,24 @@ class Encoder:
             ids, trained = np.concatenate((ids, self._eos_array)), np.concatenate((trained, NOT_TRAINED))
             last_is_added = True
         if last_is_added:
-            trained[-1] = sample.parts[-1][1] or self._mask == "all"
+            trained[-1] = sample.parts[-1][1] or self._settings.mask == "all"
         return ids, trained
 
-    def _renderer(self, with_tools: bool) -> loss_mask.Renderer:
+    def _renderer(self, with_tools: bool) -> Renderer:
         """The renderer of the chat template. A tokenizer may have another template for samples with tools."""
         if with_tools not in self._renderers:
             source = template_source(self._template, self._tokenizer, [] if with_tools else None)
             try:
-                self._renderers[with_tools] = CompiledRenderer(source, self._tokenizer.special_tokens_map)
+                self._renderers[with_tools] = CompiledRenderer(
+                    source, self._tokenizer.special_tokens_map, self._settings.template_kwargs
+                )
             except Unsupported:
-                self._renderers[with_tools] = reference.TransformersRenderer(self._tokenizer, source)
+                self._renderers[with_tools] = self._slow_renderer(with_tools)
         return self._renderers[with_tools]
+
+    def _slow_renderer(self, with_tools: bool) -> Renderer:
+        source = template_source(self._template, self._tokenizer, [] if with_tools else None)
+        return reference.TransformersRenderer(self._tokenizer, source, self._settings.template_kwargs)
 
 
 class TokenizersBackend:
@@ -180,12 +195,12 @@ def first_difference(
     samples: Iterable[Sample],
     *,
     template: str | None = None,
-    mask: str = "assistant",
+    settings: ChatSettings = DEFAULTS,
 ) -> str | None:
     """Compare the fast way with `reference.encode` on these samples. Returns the first difference, or None if there is none."""
     samples = list(samples)
-    fast = Encoder(tokenizer, template=template, mask=mask)
-    slow = Encoder(tokenizer, template=template, mask=mask, fast=False)
+    fast = Encoder(tokenizer, template=template, settings=settings)
+    slow = Encoder(tokenizer, template=template, settings=settings, fast=False)
     for number, (sample, encoded) in enumerate(zip(samples, fast.encode_fast(samples), strict=True)):
         if encoded and (difference := _difference(encoded, _encode_or_error(slow, sample))):
             return f"sample {number}: {difference}"

@@ -2,31 +2,21 @@
 
 import re
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from jobs.tokenization import turn_spans
+from jobs.tokenization import template_inputs
+from jobs.tokenization.chat_settings import ChatSettings
 from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
-from jobs.tokenization.text_marks import CannotMark, Text, texts_of
+from jobs.tokenization.template_inputs import RenderedChat, Renderer
+from jobs.tokenization.text_marks import CannotMark
 from jobs.tokenization.turn_spans import MarkedChat, Tokens
-
-MASKS = ("assistant", "last", "all")
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Opens a block that transformers reports as written by the assistant (`return_assistant_tokens_mask`)."""
 
 REMEDY = f"use a template with {{% generation %}} marks, such as one of {', '.join(BUNDLED)}"
-
-
-class Renderer(turn_spans.Renderer, Protocol):
-    """Renders the turns of a sample with one chat template."""
-
-    has_marks: bool
-    """Whether the template has `{% generation %}` marks."""
-
-    def render(self, sample: Sample) -> tuple[str, list[Span]]:
-        """(text of all turns, the spans between the template's generation marks in order)."""
 
 
 class TrainedSpans(NamedTuple):
@@ -35,12 +25,6 @@ class TrainedSpans(NamedTuple):
     text: str
     spans: list[Span]
     excluded: list[Span]
-
-
-def check_mask(mask: str) -> None:
-    """Raises ValueError for a mask that does not exist."""
-    if mask not in MASKS:
-        raise ValueError(f"mask {mask!r} is unknown: use one of {', '.join(MASKS)}")
 
 
 def join_parts(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, list[Span]]:
@@ -53,77 +37,152 @@ def join_parts(parts: tuple[tuple[str, bool], ...], mask: str) -> tuple[str, lis
     return text, spans
 
 
-def trained_spans(sample: Sample, renderer: Renderer, mask: str, tokens: Tokens) -> TrainedSpans:
+def trained_spans(sample: Sample, renderer: Renderer, settings: ChatSettings, tokens: Tokens) -> TrainedSpans:
     """Render a chat and find the characters to train on. A turn's own `train` flag wins over the mask.
 
     Raises ValueError if the template does not show where a needed turn begins or ends, or does not write a text of the chat.
     """
-    assistant = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
-    by_mask = {"assistant": assistant, "last": assistant[-1:], "all": []}[mask]
-    # With mask=all the whole text is one span, and only the turns with train=false are looked for.
-    included = [i for i, turn in enumerate(sample.turns) if turn.train or (turn.train is None and i in by_mask)]
-    included = [] if mask == "all" else included
-    excluded = [i for i, turn in enumerate(sample.turns) if turn.train is False] if mask == "all" else []
-    answers = sorted({*included, *excluded} & set(assistant))
-    text, marks = renderer.render(sample)
-    chat = None
-    if (answers and not renderer.has_marks) or not all(part in text for part in texts_of(sample)):
+    chat = template_inputs.render(sample, renderer)
+    answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
+    chosen, unchosen = _choose_turns(sample, settings)
+    detailed = any(turn.train_detail for turn in sample.turns)
+    last = len(sample.turns) - 1
+    ends_with_answer = last in chosen or (settings.mask == "all" and last not in unchosen)
+    end = _unwritten_end(chat, settings, tokens) if ends_with_answer and sample.turns[last].role == "assistant" else ""
+    if renderer.has_marks and chosen == answers and not detailed and settings.train_on_end == "turn":
+        text, spans, excluded = TrainedSpans(chat.text, [*chat.generation_spans], [])
+    else:
+        text, spans, excluded = _find_spans(chat, chosen, unchosen, settings, tokens, has_end=not end)
+    return TrainedSpans(text + end, spans + ([(len(text), len(text + end))] if end else []), excluded)
+
+
+def _choose_turns(sample: Sample, settings: ChatSettings) -> tuple[list[int], list[int]]:
+    """(numbers of the turns to train on, of those to leave out of the whole text).
+
+    With mask=all the first list is empty, because the whole text is one span. Otherwise the second list is empty.
+    """
+    turns = list(enumerate(sample.turns))
+    if settings.mask == "all":
+        return [], [number for number, turn in turns if turn.train is False or turn.train_detail]
+    by_role = [number for number, turn in turns if turn.role in settings.train_on]
+    by_mask = set(by_role if settings.mask == "assistant" else by_role[-1:])
+    return [number for number, turn in turns if (number in by_mask if turn.train is None else turn.train)], []
+
+
+def _find_spans(
+    chat: RenderedChat,
+    chosen: list[int],
+    unchosen: list[int],
+    settings: ChatSettings,
+    tokens: Tokens,
+    *,
+    has_end: bool,
+) -> TrainedSpans:
+    """has_end: whether the rendering has the token that ends the chat."""
+    turns, finder = chat.sample.turns, _TurnFinder(chat, tokens)
+    spans: list[Span] = [(0, len(chat.text))] if settings.mask == "all" else []
+    excluded: list[Span] = []
+    for number in chosen:
+        spans += finder.detail(number) if turns[number].train_detail else finder.span(number)
+    for number in unchosen:
+        excluded += _subtract(finder.span(number), finder.detail(number) if turns[number].train_detail else [])
+    if settings.train_on_end != "turn":
+        ends = [end for number in range(len(turns)) for end in finder.end(number)]
+        trained = {"all": ends, "last": ends[-1:] if has_end else [], "none": []}[settings.train_on_end]
+        spans += trained
+        excluded = [*_subtract(excluded, trained), *(end for end in ends if end not in trained)]
+    return TrainedSpans(chat.text, spans, excluded)
+
+
+def _subtract(spans: list[Span], holes: list[Span]) -> list[Span]:
+    """The spans without the characters of the holes."""
+    for begin, end in holes:
+        parts = [part for first, last in spans for part in ((first, min(last, begin)), (max(first, end), last))]
+        spans = [(first, last) for first, last in parts if first < last]
+    return spans
+
+
+def _unwritten_end(chat: RenderedChat, settings: ChatSettings, tokens: Tokens) -> str:
+    """The token that ends the last answer, if the template writes none and the token is known; else an empty text.
+
+    GLM's answers end with the token that begins the next turn, which the text of a chat that ends here does not have.
+    """
+    if settings.train_on_end == "none" or chat.text.rstrip().endswith(tokens.ends):
+        return ""
+    if settings.end_of_turn:
+        return settings.end_of_turn[0]
+    return tokens.next_role(after_call=bool(chat.sample.turns[-1].tool_calls)) or ""
+
+
+class _TurnFinder:
+    """Finds turns, their contents and their ends in a rendered chat. Every method raises ValueError where it cannot."""
+
+    def __init__(self, chat: RenderedChat, tokens: Tokens) -> None:
+        self._chat, self._tokens = chat, tokens
+        self._answers = [number for number, turn in enumerate(chat.sample.turns) if turn.role == "assistant"]
+
+    def span(self, number: int) -> list[Span]:
+        """The characters of a turn that its author writes; none if it has no text."""
+        if number not in self._answers:
+            span = self._marked(number).texts_of_turn(number, self._tokens)
+            return [span] if span else []
+        if self._chat.renderer.has_marks:
+            return [self._by_generation_marks(number)]
         with suppress(CannotMark):
-            chat = MarkedChat(sample, text, renderer)
-            _check_written(next(chat.missing(), None))
-    if renderer.has_marks and mask == "assistant" and included == assistant:
-        return TrainedSpans(text, marks, [])
-    known: dict[int, Span] = {}
-    if renderer.has_marks and answers:
-        if len(marks) != len(assistant):
+            if span := self._chat.marked().span(number, self._tokens):
+                return [span]
+        return [_span_by_prefix(self._chat, number, self._tokens)]
+
+    def detail(self, number: int) -> list[Span]:
+        """The characters of a turn that its `train_detail` names, and the token that ends it."""
+        chat = self._marked(number)
+        detail = self._chat.sample.turns[number].train_detail
+        trained = [span for begin, end, yes in detail if yes for span in chat.content_spans(number, begin, end)]
+        return [*trained, *self.end(number)]
+
+    def end(self, number: int) -> list[Span]:
+        """The token that ends a turn; none if the template writes none."""
+        end = self._marked(number).end(number, self._tokens)
+        return [end] if end else []
+
+    def _marked(self, number: int) -> MarkedChat:
+        try:
+            return self._chat.marked()
+        except CannotMark as error:
             raise ValueError(
-                f"the chat template has {len(marks)} generation marks for {len(assistant)} assistant turns, "
+                f"{error}, so the beginning and end of messages[{number}] are unknown: use another template, "
+                "or train on whole answers (data.train_on=[assistant], data.train_on_end=turn)"
+            ) from error
+
+    def _by_generation_marks(self, number: int) -> Span:
+        marks, answers = self._chat.generation_spans, self._answers
+        if len(marks) != len(answers):
+            raise ValueError(
+                f"the chat template has {len(marks)} generation marks for {len(answers)} assistant turns, "
                 f"so a mark cannot be assigned to its turn: {REMEDY}"
             )
-        known = dict(zip(assistant, marks, strict=True))
-    elif chat:
-        for number in answers:
-            with suppress(CannotMark):
-                if span := chat.span(number, tokens):
-                    known[number] = span
-    turns = {i: known.get(i) or _span_by_prefix(sample, i, text, renderer, tokens) for i in {*included, *excluded}}
-    spans = [(0, len(text))] if mask == "all" else [turns[i] for i in included]
-    return TrainedSpans(text, spans, [turns[i] for i in excluded])
+        return marks[answers.index(number)]
 
 
-def _check_written(missing: Text | None) -> None:
-    """Raises ValueError for a text that the template does not write."""
-    if missing is None:
-        return
-    kind, also = "such texts", "the text"
-    if missing.where.startswith("tool_calls"):
-        kind, also = "tool calls", "the calls"
-    elif missing.is_thought:
-        kind, also = "thoughts", "them"
-    raise ValueError(
-        f"the chat template does not write {missing.where} of messages[{missing.turn}]: "
-        f"use a template that knows {kind}, or drop {also}"
-    )
+def _span_by_prefix(chat: RenderedChat, number: int, tokens: Tokens) -> Span:
+    """Characters of an answer: what is added to the text when the chat ends after this turn instead of before it.
 
-
-def _span_by_prefix(sample: Sample, number: int, text: str, renderer: Renderer, tokens: Tokens) -> Span:
-    """Characters of one turn: what is added to the text when the conversation ends after this turn instead of before it.
-
-    For turns of other roles, and for answers that marks in the texts cannot find.
+    For answers that marks in the texts cannot find.
     """
-    is_answer = sample.turns[number].role == "assistant"
-    if number == 0 and is_answer:
+    sample, text, renderer = chat.sample, chat.text, chat.renderer
+    if number == 0:
         raise ValueError(
             "the first turn is the assistant's, and without generation marks its beginning is unknown: "
             f"begin with a user turn, or {REMEDY}"
         )
-    before = renderer.render_prefix(sample, number, is_answer) if number else ""
+    before = renderer.render_prefix(sample, number, True)
     after = text if number + 1 == len(sample.turns) else renderer.render_prefix(sample, number + 1, False)
     if not (text.startswith(after) and after.startswith(before)):
         raise ValueError(
             f"the chat template rewrites earlier turns, so the beginning and end of turn {number} are unknown: {REMEDY}"
         )
-    if is_answer:  # The newline that ChatML writes after <|im_end|> comes from the template, not from the model.
-        stripped = after.rstrip()
-        after = stripped if len(stripped) > len(before) and stripped.endswith(tokens.ends) else after
+    stripped = (
+        after.rstrip()
+    )  # The newline that ChatML writes after <|im_end|> comes from the template, not from the model.
+    after = stripped if len(stripped) > len(before) and stripped.endswith(tokens.ends) else after
     return len(before), len(after)

@@ -42,8 +42,8 @@ def tokenize_with_spans(
 ) -> tuple[list[int], list[Span]]:
     """Tokenize a text. Returns (ids, the characters of each token).
 
-    The spans rise and leave no gap. A token that the tokenizer added gets an empty span. Raises ValueError for a tokenizer
-    without offsets (a slow one).
+    The spans rise, and leave no gap but around added tokens that take blanks. A token that the tokenizer added gets an empty
+    span. Raises ValueError for a tokenizer without offsets (a slow one).
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -55,7 +55,8 @@ def tokenize_with_spans(
 
 
 def close_gaps(ids: list[int], offsets: list[Span], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """The characters of each token, including the whitespace that its offsets leave out.
+    """The characters of each token, including the whitespace that its offsets leave out, but without blanks around it that an
+    added token takes.
 
     Byte-level tokenizers with `trim_offsets`, such as Llama 3's, cut leading whitespace off a token's offsets. A token of
     whitespace alone then has empty offsets.
@@ -72,7 +73,29 @@ def close_gaps(ids: list[int], offsets: list[Span], text: str, tokenizer: PreTra
             start = end = covered
         spans.append((start, end))
         covered = end
-    return spans if covered == len(text) else _cover_end(ids, spans, len(text), set(tokenizer.all_special_ids))
+    if covered != len(text):
+        spans = _cover_end(ids, spans, len(text), set(tokenizer.all_special_ids))
+    greedy = _greedy_tokens(tokenizer, len(tokenizer))
+    return _without_blanks(ids, spans, text, greedy) if greedy and not greedy.keys().isdisjoint(ids) else spans
+
+
+@lru_cache(maxsize=4)
+def _greedy_tokens(tokenizer: PreTrainedTokenizerBase, _size: int) -> dict[int, str]:
+    """Added tokens that take the blanks around them (`lstrip`, `rstrip`), as Phi-4's do: the text of each id.
+
+    _size: number of tokens. It is part of the cache key because tokens may be added later.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {number: token.content for number, token in added if token.lstrip or token.rstrip}
+
+
+def _without_blanks(ids: list[int], spans: list[Span], text: str, greedy: dict[int, str]) -> list[Span]:
+    """The spans, without the blanks that such tokens take: those are a part of the answer, but the token is not."""
+    shrunk = []
+    for token, (start, end) in zip(ids, spans, strict=True):
+        own = text.find(greedy[token], start, end) if token in greedy else -1
+        shrunk.append((start, end) if own < 0 else (own, own + len(greedy[token])))
+    return shrunk
 
 
 def _cover_end(ids: list[int], spans: list[Span], length: int, special: set[int]) -> list[Span]:

@@ -4,7 +4,7 @@ The text is rendered once and tokenized once, so the ids are those of `tokenizer
 A token is trained on if it holds at least one character to train on.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 import numpy as np
@@ -13,28 +13,31 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from jobs.tokenization.chat_settings import DEFAULTS, ChatSettings
 from jobs.tokenization.chat_template import end_token_ids, span_tokens, template_source
 from jobs.tokenization.conversation import Sample
-from jobs.tokenization.loss_mask import GENERATION_TAG, check_mask, join_parts, trained_spans
+from jobs.tokenization.loss_mask import GENERATION_TAG, join_parts, trained_spans
 from jobs.tokenization.offsets import Span, mark_tokens, tokenize_with_spans
 
 
 def encode(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, template: str | None = None, mask: str = "assistant"
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    settings: ChatSettings = DEFAULTS,
 ) -> tuple[list[int], list[int]]:
     """Returns (token ids, 1 for each token to train on). Raises ValueError with the cause and the remedy.
 
-    template: None is the tokenizer's own, else a name of `chat_template.BUNDLED` or a file. mask: `assistant` trains on all
-    assistant turns, `last` on the last one, `all` on the whole text. A turn's own `train` flag wins. A sample of token ids
-    keeps its labels.
+    template: None is the tokenizer's own, else a name of `chat_template.BUNDLED` or a file. A sample of token ids keeps its
+    labels.
     """
-    check_mask(mask)
     if sample.ids is not None:
         return list(sample.ids), [int(label != -100) for label in sample.labels or sample.ids]
     if sample.parts:
-        return _encode_text(sample.parts, tokenizer, mask)
-    renderer = TransformersRenderer(tokenizer, template_source(template, tokenizer, sample.tools))
-    text, spans, excluded = trained_spans(sample, renderer, mask, span_tokens(tokenizer))
+        return _encode_text(sample.parts, tokenizer, settings.mask)
+    source = template_source(template, tokenizer, sample.tools)
+    renderer = TransformersRenderer(tokenizer, source, settings.template_kwargs)
+    text, spans, excluded = trained_spans(sample, renderer, settings, span_tokens(tokenizer, settings.end_of_turn))
     ids, token_spans = tokenize_with_spans(text, tokenizer, add_special_tokens=False)
     trained = mark_tokens(token_spans, spans, [0] * len(ids))
     return ids, mark_tokens(token_spans, excluded, trained, value=0)
@@ -92,45 +95,42 @@ def _encode_text(
 
 
 class TransformersRenderer:
-    """Renders with `apply_chat_template` of transformers. Every other renderer must give the same text and marks."""
+    """Renders with transformers. Every other renderer must give the same text and marks."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer, self.source, self.has_marks = tokenizer, source, bool(GENERATION_TAG.search(source))
+        self.template_kwargs = dict(template_kwargs or {})
 
     def render(self, sample: Sample) -> tuple[str, list[Span]]:
-        if not self.has_marks:
-            return self.render_prefix(sample, len(sample.turns), False), []
-        special_tokens: dict[str, Any] = self.tokenizer.special_tokens_map
-        tools = cast("list[Any] | None", sample.tools)  # transformers also takes functions; its type is invariant
-        try:
-            texts, marks = cast(
-                "tuple[list[str], list[list[Span]]]",  # transformers 5 declares `str`
-                render_jinja_template(
-                    [chat_messages(sample)],
-                    tools=tools,
-                    chat_template=self.source,
-                    return_assistant_tokens_mask=True,
-                    **special_tokens,
-                ),
-            )
-        except (TemplateError, TypeError) as error:
-            raise _refused(error) from error
-        return texts[0], list(marks[0])
+        texts, marks = self._render(chat_messages(sample), sample, return_assistant_tokens_mask=self.has_marks)
+        return texts[0], list(marks[0]) if self.has_marks else []
 
     def render_prefix(self, sample: Sample, turns: int, generation_prompt: bool) -> str:
-        tools = cast("list[Any] | None", sample.tools)
+        return self._render(chat_messages(sample)[:turns], sample, add_generation_prompt=generation_prompt)[0][0]
+
+    def _render(
+        self, messages: list[dict[str, Any]], sample: Sample, **options: Any
+    ) -> tuple[list[str], list[list[Span]]]:
+        """What `apply_chat_template` calls. That function also leaves out keys with null, for which some templates test."""
+        variables = {**self.tokenizer.special_tokens_map, **self._variables(sample)}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat_messages(sample)[:turns],
-                    tools=tools,
-                    chat_template=self.source,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                )
+            return cast(
+                "tuple[list[str], list[list[Span]]]",  # transformers 5 declares `str`
+                render_jinja_template([messages], chat_template=self.source, **options, **variables),
             )
         except (TemplateError, TypeError) as error:
             raise _refused(error) from error
+
+    def _variables(self, sample: Sample) -> dict[str, Any]:
+        """What the template gets beside the turns. The row's own variables win over the config's."""
+        return {
+            "tools": sample.tools,
+            "documents": sample.documents,
+            **self.template_kwargs,
+            **(sample.template_kwargs or {}),
+        }
 
 
 def _refused(error: Exception) -> ValueError:

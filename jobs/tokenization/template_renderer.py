@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -33,9 +34,12 @@ class CompiledRenderer:
     Raises Unsupported where transformers must render instead: at creation for a template, in use for a sample.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self.has_marks = bool(GENERATION_TAG.search(source))
-        if not _is_plain_json([source, special_tokens]) or (self.has_marks and MACRO_NAMES.search(source)):
+    def __init__(
+        self, source: str, special_tokens: dict[str, str], template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.source, self.has_marks = source, bool(GENERATION_TAG.search(source))
+        variables = {**special_tokens, **(template_kwargs or {})}
+        if not _is_plain_json([source, variables]) or (self.has_marks and MACRO_NAMES.search(source)):
             raise Unsupported("the chat template uses the names of macros or control characters reserved for marks")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
@@ -52,7 +56,7 @@ class CompiledRenderer:
         except (TemplateError, SyntaxError) as error:
             raise Unsupported("the chat template has a syntax error") from error
         self._environment = environment
-        self._shared_names = {**environment.globals, **special_tokens, "documents": None}
+        self._shared_names = {**environment.globals, **variables}
 
     def render(self, sample: Sample) -> tuple[str, list[Span]]:
         text, marks = _remove_marks(self._render(sample, sample.turns, False))
@@ -62,17 +66,25 @@ class CompiledRenderer:
         return _remove_marks(self._render(sample, sample.turns[:turns], generation_prompt))[0]
 
     def _render(self, sample: Sample, turns: tuple[Turn, ...], generation_prompt: bool) -> str:
-        if sample.tools is not None and not (type(sample.tools) is list and _is_plain_json(sample.tools)):
-            raise Unsupported("the tools are not plain JSON")
+        for values in (sample.tools, sample.documents):
+            if values is not None and not (type(values) is list and _is_plain_json(values)):
+                raise Unsupported("the tools or documents are not plain JSON")
+        if sample.template_kwargs and not _is_plain_json(dict(sample.template_kwargs)):
+            raise Unsupported("the variables of the row are not plain JSON")
         names = {
             **self._shared_names,
+            **(sample.template_kwargs or {}),
+            "documents": sample.documents,
             "messages": [_message(turn) for turn in turns],
             "tools": sample.tools,
             "add_generation_prompt": generation_prompt,
         }
         # As Template.render does, but without collecting the environment's names again for every text.
         context = self._environment.context_class(self._environment, names, None, self._template.blocks)
-        return "".join(self._template.root_render_func(context))
+        try:
+            return "".join(self._template.root_render_func(context))
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the turns: {error}") from error
 
 
 def _message(turn: Turn) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def _message(turn: Turn) -> dict[str, Any]:
     if type(content) is not str or START in content or END in content:
         raise Unsupported("a turn contains control characters reserved for marks")
     message = turn.message()
-    if len(message) == 2:
+    if len(message) == 2 and not turn.extra:
         return message
     if not _is_plain_json(message):
         raise Unsupported("a turn is not plain JSON")

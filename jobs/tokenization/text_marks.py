@@ -23,6 +23,8 @@ class Text(NamedTuple):
 
     turn: int
     where: str
+    offset: int = 0
+    """Characters before the text in the content of its turn."""
 
     @property
     def is_thought(self) -> bool:
@@ -42,8 +44,13 @@ class Marks:
     def turn(self, turn: Turn, number: int) -> Turn:
         """A copy of the turn with marks in its content, thoughts and calls."""
         calls, content = turn.tool_calls, self._text(turn.content, number, "content")
-        if calls is None and turn.reasoning_content is None:  # the usual turn: faster than `replace`
-            return Turn(turn.role, content, None, turn.name, turn.train, turn.tool_call_id)
+        if (
+            calls is None
+            and turn.reasoning_content is None
+            and turn.extra is None
+            and not (turn.is_null or turn.is_absent)
+        ):
+            return Turn(turn.role, content, None, turn.name, turn.train, turn.tool_call_id)  # faster than `replace`
         return replace(
             turn,
             content=content,
@@ -68,25 +75,27 @@ class Marks:
             return [self._value(item, turn, f"{where}[{number}]") for number, item in enumerate(value)]
         return value
 
-    def _text(self, text: str, turn: int, where: str) -> str:
+    def _text(self, text: str, turn: int, where: str, offset: int = 0) -> str:
         """The text with a mark at both ends, inside its blanks: templates strip those."""
         body = text.strip()
         if not body:
             return text
         begin = text.index(body)
-        return text[:begin] + self._body(body, turn, where) + text[begin + len(body) :]
+        return text[:begin] + self._body(body, turn, where, offset + begin) + text[begin + len(body) :]
 
-    def _body(self, body: str, turn: int, where: str) -> str:
+    def _body(self, body: str, turn: int, where: str, offset: int) -> str:
         thought, closing, answer = body.rpartition(THOUGHT_END)
         if closing and turn in self._answers:
             # Templates cut content there: the thought and the answer are texts of their own.
             opening = THOUGHT_BEGIN if thought.startswith(THOUGHT_BEGIN) else ""
-            inside = self._text(thought.removeprefix(opening), turn, f"{where} before {THOUGHT_END}")
-            return opening + inside + closing + self._text(answer, turn, f"{where} after {THOUGHT_END}")
+            inside = thought.removeprefix(opening)
+            inside = self._text(inside, turn, f"{where} before {THOUGHT_END}", offset + len(opening))
+            offset += len(thought) + len(closing)
+            return opening + inside + closing + self._text(answer, turn, f"{where} after {THOUGHT_END}", offset)
         number = FIRST_MARK + 2 * len(self.texts)
         if number + 1 > LAST_MARK:
             raise CannotMark("the chat has more texts than there are marks")
-        self.texts.append(Text(turn, where))
+        self.texts.append(Text(turn, where, offset))
         return chr(number) + body + chr(number + 1)
 
 
@@ -109,19 +118,24 @@ def positions(rendered: str) -> tuple[str, dict[int, Span]]:
     return "".join(parts[::2]), found
 
 
-def texts_of(sample: Sample) -> Iterator[str]:
-    """Every text of a chat that a template should write, without the blanks around it."""
-    for turn in sample.turns:
-        yield turn.content.strip()
+def texts_of(sample: Sample) -> Iterator[tuple[Text, str]]:
+    """Every text of a chat that a template should write, without the blanks around it, and its place."""
+    for number, turn in enumerate(sample.turns):
+        if turn.content:
+            yield Text(number, "content"), turn.content.strip()
         if turn.reasoning_content is not None:
-            yield from _texts_in(turn.reasoning_content)
-        for call in turn.tool_calls or ():
-            yield from _texts_in([call["function"].get("name"), call["function"].get("arguments")])
+            yield from _texts_in(turn.reasoning_content, number, "reasoning_content")
+        for i, call in enumerate(turn.tool_calls or ()):
+            for key in ("name", "arguments"):
+                yield from _texts_in(call["function"].get(key), number, f"tool_calls[{i}].{key}")
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _texts_in(value: Any, turn: int, where: str) -> Iterator[tuple[Text, str]]:
     if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(item)
+        yield Text(turn, where), value.strip()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts_in(item, turn, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _texts_in(item, turn, f"{where}[{number}]")

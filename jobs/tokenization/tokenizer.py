@@ -4,7 +4,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem, first_line
 from conf.schema import Config, Data
+from jobs.tokenization import chat_settings
 from jobs.tokenization.chat_template import template_source
+from jobs.tokenization.template_inputs import reads
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -22,13 +24,32 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = template_source(config.data.chat_template, tokenizer)
         except ValueError as error:
             raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
+    _check_variables(tokenizer, config.data)
     return tokenizer
+
+
+def _check_variables(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Raises DataError for `data.template_kwargs` that the chat template does not read, or that only the rows decide."""
+    sources = tokenizer.chat_template or ""
+    source = "".join(sources.values()) if isinstance(sources, dict) else sources
+    problems = []
+    for name, value in data.template_kwargs.items():
+        try:
+            chat_settings.check_variables({name: value})
+        except ValueError as error:
+            problems.append(Problem("data.template_kwargs", f"{name}={value}", str(error)))
+            continue
+        if not reads(source, name):
+            message = "the chat template does not read this variable: remove it, or set data.chat_template"
+            problems.append(Problem("data.template_kwargs", f"{name}={value}", message))
+    if problems:
+        raise DataError(*problems)
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
     """Add `data.special_tokens`, and set the end-of-text and padding tokens.
 
-    Raises DataError if `data.eos_token` or `data.pad_token` is not in the vocabulary.
+    Raises DataError if `data.eos_token`, `data.pad_token` or a token of `data.end_of_turn` is not in the vocabulary.
     """
     if data.special_tokens:
         tokenizer.add_special_tokens(
@@ -43,6 +64,10 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
             )
         elif token is not None:
             setattr(tokenizer, name, token)
+    for token in data.end_of_turn:
+        if tokenizer.encode(token, add_special_tokens=False) != [vocabulary.get(token)]:
+            message = "is not one token of the tokenizer: add it to data.special_tokens too"
+            problems.append(Problem("data.end_of_turn", token, message))
     if problems:
         raise DataError(*problems)
     if tokenizer.pad_token_id is None:

@@ -43,6 +43,7 @@ class MarkedChat:
         if unmarked != text:
             raise CannotMark("the chat template writes something else when the texts change")
         self._missing = [number for number in range(len(self._texts)) if number not in places]
+        self._places = places
         self._regions: dict[int, Span] = {}
         self._last_texts: dict[int, int] = {}
         """Of each turn, the number of its last text."""
@@ -80,7 +81,8 @@ class MarkedChat:
 
     def span(self, turn: int, tokens: "Tokens") -> Span | None:
         """Characters of an assistant turn: from the first that the generation prompt leaves to the model, up to and with the
-        token that ends the turn. None if the template writes no such token. Raises CannotMark if the beginning is unknown.
+        token that ends the turn. Without such a token, up to where the template goes on in another way than in a chat that ends
+        with this turn. None if the turn has neither text nor end. Raises CannotMark if the beginning is unknown.
         """
         before, after, last = self._neighbors(turn)
         own = self._regions.get(turn, (after, before))
@@ -89,7 +91,40 @@ class MarkedChat:
         if tokens.end.search(self._text, begin, own[0] if turn in self._regions else begin):
             raise CannotMark(f"the beginning of turn {turn} is unknown")
         ending = tokens.end.search(self._text, max(own[1], begin), after)
-        return (begin, ending.end()) if ending else None
+        if ending:
+            return begin, ending.end()
+        if turn not in self._regions:
+            return None
+        return begin, after if after == len(self._text) else own[1] + self._common_tail(turn, own[1], after)
+
+    def _common_tail(self, turn: int, begin: int, end: int) -> int:
+        """How much of the text from `begin` also stands behind a turn in the chat that ends with it."""
+        _, found, tail = self._render(turn + 1, generation_prompt=False).rpartition(end_mark(self._last_texts[turn]))
+        return _common(tail, self._text[begin:end]) if found else 0
+
+    def end(self, turn: int, tokens: "Tokens") -> Span | None:
+        """Characters of the token that ends a turn of any role. None if there is none, or if the turn has no text."""
+        if turn not in self._regions:
+            return None
+        _, after, _ = self._neighbors(turn)
+        found = tokens.end.search(self._text, self._regions[turn][1], after)
+        return found.span() if found else None
+
+    def texts_of_turn(self, turn: int, tokens: "Tokens") -> Span | None:
+        """Characters from the first text of a turn to its last, and with the token that ends it."""
+        region, end = self._regions.get(turn), self.end(turn, tokens)
+        return region and (region[0], end[1] if end else region[1])
+
+    def content_spans(self, turn: int, begin: int, end: int) -> list[Span]:
+        """Where the characters [begin, end) of a turn's content stand. Blanks at the ends of a text belong to no text."""
+        spans = []
+        for number, (first, last) in self._places.items():
+            item = self._texts[number]
+            if item.turn == turn and item.where.startswith("content"):
+                shift = first - item.offset
+                span = max(begin + shift, first), min(end + shift, last)
+                spans += [span] if span[0] < span[1] else []
+        return spans
 
     def _render(self, turns: int, *, generation_prompt: bool) -> str:
         try:
@@ -129,6 +164,11 @@ class MarkedChat:
             header = header.lstrip()
             start += _blanks(self._text, before, limit)
         size = _common(header, self._text[start : min(start + len(header), limit)])
+        if (
+            size < len(header) and turn in self._regions
+        ):  # The turn before may end in another way where it is the last one.
+            place = self._text.find(header, start, self._regions[turn][0])
+            start, size = (place, len(header)) if place >= 0 else (start, size)
         if size < len(header):
             size = max((found.end() for found in BOUNDARY.finditer(header, 0, size)), default=size)
         return tokens.outside(self._text, before, start + size)
@@ -168,10 +208,17 @@ class MarkedChat:
 class Tokens:
     """The tokens of a tokenizer that matter for spans."""
 
-    def __init__(self, ends: Collection[str], special: Collection[str]) -> None:
-        """ends: tokens that end a turn. special: all tokens that are found in texts as they are."""
-        self.ends = tuple(ends)
+    def __init__(self, ends: Collection[str], special: Collection[str], next_roles: tuple[str, ...] = ()) -> None:
+        """ends: tokens that end a turn. special: all tokens that are found in texts as they are.
+
+        next_roles: if answers end with the token of the next role, the token after an answer and that after a call.
+        """
+        self.ends, self._next_roles = tuple(ends), next_roles
         self.end, self.any = _any_of(frozenset(ends)), _any_of(frozenset(special) | frozenset(ends))
+
+    def next_role(self, *, after_call: bool) -> str | None:
+        """The token of the next role that ends an answer or a call; None if they do not end so."""
+        return self._next_roles[after_call] if self._next_roles else None
 
     def outside(self, text: str, begin: int, position: int) -> int:
         """The position, or the beginning of the token that it would cut."""

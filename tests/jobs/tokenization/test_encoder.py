@@ -13,7 +13,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jobs.tokenization import bpe_ranks, byte_bpe, encoder, loss_mask, reference, split_patterns
+from jobs.tokenization import bpe_ranks, byte_bpe, encoder, reference, split_patterns
+from jobs.tokenization.chat_settings import MASKS, ChatSettings
 from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.encoder import Encoder, TokenizersBackend, first_difference
@@ -187,15 +188,15 @@ def result(encode, sample):
 
 def assert_same(tokenizer, samples, template=None, mask="assistant"):
     """Compare the fast way with the slow one on every sample, alone and together with all others."""
-    fast = Encoder(tokenizer, template=template, mask=mask)
+    fast = Encoder(tokenizer, template=template, settings=ChatSettings(mask))
     for sample, found in zip(samples, fast.encode_fast(samples), strict=True):
-        expected = result(lambda sample: reference.encode(sample, tokenizer, template, mask), sample)
+        expected = result(lambda sample: reference.encode(sample, tokenizer, template, ChatSettings(mask)), sample)
         assert result(fast, sample) == expected, sample
         assert found is None or result(lambda _, found=found: found, sample) == expected, sample
     return fast
 
 
-@pytest.mark.parametrize("mask", loss_mask.MASKS)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("template", [*BUNDLED, None])
 @pytest.mark.parametrize("name", MAKERS)
 def test_chats_are_the_same(
@@ -206,7 +207,7 @@ def test_chats_are_the_same(
     assert fast.description.endswith("chats rendered directly")
 
 
-@pytest.mark.parametrize("mask", loss_mask.MASKS)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_texts_and_token_ids_are_the_same(name: str, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     fast = assert_same(tokenizers[name], [*PLAINS, *FINISHED], mask=mask)
@@ -322,7 +323,7 @@ ODD_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("mask", loss_mask.MASKS)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("template", ODD_TEMPLATES.values(), ids=ODD_TEMPLATES)
 def test_odd_templates_are_the_same(
     template: str | None, mask: str, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
@@ -435,7 +436,7 @@ def test_fast_false_uses_transformers(tokenizers: dict[str, PreTrainedTokenizerB
     assert slow.description == "tokens and chats by transformers"
     assert result(slow, CHATS[0]) == result(Encoder(tokenizers["gpt2"]), CHATS[0])
     with pytest.raises(ValueError, match="mask 'user' is unknown"):
-        Encoder(tokenizers["gpt2"], mask="user")
+        Encoder(tokenizers["gpt2"], settings=ChatSettings("user"))
 
 
 def test_first_difference_finds_none(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:

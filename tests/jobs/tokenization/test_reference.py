@@ -8,6 +8,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from jobs.tokenization.chat_settings import ChatSettings
 from jobs.tokenization.chat_template import BUNDLED, template_source
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.reference import chat_messages, encode, ends_with_end_token
@@ -116,9 +117,9 @@ def test_a_chat_is_the_documented_text_and_its_answers_are_trained(
 @pytest.mark.parametrize("template", EVERY)
 def test_the_mask_policies(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     sample = Sample(turns=CHAT)
-    last = encode(sample, tokenizer, template, "last")
+    last = encode(sample, tokenizer, template, ChatSettings("last"))
     assert trained_texts(*last, tokenizer) == answers(template, "So long.")
-    ids, trained = encode(sample, tokenizer, template, "all")
+    ids, trained = encode(sample, tokenizer, template, ChatSettings("all"))
     assert all(trained)
     assert ids == last[0] == ids_of_transformers(sample, tokenizer, template)
 
@@ -128,10 +129,10 @@ def test_a_turns_own_flag_wins(template: str | None, tokenizer: PreTrainedTokeni
     no, yes = (Turn("assistant", "Hello!", train=flag) for flag in (False, True))
     untaught, taught = (Sample(turns=(CHAT[0], turn, *CHAT[2:])) for turn in (no, yes))
     assert trained_texts(*encode(untaught, tokenizer, template), tokenizer) == answers(template, "So long.")
-    assert trained_texts(*encode(taught, tokenizer, template, "last"), tokenizer) == answers(
+    assert trained_texts(*encode(taught, tokenizer, template, ChatSettings("last")), tokenizer) == answers(
         template, "Hello!", "So long."
     )
-    ids, trained = encode(untaught, tokenizer, template, "all")
+    ids, trained = encode(untaught, tokenizer, template, ChatSettings("all"))
     left_out = tokenizer.decode([token for token, yes in zip(ids, trained, strict=True) if not yes])
     assert [left_out] == answers(template, "Hello!")
 
@@ -139,9 +140,9 @@ def test_a_turns_own_flag_wins(template: str | None, tokenizer: PreTrainedTokeni
 @pytest.mark.parametrize("template", ["chatml", None])
 def test_a_flag_reaches_a_users_turn(template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     asked = Sample(turns=(Turn("user", "Hi", train=True), *CHAT[1:]))
-    ids, trained = encode(asked, tokenizer, template, "last")
-    assert [text.removeprefix("<s>") for text in trained_texts(ids, trained, tokenizer)] == [
-        "<|im_start|>user\nHi<|im_end|>\n",
+    ids, trained = encode(asked, tokenizer, template, ChatSettings("last"))
+    assert trained_texts(ids, trained, tokenizer) == [
+        "Hi<|im_end|>",
         "So long.<|im_end|>",
     ]
 
@@ -271,7 +272,7 @@ def test_only_the_completion_is_trained(trims: bool, tokenizer: PreTrainedTokeni
     ids, trained = encode(sample, tokenizer)
     assert tokenizer.decode(ids) == "The sky is blue.<|im_end|>"
     assert trained_texts(ids, trained, tokenizer) == [" blue.<|im_end|>"]
-    assert all(encode(sample, tokenizer, mask="all")[1])
+    assert all(encode(sample, tokenizer, settings=ChatSettings("all"))[1])
     ids, trained = encode(Sample(parts=((" yes", True), (" no", False))), tokenizer)
     assert trained_texts(ids, trained, tokenizer) == [" yes"]
     assert not ends_with_end_token(ids, trained, tokenizer)
@@ -333,9 +334,9 @@ def test_templates_may_rewrite_earlier_turns(tokenizer: PreTrainedTokenizerBase)
     last = "<think></think>So long.<|im_end|>"
     assert trained_texts(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == ["Hello!<|im_end|>", last]
     assert trained_texts(*encode(Sample(turns=CHAT[:2]), tokenizer), tokenizer) == ["<think></think>Hello!<|im_end|>"]
-    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer, mask="last"), tokenizer) == [last]
+    assert trained_texts(*encode(Sample(turns=CHAT), tokenizer, settings=ChatSettings("last")), tokenizer) == [last]
     taught = Sample(turns=(CHAT[0], Turn("assistant", "Hello!", train=True), *CHAT[2:]))
-    assert all(encode(taught, tokenizer, mask="all")[1])
+    assert all(encode(taught, tokenizer, settings=ChatSettings("all"))[1])
 
 
 def test_templates_that_rewrite_and_change_with_the_text_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -351,7 +352,7 @@ def test_marks_that_miss_a_turn_are_refused_only_where_it_matters(tokenizer: Pre
     tokenizer.chat_template = PLAIN.replace("{{ m.content }}", marked)
     assert trained_texts(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == ["So long."]
     with pytest.raises(ValueError, match="has 1 generation marks for 2 assistant turns"):
-        encode(Sample(turns=CHAT), tokenizer, mask="last")
+        encode(Sample(turns=CHAT), tokenizer, settings=ChatSettings("last"))
 
 
 LONE = (Turn("assistant", "Hello!"), *CHAT)
@@ -392,4 +393,4 @@ def test_a_template_of_another_family_is_refused() -> None:
 
 def test_an_unknown_mask_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="mask 'user' is unknown: use one of assistant, last, all"):
-        encode(Sample(turns=CHAT), tokenizer, mask="user")
+        encode(Sample(turns=CHAT), tokenizer, settings=ChatSettings("user"))

@@ -6,8 +6,10 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from jobs.tokenization.chat_settings import ChatSettings
 from jobs.tokenization.chat_template import end_tokens
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.encoder import Encoder
@@ -62,7 +64,7 @@ GEMMA4 = """{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role ==
 {% if loop.last and m.reasoning_content %}<|channel>thought
 {{ m.reasoning_content }}
 <channel|>{% endif %}{% for call in m.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}
-{{- call.function.arguments }}<tool_call|>{% endfor %}{{ m.content | trim }}<turn|>
+{{- call.function.arguments | tojson }}<tool_call|>{% endfor %}{{ m.content | trim }}<turn|>
 {% endfor %}{% if add_generation_prompt %}<|turn>model
 {% endif %}"""
 NEMOTRON = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -134,25 +136,42 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     return {family: tokenizer_for(family) for family in TEMPLATES}
 
 
-def trained(sample, tokenizer, mask="assistant"):
-    """The text of each unbroken run of trained tokens. Checks the ids, and that both ways give the same."""
-    ids, marks = encode(sample, tokenizer, mask=mask)
-    assert (
-        ids == tokenizer.apply_chat_template(chat_messages(sample), tools=sample.tools, return_dict=True)["input_ids"]
-    )
-    [fast] = Encoder(tokenizer, mask=mask).encode_fast([sample])
+def trained(sample, tokenizer, mask="assistant", *, raw=None, **settings: Any):
+    """The text of each unbroken run of trained tokens. Checks the ids, and that both ways give the same.
+
+    raw: the messages for `apply_chat_template`, if they are not those of the sample.
+    """
+    settings = ChatSettings(mask, **settings)
+    ids, marks = encode(sample, tokenizer, settings=settings)
+    variables = {**settings.template_kwargs, **(sample.template_kwargs or {})}
+    messages = chat_messages(sample) if raw is None else raw
+    variables |= {"tools": sample.tools, "documents": sample.documents}
+    if any(message.get("content", "") is None for message in messages):  # `apply_chat_template` would leave them out
+        variables |= tokenizer.special_tokens_map
+        text = render_jinja_template([messages], chat_template=tokenizer.chat_template, **variables)[0][0]
+        expected = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        expected = tokenizer.apply_chat_template(messages, return_dict=True, **variables)["input_ids"]
+    last = sample.turns[-1]
+    if settings.end_of_turn and ids != expected:
+        expected += tokenizer.encode(settings.end_of_turn[0], add_special_tokens=False)
+    elif "[gMASK]" in tokenizer.get_vocab() and last.role == "assistant" and ids != expected:
+        end = "<|observation|>" if last.tool_calls else "<|user|>"
+        expected += tokenizer.encode(end, add_special_tokens=False)
+    assert ids == expected
+    [fast] = Encoder(tokenizer, settings=settings).encode_fast([sample])
     assert fast is not None, "the fast way must not need the slow one"
     assert (fast[0].tolist(), fast[1].tolist()) == (ids, marks)
     runs = groupby(zip(ids, marks, strict=True), key=lambda item: item[1])
     return [tokenizer.decode([token for token, _ in run]) for yes, run in runs if yes]
 
 
-def error(sample, tokenizer, mask="assistant"):
+def error(sample, tokenizer, mask="assistant", **settings: Any):
     """The error of both ways, which must be the same."""
     with pytest.raises(ValueError) as slow:
-        encode(sample, tokenizer, mask=mask)
+        encode(sample, tokenizer, settings=ChatSettings(mask, **settings))
     with pytest.raises(ValueError) as fast:
-        Encoder(tokenizer, mask=mask)(sample)
+        Encoder(tokenizer, settings=ChatSettings(mask, **settings))(sample)
     assert str(fast.value) == str(slow.value)
     return str(slow.value)
 
@@ -185,7 +204,7 @@ CHATS = {
     "qwen3.6": ["Hello!<|im_end|>", "\n</think>\n\nSo long.<|im_end|>"],
     "r1": ["Hello!<｜end▁of▁sentence｜>", "So long.<｜end▁of▁sentence｜>"],
     "gpt-oss": ["<|channel|>final<|message|>Hello!<|end|>", "<|channel|>final<|message|>So long.<|return|>"],
-    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think></think>\nSo long."],
+    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think></think>\nSo long.<|user|>"],
     "gemma4": ["Hello!<turn|>", "So long.<turn|>"],
     "nemotron": ["</think>Hello!<|im_end|>", "</think>So long.<|im_end|>"],
     "phi3": ["Hello!<|end|>", "So long.<|end|>"],
@@ -204,7 +223,7 @@ def test_answers_are_trained_with_their_end(
     assert trained(Sample(turns=(*head, *CHAT)), tokenizer) == [first, last]
     assert trained(Sample(turns=(*head, *CHAT)), tokenizer, "last") == [last]
     assert trained(Sample(turns=(*head, HI, CHAT[3])), tokenizer) == [last]
-    assert ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer) == (family != "glm")
+    assert ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize("family", CHATS)
@@ -216,7 +235,7 @@ def test_a_turns_flag_wins(family: str, tokenizers: dict[str, PreTrainedTokenize
     assert trained(taught, tokenizer, "last") == [first, last]
     before, after = trained(untaught, tokenizer, "all")
     whole = tokenizer.apply_chat_template(chat_messages(untaught), tokenize=False)
-    assert before + first + after == whole
+    assert before + first + after == whole + ("<|user|>" if family == "glm" else "")
 
 
 THOUGHT_TEXTS = {
@@ -227,7 +246,7 @@ THOUGHT_TEXTS = {
         "<|channel|>final<|message|>Hello!<|end|>",
         "<|channel|>analysis<|message|>Part.<|end|><|start|>assistant<|channel|>final<|message|>So long.<|return|>",
     ],
-    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think>Part.</think>\nSo long."],
+    "glm": ["\n<think></think>\nHello!<|user|>", "\n<think>Part.</think>\nSo long.<|user|>"],
     "gemma4": ["Hello!<turn|>", "<|channel>thought\nPart.\n<channel|>So long.<turn|>"],
     "nemotron": ["</think>Hello!<|im_end|>", "Part.\n</think>So long.<|im_end|>"],
 }
@@ -259,9 +278,9 @@ CALL_TEXTS = {
     ],
     "glm": [
         "\n<think></think>\n<tool_call>add\n<arg_key>a</arg_key><arg_value>one</arg_value></tool_call><|observation|>",
-        "\n<think></think>\nTwo.",
+        "\n<think></think>\nTwo.<|user|>",
     ],
-    "gemma4": ["<|tool_call>call:add{'a': 'one'}<tool_call|><turn|>", "Two.<turn|>"],
+    "gemma4": ['<|tool_call>call:add{"a": "one"}<tool_call|><turn|>', "Two.<turn|>"],
     "nemotron": [f"</think><tool_call>{CALL}</tool_call><|im_end|>", "</think>Two.<|im_end|>"],
     "llama": ['{"name": "add", "parameters": {"a": "one"}}<|eot_id|>', "Two.<|eot_id|>"],
 }
@@ -407,3 +426,106 @@ def test_many_turns_take_linear_time(tokenizers: dict[str, PreTrainedTokenizerBa
         [found] = encoder.encode_fast([Sample(turns=CHAT * 200)])
         assert time.process_time() - begin < 1
         assert found is not None
+
+
+TOOL_CHAT = (SYSTEM, *CALLS)
+ENDS = {
+    ("assistant",): {
+        "turn": ["{call}<|im_end|>", "Two.<|im_end|>"],
+        "all": ["<|im_end|>", "<|im_end|>", "{call}<|im_end|>", "<|im_end|>", "Two.<|im_end|>"],
+        "last": ["{call}", "Two.<|im_end|>"],
+        "none": ["{call}", "Two."],
+    },
+    ("assistant", "tool"): {
+        "turn": ["{call}<|im_end|>", "2<|im_end|>", "Two.<|im_end|>"],
+        "none": ["{call}", "2", "Two."],
+    },
+    ("user", "system"): {"turn": ["Be kind.<|im_end|>", "1+1?<|im_end|>"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("roles", "ends", "expected"),
+    [(roles, ends, texts) for roles, by_ends in ENDS.items() for ends, texts in by_ends.items()],
+)
+def test_roles_and_ends(
+    roles: tuple[str, ...], ends: str, expected: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    """Axolotl's roles_to_train and train_on_eos, with and without generation marks in the template."""
+    call = f"<tool_call>{CALL}</tool_call>"
+    plain = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}",
+    )
+    body = plain[plain.index("{{ m.content }}") : plain.index("<|im_end|>")]
+    marks = "{% if m.role == 'assistant' %}{% generation %}" + body + "<|im_end|>{% endgeneration %}{% else %}"
+    for template in (plain, plain.replace(body + "<|im_end|>", marks + body + "<|im_end|>{% endif %}")):
+        tokenizer = tokenizer_for("chatml")
+        tokenizer.chat_template = template
+        texts = trained(Sample(turns=TOOL_CHAT), tokenizer, train_on=roles, train_on_end=ends)
+        assert texts == [text.replace("{call}", call) for text in expected]
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_ends_of_every_family(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer, (first, last) = tokenizers[family], CHATS[family]
+    stems = [
+        max((text.removesuffix(end) for end in end_tokens(tokenizer)), key=lambda t: -len(t)) for text in (first, last)
+    ]
+    assert trained(Sample(turns=CHAT), tokenizer, train_on_end="none") == stems
+    assert trained(Sample(turns=CHAT), tokenizer, train_on_end="last") == [stems[0], last]
+    assert trained(Sample(turns=CHAT), tokenizer, "last", train_on_end="turn") == [last]
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3", "llama"])
+def test_parts_of_a_turn(family: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Axolotl's train_detail: only the named characters, and the end of the turn."""
+    tokenizer, end = tokenizers[family], CHATS[family][0].removeprefix("Hello!")
+    turn = Turn("assistant", "Hello, old friend!", train_detail=((0, 5, True), (5, 10, False), (10, 18, True)))
+    assert trained(Sample(turns=(HI, turn, *CHAT[2:])), tokenizer) == ["Hello", " friend!" + end, CHATS[family][1]]
+    assert trained(Sample(turns=(HI, turn)), tokenizer, train_on_end="none") == ["Hello", " friend!"]
+    whole = trained(Sample(turns=(HI, turn)), tokenizer, "all")
+    assert whole[-2].endswith("Hello")
+    assert whole[-1].startswith(" friend!")
+
+
+def test_end_of_turn_names_the_token(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """For templates whose end tokens nobody knows, and for those that write none behind the last answer."""
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<tool_call>")
+    assert not ends_with_end_token(*encode(Sample(turns=CHAT), tokenizer), tokenizer)
+    assert trained(Sample(turns=CHAT), tokenizer, end_of_turn=("<tool_call>",)) == [
+        "Hello!<tool_call>",
+        "So long.<tool_call>",
+    ]
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "{% if not loop.last %}<tool_call>{% endif %}")
+    assert trained(Sample(turns=CHAT), tokenizer, end_of_turn=("<tool_call>",)) == [
+        "Hello!<tool_call>",
+        "So long.<tool_call>",
+    ]
+    assert end_tokens(tokenizer, ("<tool_call>",)) == tuple({tokenizer.eos_token, "<tool_call>"})
+
+
+@pytest.mark.parametrize("answer", ["Hello!", "  Hello!\n", " ", "\n x"], ids=repr)
+def test_blanks_that_a_token_takes_are_not_the_tokens(answer: str) -> None:
+    """Phi-4's <|im_sep|> takes the blanks behind it, and some end tokens those before."""
+    tokenizer = tokenizer_for("chatml")
+    greedy = [AddedToken("<sep>", rstrip=True, special=True), AddedToken("<stop>", lstrip=True, special=True)]
+    tokenizer.add_special_tokens({"additional_special_tokens": greedy}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}<sep>{{ m.content }}<stop>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant<sep>{% endif %}"
+    )
+    sample = Sample(turns=(Turn("user", "Hi "), Turn("assistant", answer)) * 2)
+    assert trained(sample, tokenizer, end_of_turn=("<stop>",)) == [f"{answer.strip()}<stop>"] * 2
+
+
+def test_a_call_without_an_end_token_ends_where_the_results_begin() -> None:
+    """As in DeepSeek R1's template: the result follows the call at once."""
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% for c in m.tool_calls or [] %}"
+        "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% if not m.tool_calls %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert trained(Sample(turns=CALLS), tokenizer) == [f"<tool_call>{CALL}</tool_call>", "Two.<|im_end|>"]
