@@ -118,7 +118,7 @@ def _check_splits(findings: Findings, chosen: Chosen, description: dict[str, Any
         if split == VALIDATION and HELD_OUT not in names and not fraction:
             log.info("held out  nothing, because data.validation_fraction=0: there will be no held-out loss")
             continue
-        if split == TRAIN and not chosen.compared and len(chosen.validation) and HELD_OUT not in description["sets"]:
+        if split == TRAIN and chosen.all_held_out:
             count = len(chosen.validation)
             rows = "the only row" if count == 1 else f"all {count:,} samples (they are equal, or parts of one row)"
             message = (

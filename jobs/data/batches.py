@@ -78,6 +78,11 @@ def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int |
     return Rows(samples, chosen, packs, row_lengths, row_labels)
 
 
+def unpacked(rows: Rows) -> Rows:
+    """Rows of the same samples, one in each."""
+    return make_rows(rows.samples, rows.chosen)
+
+
 def training_order(rows: Rows, config: Config, hidden_factor: float) -> RowSampler:
     """The order of rows that data.order asks for. It depends on rows, seed and global batch, never on the ranks."""
     name = config.data.order.name

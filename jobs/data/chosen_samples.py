@@ -28,11 +28,13 @@ class Chosen:
     overlap: SampleNumbers
     """Samples of the held-out set that are trained on."""
     compared: int
-    """Training samples among which duplicates were looked for."""
+    """Samples among which duplicates were looked for."""
+    all_held_out: bool
+    """Whether validation takes all samples, because they are equal or parts of one row."""
 
 
 def choose(training: Mapping[str, TokenizedSet], held_out: TokenizedSet | None, data: Data) -> Chosen:
-    """The samples of each split. If all training samples are equal and some are held out, none is left to train on."""
+    """The samples of each split."""
     folders = [item.folder for item in training.values()]
     hashes, origins = ([token_dataset.load_hashes(path, kind) for path in folders] for kind in ("hashes", "origins"))
     first = [0, *accumulate(map(len, hashes))]
@@ -44,11 +46,12 @@ def choose(training: Mapping[str, TokenizedSet], held_out: TokenizedSet | None, 
     else:
         train, validation = splits.split_held_out(sets, data.validation_fraction, data.seed)
 
-    kept, duplicates = splits.split_duplicates(train, sets.hashes)
-    compared = len(train)
+    all_held_out = held_out is None and len(validation) > 0 and not len(train)
+    compared = validation if all_held_out else train
+    kept, duplicates = splits.split_duplicates(compared, sets.hashes)
     if data.drop_duplicates:
         log.info(f"dropped   {len(duplicates):,} samples that are equal to an earlier one")
-        train, duplicates = kept, none
+        train, duplicates = train if all_held_out else kept, none
     overlap = none if held_out is None else splits.find_overlap(held_out_hashes, sets.hashes[train])
     train = splits.apply_weights(train, sets, datasets.training(data), data.seed)
-    return Chosen(train, validation, duplicates, overlap, compared)
+    return Chosen(train, validation, duplicates, overlap, len(compared), all_held_out)

@@ -277,3 +277,18 @@ def test_weights_that_leave_no_row_are_named_with_their_remedy(compose, tmp_path
         preprocess.run(compose(*words, "+data.sets.a.weight=0.01"))
     preprocess.run(compose(*words, "+data.sets.a.num_samples=1"))
     assert sizes(tmp_path / "run/data") == [1, 1]
+
+
+def test_the_end_of_a_turn_that_no_known_token_ends_is_named(refused, run, tmp_path: Path) -> None:
+    template = tmp_path / "hash.jinja"
+    turns = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}<|stop|>{% endfor %}"
+    template.write_text(turns + "{% if add_generation_prompt %}assistant:\n{% endif %}")
+    chats = [{"messages": [{"role": "user", "content": f"Say {n}."}, CHAT[1]]} for n in range(20)]
+    words = [f"data.chat_template={template}", "data.special_tokens=['<|stop|>']"]
+    message = refused(chats, *words)
+    assert "data.gates.endless=0.05: 20 of 20 rows do not end with an end-of-turn or end-of-text token" in message
+    assert "name the tokens that end a turn of this chat template in data.end_of_turn" in message
+    assert "'i 😀.<|stop|>'" in message, "the last tokens of the rows"
+    folder = run(chats, *words, "data.end_of_turn=['<|stop|>']")
+    trained = [record["text"][begin:end] for record in preview(folder) for begin, end, flag in record["spans"] if flag]
+    assert trained == ["Hi 😀.<|stop|>"] * 20

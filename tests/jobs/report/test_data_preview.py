@@ -106,15 +106,16 @@ def data_json(rows, sizes, validation=None):
             "tokens": int(one.lengths.sum()),
             "trained_tokens": int(one.label_counts.sum()),
         }
-        for name, one in (("train", rows), ("validation", validation or rows))
+        for name, one in (("train", rows), ("validation", rows if validation is None else validation))
     }
     return {"sets": sets, "splits": {"train": list(sizes), "validation": list(sizes)}, **totals}
 
 
 def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_length=512, packed=False, **more):
+    validation = rows if validation is None else validation
     return data_preview.render_html(
         data_json(rows, sizes or {"facts": len(rows.samples)}, validation),
-        {"train": rows, "validation": validation or rows},
+        {"train": rows, "validation": validation},
         {"train": location, "validation": location},
         tokenizer,
         max_length=max_length,
