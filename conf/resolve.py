@@ -112,7 +112,7 @@ def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
 
 
 def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
-    """Keys that the schema does not have, and values that are not the list they must be.
+    """Keys that the schema does not have, and values that are not the list or dictionary they must be.
 
     OmegaConf's errors do not name the keys of these, and it takes a list inside a list for an item of any type.
     """
@@ -125,6 +125,8 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
             problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
         elif value is not None and str(hints[name]).startswith("list") and not _is_list(value, hints[name]):
             problems.append(Problem(key, value, f"must be {describe_list(hints[name])}"))
+        elif value is not None and str(hints[name]).startswith("dict") and not isinstance(value, dict):
+            problems.append(Problem(key, value, "must be a dictionary, for example {name: value}"))
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")

@@ -20,7 +20,7 @@ MOST_SAMPLES = 1000
 """Samples of such a set that are written at most: its rows can be split into many."""
 FIRST, RANDOM = 8, {"train": 8, "validation": 4}
 """Samples of a larger set that are written."""
-SAMPLE_CHARACTERS, ALL_CHARACTERS, LATER_CHARACTERS = 1_000_000, 16_000_000, 10_000
+SAMPLE_CHARACTERS, ALL_CHARACTERS, LATER_CHARACTERS = 1_000_000, 4_000_000, 10_000
 """Longest text of a sample. Once all texts together are longer than ALL_CHARACTERS, the rest get LATER_CHARACTERS each."""
 PREFIX_TOKENS = 5_000_000
 """Tokens that are decoded at most to place the borders of a sample whose parts, decoded one by one, do not give its text."""

@@ -2,8 +2,6 @@
 
 from typing import TextIO
 
-from rich.console import Console
-
 GREEN, RESET = "\033[32m", "\033[0m"
 
 
@@ -12,5 +10,9 @@ def supports_color(stream: TextIO) -> bool:
 
     A job's log is a file, so it never has color codes, and no other terminal that shows it later must understand them.
     """
+    if not stream.isatty():
+        return False
+    from rich.console import Console  # takes time, and a job needs it only in a terminal
+
     console = Console(file=stream)
-    return stream.isatty() and console.color_system is not None and not console.no_color
+    return console.color_system is not None and not console.no_color
