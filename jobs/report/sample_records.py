@@ -22,8 +22,9 @@ FIRST, RANDOM = 8, {"train": 8, "validation": 4}
 """Samples of a larger set that are written."""
 SAMPLE_CHARACTERS, ALL_CHARACTERS, LATER_CHARACTERS = 1_000_000, 4_000_000, 10_000
 """Longest text of a sample. Once all texts together are longer than ALL_CHARACTERS, the rest get LATER_CHARACTERS each."""
-PREFIX_TOKENS = 5_000_000
-"""Tokens that are decoded at most to place the borders of a sample whose parts, decoded one by one, do not give its text."""
+PREFIX_TOKENS = 200_000
+"""Tokens that are decoded at most to place the borders of a sample that has a border inside a character. If that is not enough,
+its text is put together from single tokens, which can differ where bytes belong to no character."""
 ESCAPED = re.compile("[\\x85\u2028\u2029\ud800-\udfff]")
 """Characters that some programs take for line ends, and those of file names that are not UTF-8."""
 BYTES_OF_CHARACTER = 4
@@ -132,15 +133,32 @@ def text_and_spans(decoder: Decoder, ids: NDArray[np.int32], trained: NDArray[np
         if BYTES_OF_CHARACTER * len(runs) * len(tokens) <= PREFIX_TOKENS:
             ends = [*accumulate((_border(decoder, tokens[:end], text) for _, end in runs[:-1]), max), len(text)]
         else:
-            text = "".join(pieces)
+            return _from_groups(decoder, tokens, trained.tolist())
     spans: list[Span] = []
     for (begin, _), start, end in zip(runs, [0, *ends], ends, strict=False):
-        flag = bool(trained[begin])
-        if spans and spans[-1][2] == flag:
-            spans[-1] = (spans[-1][0], end, flag)
-        elif start < end:
-            spans.append((start, end, flag))
+        _extend(spans, start, end, bool(trained[begin]))
     return text, spans
+
+
+def _extend(spans: list[Span], start: int, end: int, flag: bool) -> None:
+    """Add a span; it becomes part of the last one if that has the same flag."""
+    if start < end:
+        if spans and spans[-1][2] == flag:
+            start = spans.pop()[0]
+        spans.append((start, end, flag))
+
+
+def _from_groups(decoder: Decoder, tokens: list[int], trained: list[int]) -> tuple[str, list[Span]]:
+    """Text and spans from single tokens, and from the few tokens that make up one character."""
+    pieces: list[str] = []
+    spans: list[Span] = []
+    token = length = 0
+    for ids, text in decoder.groups(tokens):
+        pieces.append(decoder.plain(ids) if text.startswith("[") else text)  # a token without text is shown as [its id]
+        token += len(ids)
+        _extend(spans, length, length + len(pieces[-1]), bool(trained[token - 1]))
+        length += len(pieces[-1])
+    return "".join(pieces), spans
 
 
 def _border(decoder: Decoder, tokens: list[int], text: str) -> int:

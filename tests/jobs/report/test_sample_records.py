@@ -67,6 +67,16 @@ def test_a_character_of_several_tokens_belongs_to_the_span_of_its_last_token(tok
     assert check(tokenizer, [*smile, *letters], [1, *[0] * (len(smile) - 1 + len(letters))]) == [("😀ab", False)]
 
 
+def test_a_long_sample_with_borders_inside_characters_keeps_them_whole(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("one 😀 two [日本] <|im_end|>\n" * 40, add_special_tokens=False)
+    trained = [number // 7 % 2 for number in range(len(ids))]
+    exact = check(tokenizer, ids, trained)
+    monkeypatch.setattr(sample_records, "PREFIX_TOKENS", 0)
+    assert check(tokenizer, ids, trained) == exact
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_tokens_in_any_mask_give_the_decoded_text(tokenizer, seed: int) -> None:
     random = np.random.default_rng(seed)
