@@ -1,5 +1,6 @@
 """Opens one split of the preprocessed data as training rows, and makes padded batches of them."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,9 @@ def load_split(folder: Path, split: str, pack_into: int | None = None) -> Rows:
                 Problem(
                     "data",
                     path,
-                    f"tokens at {path.resolve()} were deleted: delete {folder}, then use muster resume {folder.parent}",
+                    f"tokens at {path.resolve()} were deleted. To preprocess again: "
+                    f"rm -r {shlex.quote(str(folder))} {shlex.quote(str(folder.parent / 'jobs/preprocess'))}, "
+                    f"then muster resume {shlex.quote(str(folder.parent))}",
                 )
             )
     return make_rows(token_dataset.open_sets(sets), np.load(folder / f"{split}.npy"), pack_into)

@@ -88,18 +88,14 @@ def require_same(stored: Config, requested: Config) -> None:
 
 
 def completed_jobs(config: Config) -> set[str]:
-    """Names of the jobs whose newest attempt completed with exactly this config. They need not run again.
-
-    Preprocess runs again if RUN/data was deleted: that is the remedy when the tokens in the cache are gone.
-    """
-    jobs, data = Path(config.run_dir) / "jobs", Path(config.run_dir) / "data/data.json"
+    """Names of the jobs whose newest attempt completed with exactly this config. They need not run again."""
+    jobs = Path(config.run_dir) / "jobs"
     verdicts = {name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir()}
     digest = resolve.digest(config)
     return {
         name
         for name, verdict in verdicts.items()
         if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
-        if name != "preprocess" or data.exists()
     }
 
 

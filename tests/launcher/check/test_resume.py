@@ -1,13 +1,11 @@
 """launcher/check/resume.py: what a resumed run keeps, what may change, and which of its jobs are done."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from conf import resolve
 from conf.errors import RunError
-from conf.files import write_json
 from conf.schema import Config
 from launcher.check import resume
 from launcher.check.command_line import groups
@@ -164,8 +162,6 @@ def end(config: Config, job: str, status: str, *, digest: str | None = None) -> 
         number = int(attempt.begin(folder)[0]["MUSTER_ATTEMPT"])
     attempt.record_end(folder, number, 0, status)
     attempt.finish(folder, number, 0, 1)
-    if job == "preprocess" and status == "completed":
-        write_json(Path(config.run_dir) / "data/data.json", {})
 
 
 @pytest.mark.parametrize(
@@ -193,13 +189,6 @@ def test_a_job_whose_newest_attempt_is_running_is_not_done(compose: Compose, tmp
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
     attempt.begin(tmp_path / "jobs/preprocess")
-    assert resume.completed_jobs(config) == set()
-
-
-def test_preprocess_runs_again_if_its_data_was_deleted(compose: Compose, tmp_path: Path) -> None:
-    config = put(compose(*BASE), {"run_dir": str(tmp_path)})
-    end(config, "preprocess", "completed")
-    shutil.rmtree(tmp_path / "data")
     assert resume.completed_jobs(config) == set()
 
 
