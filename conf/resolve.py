@@ -112,7 +112,10 @@ def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
 
 
 def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem]:
-    """Keys that the schema does not have, and dictionaries in place of a list. OmegaConf's errors do not name their keys."""
+    """Keys that the schema does not have, and values that are not the list or dictionary they must be.
+
+    OmegaConf's errors do not name the keys of these, and it takes a list inside a list for an item of any type.
+    """
     problems = []
     hints = get_type_hints(schema)
     named = {item.name: item.metadata["section"] for item in fields(schema) if "section" in item.metadata}
@@ -120,14 +123,36 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
         key = prefix + name
         if name not in hints:
             problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
-        elif isinstance(value, dict) and str(hints[name]).startswith("list"):
-            problems.append(Problem(key, value, "must be a list, for example [a,b]"))
+        elif value is not None and str(hints[name]).startswith("list") and not _is_list(value, hints[name]):
+            problems.append(Problem(key, value, f"must be {describe_list(hints[name])}"))
+        elif value is not None and str(hints[name]).startswith("dict") and not isinstance(value, dict):
+            problems.append(Problem(key, value, "must be a dictionary, for example {name: value}"))
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
         elif (section := _section(hints[name])) and value is not None:
             problems += _schema_problems(value, section, f"{key}.")
     return problems
+
+
+def _is_list(value: Any, hint: Any) -> bool:
+    """Whether a value is a list, and its items are plain values, or names of the enumeration in `hint`."""
+    (item_type,) = get_args(hint)
+    if not isinstance(value, list) or any(isinstance(item, list | dict) for item in value):
+        return False
+    names = getattr(item_type, "__members__", None)
+    return names is None or all(isinstance(item, Enum) or item in names for item in value)
+
+
+def describe_list(hint: Any) -> str:
+    """A type of list in plain words, with the values that exist if they are fixed: `a list, for example [a,b]`."""
+    (item,) = get_args(hint) or (str,)
+    if isinstance(item, type) and issubclass(item, Enum):
+        names = list(item.__members__)
+        return f"a list of {', '.join(names[:-1])} or {names[-1]}, for example [{','.join(names[-2:])}]"
+    if item is int:
+        return "a list of whole numbers, for example [0,1]"
+    return "a list, for example [a,b]"
 
 
 def _entry_problems(entry: Any, section: type, key: str) -> list[Problem]:

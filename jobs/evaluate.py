@@ -17,9 +17,17 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, number of tokens, and the model."""
-    model = load(config)
+    """Write RUN/evaluate.json: mean loss over the held-out tokens, perplexity, number of tokens, and the model.
+
+    If nothing is held out (data.validation_fraction=0), loss and perplexity are null.
+    """
     rows = batches.load_split(Path(config.run_dir) / "data", "validation")
+    if not len(rows):
+        nothing = {"loss": None, "perplexity": None, "tokens": 0, "model": describe(config)}
+        write_json(Path(config.run_dir) / "evaluate.json", nothing)
+        log.info("no rows are held out (data.validation_fraction=0), so there is no held-out loss")
+        return
+    model = load(config)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=model.device)
     pad = load_tokenizer(config).pad_token_id
     sums = loss.evaluate(model, rows, micro_batch_limit(config), pad, world)

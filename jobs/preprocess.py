@@ -3,10 +3,10 @@
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from conf import datasets
 from conf.choices import Overlong
 from conf.errors import DataError, Problem
 from conf.files import new_folder, read_json, write_json, write_text
+from conf.plural import plural
 from conf.schema import Config
-from jobs.data import batches, quality_gates, splits, token_dataset, tokenized_set
-from jobs.data.quality_gates import Findings
+from jobs.data import batches, chosen_samples, quality_gates, token_dataset, tokenized_set
+from jobs.data.chosen_samples import Chosen
+from jobs.data.quality_gates import ROWS_PER_REASON, Findings
 from jobs.data.splits import SampleNumbers
 from jobs.data.tokenized_set import TokenizedSet
-from jobs.report import data_preview
+from jobs.report import data_preview, sample_records, terminal
+from jobs.report.sample_records import FoundRow, SetSamples
+from jobs.report.token_view import Decoder
 from jobs.tokenization.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -30,6 +34,9 @@ log = logging.getLogger(__name__)
 TRAIN, VALIDATION = "train", "validation"
 HELD_OUT = "held out"
 """Name of the set at `data.validation_path`. No training set can have this name."""
+
+MOST_PARTS = 20
+"""Parts of a split row that the preview shows at most."""
 
 Sets = Mapping[str, TokenizedSet]
 
@@ -53,65 +60,41 @@ def run(config: Config) -> None:
     set_names = {TRAIN: list(training), VALIDATION: list(held_out or training)}
 
     findings = _collect_findings(sets)
-    chosen = choose_samples(training, held_out, config, findings)
+    chosen = chosen_samples.choose(training, held_out.get(HELD_OUT), config.data)
+    for gate, numbers, where, checked in (
+        ("duplicates", chosen.duplicates, training, chosen.compared),
+        ("overlap", chosen.overlap, held_out, len(chosen.validation)),
+    ):
+        locations = [_location(where.values(), number) for number in numbers[:ROWS_PER_REASON].tolist()]
+        findings.add_many(gate, locations, len(numbers), checked=checked)
     training_tokens = token_dataset.open_sets([item.folder for item in training.values()])
     held_out_tokens = (
         token_dataset.open_sets([item.folder for item in held_out.values()]) if held_out else training_tokens
     )
     pack_into = config.data.max_length if config.data.packing else None
     rows = {
-        TRAIN: batches.make_rows(training_tokens, chosen[TRAIN], pack_into),
-        VALIDATION: batches.make_rows(held_out_tokens, chosen[VALIDATION]),
+        TRAIN: batches.make_rows(training_tokens, chosen.train, pack_into),
+        VALIDATION: batches.make_rows(held_out_tokens, chosen.validation),
     }
     description = _describe(sets, set_names, rows)
     verdicts = _apply_gates(findings, description, config)
-    _write(folder, sets, description, rows, tokenizer, verdicts, config)
-
-
-def choose_samples(training: Sets, held_out: Sets, config: Config, findings: Findings) -> dict[str, SampleNumbers]:
-    """The sample numbers of each split. Adds duplicates and overlap to `findings`."""
-    folders = [item.folder for item in training.values()]
-    hashes, origins = ([token_dataset.load_hashes(path, kind) for path in folders] for kind in ("hashes", "origins"))
-    first = [0, *accumulate(map(len, hashes))]
-    sets = splits.TrainingSets(np.concatenate(hashes), np.concatenate(origins), first)
-    if held_out:
-        held_out_hashes = token_dataset.load_hashes(held_out[HELD_OUT].folder)
-        train, validation = np.arange(len(sets.hashes)), np.arange(len(held_out_hashes))
-    else:
-        train, validation = splits.split_held_out(sets, config.data.validation_fraction, config.data.seed)
-
-    kept, duplicates = splits.split_duplicates(train, sets.hashes)
-    if config.data.drop_duplicates:
-        train = kept
-        log.info(f"dropped   {len(duplicates):,} samples that are equal to an earlier one")
-    else:
-        locations = _locations(training.values(), duplicates)
-        findings.add_many("duplicates", locations, len(duplicates), checked=len(train))
-    if held_out:
-        overlap = splits.find_overlap(held_out_hashes, sets.hashes[train])
-        locations = _locations(held_out.values(), overlap)
-        findings.add_many("overlap", locations, len(overlap), checked=len(validation))
-
-    train = splits.apply_weights(train, sets, datasets.training(config.data), config.data.seed)
-    return {TRAIN: train, VALIDATION: validation}
+    _check_splits(findings, chosen, description, config)
+    previewed = _previewed_sets(sets, set_names, rows, chosen)
+    _write(folder, sets, description, rows, tokenizer, verdicts, previewed, config)
 
 
 def _collect_findings(sets: Sets) -> Findings:
     """What the gates found when the sets were built, with the locations under this run's paths."""
     findings = Findings()
     for item in sets.values():
-        saved = Findings(**item.description["findings"])
-        first = {
-            gate: [(item.localize(location), detail) for location, detail in rows] for gate, rows in saved.first.items()
-        }
-        findings.merge(Findings(saved.counts, first))
+        findings.merge(Findings.from_json(item.description["findings"]).with_locations(item.localize))
     return findings
 
 
 def _apply_gates(findings: Findings, description: dict[str, Any], config: Config) -> list[quality_gates.Verdict]:
     """The verdicts of the gates; those that do not stop the run are logged as warnings.
 
-    Raises DataError with all verdicts that stop the run, or if a split has no samples.
+    Raises DataError with all verdicts that stop the run.
     """
     rows = sum(item["rows"] for item in description["sets"].values())
     limits = config.data.gates
@@ -123,23 +106,84 @@ def _apply_gates(findings: Findings, description: dict[str, Any], config: Config
             log.warning(f"{verdict}")
     if problems := [verdict.problem for verdict in verdicts if verdict.stops]:
         raise DataError(*problems)
-    for split in description["splits"]:
-        if not description[split]["samples"]:
-            counts = (f", {count:,} {quality_gates.MEANINGS[gate]}" for gate, count in findings.counts.items())
-            raise DataError(
-                Problem(
-                    "data.path",
-                    ", ".join(item["source"] for item in description["sets"].values()),
-                    f"leaves no samples for {split}: {rows:,} rows{''.join(counts)}; see data.max_length, data.overlong, "
-                    "data.validation_fraction and the weights of data.sets",
-                )
-            )
     return verdicts
 
 
-def _locations(sets: Iterable[TokenizedSet], numbers: SampleNumbers) -> list[str]:
-    """Locations of the first few of these samples, as many as a message lists."""
-    return [_location(sets, number) for number in numbers[: quality_gates.MAX_LISTED].tolist()]
+def _check_splits(findings: Findings, chosen: Chosen, description: dict[str, Any], config: Config) -> None:
+    """Raise DataError if a split has no samples, unless nothing is to be held out."""
+    fraction = config.data.validation_fraction
+    for split, names in description["splits"].items():
+        if description[split]["samples"]:
+            continue
+        if split == VALIDATION and HELD_OUT not in names and not fraction:
+            log.info("held out  nothing, because data.validation_fraction=0: there will be no held-out loss")
+            continue
+        if split == TRAIN and chosen.all_held_out:
+            count = len(chosen.validation)
+            rows = "the only row" if count == 1 else f"all {count:,} samples (they are equal, or parts of one row)"
+            message = (
+                f"holds out {rows}, so none is left to train on. Use data.validation_fraction=0 to hold out nothing"
+            )
+            raise DataError(Problem("data.validation_fraction", fraction, message))
+        raise DataError(_no_samples(split, {name: description["sets"][name] for name in names}, findings, config))
+
+
+def _no_samples(split: str, sets: dict[str, dict[str, Any]], findings: Findings, config: Config) -> Problem:
+    """Why no row of these sets is in a split. sets: their entries in data.json."""
+    source, rows = ", ".join(item["source"] for item in sets.values()), sum(item["rows"] for item in sets.values())
+    key = "data.validation_path" if HELD_OUT in sets else "data.path" if config.data.path else "data.sets"
+    if any(item["samples"] for item in sets.values()):
+        reason = "data.sets.NAME.weight rounds to no row of any set: raise it, or set data.sets.NAME.num_samples"
+    else:
+        found = [f"{count:,} {quality_gates.MEANINGS[gate]}" for gate, count in findings.counts.items()]
+        reason = f"no row can be used ({', '.join(found)}): fix the rows"
+        if "overlong" in findings.counts:
+            reason += ", or raise data.max_length, or use data.overlong=truncate or data.overlong=split"
+    return Problem(key, source, f"leaves no samples for {split} of {plural(rows, 'row')}: {reason}")
+
+
+def _previewed_sets(
+    sets: Sets, set_names: dict[str, list[str]], rows: dict[str, batches.Rows], chosen: Chosen
+) -> list[SetSamples]:
+    """What the preview shows of each set: its samples, and the rows that the gates list."""
+    previewed = list[SetSamples]()
+    for split in (TRAIN, VALIDATION):
+        begin = 0
+        for name in set_names[split]:
+            item, end = sets[name], begin + sets[name].description["samples"]
+            if all(one.name != name for one in previewed):
+                uses = {key: rows[key].chosen for key, names in set_names.items() if name in names}
+                repeated = {"overlap": chosen.overlap} if name == HELD_OUT else {"duplicates": chosen.duplicates}
+                numbers, locate = range(begin, end), partial(_location, [sets[key] for key in set_names[split]])
+                found = [*_found_rows(item, begin), *_repeated_rows(repeated, numbers, locate)]
+                count = item.description["rows"]
+                previewed.append(SetSamples(name, count, rows[split].samples, numbers, locate, uses, found))
+            begin = end
+    return previewed
+
+
+def _found_rows(item: TokenizedSet, first: int) -> Iterator[FoundRow]:
+    """The rows of a set that the gates list. `first`: number of the set's first sample."""
+    findings = Findings.from_json(item.description["findings"])
+    listed = [
+        (gate, *row)
+        for gate, reasons in findings.reasons.items()
+        for reason in list(reasons.values())[: quality_gates.MAX_LISTED]
+        for row in reason.rows
+    ]
+    samples = token_dataset.samples_at(item.folder, [location for _, location, _ in listed])
+    for gate, location, detail in listed:
+        numbers = [first + number for number in samples.get(location, ())[:MOST_PARTS]]
+        yield FoundRow(gate, item.localize(location), detail or quality_gates.MEANINGS[gate], numbers)
+
+
+def _repeated_rows(
+    repeated: dict[str, SampleNumbers], numbers: range, locate: Callable[[int], str]
+) -> Iterator[FoundRow]:
+    for gate, found in repeated.items():
+        inside = found[(found >= numbers.start) & (found < numbers.stop)]
+        for number in inside[:ROWS_PER_REASON].tolist():
+            yield FoundRow(gate, locate(number), quality_gates.MEANINGS[gate], [number])
 
 
 def _location(sets: Iterable[TokenizedSet], number: int) -> str:
@@ -178,9 +222,10 @@ def _write(
     rows: dict[str, batches.Rows],
     tokenizer: PreTrainedTokenizerBase,
     verdicts: list[quality_gates.Verdict],
+    previewed: list[SetSamples],
     config: Config,
 ) -> None:
-    """Publish RUN/data: the chosen samples, links to the sets, the tokenizer, and a preview page."""
+    """Publish RUN/data: the chosen samples, links to the sets, the tokenizer, and the previews."""
     locate: dict[str, Callable[[int], str]] = {
         split: partial(_location, [sets[name] for name in names]) for split, names in description["splits"].items()
     }
@@ -204,8 +249,11 @@ def _write(
             seed=config.data.seed,
         )
         write_text(temporary / "preview.html", page)
+        lines = sample_records.render_jsonl(previewed, Decoder(tokenizer), config.data.seed)
+        write_text(temporary / "preview.jsonl", lines)
+        color = terminal.supports_color(sys.stdout)
         samples = data_preview.render_terminal(
-            rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=True
+            rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=color
         )
         log.info(samples)
-    log.info(f"data      {folder}; see preview.html in it")
+    log.info(f"data      {folder}; see preview.html and preview.jsonl in it")

@@ -103,8 +103,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
-    # before sharding: FSDP and ZeRO replace the parameters by their shards
-    blocks = build.blocks(model)
+    blocks = build.blocks(model)  # before sharding: FSDP and ZeRO replace the parameters by their shards
     model_flops = flops.count_weights(model, frozen=config.adapter.kind is not AdapterKind.none)
     engine = backend.wrap(model, config, world, checkpoint is not None)
 
@@ -139,8 +138,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
 
 def _train(training: Training, step: int) -> tuple[int, bool]:
     """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested)."""
-    train, last_step, first_step = training.config.train, training.last_step, step
-    stopped = False
+    train, last_step, first_step, stopped = training.config.train, training.last_step, step, False
     # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
     evaluation_is_due = step in (0, last_step) or _is_due(train.eval_every, step)
     if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.evaluated_steps):
@@ -255,6 +253,8 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
 
 def _evaluate(training: Training, step: int) -> bool:
     """Compute and report the mean loss over all validation tokens. False, with nothing reported, if a stop cut it short."""
+    if not len(training.validation_rows):  # nothing is held out
+        return True
     world, began = training.world, time.perf_counter()
 
     def stop_requested() -> bool:
@@ -290,7 +290,8 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
         if world.is_main:
             write_json(path / "fingerprint.json", fingerprints)
     if step == training.last_step and config.consolidate.verify is Verify.logits:
-        reference_logits.record(path, engine.module, training.validation_rows, training.pad_token, world)
+        rows = training.validation_rows if len(training.validation_rows) else batches.unpacked(training.train_rows)
+        reference_logits.record(path, engine.module, rows, training.pad_token, world)
     set_timeout(config.cluster.network.step_timeout_s)
 
 

@@ -1,5 +1,6 @@
 """Opens one split of the preprocessed data as training rows, and makes padded batches of them."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,11 @@ def load_split(folder: Path, split: str, pack_into: int | None = None) -> Rows:
         if not token_dataset.is_complete(path):
             raise DataError(
                 Problem(
-                    "data", path, f"tokens at {path.resolve()} were deleted: delete {folder}, then preprocess again"
+                    "data",
+                    path,
+                    f"tokens at {path.resolve()} were deleted. To preprocess again: "
+                    f"rm -r {shlex.quote(str(folder))} {shlex.quote(str(folder.parent / 'jobs/preprocess'))}, "
+                    f"then muster resume {shlex.quote(str(folder.parent))}",
                 )
             )
     return make_rows(token_dataset.open_sets(sets), np.load(folder / f"{split}.npy"), pack_into)
@@ -74,6 +79,11 @@ def make_rows(samples: TokenDataset, chosen: NDArray[np.int64], pack_into: int |
     row_lengths = packs.sums(lengths).astype(np.int64)
     row_labels = packs.sums(samples.label_counts[chosen]).astype(np.int64)
     return Rows(samples, chosen, packs, row_lengths, row_labels)
+
+
+def unpacked(rows: Rows) -> Rows:
+    """Rows of the same samples, one in each."""
+    return make_rows(rows.samples, rows.chosen)
 
 
 def training_order(rows: Rows, config: Config, hidden_factor: float) -> RowSampler:

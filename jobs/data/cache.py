@@ -68,7 +68,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        return cls(**(values | {"findings": Findings(**values["findings"])}))
+        return cls(**(values | {"findings": Findings.from_json(values["findings"])}))
 
 
 def find(cache: Path, key: str) -> Path | None:

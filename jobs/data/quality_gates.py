@@ -1,9 +1,9 @@
 """The quality gates: counts bad rows by kind, with examples, and decides whether they stop the run."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from conf.errors import Problem
 from conf.schema import Gates
@@ -11,9 +11,15 @@ from jobs.data.file_readers import Unreadable
 from jobs.tokenization.conversation import EmptyText, Sample, UnknownRole
 
 MAX_LISTED = 10
-"""Rows of each gate that a message lists with their location; all rows are counted."""
+"""Different reasons of each gate that a message lists; all rows are counted."""
+ROWS_PER_REASON = 3
+"""Rows of each reason that a message lists with their location."""
+MAX_REASONS = 30
+"""Different reasons of each gate that are counted one by one. More than are listed, so that the counts of the listed ones stay
+right when the findings of many blocks are added up."""
 DETAIL_LENGTH = 300
 """Most characters of the detail of one listed row."""
+NUMBER = re.compile(r"\d[\d,.]*")
 MEANINGS = {
     "unreadable": "cannot be read",
     "unusable": "do not fit the format",
@@ -29,6 +35,18 @@ MEANINGS = {
     "overlap": "are both held out and trained on",
 }
 """For each gate, the end of the sentence "N rows ..."."""
+REMEDIES = {
+    "roles": "map the roles with data.roles",
+    "overlong": "raise data.max_length, use data.overlong=split",
+    "untrained": "raise data.max_length if the answers were cut off",
+    "endless": "name the tokens that end a turn of this chat template in data.end_of_turn",
+    "vocabulary": "set model.tokenizer to the tokenizer that made the rows",
+    "duplicates": "use data.drop_duplicates=true",
+    "overlap": "use other rows for validation",
+}
+"""For each gate, what else to do than to fix the rows or to raise the limit."""
+LEFT_OUT = ("unreadable", "unusable", "roles", "empty", "untrained", "vocabulary")
+"""Gates whose rows are never trained on. If they are all rows, a higher limit does not help."""
 
 # Template placeholders that nobody filled in. Braces of JSON, LaTeX and code must not match: this is a best guess from the
 # text around them. Each pattern continues after a first "{", so that the combined regex begins with one fixed character,
@@ -50,38 +68,86 @@ STRING_FORMATTING = re.compile(r"\b[fF][rR]?[\"']|\b[rR][fF][\"']|\$@?\"|\.forma
 
 
 @dataclass
+class Reason:
+    """Rows that a gate found for the same reason: their details differ only in numbers."""
+
+    count: int = 0
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    """The first ROWS_PER_REASON of them as (location, detail)."""
+
+    def add(self, count: int, rows: Iterable[tuple[str, str]]) -> None:
+        """Count further rows, of which `rows` are the first."""
+        self.count += count
+        self.rows += list(rows)[: ROWS_PER_REASON - len(self.rows)]
+
+
+@dataclass
 class Findings:
-    """How many rows each gate found, and the first of them."""
+    """How many rows each gate found, for which reasons, and the first rows of each reason. Its size does not grow with the data."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """The first MAX_LISTED rows of each gate as (location, detail)."""
+    reasons: dict[str, dict[str, Reason]] = field(default_factory=dict)
+    """For each gate its first MAX_REASONS reasons, by their detail without its numbers."""
     checked: dict[str, int] = field(default_factory=dict)
     """How many rows a gate checked, for gates that do not check all rows."""
 
     def add(self, gate: str, location: str, detail: str = "") -> None:
         """Count one row."""
+        detail = " ".join(detail.split())[:DETAIL_LENGTH]
         self.counts[gate] = self.counts.get(gate, 0) + 1
-        if len(listed := self.first.setdefault(gate, [])) < MAX_LISTED:
-            listed.append((location, detail))
+        self._add_rows(gate, NUMBER.sub("0", detail), 1, [(location, detail)])
 
     def add_many(self, gate: str, locations: Iterable[str], count: int, *, checked: int | None = None) -> None:
         """Add `count` rows at once, of which `locations` names the first few; `checked` if the gate did not check all rows."""
         if count:
-            checked_rows = {} if checked is None else {gate: checked}
-            self.merge(Findings({gate: count}, {gate: [(location, "") for location in locations]}, checked_rows))
+            self.counts[gate] = self.counts.get(gate, 0) + count
+            self._add_rows(gate, "", count, [(location, "") for location in locations])
+            if checked is not None:
+                self.checked[gate] = checked
 
     def merge(self, other: "Findings") -> None:
         """Add the counts and examples of `other` to these."""
         for gate, count in other.counts.items():
             self.counts[gate] = self.counts.get(gate, 0) + count
-            listed = self.first.setdefault(gate, [])
-            listed += [(location, detail) for location, detail in other.first.get(gate, [])[: MAX_LISTED - len(listed)]]
+            for pattern, reason in other.reasons.get(gate, {}).items():
+                self._add_rows(gate, pattern, reason.count, reason.rows)
         self.checked |= other.checked
 
+    def _add_rows(self, gate: str, pattern: str, count: int, rows: list[tuple[str, str]]) -> None:
+        reasons = self.reasons.setdefault(gate, {})
+        if pattern in reasons or len(reasons) < MAX_REASONS:
+            reasons.setdefault(pattern, Reason()).add(count, rows)
+
+    def with_locations(self, locate: Callable[[str], str]) -> "Findings":
+        """A copy in which `locate` has replaced every location."""
+        reasons = {
+            gate: {
+                pattern: Reason(reason.count, [(locate(location), detail) for location, detail in reason.rows])
+                for pattern, reason in found.items()
+            }
+            for gate, found in self.reasons.items()
+        }
+        return Findings(dict(self.counts), reasons, dict(self.checked))
+
     def to_json(self) -> dict[str, Any]:
-        """The findings of one set as JSON values; `Findings(**values)` restores them. (`checked` is only used across sets.)"""
-        return {"counts": self.counts, "first": self.first}
+        """The findings of one set as JSON values, for `from_json`. (`checked` is only used across sets.)"""
+        reasons = {
+            gate: {pattern: {"count": reason.count, "rows": reason.rows} for pattern, reason in found.items()}
+            for gate, found in self.reasons.items()
+        }
+        return {"counts": self.counts, "reasons": reasons}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Restore what `to_json` returned."""
+        reasons = {
+            gate: {
+                pattern: Reason(reason["count"], [(location, detail) for location, detail in reason["rows"]])
+                for pattern, reason in found.items()
+            }
+            for gate, found in values["reasons"].items()
+        }
+        return cls(dict(values["counts"]), reasons)
 
 
 @dataclass(frozen=True)
@@ -97,8 +163,8 @@ class Verdict:
     limit: float
     """Largest allowed share of the rows, from 0 to 1."""
     stops: bool
-    first: list[tuple[str, str]]
-    """(location, detail) of the first few rows."""
+    reasons: list[Reason]
+    """The first MAX_LISTED reasons."""
 
     @property
     def key(self) -> str:
@@ -117,25 +183,33 @@ class Verdict:
     @property
     def problem(self) -> Problem:
         """The error to raise if `stops`."""
-        reason = (
-            f"{self._summary()} ({self.percent}); fix the rows, or raise this limit to allow them:{self._rows_listed()}"
-        )
-        return Problem(self.key, f"{self.limit:g}", reason)
+        remedies = [REMEDIES[self.gate]] if self.gate in REMEDIES else []
+        if self.gate in LEFT_OUT and self.share == 1:
+            choices = ", or ".join([*remedies, "fix the rows"])
+        else:
+            choices = ", ".join([*remedies, "fix the rows, or raise this limit to allow them"])
+        return Problem(self.key, f"{self.limit:g}", f"{self._summary()} ({self.percent}); {choices}{self._list()}")
 
     def __str__(self) -> str:
-        listed = self._rows_listed()
-        return f"{self._summary()} ({self.percent}, {self.key}={self.limit:g}){':' if listed else ''}{listed}"
+        return f"{self._summary()} ({self.percent}, {self.key}={self.limit:g}){self._list()}"
+
+    def listed(self) -> list[tuple[str, str]]:
+        """(location, detail) of the first rows of each reason. Where there are more, (empty, how many) follows."""
+        lines: list[tuple[str, str]] = []
+        for reason in self.reasons:
+            lines += reason.rows
+            if reason.rows and reason.count > len(reason.rows):
+                same = " with the same reason" if reason.rows[0][1] else ""
+                lines.append(("", f"... and {reason.count - len(reason.rows):,} more{same}"))
+        rest = self.count - sum(reason.count for reason in self.reasons)
+        return [*lines, ("", f"... and {rest:,} more")] if lines and rest > 0 else lines
 
     def _summary(self) -> str:
         return f"{self.count:,} of {self.rows:,} rows {self.meaning}"
 
-    def _rows_listed(self) -> str:
-        lines = [
-            f"{location}: {' '.join(detail.split())[:DETAIL_LENGTH]}" if detail else location
-            for location, detail in self.first
-        ]
-        more = [f"... and {self.count - len(lines):,} more"] if lines and self.count > len(lines) else []
-        return "".join(f"\n  {line}" for line in [*lines, *more])
+    def _list(self) -> str:
+        lines = [": ".join(part for part in line if part) for line in self.listed()]
+        return "".join([":" if lines else "", *(f"\n  {line}" for line in lines)])
 
 
 def gate_of(error: ValueError) -> str:
@@ -161,6 +235,7 @@ def judge(findings: Findings, rows: int, limits: Gates) -> list[Verdict]:
     for gate, meaning in MEANINGS.items():
         if count := findings.counts.get(gate, 0):
             limit, checked = getattr(limits, gate), findings.checked.get(gate, rows)
-            verdict = Verdict(gate, meaning, count, checked, limit, False, list(findings.first.get(gate, [])))
+            reasons = list(findings.reasons.get(gate, {}).values())[:MAX_LISTED]
+            verdict = Verdict(gate, meaning, count, checked, limit, False, reasons)
             verdicts.append(replace(verdict, stops=verdict.share > limit))
     return verdicts

@@ -27,18 +27,16 @@ class TrainingSets:
 
 
 def split_held_out(sets: TrainingSets, fraction: float, seed: int) -> tuple[SampleNumbers, SampleNumbers]:
-    """(training samples, held-out samples). About `fraction` of the rows are held out, and at least one.
+    """(training samples, held-out samples). About `fraction` of the rows are held out: at least one, or none if it is 0.
 
     A hash of a row's tokens and the seed decides. So equal rows, and all samples of one row, are on the same side, and
-    nothing is both held out and trained on. A row stays on its side when other rows are added.
+    nothing is both held out and trained on. A row stays on its side when other rows are added. If all rows are equal, all of
+    them are held out.
     """
     row_hashes = _mix(sets.origins, seed)
-    threshold = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-    held_out = row_hashes < threshold
-    if len(row_hashes) and not held_out.any():
+    held_out = row_hashes < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    if fraction and len(row_hashes) and (held_out.all() or not held_out.any()):
         held_out = row_hashes == row_hashes.min()
-    if held_out.all():  # all rows are equal
-        held_out = np.arange(len(row_hashes)) == 0
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

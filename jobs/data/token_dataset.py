@@ -1,5 +1,6 @@
 """Reads tokenized sets: any sample's tokens by its number, memory-mapped from disk, and the lengths of all samples."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.files import read_json
+
+ROW_NUMBER = re.compile(r"\d+$")
+"""The end of a location."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,23 @@ def row_locations(set_folder: Path, numbers: Sequence[int]) -> list[str]:
         )
         locations.append(f"{prefixes[file]}{row}")
     return locations
+
+
+def samples_at(set_folder: Path, locations: Sequence[str]) -> dict[str, list[int]]:
+    """Numbers in the set of the samples at each of these locations, as `row_locations` returns them; several if a row was split.
+
+    A row that was left out has none, so its location is not in the result.
+    """
+    prefixes, folders = read_json(set_folder / "set.json")["places"], _part_folders([set_folder])
+    wanted = {int(digits[0]) for location in locations if (digits := ROW_NUMBER.search(location))}
+    found: dict[str, list[int]] = {}
+    first = 0
+    for folder in folders if wanted else ():
+        files, places = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("files", "places"))
+        for index in np.flatnonzero(np.isin(places, list(wanted))).tolist():
+            found.setdefault(f"{prefixes[files[index]]}{places[index]}", []).append(first + index)
+        first += len(places)
+    return {location: found[location] for location in locations if location in found}
 
 
 def _part_folders(sets: Sequence[Path]) -> list[Path]:

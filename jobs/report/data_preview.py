@@ -11,13 +11,13 @@ from jobs.data.batches import Rows
 from jobs.data.quality_gates import Verdict
 from jobs.report import charts
 from jobs.report.pages import render_page
+from jobs.report.terminal import GREEN, RESET
 from jobs.report.token_view import Decoder, LocationOf, SampleView, terminal_text, view_sample
 
 SAMPLES = {"train": 8, "validation": 2}
 """Number of samples of each split on the page."""
 PAGE_TOKENS, TERMINAL_TOKENS = 2000, 600
 """Tokens of a sample that are shown: half from its beginning and half from its end, where the answer is."""
-GREEN, RESET = "\033[32m", "\033[0m"
 
 
 def render_html(

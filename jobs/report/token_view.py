@@ -77,7 +77,7 @@ class Decoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.prefix = tokenizer.encode("a", add_special_tokens=False)
-        self.prefix_text = self._decode(self.prefix)
+        self.prefix_text = self.whole(self.prefix)
         self.special = special_token_ids(tokenizer)
         self.text_of_token: dict[int, str] = {}
 
@@ -109,14 +109,18 @@ class Decoder:
             yield pending, self.text(pending)
 
     def text(self, ids: list[int]) -> str:
-        """Text of tokens that follow other tokens: some tokenizers strip the leading space of the first token."""
-        with_prefix = self._decode([*self.prefix, *ids])
-        text = with_prefix.removeprefix(self.prefix_text)
-        if not with_prefix.startswith(self.prefix_text):
-            text = self._decode(ids)
-        return text or f"[{' '.join(map(str, ids))}]"
+        """Text of tokens that follow other tokens, or their ids if they have no text."""
+        return self.plain(ids) or f"[{' '.join(map(str, ids))}]"
 
-    def _decode(self, ids: list[int]) -> str:
+    def plain(self, ids: list[int]) -> str:
+        """Text of tokens that follow other tokens: some tokenizers strip the leading space of the first token."""
+        with_prefix = self.whole([*self.prefix, *ids])
+        return (
+            with_prefix.removeprefix(self.prefix_text) if with_prefix.startswith(self.prefix_text) else self.whole(ids)
+        )
+
+    def whole(self, ids: list[int]) -> str:
+        """Text of a whole sample."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

@@ -64,8 +64,9 @@ def _median(lines: list[Line], name: str) -> float:
 
 def _panels(lines: list[Line], trained: list[Line]) -> list[Panel]:
     loss, held_out = _points(trained, "loss"), _points(lines, "eval_loss")
+    loss_description = "line: mean over the trained tokens of a step" + ("; dots: held-out rows" if held_out else "")
     charts = [
-        ("Loss", "line: mean over the trained tokens of a step; dots: held-out rows", [loss], held_out, "{:.4f}"),
+        ("Loss", loss_description, [loss], held_out, "{:.4f}"),
         ("Gradient norm", "before clipping", [_points(trained, "grad_norm")], [], "{:.3g}"),
         ("Learning rate", "", [_points(trained, "learning_rate")], [], "{:.2e}"),
         ("Tokens/s per rank", "without padding", [_points(trained, "tokens_per_s_per_rank")], [], "{:,.0f}"),

@@ -147,12 +147,17 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, value, f"must be {_describe(known[key])}")
+        return Problem(key, _as_typed(value), f"must be {_describe(known[key])}")
     return None
 
 
+def _as_typed(value: Any) -> Any:
+    """A list as the user types it: `[a,b]`, not `['a', 'b']`."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
+
+
 def _describe(hint: Any) -> str:
-    """A type in plain words: `a whole number`, `one of a, b`."""
+    """A type in plain words: `a whole number`, `one of a, b`, `a list of a, b: [a,b]`."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if isinstance(hint, type) and hasattr(hint, "__members__"):
         return "one of " + ", ".join(hint.__members__)
@@ -162,7 +167,7 @@ def _describe(hint: Any) -> str:
         if str(hint) == f"{kind.__name__} | None":
             return f"{text} or null"
     if str(hint).startswith("list"):
-        return "a list, for example [a,b]"
+        return resolve.describe_list(hint)
     if str(hint).startswith("dict"):
         return "a dictionary, for example {name: value}"
     return f"of type {getattr(hint, '__name__', hint)}"

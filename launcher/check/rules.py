@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from conf.choices import AdapterKind, Attention, Container, Executor, Init, Submit
 from conf.errors import Problem
@@ -38,6 +38,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
 
 def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
     """Each value by itself: a number must be within its bounds, a string must not be empty."""
+    hints = get_type_hints(type(section))
     for item in fields(section):
         key, value = prefix + item.name, getattr(section, item.name)
         if is_dataclass(value):
@@ -47,6 +48,8 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
                 yield from _values(entry, f"{key}.{name}.")
         elif value == "":
             yield Problem(key, value, "must not be empty. Use null to leave an optional value unset")
+        elif value == [] and (choices := getattr(get_args(hints[item.name])[0], "__members__", None)):
+            yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
         elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
             bounds = f"at least {item.metadata['minimum']:g}"
             if item.metadata["maximum"] < math.inf:

@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.files import read_json
 from launcher.run_folder.attempts import metrics
+from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
 from launcher.status.state import JobState
 
@@ -53,9 +54,16 @@ def _print_failure(name: str, verdict: dict[str, Any]) -> None:
     """Print the remedy and the last lines of the log of the rank that failed first. `why` shows more."""
     if verdict.get("remedy"):
         print(f"{name}: {verdict['remedy']}")
-    lines = str(verdict.get("log") or "").splitlines()[-LOG_LINES:]
+    lines = _log_lines(verdict)[-LOG_LINES:]
     if lines:
         print("\n".join([f"{name}, last lines of its log:", *(f"  {line}" for line in lines)]))
+
+
+def _log_lines(verdict: dict[str, Any]) -> list[str]:
+    """The last lines of a failed rank's log, without those that repeat the verdict's reason or traceback."""
+    known = {line.strip() for key in ("reason", "error") for line in str(verdict.get(key) or "").splitlines()}
+    lines = str(verdict.get("log") or "").splitlines()
+    return [line for line in lines if line.strip() and LOG_PREFIX.sub("", line).strip() not in known]
 
 
 def attempts(job: JobState) -> None:
@@ -71,8 +79,8 @@ def attempts(job: JobState) -> None:
         print(f"remedy: {newest['remedy']}")
     if newest.get("error"):
         print(newest["error"])
-    if newest.get("log"):
-        print(f"last lines of its log:\n{newest['log']}")
+    if lines := _log_lines(newest):
+        print("\n".join(["last lines of its log:", *lines]))
 
 
 def _reason_and_next(verdict: dict[str, Any]) -> str:
@@ -106,7 +114,8 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
         ]
     if held_out:
         rows.append(("held-out loss", f"{held_out[0]:.4f} before, {held_out[-1]:.4f} after training"))
-    if merged := read_json(run / "evaluate.json"):
+    merged = read_json(run / "evaluate.json") or {"loss": None}
+    if merged["loss"] is not None:  # null where nothing is held out
         rows.append(("merged model", f"held-out loss {merged['loss']:.4f}, perplexity {merged['perplexity']:.2f}"))
     for name in ("data", "checkpoints", "model"):
         if (run / name).is_dir():

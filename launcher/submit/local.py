@@ -16,14 +16,12 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from launcher import environment
 from launcher.plan import Job
+from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED, USER_ERROR
 from launcher.status import tables
 from launcher.submit import render
 from launcher.supervise import attempt, worker
 
-LOG_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+ ([A-Z]+) ")
-"""Start of every line in a rank's log, written by jobs/distributed/logs.py.
-The terminal shows lines without it, but keeps a level other than INFO."""
 GRACE_S = 15
 """How long the other ranks may continue after one has failed. Without this, ranks that wait for a dead one never end."""
 
@@ -41,9 +39,15 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
         verdict = _run_job(config, job, config_path, on_start)
         if verdict["status"] != COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
+            # The settings of a run do not change, so most errors of a user that are not in a file need a new run.
+            note = (
+                " (once the rows or files are right; other settings of data or model need a new run)"
+                if verdict["status"] == USER_ERROR
+                else ""
+            )
             print(
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"resume    muster resume {config.run_dir}",
+                f"resume    muster resume {config.run_dir}{note}",
                 file=sys.stderr,
             )
             return 2 if verdict["status"] == USER_ERROR else 1
@@ -77,13 +81,18 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
             started = executor.submit(worker.run, job.name, str(config_path))
         on_start(job.name, started.job_id)
         number = int(attempt_values["MUSTER_ATTEMPT"])
+        errors: list[str] = []
         try:
-            _follow_log(started, folder / f"attempt-{number}", output=sys.stdout)
+            _follow_log(started, folder / f"attempt-{number}", output=sys.stdout, errors=errors)
         finally:
             code = _end_ranks(started)
             if reservation:
                 reservation.close()
-        return attempt.finish(folder, number, code, job.world_size)
+        verdict = attempt.finish(folder, number, code, job.world_size)
+        for line in errors:
+            if line not in verdict["reason"].splitlines():  # `run` prints the reason
+                print(f"error     {line}", flush=True)
+        return verdict
 
 
 @contextmanager
@@ -109,10 +118,11 @@ def _gpu_parameters(count: int) -> dict[str, Any]:
     return {"gpus_per_node": count, **({"visible_gpus": visible} if visible and count else {})}
 
 
-def _follow_log(job: Any, folder: Path, output: IO[str]) -> None:
+def _follow_log(job: Any, folder: Path, output: IO[str], errors: list[str]) -> None:
     """Copy rank 0's log to `output` until the job has ended, or until GRACE_S after a rank has failed.
 
-    `folder` is the attempt's folder, where a rank that has failed leaves its record.
+    `folder` is the attempt's folder, where a rank that has failed leaves its record. Lines of level ERROR are added to
+    `errors` instead: the last one is the reason that the attempt gives for its end, which must not be printed twice.
     """
     log, position, unfinished_line, failed_at = Path(job.paths.stdout), 0, "", None
     while True:
@@ -123,7 +133,7 @@ def _follow_log(job: Any, folder: Path, output: IO[str]) -> None:
                 text = file.read()
                 position = file.tell()
             *lines, unfinished_line = (unfinished_line + text).split("\n")
-            _print_lines([*lines, unfinished_line] if ended else lines, output)
+            _print_lines([*lines, unfinished_line] if ended else lines, output, errors)
         if ended:
             return
         if failed_at is None and any(folder.glob("rank-*.json")):
@@ -133,9 +143,16 @@ def _follow_log(job: Any, folder: Path, output: IO[str]) -> None:
         time.sleep(0.2)
 
 
-def _print_lines(lines: Sequence[str], output: IO[str]) -> None:
-    """Print log lines without their prefix. Leaves out submitit's own lines and the environment."""
+def _print_lines(lines: Sequence[str], output: IO[str], errors: list[str]) -> None:
+    """Print log lines without their prefix, but with a level other than INFO.
+
+    Leaves out submitit's own lines and the environment, and collects errors.
+    """
     for line in lines:
+        prefix = LOG_PREFIX.match(line)
+        if prefix and prefix[1] == "ERROR":
+            errors.append(line[prefix.end() :])
+            continue
         message = LOG_PREFIX.sub(_level_prefix, line, count=1)
         if not message.startswith(("submitit ", "environment {")):
             print(message, file=output, flush=True)

@@ -128,6 +128,12 @@ def test_the_digest_does_not_depend_on_the_process(compose: Compose, tmp_path: P
         ("train.activation_checkpointing", "maybe", "train.activation_checkpointing: .*maybe"),
         ("parallel.backend", "horovod", "parallel.backend: .*horovod"),
         ("cluster.modules", {"a": 1}, "cluster.modules=.* must be a list"),
+        ("cluster.modules", "a", "cluster.modules=a: must be a list"),
+        ("data.sets", {"a": {"path": "x", "files": "y"}}, "data.sets.a.files=y: must be a list"),
+        ("data.sets", {"a": {"path": "x", "fields": "y"}}, "data.sets.a.fields=y: must be a dictionary"),
+        ("data.train_on", ["boss"], "data.train_on=.*boss.*a list of system, user, assistant or tool"),
+        ("data.train_on", [["assistant"]], "data.train_on=.*a list of system, user, assistant or tool"),
+        ("data.train_on", "assistant", r"data.train_on=assistant: .*for example \[assistant,tool\]"),
         ("name", "${nowhere}", "name: .*nowhere"),
     ],
 )

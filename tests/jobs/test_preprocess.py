@@ -206,14 +206,17 @@ def test_all_gates_that_stop_the_run_are_in_one_error(run) -> None:
     output = str(caught.value)
     assert "data.gates.unusable=0: 102 of 122 rows" in output
     assert "data.gates.roles=0: 20 of 122 rows" in output
-    assert "and 10 more" in output
+    assert output.count("messages[0].role is 'wizard'") == 3
+    assert "and 17 more with the same reason" in output
 
 
 def test_the_preview_and_the_log_show_trained_tokens(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(ROWS)
     page = (folder / "preview.html").read_text()
     assert "rows.jsonl:" in page
-    assert "\033[32mIt is" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "«It is" in output
+    assert "\033" not in output, "a log file must not have color codes"
 
 
 def test_order_file_keeps_the_order_of_the_input(run, tokenizer, compose, tmp_path: Path) -> None:

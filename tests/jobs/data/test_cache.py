@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -202,8 +203,15 @@ def test_another_run_uses_the_cached_set(config, capsys: pytest.CaptureFixture[s
 def test_deleted_tokens_are_an_error_with_a_remedy(config, tmp_path: Path) -> None:
     preprocess.run(config(f"data.cache={tmp_path}/cache"))
     os.rename(tmp_path / "cache", tmp_path / "gone")
-    with pytest.raises(DataError, match="preprocess again"):
+    with pytest.raises(DataError, match="preprocess again") as caught:
         batches.load_split(tmp_path / "run/data", "train")
+    remedy = re.search(r"again: (rm -r \S+ \S+), then muster resume (\S+)", str(caught.value))
+    (tmp_path / "run/jobs/preprocess").mkdir(parents=True)
+    subprocess.run(remedy[1], shell=True, check=True)
+    assert remedy[2] == str(tmp_path / "run")
+    assert not (tmp_path / "run/jobs/preprocess").exists(), "else the launcher would take the job for done"
+    preprocess.run(config(f"data.cache={tmp_path}/cache"))
+    assert len(batches.load_split(tmp_path / "run/data", "train"))
 
 
 def test_every_sample_has_the_location_of_its_row(config, tmp_path: Path) -> None:

@@ -81,32 +81,68 @@ def test_the_class_of_an_error_decides_its_gate(error, gate) -> None:
     assert quality_gates.gate_of(error) == gate
 
 
-def test_all_rows_are_counted_and_the_first_ten_are_listed() -> None:
+def listed(findings: Findings, gate: str) -> list[str]:
+    """The lines under a gate's verdict."""
+    (verdict,) = [verdict for verdict in judge(findings, 5000, Gates()) if verdict.gate == gate]
+    return [line.strip() for line in str(verdict).splitlines()[1:]]
+
+
+def test_all_rows_are_counted_and_the_first_three_of_each_reason_are_listed() -> None:
     findings = Findings()
     for number in range(25):
-        findings.add("overlong", f"a:{number}", "9 tokens")
-    assert findings.counts == {"overlong": 25}
-    assert findings.first["overlong"] == [(f"a:{number}", "9 tokens") for number in range(10)]
+        findings.add("unusable", f"a:{number}", f"messages[{number}].content is null")
+        findings.add("overlong", f"a:{number}", f"{number + 1:,}000 tokens")
+    findings.add("unusable", "a:25", "has no output")
+    assert findings.counts == {"unusable": 26, "overlong": 25}
+    nulls = [f"a:{number}: messages[{number}].content is null" for number in range(3)]
+    assert listed(findings, "unusable") == [*nulls, "... and 22 more with the same reason", "a:25: has no output"]
+    assert listed(findings, "overlong")[2:] == ["a:2: 3000 tokens", "... and 22 more with the same reason"]
 
 
-def test_merging_adds_counts_and_keeps_the_first_ten_in_order() -> None:
+def test_many_reasons_take_bounded_memory_and_all_their_rows_are_counted() -> None:
+    findings = Findings()
+    words = [a + b for a in "abcdefghijklmnopqrst" for b in "abcdefghijklmnopqrst"]
+    for place, word in enumerate(words * 2):
+        findings.add("unusable", f"a:{place}", f"'{word}' {'x' * 10_000}")
+    assert len(json.dumps(findings.to_json())) < 50_000
+    lines = listed(findings, "unusable")
+    assert len(lines) == 2 * quality_gates.MAX_LISTED + 1
+    assert lines[0].startswith("a:0: 'aa' xxx")
+    assert len(lines[0]) < 2 * quality_gates.DETAIL_LENGTH
+    assert lines[-1] == f"... and {800 - 2 * quality_gates.MAX_LISTED} more"
+
+
+def test_merging_adds_counts_by_reason_and_keeps_the_first_rows_in_order() -> None:
     one, other = Findings(), Findings()
+    for number in range(2):
+        one.add("empty", f"a:{number}", "no answer")
     for number in range(7):
-        one.add("empty", f"a:{number}")
-        other.add("empty", f"b:{number}")
+        other.add("empty", f"b:{number}", "no question" if number % 2 else "no answer")
     other.add("roles", "b:9", "who?")
+    before = json.dumps(other.to_json())
     one.merge(other)
-    assert one.counts == {"empty": 14, "roles": 1}
-    assert [place for place, _ in one.first["empty"]] == [f"a:{n}" for n in range(7)] + [f"b:{n}" for n in range(3)]
-    assert len(other.first["empty"]) == 7, "merging must not change the other findings"
+    assert one.counts == {"empty": 9, "roles": 1}
+    assert listed(one, "empty") == [
+        *("a:0: no answer", "a:1: no answer", "b:0: no answer", "... and 3 more with the same reason"),
+        *("b:1: no question", "b:3: no question", "b:5: no question"),
+    ]
+    assert json.dumps(other.to_json()) == before, "merging must not change the other findings"
 
 
 def test_findings_come_back_from_json() -> None:
     findings = Findings()
-    findings.add("roles", "a:1", "who?")
-    restored = Findings()
-    restored.merge(Findings(**json.loads(json.dumps(findings.to_json()))))
-    assert restored == findings
+    for number in range(5):
+        findings.add("roles", f"a:{number}", "who?")
+    assert Findings.from_json(json.loads(json.dumps(findings.to_json()))) == findings
+
+
+def test_locations_can_be_replaced() -> None:
+    findings = Findings()
+    findings.add("roles", "there:1", "who?")
+    assert listed(findings.with_locations(lambda location: location.replace("there", "here")), "roles") == [
+        "here:1: who?"
+    ]
+    assert listed(findings, "roles") == ["there:1: who?"]
 
 
 def test_a_gate_can_check_fewer_than_all_rows() -> None:
@@ -116,7 +152,7 @@ def test_a_gate_can_check_fewer_than_all_rows() -> None:
     assert findings.counts == {"overlap": 30}
     (verdict,) = judge(findings, 1000, Gates())
     assert (verdict.count, verdict.rows, verdict.share, verdict.stops) == (30, 40, 0.75, True)
-    assert verdict.first == [("a:1", ""), ("a:2", "")]
+    assert verdict.listed() == [("a:1", ""), ("a:2", ""), ("", "... and 28 more")]
 
 
 @pytest.mark.parametrize(
@@ -153,11 +189,22 @@ def test_an_error_names_key_share_remedy_and_rows() -> None:
     assert isinstance(verdict.problem, Problem)
     lines = str(verdict.problem).splitlines()
     assert lines[0] == (
-        "data.gates.roles=0: 12 of 1,200 rows have an unknown role (1.00%); fix the rows, or raise this limit to allow them:"
+        "data.gates.roles=0: 12 of 1,200 rows have an unknown role (1.00%); map the roles with data.roles, "
+        "fix the rows, or raise this limit to allow them:"
     )
     assert lines[1] == "  rows.jsonl:1: turn 0.from is 'robot'"
-    assert lines[11] == "  ... and 2 more"
-    assert len(lines) == 12
+    assert lines[4] == "  ... and 9 more with the same reason"
+    assert len(lines) == 5
+
+
+def test_no_error_asks_to_raise_a_limit_that_would_leave_no_row() -> None:
+    findings = Findings()
+    for gate in quality_gates.MEANINGS:
+        findings.add_many(gate, [], 10)
+    problems = {verdict.gate: str(verdict.problem) for verdict in judge(findings, 10, Gates())}
+    assert {gate for gate, text in problems.items() if "raise this limit" not in text} == set(quality_gates.LEFT_OUT)
+    assert all("fix the rows" in text for text in problems.values())
+    assert "data.end_of_turn" in problems["endless"]
 
 
 def test_a_warning_says_what_was_found() -> None:

@@ -106,15 +106,16 @@ def data_json(rows, sizes, validation=None):
             "tokens": int(one.lengths.sum()),
             "trained_tokens": int(one.label_counts.sum()),
         }
-        for name, one in (("train", rows), ("validation", validation or rows))
+        for name, one in (("train", rows), ("validation", rows if validation is None else validation))
     }
     return {"sets": sets, "splits": {"train": list(sizes), "validation": list(sizes)}, **totals}
 
 
 def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_length=512, packed=False, **more):
+    validation = rows if validation is None else validation
     return data_preview.render_html(
         data_json(rows, sizes or {"facts": len(rows.samples)}, validation),
-        {"train": rows, "validation": validation or rows},
+        {"train": rows, "validation": validation},
         {"train": location, "validation": location},
         tokenizer,
         max_length=max_length,
@@ -275,7 +276,7 @@ def test_stops_come_before_warnings(tokenizer: PreTrainedTokenizerBase) -> None:
     assert stop < warning
     assert "<strong>90</strong> of 100 rows have no trained token: 90.00%, over <code>data.gates.untrained=0.05" in text
     assert "<strong>1</strong> of 100 rows are equal to an earlier row: 1.00%, within" in text
-    assert "the first 10" in text
+    assert "... and 87 more" in text
     assert "<code>rows.jsonl:7</code>" in text[warning:]
 
 
@@ -332,4 +333,7 @@ def test_the_page_stays_small_however_long_the_samples(tokenizer: PreTrainedToke
 def test_empty_validation_shows(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = split([encoded(tokenizer, "q", "a")] * 3)
     none = batches.make_rows(rows.samples, np.zeros(0, dtype=np.int64))
+    text = made_page(tokenizer, rows, validation=none)
+    parsed(text)
+    assert text.count("No samples.") == 1
     parsed(made_page(tokenizer, none, validation=none))

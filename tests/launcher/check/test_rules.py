@@ -56,6 +56,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (SLURM, {"cluster.inference.nodes": 2, "jobs": ["generate"]}, "cluster.inference.nodes=2", "generate"),
         (("model=tiny",), {"model.architecture": None}, "model.architecture", "model.init=random"),
         (("model=tiny",), {"adapter.kind": AdapterKind.lora}, "adapter.kind=lora", "model.init=pretrained"),
+        (LOCAL, {"data.train_on": []}, "data.train_on=[]", "at least one of system, user, assistant, tool"),
         (LOCAL, {"data.validation_fraction": 0.6}, "data.validation_fraction=0.6", "at most 0.5"),
         (LOCAL, {"submit": Submit.script}, "submit=script", "cluster=slurm"),
         (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "must be below cluster.train.time_min=2 (120 s)"),

@@ -79,6 +79,25 @@ def test_a_failed_job_shows_the_remedy_and_the_end_of_its_log(
     assert output.endswith("train: do this\ntrain, last lines of its log:\n  b\n  c\n  d\n  e\n  f\n")
 
 
+def test_the_log_of_a_failed_job_does_not_repeat_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = "2026-11-28 10:00:00 rank 0"
+    verdict = {
+        **{"status": "user_error", "reason": "data.path: no rows\n  a:1", "rank": 0, "host": "n2", "attempt": 1},
+        "log": f"{prefix} INFO format text\n\n{prefix} ERROR data.path: no rows\n{prefix} ERROR   a:1\nlast words",
+    }
+    failed = state(state="FAILED", verdict=verdict)
+    tables.status([failed])
+    tables.attempts(failed)
+    output = capsys.readouterr().out
+    assert output.count("data.path: no rows") == output.count("a:1") == 2, "once in each of the two tables"
+    assert output.count(f"{prefix} INFO format text") == output.count("last words") == 2
+
+
+def test_a_run_that_holds_out_nothing_has_no_held_out_loss(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluate.json", {"loss": None, "perplexity": None, "tokens": 0, "model": "step-1 in fp32"})
+    assert tables.result_rows(tmp_path) == [("run", str(tmp_path))]
+
+
 def test_the_slowest_running_rank_is_shown(tmp_path: Path) -> None:
     for node, counts in enumerate([(9, 8), (7, 3)]):
         phases = ("train", "ended") if node else ("train", "train")
