@@ -213,7 +213,8 @@ class Data:
     validation_split: str | None = None
     """Range of rows of `validation_path`, written as in `split`. It may be a range of the training file."""
     validation_fraction: float = at_least(0, 0.05, at_most=0.5)
-    """Share of the rows that is used for validation if there is no `validation_path`. Rows are chosen by their content and
+    """Share of the rows that is used for validation if there is no `validation_path`. At least one row is held out; 0 holds
+    out nothing, and there is then no held-out loss. Rows are chosen by their content and
     `seed`, so that equal rows are never in both parts, and adding rows to the file does not move the others."""
     max_length: int = at_least(2, 2048)
     """Longest row, in tokens."""
@@ -232,7 +233,7 @@ class Data:
     max_rows: int | None = at_least(1, None)
     """Use only this many rows from the start of each set, for a quick look at the data. Null: all rows."""
     preview: int = at_least(0, 1)
-    """Samples to show in the log as the model sees them. RUN/data/preview.html has more."""
+    """Samples to show in the log as the model sees them. RUN/data/preview.html and preview.jsonl have more."""
     workers: int | None = at_least(1, None)
     """Processes that tokenize. Null: one for each CPU core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
     cache: str | None = None
@@ -387,7 +388,7 @@ class Consolidate:
     quantized weights that it was trained on, converted back."""
     verify: Verify = Verify.weights
     """Check before the model folder counts as complete. `weights`: read every byte back. `logits`: also load the model, and
-    compare its logits for a validation row with those of training. Set it before training, which then stores them with its last
+    compare its logits for a validation row, or a training row if nothing is held out, with those of training. Set it before training, which then stores them with its last
     checkpoint. Needs memory for the whole model."""
 
 

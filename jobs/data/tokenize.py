@@ -141,14 +141,18 @@ class BlockTokenizer:
                 parts += self._shorten(*piece, findings, location)
                 continue
             parts.append(piece)
-            if _any_trained(piece[1]) and not reference.ends_with_end_token(
-                *piece, self.settings.tokenizer, self.end_ids
-            ):
+            if not self._ends(*piece):
                 findings.add("endless", location, repr(self.settings.tokenizer.decode(piece[0][-8:])))
         kept = [part for part in parts if _any_trained(part[1][1:])]
         if parts and not kept:
             findings.add("untrained", location)
         return kept
+
+    def _ends(self, ids: NDArray[np.int32], trained: NDArray[np.uint8]) -> bool:
+        """Whether the last trained token is an end token, or need not be one."""
+        if self.settings.chat.train_on_end == "none" or not _any_trained(trained):
+            return True
+        return reference.ends_with_end_token(ids, trained, self.settings.tokenizer, self.end_ids)
 
     def _shorten(
         self, ids: NDArray[np.int32], trained: NDArray[np.uint8], findings: Findings, location: str

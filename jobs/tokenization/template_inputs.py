@@ -21,6 +21,8 @@ from jobs.tokenization.turn_spans import MarkedChat
 NULL, ABSENT, EMPTY = (True, False), (False, True), (False, False)
 """What a template gets as the content of a turn that has none: the values of `is_null` and `is_absent`."""
 TESTS_NULL = re.compile(r"content[^%}]{0,20}(?:\bis\s+(?:not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+PARTS = re.compile(r"""["']type["']: ["']text["']""")
+"""How a template that knows no parts writes them."""
 
 
 class Renderer(turn_spans.Renderer, Protocol):
@@ -105,9 +107,8 @@ def render(sample: Sample, renderer: Renderer) -> RenderedChat:
     chat = _render_best(_forms(sample, renderer.source), renderer)
     if isinstance(chat, ValueError) or chat.missing() is not None:
         in_parts = _map_turns(sample, lambda turn: replace(turn, in_parts=not turn.is_null))
-        with_parts = _render_best(_forms(in_parts, renderer.source), renderer)
-        if not isinstance(with_parts, ValueError) and with_parts.missing() is None:
-            return with_parts
+        other = _render_best(_forms(in_parts, renderer.source), renderer)
+        chat = chat if isinstance(other, ValueError) or not _is_whole(other) else other
     if isinstance(chat, ValueError):
         raise chat
     _check_written(chat.missing())
@@ -124,7 +125,7 @@ def _render_best(forms: Iterator[Sample], renderer: Renderer) -> RenderedChat | 
         except ValueError as error:
             first_error = first_error or error
             continue
-        if _is_unchanged(chat) and chat.missing() is None:
+        if _is_whole(chat):
             return chat
         first_chat = first_chat or chat
     found = first_chat or first_error
@@ -180,8 +181,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _is_whole(chat: RenderedChat) -> bool:
+    return _is_unchanged(chat) and chat.missing() is None
+
+
 def _is_unchanged(chat: RenderedChat) -> bool:
-    """Whether the template writes what it got: no `None` for null, no arguments quoted as one text or in Python's notation."""
+    """Whether the template writes what it got: no `None` for null, no arguments quoted as one text, nothing in Python's notation."""
+    if any(turn.in_parts for turn in chat.sample.turns) and PARTS.search(chat.text):
+        return False
     if "None" in chat.text and any(turn.is_null for turn in chat.sample.turns):
         empty = _map_turns(chat.sample, lambda turn: replace(turn, is_null=False))
         try:

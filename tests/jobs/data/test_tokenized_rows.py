@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from conf.choices import Format, Mask, Overlong
+from conf.choices import Format, Overlong
 from conf.errors import DataError
 from conf.schema import DataSet
 from jobs.data import tokenized_set
 from jobs.data.sources import Block
 from jobs.data.tokenize import BlockTokenizer, TokenizeSettings
+from jobs.tokenization.chat_settings import DEFAULTS, ChatSettings
 from tests.jobs.ranks import CLONE
 
 
@@ -22,7 +23,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tokenize(tokenizer, *rows, max_length=64, **settings):
-    defaults = {"format": "tokenised", "fields": {}, "roles": {}, "mask": Mask.assistant, "overlong": Overlong.truncate}
+    defaults = {"format": "tokenised", "fields": {}, "roles": {}, "chat": DEFAULTS, "overlong": Overlong.truncate}
     block = Block("rows.jsonl:", 1, lines=b"\n".join(json.dumps(row).encode() for row in rows))
     return BlockTokenizer(TokenizeSettings(tokenizer, max_length=max_length, **{**defaults, **settings}))(block)
 
@@ -76,9 +77,16 @@ def test_empty_questions_count_in_the_gate_empty(tokenizer) -> None:
     ]
     findings = tokenize(tokenizer, *rows, format="messages").findings
     assert findings.counts["empty"] == 1
-    assert findings.first["empty"] == [
+    assert [row for reason in findings.reasons["empty"].values() for row in reason.rows] == [
         ("rows.jsonl:1", "messages[0].content is empty: there is no question; drop the row")
     ]
+
+
+def test_answers_need_no_end_if_no_end_is_trained(tokenizer) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    block = tokenize(tokenizer, row, format="messages", chat=ChatSettings(train_on_end="none"))
+    assert not block.findings.counts
+    assert not block.trained[block.tokens == tokenizer.eos_token_id].any()
 
 
 def test_columns_that_nothing_reads_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
