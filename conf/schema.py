@@ -388,8 +388,8 @@ class Consolidate:
     quantized weights that it was trained on, converted back."""
     verify: Verify = Verify.weights
     """Check before the model folder counts as complete. `weights`: read every byte back. `logits`: also load the model, and
-    compare its logits for a validation row, or a training row if nothing is held out, with those of training. Set it before training, which then stores them with its last
-    checkpoint. Needs memory for the whole model."""
+    compare its logits with those of training, for a validation row, or a training row if nothing is held out. Set it before
+    training, which then stores them with its last checkpoint. Needs memory for the whole model."""
 
 
 @dataclass

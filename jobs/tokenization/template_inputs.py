@@ -186,7 +186,7 @@ def _is_whole(chat: RenderedChat) -> bool:
 
 
 def _is_unchanged(chat: RenderedChat) -> bool:
-    """Whether the template writes what it got: no `None` for null, no arguments quoted as one text, nothing in Python's notation."""
+    """Whether the template writes what it got: no `None` for null, no arguments quoted as one text, no Python notation."""
     if any(turn.in_parts for turn in chat.sample.turns) and PARTS.search(chat.text):
         return False
     if "None" in chat.text and any(turn.is_null for turn in chat.sample.turns):
