@@ -5,10 +5,11 @@ PYTHON ?= python3
 V := .venv/bin
 JOB ?= train
 RANK ?= 0
+TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof numerics chaos test-system lint format check slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof numerics chaos test-system lint format check bench-data slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +54,15 @@ format: setup ## format the code and sort imports with ruff
 check: lint ## lint, then the fast tests that need no Slurm
 	$(V)/python -m pytest -m 'not slurm and not slow and not proof'
 
+bench-data: .bench/.installed ## measure preprocess against TRL, which is installed beside in .bench (ten minutes)
+	.bench/bin/python benchmarks/preprocess.py $(ARGS)
+
+.bench/.installed: $(V)/.installed Makefile # a venv that also sees the packages of .venv, with their pins
+	$(V)/python -m venv --clear .bench
+	$(V)/python -c 'import site; print(site.getsitepackages()[0])' > "$$(.bench/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL)
+	@touch $@
+
 slurm-up: test-system ## start a real Slurm of four nodes on this machine (ACCOUNTING=1 for sacct)
 	@$(PYTHON) tests/slurm/cluster.py up $(if $(ACCOUNTING),--accounting)
 
@@ -75,5 +85,5 @@ constraints: setup ## write constraints.txt from .venv
 	@{ grep '^#' constraints.txt; $(V)/pip list --format=freeze | grep -viE '^(pip|setuptools|muster)=' | sed 's/+cpu//'; } > .constraints && mv .constraints constraints.txt
 
 clean: ## remove .venv and caches; runs stay
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .bench build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,13 +1,21 @@
 """Measures preprocess against TRL's own preparation and a bare `datasets.map`: tokens per second on one core, and peak memory.
 
+    make bench-data [ARGS="--rounds 5"]       installs TRL beside, and runs this
     python benchmarks/preprocess.py [--chat ROWS] [--text ROWS] [--vocab VOCAB.json --merges MERGES.txt]
-                                    [--megabytes 8] [--sizes 10,100,1000] [--rounds 3]
+                                    [--megabytes 16] [--sizes 10,100] [--rounds 3]
 
 The input is made of the given rows in random order, each time with another number in it, until the file has the given size.
+Without given rows it is made of docstrings, see preprocess_inputs.py.
 Each program reads raw rows and writes packed tokens to disk. It runs in a process of its own, bound to one core, and the
 programs take turns; a ratio is the median of the ratios of all rounds. TRL runs its own functions:
 `SFTTrainer._prepare_dataset` (assistant-only loss on chats) with packing "bfd". `datasets.map` only tokenizes, in batches, with
 the same tokenizer. Then the script measures the peak memory of preprocess with all its processes for inputs of `--sizes`.
+
+`vs_trl_chat` and `vs_trl_text` compare seconds of work: Muster's are all that `jobs.preprocess.run` does, from loading the
+tokenizer to the preview page, and TRL's begin with its tokenizer loaded; imports are left out of both. `..._cpu` compares
+seconds of the processor, which other programs on the machine disturb less. `..._process` compares whole processes, with imports.
+The cache of Muster is empty each time, and `datasets` has none.
+
 The last line is RESULT with the figures as JSON; without TRL its keys are left out.
 """
 
@@ -15,7 +23,6 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -27,49 +34,10 @@ from typing import Any
 
 CLONE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CLONE))
-CHATML = CLONE / "jobs/tokenization/chat_templates/chatml.jinja"
+
+from benchmarks.preprocess_inputs import save_tokenizer, write_rows  # noqa: E402
+
 ROW = 2048
-
-
-def save_tokenizer(folder: Path, vocab: str | None, merges: str | None) -> None:
-    """Save the bundled tokenizer, or a byte-level one made of these files, with the ChatML template."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer = AutoTokenizer.from_pretrained(CLONE / "examples/tokenizer")
-    if vocab and merges:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-        vocabulary = json.loads(Path(vocab).read_text())
-        lines = [line.split(" ") for line in Path(merges).read_text().splitlines()[1:]]
-        bpe = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in lines if left + right in vocabulary]))
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)  # type: ignore[no-untyped-call]  # transformers has no type here
-        tokenizer.add_special_tokens(
-            {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
-        )
-    tokenizer.chat_template = CHATML.read_text()
-    tokenizer.save_pretrained(folder)
-
-
-def write_rows(source: str, target: Path, megabytes: int, kind: str) -> None:
-    """Repeat the rows of a file, each time with another number, until the target has so many megabytes."""
-    text = Path(source).read_text()
-    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    rng, size = random.Random(0), 0
-    with target.open("w") as file:
-        while size < megabytes * 1e6:
-            row = rng.choice(rows)
-            number = rng.randrange(10**6)
-            if kind == "text":
-                line = json.dumps({"text": f"{number} {row.get('text') or row['output']}"})
-            else:
-                question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-                turns = [
-                    {"role": "user", "content": f"{question} ({number})"},
-                    {"role": "assistant", "content": row["output"]},
-                ]
-                line = json.dumps({"messages": turns})
-            size += file.write(line + "\n")
 
 
 def config_for(rows: Path, tokenizer_folder: Path, run: Path, *more: str) -> Any:
@@ -95,18 +63,28 @@ def config_for(rows: Path, tokenizer_folder: Path, run: Path, *more: str) -> Any
     return config
 
 
+class Clock:
+    """Measures from its creation on."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """Seconds that have passed, and seconds of the processor that this process has used."""
+        return {"seconds": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu}
+
+
 def muster(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, float]:
     config = config_for(rows, tokenizer_folder, run, "data.workers=1")
     from jobs import preprocess
     from jobs.data import batches
 
-    began = time.perf_counter()
+    clock = Clock()
     preprocess.run(config)
     packed = batches.load_split(run / "data", "train", ROW)
     held_out = batches.load_split(run / "data", "validation")
-    seconds = time.perf_counter() - began
     tokens = int(packed.lengths.sum() + held_out.lengths.sum())
-    return {"seconds": seconds, "tokens": tokens, "fill": float(packed.lengths.sum() / (len(packed) * ROW))}
+    return clock.read() | {"tokens": tokens, "fill": float(packed.lengths.sum() / (len(packed) * ROW))}
 
 
 def trl(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, float]:
@@ -117,7 +95,7 @@ def trl(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, float]:
     datasets.disable_caching()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     chat = "messages" in rows.open().readline()
-    began = time.perf_counter()
+    clock = Clock()
     dataset = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(run))
     arguments = SimpleNamespace(
         dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=chat, max_length=ROW,
@@ -127,8 +105,7 @@ def trl(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, float]:
         _tokenizer=tokenizer, chat_template=tokenizer.chat_template if chat else None, completion_only_loss=False
     )
     packed = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, True, None, "train")
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": sum(map(len, packed["input_ids"]))}
+    return clock.read() | {"tokens": sum(map(len, packed["input_ids"]))}
 
 
 def datasets_map(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, float]:
@@ -143,11 +120,10 @@ def datasets_map(rows: Path, tokenizer_folder: Path, run: Path) -> dict[str, flo
         texts = batch["text"] if not chat else tokenizer.apply_chat_template(batch["messages"], tokenize=False)
         return {"input_ids": tokenizer(texts, add_special_tokens=not chat)["input_ids"]}
 
-    began = time.perf_counter()
+    clock = Clock()
     dataset = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(run))
     mapped = dataset.map(tokens, batched=True, remove_columns=dataset.column_names)
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": sum(map(len, mapped["input_ids"]))}
+    return clock.read() | {"tokens": sum(map(len, mapped["input_ids"]))}
 
 
 PROGRAMS = {"ours": muster, "trl": trl, "datasets_map": datasets_map}
@@ -162,6 +138,7 @@ def run_program(name: str, rows: str, tokenizer_folder: str) -> None:
 
 
 def measure(name: str, rows: Path, tokenizer_folder: Path) -> dict[str, float]:
+    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve()), "--side", name, str(rows), str(tokenizer_folder)],
         capture_output=True, text=True, check=False,
@@ -169,7 +146,7 @@ def measure(name: str, rows: Path, tokenizer_folder: Path) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.rsplit("SIDE ", 1)[1])
-    return result
+    return result | {"process": time.perf_counter() - began}
 
 
 def peak_mib(rows: Path, tokenizer_folder: Path) -> float:
@@ -207,21 +184,30 @@ def _private_kib(session: int) -> int:
 
 def compare(kind: str, rows: Path, tokenizer_folder: Path, rounds: int) -> dict[str, float]:
     names = [name for name in PROGRAMS if name != "trl" or importlib.util.find_spec("trl")]
-    speeds: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             result = measure(name, rows, tokenizer_folder)
-            speeds[name].append(result["tokens"] / result["seconds"])
-            print(f"{kind:<5} {name:<13} {result['tokens']:>11,} tokens {result['seconds']:7.1f} s "
-                  f"{speeds[name][-1] / 1e6:6.2f} M tokens/s" + (f"  fill {result['fill']:.4%}" if "fill" in result else ""),
-                  flush=True)  # fmt: skip
-    figures: dict[str, float] = {
-        f"{name}_{kind}_tokens_per_s": round(statistics.median(each)) for name, each in speeds.items()
-    }
+            results[name].append(result)
+            print(f"{kind:<5} {name:<13} {result['tokens']:>11,} tokens {result['seconds']:7.1f} s {result['cpu']:7.1f} s cpu "
+                  f"{result['process']:7.1f} s process {result['tokens'] / result['seconds'] / 1e6:6.2f} M tokens/s"
+                  + (f"  fill {result['fill']:.4%}" if "fill" in result else ""), flush=True)  # fmt: skip
+    figures: dict[str, float] = {}
+    for name, each in results.items():
+        speeds = [result["tokens"] / result["seconds"] for result in each]
+        figures[f"{name}_{kind}_tokens_per_s"] = round(statistics.median(speeds))
     for name in names[1:]:
-        ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[name], strict=True)]
-        figures[f"vs_{name}_{kind}"] = round(statistics.median(ratios), 2)
+        for key, ending in (("seconds", ""), ("cpu", "_cpu"), ("process", "_process")):
+            figures[f"vs_{name}_{kind}{ending}"] = _ratio(results["ours"], results[name], key)
     return figures
+
+
+def _ratio(ours: list[dict[str, float]], others: list[dict[str, float]], key: str) -> float:
+    """How many times as many tokens per second we have: the median of all rounds."""
+    pairs = zip(ours, others, strict=True)
+    return round(
+        statistics.median(mine["tokens"] / mine[key] / (other["tokens"] / other[key]) for mine, other in pairs), 2
+    )
 
 
 def main() -> None:
@@ -229,16 +215,12 @@ def main() -> None:
         run_program(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--chat", default=str(CLONE / "examples/sample.jsonl"), help="file of rows with instruction, input, output"
-    )
-    parser.add_argument(
-        "--text", default=str(CLONE / "examples/sample.jsonl"), help="file of rows with text (or output)"
-    )
+    parser.add_argument("--chat", help="file of rows with instruction, input, output")
+    parser.add_argument("--text", help="file of rows with text (or output)")
     parser.add_argument("--vocab")
     parser.add_argument("--merges")
-    parser.add_argument("--megabytes", type=int, default=8)
-    parser.add_argument("--sizes", default="10,100,1000", help="MB of the inputs for which peak memory is measured")
+    parser.add_argument("--megabytes", type=int, default=16)
+    parser.add_argument("--sizes", default="10,100", help="MB of the inputs for which peak memory is measured")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     figures: dict[str, Any] = {"megabytes": given.megabytes, "rounds": given.rounds}

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -54,12 +55,19 @@ def compute_key(dataset: DataSet, data: Data, tokenizer: PreTrainedTokenizerBase
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything in a tokenizer that decides token ids: vocabulary, merges, rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    if backend is not None:
-        rules |= {"truncation": None, "padding": None}  # left over from the last call; every call sets them again
+    rules = tokenizer.get_vocab() if backend is None else _rules(backend)
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     split_special = bool(tokenizer.split_special_tokens)
     return _hash_json([type(tokenizer).__name__, rules, special, tokenizer.chat_template, split_special])
+
+
+def _rules(backend: Tokenizer) -> str:
+    """The rules of a tokenizer as JSON text, without the truncation and padding of its last call: every call sets them again."""
+    if backend.truncation or backend.padding:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend.to_str()
 
 
 def file_states(path: str) -> list[list[int]] | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from jobs.data.file_readers import Unreadable
 from jobs.data.tokenize import TokenizeSettings
 from jobs.tokenization import encoder
 from jobs.tokenization.chat_settings import ChatSettings
+from jobs.tokenization.comparison import samples_to_compare
 
 log = logging.getLogger(__name__)
 
-COMPARED_ROWS = 300
-"""Rows on which the fast paths of the encoder are compared with the slow path before they are used."""
+FIRST_ROWS, FIRST_BYTES = 300, 2**25
+"""Rows that are read before all others: they show the format, and the encoder's fast ways are compared with the slow one on some
+of them. They end with the block at this byte, because rows can be long."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     data = config.data
     folder = Path(data.cache) if data.cache else Path(config.run_dir).parent / ".data"
     read_blocks = partial(sources.read_blocks, dataset.path, dataset.split, data.max_rows)
-    first_rows = list(islice(_readable_rows(read_blocks()), COMPARED_ROWS))
+    first_rows = _first_rows(read_blocks())
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", dataset.path, "has no rows"))
     format_name = _format_name(name, first_rows, dataset)
@@ -85,12 +86,18 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     return TokenizedSet(dataset.path, path, read_json(path / "set.json"))
 
 
-def _readable_rows(blocks: Iterator[sources.Block]) -> Iterator[tuple[str, sources.Row]]:
-    """(location, row) of every row that can be read."""
+def _first_rows(blocks: Iterator[sources.Block]) -> list[tuple[str, sources.Row]]:
+    """(location, row) of the first rows that can be read; none only if no row can be read at all."""
+    rows: list[tuple[str, sources.Row]] = []
     for block in blocks:
         for number, row in block.parsed():
             if not isinstance(row, Unreadable):
-                yield f"{block.location}{number}", row
+                rows.append((f"{block.location}{number}", row))
+                if len(rows) == FIRST_ROWS:
+                    return rows
+        if rows and block.read >= FIRST_BYTES:
+            break
+    return rows
 
 
 def _format_name(name: str, rows: list[tuple[str, sources.Row]], dataset: DataSet) -> str:
@@ -125,13 +132,14 @@ def _log_unused_columns(name: str, rows: list[tuple[str, sources.Row]], format_n
 
 
 def _check_fast_encoder(settings: TokenizeSettings, rows: list[tuple[str, sources.Row]]) -> TokenizeSettings:
-    """The settings with `fast` set to whether the encoder's fast and slow paths agree on all of these rows."""
+    """The settings with `fast` set to whether the encoder's fast and slow ways agree on these rows, as far as they are compared."""
     samples = []
     for _, row in rows:
         try:
             samples.append(settings.convert(row))
         except ValueError:
             continue  # the quality gates report such rows later
+    samples = samples_to_compare(samples)
     difference = encoder.first_difference(settings.tokenizer, samples, settings=settings.chat)
     description = encoder.Encoder(settings.tokenizer, settings=settings.chat, fast=difference is None).description
     log.info(f"encoder   {description}, compared on {len(samples)} rows" + (f": {difference}" if difference else ""))

@@ -9,7 +9,8 @@ merging stops earlier, T is never made. Hence T gets the rank of that pair. A to
 out, so that tiktoken cannot make it from parts that are not a listed pair.
 """
 
-from collections import defaultdict
+import re
+from collections import Counter
 from typing import Any
 
 from tokenizers import models
@@ -20,6 +21,8 @@ PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 OTHERS = sorted({*range(256)} - PRINTABLE)
 BYTE_OF_LETTER = {chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte)): byte for byte in range(256)}
 """GPT-2's letter for each byte, in the order of the bytes. Printable bytes stand for themselves, the others count up from 256."""
+LATIN = {ord(letter): byte for letter, byte in BYTE_OF_LETTER.items()}
+LETTERS_ONLY = re.compile(f"[{re.escape(''.join(BYTE_OF_LETTER))}]+")
 
 Pair = tuple[str, str]
 
@@ -39,9 +42,10 @@ def mergeable_ranks(model: dict[str, Any]) -> tuple[list[int], dict[bytes, int]]
     # A tokenizer.json lists a merge as "a b", or in newer files as ["a", "b"].
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     pairs: list[Pair] = [(left, right) for left, right in merges]
-    rank_of_token, parts_of_unreachable = _last_merges(vocabulary, pairs)
+    made = list(map("".join, pairs))
+    rank_of_token, parts_of_unreachable = _last_merges(vocabulary, pairs, made)
     # Rank r < 256 is a byte; rank 256 + n is the n-th merge. Several merges may give the same token.
-    ids = [vocabulary[token] for token in (*BYTE_OF_LETTER, *map("".join, pairs))]
+    ids = [vocabulary[token] for token in (*BYTE_OF_LETTER, *made)]
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {_bytes(token): 256 + number for token, number in rank_of_token.items()}
     if model["ignore_merges"]:
@@ -56,23 +60,26 @@ def mergeable_ranks(model: dict[str, Any]) -> tuple[list[int], dict[bytes, int]]
 
 
 def _bytes(token: str) -> bytes:
-    return bytes(map(BYTE_OF_LETTER.__getitem__, token))
+    return token.translate(LATIN).encode("latin-1")
 
 
-def _last_merges(vocabulary: dict[str, int], pairs: list[Pair]) -> tuple[dict[str, int], dict[str, int]]:
-    """Merge each token's own bytes.
+def _last_merges(
+    vocabulary: dict[str, int], pairs: list[Pair], made: list[str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Merge each token's own bytes. made: the token that each pair makes.
 
     Returns (number of the last merge, for tokens that become whole; number of parts left over, for the others).
     """
     number_of_pair = {pair: number for number, pair in enumerate(pairs)}
-    numbers_of_token = defaultdict(list)
-    for pair, number in number_of_pair.items():
-        numbers_of_token["".join(pair)].append(number)
-    tokens = {token: number for token, number in vocabulary.items() if BYTE_OF_LETTER.keys() >= set(token)}
-    bpe = models.BPE(vocab=tokens, merges=pairs)
-    parts = {token: len(bpe.tokenize(token)) for token in tokens if len(token) > 1}
+    number_of_token = {token: number for number, token in enumerate(made)}
+    by_several: set[str] = set()
+    if len(number_of_token) < len(made):
+        by_several = {token for token, count in Counter(made).items() if count > 1}
+    tokens = {token: number for token, number in vocabulary.items() if LETTERS_ONLY.fullmatch(token)}
+    merge = models.BPE(vocab=tokens, merges=pairs).tokenize
+    parts = {token: len(merge(token)) for token in tokens if len(token) > 1}
     last_merge = {
-        token: numbers_of_token[token][0] if len(numbers_of_token[token]) == 1 else _last_merge(token, number_of_pair)
+        token: _last_merge(token, number_of_pair) if token in by_several else number_of_token[token]
         for token, count in parts.items()
         if count == 1
     }

@@ -60,7 +60,8 @@ class TiktokenBackend:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         pattern = read_pattern(rules["pre_tokenizer"])
         self._nfc = _normalizes(rules["normalizer"])
-        classes = frozenset(CHARACTER_CLASSES.findall(pattern))
+        # A class and its complement (`\s` and `\S`) are ambiguous for the same characters, so one of the two is enough.
+        classes = frozenset(name[:2].lower() + name[2:] for name in CHARACTER_CLASSES.findall(pattern))
         self._ambiguous = _ambiguous_characters(classes, pattern == DIGITS, self._nfc)
         self._unit_kinds = kinds_of_units(pattern)
         ids, ranks = bpe_ranks.mergeable_ranks(rules["model"])

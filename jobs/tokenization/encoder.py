@@ -18,7 +18,15 @@ from jobs.tokenization.byte_bpe import TiktokenBackend
 from jobs.tokenization.chat_settings import DEFAULTS, ChatSettings
 from jobs.tokenization.chat_template import span_tokens, template_source
 from jobs.tokenization.conversation import Sample
-from jobs.tokenization.offsets import MaskedText, Span, TokenizedText, Unsupported, close_gaps, mark_tokens
+from jobs.tokenization.offsets import (
+    MaskedText,
+    Span,
+    TokenizedText,
+    Unsupported,
+    close_gaps,
+    mark_tokens,
+    panics_as_errors,
+)
 from jobs.tokenization.template_inputs import Renderer
 from jobs.tokenization.template_renderer import CompiledRenderer
 
@@ -160,7 +168,8 @@ class TokenizersBackend:
     def _tokenize(
         self, text: str, trained_spans: list[Span], excluded_spans: list[Span], add_special_tokens: bool
     ) -> TokenizedText:
-        encoding = self._encode(text, add_special_tokens=add_special_tokens)
+        with panics_as_errors(text):
+            encoding = self._encode(text, add_special_tokens=add_special_tokens)
         ids = encoding.ids
         token_spans = close_gaps(ids, encoding.offsets, text, self._tokenizer)
         trained = mark_tokens(token_spans, trained_spans, [0] * len(ids))

@@ -1,6 +1,8 @@
 """Maps characters of a text to tokens exactly, also where the tokenizer's offsets leave out whitespace."""
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,9 +51,25 @@ def tokenize_with_spans(
         raise ValueError(
             "the tokenizer gives no character offsets: use a fast tokenizer, one whose folder has a tokenizer.json"
         )
-    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    with panics_as_errors(text):
+        encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     ids = list(encoding["input_ids"])
     return ids, close_gaps(ids, encoding["offset_mapping"], text, tokenizer)
+
+
+@contextmanager
+def panics_as_errors(text: str) -> Iterator[None]:
+    """Raise ValueError where the library `tokenizers` panics, because no `except Exception` catches that.
+
+    It does on ten million blanks in sequence: its engine for regular expressions gives up.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class of the library that cannot be imported
+            raise
+        message = f"the tokenizer fails on a text of {len(text):,} characters ({error}): split the text, or shorten its blanks"
+        raise ValueError(message) from error
 
 
 def close_gaps(ids: list[int], offsets: list[Span], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:

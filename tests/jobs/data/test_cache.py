@@ -238,3 +238,13 @@ def test_the_splits_have_every_sample_once(config, tmp_path: Path) -> None:
     )
     assert np.array_equal(np.sort(np.concatenate([train.chosen, held.chosen])), np.arange(2000))
     assert 60 < len(held) < 140
+
+
+def test_the_key_does_not_depend_on_the_last_call_of_the_tokenizer(config) -> None:
+    tokenizer = preprocess.load_tokenizer(config())
+    first = cache_key._hash_tokenizer(tokenizer)
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
+    assert cache_key._hash_tokenizer(tokenizer) == first
+    assert tokenizer.backend_tokenizer.truncation is not None
+    tokenizer.add_tokens(["<extra>"])
+    assert cache_key._hash_tokenizer(tokenizer) != first

@@ -473,3 +473,13 @@ def test_first_difference_reports_a_missing_error(
     assert found.startswith(
         "sample 0: 3 tokens instead of the error: the chat template does not write reasoning_content"
     )
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_with_a_remedy(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Its engine for regular expressions gives up on so many blanks, with an exception that is no Exception."""
+    rows = [Sample(parts=((" " * count + "x", True),)) for count in (11_000_000, 1_000)]
+    with pytest.raises(ValueError, match="fails on a text of 11,000,001 characters.*shorten its blanks"):
+        reference.encode(rows[0], tokenizers["llama3"])
+    slow = TokenizersBackend(tokenizers["llama3"])
+    assert slow([MaskedText(row.parts[0][0], [], [], False) for row in rows])[0] is None
+    assert reference.encode(rows[1], tokenizers["llama3"])[0]
