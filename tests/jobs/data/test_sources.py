@@ -13,7 +13,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import DataError, Problem
-from jobs.data import file_readers, sources
+from conf.schema import DataSet
+from jobs.data import data_files, file_readers, sources
 
 ROWS = [{"instruction": f"Say {n}.", "output": "é\nü" if n == 3 else "x" * n} for n in range(7)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -21,7 +22,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 def rows_of(path, split=None):
     """(location, row) of every row; raises DataError for the first that cannot be read."""
-    for block in sources.read_blocks(path, split):
+    for block in sources.read_blocks(DataSet(str(path), split=split)):
         for number, row in block.parsed():
             if isinstance(row, file_readers.Unreadable):
                 raise DataError(Problem("data.path", f"{block.location}{number}", str(row)))
@@ -133,7 +134,7 @@ def test_an_early_error_in_an_array_is_raised_early(tmp_path: Path, monkeypatch:
     (tmp_path / "a.json").write_text('[{"a": nope},' + '{"a": 1},' * 10_000)
     with (tmp_path / "a.json").open("rb") as opened:
         with pytest.raises(DataError, match="not valid JSON"):
-            list(file_readers.READERS[".json"](opened, tmp_path / "a.json"))
+            list(file_readers.json_arrays(opened, str(tmp_path / "a.json")))
         assert opened.tell() < 2**15
 
 
@@ -142,7 +143,10 @@ def test_a_large_row_group_is_read_in_small_batches(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="none")
     tracemalloc.start()
     try:
-        assert next(sources.read_blocks(str(tmp_path / "a.parquet"))).rows[0][1] == table.slice(0, 1).to_pylist()[0]
+        assert (
+            next(sources.read_blocks(DataSet(str(tmp_path / "a.parquet")))).rows[0][1]
+            == table.slice(0, 1).to_pylist()[0]
+        )
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
@@ -153,23 +157,19 @@ def test_metadata_and_other_files_are_skipped(path, tmp_path: Path) -> None:
     for name in ("dataset_info.json", "state.json", "dataset_dict.json", "README.md"):
         (tmp_path / name).write_text('{"text": "no"}')
     with pytest.raises(DataError, match="has no file ending in"):
-        sources.data_files(str(tmp_path / path))
+        data_files.find_files(DataSet(str(tmp_path / path)))
     (tmp_path / "a.JSON").write_text('{"text": "yes"}')
     assert [row["text"] for _, row in rows_of(str(tmp_path / path))] == ["yes"]
 
 
 def test_a_percentage_counts_unreadable_rows_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\nbroken\n{"a": 2}\n{"a": 3}\n')
-    rows = [item for block in sources.read_blocks(str(tmp_path / "a.jsonl"), "[50%:]") for item in block.parsed()]
+    rows = [
+        item
+        for block in sources.read_blocks(DataSet(str(tmp_path / "a.jsonl"), split="[50%:]"))
+        for item in block.parsed()
+    ]
     assert rows == [(3, {"a": 2}), (4, {"a": 3})]
-
-
-class Hub(list):
-    """A Hub data set that fails after its first row."""
-
-    def __iter__(self):
-        yield self[0]
-        raise OSError("\n")
 
 
 def test_an_error_of_the_hub_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +179,6 @@ def test_an_error_of_the_hub_without_a_message_is_named_by_its_class(monkeypatch
     monkeypatch.setattr("datasets.load_dataset", refused)
     with pytest.raises(DataError, match="the Hub answers: ConnectionError"):
         list(rows_of("owner/name"))
-
-
-def test_the_length_of_a_hub_set_is_used_and_its_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub([{"a": 1}, {"a": 2}]))
-    with pytest.raises(DataError, match="owner/name.*cannot be read after row 0: OSError"):
-        list(rows_of("owner/name", "[50%:]"))
 
 
 @pytest.mark.parametrize(("path", "message"), [("/nowhere/a.jsonl", "no such file"), ("./*.jsonl", "no such file")])

@@ -1,0 +1,48 @@
+"""Loads data sets of the Hub, and folders whose README.md lists subsets, with the library `datasets`."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from conf.errors import DataError, Problem, first_line
+from conf.schema import DataSet
+from jobs.data.arrow_rows import plain_rows
+from jobs.data.file_readers import BLOCK_ROWS
+
+NO_SUBSET = re.compile(r"Config name is missing|BuilderConfig .* not found")
+
+
+def load(source: DataSet) -> Any:
+    """The `datasets.Dataset` of a source; `owner/name:train[:100]` names a split or a part of it.
+
+    Raises DataError with the Hub's reason.
+    """
+    from datasets import load_dataset
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    name, _, split = source.path.partition(":")
+    split = split or "train"
+    files = {split.partition("[")[0]: list(source.files)} if source.files else None
+    try:
+        return load_dataset(name, source.subset, data_files=files, split=split, revision=source.revision)
+    except Exception as error:  # anything that the Hub's client raises: no network, no such set, a gated set
+        if NO_SUBSET.search(str(error)):
+            raise DataError(_subset_problem(source, str(error))) from error
+        offline = " (HF_HUB_OFFLINE is set: fill HF_HOME on a machine with network)" if HF_HUB_OFFLINE else ""
+        message = f"no such file, and the Hub answers: {first_line(error)}{offline}"
+        raise DataError(Problem("data.path", source.path, message)) from error
+
+
+def _subset_problem(source: DataSet, answer: str) -> Problem:
+    """The problem to report if the subset is missing or wrong. `answer` has the list of subsets, as Python or one per line."""
+    listed = re.search(r"\[(.*?)\]", answer, re.DOTALL)
+    names = re.findall(r"'([^']*)'", listed[1]) if listed else []
+    example = f": choose one, for example data.subset={names[0]}" if names else f": {' '.join(answer.split())}"
+    message = f"{source.path} has the subsets {', '.join(names)}{example}" if names else f"{source.path}{example}"
+    return Problem("data.subset", source.subset or "null", message)
+
+
+def batches(dataset: Any, path: str) -> Iterator[list[Any]]:
+    """The rows of a loaded set, up to BLOCK_ROWS at a time. Pictures and sound stay bytes: only text is trained on."""
+    for table in dataset.with_format("arrow").iter(BLOCK_ROWS):
+        yield list(plain_rows(table, path))

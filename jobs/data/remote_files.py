@@ -1,0 +1,72 @@
+"""Reads files that are not on this machine: s3://, gs://, hf://, https:// and every other address that fsspec knows."""
+
+import logging
+import shutil
+import tempfile
+import urllib.request
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from conf.errors import DataError, Problem, first_line
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 60
+"""Seconds without an answer of a web server."""
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def web_name(url: str) -> str:
+    """The file name in a web address."""
+    return PurePosixPath(unquote(urlsplit(url).path)).name
+
+
+@lru_cache
+def download(url: str) -> Any:
+    """A temporary file with the content of a web address. It exists as long as this process.
+
+    Downloaded as a whole, because many servers cannot send a part of a file, which Parquet needs.
+    """
+    copy = tempfile.NamedTemporaryFile(prefix="muster-")  # noqa: SIM115 - deleted when the process ends
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme is http or https
+            shutil.copyfileobj(answer, copy, 2**20)
+            expected = answer.headers.get("Content-Length")
+    except (OSError, ValueError) as error:
+        raise DataError(Problem("data.path", url, f"cannot be downloaded: {first_line(error)}")) from error
+    copy.flush()
+    if expected is not None and copy.tell() != int(expected):
+        message = f"the download ended after {copy.tell():,} of {int(expected):,} bytes: start again"
+        raise DataError(Problem("data.path", url, message))
+    log.info(f"download  {url}: {copy.tell():,} bytes")
+    return copy
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it. Raises DataError naming the package that it needs."""
+    import fsspec
+
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        scheme = path.partition("://")[0]
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(
+            scheme
+        )
+        remedy = f"pip install {package}" if package else "install it"
+        message = f"a package that reads {scheme}:// is missing ({first_line(error)}): {remedy}"
+        raise DataError(Problem("data.path", path, message)) from error
+    except ValueError as error:
+        raise DataError(
+            Problem("data.path", path, f"is not an address that fsspec knows: {first_line(error)}")
+        ) from error
+    return filesystem, str(inner)
