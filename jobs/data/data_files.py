@@ -54,13 +54,18 @@ def _find(source: DataSet, tree: Tree, path: str) -> list[DataFile] | None:
         if isinstance(tree, LocalTree) and not source.files and lists_subsets(Path(folder)):
             _refuse_hub_keys(source, "a folder", ("revision",))
             return None
+        if not source.files:
+            _refuse_dataset_info(source, tree, folder)
         _refuse_hub_keys(source, "a folder whose README.md lists no subsets", ("subset", "revision"))
         return [tree.file(name) for name in _folder_files(source, tree, folder.rstrip("/"), split)]
     if MAGIC.search(path) and not _is_hub_range(path):
         _refuse_hub_keys(source, "a pattern")
         return [tree.file(name) for name in _glob_files(source, tree, path)]
     if isinstance(tree, RemoteTree) or path.startswith(("/", ".", "~")):
-        raise DataError(Problem("data.path", source.path, "no such file"))
+        offline = (
+            ". HF_HUB_OFFLINE is set, so that the Hub is not asked" if remote_files.is_hidden_hub(source.path) else ""
+        )
+        raise DataError(Problem("data.path", source.path, f"no such file{offline}"))
     return None
 
 
@@ -91,15 +96,14 @@ def lists_subsets(folder: Path) -> bool:
 def _folder_files(source: DataSet, tree: Tree, folder: str, split: str | None) -> list[str]:
     if source.files:
         return _named_files(source, tree, folder)
-    _refuse_dataset_info(source, tree, folder)
     if saved := _saved_splits(tree, folder):
-        folder, split = f"{folder}/{_saved_split(source, folder, saved, split)}", None
+        folder, split = f"{folder}/{_saved_split(source, tree.shown(folder), saved, split)}", None
     elif split is not None and tree.is_dir(f"{folder}/{split}"):
         folder, split = f"{folder}/{split}", None
     found = _data_files(source, tree, folder, tree.find(folder))
     if not found:
         raise DataError(Problem("data.path", source.path, f"has no file ending in {', '.join(ENDINGS)}"))
-    return _choose(source, folder, found, split)
+    return _choose(source, tree, folder, found, split)
 
 
 def _glob_files(source: DataSet, tree: Tree, pattern: str) -> list[str]:
@@ -110,7 +114,7 @@ def _glob_files(source: DataSet, tree: Tree, pattern: str) -> list[str]:
     found = _data_files(source, tree, folder, [path for path in matched if tree.is_file(path)])
     if not found:
         raise DataError(Problem("data.path", source.path, f"has no file ending in {', '.join(ENDINGS)}"))
-    return _choose(source, folder, found, None)
+    return _choose(source, tree, folder, found, None)
 
 
 def _named_files(source: DataSet, tree: Tree, folder: str) -> list[str]:
@@ -205,23 +209,23 @@ def _refuse_dataset_info(source: DataSet, tree: Tree, folder: str) -> None:
         name for name, item in entries.items() if isinstance(item, dict) and {"file_name", "hf_hub_url"} & set(item)
     ]
     if names:
-        message = f"has LLaMA-Factory's list of sets. Choose one: data.path={path} data.subset={names[0]}"
+        message = f"has LLaMA-Factory's list of sets. Choose one: data.path={tree.shown(path)} data.subset={names[0]}"
         message += f" (it has {_listed(names)})" if len(names) > 1 else ""
         raise DataError(Problem("data.path", source.path, message))
 
 
-def _choose(source: DataSet, folder: str, paths: list[str], split: str | None) -> list[str]:
+def _choose(source: DataSet, tree: Tree, folder: str, paths: list[str], split: str | None) -> list[str]:
     """The files of one split; says which are left out."""
     names = {_relative(path, folder): path for path in paths}
     try:
         chosen = split_names.choose(list(names), split)
     except split_names.UnclearSplit as error:
         example = _as_files(list(names)[:1])
-        message = f"holds {_listed(list(names))}, but {error}: name the files to read, data.path={folder} {example}"
+        message = f"holds {_listed(list(names))}, but {error}: name the files to read, data.path={tree.shown(folder)} {example}"
         raise DataError(Problem("data.path", source.path, message)) from error
     left_out = [name for name in names if name not in chosen]
     if left_out:
-        hint = f"to read them: data.path={folder} {_as_files(left_out[:1])}"
+        hint = f"to read them: data.path={tree.shown(folder)} {_as_files(left_out[:1])}"
         _log_once(f"files     {source.path}: reads {_listed(chosen)}; leaves out {_listed(left_out)} ({hint})")
     return [names[name] for name in chosen]
 

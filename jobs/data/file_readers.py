@@ -168,7 +168,7 @@ def wrapped_rows(opened: BinaryIO, file: str, key: str) -> Iterator[tuple[int, A
                 raise reader.error("a key must follow")
             name = reader.value()
             reader.consume(":", "a colon is missing behind a key")
-            if name == key and reader.peek() == "[":
+            if reader.peek() == "[" and name == key:
                 reader.skip()
                 yield from _array_items(reader)
             else:

@@ -73,6 +73,10 @@ class LocalTree:
     def file(self, path: str) -> DataFile:
         return DataFile(path, Path(path).name, path)
 
+    def shown(self, path: str) -> str:
+        """The path as a user writes it."""
+        return path
+
 
 class RemoteTree:
     """Lists files of an fsspec file system."""
@@ -96,8 +100,11 @@ class RemoteTree:
         return str(self._filesystem.cat_file(path).decode("utf-8"))
 
     def file(self, path: str) -> DataFile:
-        location = str(self._filesystem.unstrip_protocol(path))
-        return DataFile(location, Path(path).name, path, self._filesystem)
+        return DataFile(self.shown(path), Path(path).name, path, self._filesystem)
+
+    def shown(self, path: str) -> str:
+        """The path as a user writes it."""
+        return str(self._filesystem.unstrip_protocol(path))
 
 
 Tree = LocalTree | RemoteTree

@@ -25,6 +25,13 @@ def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
+def is_hidden_hub(path: str) -> bool:
+    """Whether an address is on the Hub, and the Hub's client may not use the network."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return path.startswith("hf://") and bool(HF_HUB_OFFLINE)
+
+
 def web_name(url: str) -> str:
     """The file name in a web address."""
     return PurePosixPath(unquote(urlsplit(url).path)).name

@@ -66,7 +66,7 @@ FILES = [
     ("half an object over many lines", "a.json", json.dumps(GOOD, indent=2).encode()[:-4], r"a\.json:\d: is not valid JSON"),
     ("object behind a broken one", "a.json", b'{\n"text": "a"\n}\n[', r"a\.json:4: is not valid JSON: only another object"),
     ("two lists of rows", "a.json", b'{"one": [{"text": "a"}], "two": [{"text": "b"}]}', r"a\.json:1: one and two both hold lists"),
-    ("key twice", "a.jsonl", lines(GOOD) + b'{"instruction": "a", "output": "b", "output": "c"}\n', r"a\.jsonl:2: .*'output' twice"),
+    ("key twice", "a.jsonl", lines(GOOD) + b'{"instruction": "a", "output": 1, "output": 2}\n', r"a\.jsonl:2: .*'output' twice"),
     ("key of a message twice", "a.jsonl", b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n', "'content' twice"),
     ("key twice in an array", "a.json", b'[{"text": "a"},\n{"text": "b", "text": "c"}]', r"a\.json:2: .*'text' twice"),
     ("CSV column twice", "a.csv", b"instruction,output,output\na,b,c\n", "column 'output' twice"),
