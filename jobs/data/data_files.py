@@ -30,8 +30,7 @@ def find_files(source: DataSet) -> list[DataFile] | None:
     """
     if remote_files.is_web(source.path):
         _refuse_hub_keys(source, "a web address")
-        copy = remote_files.download(source.path)
-        return [DataFile(source.path, remote_files.web_name(source.path), copy.name)]
+        return [DataFile(source.path, remote_files.web_name(source.path), remote_files.download(source.path))]
     if remote_files.is_remote(source.path):
         filesystem, path = remote_files.file_system(source.path)
         try:
@@ -47,13 +46,19 @@ def _find(source: DataSet, tree: Tree, path: str) -> list[DataFile] | None:
     if tree.is_file(path):
         _refuse_hub_keys(source, "a file")
         return [tree.file(path)]
-    folder, split = path, None
-    if not tree.is_dir(path) and (match := re.fullmatch(r"(.+):([\w.-]+)", path)) and tree.is_dir(match[1]):
-        folder, split = match.groups()
+    folder, split, rows = path, None, None
+    named_split = re.fullmatch(r"(.+):([\w.-]+)(\[.*\])?", path)
+    if named_split and not tree.is_dir(path) and tree.is_dir(named_split[1]):
+        folder, split, rows = named_split.groups()
     if tree.is_dir(folder):
         if isinstance(tree, LocalTree) and not source.files and lists_subsets(Path(folder)):
             _refuse_hub_keys(source, "a folder", ("revision",))
             return None
+        if rows:
+            message = (
+                f"a range of rows belongs into data.split: data.path={tree.shown(folder)}:{split} data.split='{rows}'"
+            )
+            raise DataError(Problem("data.path", source.path, message))
         if not source.files:
             _refuse_dataset_info(source, tree, folder)
         _refuse_hub_keys(source, "a folder whose README.md lists no subsets", ("subset", "revision"))

@@ -28,17 +28,28 @@ def load(source: DataSet) -> Any:
     except Exception as error:  # anything that the Hub's client raises: no network, no such set, a gated set
         if NO_SUBSET.search(str(error)):
             raise DataError(_subset_problem(source, str(error))) from error
+        if "Unknown split" in str(error) and (splits := _listed_names(str(error))):
+            message = (
+                f"has no split {split}: choose one of {', '.join(splits)}, for example data.path={name}:{splits[0]}"
+            )
+            raise DataError(Problem("data.path", source.path, message)) from error
         offline = " (HF_HUB_OFFLINE is set: fill HF_HOME on a machine with network)" if HF_HUB_OFFLINE else ""
         message = f"no such file, and the Hub answers: {first_line(error)}{offline}"
         raise DataError(Problem("data.path", source.path, message)) from error
 
 
-def _subset_problem(source: DataSet, answer: str) -> Problem:
-    """The problem to report if the subset is missing or wrong. `answer` has the list of subsets, as Python or one per line."""
+def _listed_names(answer: str) -> list[str]:
+    """The names in the first Python list of an error's text."""
     listed = re.search(r"\[(.*?)\]", answer, re.DOTALL)
-    names = re.findall(r"'([^']*)'", listed[1]) if listed else []
-    example = f": choose one, for example data.subset={names[0]}" if names else f": {' '.join(answer.split())}"
-    message = f"{source.path} has the subsets {', '.join(names)}{example}" if names else f"{source.path}{example}"
+    return re.findall(r"'([^']*)'", listed[1]) if listed else []
+
+
+def _subset_problem(source: DataSet, answer: str) -> Problem:
+    """The problem to report if the subset is missing or wrong."""
+    names = _listed_names(answer)
+    if not names:
+        return Problem("data.subset", source.subset or "null", f"{source.path}: {' '.join(answer.split())}")
+    message = f"{source.path} has the subsets {', '.join(names)}: choose one, for example data.subset={names[0]}"
     return Problem("data.subset", source.subset or "null", message)
 
 

@@ -1,11 +1,14 @@
 """Reads files that are not on this machine: s3://, gs://, hf://, https:// and every other address that fsspec knows."""
 
+import atexit
 import logging
+import os
 import shutil
 import tempfile
+import urllib.error
 import urllib.request
 from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -38,24 +41,28 @@ def web_name(url: str) -> str:
 
 
 @lru_cache
-def download(url: str) -> Any:
-    """A temporary file with the content of a web address. It exists as long as this process.
+def download(url: str) -> str:
+    """The path of a temporary file with the content of a web address. It is deleted when this process ends.
 
     Downloaded as a whole, because many servers cannot send a part of a file, which Parquet needs.
     """
-    copy = tempfile.NamedTemporaryFile(prefix="muster-")  # noqa: SIM115 - deleted when the process ends
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme is http or https
-            shutil.copyfileobj(answer, copy, 2**20)
-            expected = answer.headers.get("Content-Length")
-    except (OSError, ValueError) as error:
-        raise DataError(Problem("data.path", url, f"cannot be downloaded: {first_line(error)}")) from error
-    copy.flush()
-    if expected is not None and copy.tell() != int(expected):
-        message = f"the download ended after {copy.tell():,} of {int(expected):,} bytes: start again"
+    descriptor, path = tempfile.mkstemp(prefix="muster-")
+    atexit.register(Path(path).unlink, missing_ok=True)
+    with os.fdopen(descriptor, "wb") as copy:
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme is http or https
+                shutil.copyfileobj(answer, copy, 2**20)
+                expected = answer.headers.get("Content-Length")
+        except (OSError, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            raise DataError(Problem("data.path", url, f"cannot be downloaded: {first_line(error)}")) from error
+        size = copy.tell()
+    if expected is not None and size != int(expected):
+        message = f"the download ended after {size:,} of {int(expected):,} bytes: start again"
         raise DataError(Problem("data.path", url, message))
-    log.info(f"download  {url}: {copy.tell():,} bytes")
-    return copy
+    log.info(f"download  {url}: {size:,} bytes")
+    return path
 
 
 def file_system(path: str) -> tuple[Any, str]:

@@ -82,7 +82,7 @@ def _not_parsed(word: str) -> str:
             f"value that has a comma, a colon or brackets"
         )
     if "=" in word and quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value.strip("\"'"))):
-        return f"has a quotation mark that is not closed, or one too many. Type {typed}"
+        return f"has a quote that is not closed, or one too many. Type {typed}"
     return (
         "is not of the form key=value. If the value has special characters, put quotes around it, "
         "for the shell and for Hydra: 'key=\"value\"'"

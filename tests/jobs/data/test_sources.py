@@ -39,8 +39,17 @@ def write_arrow(path):
         writer.write_table(table, max_chunksize=2)
 
 
+def csv_text(separator):
+    rows = "".join(f'{row["instruction"]}{separator}"{row["output"]}"\n' for row in ROWS)
+    return f"instruction{separator}output\n{rows}"
+
+
 def write_csv(path):
-    path.write_text("instruction,output\n" + "".join(f'{row["instruction"]},"{row["output"]}"\n' for row in ROWS))
+    path.write_text(csv_text(","))
+
+
+def zstd(text):
+    return arrow.Codec("zstd").compress(text.encode()).to_pybytes()
 
 
 @pytest.mark.parametrize(
@@ -56,6 +65,23 @@ def write_csv(path):
         ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(LINES.encode()))),
         ("a.json.bz2", lambda path: path.write_bytes(bz2.compress(json.dumps(ROWS).encode()))),
         ("a.jsonl.xz", lambda path: path.write_bytes(lzma.compress(LINES.encode()))),
+        ("pretty.json", lambda path: path.write_text("\n".join(json.dumps(row, indent=2) for row in ROWS))),
+        ("pretty.jsonl", lambda path: path.write_text("".join(json.dumps(row, indent=2) for row in ROWS))),
+        (
+            "wrapped.json",
+            lambda path: path.write_text(json.dumps({"version": "1", "info": {"a": [1]}, "data": ROWS, "n": 7})),
+        ),
+        ("wrapped.jsonl", lambda path: path.write_text(json.dumps({"rows": ROWS}, indent=4) + "\n\n")),
+        ("bom.json", lambda path: path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"train": ROWS}).encode())),
+        ("a.ndjson", lambda path: path.write_text(LINES)),
+        ("windows.jsonl", lambda path: path.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())),
+        ("a.jsonl.zst", lambda path: path.write_bytes(zstd(LINES))),
+        ("two.jsonl.zst", lambda path: path.write_bytes(zstd(LINES[:20]) + zstd(LINES[20:]))),
+        ("a.json.zst", lambda path: path.write_bytes(zstd(json.dumps({"data": ROWS})))),
+        ("a.csv.zst", lambda path: path.write_bytes(zstd(csv_text(",")))),
+        ("semicolons.csv", lambda path: path.write_text(csv_text(";"))),
+        ("tabs.csv", lambda path: path.write_text(csv_text("\t"))),
+        ("a.tsv", lambda path: path.write_text(csv_text("\t"))),
         ("a.parquet", write_parquet),
         ("a.arrow", write_arrow),
         ("a.csv", write_csv),
@@ -67,10 +93,63 @@ def test_every_file_format_gives_the_same_rows(name, write, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_an_array_is_decoded_across_chunks(chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["array", "objects", "wrapped"])
+def test_json_is_decoded_across_chunks(layout, chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_readers, "CHUNK", chunk)
-    (tmp_path / "a.json").write_text(json.dumps([*ROWS, {"n": 12.5}], indent=2))
-    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == [*ROWS, {"n": 12.5}]
+    rows = [*ROWS, {"n": 12.5}]
+    texts = {
+        "array": json.dumps(rows, indent=2),
+        "objects": "\n".join(json.dumps(row, indent=2) for row in rows),
+        "wrapped": json.dumps({"version": 1, "data": rows, "count": 8}, indent=2),
+    }
+    (tmp_path / "a.json").write_text(texts[layout])
+    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == rows
+
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SINGLE_ROWS = [
+    {"messages": MESSAGES},
+    {"id": 1, "conversations": MESSAGES},
+    {"tools": [{"name": "f"}], "messages": MESSAGES},
+    {"parts": [{"text": "a"}], "text": "b"},
+    {"data": ["a", "b"]},
+    {"data": []},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("row", SINGLE_ROWS, ids=[", ".join(row) for row in SINGLE_ROWS])
+def test_a_single_row_with_a_list_is_a_row(row, indent, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=indent) + "\n")
+    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == [row]
+
+
+@pytest.mark.parametrize("pad", [0, sources.BEGIN])
+def test_lines_with_a_list_under_an_own_name_are_rows(pad, tmp_path: Path) -> None:
+    rows = [{"id": 1, "dialog": MESSAGES, "pad": "x" * pad}, {"id": 2, "dialog": MESSAGES}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row for _, row in rows_of(str(tmp_path / "a.jsonl"))] == rows
+
+
+def test_a_long_wrapped_list_is_read_piece_by_piece(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x" * 1000}] * 20_000}))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in rows_of(str(tmp_path / "a.json"))) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 2**23 + sources.LONG_LINE
+    finally:
+        tracemalloc.stop()
+
+
+def test_nan_stays_a_number(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": NaN, "b": -Infinity}\n')
+    ((_, row),) = rows_of(str(tmp_path / "a.jsonl"))
+    assert str(row) == "{'a': nan, 'b': -inf}"
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\x85c"}\n{"text": "d"}\n')
+    assert [row["text"] for _, row in rows_of(str(tmp_path / "a.jsonl"))] == ["a\u2028b\x85c", "d"]
 
 
 def test_row_numbers_are_line_numbers(tmp_path: Path) -> None:
