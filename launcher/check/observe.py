@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -144,9 +145,11 @@ def path_exists(value: str) -> bool:
 
 def without_part(value: str) -> str:
     """The folder of `folder:split`, or the file of `dataset_info.json:name`; any other value as it is."""
-    path, separator, _ = value.rpartition(":")
-    found = Path(path).expanduser() if separator else None
-    return path if found and not Path(value).exists() and (found.is_dir() or found.name == FILE_NAME) else value
+    match = re.fullmatch(r"(.+):([\w.-]+)(\[.*\])?", value)
+    if match is None or Path(value).exists():
+        return value
+    found = Path(match[1]).expanduser()
+    return match[1] if found.is_dir() or found.name == FILE_NAME else value
 
 
 def _first_row(key: str, path: Path) -> FirstRow:

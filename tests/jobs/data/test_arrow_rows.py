@@ -33,7 +33,7 @@ CALLS = [
     },
     {
         "tools": [tool("now"), tool("weather", city={"type": "string", "description": "W"})],
-        "messages": [ASK, answer("now"), {"role": "tool", "name": "now", "content": "12"}, {"role": "assistant", "content": "Now."}],
+        "messages": [ASK, answer("now"), {"role": "tool", "name": "now", "content": "12"}, {"role": "assistant", "content": "Go."}],
     },
 ]  # fmt: skip
 
