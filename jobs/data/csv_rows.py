@@ -1,7 +1,9 @@
 """Reads the rows of CSV and TSV files. The first record is the header."""
 
 import csv
+import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 from conf.errors import DataError, Problem
@@ -12,41 +14,38 @@ OTHER_SEPARATORS = ";\t|"
 
 
 def csv_rows(opened: BinaryIO, file: str, separator: str) -> Iterator[tuple[int, Any]]:
-    """(first line, row) of each record. A header without `separator` may show that the file uses another one."""
+    """(first line, row) of each record. A header without a comma may show that a .csv file uses another separator."""
     csv.field_size_limit(MAX_ROW_LENGTH)
     with as_text(opened) as lines:
-        # the first record, as lines: a quoted name may hold line ends
-        header_lines: list[str] = []
-        header = next(csv.reader(_kept(lines, header_lines), delimiter=separator), [])
-        if len(header) == 1 and separator == ",":
-            separator = max(OTHER_SEPARATORS, key=header[0].count)
-            separator = separator if separator in header[0] else ","
-            header = next(csv.reader(header_lines, delimiter=separator), [])
-        if repeated := sorted({name for name in header if header.count(name) > 1}):
-            message = f"its header has the column {repeated[0]!r} twice: rename or remove one of them"
+        first = next(lines, "")
+        if separator == ",":
+            separator = _separator(first)
+        records = _records(csv.reader(chain([first], lines), delimiter=separator, strict=True), file)
+        _, header = next(records, (1, []))
+        if repeated := next((name for name in header if header.count(name) > 1), None):
+            message = f"its header has the column {repeated!r} twice: rename or remove one of them"
             raise DataError(Problem("data.path", file, message))
-        before = len(header_lines)
-        for line, record in _records(csv.reader(lines, delimiter=separator, strict=True), file, before):
+        for line, record in records:
             if len(record) == len(header):
                 yield line, dict(zip(header, record, strict=True))
             else:
                 yield line, Unreadable(f"has {len(record)} columns, but the header has {len(header)}")
 
 
-def _kept(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
-    """The lines, each also added to `kept`."""
-    for line in lines:
-        kept.append(line)
-        yield line
+def _separator(header: str) -> str:
+    """The separator of the columns that this first line names."""
+    outside_quotes = re.sub(r'"[^"]*"', "", header)
+    found = max(OTHER_SEPARATORS, key=outside_quotes.count)
+    return found if found in outside_quotes and "," not in outside_quotes else ","
 
 
-def _records(reader: Any, file: str, before: int) -> Iterator[tuple[int, list[str]]]:
-    """(first line, record) of each record that is not blank. `reader` is a csv.reader that starts `before` lines into the file."""
-    line = before + 1
+def _records(reader: Any, file: str) -> Iterator[tuple[int, list[str]]]:
+    """(first line, record) of each record that is not blank. `reader` is a csv.reader."""
+    line = 1
     try:
         for record in reader:
             if record:
                 yield line, record
-            line = before + int(reader.line_num) + 1
+            line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(Problem("data.path", f"{file}:{line}", f"is not valid CSV: {error}")) from error

@@ -225,8 +225,9 @@ def _choose(source: DataSet, tree: Tree, folder: str, paths: list[str], split: s
     try:
         chosen = split_names.choose(list(names), split)
     except split_names.UnclearSplit as error:
-        example = _as_files(list(names)[:1])
-        message = f"holds {_listed(list(names))}, but {error}: name the files to read, data.path={tree.shown(folder)} {example}"
+        first, shown = next(iter(names)), tree.shown(folder)
+        message = f"holds {_listed(list(names))}, but {error}. Name one file, data.path={tree.shown(names[first])}, "
+        message += f"or several, data.path={shown} {_as_files(list(names)[:1])}"
         raise DataError(Problem("data.path", source.path, message)) from error
     left_out = [name for name in names if name not in chosen]
     if left_out:

@@ -46,7 +46,7 @@ def find_layout(begin: bytes, ending: str, rest_has_lines: bool) -> Layout:
     first, newline, _ = text.partition("\n")
     if newline and _is_complete(first):
         return _single_object(text) if not rest_has_lines else Layout(Kind.lines)
-    if newline and not _continues(text):
+    if newline and (not _continues(text) or _is_complete_object(text.split("\n", 2)[1])):
         return Layout(Kind.lines)  # the first line is broken
     if not newline and rest_has_lines:
         return Layout(Kind.lines)  # a long first line
@@ -73,6 +73,10 @@ def _is_complete(line: str) -> bool:
     return True
 
 
+def _is_complete_object(line: str) -> bool:
+    return line.lstrip().startswith("{") and _is_complete(line)
+
+
 def _continues(text: str) -> bool:
     """Whether one value extends over several lines: it ends within this text, or can only be cut off by its end."""
     try:
@@ -93,13 +97,23 @@ def _rows_key(text: str) -> str | None:
         name, position = str(json.loads(match[1], strict=False)), match.end()
         if name in ROW_COLUMNS:
             return None
-        if re.match(r"\[\s*\{", text[position:]):
-            return None if _has_row_column_behind(text, position) else name
+        if match := re.compile(r"\[\s*(?=\{)").match(text, position):
+            is_row = _is_message(text, match.end()) or _has_row_column_behind(text, position)
+            return None if is_row else name
         try:
             _, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):
             return None  # cut off: what is around rows is short
     return None
+
+
+def _is_message(text: str, position: int) -> bool:
+    """Whether the object at this position is a turn of a chat: a list of such objects is a column of a row."""
+    try:
+        item, _ = DECODER.raw_decode(text, position)
+    except (ValueError, RecursionError):
+        return False
+    return bool({"role", "from"} & set(item))
 
 
 def _has_row_column_behind(text: str, position: int) -> bool:

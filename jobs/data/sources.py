@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from conf.columns import SPLIT
-from conf.errors import DataError, Problem, first_line
+from conf.errors import DataError, Problem, UserError, first_line
 from conf.schema import DataSet
 from jobs.data import hub
 from jobs.data.arrow_rows import arrow_rows, parquet_rows
@@ -188,6 +188,10 @@ def _file_blocks(file: DataFile) -> Iterator[Block]:
         message = f"is not UTF-8 ({error.reason}): convert it, e.g. with iconv"
         raise DataError(Problem("data.path", file.location, message)) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(Problem("data.path", file.location, f"cannot be read: {first_line(error)}")) from error
+    except Exception as error:  # anything that the client of a remote file system raises
+        if file.filesystem is None or isinstance(error, UserError):
+            raise
         raise DataError(Problem("data.path", file.location, f"cannot be read: {first_line(error)}")) from error
 
 

@@ -84,9 +84,11 @@ def test_the_log_says_what_is_left_out_and_how_to_read_it(
 
 @pytest.mark.parametrize("files", [["test.jsonl", "dev.jsonl"], ["train_test.jsonl", "other.jsonl"]])
 def test_names_that_say_nothing_clear_are_refused_with_a_way_out(files, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="name the files to read") as caught:
+    with pytest.raises(DataError, match="Name one file") as caught:
         names_read(fill(tmp_path, *files))
-    folder, chosen = shlex.split(str(caught.value).rpartition("name the files to read, ")[2])
+    one, several = str(caught.value).rpartition("Name one file, data.path=")[2].split(", or several, ")
+    assert len(names_read(one)) == 1
+    folder, chosen = shlex.split(several)
     assert names_read(folder.removeprefix("data.path="), files=json.loads(chosen.removeprefix("data.files=")))
 
 
