@@ -195,7 +195,8 @@ def _saved_split(source: DataSet, folder: str, names: list[str], split: str | No
     if chosen not in names:
         message = f"has the splits {', '.join(names)}: choose one, for example data.path={folder}:{names[0]}"
         raise DataError(Problem("data.path", source.path, message))
-    if others := [name for name in names if name != chosen]:
+    others = [name for name in names if name != chosen]
+    if others and split is None:
         hint = f"to read one of them: data.path={folder}:{others[0]}"
         _log_once(f"files     {source.path}: reads the split {chosen}; leaves out {_listed(others)} ({hint})")
     return chosen
@@ -229,8 +230,8 @@ def _choose(source: DataSet, tree: Tree, folder: str, paths: list[str], split: s
         message = f"holds {_listed(list(names))}, but {error}. Name one file, data.path={tree.shown(names[first])}, "
         message += f"or several, data.path={shown} {_as_files(list(names)[:1])}"
         raise DataError(Problem("data.path", source.path, message)) from error
-    left_out = [name for name in names if name not in chosen]
-    if left_out:
+    left_out = [name for name in names if name not in set(chosen)]
+    if left_out and split is None:
         hint = f"to read them: data.path={tree.shown(folder)} {_as_files(left_out[:1])}"
         _log_once(f"files     {source.path}: reads {_listed(chosen)}; leaves out {_listed(left_out)} ({hint})")
     return [names[name] for name in chosen]

@@ -187,7 +187,7 @@ def test_a_folder_or_a_glob_gives_all_files_in_order(path, tmp_path: Path) -> No
             b'{"data": [{"text": "a"}]',
             r"a\.json:1.*not valid JSON: a comma is missing, or the object does not end",
         ),
-        ("a.json", b'{"data": [{"text": "a"}]}\n\n[', r"a\.json:1.*not valid JSON|a\.json:3.*nothing may follow"),
+        ("a.json", b'{"data": [{"text": "a"}]}\n\n[', r"a\.json:3.*not valid JSON"),
         ("a.json", b'[{"a": 1}]\n garbage', r"a\.json:2.*not valid JSON: only another array may follow"),
         ("a.json", b'[{"a": 1}]\n[{"a": 2}', r"a\.json:2.*not valid JSON: the array does not end"),
         ("a.json", b'[{"a": 1}\n{"a": 2}]', r"a\.json:2.*not valid JSON: a comma is missing"),

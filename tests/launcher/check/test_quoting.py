@@ -13,7 +13,7 @@ import launch
 from conf.resolve import dump, load, resolve
 from conf.schema import Data
 from launcher.check import command_line, quoting
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Launch
 
 
 def data_of(*words: str) -> Data:
@@ -127,3 +127,23 @@ def test_entries_are_set_in_every_composed_config() -> None:
     OmegaConf.set_struct(config, True)
     quoting.apply(config, [(("data", "roles", "a.b"), "user"), (("data", "sets", "ü", "path"), "x")])
     assert OmegaConf.to_container(config) == {"data": {"roles": {"a.b": "user"}, "sets": {"ü": {"path": "x"}}}}
+
+
+def test_a_launch_takes_such_words_and_shows_the_path(launch: Launch, tmp_path: Path) -> None:
+    path = tmp_path / "é (1), a=b.jsonl"
+    path.write_text('{"conversations": [{"from": "用户", "value": "a"}, {"from": "助手", "value": "b"}]}\n')
+    typed = quoting.quoted("data.path", str(path))
+    assert typed is not None
+    words = ["data=jsonl", "data.roles={用户: user, 助手: assistant}", "dry_run=true", "pipeline=preprocess"]
+    done = launch(*words, *shlex.split(typed))
+    assert done.returncode == 0, done.stderr
+    assert f"data      {path}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://bucket/a.jsonl", "https://host/a.jsonl?download=true", "hf://datasets/o/n/a.parquet"]
+)
+def test_a_launch_leaves_remote_files_to_the_job(path, launch: Launch) -> None:
+    done = launch("data=jsonl", f"data.path={path}", "dry_run=true", "pipeline=preprocess")
+    assert done.returncode == 0, done.stderr
+    assert f"data      {path}" in done.stdout
