@@ -1,5 +1,6 @@
 """Hub sets: subset, split, revision and files reach `datasets`. Folders with the Hub's list of subsets stand for the Hub."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,37 @@ def test_a_missing_split_is_named_with_all_that_there_are(folder: Path) -> None:
     assert read(str(caught.value).rpartition("data.path=")[2], subset="two")
 
 
+@pytest.fixture
+def cached(folder: Path, tmp_path: Path) -> str:
+    """A Hub set of which only the copies in the cache of `datasets` can be read; its commit."""
+    for path, subset in ((folder, "one"), (f"{folder}:main", "two")):
+        read(path, subset=subset)
+    (tmp_path / "cache/copy").rename(tmp_path / "cache/owner___copy")
+    shutil.rmtree(folder)
+    (first, second) = (tmp_path / "cache/owner___copy").glob("*/0.0.0/*/")
+    assert first.name == second.name
+    return first.name
+
+
+def test_a_hub_set_is_read_from_the_cache_without_network(cached: str) -> None:
+    assert read("owner/copy", subset="one") == [
+        ("owner/copy row 1", {"text": "a"}),
+        ("owner/copy row 2", {"text": "b"}),
+    ]
+    assert [row["call"] for _, row in read("owner/copy:main", subset="two")] == [{"x": 1}, {"y": 2}]
+    assert read("owner/copy:test", subset="one", revision=cached) == [("owner/copy:test row 1", {"text": "c"})]
+    with pytest.raises(DataError, match=r"has the subsets one, two: choose one, for example data\.subset=one"):
+        read("owner/copy")
+    with pytest.raises(DataError, match="Couldn't find cache for owner/copy for config 'three'"):
+        read("owner/copy", subset="three")
+
+
+def test_another_revision_than_the_copy_in_the_cache_is_refused(cached: str) -> None:
+    with pytest.raises(DataError, match=r"data\.revision=v1: the Hub cannot be asked") as caught:
+        read("owner/copy", subset="one", revision="v1")
+    assert read("owner/copy", subset="one", revision=str(caught.value).rpartition("data.revision=")[2])
+
+
 def test_the_subset_and_the_revision_decide_the_cache_key(folder: Path, tmp_path: Path) -> None:
     hashes = [
         cache_key._hash_rows(DataSet(path, subset), tmp_path)
@@ -93,6 +125,7 @@ def test_datasets_is_asked_for_what_the_config_says(source, expected, monkeypatc
         return "a set"
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: None)
     assert hub.load(source) == "a set"
     assert asked == [expected]
 
