@@ -79,8 +79,6 @@ def file_system(path: str) -> tuple[Any, str]:
         remedy = f"pip install {package}" if package else "install it"
         message = f"a package that reads {scheme}:// is missing ({first_line(error)}): {remedy}"
         raise DataError(Problem("data.path", path, message)) from error
-    except ValueError as error:
-        raise DataError(
-            Problem("data.path", path, f"is not an address that fsspec knows: {first_line(error)}")
-        ) from error
+    except Exception as error:  # an unknown scheme, or what the client of a file system raises when it starts
+        raise DataError(Problem("data.path", path, f"cannot be opened: {first_line(error)}")) from error
     return filesystem, str(inner)

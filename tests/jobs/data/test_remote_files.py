@@ -97,7 +97,9 @@ def test_a_web_address_is_read(name, web, tmp_path: Path) -> None:
     [
         ("WEB/nowhere.jsonl", "cannot be downloaded: HTTP Error 404"),
         ("http://127.0.0.1:1/a.jsonl", "cannot be downloaded: .*refused"),
-        ("nowhere://a/b.jsonl", "is not an address that fsspec knows: Protocol not known: nowhere"),
+        ("nowhere://a/b.jsonl", "cannot be opened: Protocol not known: nowhere"),
+        ("zip://a.jsonl::/nowhere/a.zip", "cannot be opened: .*No such file"),
+        ("https://", "cannot be downloaded"),
         ("memory://data/nowhere.jsonl", "no such file"),
         ("memory://data/nowhere*", "no such file"),
         ("hf://datasets/owner/name/a.jsonl", "no such file. HF_HUB_OFFLINE is set"),
