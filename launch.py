@@ -17,7 +17,7 @@ from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
-from launcher.check import command_line, localize, observe, resume, rules
+from launcher.check import command_line, localize, observe, quoting, resume, rules
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
 from launcher.submit import preview, submit
@@ -82,10 +82,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
-        if problems := command_line.problems(sys.argv[1:], CLONE / "conf"):
+        given = sys.argv[1:]
+        words, entries = quoting.read_words(given)
+        if problems := command_line.problems(words, CLONE / "conf"):
             raise ConfigError(*problems)
-        sys.argv[1:] = command_line.allow_new_entries(sys.argv[1:])
+        sys.argv[1:] = command_line.allow_new_entries(words)
         configs = compose(sys.argv[1:])
+        sys.argv[1:] = command_line.allow_new_entries(
+            given
+        )  # recorded in run.json, with the entries that Hydra cannot take
+        for config in configs:
+            quoting.apply(config, entries)
         suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
         return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
     except UserError as error:

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from conf.files import read_json, write_json
 from conf.schema import Data, DataSet
-from jobs.data import sources
+from jobs.data import hub
+from jobs.data.data_files import find_files
 from jobs.data.file_readers import BLOCK_ROWS, CHUNK
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def compute_key(dataset: DataSet, data: Data, tokenizer: PreTrainedTokenizerBase
     settings = {name: getattr(data, name) for name in SETTINGS}
     inputs = {
         "format": [FORMAT, CHUNK, BLOCK_ROWS],
-        "rows": _hash_rows(dataset.path, cache),
+        "rows": _hash_rows(dataset, cache),
         "part": dataset.split,
         "shape": [format_name, dataset.fields, dataset.roles, dataset.ignore],
         "tokenizer": _hash_tokenizer(tokenizer),
@@ -70,36 +71,37 @@ def _rules(backend: Tokenizer) -> str:
     return backend.to_str()
 
 
-def file_states(path: str) -> list[list[int]] | None:
-    """Size, times and inode of each file of a source, to notice a change. None for a Hub set, which is a fixed snapshot."""
-    files = sources.data_files(path)
-    return None if files is None else [_file_state(file) for file in files]
+def file_states(source: DataSet) -> list[list[Any]] | None:
+    """The state of each file of a source, to notice a change. None for a Hub set, which is a fixed snapshot."""
+    files = find_files(source)
+    return None if files is None else [file.state() for file in files]
 
 
-def _file_state(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _hash_rows(path: str, cache: Path) -> Any:
+def _hash_rows(source: DataSet, cache: Path) -> Any:
     """[format, compression, SHA-256] of each file in order, without its name; for a Hub set the fingerprint of `datasets`.
 
-    The SHA-256 of a file is remembered in the cache, and used again as long as the file's state is the same.
+    The SHA-256 of a file is remembered in the cache, and used again as long as the file's state is the same. Of a remote
+    file, what its file system says of its content and time stands for the SHA-256, so that it is not read twice.
     """
-    files = sources.data_files(path)
+    files = find_files(source)
     if files is None:
-        return sources.load_hub_dataset(path)._fingerprint
+        return [hub.load(source)._fingerprint, source.subset, source.revision]
     memory = cache / ".hashes.json"
     known, fresh = _read_memory(memory), {}
     hashes = []
     for file in files:
-        name, state = str(file.resolve()), _file_state(file)
+        state = file.state()
+        if file.filesystem is not None:
+            hashes.append([file.format, file.compression, file.location, state])
+            continue
+        path = Path(file.path)
+        name = str(path.resolve())
         is_known = known.get(name, {}).get("state") == state
-        digest = known[name]["sha256"] if is_known else _sha256(file)
+        digest = known[name]["sha256"] if is_known else _sha256(path)
         settled = time.time() - max(state[1], state[2]) / 1e9 > SETTLED_S
         if settled and not is_known:
             fresh[name] = {"state": state, "sha256": digest}
-        hashes.append([sources.file_format(file), file.suffix if file.suffix in sources.OPENERS else "", digest])
+        hashes.append([file.format, file.compression, digest])
     if fresh:
         with suppress(OSError):  # the cache may be read-only
             write_json(memory, _read_memory(memory) | fresh)

@@ -1,13 +1,10 @@
-"""Reads the rows of one file whose rows are not lines: a JSON array, CSV, TSV, Parquet or Arrow. Each row comes with its number."""
+"""Reads the rows of a JSON file that is not one row per line: arrays, objects over many lines, or a list inside an object."""
 
-import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from conf.errors import DataError, Problem
@@ -22,17 +19,33 @@ NEAR_END = 64
 """A JSON error this close (in characters) to the end of the text read so far may come from a value cut in two (`tru`, `1e`,
 `\\u12`): the reader then reads on and tries again."""
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
 
 
 class Unreadable(ValueError):
     """A line or record that is not a row; the message says why."""
 
 
+class RepeatedKey(ValueError):
+    """A JSON object has a key twice, so one of its values would be lost."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"an object has the key {repeated!r} twice: remove one of them, or drop the row")
+    return row
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+"""Decodes JSON, and raises RepeatedKey where json.loads keeps only the last of several values."""
+
+
 class _JsonReader:
     """Decodes a JSON file value by value. Keeps the text that is not decoded yet, and the line where it begins."""
 
-    def __init__(self, source: IO[str], file: Path) -> None:
+    def __init__(self, source: IO[str], file: str) -> None:
         self._source, self._file = source, file
         self._text, self._position, self.line = "", 0, 1
 
@@ -72,6 +85,12 @@ class _JsonReader:
         line = self.line + self._text.count("\n", self._position, self._position if position is None else position)
         return DataError(Problem("data.path", f"{self._file}:{line}", f"is not valid JSON: {reason}"))
 
+    def consume(self, sign: str, reason: str) -> None:
+        """Consume this character, which must come next."""
+        if self.peek() != sign:
+            raise self.error(reason)
+        self.skip()
+
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether the error may only mean that the rest of the value is not read yet."""
         return error.msg.startswith("Unterminated string") or len(self._text[error.pos :].strip()) <= NEAR_END
@@ -91,7 +110,7 @@ class _JsonReader:
 
 
 @contextmanager
-def _as_text(opened: BinaryIO) -> Iterator[IO[str]]:
+def as_text(opened: BinaryIO) -> Iterator[IO[str]]:
     """The file as UTF-8 text. The file itself stays open, because the caller asks for its position."""
     text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
     try:
@@ -101,9 +120,9 @@ def _as_text(opened: BinaryIO) -> Iterator[IO[str]]:
             text.detach()
 
 
-def _json_arrays(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
+def json_arrays(opened: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
     """The items of one array, or of several in sequence (`cat a.json b.json`), decoded while the file is read."""
-    with _as_text(opened) as source:
+    with as_text(opened) as source:
         reader = _JsonReader(source, file)
         while character := reader.peek():
             if character != "[":
@@ -128,74 +147,44 @@ def _array_items(reader: _JsonReader) -> Iterator[tuple[int, Any]]:
     reader.skip()
 
 
-def _csv(opened: BinaryIO, file: Path, dialect: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a CSV file whose first record is the header."""
-    csv.field_size_limit(MAX_ROW_LENGTH)
-    with _as_text(opened) as lines:
-        records = _csv_records(csv.reader(lines, dialect, strict=True), file)
-        _, header = next(records, (1, []))
-        for line, record in records:
-            if len(record) == len(header):
-                yield line, dict(zip(header, record, strict=True))
+def json_objects(opened: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
+    """(line, object) of objects in sequence, each over any number of lines."""
+    with as_text(opened) as source:
+        reader = _JsonReader(source, file)
+        while character := reader.peek():
+            if character != "{":
+                raise reader.error("only another object may follow the end of an object")
+            line = reader.line
+            yield line, reader.value()
+
+
+def wrapped_rows(opened: BinaryIO, file: str, key: str) -> Iterator[tuple[int, Any]]:
+    """(line, item) of the list under `key` in the file's only object. Raises DataError if another key holds rows too."""
+    with as_text(opened) as source:
+        reader = _JsonReader(source, file)
+        reader.consume("{", "an object must begin here")
+        while reader.peek() != "}":
+            if reader.peek() != '"':
+                raise reader.error("a key must follow")
+            name = reader.value()
+            reader.consume(":", "a colon is missing behind a key")
+            if reader.peek() == "[" and name == key:
+                reader.skip()
+                yield from _array_items(reader)
             else:
-                yield line, Unreadable(f"has {len(record)} columns, but the header has {len(header)}")
+                line, value = reader.line, reader.value()
+                if holds_rows(value):
+                    message = (
+                        f"{key} and {name} both hold lists of objects: write the rows of each to a file of its own"
+                    )
+                    raise DataError(Problem("data.path", f"{file}:{line}", message))
+            if reader.peek() != "}":
+                reader.consume(",", "a comma is missing, or the object does not end")
+        reader.skip()
+        if reader.peek():
+            raise reader.error("nothing may follow the object that holds the rows")
 
 
-def _csv_records(reader: Any, file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(first line, record) of each record that is not blank. `reader` is a csv.reader."""
-    line = 1
-    try:
-        for record in reader:
-            if record:
-                yield line, record
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(Problem("data.path", f"{file}:{line}", f"is not valid CSV: {error}")) from error
-
-
-def _parquet(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet as parquet
-
-    def batches() -> Any:
-        # Without these two options memory grows with the row group, which may be the whole file.
-        return parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20).iter_batches(batch_size=BLOCK_ROWS)
-
-    yield from _arrow_rows(file, batches)
-
-
-def _arrow(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of an Arrow file, or of the Arrow stream format that `datasets` writes."""
-    import pyarrow as arrow
-
-    def batches() -> Any:
-        try:
-            reader = arrow.ipc.open_file(opened)
-            return (reader.get_batch(number) for number in range(reader.num_record_batches))
-        except arrow.ArrowInvalid:
-            opened.seek(0)
-            return arrow.ipc.open_stream(opened)
-
-    yield from _arrow_rows(file, batches)
-
-
-def _arrow_rows(file: Path, open_batches: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
-    """(number, row) of all record batches, numbered from 1."""
-    import pyarrow as arrow
-
-    try:
-        yield from enumerate((row for batch in open_batches() for row in batch.to_pylist()), 1)
-    except (arrow.ArrowException, OSError) as error:
-        message = f"is damaged, or its content does not match its file ending: {error}"
-        raise DataError(Problem("data.path", file, message)) from error
-
-
-READERS: dict[str, Callable[[BinaryIO, Path], Iterator[tuple[int, Any]]]] = {
-    ".json": _json_arrays,
-    ".csv": partial(_csv, dialect="excel"),
-    ".tsv": partial(_csv, dialect="excel-tab"),
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
-"""By file ending, a function that reads an opened file and yields (number, row), or (number, Unreadable) for a broken row.
-
-The number is the line where the row begins, or for Parquet and Arrow the row number from 1."""
+def holds_rows(value: object) -> bool:
+    """Whether a value is a list of objects."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)

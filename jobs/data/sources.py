@@ -4,7 +4,6 @@ Every row keeps its location (file and line), so that messages can name it.
 """
 
 import bz2
-import glob
 import gzip
 import io
 import json
@@ -13,22 +12,48 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from conf.columns import SPLIT
-from conf.errors import DataError, Problem, first_line
-from jobs.data.file_readers import BLOCK_ROWS, CHUNK, MAX_ROW_LENGTH, READERS, Unreadable
+from conf.errors import DataError, Problem, UserError, first_line
+from conf.schema import DataSet
+from jobs.data import hub
+from jobs.data.arrow_rows import arrow_rows, parquet_rows
+from jobs.data.csv_rows import csv_rows
+from jobs.data.data_files import find_files
+from jobs.data.file_readers import (
+    BLOCK_ROWS,
+    CHUNK,
+    DECODER,
+    MAX_ROW_LENGTH,
+    RepeatedKey,
+    Unreadable,
+    json_arrays,
+    json_objects,
+    wrapped_rows,
+)
+from jobs.data.file_trees import ENDINGS, DataFile
+from jobs.data.json_layout import BOM, Kind, find_layout
 
 Row = dict[str, Any]
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-BOM = b"\xef\xbb\xbf"
-LINES = (".jsonl", ".json", ".txt")
-"""Endings of files that are read line by line; .json and .jsonl files that hold an array are not."""
-ENDINGS = tuple(dict.fromkeys((*LINES, *READERS)))
-METADATA = ("dataset_info.json", "dataset_dict.json", "state.json")
-"""Files that `save_to_disk` and LLaMA-Factory write beside the rows; they hold no rows."""
+Reader = Callable[[BinaryIO, str], Iterator[tuple[int, Any]]]
+JSON = (".jsonl", ".json", ".ndjson")
+"""Endings of files whose first bytes say whether their rows are lines."""
+BEGIN = 64 * 2**10
+"""Bytes that say how a file holds its rows."""
+LONG_LINE = 2**24
+"""How far to look for the end of the first line, in bytes, if it is longer than BEGIN."""
+READERS: dict[str, Reader] = {
+    ".csv": partial(csv_rows, separator=","),
+    ".tsv": partial(csv_rows, separator="\t"),
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+}
+"""By file ending, a function that reads an opened file and yields (number, row), or (number, Unreadable) for a broken row.
+
+The number is the line where the row begins, or for Parquet and Arrow the row number from 1."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +82,15 @@ class Block:
                 yield number, _parse_line(line, self.plain)
 
 
-def read_blocks(path: str, split: str | None = None, limit: int | None = None) -> Iterator[Block]:
-    """All rows of a file, a folder, a glob, or else a Hub data set (`owner/name` or `owner/name:split`), as blocks.
+def read_blocks(source: DataSet, limit: int | None = None) -> Iterator[Block]:
+    """All rows of a source (`conf.schema.Data.path` says what it may be), as blocks.
 
-    `split` selects a part, for example [10%:]; `limit` is the most rows to take from that part.
+    `source.split` selects a part, for example [10%:]; `limit` is the most rows to take from that part.
     Raises DataError for a source that cannot be read or has no rows. Single broken rows do not raise: see `Block.parsed`.
     """
-    blocks = _all_blocks(path)
+    blocks, split = _all_blocks(source), source.split
     if split is not None or limit is not None:
-        start, stop = _bounds(split, lambda: _count_rows(path))
+        start, stop = _bounds(split, lambda: _count_rows(source))
         stop = min(stop, start + limit) if limit is not None else stop
         blocks = _slice_rows(blocks, start, stop)
     empty = True
@@ -73,46 +98,25 @@ def read_blocks(path: str, split: str | None = None, limit: int | None = None) -
         empty = False
         yield block
     if empty:
-        raise DataError(Problem("data.path", path, f"has no rows in {split}" if split else "has no rows"))
+        raise DataError(Problem("data.path", source.path, f"has no rows in {split}" if split else "has no rows"))
 
 
-def total_bytes(path: str) -> int | None:
-    """Bytes of all files of a source; None for a Hub set, because its rows are counted instead."""
-    files = data_files(path)
-    return None if files is None else sum(file.stat().st_size for file in files)
+def total_size(source: DataSet) -> tuple[int, str]:
+    """`Block.read` of the last block, and its unit: bytes of all files, or rows of a Hub set."""
+    files = find_files(source)
+    return (len(hub.load(source)), " rows") if files is None else (sum(file.size() for file in files), "B")
 
 
-def data_files(path: str) -> list[Path] | None:
-    """The files of a source in the order in which they are read; None if `path` can only be the name of a Hub set.
-
-    Raises DataError if the path looks like a file, a folder or a glob, but has no data file.
-    """
-    named = Path(path).expanduser()
-    if named.exists() and not named.is_dir():
-        return [named]
-    matched = (
-        sorted(named.rglob("*")) if named.is_dir() else [*map(Path, sorted(glob.glob(str(named), recursive=True)))]
-    )
-    files = [item for item in matched if item.is_file() and file_format(item) in ENDINGS and item.name not in METADATA]
-    if files:
-        return files
-    if matched or named.is_dir():
-        raise DataError(Problem("data.path", path, f"has no file ending in {', '.join(ENDINGS)}"))
-    if path.startswith(("/", ".", "~")) or any(sign in path for sign in "*?["):
-        raise DataError(Problem("data.path", path, "no such file"))
-    return None
+def _all_blocks(source: DataSet) -> Iterator[Block]:
+    files = find_files(source)
+    return _hub_blocks(source) if files is None else _blocks_of_files(files)
 
 
-def _all_blocks(path: str) -> Iterator[Block]:
-    files = data_files(path)
-    return _hub_blocks(path) if files is None else _blocks_of_files(files)
-
-
-def _count_rows(path: str) -> int:
+def _count_rows(source: DataSet) -> int:
     """The number of all rows; unreadable ones count too."""
-    if data_files(path) is None:
-        return len(load_hub_dataset(path))
-    return sum(1 for block in _all_blocks(path) for _ in block.parsed())
+    if find_files(source) is None:
+        return len(hub.load(source))
+    return sum(1 for block in _all_blocks(source) for _ in block.parsed())
 
 
 def _bounds(split: str | None, count: Callable[[], int]) -> tuple[int, int]:
@@ -140,12 +144,12 @@ def _slice_rows(blocks: Iterator[Block], start: int, stop: int) -> Iterator[Bloc
             yield Block(location, part[-1][0].read, rows=rows)
 
 
-def _blocks_of_files(files: list[Path]) -> Iterator[Block]:
+def _blocks_of_files(files: list[DataFile]) -> Iterator[Block]:
     before = 0  # bytes of the files before this one
     for file in files:
         for block in _file_blocks(file):
             yield replace(block, read=before + block.read)
-        before += file.stat().st_size
+        before += file.size()
 
 
 def _check_object(row: Any) -> Row | Unreadable:
@@ -157,80 +161,94 @@ def _check_object(row: Any) -> Row | Unreadable:
 def _parse_line(line: bytes, plain: bool) -> Row | Unreadable:
     try:
         text = line.decode("utf-8")
-        return {"text": text.rstrip("\r\n")} if plain else _check_object(json.loads(text))
+        return {"text": text.rstrip("\r\n")} if plain else _check_object(DECODER.decode(text))
     except UnicodeDecodeError as error:
         return Unreadable(f"is not UTF-8 ({error.reason}): convert the file, e.g. with iconv")
     except json.JSONDecodeError as error:
         return Unreadable(f"is not valid JSON: {error.msg}")
+    except RepeatedKey as error:
+        return Unreadable(f"is not clear: {error}")
     except RecursionError:
         return Unreadable("is not valid JSON: nested too deeply")
     except ValueError as error:  # Python limits the digits of a number
         return Unreadable(f"is not valid JSON: {error}")
 
 
-def file_format(file: Path) -> str:
-    """The ending that names the format of a file, in lower case and without that of the compression: .jsonl of A.JSONL.GZ."""
-    return (file.with_suffix("") if file.suffix.lower() in OPENERS else file).suffix.lower()
-
-
-def _file_blocks(file: Path) -> Iterator[Block]:
+def _file_blocks(file: DataFile) -> Iterator[Block]:
     """The blocks of one file; `read` counts the bytes of this file only."""
-    ending = file_format(file)
-    if ending not in ENDINGS:
-        raise DataError(Problem("data.path", file, f"ends in none of {', '.join(ENDINGS)}"))
+    if file.format not in ENDINGS:
+        raise DataError(Problem("data.path", file.location, f"ends in none of {', '.join(ENDINGS)}"))
     try:
-        with file.open("rb") as raw:
-            decompress = OPENERS.get(file.suffix.lower())
-            opened = decompress(raw, "rb") if decompress else raw
-            for first, lines, rows in _read_parts(ending, opened, file):
-                yield Block(f"{file}:", raw.tell(), first, lines, ending == ".txt", rows)
+        begin, more_lines = _begin(file)
+        with file.open() as raw:
+            opened = _decompressed(raw, file.compression)
+            for first, lines, rows in _read_parts(file, opened, begin, more_lines):
+                yield Block(f"{file.location}:", raw.tell(), first, lines, file.format == ".txt", rows)
     except UnicodeDecodeError as error:
-        raise DataError(
-            Problem("data.path", file, f"is not UTF-8 ({error.reason}): convert it, e.g. with iconv")
-        ) from error
+        message = f"is not UTF-8 ({error.reason}): convert it, e.g. with iconv"
+        raise DataError(Problem("data.path", file.location, message)) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(Problem("data.path", file, f"cannot be read: {error}")) from error
+        raise DataError(Problem("data.path", file.location, f"cannot be read: {first_line(error)}")) from error
+    except Exception as error:  # anything that the client of a remote file system raises
+        if file.filesystem is None or isinstance(error, UserError):
+            raise
+        raise DataError(Problem("data.path", file.location, f"cannot be read: {first_line(error)}")) from error
+
+
+def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    if compression == ".zst":
+        import pyarrow
+
+        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast(BinaryIO, openers[compression](raw, "rb")) if compression else raw
+
+
+def _begin(file: DataFile) -> tuple[bytes, bool]:
+    """The first bytes of a file, and whether text follows its first line, as far as LONG_LINE."""
+    with file.open() as raw:
+        opened = _decompressed(raw, file.compression)
+        begin = opened.read(BEGIN)
+        text = begin.removeprefix(BOM).lstrip()
+        if file.format not in JSON or not text.startswith(b"{"):
+            return begin, False
+        first_line_ends, behind = b"\n" in text, text.partition(b"\n")[2]
+        read = len(begin)
+        while not behind.strip() and read < LONG_LINE and (chunk := opened.read(2**20)):
+            behind += chunk if first_line_ends else chunk.partition(b"\n")[2]
+            first_line_ends = first_line_ends or b"\n" in chunk
+            read += len(chunk)
+        return begin, bool(behind.strip())
 
 
 def _read_parts(
-    ending: str, opened: BinaryIO, file: Path
+    file: DataFile, opened: BinaryIO, begin: bytes, more_lines: bool
 ) -> Iterator[tuple[int, bytes | None, tuple[tuple[int, Any], ...]]]:
-    """(number of the first line, whole lines, ()) for a file of lines; (0, None, rows) for any other file.
-
-    The first bytes decide, not the ending alone: users have arrays in .jsonl files, and lines in .json files.
-    """
-    begin = _peek(opened)
+    """(number of the first line, whole lines, ()) for a file of lines; (0, None, rows) for any other file."""
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(
-            Problem("data.path", file, "is UTF-16, not UTF-8: convert it, e.g. with iconv -f UTF-16 -t UTF-8")
-        )
-    array = ending in (".json", ".jsonl") and begin.removeprefix(BOM).lstrip().startswith(b"[")
-    array = array and not (ending == ".jsonl" and _is_lines_of_lists(begin))
-    if ending in LINES and not array:
-        yield from ((first, lines, ()) for first, lines in _read_lines(opened, file))
+        message = "is UTF-16, not UTF-8: convert it, e.g. with iconv -f UTF-16 -t UTF-8"
+        raise DataError(Problem("data.path", file.location, message))
+    reader = READERS.get(file.format)
+    if file.format in JSON:
+        layout = find_layout(begin, file.format, more_lines)
+        by_kind: dict[Kind, Reader] = {
+            Kind.array: json_arrays,
+            Kind.objects: json_objects,
+            Kind.wrapped: partial(wrapped_rows, key=layout.key),
+        }
+        reader = by_kind.get(layout.kind)
+    if reader is None:
+        yield from ((first, lines, ()) for first, lines in _read_lines(opened, file.location, begin.startswith(BOM)))
         return
-    rows = iter(READERS[".json" if array else ending](opened, file))
+    rows = iter(reader(opened, file.location))
     while part := tuple(islice(rows, BLOCK_ROWS)):
         yield 0, None, part
 
 
-def _is_lines_of_lists(begin: bytes) -> bool:
-    """Whether each line is a list of its own, judged by the first two lines."""
-    first, _, rest = begin.removeprefix(BOM).lstrip().partition(b"\n")
-    return first.rstrip().endswith(b"]") and rest.lstrip().startswith(b"[")
-
-
-def _peek(opened: Any) -> bytes:
-    """The first 64 KiB; the position goes back to the start."""
-    begin: bytes = opened.read(64 * 2**10)
-    opened.seek(0)
-    return begin
-
-
-def _read_lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
+def _read_lines(opened: BinaryIO, file: str, has_bom: bool) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, whole lines), about CHUNK bytes each time."""
     first, rest = 1, io.BytesIO()
-    if _peek(opened).startswith(BOM):
+    if has_bom:
         opened.read(len(BOM))
     while chunk := opened.read(CHUNK):
         lines, newline, after = chunk.rpartition(b"\n")
@@ -248,28 +266,14 @@ def _read_lines(opened: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
         yield first, rest.getvalue()
 
 
-def _hub_blocks(path: str) -> Iterator[Block]:
-    rows, last = enumerate(load_hub_dataset(path), 1), 0
+def _hub_blocks(source: DataSet) -> Iterator[Block]:
+    dataset, last = hub.load(source), 0
     try:
-        while part := tuple((number, dict(row)) for number, row in islice(rows, BLOCK_ROWS)):
-            last = part[-1][0]
-            yield Block(f"{path} row ", last, rows=part)
+        for rows in hub.batches(dataset, source.path):
+            first, last = last + 1, last + len(rows)
+            yield Block(f"{source.path} row ", last, rows=tuple(enumerate(rows, first)))
+    except DataError:
+        raise
     except Exception as error:  # anything that `datasets` raises: a damaged or missing cache file, a full disk
-        raise DataError(Problem("data.path", path, f"cannot be read after row {last}: {first_line(error)}")) from error
-
-
-def load_hub_dataset(path: str) -> Any:
-    """A `datasets.Dataset` from the Hub; `owner/name:train[:100]` names a split or a part of it.
-
-    Raises DataError with the Hub's reason.
-    """
-    from datasets import load_dataset
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    name, _, split = path.partition(":")
-    try:
-        return load_dataset(name, split=split or "train")
-    except Exception as error:  # anything that the Hub's client raises: no network, no such set, a gated set
-        offline = " (HF_HUB_OFFLINE is set: fill HF_HOME on a machine with network)" if HF_HUB_OFFLINE else ""
-        message = f"no such file, and the Hub answers: {first_line(error)}{offline}"
-        raise DataError(Problem("data.path", path, message)) from error
+        message = f"cannot be read after row {last}: {first_line(error)}"
+        raise DataError(Problem("data.path", source.path, message)) from error

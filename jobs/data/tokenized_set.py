@@ -50,20 +50,20 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     """The tokenized set of a data source, from the cache or built now. Raises DataError if the source cannot be read."""
     data = config.data
     folder = Path(data.cache) if data.cache else Path(config.run_dir).parent / ".data"
-    read_blocks = partial(sources.read_blocks, dataset.path, dataset.split, data.max_rows)
+    read_blocks = partial(sources.read_blocks, dataset, data.max_rows)
     first_rows = _first_rows(read_blocks())
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):
         raise DataError(Problem("data.path", dataset.path, "has no rows"))
     format_name = _format_name(name, first_rows, dataset)
     _log_unused_columns(name, first_rows, format_name, dataset)
-    states = cache_key.file_states(dataset.path)
+    states = cache_key.file_states(dataset)
     key = cache_key.compute_key(dataset, data, tokenizer, format_name, folder)
     if path := cache.find(folder, key):
         log.info(f"tokens    {name}: already in the cache, {path}")
         return TokenizedSet(dataset.path, path, read_json(path / "set.json"))
 
     def check_unchanged() -> None:
-        if cache_key.file_states(dataset.path) != states:
+        if cache_key.file_states(dataset) != states:
             message = "changed while it was read: start again when no process writes to it"
             raise DataError(Problem("data.path", dataset.path, message))
 
@@ -79,8 +79,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
         split_thinking=data.split_thinking,
     )
     settings = _check_fast_encoder(settings, first_rows)
-    size = sources.total_bytes(dataset.path)
-    total = (size, "B") if size is not None else (len(sources.load_hub_dataset(dataset.path)), " rows")
+    total = sources.total_size(dataset)
     workers = _worker_count(config)
     path = cache.build(folder, key, settings, dataset.path, read_blocks, check_unchanged, workers=workers, total=total)
     return TokenizedSet(dataset.path, path, read_json(path / "set.json"))

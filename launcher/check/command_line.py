@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import resolve
 from conf.errors import Problem
 from conf.schema import Architecture, Config
+from launcher.check import quoting
 
 FLAGS_WITH_VALUE = (
     "--cfg",
@@ -59,22 +60,40 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            message = (
-                "is not of the form key=value. If the value has special characters, put quotes around it, "
-                "for the shell and for Hydra: 'key=\"value\"'"
-            )
-            reported.append(Problem(word, None, message))
+            reported.append(Problem(word, None, _not_parsed(word)))
             continue
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
         elif override.is_sweep_override() and not {"-m", "--multirun"} & set(words):
-            message = "has several values. Add -m to start one run for each, or write a list as [a,b]"
             key, _, value = word.partition("=")
-            reported.append(Problem(key, value, message))
+            reported.append(Problem(key, value, _several_values(key, value)))
         else:
             valid.append(override)
     return reported + _shape_of_a_model_without_one(valid, folder, options)
+
+
+def _not_parsed(word: str) -> str:
+    """Why Hydra cannot read a word, and what to type."""
+    key, _, value = word.partition("=")
+    if "=" in word and quoting.type_of(key.lstrip("+")).startswith("dict"):
+        return (
+            f"is not a dictionary. Write it in quotes for the shell, '{key}={{name: value}}', with \"...\" around a name or a "
+            f"value that has a comma, a colon or brackets"
+        )
+    if "=" in word and quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value.strip("\"'"))):
+        return f"has a quote that is not closed, or one too many. Type {typed}"
+    return (
+        "is not of the form key=value. If the value has special characters, put quotes around it, "
+        "for the shell and for Hydra: 'key=\"value\"'"
+    )
+
+
+def _several_values(key: str, value: str) -> str:
+    message = "has several values. Add -m to start one run for each"
+    if quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value)):
+        return f"{message}, or write one value that has commas as {typed}"
+    return f"{message}, or write a list as [a,b]"
 
 
 def allow_new_entries(words: list[str]) -> list[str]:

@@ -36,6 +36,7 @@ def problems(config: Config, facts: Facts) -> Iterator[Problem]:
     else:
         yield from _names(config)
         yield from _splits(config)
+        yield from _keys_of_one_path(config)
         # `facts` has no rows where nothing was observed
         for first_row, data_set in zip(facts.first_rows, training(config.data).values(), strict=False):
             yield from _first_row(first_row, data_set)
@@ -47,6 +48,20 @@ def _names(config: Config) -> Iterator[Problem]:
             key = f"data.sets.{name}" if config.data.path is None else "data.name"
             message = "may contain only letters, digits, '.', '_' and '-', because a folder is named after it"
             yield Problem(key, name, message)
+
+
+def _keys_of_one_path(config: Config) -> Iterator[Problem]:
+    """Keys that say what to read at `data.path`, in a config that has `data.sets` instead."""
+    for key in ("subset", "revision", "files", "split") if config.data.sets else ():
+        if value := getattr(config.data, key):
+            name = next(iter(config.data.sets))
+            message = (
+                f"belongs to data.path, which is not set. Set data.sets.{name}.{key} for each set that it is meant for"
+            )
+            yield Problem(f"data.{key}", value, message)
+    if config.data.validation_split and not config.data.validation_path:
+        message = "is a part of data.validation_path, which is not set. Set it: it may be the training file"
+        yield Problem("data.validation_split", config.data.validation_split, message)
 
 
 def _splits(config: Config) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conf.choices import Container, Executor, Precision
 from conf.schema import Config
-from launcher.check.observe import local_memory_gib, path_exists
+from launcher.check.observe import local_memory_gib, path_exists, without_part
 from launcher.paths import CLONE
 
 
@@ -51,6 +51,8 @@ def _absolute(value: str) -> str:
     for path in (Path(value).expanduser(), CLONE / value):
         if path.exists():
             return str(path.resolve())
+        if (without := without_part(str(path))) != str(path) and Path(without).exists():
+            return str(Path(without).resolve()) + str(path).removeprefix(without)
     if any(sign in value for sign in "*?[") and path_exists(value):
         return os.path.abspath(Path(value).expanduser())
     return value

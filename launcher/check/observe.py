@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,12 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf import resolve
-from conf.datasets import training_paths
+from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
+from conf.dataset_info import FILE_NAME
+from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
 
 FIRST_ROW_CHARACTERS = 2**20
 """Characters that are read of a file to see its columns: the file may be huge, and this runs on a login node."""
-DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz"}
+DATA_SUFFIXES = {
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+}
+ROW_COLUMNS = {*MESSAGES, *INSTRUCTION, *INPUT, *OUTPUT}
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
 
@@ -66,7 +83,7 @@ def observe(config: Config) -> Facts:
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         files_missing=tuple(_missing_files(config)),
-        first_rows=tuple(_first_row(key, Path(path)) for key, path in training_paths(config.data)),
+        first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(_missing_secrets(config)),
@@ -93,14 +110,23 @@ def local_memory_gib() -> float | None:
 
 
 def looks_like_file(value: str) -> bool:
-    """Whether a value is a path, not a Hub id (`owner/name`)."""
+    """Whether a value is a path on this machine: no Hub id (`owner/name`), no address (`s3://...`)."""
+    if "://" in value:
+        return False
     return value.startswith(("/", ".", "~")) or bool(set(Path(value).suffixes) & DATA_SUFFIXES)
 
 
+def _data_paths(config: Config) -> list[tuple[str, str]]:
+    """(config key, path of the rows) of each training set; LLaMA-Factory's dataset_info.json names another path than itself."""
+    keys = [key for key, _ in training_paths(config.data)]
+    return [(key, data_set.path) for key, data_set in zip(keys, training(config.data).values(), strict=False)]
+
+
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
+    validation = held_out(config.data)
     paths = {
-        **dict(training_paths(config.data)),
-        "data.validation_path": config.data.validation_path,
+        **dict(_data_paths(config)),
+        "data.validation_path": validation.path if validation else None,
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,
     }
@@ -112,13 +138,23 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def path_exists(value: str) -> bool:
-    """Whether a path exists, or at least one path matches a glob pattern."""
-    return bool(Path(value).exists() or glob.glob(str(Path(value).expanduser()), recursive=True))
+    """Whether a path exists, or at least one path matches a glob pattern. `folder:test` exists if the folder does."""
+    path = Path(without_part(value)).expanduser()
+    return bool(path.exists() or glob.glob(str(path), recursive=True))
+
+
+def without_part(value: str) -> str:
+    """The folder of `folder:split`, or the file of `dataset_info.json:name`; any other value as it is."""
+    match = re.fullmatch(r"(.+):([\w.-]+)(\[.*\])?", value)
+    if match is None or Path(value).exists():
+        return value
+    found = Path(match[1]).expanduser()
+    return match[1] if found.is_dir() or found.name == FILE_NAME else value
 
 
 def _first_row(key: str, path: Path) -> FirstRow:
     """Read the columns of the first row of a JSON or JSONL file. Other files are left to the preprocess job."""
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
         return FirstRow(key)
     text = ""
     try:
@@ -135,6 +171,10 @@ def _first_row(key: str, path: Path) -> FirstRow:
         return FirstRow(key, error="has no rows. Write one JSON object per line")
     if not isinstance(row, dict):
         return FirstRow(key, error='the first row is not an object with named columns. Write rows like {"text": "..."}')
+    if not ROW_COLUMNS & set(row) and any(
+        isinstance(item, list) and item and isinstance(item[0], dict) for item in row.values()
+    ):
+        return FirstRow(key)  # the rows may lie in a list inside this object
     return FirstRow(key, columns=tuple(row))
 
 

@@ -40,6 +40,10 @@ def table(**columns: list) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def zstd(content: bytes) -> bytes:
+    return arrow.Codec("zstd").compress(content).to_pybytes()
+
+
 def stream() -> bytes:
     sink, rows = arrow.BufferOutputStream(), arrow.table({"text": ["a long enough text"] * 100})
     with arrow.ipc.new_stream(sink, rows.schema) as writer:
@@ -59,7 +63,16 @@ FILES = [
     ("garbage behind an array", "a.json", json.dumps([GOOD]).encode() + b"\n}", r"a\.json:2: is not valid JSON"),
     ("number of 5000 digits", "a.jsonl", lines(GOOD) + b'{"a": ' + b"1" * 5000 + b"}\n", r"a\.jsonl:2: is not valid JSON"),
     ("lines of strings", "a.jsonl", b'"a"\n"b"\n', r"a\.jsonl:1: is not an object"),
-    ("one object over many lines", "a.json", json.dumps(GOOD, indent=2).encode(), r"a\.json:1: is not valid JSON"),
+    ("half an object over many lines", "a.json", json.dumps(GOOD, indent=2).encode()[:-4], r"a\.json:\d: is not valid JSON"),
+    ("object behind a broken one", "a.json", b'{\n"text": "a"\n}\n[', r"a\.json:4: is not valid JSON: only another object"),
+    ("two lists of rows", "a.json", b'{"one": [{"text": "a"}], "two": [{"text": "b"}]}', r"a\.json:1: one and two both hold lists"),
+    ("key twice", "a.jsonl", lines(GOOD) + b'{"instruction": "a", "output": 1, "output": 2}\n', r"a\.jsonl:2: .*'output' twice"),
+    ("key of a message twice", "a.jsonl", b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n', "'content' twice"),
+    ("key twice in an array", "a.json", b'[{"text": "a"},\n{"text": "b", "text": "c"}]', r"a\.json:2: .*'text' twice"),
+    ("CSV column twice", "a.csv", b"instruction,output,output\na,b,c\n", "column 'output' twice"),
+    ("random bytes as zstd", "a.jsonl.zst", NOISE, r"a\.jsonl\.zst: cannot be read"),
+    ("truncated zstd", "a.jsonl.zst", zstd(lines(*[GOOD] * 90))[:-9], r"a\.jsonl\.zst: cannot be read"),
+    ("Parquet of bytes", "a.parquet", table(instruction=["a"], output=[b"b"]), "output is bytes, not text"),
     ("nested without end", "a.jsonl", lines(GOOD) + b'{"a":' * 20000, r"a\.jsonl:2: is not valid JSON"),
     ("empty file", "a.jsonl", b"", "has no rows"),
     ("blank lines", "a.jsonl", b"\n \n\n", "has no rows"),

@@ -13,7 +13,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import DataError, Problem
-from jobs.data import file_readers, sources
+from conf.schema import DataSet
+from jobs.data import data_files, file_readers, sources
 
 ROWS = [{"instruction": f"Say {n}.", "output": "é\nü" if n == 3 else "x" * n} for n in range(7)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -21,7 +22,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 def rows_of(path, split=None):
     """(location, row) of every row; raises DataError for the first that cannot be read."""
-    for block in sources.read_blocks(path, split):
+    for block in sources.read_blocks(DataSet(str(path), split=split)):
         for number, row in block.parsed():
             if isinstance(row, file_readers.Unreadable):
                 raise DataError(Problem("data.path", f"{block.location}{number}", str(row)))
@@ -38,8 +39,17 @@ def write_arrow(path):
         writer.write_table(table, max_chunksize=2)
 
 
+def csv_text(separator):
+    rows = "".join(f'{row["instruction"]}{separator}"{row["output"]}"\n' for row in ROWS)
+    return f"instruction{separator}output\n{rows}"
+
+
 def write_csv(path):
-    path.write_text("instruction,output\n" + "".join(f'{row["instruction"]},"{row["output"]}"\n' for row in ROWS))
+    path.write_text(csv_text(","))
+
+
+def zstd(text):
+    return arrow.Codec("zstd").compress(text.encode()).to_pybytes()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,25 @@ def write_csv(path):
         ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(LINES.encode()))),
         ("a.json.bz2", lambda path: path.write_bytes(bz2.compress(json.dumps(ROWS).encode()))),
         ("a.jsonl.xz", lambda path: path.write_bytes(lzma.compress(LINES.encode()))),
+        ("pretty.json", lambda path: path.write_text("\n".join(json.dumps(row, indent=2) for row in ROWS))),
+        ("pretty.jsonl", lambda path: path.write_text("".join(json.dumps(row, indent=2) for row in ROWS))),
+        (
+            "wrapped.json",
+            lambda path: path.write_text(json.dumps({"version": "1", "info": {"a": [1]}, "data": ROWS, "n": 7})),
+        ),
+        ("wrapped.jsonl", lambda path: path.write_text(json.dumps({"rows": ROWS}, indent=4) + "\n\n")),
+        ("bom.json", lambda path: path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"train": ROWS}).encode())),
+        ("a.ndjson", lambda path: path.write_text(LINES)),
+        ("windows.jsonl", lambda path: path.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())),
+        ("a.jsonl.zst", lambda path: path.write_bytes(zstd(LINES))),
+        ("two.jsonl.zst", lambda path: path.write_bytes(zstd(LINES[:20]) + zstd(LINES[20:]))),
+        ("a.json.zst", lambda path: path.write_bytes(zstd(json.dumps({"data": ROWS})))),
+        ("a.csv.zst", lambda path: path.write_bytes(zstd(csv_text(",")))),
+        ("semicolons.csv", lambda path: path.write_text(csv_text(";"))),
+        ("quoted.csv", lambda path: path.write_text('"instruction";"output"' + csv_text(";").partition("output")[2])),
+        ("blank.csv", lambda path: path.write_text("\n" + csv_text(","))),
+        ("tabs.csv", lambda path: path.write_text(csv_text("\t"))),
+        ("a.tsv", lambda path: path.write_text(csv_text("\t"))),
         ("a.parquet", write_parquet),
         ("a.arrow", write_arrow),
         ("a.csv", write_csv),
@@ -66,10 +95,65 @@ def test_every_file_format_gives_the_same_rows(name, write, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_an_array_is_decoded_across_chunks(chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["array", "objects", "wrapped"])
+def test_json_is_decoded_across_chunks(layout, chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_readers, "CHUNK", chunk)
-    (tmp_path / "a.json").write_text(json.dumps([*ROWS, {"n": 12.5}], indent=2))
-    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == [*ROWS, {"n": 12.5}]
+    rows = [*ROWS, {"n": 12.5}]
+    texts = {
+        "array": json.dumps(rows, indent=2),
+        "objects": "\n".join(json.dumps(row, indent=2) for row in rows),
+        "wrapped": json.dumps({"version": 1, "data": rows, "count": 8}, indent=2),
+    }
+    (tmp_path / "a.json").write_text(texts[layout])
+    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == rows
+
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SINGLE_ROWS = [
+    {"messages": MESSAGES},
+    {"id": 1, "conversations": MESSAGES},
+    {"tools": [{"name": "f"}], "messages": MESSAGES},
+    {"parts": [{"text": "a"}], "text": "b"},
+    {"data": ["a", "b"]},
+    {"dialog": MESSAGES},
+    {"steps": [{"from": "human", "value": "a"}]},
+    {"data": []},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("row", SINGLE_ROWS, ids=[", ".join(row) for row in SINGLE_ROWS])
+def test_a_single_row_with_a_list_is_a_row(row, indent, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=indent) + "\n")
+    assert [row for _, row in rows_of(str(tmp_path / "a.json"))] == [row]
+
+
+@pytest.mark.parametrize("pad", [0, sources.BEGIN])
+def test_lines_with_a_list_under_an_own_name_are_rows(pad, tmp_path: Path) -> None:
+    rows = [{"id": 1, "dialog": MESSAGES, "pad": "x" * pad}, {"id": 2, "dialog": MESSAGES}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row for _, row in rows_of(str(tmp_path / "a.jsonl"))] == rows
+
+
+def test_a_long_wrapped_list_is_read_piece_by_piece(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x" * 1000}] * 20_000}))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in rows_of(str(tmp_path / "a.json"))) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 2**23 + sources.LONG_LINE
+    finally:
+        tracemalloc.stop()
+
+
+def test_nan_stays_a_number(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": NaN, "b": -Infinity}\n')
+    ((_, row),) = rows_of(str(tmp_path / "a.jsonl"))
+    assert str(row) == "{'a': nan, 'b': -inf}"
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b\x85c"}\n{"text": "d"}\n')
+    assert [row["text"] for _, row in rows_of(str(tmp_path / "a.jsonl"))] == ["a\u2028b\x85c", "d"]
 
 
 def test_row_numbers_are_line_numbers(tmp_path: Path) -> None:
@@ -97,6 +181,13 @@ def test_a_folder_or_a_glob_gives_all_files_in_order(path, tmp_path: Path) -> No
         ("a.json", b'[{"a": 1},\n{"a": 2}\n', r"a\.json:3.*not valid JSON"),
         ("a.json", b'[{"a": 1},\n{"a": nope}]', r"a\.json:2.*not valid JSON"),
         ("a.json", b"[]", "has no rows"),
+        ("a.json", b'{"text": "a",\n{"text": "b"}\n', r"a\.json:1.*not valid JSON"),
+        (
+            "a.json",
+            b'{"data": [{"text": "a"}]',
+            r"a\.json:1.*not valid JSON: a comma is missing, or the object does not end",
+        ),
+        ("a.json", b'{"data": [{"text": "a"}]}\n\n[', r"a\.json:3.*not valid JSON"),
         ("a.json", b'[{"a": 1}]\n garbage', r"a\.json:2.*not valid JSON: only another array may follow"),
         ("a.json", b'[{"a": 1}]\n[{"a": 2}', r"a\.json:2.*not valid JSON: the array does not end"),
         ("a.json", b'[{"a": 1}\n{"a": 2}]', r"a\.json:2.*not valid JSON: a comma is missing"),
@@ -106,6 +197,7 @@ def test_a_folder_or_a_glob_gives_all_files_in_order(path, tmp_path: Path) -> No
         ("a.jsonl", b'[{"a": 1}]\n[{"a": 2}]\n', r"a\.jsonl:1: is a list, not an object"),
         ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2.*columns"),
         ("a.csv", b"a,b\n1\n", r"a\.csv:2.*columns"),
+        ("a.csv", b'a,"b\n1,2\n', r"a\.csv:1: is not valid CSV"),
         ("a.csv", b'a,b\n\n"1\n\n",2,3\n', r"a\.csv:3: .*columns"),
         ("a.csv", b'a,b\n1,2\n"1\n2,3\n', r"a\.csv:3: is not valid CSV"),
         ("a.parquet", b"PAR1 no", "damaged"),
@@ -133,7 +225,7 @@ def test_an_early_error_in_an_array_is_raised_early(tmp_path: Path, monkeypatch:
     (tmp_path / "a.json").write_text('[{"a": nope},' + '{"a": 1},' * 10_000)
     with (tmp_path / "a.json").open("rb") as opened:
         with pytest.raises(DataError, match="not valid JSON"):
-            list(file_readers.READERS[".json"](opened, tmp_path / "a.json"))
+            list(file_readers.json_arrays(opened, str(tmp_path / "a.json")))
         assert opened.tell() < 2**15
 
 
@@ -142,7 +234,10 @@ def test_a_large_row_group_is_read_in_small_batches(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="none")
     tracemalloc.start()
     try:
-        assert next(sources.read_blocks(str(tmp_path / "a.parquet"))).rows[0][1] == table.slice(0, 1).to_pylist()[0]
+        assert (
+            next(sources.read_blocks(DataSet(str(tmp_path / "a.parquet")))).rows[0][1]
+            == table.slice(0, 1).to_pylist()[0]
+        )
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
@@ -153,23 +248,19 @@ def test_metadata_and_other_files_are_skipped(path, tmp_path: Path) -> None:
     for name in ("dataset_info.json", "state.json", "dataset_dict.json", "README.md"):
         (tmp_path / name).write_text('{"text": "no"}')
     with pytest.raises(DataError, match="has no file ending in"):
-        sources.data_files(str(tmp_path / path))
+        data_files.find_files(DataSet(str(tmp_path / path)))
     (tmp_path / "a.JSON").write_text('{"text": "yes"}')
     assert [row["text"] for _, row in rows_of(str(tmp_path / path))] == ["yes"]
 
 
 def test_a_percentage_counts_unreadable_rows_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\nbroken\n{"a": 2}\n{"a": 3}\n')
-    rows = [item for block in sources.read_blocks(str(tmp_path / "a.jsonl"), "[50%:]") for item in block.parsed()]
+    rows = [
+        item
+        for block in sources.read_blocks(DataSet(str(tmp_path / "a.jsonl"), split="[50%:]"))
+        for item in block.parsed()
+    ]
     assert rows == [(3, {"a": 2}), (4, {"a": 3})]
-
-
-class Hub(list):
-    """A Hub data set that fails after its first row."""
-
-    def __iter__(self):
-        yield self[0]
-        raise OSError("\n")
 
 
 def test_an_error_of_the_hub_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +270,6 @@ def test_an_error_of_the_hub_without_a_message_is_named_by_its_class(monkeypatch
     monkeypatch.setattr("datasets.load_dataset", refused)
     with pytest.raises(DataError, match="the Hub answers: ConnectionError"):
         list(rows_of("owner/name"))
-
-
-def test_the_length_of_a_hub_set_is_used_and_its_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Hub([{"a": 1}, {"a": 2}]))
-    with pytest.raises(DataError, match="owner/name.*cannot be read after row 0: OSError"):
-        list(rows_of("owner/name", "[50%:]"))
 
 
 @pytest.mark.parametrize(("path", "message"), [("/nowhere/a.jsonl", "no such file"), ("./*.jsonl", "no such file")])

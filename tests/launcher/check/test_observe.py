@@ -85,6 +85,7 @@ def test_local_ranks_use_gpus_if_there_is_one_for_each(
         (json.dumps([ROW, ROW]), ("instruction", "output"), None),
         (json.dumps([ROW], indent=2), ("instruction", "output"), None),
         (json.dumps(ROW, indent=2), ("instruction", "output"), None),
+        (json.dumps({"version": 1, "data": [ROW]}), None, None),
         ("", None, "has no rows"),
         ("\n \n", None, "has no rows"),
         ("[]", None, "has no rows"),
@@ -95,7 +96,7 @@ def test_local_ranks_use_gpus_if_there_is_one_for_each(
         (b'{"text": "\xff"}\n', ("text",), None),  # preprocess checks the rows
     ],
     ids=[
-        *("a row", "blank lines before", "an array", "an indented array", "an indented row"),
+        *("a row", "blank lines before", "an array", "an indented array", "an indented row", "rows inside an object"),
         *("empty", "blank", "an empty array", "an array of text", "a number", "CSV", "half a row", "not UTF-8"),
     ],
 )
@@ -123,6 +124,12 @@ def test_other_files_than_json_are_left_to_the_job(compose: Compose, here: Path,
         ("data.path", "/nowhere/a", True),
         ("data.path", "owner/name", False),
         ("data.validation_path", "./a.json", True),
+        ("data.path", "s3://bucket/a.jsonl", False),
+        ("data.path", "https://host/a.jsonl.zst", False),
+        ("data.validation_path", "hf://datasets/owner/name/a.parquet", False),
+        ("data.path", "/nowhere/a.ndjson", True),
+        ("data.path", "/nowhere:test", True),
+        ("data.path", str(ROOT / "tests:test"), False),
         ("model.source", "~/models/llama", True),
         ("model.source", "owner/name", False),
         ("model.tokenizer", "/nowhere", True),
@@ -213,3 +220,38 @@ def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
 
 def test_no_gpu_is_counted_if_none_is_visible() -> None:
     assert observe.local_gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("set", "HERE/set"),
+        ("set:test", "HERE/set:test"),
+        ("info/dataset_info.json:mine", "HERE/info/dataset_info.json:mine"),
+        ("owner/name:test", "owner/name:test"),
+        ("set:test/x", "set:test/x"),
+        ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl"),
+    ],
+)
+def test_a_split_of_a_folder_gets_an_absolute_path(
+    given: str, expected: str, compose: Compose, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    (here / "set").mkdir()
+    (here / "info").mkdir()
+    (here / "info/dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
+    config = put(compose(), {"data.path": given, "data.validation_path": given})
+    localize.localize(config, 0)
+    assert [config.data.path, config.data.validation_path] == [expected.replace("HERE", str(here))] * 2
+
+
+def test_the_file_of_llama_factorys_entry_is_looked_at(compose: Compose, here: Path) -> None:
+    (here / "dataset_info.json").write_text('{"a": {"file_name": "a.json"}, "b": {"file_name": "nowhere.json"}}')
+    (here / "a.json").write_text(json.dumps([ROW]))
+    for name, columns, missing in (
+        ("a", ("instruction", "output"), ()),
+        ("b", None, (("data.path", f"{here}/nowhere.json"),)),
+    ):
+        facts = observe.observe(put(compose(), {"data.path": str(here / "dataset_info.json"), "data.subset": name}))
+        assert facts.first_rows == (observe.FirstRow("data.path", columns),)
+        assert facts.files_missing == missing
