@@ -5,7 +5,7 @@ from typing import Any
 
 from conf.columns import DOCUMENTS, SYSTEM, TOOLS
 from jobs.data.content_parts import text_of
-from jobs.data.row_values import Row, first_filled, kind_of, parse_json, parse_list
+from jobs.data.row_values import Names, Row, first_filled, is_null, kind_of, parse_json, parse_list
 from jobs.data.tool_calls import parse_tools
 from jobs.tokenization.conversation import Sample, Turn
 
@@ -32,7 +32,7 @@ RESERVED = frozenset(
 """Arguments of `apply_chat_template` itself, which a row's chat_template_kwargs may not set."""
 
 
-def make_chat(row: Row, turns: list[Turn]) -> Sample:
+def make_chat(row: Row, turns: list[Turn], fields: Names) -> Sample:
     """A chat of these turns, with the row's system prompt, tools, documents and template variables.
 
     A system turn in the chat wins over the system column.
@@ -46,7 +46,7 @@ def make_chat(row: Row, turns: list[Turn]) -> Sample:
         )
     system, tools = first_filled(row, SYSTEM), first_filled(row, TOOLS)
     if system and row[system] and turns[0].role != "system":
-        turns = [Turn("system", text_of(row[system], system)), *turns]
+        turns = [Turn("system", text_of(row[system], system, fields)), *turns]
     parsed_tools = parse_tools(row[tools]) if tools else None
     documents = first_filled(row, DOCUMENTS)
     if documents or row.get("chat_template_kwargs"):
@@ -65,7 +65,7 @@ def _documents(raw: Any, column: str) -> list[dict[str, Any]] | None:
                 f"{column}[{number}] is {kind_of(document)}, not a text or an object: "
                 f"give {{title, text}}, or set data.ignore=[{column}]"
             )
-        documents.append({"text": document} if isinstance(document, str) else dict(document))
+        documents.append({"text": document} if isinstance(document, str) else _without_nulls(document))
     return documents or None
 
 
@@ -82,4 +82,8 @@ def _template_kwargs(row: Row) -> dict[str, Any] | None:
         )
     if reserved := sorted(RESERVED & raw.keys()):
         raise ValueError(f"chat_template_kwargs sets {reserved[0]}, which the row's own columns decide: remove it")
-    return {name: value for name, value in raw.items() if value is not None} or None
+    return _without_nulls(raw) or None
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if not is_null(item)}

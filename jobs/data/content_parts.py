@@ -1,16 +1,19 @@
 """Reads the content of a message: a text, or a list of parts as OpenAI and Anthropic write them."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from conf.columns import OUTPUT
-from jobs.data.row_values import is_null, kind_of, number_text
+from jobs.data.row_values import Names, is_null, kind_of, number_text
 from jobs.data.tool_calls import parse_calls
 
 TEXTS = ("text", "input_text", "output_text")
 THOUGHTS = ("thinking", "reasoning")
+COLUMN_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+"""Columns, also nested ones, that a template can name."""
 
 
 @dataclass
@@ -24,18 +27,24 @@ class Content:
     """Results of tools: {tool_call_id, content, and is_error if it is true}."""
 
 
-def text_of(raw: object, where: str) -> str:
-    """The text of a column: a string, a number, or a list of text parts. Raises ValueError for anything else."""
+def text_of(raw: object, where: str, fields: Names) -> str:
+    """The text of a column: a string, a number, or a list of text parts. Raises ValueError for anything else.
+
+    fields: `data.fields`, which may say that the row has the column under another name.
+    """
     if isinstance(raw, str):
         return raw
-    content = parse_content(raw, where, "user")
+    content = parse_content(raw, where, "user", fields.get(where, where))
     if content.results:
         raise ValueError(f"{where} holds a tool's result, not only text: use the format messages")
     return content.text
 
 
-def parse_content(raw: object, where: str, role: str) -> Content:
-    """The content of a message of this role. Raises ValueError if it is no text and no list of parts."""
+def parse_content(raw: object, where: str, role: str, source: str | None = None) -> Content:
+    """The content of a message of this role. Raises ValueError if it is no text and no list of parts.
+
+    source: the row's name of the column, if the content is a column of its own.
+    """
     if isinstance(raw, str):
         return Content(raw)
     if isinstance(raw, list | tuple) and not raw and role != "tool":
@@ -47,25 +56,27 @@ def parse_content(raw: object, where: str, role: str) -> Content:
     if (number := number_text(raw)) is not None:
         return Content(number)
     if isinstance(raw, list | tuple) and raw and isinstance(raw[0], Mapping) and ("role" in raw[0] or "from" in raw[0]):
-        remedy = "it holds messages, so set data.format=auto" + _names_for_messages(where)
-    elif template := _template_for(raw, where):
+        remedy = "it holds messages, so set data.format=auto" + _names_for_messages(where, source)
+    elif template := _template_for(raw, source):
         remedy = f'give a text, or map it with a template such as data.fields.{where}="{template}"'
     else:
         remedy = "give a text, or drop the row"
     raise ValueError(f"{where} is {kind_of(raw)}, not text: {remedy}")
 
 
-def _names_for_messages(column: str) -> str:
+def _names_for_messages(column: str, source: str | None) -> str:
+    if source is None or source == "prompt":
+        return ""
     if column in OUTPUT:
-        return f", and name the columns as in data.fields={{prompt: instruction, completion: {column}}}"
-    return "" if column == "prompt" else f" and data.fields.prompt={column}"
+        return f", and name the columns as in data.fields={{prompt: instruction, completion: {source}}}"
+    return f" and data.fields.prompt={source}"
 
 
-def _template_for(raw: object, column: str) -> str | None:
-    """A template that makes a text of such a value, to show in a message; None for a part of a message, or an empty value."""
-    if "." in column or "[" in column or is_null(raw):
+def _template_for(raw: object, source: str | None) -> str | None:
+    """A template that makes a text of such a column, to show in a message; None if there is none."""
+    if source is None or is_null(raw) or not COLUMN_NAME.fullmatch(source):
         return None
-    path, value = column, raw
+    path, value = source, raw
     while isinstance(value, list | tuple | Mapping) and value:
         is_object = isinstance(value, Mapping)
         key = next(iter(value)) if isinstance(value, Mapping) else 0

@@ -36,11 +36,10 @@ def messages_in(value: Any, column: str) -> list[Any] | None:
         return [value]
     if isinstance(value, str):
         start = value.lstrip()[:200]
-        if not start.startswith("[") or not any(
-            f"{quote}{key}{quote}" in start for quote in "\"'" for key in ("role", "from")
-        ):
+        names = (f"{quote}{key}{quote}" for quote in "\"'" for key in ("role", "from"))
+        if start[:1] != "[" or start[1:].lstrip()[:1] != "{" or value.rstrip()[-1] != "]":
             return None
-        if not start[1:].lstrip().startswith("{"):
+        if not any(name in start for name in names):
             return None
         value = parse_json(value, column)
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):

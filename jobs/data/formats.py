@@ -197,7 +197,7 @@ def _list(row: Row, column: str, content: str) -> list[Any]:
 
 def _text_of(row: Row, names: tuple[str, ...], format: str, reading: Reading) -> str:
     column = _required(row, names, format, reading)
-    text = text_of(row[column], column)
+    text = text_of(row[column], column, reading.fields)
     if not text or text.isspace():
         raise EmptyText(f"{column} is empty, so there is nothing to train on: drop the row")
     return text
@@ -206,8 +206,8 @@ def _text_of(row: Row, names: tuple[str, ...], format: str, reading: Reading) ->
 def _alpaca(row: Row, reading: Reading) -> Sample:
     """Instruction and input become one question, joined by a newline as in LLaMA-Factory. Answers of the history train too."""
     instruction, input = first_filled(row, INSTRUCTION), first_filled(row, INPUT)
-    question = text_of(row[instruction], instruction) if instruction else ""
-    if input and (text := text_of(row[input], input)):
+    question = text_of(row[instruction], instruction, reading.fields) if instruction else ""
+    if input and (text := text_of(row[input], input, reading.fields)):
         question = f"{question}\n{text}" if question else text
     if not question or question.isspace():
         _required(row, INSTRUCTION, "alpaca", reading)
@@ -220,7 +220,7 @@ def _alpaca(row: Row, reading: Reading) -> Sample:
             raise EmptyText(f"history[{number}] has an empty question or answer: drop the pair, or the row")
         turns += [Turn("user", pair[0]), *_answer(pair[1], f"history[{number}]", reading)]
     answer = _text_of(row, OUTPUT, "alpaca", reading)
-    return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)])
+    return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)], reading.fields)
 
 
 def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
@@ -231,7 +231,7 @@ def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
 
 def _messages(row: Row, reading: Reading) -> Sample:
     column = _required(row, MESSAGES, "messages", reading)
-    return make_chat(row, parse_turns(row[column], column, reading))
+    return make_chat(row, parse_turns(row[column], column, reading), reading.fields)
 
 
 def _prompt_completion(row: Row, reading: Reading) -> Sample:
@@ -245,7 +245,7 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
         # answers in the prompt are not trained, unless they are marked with `train`
         turns = [replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn for turn in turns]
     else:
-        question = text_of(row[prompt_column], prompt_column)
+        question = text_of(row[prompt_column], prompt_column, reading.fields)
         if not question or question.isspace():
             raise EmptyText(
                 "prompt is empty, so there is no question: drop the row; to train on texts alone, set data.fields.text="
@@ -255,7 +255,9 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
             return Sample(parts=((question, False), (answer, True)))
         turns = [Turn("user", question)]
     return make_chat(
-        row, turns + (_answer(answer, column, reading) if after is None else parse_turns(after, column, reading))
+        row,
+        turns + (_answer(answer, column, reading) if after is None else parse_turns(after, column, reading)),
+        reading.fields,
     )
 
 

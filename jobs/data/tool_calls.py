@@ -28,8 +28,8 @@ def _tool(tool: object, where: str) -> dict[str, Any]:
         wrapper: dict[str, Any] = {"type": "function"}
     else:
         function, wrapper = tool["function"], dict(tool)
-    if not isinstance(function, Mapping):
-        raise ValueError(f"{where}.function is {kind_of(function)}, not an object with `name` and `parameters`")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{where} is not a function schema: its function has no `name` that is a text")
     if isinstance(parameters := function.get("parameters"), str):
         function = {**function, "parameters": parse_json(parameters, f"{where}.function.parameters")}
     return {**wrapper, "function": dict(function)}

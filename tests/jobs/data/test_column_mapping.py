@@ -112,21 +112,40 @@ def test_a_list_can_be_written_in_the_ways_that_the_message_names(template) -> N
 
 
 @pytest.mark.parametrize(
-    ("row", "fields", "remedy"),
+    ("row", "fields", "remedy", "expected"),
     [
-        ({"instruction": "a", "output": ["b"]}, {"output": "{{ output[0] }}"}, ["a", "b"]),
-        ({"question": "a", "answer": {"text": ["b"]}}, {"answer": "{{ answer['text'][0] }}"}, ["a", "b"]),
-        ({"instruction": ["a"], "output": "b"}, {"instruction": "{{ instruction[0] }}"}, ["a", "b"]),
-        ({"prompt": ["a"], "completion": "b"}, {"prompt": "{{ prompt[0] }}"}, ["a", "b"]),
-        ({"question": "a", "answer": True}, {"answer": "{{ 'yes' if answer else 'no' }}"}, ["a", "yes"]),
+        ({"instruction": "a", "output": ["b"]}, {}, {"output": "{{ output[0] }}"}, ["a", "b"]),
+        ({"question": "a", "answer": {"text": ["b"]}}, {}, {"answer": "{{ answer['text'][0] }}"}, ["a", "b"]),
+        ({"instruction": ["a"], "output": "b"}, {}, {"instruction": "{{ instruction[0] }}"}, ["a", "b"]),
+        ({"prompt": ["a"], "completion": "b"}, {}, {"prompt": "{{ prompt[0] }}"}, ["a", "b"]),
+        ({"question": "a", "answer": True}, {}, {"answer": "{{ 'yes' if answer else 'no' }}"}, ["a", "yes"]),
+        # the names of the row's columns, not of the format's
+        (
+            {"question": "a", "answers": {"text": ["b"]}},
+            {"output": "answers"},
+            {"output": "{{ answers['text'][0] }}"},
+            ["a", "b"],
+        ),
+        ({"question": "a", "x": {"y": ["b"]}}, {"output": "x.y"}, {"output": "{{ x.y[0] }}"}, ["a", "b"]),
+        (
+            {"messages": CHAT, "meta": {"rule": "Be kind."}},
+            {"system": "meta"},
+            {"system": "{{ meta['rule'] }}"},
+            ["Be kind.", "Hi", "Hello!"],
+        ),
     ],
 )
-def test_a_value_that_is_no_text_is_refused_with_a_template_that_works(row, fields, remedy) -> None:
-    name, template = next(iter(fields.items()))
+def test_a_value_that_is_no_text_is_refused_with_a_template_that_works(row, fields, remedy, expected) -> None:
+    name, template = next(iter(remedy.items()))
     with pytest.raises(ValueError, match=f"{name} is .*, not text: give a text, or map it") as caught:
-        read(row)
+        read(row, fields)
     assert f'data.fields.{name}="{template}"' in str(caught.value)
-    assert texts(row, fields) == remedy
+    assert texts(row, {**fields, **remedy}) == expected
+
+
+def test_a_column_that_no_template_can_name_has_no_such_remedy() -> None:
+    with pytest.raises(ValueError, match="output is a list, not text: give a text, or drop the row"):
+        read({"question": "a", "my answers": ["b"]}, {"output": "my answers"})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +187,7 @@ def test_numbers_are_texts_and_results_of_tools_may_be_json() -> None:
         ({"prompt": [USER], "response": "Hello!"}, "alpaca", None),
         ({"input": [USER], "output": "Hello!"}, "auto", {"prompt": "input"}),
         ({"instruction": "Hi", "output": [ANSWER]}, "auto", {"prompt": "instruction", "completion": "output"}),
+        ({"instruction": [USER], "output": "Hello!"}, "auto", {"prompt": "instruction"}),
     ],
 )
 def test_messages_where_a_text_belongs_name_a_mapping_that_works(row, format, fields) -> None:

@@ -335,6 +335,10 @@ WRONG = {
         r"messages\[1\].content is not valid JSON",
     ),
     "tools that are not JSON": (turns(USER, ANSWER) | {"tools": "add"}, "tools is not valid JSON"),
+    "tools whose function has no name": (
+        turns(USER, ANSWER) | {"tools": [{"function": {}}]},
+        r"tools\[0\] is not a function",
+    ),
     "tools without names": (turns(USER, ANSWER) | {"tools": [{"a": 1}]}, r"tools\[0\] is not a function schema"),
     "empty output": ({"instruction": "Hi", "output": ""}, "output is empty"),
     "empty question": ({"instruction": "", "input": "", "output": "x"}, "both empty"),

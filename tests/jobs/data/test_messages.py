@@ -293,7 +293,7 @@ def test_messages_may_be_json_text(column) -> None:
 def test_prompts_may_be_json_text_of_messages_but_any_other_text_stays() -> None:
     row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
     assert convert(row, detect_format(row)[0]).turns == (Q, A)
-    for text in ('[1, 2] is a list with "role"', '["role"]', "[role]"):
+    for text in ('[1, 2] is a list with "role"', '["role"]', "[role]", "[{'role': 'admin'}] is my list. Sort it."):
         assert convert({"prompt": text, "completion": text}, "prompt_completion").parts == ((text, False), (text, True))
 
 
