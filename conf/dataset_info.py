@@ -32,6 +32,8 @@ CHAT_COLUMNS = {"messages": "messages", "system": "system", "tools": "tools"}
 """LLaMA-Factory's name of a column and Muster's."""
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 ALPACA_COLUMNS |= {"system": "system", "tools": "tools"}
+OPTIONAL = ("input", "history", "system", "tools")
+"""Columns that rows may lack."""
 DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 REFUSED_COLUMNS = {
     **dict.fromkeys(("images", "videos", "audios"), "is not text, and only text is supported"),
@@ -165,6 +167,7 @@ def _fields(entry: dict[str, Any], format: Format) -> tuple[dict[str, str], list
     ignored = [column for column in names.values() if column not in fields and column not in fields.values()]
     if fields == {names[name]: column for name, column in DEFAULT_COLUMNS.items() if name in names}:
         fields = {}  # Muster's own names, so that `input` stays optional
+    fields = {name: column + "?" * (name in OPTIONAL) for name, column in fields.items()}
     return fields, ignored
 
 

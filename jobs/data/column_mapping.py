@@ -14,6 +14,8 @@ from conf.columns import COLUMNS, FORMAT_COLUMNS, KEYS, MESSAGE_KEYS
 from jobs.data.row_values import Names, Row, is_null
 
 GROUPS = {name: group for groups in FORMAT_COLUMNS.values() for group in groups for name in group}
+OPTIONAL = "?"
+"""Ends the name of a column that rows may lack, as in `data.fields.tools="functions?"`."""
 KEY_GROUPS = {name: group for group in MESSAGE_KEYS for name in group}
 
 
@@ -48,13 +50,13 @@ def _plan(fields: tuple[tuple[str, str], ...]) -> _Plan:
     check_names(dict(fields))
     mapped = tuple((name, source) for name, source in fields if name in COLUMNS)
     replaced = {name for column, source in mapped for name in (*GROUPS[column], *_columns(column, source))}
-    paths = tuple(source for _, source in mapped if "." in source and not is_template(source))
+    paths = tuple(source.removesuffix(OPTIONAL) for _, source in mapped if "." in source and not is_template(source))
     return _Plan(mapped, frozenset(replaced), paths)
 
 
 def _columns(name: str, source: str) -> tuple[str, ...]:
     if not is_template(source):
-        return (source,)
+        return (source, source.removesuffix(OPTIONAL))
     try:
         return _template(source)[1]
     except TemplateError as error:
@@ -63,8 +65,9 @@ def _columns(name: str, source: str) -> tuple[str, ...]:
 
 def rename_keys(message: Mapping[str, Any], fields: Names) -> dict[str, Any]:
     """A message with the keys that `fields` names under Muster's names. A mapped key replaces its other names."""
-    mapped = {name: message.get(source) for name, source in fields.items() if name in KEYS}
-    replaced = {*(fields[name] for name in mapped), *(other for name in mapped for other in KEY_GROUPS[name])}
+    sources = {name: source.removesuffix(OPTIONAL) for name, source in fields.items() if name in KEYS}
+    mapped = {name: message.get(source) for name, source in sources.items()}
+    replaced = {*sources.values(), *(other for name in mapped for other in KEY_GROUPS[name])}
     return {**{name: value for name, value in message.items() if name not in replaced}, **mapped}
 
 
@@ -86,14 +89,14 @@ def sources(row: Row, source: str) -> tuple[str, ...]:
     """The top-level columns that the right side of a mapping reads."""
     if is_template(source):
         return _template(source)[1]
-    return (source,) if source in row else (source.partition(".")[0],)
+    return (source,) if source in row else (source.removesuffix(OPTIONAL).partition(".")[0],)
 
 
 def lacks(row: Row, source: str) -> list[str]:
     """The columns that the right side of a mapping reads and the row does not have."""
     if is_template(source):
         return [name for name in _template(source)[1] if name not in row]
-    return [] if _find(row, source) is not missing else [source]
+    return [] if source.endswith(OPTIONAL) or _find(row, source) is not missing else [source]
 
 
 def _value(row: Row, name: str, source: str) -> Any:
@@ -114,7 +117,7 @@ def _find(row: Row, path: str) -> Any:
     if path in row:
         return row[path]
     value: Any = row
-    for name in path.split("."):
+    for name in path.removesuffix(OPTIONAL).split("."):
         if not isinstance(value, Mapping) or name not in value:
             return missing
         value = value[name]
@@ -239,18 +242,24 @@ def check_sources(fields: Names, rows: Iterable[Row], lists_of: Callable[[Row], 
             absent = set(lacks(rows[0], source)).intersection(*(lacks(row, source) for row in rows[1:]))
             if absent:
                 columns = dict.fromkeys(column for row in rows for column in row)
-                _refuse_absent(sorted(absent)[0], f"data.fields.{name}", "column", len(rows), columns)
+                column, in_template = sorted(absent)[0], is_template(source)
+                _refuse_absent(column, f"data.fields.{name}", "column", len(rows), columns, in_template=in_template)
     if keys := [name for name in fields if name in KEYS]:
         messages = [message for row in rows for message in lists_of(map_columns(row, fields))]
         found = dict.fromkeys(key for message in messages if isinstance(message, Mapping) for key in message)
         for name in keys:
-            if fields[name] not in found:
+            if fields[name] not in found and not fields[name].endswith(OPTIONAL):
                 _refuse_absent(fields[name], f"data.fields.{name}", "key of a message", len(rows), found)
 
 
-def _refuse_absent(source: str, key: str, kind: str, count: int, present: Iterable[str]) -> None:
+def _refuse_absent(
+    source: str, key: str, kind: str, count: int, present: Iterable[str], *, in_template: bool = False
+) -> None:
     where = "the first row" if count == 1 else f"any of the first {count} rows"
+    optional = (
+        f"give one of these rows {source} with null" if in_template else f'write {key}="{source}?" if rows may lack it'
+    )
     raise ValueError(
         f"there is no {kind} {source} for {key} in {where}, which have {', '.join(present) or 'none'}: correct the name, "
-        f"or give one of these rows {source} with null"
+        f"or {optional}"
     )

@@ -14,7 +14,7 @@ COLUMNS = {
     Format.alpaca: [{question, answer} for question in (*INSTRUCTION, *INPUT) for answer in OUTPUT],
     Format.sharegpt: [{name} for name in reversed(MESSAGES)],
     Format.messages: [{name} for name in MESSAGES],
-    Format.prompt_completion: [{"prompt", "completion"}],
+    Format.prompt_completion: [{"prompt", answer} for answer in ("completion", *OUTPUT)],
     Format.segments: [{"segments"}],
     Format.text: [{"text"}],
     Format.tokenised: [{"input_ids"}],

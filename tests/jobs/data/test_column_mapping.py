@@ -213,6 +213,19 @@ def test_a_mapped_column_that_no_row_has_is_refused_and_null_in_one_row_is_enoug
     check_fields([{"a": {"b": 1}}, {}], {"text": "a.b"})
 
 
+def test_a_question_mark_behind_a_name_says_that_rows_may_lack_it() -> None:
+    fields = {"messages": "chat", "system": "sys?", "train": "learn?"}
+    check_fields([{"chat": CHAT}], fields)
+    assert read({"chat": CHAT}, fields).turns == (Turn("user", "Hi"), Turn("assistant", "Hello!"))
+    taught = [USER, {**ANSWER, "learn": False}]
+    turns = (Turn("system", "Be kind."), Turn("user", "Hi"), Turn("assistant", "Hello!", train=False))
+    assert read({"chat": taught, "sys": "Be kind."}, fields).turns == turns
+    assert read({"chat": taught, "sys?": "Be kind."}, fields).turns == turns
+    assert read({"a": {"chat": CHAT}}, {"messages": "a.chat?"}).turns == turns[1:2] + (Turn("assistant", "Hello!"),)
+    with pytest.raises(ValueError, match=r'or write data.fields.system="sys\?" if rows may lack it'):
+        check_fields([{"chat": CHAT}], {"messages": "chat", "system": "sys"})
+
+
 def test_a_mapped_key_that_no_message_has_is_refused() -> None:
     rows = [{"chat": [USER, {**ANSWER, "learn": True}]}, {"chat": CHAT}]
     check_fields(rows, {"messages": "chat", "train": "learn"})
