@@ -4,6 +4,7 @@ Chats are rendered by a template compiled once (template_renderer.py), and texts
 of the two cannot guarantee the same result, for a tokenizer or for a sample, the slow way of transformers is used instead.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -125,7 +126,7 @@ class Encoder:
         if with_tools not in self._renderers:
             source = template_source(self._template, self._tokenizer, [] if with_tools else None)
             try:
-                self._renderers[with_tools] = CompiledRenderer(source, self._tokenizer.special_tokens_map)
+                self._renderers[with_tools] = _compiled(source, json.dumps(self._tokenizer.special_tokens_map))
             except Unsupported:
                 self._renderers[with_tools] = reference.TransformersRenderer(self._tokenizer, source)
         return self._renderers[with_tools]
@@ -161,6 +162,12 @@ class TokenizersBackend:
         trained = mark_tokens(token_spans, excluded_spans, trained, value=0)
         last_is_added = token_spans[-1:] == [(len(text), len(text))]
         return TokenizedText(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8), last_is_added)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str, special_tokens: str) -> CompiledRenderer:
+    """A renderer, compiled once for all encoders. special_tokens: as JSON text, because a dict cannot be a key of the cache."""
+    return CompiledRenderer(source, json.loads(special_tokens))
 
 
 @lru_cache(maxsize=2)
