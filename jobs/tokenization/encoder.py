@@ -4,6 +4,7 @@ Chats are rendered by a template compiled once (template_renderer.py), and texts
 of the two cannot guarantee the same result, for a tokenizer or for a sample, the slow way of transformers is used instead.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -134,9 +135,8 @@ class Encoder:
         if with_tools not in self._renderers:
             source = template_source(self._template, self._tokenizer, [] if with_tools else None)
             try:
-                self._renderers[with_tools] = CompiledRenderer(
-                    source, self._tokenizer.special_tokens_map, self._settings.template_kwargs
-                )
+                variables = {**self._tokenizer.special_tokens_map, **self._settings.template_kwargs}
+                self._renderers[with_tools] = _compiled(source, json.dumps(variables))
             except Unsupported:
                 self._renderers[with_tools] = self._slow_renderer(with_tools)
         return self._renderers[with_tools]
@@ -176,6 +176,12 @@ class TokenizersBackend:
         trained = mark_tokens(token_spans, excluded_spans, trained, value=0)
         last_is_added = token_spans[-1:] == [(len(text), len(text))]
         return TokenizedText(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.uint8), last_is_added)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str, variables: str) -> CompiledRenderer:
+    """A renderer, compiled once for all encoders. variables: as JSON text, because a dict cannot be a key of the cache."""
+    return CompiledRenderer(source, json.loads(variables))
 
 
 @lru_cache(maxsize=2)

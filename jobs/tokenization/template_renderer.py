@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -34,11 +33,9 @@ class CompiledRenderer:
     Raises Unsupported where transformers must render instead: at creation for a template, in use for a sample.
     """
 
-    def __init__(
-        self, source: str, special_tokens: dict[str, str], template_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, source: str, variables: dict[str, Any]) -> None:
+        """variables: the special tokens of the tokenizer, and `template_kwargs`."""
         self.source, self.has_marks = source, bool(GENERATION_TAG.search(source))
-        variables = {**special_tokens, **(template_kwargs or {})}
         if not _is_plain_json([source, variables]) or (self.has_marks and MACRO_NAMES.search(source)):
             raise Unsupported("the chat template uses the names of macros or control characters reserved for marks")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, "jinja2.ext.loopcontrols"])
