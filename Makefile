@@ -9,7 +9,7 @@ TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof numerics chaos test-system lint format check bench-data slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof numerics chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ check: lint ## lint, then the fast tests that need no Slurm
 
 bench-data: .bench/.installed ## measure preprocess against TRL, which is installed beside in .bench (ten minutes)
 	.bench/bin/python benchmarks/preprocess.py $(ARGS)
+
+bench-templates: .bench/.installed ## compare chats under the templates that TRL ships with transformers (one minute)
+	.bench/bin/python benchmarks/chat_templates.py $(ARGS)
 
 .bench/.installed: $(V)/.installed Makefile # a venv that also sees the packages of .venv, with their pins
 	$(V)/python -m venv --clear .bench

@@ -9,20 +9,19 @@ The table has a sign for each chat:
     -   the chat is refused; the reasons stand below the table
 
 
-    python benchmarks/chat_templates.py                 downloads TRL into .bench, compares, and prints the table of docs/data.md
-    python benchmarks/chat_templates.py --folder DIR    uses the *.jinja files of another folder
+    make bench-templates                               installs TRL beside in .bench, compares, and prints the table of docs/data.md
+    python benchmarks/chat_templates.py --folder DIR   uses the *.jinja files of a folder
 
 chat_templates.json has for each template and chat the texts that must be trained, or the beginning of the reason to refuse the
 chat. Every one of them was read and marked by hand. The exit code is 1 if anything differs.
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import re
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -38,8 +37,6 @@ from jobs.tokenization import reference
 from jobs.tokenization.encoder import Encoder
 
 CLONE = Path(__file__).parents[1]
-BENCH = CLONE / ".bench"
-TRL = "trl==1.16.0"
 TRUTH = Path(__file__).with_suffix(".json")
 TOKEN = re.compile(
     r"<\|[\w ]+\|?>|<[\w]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_\w+>|</?think>"
@@ -107,7 +104,7 @@ def main() -> int:
     options.add_argument("--folder", type=Path, help="folder of *.jinja files")
     arguments = options.parse_args()
     logging.disable(logging.WARNING)
-    folder = arguments.folder or _download()
+    folder = arguments.folder or _folder_of_trl()
     truth = json.loads(TRUTH.read_text(encoding="utf-8"))
     found = {
         path.stem: _results(path) for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")
@@ -121,14 +118,11 @@ def main() -> int:
     return bool(wrong)
 
 
-def _download() -> Path:
-    folder = BENCH / TRL / "trl/chat_templates"
-    if not folder.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", TRL, "--dest", str(BENCH / TRL)]
-        subprocess.run(command, check=True)
-        [wheel] = (BENCH / TRL).glob("*.whl")
-        zipfile.ZipFile(wheel).extractall(BENCH / TRL)
-    return folder
+def _folder_of_trl() -> Path:
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        sys.exit("TRL is not installed for this Python: call make bench-templates, or name a folder with --folder")
+    return Path(found.origin).parent / "chat_templates"
 
 
 def _tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:

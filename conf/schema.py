@@ -163,8 +163,8 @@ class Data:
     name: str = MISSING
     """Short name, used in the name of the run."""
     path: str | None = MISSING
-    """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz), a folder or glob pattern of
-    such files, or a Hub id: `owner/name` or `owner/name:train[:100]`."""
+    """Training rows: a file (JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .bz2, .xz, .zst), a folder or glob pattern of
+    such files, an address (https, hf, s3, gs), or a Hub id: `owner/name` or `owner/name:train[:100]`."""
     subset: str | None = None
     """Subset of a Hub data set, also called its config name. With LLaMA-Factory's `dataset_info.json` as path: the set's name."""
     revision: str | None = None
@@ -179,7 +179,8 @@ class Data:
     """Format of the rows. `auto` recognizes it from the columns and logs which one it is."""
     fields: dict[str, str] = field(default_factory=dict)
     """Maps columns with other names: the format's column to your column, or to a Jinja template of the row
-    ("{{ title }}: {{ body }}"). `role`, `content` and the other keys of a message map in the same way."""
+    ("{{ title }}: {{ body }}"). `role`, `content` and the other keys of a message map in the same way. "name?": rows may lack
+    it."""
     roles: dict[str, str] = field(default_factory=dict)
     """Maps speakers with other names: your name to system, user, assistant or tool."""
     ignore: list[str] = field(default_factory=list)
