@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, Protocol
 
@@ -58,6 +58,7 @@ class RenderedChat:
             raise self._marked
         return self._marked
 
+    @cached_property
     def missing(self) -> Text | None:
         """The first text that the template does not write. None if it writes all of them."""
         if self.renderer.has_marks and self._has_all_in_order():
@@ -78,13 +79,15 @@ class RenderedChat:
     def _has_all_in_order(self) -> bool:
         """Whether the rendering has all texts, and the contents one after the other."""
         position = 0
-        for item, text in texts_of(self.sample):
-            found = self.text.find(text, position if item.where == "content" else 0)
+        for turn in self.sample.turns:  # the contents first: most turns have nothing else
+            content = turn.content.strip()
+            found = self.text.find(content, position)
             if found < 0:
                 return False
-            if item.where == "content":
-                position = found + len(text)
-        return True
+            position = found + len(content)
+        if all(turn.tool_calls is None and turn.reasoning_content is None for turn in self.sample.turns):
+            return True
+        return all(text in self.text for _, text in texts_of(self.sample))
 
     def _writes(self, text: str) -> bool:
         """Whether the text is in the rendering, as it is or inside JSON. A template may cut thoughts off."""
@@ -105,13 +108,13 @@ def render(sample: Sample, renderer: Renderer) -> RenderedChat:
     if "developer" not in renderer.source and any(turn.role == "developer" for turn in sample.turns):
         sample = _map_turns(sample, lambda turn: replace(turn, role="system") if turn.role == "developer" else turn)
     chat = _render_best(_forms(sample, renderer.source), renderer)
-    if isinstance(chat, ValueError) or chat.missing() is not None:
+    if isinstance(chat, ValueError) or chat.missing is not None:
         in_parts = _map_turns(sample, lambda turn: replace(turn, in_parts=not turn.is_null))
         other = _render_best(_forms(in_parts, renderer.source), renderer)
         chat = chat if isinstance(other, ValueError) or not _is_whole(other) else other
     if isinstance(chat, ValueError):
         raise chat
-    _check_written(chat.missing())
+    _check_written(chat.missing)
     return chat
 
 
@@ -182,7 +185,7 @@ def _json(value: Any) -> str:
 
 
 def _is_whole(chat: RenderedChat) -> bool:
-    return _is_unchanged(chat) and chat.missing() is None
+    return _is_unchanged(chat) and chat.missing is None
 
 
 def _is_unchanged(chat: RenderedChat) -> bool:
