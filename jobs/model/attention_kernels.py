@@ -93,14 +93,30 @@ def _packed_attention(
         )
         packed: torch.Tensor = out.unflatten(0, (rows, length))
         return packed
+    attended: torch.Tensor = _attend_each(flat_query, flat_key, flat_value, boundaries, dropout, scaling, window)
+    return attended.view(rows, length, *attended.shape[1:])
+
+
+# The compiler would take the sizes of samples for symbols, and spend minutes on them where heads are exchanged.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_each(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of one sample after another, for fp32, dropout and CPUs. All: (tokens, heads, head size)."""
     sizes = boundaries.diff().tolist()
-    samples = zip(*(torch.split(item, sizes) for item in (flat_query, flat_key, flat_value)), strict=True)
+    samples = zip(*(torch.split(item, sizes) for item in (query, key, value)), strict=True)
     outputs = []
     for sample in samples:
         sample_query, sample_key, sample_value = (item.transpose(0, 1)[None] for item in sample)
         attended = _causal_attention(sample_query, sample_key, sample_value, dropout, scaling, window)
         outputs.append(attended[0].transpose(0, 1))
-    return torch.cat(outputs).view(rows, length, *outputs[0].shape[1:])
+    return torch.cat(outputs)
 
 
 def _causal_attention(
