@@ -35,6 +35,7 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """
     language_model = causal_lm(model)
     plan = getattr(language_model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    plan = {name: style for name, style in plan.items() if not style.startswith("embedding")}  # embeddings stay whole
     problems = [f"cannot cut {name} in the style {style}" for name, style in plan.items() if style not in STYLES]
     if not plan or problems:
         no_plan = f"transformers has no tensor-parallel plan for {type(language_model).__name__}"
