@@ -28,7 +28,7 @@ from jobs.distributed import heartbeat, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
-from jobs.model import build
+from jobs.model import build, materialize, unwrap
 from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
@@ -111,6 +111,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     # Checkpoint: one of another layout or number of ranks is resharded while it is read
     load, load_resharded = partial(backend.load, engine), partial(reshard.load, backend, engine)
     step = checkpointing.resume(config, world, load, checkpoint, load_resharded)
+    materialize.require_filled(unwrap.causal_lm(engine.module), config, checkpoint is not None)
 
     # Reporting, and saving
     metrics = Metrics(config, world, last_step=last_step, first_step=step)

@@ -6,21 +6,17 @@ this file. Transformers builds no mask for a function without an entry in its ta
 GPU. The caller must therefore pass the sample boundaries of packed rows: `jobs.training.loss` does.
 """
 
-import logging
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.model import attention_kernels
-
-log = logging.getLogger(__name__)
+from jobs.model.log_once import log_once
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
 """`model.attention` -> the name in transformers, where the two differ."""
@@ -58,7 +54,7 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
         if why_not := _why_unavailable(config, choice, _unsupported_feature(model_config), on_gpu):
             remedy = "set model.attention=auto, which selects the fastest one that works"
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
-    _log_once(f"attention {choice.name}: {reason}")
+    log_once(f"attention {choice.name}: {reason}")
     return NAMES.get(choice, choice.name)
 
 
@@ -145,13 +141,6 @@ def _installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # of the parent: find_spec("flash_attn.cute") imports flash_attn
         return False
-
-
-@cache
-def _log_once(line: str) -> None:
-    """Log a line once per process, on rank 0 only; the model is built more than once."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        log.info(line)
 
 
 # One function serves both: `jobs.training.loss` passes sample boundaries to varlen only.
