@@ -2,10 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +21,8 @@ from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.data.sampler import RowSampler
 from jobs.distributed import heartbeat, stop_signals
-from jobs.distributed.collectives import broadcast_from_rank0
+from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
 from jobs.model import build, materialize, unwrap
@@ -34,40 +31,9 @@ from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor, log_fields
 from jobs.tokenization.tokenizer import load_tokenizer
+from jobs.train_state import StepTotals, Training
 from jobs.training import loss, lr_schedule
 from jobs.training.divergence import DivergenceDetector
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """All that the training loop uses; `engine` is the sharded model and its optimizer. Set up once, never replaced."""
-
-    config: Config
-    world: World
-    stop: stop_signals.StopFlag
-    backend: backends.Backend
-    engine: backends.Engine
-    train_rows: batches.Rows
-    validation_rows: batches.Rows
-    sampler: RowSampler
-    pad_token: int
-    last_step: int
-    metrics: Metrics
-    monitor: StepMonitor
-    divergence: DivergenceDetector
-    profiler: Profiler
-    saver: Saver
-
-
-class StepTotals(NamedTuple):
-    """Sums over all ranks, from the all-reduce at the end of a step."""
-
-    loss: float
-    """Over the trained tokens of the global batch. Each rank of a tensor-parallel group adds the same sum."""
-    stop_requests: float
-    """Ranks that were asked to stop."""
-    finished_writes: float
-    """Ranks that have written their part of the pending checkpoint in the background."""
 
 
 def run(config: Config) -> None:
@@ -102,6 +68,8 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     backend = backends.import_backend(config)
     checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
+    if config.data.packing:
+        raise_on_all_ranks(lambda: loss.separate_samples(model, world))
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
     blocks = build.blocks(model)

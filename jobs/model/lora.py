@@ -62,7 +62,9 @@ def _problem(config: Config, reason: str) -> Problem:
         return Problem("adapter.targets", adapter.targets, reason)
     remedy = "name only layers without experts in adapter.targets"
     if adapter.dropout:
-        return Problem("adapter.dropout", adapter.dropout, f"experts cannot have dropout: set adapter.dropout=0, or {remedy}")
+        return Problem(
+            "adapter.dropout", adapter.dropout, f"experts cannot have dropout: set adapter.dropout=0, or {remedy}"
+        )
     return Problem("adapter.dora", adapter.dora, f"DoRA cannot adapt experts: set adapter.dora=false, or {remedy}")
 
 
@@ -82,7 +84,9 @@ def _log_experts(wrapped: Any) -> None:
         if weight.ndim == 3 and "lora_" not in name and (module, parameter) not in adapted:
             frozen.add(".".join([*module.split(".")[-2:], parameter]))
     if frozen:
-        log_once(f"adapter: no adapter on the experts in {', '.join(sorted(frozen))}; name them in adapter.targets to train them")
+        log_once(
+            f"adapter: no adapter on the experts in {', '.join(sorted(frozen))}; name them in adapter.targets to train them"
+        )
 
 
 def _without_base_layer(name: str) -> str:

@@ -118,7 +118,9 @@ def fill(
 
 def _check_count(parts: Mapping[str, TensorPart], filled: Counter[str]) -> None:
     """Raise RunError for each part that was not filled exactly once."""
-    wrong = [Problem("model", name, f"was filled {filled[name]} times, not once") for name in parts if filled[name] != 1]
+    wrong = [
+        Problem("model", name, f"was filled {filled[name]} times, not once") for name in parts if filled[name] != 1
+    ]
     if wrong:
         raise RunError(*wrong[:10])
 

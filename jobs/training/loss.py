@@ -11,6 +11,7 @@ from torch import nn
 from jobs.data import batches
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
+from jobs.training import packing_probe, sample_borders
 
 
 def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
@@ -20,7 +21,7 @@ def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor
     Other models return logits, and the loss is computed here.
     """
     inner = unwrap.causal_lm(model)
-    inputs = _model_inputs(batch, inner.config._attn_implementation)
+    inputs = _model_inputs(inner, batch)
     # The target of a position is the next label, so a row's last position has none and is padded. With context parallelism
     # the labels of a rank have one token more than its inputs, if the row continues on the next rank: nothing to pad then.
     missing = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]
@@ -34,20 +35,20 @@ def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor
 
 def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Logits (rows, length, vocabulary); with context parallelism, of this rank's tokens only."""
-    inputs = _model_inputs(batch, unwrap.causal_lm(model).config._attn_implementation)
+    inputs = _model_inputs(unwrap.causal_lm(model), batch)
     model_logits: torch.Tensor = model(**inputs).logits
     return model_logits
 
 
-def _model_inputs(batch: batches.Batch, attention: str) -> dict[str, Any]:
-    """The arguments of the model's forward, with the sample boundaries of packed rows if this attention uses them."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
-    if batch.cu_seqlens is not None and ("flash" in attention or "varlen" in attention):
-        for side in "qk":
-            inputs |= {f"cu_seq_lens_{side}": batch.cu_seqlens, f"max_length_{side}": batch.max_length}
-    return inputs
+def separate_samples(model: nn.Module, world: World) -> None:
+    """Let the functions of this module keep the samples of packed rows apart. Raises ConfigError if the model cannot do that."""
+    # A context-parallel rank sees a part of each row, from which the other ways cannot be made
+    ways = (sample_borders.DEFAULT,) if world.context_ranks > 1 else tuple(sample_borders.WAYS)
+    unwrap.causal_lm(model).muster_borders = packing_probe.choose_borders(model, world.device, ways)
+
+
+def _model_inputs(inner: Any, batch: batches.Batch) -> dict[str, Any]:
+    return sample_borders.model_inputs(batch, inner.config, getattr(inner, "muster_borders", sample_borders.DEFAULT))
 
 
 def evaluate(
