@@ -22,7 +22,7 @@ from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
 from jobs.distributed import heartbeat, stop_signals
-from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
 from jobs.model import build, materialize, unwrap
@@ -69,7 +69,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
     if config.data.packing:
-        raise_on_all_ranks(lambda: loss.separate_samples(model, world))
+        loss.separate_samples(model, world)
     sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
     blocks = build.blocks(model)

@@ -8,6 +8,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 VOCABULARY = 64
+MANY_HEADS = 16
+MAX_WIDTH = 256
+"""Of widths that need not fit the others, like those inside an MLP."""
 WINDOW = 4
 """Tokens of a sliding window or chunk of attention: fewer than a sample of the trial has, so that it matters."""
 
@@ -30,6 +33,8 @@ _LIMITS = {
     re.compile(r"^(n_groups?|mamba_n_groups|topk_group)$"): 1,
 }
 _RANDOM = re.compile(r"dropout|_pdrop$|jitter")
+_PERIOD = re.compile(r"period|offset|pattern|(?<!time_)step|ind(ex|ic)|idx|freq|interval|first_k|skip|start")
+"""Settings that say which layers are of which kind, except for the lists."""
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -43,7 +48,9 @@ def configs(original: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     heads = next((_number(values[name]) for name in ("num_attention_heads", "n_head", "n_heads") if name in values), 0)
     hidden = next((_number(values[name]) for name in ("hidden_size", "n_embd", "d_model") if name in values), 64)
     divisors = [Fraction(part, heads) for part in range(1, heads + 1) if heads % part == 0] if heads else []
-    scales = [scale for scale in divisors if scale >= Fraction(2, heads)] or divisors
+    scales = [scale for scale in divisors if scale >= Fraction(2, heads)]
+    if not scales or scales[0] * heads > MANY_HEADS:  # their number has no small divisor: take one
+        scales = divisors[:1] + scales
     scales += [] if heads else [Fraction(1, part) for part in (64, 32, 16, 8, 4, 2, 1) if hidden % part == 0]
     layers = _layers(values)
     for scale in scales:
@@ -57,13 +64,16 @@ def _number(value: Any) -> int:
 
 
 def _layers(values: dict[str, Any]) -> tuple[int, int] | None:
-    """(layers, layers that are enough to have each kind once); None if the config does not list the kinds."""
-    kinds = values.get("layer_types")
-    if not isinstance(kinds, list) or values.get("num_kv_shared_layers") or "num_hidden_layers" not in values:
+    """(layers, layers that are enough to have each kind once); None if the config says the kinds in another way."""
+    count, kinds = values.get("num_hidden_layers"), values.get("layer_types")
+    if not isinstance(count, int) or values.get("num_kv_shared_layers"):
         return None
-    per_layer = [item for item in values.values() if isinstance(item, list) and len(item) == len(kinds)]
-    combined = list(zip(*(map(str, item) for item in per_layer), strict=True))
-    return len(kinds), max(2, max(combined.index(kind) for kind in set(combined)) + 1)
+    per_layer = [item for item in values.values() if isinstance(item, list) and len(item) == count > 2]
+    if not isinstance(kinds, list):
+        is_uniform = not per_layer and not any(_PERIOD.search(name) and value for name, value in values.items())
+        return (count, min(count, 2)) if is_uniform else None
+    combined = list(map(str, zip(*per_layer, strict=True)))
+    return count, min(count, max([2, *(combined.index(kind) + 1 for kind in set(combined))]))
 
 
 def _scaled(values: dict[str, Any], scale: Fraction, layers: tuple[int, int] | None) -> dict[str, Any] | None:
@@ -107,6 +117,6 @@ def _size(name: str, value: int, scale: Fraction) -> int | None:
     if _KEY_HEADS.match(name):
         return max(1, int(value * scale)) if value * scale < 1 or (value * scale).denominator == 1 else None
     if _WIDTH.match(name):
-        return min(value, max(8, -(-int(value * scale) // 8) * 8))
+        return min(value, MAX_WIDTH, max(8, -(-int(value * scale) // 8) * 8))
     limit = next((limit for pattern, limit in _LIMITS.items() if pattern.match(name)), value)
     return min(value, limit)

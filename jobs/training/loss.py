@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.data import batches
+from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, unwrap
 from jobs.training import packing_probe, sample_borders
@@ -41,10 +42,14 @@ def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
 
 
 def separate_samples(model: nn.Module, world: World) -> None:
-    """Let the functions of this module keep the samples of packed rows apart. Raises ConfigError if the model cannot do that."""
+    """Let the functions of this module keep the samples of packed rows apart. All ranks call this together.
+
+    Raises ConfigError on all ranks if the model cannot do that.
+    """
     # A context-parallel rank sees a part of each row, from which the other ways cannot be made
     ways = (sample_borders.DEFAULT,) if world.context_ranks > 1 else tuple(sample_borders.WAYS)
-    unwrap.causal_lm(model).muster_borders = packing_probe.choose_borders(model, world.device, ways)
+    borders = broadcast_from_rank0(lambda: packing_probe.choose_borders(model, world.device, ways))
+    unwrap.causal_lm(model).muster_borders = borders
 
 
 def _model_inputs(inner: Any, batch: batches.Batch) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from jobs.training import sample_borders
 
 LENGTHS = (13, 9, 6)
 """Tokens of the samples. Longer than the windows of `shrink` and than the kernels of convolutions."""
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest relative difference of a gradient that can be rounding."""
+LIMITS = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative difference that can be rounding. Where samples leak, some gradient is off by more than 20 %."""
 MAX_WEIGHTS = 200_000_000
 """A tiny model with more weights is not tried."""
 

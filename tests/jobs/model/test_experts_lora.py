@@ -1,0 +1,143 @@
+"""LoRA on the fused matrices of experts: names, initial weights, training on two ranks, saving and resuming."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.errors import ConfigError, RunError
+from jobs.model import build, materialize, random_init
+from jobs.model.log_once import log_once
+from jobs.tensor_io import wrapper_names
+from jobs.tensor_io.wrapper_names import without_wrappers
+from tests.conftest import Compose
+from tests.jobs import families
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LORA = ["adapter=lora", "adapter.r=4"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    families.make(folder, "qwen3_moe")
+    return folder
+
+
+def on(source: Path, compose: Compose, *words: str):
+    return compose("model=hub", f"model.source={source}", *families.COMMON, *LORA, *words)
+
+
+def test_both_adapters_on_a_pair_of_matrices_have_their_own_names(source, compose: Compose) -> None:
+    model = build.build_on_meta(on(source, compose))
+    names = [name for name, _ in model.named_parameters()]
+    plain = [without_wrappers(name) for name in names]
+    assert len(set(plain)) == len(plain)
+    inner, outer = (f"model.layers.0.mlp.experts.{part}lora_A.default.weight" for part in ("base_layer.", ""))
+    assert {inner, outer, "model.layers.0.mlp.experts.gate_up_proj"} <= set(plain)
+    assert {inner, outer} <= random_init.adapter_weights(model).keys()
+
+
+def test_both_adapters_start_with_pefts_weights(source, compose: Compose) -> None:
+    weights = dict(build.build(on(source, compose)).named_parameters())
+    adapters = {name: value for name, value in weights.items() if "lora_" in name}
+    assert len([name for name in adapters if ".mlp.experts." in name]) == 8
+    for name, value in adapters.items():
+        if "lora_B" in name:
+            assert not value.any(), name
+        else:  # uniform between the bounds of Kaiming's initialization for the width of the input
+            bound = value.shape[1] ** -0.5
+            assert 0.5 * bound < value.abs().max() <= bound, name
+
+
+def test_two_weights_of_one_name_are_an_error(source, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build.build_on_meta(on(source, compose))
+    monkeypatch.setattr(materialize, "without_wrappers", lambda name: name.replace("base_layer.", ""))
+    with pytest.raises(RunError, match=r"experts\.lora_A\.default\.weight: another weight is also called"):
+        materialize.local_parts(model, lambda parameter: (parameter.shape, 0, torch.empty(parameter.shape)))
+    assert wrapper_names.without_wrappers("a.base_layer.base_layer.weight") == "a.weight"
+
+
+def test_a_weight_that_nothing_filled_is_named(source, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, original = on(source, compose), random_init._copy_to_parts
+    left_out = "model.layers.1.mlp.experts.base_layer.lora_B.default.weight"
+    monkeypatch.setattr(
+        random_init,
+        "_copy_to_parts",
+        lambda weights, parts: original(((k, v) for k, v in weights if k != left_out), parts),
+    )
+    with pytest.raises(RunError, match=f"model={left_out}: was never filled"):
+        materialize.require_filled(build.build(config), config, resumed=False)
+    monkeypatch.undo()
+    materialize.require_filled(build.build(config), config, resumed=False)
+
+
+def test_a_weight_is_filled_exactly_once(source, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_init, "init_adapters", lambda *_: [])
+    with pytest.raises(RunError, match="was filled 0 times, not once"):
+        build.build(on(source, compose))
+
+
+def test_a_nan_in_the_files_is_blamed_on_the_files(tmp_path, compose: Compose) -> None:
+    from safetensors.torch import load_file, save_file
+
+    families.make(tmp_path, "llama")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    config = compose("model=hub", f"model.source={tmp_path}", *families.COMMON)
+    message = r"model\.source=.*: model\.layers\.1\.mlp\.up_proj\.weight has values that are not numbers"
+    with pytest.raises(ConfigError, match=message):
+        materialize.require_filled(build.build(config), config, resumed=False)
+
+
+def test_a_weight_missing_from_the_checkpoint_is_named(source, compose: Compose) -> None:
+    config = on(source, compose)
+    model = build.build(config)
+    name = "base_model.model.model.layers.0.mlp.experts.lora_A.default.weight"
+    with torch.no_grad():
+        dict(model.named_parameters())[name].fill_(torch.nan)
+    with pytest.raises(
+        RunError, match=r"checkpoint=model\.layers\.0\.mlp\.experts\.lora_A.*: is not in the checkpoint"
+    ):
+        materialize.require_filled(model, config, resumed=True)
+
+
+def test_dropout_on_experts_is_refused_with_a_remedy_that_works(source, compose: Compose) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter\.dropout=0\.1: experts cannot have dropout: set adapter\.dropout=0,"
+    ):
+        build.build_on_meta(on(source, compose, "adapter.dropout=0.1"))
+    build.build_on_meta(on(source, compose, "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]"))
+
+
+def test_dora_on_experts_is_refused_with_a_remedy_that_works(source, compose: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.dora=true: DoRA cannot adapt experts: set adapter\.dora=false,"):
+        build.build_on_meta(on(source, compose, "adapter.dora=true"))
+    build.build_on_meta(on(source, compose, "adapter.dora=true", "adapter.targets=[q_proj,v_proj]"))
+
+
+def test_experts_that_stay_frozen_are_named_and_can_be_targets(
+    tmp_path, compose: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families.make(tmp_path, "gpt_oss")
+    log_once.cache_clear()
+    build.build_on_meta(on(tmp_path, compose))
+    assert "no adapter on the experts in mlp.experts.down_proj, mlp.experts.gate_up_proj;" in capsys.readouterr().out
+    log_once.cache_clear()
+    targets = "adapter.targets=[q_proj,mlp.experts.down_proj,mlp.experts.gate_up_proj]"
+    model = build.build_on_meta(on(tmp_path, compose, targets))
+    adapters = {without_wrappers(name) for name, item in model.named_parameters() if item.requires_grad}
+    assert {name.split(".lora_")[0].split(".", 3)[3] for name in adapters} == {
+        "self_attn.q_proj",
+        "mlp.experts",
+        "mlp.experts.base_layer",
+    }
+    assert "no adapter" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_equals_peft_in_one_process(compose: Compose, tmp_path) -> None:
+    cells = families.check(["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"], ["LoRA"], tmp_path, compose)
+    assert [cell.verdict for cell in cells] == ["right"] * 4, cells
