@@ -42,6 +42,8 @@ class StepTotals(NamedTuple):
 
     loss: float
     """Over the trained tokens of the global batch. Each rank of a tensor-parallel group adds the same sum."""
+    router_loss: float
+    """With its coefficient: the sum of each rank's mean over its micro batches. 0 for a model without one."""
     stop_requests: float
     """Ranks that were asked to stop."""
     finished_writes: float

@@ -6,13 +6,32 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 
 from jobs.data import batches
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World
-from jobs.model import fused_cross_entropy, unwrap
+from jobs.model import fused_cross_entropy, router_loss, unwrap
 from jobs.training import packing_probe, sample_borders
+
+
+def training_losses(
+    model: nn.Module, batch: batches.Batch, lengths: NDArray[np.int64], context_part: tuple[int, int] = (0, 1)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(summed cross entropy, router loss times its coefficient) of a micro batch, scalars in fp32.
+
+    The second is None for a model without one (`jobs.model.router_loss`). It is a mean over the tokens that are not padding:
+    `lengths` are the tokens of each row. `context_part` is that of `batches.collate`.
+    """
+    router = router_loss.attached(unwrap.causal_lm(model))
+    if router is None:
+        return summed_cross_entropy(model, batch), None
+    columns = batch.input_ids.shape[1]
+    positions = np.arange(columns) + context_part[0] * columns
+    real_tokens = torch.from_numpy(positions[None] < lengths[:, None]).to(batch.input_ids.device)
+    losses = _losses(model, batch, real_tokens)
+    return losses[0], losses[1] * router.coefficient
 
 
 def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
@@ -21,17 +40,28 @@ def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor
     `fused_cross_entropy.fuse` makes the model return this loss from its forward, because sharded weights are whole only there.
     Other models return logits, and the loss is computed here.
     """
+    return _losses(model, batch, None)
+
+
+def _losses(model: nn.Module, batch: batches.Batch, real_tokens: torch.Tensor | None) -> torch.Tensor:
+    """The summed cross entropy; with `real_tokens` (rows, length), that and the router loss: fp32, shape (2,)."""
     inner = unwrap.causal_lm(model)
     inputs = _model_inputs(inner, batch)
     # The target of a position is the next label, so a row's last position has none and is padded. With context parallelism
     # the labels of a rank have one token more than its inputs, if the row continues on the next rank: nothing to pad then.
     missing = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]
     targets = F.pad(batch.labels[:, 1:], (0, missing), value=batches.IGNORED).flatten()
-    if not fused_cross_entropy.is_fused(inner):
-        logits = model(**inputs).logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets, ignore_index=batches.IGNORED, reduction="sum")
-    loss: torch.Tensor = model(**inputs, trained=batch.trained, targets=targets[batch.trained])
-    return loss
+    if fused_cross_entropy.is_fused(inner):
+        inputs |= {"trained": batch.trained, "targets": targets[batch.trained]}
+        fused: torch.Tensor = model(**inputs, **({} if real_tokens is None else {"real_tokens": real_tokens}))
+        return fused
+    outputs = model(**inputs, **({} if real_tokens is None else {"output_router_logits": True}))
+    scores = outputs.logits.float().flatten(0, 1)
+    loss = F.cross_entropy(scores, targets, ignore_index=batches.IGNORED, reduction="sum")
+    router = router_loss.attached(inner)
+    if real_tokens is None or router is None:
+        return loss
+    return torch.stack([loss, router.mean(outputs.router_logits, real_tokens).float()])
 
 
 def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:

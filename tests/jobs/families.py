@@ -39,6 +39,7 @@ WAYS = {
     "LoRA": ["parallel=fsdp", "adapter=lora", "adapter.r=4"],
     "packed": ["parallel=fsdp", "data.packing=true"],
     "zero3": ["parallel=zero3"],
+    "recomputed": ["parallel=fsdp", "train.activation_checkpointing=full"],
 }
 
 
@@ -165,6 +166,7 @@ def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
                 loss = _sample_loss(model, *rows.samples[sample]) / tokens
                 loss.backward()
                 total += loss.item()
+        _add_router_loss(model, config, rows, chosen)
         used = [parameter for parameter in trained if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(used, config.train.max_grad_norm)
         for group in optimizer.param_groups:
@@ -173,6 +175,23 @@ def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
         optimizer.zero_grad()
         points.append((total, norm.item()))
     return points
+
+
+def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None:
+    """Gradients of transformers' router loss, if config.json asks for it: its mean over all micro batches of all ranks."""
+    from jobs.data import batches
+
+    text_config = model.config.get_text_config()
+    if not (getattr(text_config, "output_router_logits", False) and text_config.router_aux_loss_coef):
+        return
+    assert not config.data.packing
+    own = [list(batches.micro_batches(chosen, config.train.micro_batch or 1, rank, RANKS)) for rank in range(RANKS)]
+    parts = [part for parts_of_rank in own for part in parts_of_rank]
+    for part in parts:
+        batch = batches.collate(rows, part, pad=0)
+        real = torch.arange(batch.input_ids.shape[1])[None] < torch.from_numpy(rows.lengths[part])[:, None]
+        out = model(input_ids=batch.input_ids, attention_mask=real.long(), use_cache=False, output_router_logits=True)
+        (text_config.router_aux_loss_coef * out.aux_loss / len(parts)).backward()
 
 
 def plain_model(config: Config) -> Any:
@@ -226,7 +245,7 @@ def compose(*words: str) -> Config:
 def main() -> None:
     """`python -m tests.jobs.families [family ...] [way ...]`: print the table of these families and ways; all without names."""
     families = [word for word in sys.argv[1:] if word in FAMILIES] or list(FAMILIES)
-    ways = [word for word in sys.argv[1:] if word in WAYS] or list(WAYS)
+    ways = [word for word in sys.argv[1:] if word in WAYS] or ["full", "LoRA", "packed"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         cells = check(families, ways, Path(folder), compose)
