@@ -25,7 +25,7 @@ from jobs.distributed import heartbeat, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
-from jobs.model import build, materialize, router_loss, unwrap
+from jobs.model import block_sizes, build, materialize, router_loss, unwrap
 from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
@@ -62,7 +62,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     validation_rows = batches.load_split(data_folder, "validation")
     total_rows = (config.train.epochs or 1) * len(train_rows)
     last_step = config.train.steps or max(1, math.ceil(total_rows / config.train.global_batch))
-    pad_token = load_tokenizer(config).pad_token_id
+    pad_token = load_tokenizer(config).pad_token_id or 0  # a tokenizer without one: no token sees the padding
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
     backend = backends.import_backend(config)
@@ -71,7 +71,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     if config.data.packing:
         loss.separate_samples(model, world)
     router_loss.attach(model)
-    sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
+    sampler = batches.training_order(train_rows, config, hidden_factor(block_sizes.of(model.config)))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
     blocks = build.blocks(model)
     model_flops = flops.count_weights(model, frozen=config.adapter.kind is not AdapterKind.none)

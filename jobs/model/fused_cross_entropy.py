@@ -89,9 +89,9 @@ def _returns_head_output(inner: Any, head: nn.Module) -> bool:
     try:
         with stubbed_forwards({inner.base_model: lambda *_, **__: outputs, head: stub_head}):
             returned = inner.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        return len(head_inputs) == 1 and torch.equal(head_inputs[0], hidden) and torch.equal(returned, logits)
     except Exception:  # a model may bring any code; the unfused way then raises what must be raised
         return False
-    return len(head_inputs) == 1 and torch.equal(head_inputs[0], hidden) and torch.equal(returned, logits)
 
 
 def _let_head_return_loss(head: nn.Linear, compiled: bool) -> None:

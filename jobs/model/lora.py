@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem, first_line
@@ -27,6 +28,7 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         target_parameters=parameters or None,
+        exclude_modules=_not_adaptable(model, modules) or None,
         task_type="CAUSAL_LM",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
@@ -51,6 +53,25 @@ def _targeted_parameters(model: PreTrainedModel, targets: list[str]) -> list[str
     return [item for item in targets if _ends_in(weights, item) and not _ends_in(modules, item)]
 
 
+def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Linear layers with a forward of their own, which PEFT would break: the routers of Llama 4 and Phi MoE return a tuple.
+
+    Raises ConfigError if `adapter.targets` names one.
+    """
+    own = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    if modules == ["all-linear"]:
+        return own
+    for target in modules:
+        if found := next((name for name in own if name == target or name.endswith(f".{target}")), None):
+            message = f"{found} is a router, which cannot have an adapter: remove it from adapter.targets"
+            raise ConfigError(Problem("adapter.targets", target, message))
+    return []
+
+
 def _ends_in(names: list[str], end: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for name in names)
 
@@ -58,6 +79,9 @@ def _ends_in(names: list[str], end: str) -> bool:
 def _problem(config: Config, reason: str) -> Problem:
     """The key that PEFT's error is about. PEFT cannot adapt the matrices of experts with dropout or DoRA."""
     adapter = config.adapter
+    if "Mamba-based" in reason:
+        message = "PEFT cannot adapt all layers of this model: name others, for example adapter.targets=[in_proj]"
+        return Problem("adapter.targets", adapter.targets, f"{message} ({reason})")
     if "ParamWrapper" not in reason:
         return Problem("adapter.targets", adapter.targets, reason)
     remedy = "name only layers without experts in adapter.targets"

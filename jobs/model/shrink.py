@@ -55,8 +55,13 @@ def configs(original: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     layers = _layers(values)
     for scale in scales:
         smaller = _scaled(values, scale, layers)
-        if smaller is not None:
-            yield type(original).from_dict(smaller)
+        if smaller is None:
+            continue
+        try:
+            config = type(original).from_dict(smaller)
+        except (ValueError, TypeError, KeyError):  # this class checks how its fields fit together
+            continue
+        yield config
 
 
 def _number(value: Any) -> int:
@@ -66,7 +71,7 @@ def _number(value: Any) -> int:
 def _layers(values: dict[str, Any]) -> tuple[int, int] | None:
     """(layers, layers that are enough to have each kind once); None if the config says the kinds in another way."""
     count, kinds = values.get("num_hidden_layers"), values.get("layer_types")
-    if not isinstance(count, int) or values.get("num_kv_shared_layers"):
+    if not isinstance(count, int) or values.get("num_kv_shared_layers") or values.get("per_layer_config"):
         return None
     per_layer = [item for item in values.values() if isinstance(item, list) and len(item) == count > 2]
     if not isinstance(kinds, list):

@@ -148,12 +148,13 @@ def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, by transformers and PEFT in one process, with every sample alone in its row."""
     from jobs.data import batches
     from jobs.data.packing import hidden_factor
+    from jobs.model import block_sizes
 
     rows = batches.load_split(
         Path(config.run_dir) / "data", "train", config.data.max_length if config.data.packing else None
     )
     model = plain_model(config)
-    order = batches.training_order(rows, config, hidden_factor(model.config))
+    order = batches.training_order(rows, config, hidden_factor(block_sizes.of(model.config)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     betas = (config.train.beta1, config.train.beta2)
     optimizer = torch.optim.AdamW(trained, betas=betas, eps=config.train.eps, weight_decay=0.0)
@@ -212,6 +213,7 @@ def plain_model(config: Config) -> Any:
         lora_alpha=int(config.adapter.alpha),
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
+        exclude_modules=[name for name, item in model.named_modules() if "Router" in type(item).__name__],
     )
     model = get_peft_model(model, lora)
     built = {name: value for name, value in build.build(config).state_dict().items() if "lora_" in name}
