@@ -64,12 +64,28 @@ def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
         if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     ]
     if modules == ["all-linear"]:
-        return own
+        left_out = own + _fused_by_mamba(model)
+        if left_out:
+            kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
+            log_once(f"adapter: no adapter on {', '.join(kinds)}, which PEFT cannot adapt")
+        return left_out
     for target in modules:
         if found := next((name for name in own if name == target or name.endswith(f".{target}")), None):
             message = f"{found} is a router, which cannot have an adapter: remove it from adapter.targets"
             raise ConfigError(Problem("adapter.targets", target, message))
     return []
+
+
+def _fused_by_mamba(model: PreTrainedModel) -> list[str]:
+    """Layers of Mamba whose weights its kernel takes without calling the layer. PEFT refuses them, for some families only."""
+    return [
+        f"{name}.{layer}"
+        for name, module in model.named_modules()
+        for layer in ("conv1d", "out_proj")
+        if hasattr(module, "A_log")
+        and hasattr(module, "D")
+        and isinstance(getattr(module, layer, None), nn.Linear | nn.Conv1d)
+    ]
 
 
 def _ends_in(names: list[str], end: str) -> bool:
@@ -79,9 +95,6 @@ def _ends_in(names: list[str], end: str) -> bool:
 def _problem(config: Config, reason: str) -> Problem:
     """The key that PEFT's error is about. PEFT cannot adapt the matrices of experts with dropout or DoRA."""
     adapter = config.adapter
-    if "Mamba-based" in reason:
-        message = "PEFT cannot adapt all layers of this model: name others, for example adapter.targets=[in_proj]"
-        return Problem("adapter.targets", adapter.targets, f"{message} ({reason})")
     if "ParamWrapper" not in reason:
         return Problem("adapter.targets", adapter.targets, reason)
     remedy = "name only layers without experts in adapter.targets"
