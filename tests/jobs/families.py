@@ -187,18 +187,25 @@ def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
 def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None:
     """Gradients of transformers' router loss, if config.json asks for it: its mean over all micro batches of all ranks."""
     from jobs.data import batches
+    from jobs.model import unwrap
 
     text_config = model.config.get_text_config()
     if not (getattr(text_config, "output_router_logits", False) and text_config.router_aux_loss_coef):
         return
-    assert not config.data.packing
     own = [list(batches.micro_batches(chosen, config.train.micro_batch or 1, rank, RANKS)) for rank in range(RANKS)]
     parts = [part for parts_of_rank in own for part in parts_of_rank]
     for part in parts:
         batch = batches.collate(rows, part, pad=0)
         real = torch.arange(batch.input_ids.shape[1])[None] < torch.from_numpy(rows.lengths[part])[:, None]
-        out = model(input_ids=batch.input_ids, attention_mask=real.long(), use_cache=False, output_router_logits=True)
-        (text_config.router_aux_loss_coef * out.aux_loss / len(parts)).backward()
+        inputs = {"input_ids": batch.input_ids, "use_cache": False, "output_router_logits": True}
+        if batch.position_ids is None:
+            router_loss = model(**inputs, attention_mask=real.long()).aux_loss
+        else:  # transformers has no argument for both the borders of samples and the padding
+            logits = model(**inputs, position_ids=batch.position_ids).router_logits
+            experts = getattr(text_config, "num_experts", None) or text_config.num_local_experts
+            module = sys.modules[type(unwrap.causal_lm(model)).__module__]
+            router_loss = module.load_balancing_loss_func(logits, experts, text_config.num_experts_per_tok, real.long())
+        (text_config.router_aux_loss_coef * router_loss / len(parts)).backward()
 
 
 def plain_model(config: Config) -> Any:

@@ -5,13 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.choices import Backend
 from conf.errors import ConfigError, RunError
+from jobs.backends import fsdp, zero
+from jobs.checkpoint import reshard
+from jobs.distributed.process_group import process_group
 from jobs.model import build, materialize, random_init
 from jobs.model.log_once import log_once
 from jobs.tensor_io import wrapper_names
 from jobs.tensor_io.wrapper_names import without_wrappers
 from tests.conftest import Compose
 from tests.jobs import families
+from tests.jobs.ranks import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LORA = ["adapter=lora", "adapter.r=4"]
@@ -135,6 +140,36 @@ def test_experts_that_stay_frozen_are_named_and_can_be_targets(
         "mlp.experts.base_layer",
     }
     assert "no adapter" not in capsys.readouterr().out
+
+
+def _save_and_load(_rank: int, config, to_zero, folder: str) -> None:
+    with process_group(config) as world:
+        engine = fsdp.wrap(build.build_on_meta(config), config, world)
+        for number, parameter in enumerate(item for item in engine.module.parameters() if item.requires_grad):
+            parameter.to_local().detach().fill_(number + 1)
+        fsdp.save(engine, Path(folder))
+        expected = dict(fsdp.weights(engine))
+        resumed = fsdp.wrap(build.build_on_meta(config), config, world, resumed=True)
+        with pytest.raises(RunError, match=r"experts\.base_layer\.lora_A.*: is not in the checkpoint"):
+            materialize.require_filled(resumed.module, config, resumed=True)
+        fsdp.load(resumed, Path(folder))
+        materialize.require_filled(resumed.module, config, resumed=True)
+        check_equal(dict(fsdp.weights(resumed)), expected)
+        other = zero.wrap(build.build_on_meta(to_zero), to_zero, world, resumed=True)
+        reshard.load(zero, other, Path(folder), Backend.fsdp)
+        check_equal(dict(zero.weights(other)), expected)
+
+
+def check_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert len({value.flatten()[0].item() for value in expected.values()}) == len(expected)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_both_adapters_are_saved_and_loaded_also_by_another_layout(source, compose: Compose, tmp_path) -> None:
+    configs = [on(source, compose, f"parallel={name}") for name in ("fsdp", "zero2")]
+    spawn(_save_and_load, 2, *configs, str(tmp_path))
 
 
 @pytest.mark.slow
