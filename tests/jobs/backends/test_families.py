@@ -80,6 +80,27 @@ def test_gpt2_keeps_the_bias_that_transformers_ignores_elsewhere(tmp_path, compo
     assert all(torch.equal(built[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_rows_longer_than_learned_positions_are_refused(family, tmp_path, compose: Compose) -> None:
+    families.make(tmp_path, family)
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length=600: the model has 512 learned positions .*max_length=512$"
+    ):
+        build.build_on_meta(on(tmp_path, compose, "data.max_length=600"))
+    build.build_on_meta(on(tmp_path, compose, "data.max_length=512"))
+
+
+def test_rows_longer_than_computed_positions_are_said(
+    tmp_path, compose: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families.make(tmp_path, "llama")
+    log_once.cache_clear()
+    build.build_on_meta(on(tmp_path, compose, "data.max_length=512"))
+    assert "positions" not in capsys.readouterr().out
+    build.build_on_meta(on(tmp_path, compose, "data.max_length=600"))
+    assert "data.max_length=600 is more than max_position_embeddings=512 of config.json" in capsys.readouterr().out
+
+
 def test_a_router_gets_no_adapter(tmp_path, compose: Compose, capsys: pytest.CaptureFixture[str]) -> None:
     families.make(tmp_path, "phimoe")
     log_once.cache_clear()

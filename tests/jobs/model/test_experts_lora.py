@@ -10,7 +10,7 @@ from conf.errors import ConfigError, RunError
 from jobs.backends import fsdp, zero
 from jobs.checkpoint import reshard
 from jobs.distributed.process_group import process_group
-from jobs.model import build, materialize, random_init
+from jobs.model import build, expert_adapters, materialize, random_init
 from jobs.model.log_once import log_once
 from jobs.tensor_io import wrapper_names
 from jobs.tensor_io.wrapper_names import without_wrappers
@@ -140,6 +140,26 @@ def test_experts_that_stay_frozen_are_named_and_can_be_targets(
         "mlp.experts.base_layer",
     }
     assert "no adapter" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_an_adapter_adds_is_what_peft_merges(family, compose: Compose, tmp_path) -> None:
+    families.make(tmp_path, family)
+    words = ["adapter.targets=[mlp.experts.down_proj,mlp.experts.gate_up_proj]"] if family == "gpt_oss" else []
+    model = build.build(on(tmp_path, compose, *words))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_()
+    weights = {without_wrappers(name): value.detach().clone() for name, value in model.named_parameters()}
+    adapters = expert_adapters.find(model)
+    assert {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")} <= {
+        adapter.weight for adapter in adapters.values()
+    }
+    merged = dict(model.merge_and_unload().named_parameters())
+    for name, adapter in adapters.items():
+        a, b = (weights[f"{name}.lora_{letter}.default.weight"] for letter in "AB")
+        torch.testing.assert_close(merged[adapter.weight], weights[adapter.weight] + adapter.update(a, b))
 
 
 def _save_and_load(_rank: int, config, to_zero, folder: str) -> None:
