@@ -5,15 +5,18 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.errors import ConfigError
+from jobs import preflight
 from jobs.data import batches
 from jobs.model import shrink
 from jobs.training import loss, packing_probe, sample_borders
 from tests.conftest import Compose
 from tests.jobs.families import FAMILIES
 from tests.jobs.networks import network, rows
+from tests.jobs.ranks import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = torch.device("cpu")
@@ -132,6 +135,23 @@ def test_real_sizes_become_tiny(kind) -> None:
 
 def small_values(config) -> dict:
     return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
+def test_preflight_refuses_packed_rows_too(compose: Compose, tmp_path) -> None:
+    from tests.jobs import families
+
+    families.make(tmp_path / "source", "lfm2")
+    words = ["model=hub", f"model.source={tmp_path}/source", f"run_dir={tmp_path}/run", "cluster.train.gpus_per_node=0"]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(
+        ProcessRaisedException, match=r"ConfigError: data\.packing=true: lfm2 .* Set data\.packing=false"
+    ):
+        spawn(_preflight, 1, compose(*words, "data.packing=true"))
+    spawn(_preflight, 1, compose(*words))
+
+
+def _preflight(_rank: int, config) -> None:
+    preflight.run(config)
 
 
 def test_a_run_with_packed_rows_is_refused_before_weights_are_read(compose: Compose, tmp_path) -> None:
