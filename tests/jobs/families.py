@@ -25,12 +25,12 @@ from tests.jobs.ranks import spawn
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """Name of a family -> its model_type, and the fields of the config of a tiny model."""
-STEPS, RANKS, GROUP = 5, 2, 4
+STEPS, RANKS, GROUP = 5, 2, 10
 LIMIT = 2e-3
 """Largest relative difference that can come from another order of floating-point operations."""
 COMMON = [
     f"cluster.train.ranks_per_node={RANKS}", "cluster.train.gpus_per_node=0", "data.max_rows=60", "data.max_length=48",
-    "train.global_batch=8", "train.micro_batch=2", f"train.steps={STEPS}", "train.warmup_steps=1", "train.weight_decay=0",
+    "train.global_batch=4", "train.micro_batch=1", f"train.steps={STEPS}", "train.warmup_steps=1", "train.weight_decay=0",
     "train.precision=fp32", "train.learning_rate=1e-3", "train.eval_every=0", "train.save_every=0", "train.log_every=1000",
     "train.activation_checkpointing=none", "train.eps=1e-4", "jobs=[preprocess,train]",
 ]  # fmt: skip
