@@ -32,7 +32,7 @@ from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, build_on_meta, compute_dtype
 from jobs.tensor_io.slices import TensorPart
-from jobs.tensor_io.wrapper_names import without_wrappers
+from jobs.tensor_io.wrapper_names import without_torch_wrappers, without_wrappers
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
 
@@ -232,6 +232,9 @@ def load(engine: Engine, folder: Path) -> None:
 def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state to save, param_groups). The groups are not saved: they come from the config and differ between layouts."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:  # torch leaves a frozen weight in under the second of its tied names
+            model.pop(without_torch_wrappers(name), None)
     state = {"model": model, "optimizer": {"state": optimizer["state"]}}
     if scaled := loss_scaling.state(engine.optimizer):
         state["scaling"] = scaled
