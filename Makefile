@@ -9,7 +9,7 @@ TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof numerics chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof numerics families chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ chaos: setup test-system ## inject 60 faults into trainings on a real Slurm, and
 
 numerics: setup ## compare every layout with one process, and write docs/numerics.md (15 minutes)
 	$(V)/python -m tests.jobs.numerics
+
+families: setup ## compare families of models with transformers and PEFT, and write docs/models.md (30 minutes)
+	$(V)/python -m tests.jobs.families
 
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh

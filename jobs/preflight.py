@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conf.errors import Problem, SiteError
 from conf.files import write_json
 from conf.schema import Config
+from jobs.distributed.collectives import raise_on_all_ranks
 from jobs.distributed.process_group import World, process_group
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,10 @@ class RankReport(TypedDict):
 
 
 def run(config: Config) -> None:
-    """Write RUN/preflight.json, one entry per rank. Raises SiteError that names every unfit rank."""
+    """Write RUN/preflight.json, one entry per rank. Raises SiteError that names every unfit rank.
+
+    Raises ConfigError if the config packs rows and the model cannot keep their samples apart: preprocessing them would be in vain.
+    """
     with process_group(config) as world:
         reports: list[RankReport] = [None] * world.size  # type: ignore[list-item]  # filled by the next line
         dist.all_gather_object(reports, measure(config, world))
@@ -51,6 +55,11 @@ def run(config: Config) -> None:
                 log.info(line)
         if problems := list(find_problems(reports)):
             raise SiteError(*problems)
+        if config.data.packing:
+            from jobs.model.build import build_on_meta  # imports transformers, which takes seconds
+            from jobs.training.loss import separate_samples
+
+            separate_samples(raise_on_all_ranks(lambda: build_on_meta(config)), world)
 
 
 def measure(config: Config, world: World) -> RankReport:

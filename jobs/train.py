@@ -2,10 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,51 +21,19 @@ from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.data.sampler import RowSampler
 from jobs.distributed import heartbeat, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
-from jobs.model import build
+from jobs.model import block_sizes, build, materialize, router_loss, unwrap
 from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor, log_fields
 from jobs.tokenization.tokenizer import load_tokenizer
+from jobs.train_state import StepTotals, Training
 from jobs.training import loss, lr_schedule
 from jobs.training.divergence import DivergenceDetector
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """All that the training loop uses; `engine` is the sharded model and its optimizer. Set up once, never replaced."""
-
-    config: Config
-    world: World
-    stop: stop_signals.StopFlag
-    backend: backends.Backend
-    engine: backends.Engine
-    train_rows: batches.Rows
-    validation_rows: batches.Rows
-    sampler: RowSampler
-    pad_token: int
-    last_step: int
-    metrics: Metrics
-    monitor: StepMonitor
-    divergence: DivergenceDetector
-    profiler: Profiler
-    saver: Saver
-
-
-class StepTotals(NamedTuple):
-    """Sums over all ranks, from the all-reduce at the end of a step."""
-
-    loss: float
-    """Over the trained tokens of the global batch. Each rank of a tensor-parallel group adds the same sum."""
-    stop_requests: float
-    """Ranks that were asked to stop."""
-    finished_writes: float
-    """Ranks that have written their part of the pending checkpoint in the background."""
 
 
 def run(config: Config) -> None:
@@ -96,20 +62,25 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     validation_rows = batches.load_split(data_folder, "validation")
     total_rows = (config.train.epochs or 1) * len(train_rows)
     last_step = config.train.steps or max(1, math.ceil(total_rows / config.train.global_batch))
-    pad_token = load_tokenizer(config).pad_token_id
+    pad_token = load_tokenizer(config).pad_token_id or 0  # a tokenizer without one: no token sees the padding
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint
     backend = backends.import_backend(config)
     checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
-    sampler = batches.training_order(train_rows, config, hidden_factor(model.config))
-    blocks = build.blocks(model)  # before sharding: FSDP and ZeRO replace the parameters by their shards
+    if config.data.packing:
+        loss.separate_samples(model, world)
+    router_loss.attach(model)
+    sampler = batches.training_order(train_rows, config, hidden_factor(block_sizes.of(model.config)))
+    # before sharding: FSDP and ZeRO replace the parameters by their shards
+    blocks = build.blocks(model)
     model_flops = flops.count_weights(model, frozen=config.adapter.kind is not AdapterKind.none)
     engine = backend.wrap(model, config, world, checkpoint is not None)
 
     # Checkpoint: one of another layout or number of ranks is resharded while it is read
     load, load_resharded = partial(backend.load, engine), partial(reshard.load, backend, engine)
     step = checkpointing.resume(config, world, load, checkpoint, load_resharded)
+    materialize.require_filled(unwrap.causal_lm(engine.module), config, checkpoint is not None)
 
     # Reporting, and saving
     metrics = Metrics(config, world, last_step=last_step, first_step=step)
@@ -172,18 +143,20 @@ def _train_step(training: Training, step: int) -> bool:
 
     rows = training.sampler.rows_of(step)
     tokens = int(training.train_rows.label_counts[rows].sum())
-    loss_sum = _forward_backward(training, step, rows, tokens)
+    loss_sums = _forward_backward(training, step, rows, tokens)
     learning_rate = lr_schedule.learning_rate(step, training.last_step, training.config)
     with monitor.timer("optimizer"):
         grad_norm = training.backend.step(training.engine, learning_rate)
 
     # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
     flags = torch.tensor([stop_requested, training.saver.written], dtype=torch.float64, device=world.device)
-    totals = StepTotals(*all_reduce_sum(torch.cat([loss_sum[None], flags])).tolist())
+    totals = StepTotals(*all_reduce_sum(torch.cat([loss_sums, flags])).tolist())
     seconds = time.perf_counter() - began
     mean_loss = totals.loss / world.tensor_ranks / tokens
     _check_finite(training, step + 1, mean_loss, grad_norm)
     values = {"loss": mean_loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens}
+    if router_loss.attached(unwrap.causal_lm(training.engine.module)):
+        values["router_loss"] = totals.router_loss / world.size
     values |= {"seconds": round(seconds, 4)} | monitor.end_step(rows, seconds)
     _report(training, step + 1, values)
     training.profiler.step()
@@ -193,18 +166,19 @@ def _train_step(training: Training, step: int) -> bool:
 
 
 def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], tokens: int) -> torch.Tensor:
-    """Forward and backward for this rank's micro batches. Returns their summed loss, a float64 scalar on the device.
+    """Forward and backward for this rank's micro batches. Returns (summed loss, mean router loss), float64 on the device.
 
     `rows` is the global batch, int64 of shape (rows,), and `tokens` the number of its trained tokens. The loss to minimize is
     the mean over these tokens, however they are split into ranks and micro batches. So each rank divides its sum by the
     global number of tokens. Backends average gradients over ranks, so it also multiplies by the number of ranks; ranks of
-    one tensor-parallel group compute the same sum and count as one.
+    one tensor-parallel group compute the same sum and count as one. A router loss is a mean over the tokens of a micro batch,
+    as in transformers; what is minimized contains the mean of those of all micro batches and ranks.
     """
     world, timer = training.world, training.monitor.timer
     micro_batch_size, _ = split(training.config, world.size)
     micro_batches = list(batches.micro_batches(rows, micro_batch_size, world.data_rank, world.data_size))
     loss_scale = world.size // world.tensor_ranks / tokens
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for number, own_rows in enumerate(micro_batches, 1):
         heartbeat.beat("train", step + 1)
         training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
@@ -213,13 +187,18 @@ def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], to
                 training.train_rows, own_rows, training.pad_token, device=world.device, context_part=world.context_part
             )
         with timer("forward"):
-            micro_batch_loss = loss.summed_cross_entropy(training.engine.module, batch)
+            lengths = training.train_rows.lengths[own_rows]
+            summed, router = loss.training_losses(training.engine.module, batch, lengths, world.context_part)
+            to_minimize = summed * loss_scale
+            if router is not None:
+                to_minimize = to_minimize + router / len(micro_batches)
+                loss_sums[1] += router.detach().double() / len(micro_batches)
         with timer("backward"):
             is_last = number == len(micro_batches)  # replicas average gradients once per step, on the last micro batch
-            training.backend.backward(training.engine, micro_batch_loss * loss_scale, last=is_last)
-        loss_sum += micro_batch_loss.detach().double()
+            training.backend.backward(training.engine, to_minimize, last=is_last)
+        loss_sums[0] += summed.detach().double()
     heartbeat.beat("train", step + 1)
-    return loss_sum
+    return loss_sums
 
 
 def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: float) -> None:

@@ -3,6 +3,7 @@
 All of them are one (replicate, shard, tensor) mesh with other sizes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
@@ -30,13 +32,13 @@ from jobs.distributed.process_group import World
 from jobs.model import float8_training, materialize, prepare, unwrap
 from jobs.model.build import blocks, build_on_meta, compute_dtype
 from jobs.tensor_io.slices import TensorPart
-from jobs.tensor_io.wrapper_names import without_wrappers
+from jobs.tensor_io.wrapper_names import without_torch_wrappers, without_wrappers
 from jobs.training import loss_scaling
 from jobs.training import optimizer as optim
 
 MESH_DIMS = ("replicate", "shard", tensor_parallel.MESH_DIM)
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
-"""Only trainable weights are saved: the checkpoint of an adapter has no base weights."""
+"""Of an adapter's model only trainable weights are saved. Of any other model all are: some families freeze a few weights."""
 
 
 def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) -> Engine:
@@ -90,7 +92,7 @@ def shard(model: nn.Module, config: Config, world: World, mesh: DeviceMesh) -> N
         # Frozen weights are whole on every rank and never change, but FSDP would copy them in every step
         options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     reshard = config.parallel.reshard_after_forward is not False
-    for block in blocks(model):
+    for block in _without_shared_weights(blocks(model)):
         if shard_ranks > 1:
             _shard_adapters(block, reshard_after_forward=reshard, **options)
         fully_shard(block, reshard_after_forward=reshard, **options)
@@ -130,6 +132,15 @@ def _embedding_and_head(model: nn.Module) -> list[nn.Module]:
     weights = [parameter for module in modules if module is not None for parameter in module.parameters()]
     separate = len(weights) == len(set(weights)) == sum(parameter.requires_grad for parameter in weights)
     return modules if separate and all(modules) else []
+
+
+def _without_shared_weights(decoder_blocks: list[nn.Module]) -> list[nn.Module]:
+    """The blocks that share no weight with another block: a weight can be in one FSDP group only.
+
+    The others stay in the root group.
+    """
+    users = Counter(weight for block in decoder_blocks for weight in set(block.parameters()))
+    return [block for block in decoder_blocks if all(users[weight] == 1 for weight in block.parameters())]
 
 
 def _shard_adapters(block: nn.Module, **options: Any) -> None:
@@ -175,7 +186,7 @@ def step(engine: Engine, learning_rate: float) -> float:
 
 def save(engine: Engine, folder: Path) -> None:
     """See `Backend.save`."""
-    dcp.save(_state(engine)[0], checkpoint_id=folder)
+    dcp.save(_state_to_save(engine), checkpoint_id=folder)
 
 
 def storage_bytes(engine: Engine) -> list[int]:
@@ -184,7 +195,7 @@ def storage_bytes(engine: Engine) -> list[int]:
     """
     if not engine.optimizer.state:
         return []
-    tensors = [value for part in _state(engine)[0].values() for value in _tensors(part)]
+    tensors = [value for part in _state_to_save(engine).values() for value in _tensors(part)]
     sizes = {value.untyped_storage()._cdata: value.untyped_storage().size() for value in tensors}
     return list(sizes.values())
 
@@ -200,7 +211,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def stage(engine: Engine, folder: Path, stager: Stager, group: ProcessGroup) -> Callable[[], object]:
     """See `Backend.stage`. Like torch's async_save, but its caller can also compute checksums in the background after the write."""
-    state = stager.copy_state_dict(_state(engine)[0])
+    state = stager.copy_state_dict(_state_to_save(engine))
     return lambda: dcp.save(state, checkpoint_id=folder, process_group=group)
 
 
@@ -221,10 +232,20 @@ def load(engine: Engine, folder: Path) -> None:
 def _state(engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state to save, param_groups). The groups are not saved: they come from the config and differ between layouts."""
     model, optimizer = get_state_dict(engine.module, engine.optimizer, options=TRAINABLE)
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:  # torch leaves a frozen weight in under the second of its tied names
+            model.pop(without_torch_wrappers(name), None)
     state = {"model": model, "optimizer": {"state": optimizer["state"]}}
     if scaled := loss_scaling.state(engine.optimizer):
         state["scaling"] = scaled
     return state, {"param_groups": optimizer["param_groups"]}
+
+
+def _state_to_save(engine: Engine) -> dict[str, Any]:
+    """The state with the weights that the model itself freezes, which a merge needs too."""
+    state = _state(engine)[0]
+    has_adapter = hasattr(engine.module, "peft_config")
+    return state if has_adapter else state | {"model": get_model_state_dict(engine.module)}
 
 
 def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:

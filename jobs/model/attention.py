@@ -6,21 +6,17 @@ this file. Transformers builds no mask for a function without an entry in its ta
 GPU. The caller must therefore pass the sample boundaries of packed rows: `jobs.training.loss` does.
 """
 
-import logging
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.model import attention_kernels
-
-log = logging.getLogger(__name__)
+from jobs.model import attention_kernels, block_sizes
+from jobs.model.log_once import log_once
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
 """`model.attention` -> the name in transformers, where the two differ."""
@@ -29,6 +25,9 @@ PACKAGES = {  # model.attention -> the Python module it needs
     Attention.flash_attention_3: "flash_attn_interface",
     Attention.flash_attention_4: "flash_attn.cute",
 }
+
+
+NO_ATTENTION = "no heads"
 
 
 def select(config: Config, model_config: PreTrainedConfig) -> str:
@@ -58,7 +57,7 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
         if why_not := _why_unavailable(config, choice, _unsupported_feature(model_config), on_gpu):
             remedy = "set model.attention=auto, which selects the fastest one that works"
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
-    _log_once(f"attention {choice.name}: {reason}")
+    log_once(f"attention {choice.name}: {reason}")
     return NAMES.get(choice, choice.name)
 
 
@@ -71,6 +70,8 @@ def best_implementation(
     """
     packed, half = config.data.packing, config.train.precision is not Precision.fp32
     feature = _unsupported_feature(model_config)
+    if feature == NO_ATTENTION:
+        return Attention.eager, "the model has no attention"
     if feature in ("softcap", "sinks"):
         if capability and find_spec("triton"):
             return Attention.flex, f"the model's attention has {feature}, which of torch's kernels only flex supports"
@@ -97,7 +98,12 @@ def _unsupported_feature(model_config: PreTrainedConfig) -> str:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
     except KeyError:
         return "custom code"
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    if not block_sizes.has_attention(text_config):
+        return NO_ATTENTION
+    head_dims = block_sizes.all_values(text_config, "head_dim")
+    if not any(head_dims):
+        head_dims = [text_config.hidden_size // text_config.num_attention_heads]
+    odd_head_dim = next((size for size in head_dims if size % 8 != 0 or size > 256), None)
     features = {
         "softcap": getattr(text_config, "attn_logit_softcapping", None) is not None,
         # Models with attention sinks (logits added to the softmax, as in gpt_oss) declare that sdpa does not support them.
@@ -107,7 +113,7 @@ def _unsupported_feature(model_config: PreTrainedConfig) -> str:
         <= {"full_attention", "sliding_attention"},
         "latent heads (MLA)": getattr(text_config, "kv_lora_rank", None) is not None,
         "dropout": bool(getattr(text_config, "attention_dropout", 0.0)),
-        f"head size {head_dim}": head_dim % 8 != 0 or head_dim > 256,  # limits of the cuDNN and flash kernels
+        f"head size {odd_head_dim}": odd_head_dim is not None,  # limits of the cuDNN and flash kernels
     }
     return next((name for name, present in features.items() if present), "")
 
@@ -145,13 +151,6 @@ def _installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # of the parent: find_spec("flash_attn.cute") imports flash_attn
         return False
-
-
-@cache
-def _log_once(line: str) -> None:
-    """Log a line once per process, on rank 0 only; the model is built more than once."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        log.info(line)
 
 
 # One function serves both: `jobs.training.loss` passes sample boundaries to varlen only.

@@ -18,6 +18,7 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
+from jobs.model.log_once import log_once
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision
@@ -114,11 +115,33 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(config, error) from error
+    _check_positions(config, model)
     if config.model.init is Init.pretrained:
         model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model
+
+
+def _check_positions(config: Config, model: PreTrainedModel) -> None:
+    """Compare `data.max_length` with the positions that the model knows.
+
+    Raises ConfigError if they are learned and there are fewer. Where they are computed (rotary embeddings), it only logs.
+    """
+    text_config, wanted = model.config.get_text_config(), config.data.max_length
+    known = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known >= wanted:
+        return
+    learned = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and known <= module.num_embeddings <= known + 2
+        if module is not model.get_input_embeddings()
+    ]
+    if learned:
+        message = f"the model has {known} learned positions ({learned[0]}): set data.max_length={known}"
+        raise ConfigError(Problem("data.max_length", wanted, message))
+    log_once(f"positions: data.max_length={wanted} is more than max_position_embeddings={known} of config.json")
 
 
 def _new_model_config(config: Config) -> PreTrainedConfig:

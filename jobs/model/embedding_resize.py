@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from conf.choices import AdapterKind
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from jobs.model.log_once import log_once
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.slices import TensorPart
 
@@ -31,6 +32,7 @@ def resize_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedToken
             )
         )
     model_config.get_text_config().vocab_size = len(tokenizer)
+    log_once(f"embedding grows from {rows_before} to {len(tokenizer)} rows, one for each token of the tokenizer")
     return int(rows_before)
 
 

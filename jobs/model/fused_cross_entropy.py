@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from jobs.model import known_architectures
+from jobs.model import known_architectures, router_loss
 from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 CHUNK = 2**28
@@ -27,7 +27,8 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     """Let the model's forward return the summed loss when it is given `trained` and `targets`; other calls stay as they were.
 
     `trained` (int64) are the positions of trained tokens in the flattened batch, and `targets` (int64) the tokens that follow
-    them. `compiled` compiles the softmax into one kernel. Call it after adapters are added and before sharding.
+    them. With `real_tokens` (see `router_loss`), it returns the summed loss and the router loss, fp32 of shape (2,), if the model
+    has a router loss. `compiled` compiles the softmax into one kernel. Call it after adapters are added and before sharding.
 
     Returns False, and changes nothing, for a model whose logits are more than its head applied to the last hidden state, for
     example scaled or soft-capped logits.
@@ -42,16 +43,22 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
         _let_head_return_loss(head, compiled)
 
     def forward(
-        *args: Any, trained: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
+        *args: Any,
+        trained: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        real_tokens: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         if trained is None or targets is None:
             return original(*args, **kwargs)
         set_kwargs = {
             name: value for name, value in kwargs.items() if value is not None
         }  # PEFT passes None for the others
-        hidden = inner.base_model(*args, **set_kwargs).last_hidden_state
-        rows = hidden.flatten(0, 1).index_select(0, trained)
-        return head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
+        router = router_loss.attached(inner) if real_tokens is not None else None
+        outputs = inner.base_model(*args, **set_kwargs, **({"output_router_logits": True} if router else {}))
+        rows = outputs.last_hidden_state.flatten(0, 1).index_select(0, trained)
+        loss = head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
+        return torch.stack([loss, router.mean(outputs.router_logits, real_tokens).float()]) if router else loss
 
     inner.forward = forward
     inner.muster_fused_head = True
@@ -82,9 +89,9 @@ def _returns_head_output(inner: Any, head: nn.Module) -> bool:
     try:
         with stubbed_forwards({inner.base_model: lambda *_, **__: outputs, head: stub_head}):
             returned = inner.forward(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        return len(head_inputs) == 1 and torch.equal(head_inputs[0], hidden) and torch.equal(returned, logits)
     except Exception:  # a model may bring any code; the unfused way then raises what must be raised
         return False
-    return len(head_inputs) == 1 and torch.equal(head_inputs[0], hidden) and torch.equal(returned, logits)
 
 
 def _let_head_return_loss(head: nn.Linear, compiled: bool) -> None:

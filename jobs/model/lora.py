@@ -1,11 +1,14 @@
 """Adds LoRA adapters (PEFT) to a model."""
 
+import re
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
+from jobs.model.log_once import log_once
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:
@@ -17,12 +20,15 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
     from peft.tuners.lora import Linear, LoraLayer
 
     adapter = config.adapter
-    targets = "all-linear" if adapter.targets == ["all-linear"] else list(adapter.targets)
+    parameters = _targeted_parameters(model, adapter.targets)
+    modules = [name for name in adapter.targets if name not in parameters]
     lora_config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type] # PEFT declares int, and divides whatever it gets
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=parameters or None,
+        exclude_modules=_not_adaptable(model, modules) or None,
         task_type="CAUSAL_LM",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
@@ -30,10 +36,96 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
     try:
         wrapped = get_peft_model(model, lora_config)
     except ValueError as error:
-        raise ConfigError(Problem("adapter.targets", adapter.targets, first_line(error))) from error
+        raise ConfigError(_problem(config, first_line(error))) from error
     layers = {name: layer for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)}
     not_linear = [name for name, layer in layers.items() if not isinstance(layer, Linear) or layer.fan_in_fan_out]
     if adapter.dora and not_linear:
         message = f"DoRA adapts linear layers only, and {not_linear[0]} is not one: set adapter.dora=false"
         raise ConfigError(Problem("adapter.dora", True, message))
+    _log_experts(wrapped)
     return wrapped
+
+
+def _targeted_parameters(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """The targets that name a weight of a module, not a module: the matrices of all experts in one (`experts.down_proj`)."""
+    modules = [name for name, _ in model.named_modules()]
+    weights = [name for name, weight in model.named_parameters() if weight.ndim in (2, 3)]
+    return [item for item in targets if _ends_in(weights, item) and not _ends_in(modules, item)]
+
+
+def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Linear layers with a forward of their own, which PEFT would break: the routers of Llama 4 and Phi MoE return a tuple.
+
+    Raises ConfigError if `adapter.targets` names one.
+    """
+    own = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    if modules == ["all-linear"]:
+        left_out = own + _fused_by_mamba(model)
+        if left_out:
+            kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
+            log_once(f"adapter: no adapter on {', '.join(kinds)}, which PEFT cannot adapt")
+        return left_out
+    for target in modules:
+        if found := next((name for name in own if name == target or name.endswith(f".{target}")), None):
+            message = f"{found} is a router, which cannot have an adapter: remove it from adapter.targets"
+            raise ConfigError(Problem("adapter.targets", target, message))
+    return []
+
+
+def _fused_by_mamba(model: PreTrainedModel) -> list[str]:
+    """Layers of Mamba whose weights its kernel takes without calling the layer. PEFT refuses them, for some families only."""
+    return [
+        f"{name}.{layer}"
+        for name, module in model.named_modules()
+        for layer in ("conv1d", "out_proj")
+        if hasattr(module, "A_log")
+        and hasattr(module, "D")
+        and isinstance(getattr(module, layer, None), nn.Linear | nn.Conv1d)
+    ]
+
+
+def _ends_in(names: list[str], end: str) -> bool:
+    return any(name == end or name.endswith(f".{end}") for name in names)
+
+
+def _problem(config: Config, reason: str) -> Problem:
+    """The key that PEFT's error is about. PEFT cannot adapt the matrices of experts with dropout or DoRA."""
+    adapter = config.adapter
+    if "ParamWrapper" not in reason:
+        return Problem("adapter.targets", adapter.targets, reason)
+    remedy = "name only layers without experts in adapter.targets"
+    if adapter.dropout:
+        return Problem(
+            "adapter.dropout", adapter.dropout, f"experts cannot have dropout: set adapter.dropout=0, or {remedy}"
+        )
+    return Problem("adapter.dora", adapter.dora, f"DoRA cannot adapt experts: set adapter.dora=false, or {remedy}")
+
+
+def _log_experts(wrapped: Any) -> None:
+    """Say which matrices of experts stay frozen: PEFT's `all-linear` finds those of some model families only."""
+    from peft.tuners.lora import ParamWrapper
+
+    adapted = {
+        (_without_base_layer(name), layer.parameter_name)
+        for name, layer in wrapped.named_modules()
+        if isinstance(layer, ParamWrapper)
+    }
+    frozen = set()
+    for name, weight in wrapped.named_parameters():
+        module, _, parameter = name.rpartition(".")
+        module = _without_base_layer(module)
+        if weight.ndim == 3 and "lora_" not in name and (module, parameter) not in adapted:
+            frozen.add(".".join([*module.split(".")[-2:], parameter]))
+    if frozen:
+        log_once(
+            f"adapter: no adapter on the experts in {', '.join(sorted(frozen))}; name them in adapter.targets to train them"
+        )
+
+
+def _without_base_layer(name: str) -> str:
+    """The name of the module inside PEFT's wrappers: `mlp.experts.base_layer` -> `mlp.experts`."""
+    return re.sub(r"(\.base_layer)+$", "", name)

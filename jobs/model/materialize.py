@@ -3,18 +3,25 @@
 Three steps: `materialize` allocates this rank's tensors, `local_parts` lists them, `fill` writes the weights into them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from conf.choices import AdapterKind, Init
+from conf.errors import ConfigError, Problem, RunError
 from conf.schema import Config
+from jobs.distributed.collectives import gather
 from jobs.distributed.process_group import World
 from jobs.model import pretrained, quantized_linear, random_init
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
+
+MAX_LISTED = 10
+"""Weights that an error lists one by one; the others are counted."""
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -54,12 +61,13 @@ def local_parts(
     `local` returns for a parameter: the shape of the whole weight, the index of this rank's first element in it, and this
     rank's tensor.
     """
-    parts = {}
+    parts: dict[str, TensorPart] = {}
     for name, parameter in model.named_parameters():
         shape, begin, tensor = local(parameter)
-        parts[without_wrappers(name)] = TensorPart(
-            tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad
-        )
+        plain = without_wrappers(name)
+        if plain in parts:
+            raise RunError(Problem("model", name, f"another weight is also called {plain}, so one of them stays empty"))
+        parts[plain] = TensorPart(tuple(shape), begin, tensor.detach().view(-1), parameter.requires_grad)
     return parts
 
 
@@ -74,27 +82,31 @@ def fill(
     """Fill `parts` of `model` with weights; returns the number of bytes read from files. All ranks must call this together.
 
     `build_on_meta(config, adapters)` builds the model again, unsharded and without weights, to look up names, shapes and
-    initial values. `resumed`: a checkpoint will be loaded next. Its weights are then skipped here and set to NaN, so that a
-    weight missing from the checkpoint shows at once.
-    Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
+    initial values. `resumed`: a checkpoint will be loaded next, and its weights are skipped here.
+    All weights are NaN before they are filled, so that `require_filled` finds one that nothing has filled.
+    Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape, and RunError for a
+    weight that was not filled exactly once.
     """
+    for part in parts.values():
+        if part.destination.is_floating_point():
+            part.destination.fill_(torch.nan)
     if resumed:
-        for part in parts.values():
-            if part.trained:
-                part.destination.fill_(torch.nan)
         parts = {name: part for name, part in parts.items() if not part.trained}
+    filled: Counter[str] = Counter()
     magnitudes = [] if resumed else random_init.dora_magnitudes(parts)
     if config.adapter.kind is not AdapterKind.none:
         meta_model = build_on_meta(config, adapters=True)
         adapter_weights = random_init.adapter_weights(meta_model)
         adapter_parts = {name: part for name, part in parts.items() if name in adapter_weights}
-        random_init.init_adapters(meta_model, adapter_parts, config.train.seed)
+        filled.update(random_init.init_adapters(meta_model, adapter_parts, config.train.seed))
+        _check_count(adapter_parts, filled)
         parts = {name: part for name, part in parts.items() if name not in adapter_weights}
     if not parts:
         return 0
     base = build_on_meta(config, adapters=False)
     if config.model.init is Init.random:
-        random_init.init_model(base, parts, config.train.seed, _random_device(parts, world))
+        filled.update(random_init.init_model(base, parts, config.train.seed, _random_device(parts, world)))
+        _check_count(parts, filled)
         random_init.init_dora_magnitudes(magnitudes)
         return 0
     quantized = quantized_linear.quantized_layers(model)
@@ -102,6 +114,52 @@ def fill(
     quantized_linear.share_scales(model, parts)
     random_init.init_dora_magnitudes(magnitudes)
     return read_bytes
+
+
+def _check_count(parts: Mapping[str, TensorPart], filled: Counter[str]) -> None:
+    """Raise RunError for each part that was not filled exactly once."""
+    wrong = [
+        Problem("model", name, f"was filled {filled[name]} times, not once") for name in parts if filled[name] != 1
+    ]
+    if wrong:
+        raise RunError(*wrong[:10])
+
+
+def require_filled(model: nn.Module, config: Config, resumed: bool) -> None:
+    """Raise an error on all ranks that names each weight with a NaN: one that nothing has filled, or a NaN in the files.
+
+    Call it when the sharded model has all its weights, before the first step.
+    """
+    found = sorted({name for names in gather(lambda: _weights_with_nan(model)) for name in names})
+    if not found:
+        return
+    trained = {without_wrappers(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    problems = [_nan_problem(name, config, resumed and name in trained) for name in found[:MAX_LISTED]]
+    if len(found) > MAX_LISTED:
+        problems.append(Problem("model", len(found) - MAX_LISTED, "more weights are NaN"))
+    is_ours = any("lora_" in name for name in found) or config.model.init is Init.random
+    raise (RunError if resumed or is_ours else ConfigError)(*problems)
+
+
+def _weights_with_nan(model: nn.Module) -> list[str]:
+    """Names of the weights of which this rank's part has a NaN. Quantized weights are packed bits, and are left out."""
+    packed = {id(module.weight) for module in model.modules() if isinstance(module, quantized_linear.QuantizedLinear)}
+    names, flags = [], []
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+        if id(parameter) not in packed and local.is_floating_point() and local.dtype.itemsize > 1:
+            names.append(without_wrappers(name))
+            flags.append(local.detach().isnan().any().cpu() if local.numel() else torch.tensor(False))
+    return [name for name, flag in zip(names, flags, strict=True) if flag]
+
+
+def _nan_problem(name: str, config: Config, from_checkpoint: bool) -> Problem:
+    if from_checkpoint:
+        return Problem("checkpoint", name, "is not in the checkpoint, or NaN in it: resume from an earlier checkpoint")
+    if "lora_" in name or config.model.init is Init.random:
+        return Problem("model", name, "was never filled: set adapter.targets to other layers, or adapter=none")
+    message = f"{name} has values that are not numbers (NaN): download the model again, or use another model"
+    return Problem("model.source", config.model.source, message)
 
 
 def _random_device(parts: Mapping[str, TensorPart], world: World | None) -> torch.device:

@@ -123,7 +123,8 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
         return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
     names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
-    stored = {name: tensor for name, tensor in stored.items() if not _is_ignored(base, name)}
+    known = {candidate for candidates in names.values() for candidate in candidates}
+    stored = {name: tensor for name, tensor in stored.items() if name in known or not _is_ignored(base, name)}
     problems = slices.mismatches(stored, names, shapes) or _differing_ties(folder, stored, names)
     if problems:
         raise ConfigError(*_problems(source, problems))

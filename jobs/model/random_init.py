@@ -16,14 +16,19 @@ from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
 
-def init_model(meta_model: PreTrainedModel, parts: Mapping[str, TensorPart], seed: int, device: torch.device) -> None:
-    """Fill `parts` with the model's own initial weights, generated on `device`.
+def init_model(
+    meta_model: PreTrainedModel, parts: Mapping[str, TensorPart], seed: int, device: torch.device
+) -> list[str]:
+    """Fill `parts` with the model's own initial weights, generated on `device`. Returns the names of the filled weights.
 
     `meta_model` is the whole model on the meta device, and is there again afterwards. Each unit is generated whole and freed again:
     a rank that generated only its own share would get other numbers than its neighbors.
     """
+    filled: list[str] = []
     for name, module, recurse in _units(meta_model, "", set(meta_model._no_split_modules or ())):
-        if not any(parts[key].destination.numel() for key, _ in _named_weights(name, module, recurse) if key in parts):
+        keys = [key for key, _ in _named_weights(name, module, recurse) if key in parts]
+        filled += keys
+        if not any(parts[key].destination.numel() for key in keys):
             continue
         module.to_empty(device=device, recurse=recurse)
         torch.manual_seed(_seed(seed, name))
@@ -31,6 +36,7 @@ def init_model(meta_model: PreTrainedModel, parts: Mapping[str, TensorPart], see
             meta_model._init_weights(child)  # type: ignore[no-untyped-call]
         _copy_to_parts(_named_weights(name, module, recurse), parts)
         module.to_empty(device="meta", recurse=recurse)
+    return filled
 
 
 def adapter_weights(meta_model: nn.Module) -> dict[str, tuple[str, Any]]:
@@ -40,16 +46,22 @@ def adapter_weights(meta_model: nn.Module) -> dict[str, tuple[str, Any]]:
     layers: list[tuple[str, Any]] = [
         (name, module) for name, module in meta_model.named_modules() if isinstance(module, BaseTunerLayer)
     ]
-    return {
-        without_wrappers(f"{name}.{key}"): (name, layer)
-        for name, layer in layers
-        for key, _ in layer.named_parameters()
-        if key.split(".")[0] in layer.adapter_layer_names
-    }
+    return {key: (name, layer) for name, layer in layers for key, _ in _own_weights(name, layer)}
 
 
-def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], seed: int) -> None:
-    """Fill `parts` with PEFT's initial adapter weights, layer by layer. They are small, so they are generated on the CPU."""
+def _own_weights(name: str, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapter weights of one layer of PEFT, without those of the layer that it wraps."""
+    for key, value in layer.named_parameters():
+        if key.split(".")[0] in layer.adapter_layer_names:
+            yield without_wrappers(f"{name}.{key}"), value
+
+
+def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], seed: int) -> list[str]:
+    """Fill `parts` with PEFT's initial adapter weights, layer by layer. They are small, so they are generated on the CPU.
+
+    Returns the names of the filled weights.
+    """
+    filled: list[str] = []
     for name, layer in {
         name: layer for key, (name, layer) in adapter_weights(meta_model).items() if key in parts
     }.items():
@@ -59,9 +71,12 @@ def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], seed: 
         torch.manual_seed(_seed(seed, name))
         for adapter in layer.active_adapters:
             layer.reset_lora_parameters(adapter, init_lora_weights=True)
-        _copy_to_parts(((without_wrappers(f"{name}.{key}"), value) for key, value in layer.named_parameters()), parts)
+        own_weights = dict(_own_weights(name, layer))
+        _copy_to_parts(own_weights.items(), parts)
+        filled += own_weights.keys() & parts.keys()
         for group in groups:
             group.to_empty(device="meta")
+    return filled
 
 
 def dora_magnitudes(parts: Mapping[str, TensorPart]) -> list[tuple[TensorPart, TensorPart]]:

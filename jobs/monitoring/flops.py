@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from jobs.model import unwrap
+from jobs.model import block_sizes, unwrap
 
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"\bGB200\b", 2500),
@@ -86,11 +86,12 @@ def count_weights(model: nn.Module, *, frozen: bool) -> ModelFlops:
                 weights += int(parameter.numel() * experts_per_token / parameter.shape[0])
             else:
                 weights += parameter.numel()
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    sizes = block_sizes.of(text_config)
+    head_size = sizes.head_dim or (sizes.hidden_size // sizes.num_attention_heads)
     return ModelFlops(
         weights=weights,
         head_weights=head_weight.numel() if head_weight is not None else 0,
         layers=text_config.num_hidden_layers,
-        attention_width=text_config.num_attention_heads * head_size,
+        attention_width=sizes.num_attention_heads * head_size,
         frozen=frozen,
     )

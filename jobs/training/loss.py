@@ -6,11 +6,32 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 
 from jobs.data import batches
+from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World
-from jobs.model import fused_cross_entropy, unwrap
+from jobs.model import fused_cross_entropy, router_loss, unwrap
+from jobs.training import packing_probe, sample_borders
+
+
+def training_losses(
+    model: nn.Module, batch: batches.Batch, lengths: NDArray[np.int64], context_part: tuple[int, int] = (0, 1)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(summed cross entropy, router loss times its coefficient) of a micro batch, scalars in fp32.
+
+    The second is None for a model without one (`jobs.model.router_loss`). It is a mean over the tokens that are not padding:
+    `lengths` are the tokens of each row. `context_part` is that of `batches.collate`.
+    """
+    router = router_loss.attached(unwrap.causal_lm(model))
+    if router is None:
+        return summed_cross_entropy(model, batch), None
+    columns = batch.input_ids.shape[1]
+    positions = np.arange(columns) + context_part[0] * columns
+    real_tokens = torch.from_numpy(positions[None] < lengths[:, None]).to(batch.input_ids.device)
+    losses = _losses(model, batch, real_tokens)
+    return losses[0], losses[1] * router.coefficient
 
 
 def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
@@ -19,35 +40,50 @@ def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor
     `fused_cross_entropy.fuse` makes the model return this loss from its forward, because sharded weights are whole only there.
     Other models return logits, and the loss is computed here.
     """
+    return _losses(model, batch, None)
+
+
+def _losses(model: nn.Module, batch: batches.Batch, real_tokens: torch.Tensor | None) -> torch.Tensor:
+    """The summed cross entropy; with `real_tokens` (rows, length), that and the router loss: fp32, shape (2,)."""
     inner = unwrap.causal_lm(model)
-    inputs = _model_inputs(batch, inner.config._attn_implementation)
+    inputs = _model_inputs(inner, batch)
     # The target of a position is the next label, so a row's last position has none and is padded. With context parallelism
     # the labels of a rank have one token more than its inputs, if the row continues on the next rank: nothing to pad then.
     missing = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]
     targets = F.pad(batch.labels[:, 1:], (0, missing), value=batches.IGNORED).flatten()
-    if not fused_cross_entropy.is_fused(inner):
-        logits = model(**inputs).logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets, ignore_index=batches.IGNORED, reduction="sum")
-    loss: torch.Tensor = model(**inputs, trained=batch.trained, targets=targets[batch.trained])
-    return loss
+    if fused_cross_entropy.is_fused(inner):
+        inputs |= {"trained": batch.trained, "targets": targets[batch.trained]}
+        fused: torch.Tensor = model(**inputs, **({} if real_tokens is None else {"real_tokens": real_tokens}))
+        return fused
+    outputs = model(**inputs, **({} if real_tokens is None else {"output_router_logits": True}))
+    scores = outputs.logits.float().flatten(0, 1)
+    loss = F.cross_entropy(scores, targets, ignore_index=batches.IGNORED, reduction="sum")
+    router = router_loss.attached(inner)
+    if real_tokens is None or router is None:
+        return loss
+    return torch.stack([loss, router.mean(outputs.router_logits, real_tokens).float()])
 
 
 def logits(model: nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Logits (rows, length, vocabulary); with context parallelism, of this rank's tokens only."""
-    inputs = _model_inputs(batch, unwrap.causal_lm(model).config._attn_implementation)
+    inputs = _model_inputs(unwrap.causal_lm(model), batch)
     model_logits: torch.Tensor = model(**inputs).logits
     return model_logits
 
 
-def _model_inputs(batch: batches.Batch, attention: str) -> dict[str, Any]:
-    """The arguments of the model's forward, with the sample boundaries of packed rows if this attention uses them."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
-    if batch.cu_seqlens is not None and ("flash" in attention or "varlen" in attention):
-        for side in "qk":
-            inputs |= {f"cu_seq_lens_{side}": batch.cu_seqlens, f"max_length_{side}": batch.max_length}
-    return inputs
+def separate_samples(model: nn.Module, world: World) -> None:
+    """Let the functions of this module keep the samples of packed rows apart. All ranks call this together.
+
+    Raises ConfigError on all ranks if the model cannot do that.
+    """
+    # A context-parallel rank sees a part of each row, from which the other ways cannot be made
+    ways = (sample_borders.DEFAULT,) if world.context_ranks > 1 else tuple(sample_borders.WAYS)
+    borders = broadcast_from_rank0(lambda: packing_probe.choose_borders(model, world.device, ways))
+    unwrap.causal_lm(model).muster_borders = borders
+
+
+def _model_inputs(inner: Any, batch: batches.Batch) -> dict[str, Any]:
+    return sample_borders.model_inputs(batch, inner.config, getattr(inner, "muster_borders", sample_borders.DEFAULT))
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from conf.choices import Optimizer
 from conf.schema import Config
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.model import build, unwrap
+from jobs.model import block_sizes, build, unwrap
 
 
 def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
@@ -24,7 +24,7 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
-    order = batches.training_order(rows, config, hidden_factor(network.config))
+    order = batches.training_order(rows, config, hidden_factor(block_sizes.of(network.config)))
     points = []
     for step in range(steps):
         batch = batches.collate(rows, order.rows_of(step), pad=0)

@@ -9,6 +9,7 @@ from conf.choices import Attention
 from conf.errors import ConfigError
 from jobs.data import batches as data
 from jobs.model import attention, attention_kernels, build, fused_cross_entropy
+from jobs.model.log_once import log_once
 from jobs.training import loss
 from tests.conftest import Compose
 from tests.jobs.networks import SMALL, check_equal, gradients, network, rows, whole
@@ -130,7 +131,7 @@ def test_softcap_uses_flex_if_triton_is_installed(compose: Compose, installed, m
 def test_the_config_selects_attention_and_the_log_names_it_once(
     compose: Compose, implementation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attention._log_once.cache_clear()
+    log_once.cache_clear()
     config = compose(f"model.attention={implementation}")
     names = [build.build(config).config._attn_implementation for _ in range(2)]
     assert names == [{"varlen": "muster_varlen", "auto": "sdpa"}.get(implementation, implementation)] * 2

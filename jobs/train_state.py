@@ -1,0 +1,50 @@
+"""What the training loop of jobs.train holds, and the sums that all ranks agree on in each step."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from conf.schema import Config
+from jobs import backends
+from jobs.checkpoint.async_save import Saver
+from jobs.data import batches
+from jobs.data.sampler import RowSampler
+from jobs.distributed import stop_signals
+from jobs.distributed.process_group import World
+from jobs.monitoring.metrics import Metrics
+from jobs.monitoring.profiler import Profiler
+from jobs.monitoring.step_monitor import StepMonitor
+from jobs.training.divergence import DivergenceDetector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that the training loop uses; `engine` is the sharded model and its optimizer. Set up once, never replaced."""
+
+    config: Config
+    world: World
+    stop: stop_signals.StopFlag
+    backend: backends.Backend
+    engine: backends.Engine
+    train_rows: batches.Rows
+    validation_rows: batches.Rows
+    sampler: RowSampler
+    pad_token: int
+    last_step: int
+    metrics: Metrics
+    monitor: StepMonitor
+    divergence: DivergenceDetector
+    profiler: Profiler
+    saver: Saver
+
+
+class StepTotals(NamedTuple):
+    """Sums over all ranks, from the all-reduce at the end of a step."""
+
+    loss: float
+    """Over the trained tokens of the global batch. Each rank of a tensor-parallel group adds the same sum."""
+    router_loss: float
+    """With its coefficient: the sum of each rank's mean over its micro batches. 0 for a model without one."""
+    stop_requests: float
+    """Ranks that were asked to stop."""
+    finished_writes: float
+    """Ranks that have written their part of the pending checkpoint in the background."""

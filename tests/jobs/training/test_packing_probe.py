@@ -1,0 +1,163 @@
+"""The trial of packed rows: it passes families that keep samples apart, tells others the borders, and refuses the rest."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conf.errors import ConfigError
+from jobs import preflight
+from jobs.data import batches
+from jobs.model import shrink
+from jobs.training import loss, packing_probe, sample_borders
+from tests.conftest import Compose
+from tests.jobs.families import FAMILIES
+from tests.jobs.networks import network, rows
+from tests.jobs.ranks import spawn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CPU = torch.device("cpu")
+
+
+def empty(kind: str, attention: str = "sdpa", **values):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), attn_implementation=attention)
+
+
+def borders(family: str, attention: str = "sdpa") -> str:
+    kind, values = FAMILIES[family]
+    return packing_probe.choose_borders(empty(kind, attention, **values), CPU)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_moe", "gemma3_text", "gpt2", "deepseek_v3", "llama4_text", "phimoe"]
+)
+def test_families_that_read_positions_are_packed(family) -> None:
+    assert borders(family) == "positions"
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("gpt_oss", "eager"), ("falcon", "sdpa"), ("mpt", "eager"), ("nemotron", "muster_varlen")]
+)
+def test_families_that_ignore_positions_get_a_mask(family, attention) -> None:
+    assert borders(family, attention) == "mask"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "jamba", "nemotron_h", "minimax", "zamba2", "olmo_hybrid",
+        "bamba", "kimi_linear", "bloom", "falcon_alibi", "recurrent_gemma", "mamba2",
+    ],
+)  # fmt: skip
+def test_families_that_mix_samples_are_refused_by_name(family) -> None:
+    name = AutoConfig.for_model(FAMILIES[family][0]).get_text_config().model_type
+    message = f"data.packing=true: {name} does not keep the samples of a row apart: .* is off by .*"
+    with pytest.raises(ConfigError, match=f"{message} Set data.packing=false to train {name}$"):
+        borders(family, "eager" if family in ("bloom", "mamba2") else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "way"),
+    [("llama", "muster_varlen", "positions"), ("gpt_oss", "eager", "mask"), ("falcon", "sdpa", "mask")],
+)
+def test_the_chosen_way_gives_the_gradients_of_the_samples_alone(family, attention, way) -> None:
+    kind, values = FAMILIES[family]
+    model = network(kind, attention, **values)
+    model.muster_borders = way
+    lengths = [30, 11, 17]
+    packed, alone = rows(lengths, 64, trained=0.8), rows(lengths, trained=0.8)
+    loss.summed_cross_entropy(model, batches.collate(packed, np.zeros(1, int), pad=0)).backward()
+    actual = gradients_or_zero(model)
+    for number in range(3):
+        sample = batches.collate(alone, alone.packs.row(number), pad=0, multiple=1)
+        loss.summed_cross_entropy(model, sample).backward()
+    expected = gradients_or_zero(model)
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 1e-4 * value.norm() + 1e-5 * whole, name
+
+
+def gradients_or_zero(model) -> dict[str, torch.Tensor]:
+    found = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def test_a_model_that_cannot_be_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_probe, "MAX_WEIGHTS", 10)
+    with pytest.raises(ConfigError, match=r"a tiny LlamaForCausalLM cannot be tried \(.* weights\)"):
+        borders("llama")
+
+
+def test_the_trial_leaves_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    borders("llama")
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_context_parallel_ranks_use_positions_only() -> None:
+    kind, values = FAMILIES["gpt_oss"]
+    with pytest.raises(ConfigError, match="gpt_oss does not keep the samples of a row apart"):
+        packing_probe.choose_borders(empty(kind, "eager", **values), CPU, (sample_borders.DEFAULT,))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen3_moe",
+        "gemma3_text",
+        "gpt_oss",
+        "falcon",
+        "deepseek_v3",
+        "llama4_text",
+        "glm4_moe",
+        "gemma3n_text",
+    ],
+)
+def test_real_sizes_become_tiny(kind) -> None:
+    original = AutoConfig.for_model(kind)
+    small = next(shrink.configs(original))
+    assert type(small) is type(original)
+    weights = sum(item.numel() for item in empty(kind, "eager", **small_values(small)).parameters())
+    assert weights < 100_000_000
+    assert small.num_attention_heads <= 8
+    assert small.vocab_size == shrink.VOCABULARY
+    kinds = getattr(original, "layer_types", None) or []
+    assert set(getattr(small, "layer_types", None) or []) == set(kinds)
+
+
+def small_values(config) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
+def test_preflight_refuses_packed_rows_too(compose: Compose, tmp_path) -> None:
+    from tests.jobs import families
+
+    families.make(tmp_path / "source", "lfm2")
+    words = ["model=hub", f"model.source={tmp_path}/source", f"run_dir={tmp_path}/run", "cluster.train.gpus_per_node=0"]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(
+        ProcessRaisedException, match=r"ConfigError: data\.packing=true: lfm2 .* Set data\.packing=false"
+    ):
+        spawn(_preflight, 1, compose(*words, "data.packing=true"))
+    spawn(_preflight, 1, compose(*words))
+
+
+def _preflight(_rank: int, config) -> None:
+    preflight.run(config)
+
+
+def test_a_run_with_packed_rows_is_refused_before_weights_are_read(compose: Compose, tmp_path) -> None:
+    """The message names the key to change, and the model trains with it."""
+    from tests.jobs import families
+
+    cells = families.check(["lfm2"], ["packed", "full"], tmp_path, compose)
+    assert [cell.verdict for cell in cells] == ["refused", "right"]
+    assert re.search(r"data\.packing=true: lfm2 .* Set data\.packing=false", cells[0].detail)
