@@ -20,6 +20,8 @@ class Checkpoint:
     """Format, as it is shown to the user."""
     tensors: dict[str, StoredTensor]
     """By the names under which they were saved."""
+    excluded: frozenset[str] = frozenset()
+    """Frozen weights that it was saved without, by its own account."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
