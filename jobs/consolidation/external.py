@@ -10,7 +10,7 @@ from conf.errors import DataError, Problem
 from conf.files import read_json
 from jobs.consolidation import estimate, model_card
 from jobs.consolidation.execute import execute, worker_count
-from jobs.consolidation.merge import Merge, adapter_weights_from_base, merge_model, merge_without_base
+from jobs.consolidation.merge import AGAIN, BASE, Merge, adapter_weights_from_base, merge_model, merge_without_base
 from jobs.consolidation.plan import make_plan
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.weight_names import (
@@ -18,7 +18,6 @@ from jobs.consolidation.weight_names import (
     CannotStream,
     blueprint_of_files,
     blueprint_of_model,
-    live_name,
     split_names,
 )
 from jobs.distributed import logs
@@ -131,24 +130,29 @@ def _merge(
     checkpoint: Checkpoint, base: Base, dtype: Dtype | None, settings: dict[str, Any], prefix: str | None
 ) -> Merge:
     if base.source is None:
-        if checkpoint.excluded:
-            message = (
-                f"the checkpoint was saved without its {len(checkpoint.excluded)} frozen weights (exclude_frozen_parameters): "
-                "name the model that they come from"
+        if checkpoint.excludes_frozen:
+            log.info(
+                "weights that were frozen may be missing (exclude_frozen_parameters): with --base they come from there"
             )
-            raise DataError(Problem("--base", None, message))
         return merge_without_base(strip_prefixes(checkpoint.tensors, prefix=prefix), dtype)
     blueprint = base.blueprint(base.source, checkpoint.tensors, prefix)
     weights = strip_prefixes(checkpoint.tensors, blueprint.names, prefix)
     names = split_names(weights)
-    from_base: frozenset[str] = frozenset(live_name(name) for name in checkpoint.excluded)
+    from_base: frozenset[str] = frozenset()
+    if checkpoint.excludes_frozen:
+        from_base = blueprint.names - names.whole.keys()
     if names.adapters or settings:
         base.adapter = _adapter(base.source, settings)
         from_base = adapter_weights_from_base(blueprint, names, base.adapter, from_base)
     needs_base = bool(from_base) or dtype is None
     if needs_base:
         base.fetch_weights()
-    return merge_model(blueprint, weights, base.tensors if needs_base else {}, dtype, base.adapter, from_base)
+    merge = merge_model(blueprint, weights, base.tensors if needs_base else {}, dtype, base.adapter, from_base)
+    if served := sum(output.source.removeprefix(AGAIN).startswith(BASE) for output in merge.outputs):
+        log.info(
+            f"{served} of {len(merge.outputs)} weights come from the base: the checkpoint was saved without frozen weights"
+        )
+    return merge
 
 
 def _adapter(source: str, settings: dict[str, Any]) -> "AdapterPlan":

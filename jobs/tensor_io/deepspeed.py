@@ -40,18 +40,31 @@ Shapes = list[dict[str, Any]]
 """For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
+class Weights(NamedTuple):
+    tensors: dict[str, StoredTensor]
+    """By the names in training: fp32 weights, frozen parameters, buffers, and shared weights under both names."""
+    excludes_frozen: bool
+    """Whether it was saved without its frozen parameters (`exclude_frozen_parameters`, as the Trainer does with PEFT)."""
 
-    Raises RunError if the file of a rank is missing or damaged.
-    """
-    optimizer_paths, model_paths = _files(folder, "*_optim_states.pt"), _files(folder, "*_model_states.pt")
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every weight by its name in training; see `find_weights`."""
+    return find_weights(folder).tensors
+
+
+def find_weights(folder: Path) -> Weights:
+    """Every weight of a checkpoint. Raises RunError if the file of a rank is missing or damaged, or if a model was cut otherwise."""
+    model_paths = _files(folder, "*_model_states.pt")
+    _check_not_model_parallel(folder, model_paths)
+    model_state = _load(model_paths[0])
+    if not any(folder.glob("*_optim_states.pt")) and _stage_of_config(model_state) == 0:
+        return Weights(_whole_module(str(model_paths[0]), model_state), excludes_frozen=True)
+    optimizer_paths = _files(folder, "*_optim_states.pt")
     states = [_load(path, "optimizer_state_dict") for path in optimizer_paths]
     stage = int(states[0].get("zero_stage", 1))  # BF16_Optimizer writes none, and its files are laid out like ZeRO-1's
     _check_ranks(folder, optimizer_paths, states[0])
     if stage == 3:
         _check_model_files(folder, model_paths, optimizer_paths)
-    model_state = _load(model_paths[0])
     shapes: Shapes = model_state["param_shapes"]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     parts = _parts_of_ranks(optimizer_paths, states, key)
@@ -65,7 +78,42 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, stored_name in dict(model_state.get("shared_params") or {}).items():
         if stored_name in weights:
             weights[name] = weights[stored_name]
-    return weights
+    if stage < 3:  # ZeRO-1 writes frozen parameters among the module's only, which has every parameter whole
+        weights = _whole_module(str(model_paths[0]), model_state) | weights
+    return Weights(weights, excludes_frozen=stage < 2 or model_state.get("frozen_param_shapes") is None)
+
+
+def _whole_module(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
+    """What the model file holds whole, in the precision of compute."""
+    module = model_state.get("module") or {}
+    found = {name: saved for name, saved in module.items() if isinstance(saved, SavedTensor)}
+    if bad := sorted(name for name, saved in found.items() if not saved.contiguous):
+        raise RunError(Problem("checkpoint", path, f"stores {bad[0]} in strides: save it again, contiguous"))
+    return {name: _whole(path, saved) for name, saved in found.items()}
+
+
+def _stage_of_config(model_state: dict[str, Any]) -> int | None:
+    """The ZeRO stage that the checkpoint says it was written with; None if it does not say."""
+    config = model_state.get("ds_config")
+    if not isinstance(config, dict):
+        return None if model_state.get("param_shapes") else 0
+    zero = config.get("zero_optimization")
+    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+
+
+def _check_not_model_parallel(folder: Path, paths: list[Path]) -> None:
+    """Raise RunError for models that are cut by tensor or pipeline parallelism, or DeepSpeed's own experts."""
+    others = [path.name for path in paths if not _MODEL_FILE.fullmatch(path.name)]
+    others += [path.name for path in paths if (match := _MODEL_FILE.fullmatch(path.name)) and int(match["model_rank"])]
+    if others:
+        message = (
+            f"was written with tensor or pipeline parallelism, or DeepSpeed's own experts ({others[0]}), which are not joined here: "
+            "save the model in one piece with what trained it (save_16bit_model, or gather the weights and save_pretrained)"
+        )
+        raise RunError(Problem("checkpoint", folder, message))
+
+
+_MODEL_FILE = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_(?P<model_rank>\d+)_model_states\.pt")
 
 
 def find_optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
