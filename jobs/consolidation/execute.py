@@ -39,8 +39,9 @@ def execute(
     """Write, verify and publish `target`; a folder that is already there is moved aside.
 
     `describe` writes the files beside the weights into the folder that it is given. `check` is called before bytes of the
-    checkpoint are read. `verified` is false if nothing said which weights the model has. Other ranks of the job call this function with the same plan, and write their share of the files.
-    Raises RunError, also when `check` does, or when a weight is not what training recorded.
+    checkpoint are read. `verified` is false if nothing said which weights the model has. Other ranks of the job call this
+    function with the same plan, and write their share of the files. Raises RunError, also when `check` does, or when a weight
+    is not what training recorded.
     """
     with RankCoordinator(target) as coordinator:
         writer = _RankWriter(plan, threads, checkpoint, check, coordinator)

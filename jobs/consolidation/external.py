@@ -10,7 +10,7 @@ from conf.errors import DataError, Problem
 from conf.files import read_json
 from jobs.consolidation import estimate, model_card
 from jobs.consolidation.execute import execute, worker_count
-from jobs.consolidation.merge import AGAIN, BASE, Merge, adapter_weights_from_base, merge_model, merge_without_base
+from jobs.consolidation.merge import Merge, adapter_weights_from_base, merge_model, merge_without_base
 from jobs.consolidation.plan import make_plan
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.weight_names import (
@@ -18,6 +18,7 @@ from jobs.consolidation.weight_names import (
     CannotStream,
     blueprint_of_files,
     blueprint_of_model,
+    is_from_base,
     split_names,
 )
 from jobs.distributed import logs
@@ -105,12 +106,12 @@ class Base:
         if self.source and self.folder is None and (folder := find_or_download(self.source, None)):
             self.folder, self.tensors = folder, safetensors.find_tensors(folder)
 
-    def blueprint(self, source: str, tensors: dict[str, StoredTensor], prefix: str | None) -> Blueprint:
-        """From the base's files if they name all weights of the checkpoint, else from its model class.
+    def blueprint(self, source: str, tensors: dict[str, StoredTensor], prefix: str | None, adapted: bool) -> Blueprint:
+        """From the base's files if they name all weights of a checkpoint without adapters, else from its model class.
 
         Raises DataError for a model that cannot be streamed.
         """
-        if self.folder:
+        if self.folder and not adapted:
             config = read_json(self.folder / "config.json") or {}
             blueprint = blueprint_of_files(config, {name: stored.shape for name, stored in self.tensors.items()})
             if blueprint is not None:
@@ -135,7 +136,7 @@ def _merge(
                 "weights that were frozen may be missing (exclude_frozen_parameters): with --base they come from there"
             )
         return merge_without_base(strip_prefixes(checkpoint.tensors, prefix=prefix), dtype)
-    blueprint = base.blueprint(base.source, checkpoint.tensors, prefix)
+    blueprint = base.blueprint(base.source, checkpoint.tensors, prefix, bool(settings))
     weights = strip_prefixes(checkpoint.tensors, blueprint.names, prefix)
     names = split_names(weights)
     from_base: frozenset[str] = frozenset()
@@ -148,7 +149,7 @@ def _merge(
     if needs_base:
         base.fetch_weights()
     merge = merge_model(blueprint, weights, base.tensors if needs_base else {}, dtype, base.adapter, from_base)
-    if served := sum(output.source.removeprefix(AGAIN).startswith(BASE) for output in merge.outputs):
+    if served := sum(is_from_base(output.source) for output in merge.outputs):
         log.info(
             f"{served} of {len(merge.outputs)} weights come from the base: the checkpoint was saved without frozen weights"
         )

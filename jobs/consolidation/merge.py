@@ -9,7 +9,7 @@ from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
 from jobs.consolidation.quantized import check_no_cast
 from jobs.consolidation.tied_weights import separate_tied
-from jobs.consolidation.weight_names import Blueprint, CheckpointNames, SavedName, split_names
+from jobs.consolidation.weight_names import AGAIN, BASE, Blueprint, CheckpointNames, SavedName, split_names
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:  # both import torch, which a merge without an adapter does no
     from jobs.consolidation.adapter_layers import AdapterPlan
     from jobs.consolidation.lora import LoraUpdate
 
-BASE = "base:"
-"""Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
-AGAIN = "again:"
-"""Put before the name of a source that becomes two weights, each with another adapter."""
 MAX_LISTED = 3
 
 
@@ -108,7 +104,8 @@ def merge_model(
     if adapter is not None:
         from jobs.consolidation.updates import add_adapters
 
-        add_adapters(merge, blueprint, names, adapter, [(saved, source.name, source.start) for saved, source in chosen])
+        placed = [(saved, source.name, source.start) for saved, source in chosen]
+        merge.updates = add_adapters(sources, blueprint, names, adapter, placed)
     return merge
 
 

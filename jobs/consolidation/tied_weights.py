@@ -1,6 +1,7 @@
 """Decides whether an output head that config.json ties to the embedding is still the same weight after training."""
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,17 +33,13 @@ def separate_tied(
         changed = set(adapter.trained) | {layer.weight for layer in adapter.layers.values()}
     untied, spare, whole = [], set(), names.whole
     for second, first in blueprint.tied.items():
-        reason = ""
         if {first, second} & changed:
             _fill_from_other(names, first, second, adapter)
             _fill_from_other(names, second, first, adapter)
             reason = "the adapter changes one of them"
-        elif first in whole and second in whole:
-            if not stored_equal(weights[whole[first]], weights[whole[second]]):
-                reason = "the checkpoint holds two different weights"
-        elif not {first, second} & whole.keys() and first in base and second in base:
-            if not stored_equal(base[first], base[second]):
-                reason = "the base holds two different weights"
+        else:
+            both = [{name: weights[key] for name, key in whole.items() if name in (first, second)}, base]
+            reason = _reason_to_untie(first, second, both[0] or both[1])
         if reason:
             untied.append(SavedName(second, blueprint.live[first], second))
             log.info(f"{second} is a weight of its own, not tied to {first}: {reason}")
@@ -51,6 +48,13 @@ def separate_tied(
             if whole.setdefault(first, key) != key:
                 spare.add(key)
     return untied, spare
+
+
+def _reason_to_untie(first: str, second: str, stored: Mapping[str, StoredTensor]) -> str:
+    """Why two names are not one weight; empty if they are. Files may hold both, and they should be equal then."""
+    if first not in stored or second not in stored or stored_equal(stored[first], stored[second]):
+        return ""
+    return "two different weights are stored"
 
 
 def _fill_from_other(names: CheckpointNames, name: str, other: str, adapter: "AdapterPlan | None") -> None:

@@ -1,7 +1,7 @@
 """Reads the adapters of a checkpoint, which are small, and turns them into what is added to each source."""
 
+from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,40 +9,51 @@ import torch
 from conf.errors import DataError, Problem
 from jobs.consolidation.adapter_layers import AdapterLayer, AdapterPlan, first_update
 from jobs.consolidation.lora import LoraUpdate, expert_update
-from jobs.consolidation.weight_names import Blueprint, CheckpointNames, SavedName
+from jobs.consolidation.weight_names import Blueprint, CheckpointNames, SavedName, is_from_base
 from jobs.tensor_io.dtypes import as_tensor
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.reader import OpenFiles, Reader
-
-if TYPE_CHECKING:
-    from jobs.consolidation.merge import Merge
 
 Chosen = list[tuple[SavedName, str, int]]
 """A tensor of the result, its source, and the element at which it begins in that source."""
 
 
+Sources = dict[str, StoredTensor]
+
+
 def add_adapters(
-    merge: "Merge", blueprint: Blueprint, names: CheckpointNames, adapter: AdapterPlan, chosen: Chosen
-) -> None:
-    """Give every source its own rows of the adapters. Raises DataError if one does not fit."""
-    files = OpenFiles()
+    sources: Sources, blueprint: Blueprint, names: CheckpointNames, adapter: AdapterPlan, chosen: Chosen
+) -> dict[str, LoraUpdate]:
+    """Source -> its own rows of the adapters. Raises DataError if one does not fit."""
+    files, updates = OpenFiles(), dict[str, LoraUpdate]()
     reader = Reader(files)
     try:
         for module, kinds in names.adapters.items():
             layer = adapter.layers[module]
-            parts = {kind: read_tensor(reader, merge.sources[key]) for kind, key in kinds.items()}
-            update = _make_update(layer, parts)
-            _add(merge, blueprint, layer.weight, update, chosen)
+            parts = {kind: read_tensor(reader, sources[key]) for kind, key in kinds.items()}
+            of_layer = _by_source(sources, blueprint, layer.weight, _make_update(layer, parts), chosen)
             if layer.init is not None:
-                _take_off_first_update(merge, layer, reader, chosen)
+                of_layer = {
+                    source: _without_first_update(layer, read_tensor(reader, sources[source]), update)
+                    if is_from_base(source)
+                    else update
+                    for source, update in of_layer.items()
+                }
             if "lora_B.bias" in parts:
                 of_bias = LoraUpdate(torch.ones(1, 1), parts["lora_B.bias"].unsqueeze(1), layer.scale)
-                _add(merge, blueprint, layer.weight.removesuffix("weight") + "bias", of_bias, chosen)
+                of_layer |= _by_source(
+                    sources, blueprint, layer.weight.removesuffix("weight") + "bias", of_bias, chosen
+                )
+            updates |= of_layer
     finally:
         files.close()
+    return updates
 
 
-def _add(merge: "Merge", blueprint: Blueprint, name: str, update: LoraUpdate, chosen: Chosen) -> None:
+def _by_source(
+    sources: Sources, blueprint: Blueprint, name: str, update: LoraUpdate, chosen: Chosen
+) -> dict[str, LoraUpdate]:
+    """The rows of the update of one live weight for each source that holds rows of it."""
     first = blueprint.tied.get(name, name)
     shape = blueprint.live[first]
     rows, columns = (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (shape[0], 1)
@@ -50,23 +61,23 @@ def _add(merge: "Merge", blueprint: Blueprint, name: str, update: LoraUpdate, ch
         size = f"{update.shape[0]} x {update.shape[1]}"
         message = f"{name} is {rows} x {columns}, but its adapter {size}: was it trained on another base?"
         raise DataError(Problem("model.source", None, message))
-    found = False
     # a tied weight that the adapter keeps tied is written under its first name
     wanted = name if any(saved.live == name for saved, _, _ in chosen) else first
+    found = {}
     for saved, source, start in chosen:
         if saved.live != wanted:
             continue
-        found = True
-        if merge.sources[source].numel == rows * columns and start == saved.start:
-            merge.updates[source] = update  # the source is the whole live weight
+        if sources[source].numel == rows * columns and start == saved.start:
+            found[source] = update  # the source is the whole live weight
             continue
         first_row, rest = divmod(saved.start, columns)
-        if rest or update.of_columns or merge.sources[source].numel % columns:
+        if rest or update.of_columns or sources[source].numel % columns:
             message = f"{name} is stored in several tensors, to which its adapter cannot be added: merge it with PEFT"
             raise DataError(Problem("model.source", None, message))
-        merge.updates[source] = update.rows(first_row, prod(saved.shape) // columns)
+        found[source] = update.rows(first_row, prod(saved.shape) // columns)
     if not found:
         raise DataError(Problem("checkpoint", None, f"has an adapter on {name}, which is not a weight of the model"))
+    return found
 
 
 def _make_update(layer: AdapterLayer, parts: dict[str, torch.Tensor]) -> LoraUpdate:
@@ -84,28 +95,18 @@ def _make_update(layer: AdapterLayer, parts: dict[str, torch.Tensor]) -> LoraUpd
     return update.transposed() if layer.transposed else update
 
 
-def _take_off_first_update(merge: "Merge", layer: AdapterLayer, reader: Reader, chosen: Chosen) -> None:
+def _without_first_update(layer: AdapterLayer, weight: torch.Tensor, update: LoraUpdate) -> LoraUpdate:
     """PiSSA and OLoRA begin with an update that PEFT takes off the base, as it does again when it loads the adapter.
 
-    A checkpoint with the base weights of training has the rest without that update, and nothing is left to do.
+    A checkpoint that also has the base weights of training has them without that update.
     """
-    from jobs.consolidation.merge import AGAIN, BASE
-
-    for saved, source, _ in chosen:
-        if saved.live == layer.weight and source.removeprefix(AGAIN).startswith(BASE):
-            weight = read_tensor(reader, merge.sources[source])
-            if weight.ndim != 2 or saved.start:
-                message = (
-                    f"{layer.weight} is stored in parts, of which {layer.init} cannot be repeated: merge it with PEFT"
-                )
-                raise DataError(Problem("adapter_config.json: init_lora_weights", layer.init, message))
-            a, b = first_update(layer, weight, layer.rank)
-            if layer.transposed:
-                a, b = b.T.contiguous(), a.T.contiguous()
-            update = merge.updates[source]
-            merge.updates[source] = LoraUpdate(
-                torch.cat([update.a, a]), torch.cat([update.b, -b], dim=1), update.scale, update.magnitude, update.of_columns
-            )  # fmt: skip
+    if weight.ndim != 2 or weight.numel() != update.shape[0] * update.shape[1]:
+        message = f"{layer.weight} is stored in parts, of which {layer.init} cannot be repeated: merge it with PEFT"
+        raise DataError(Problem("adapter_config.json: init_lora_weights", layer.init, message))
+    a, b = first_update(layer, weight, layer.rank)
+    if layer.transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))
 
 
 def read_tensor(reader: Reader, stored: StoredTensor) -> torch.Tensor:

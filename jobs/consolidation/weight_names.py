@@ -10,6 +10,16 @@ from typing import Any
 
 from conf.errors import DataError, Problem
 
+BASE = "base:"
+"""Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
+AGAIN = "again:"
+"""Put before the name of a source that becomes two weights, each with another adapter."""
+
+
+def is_from_base(source: str) -> bool:
+    """Whether a source is a weight of the base."""
+    return source.removeprefix(AGAIN).startswith(BASE)
+
 
 class CannotStream(Exception):
     """Raised for a model of which a saved weight is not a run of elements of a live one, so that it cannot be streamed."""
