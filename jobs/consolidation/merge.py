@@ -129,7 +129,7 @@ def _does_not_fit(missing: list[str], wrong: list[str], has_base: bool, names: C
         f"shape {wrong[:MAX_LISTED]}"
     )
     remedy = "name the model that was trained (model.source, --base)"
-    if missing and not wrong and names.whole:
+    if missing and not wrong and (names.whole or names.adapters):
         served = "; the base serves only weights that were frozen in training" if has_base else ""
         remedy = f"copy or save the checkpoint with all of its weights{served}"
     return DataError(Problem("checkpoint", None, f"{message}; {remedy}"))

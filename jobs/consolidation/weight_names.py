@@ -57,7 +57,9 @@ class Blueprint:
     def base_name(self, saved: "SavedName", base: Collection[str]) -> str | None:
         """The name of a tensor in the files of a base model: its own, without the prefix, or that of a tied weight."""
         second_names = [name for name, first in self.tied.items() if first == saved.live]
-        candidates = [saved.name, saved.name.removeprefix(self.prefix), *second_names]
+        first_name = self.tied.get(saved.live, saved.name)
+        own_names = [saved.name, saved.name.removeprefix(self.prefix)]
+        candidates = [*own_names, *second_names, first_name, first_name.removeprefix(self.prefix)]
         return next((name for name in candidates if name in base), None)
 
 
