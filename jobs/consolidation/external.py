@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         merge.sources,
         shard_bytes=int(options.shard_gib * 2**30),
         updates=merge.updates,
+        rounded=merge.rounded,
         identity=muster_json | {"files": file_versions(merge.sources)},
     )
     threads = options.workers or worker_count()
@@ -153,6 +154,9 @@ def _merge(
         log.info(
             f"{served} of {len(merge.outputs)} weights come from the base: the checkpoint was saved without frozen weights"
         )
+    if base.adapter is None and checkpoint.compute_dtype is not None:
+        frozen = [output.source for output in merge.outputs if is_from_base(output.source)]
+        merge.rounded = dict.fromkeys(frozen, checkpoint.compute_dtype)
     return merge
 
 

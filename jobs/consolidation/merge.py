@@ -29,6 +29,8 @@ class Merge:
     updates: "dict[str, LoraUpdate]" = field(default_factory=dict)
     nf4_sources: dict[str, Dtype] = field(default_factory=dict)
     """Source -> compute dtype of training, for sources that are rounded to NF4 as training had them."""
+    rounded: dict[str, Dtype] = field(default_factory=dict)
+    """Source -> dtype in which training had it, for frozen weights of the base that are to be the same."""
     untied: bool = False
     """Whether a tied head was trained separately, so that the config of the result must untie it."""
 

@@ -142,6 +142,8 @@ class Worker:
         count = block.size // task.stored.dtype.itemsize
         if task.update is not None or nf4 is not None:
             block = apply_update(task, block, start, nf4, norms, self._buffer(WIDE, count, FP32))
+        elif task.rounded is not None:
+            block = self.cast(block, task.stored.dtype, task.rounded, self._buffer(WIDE, count, task.rounded))
         return self.cast(block, task.dtype_before_cast, dtype, self._buffer(RESULT, count, dtype))
 
     def _buffer(self, number: int, count: int, dtype: Dtype) -> Bytes:
@@ -223,6 +225,7 @@ def run_tasks(
     progress = FileProgress(plan, folder, skip, finished)
     casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
+    casts |= {(task.stored.dtype, task.rounded) for task in plan.tasks if task.rounded}
 
     def run_task(task: Task) -> None:
         if not hasattr(of_thread, "worker"):

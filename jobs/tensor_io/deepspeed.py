@@ -43,6 +43,8 @@ class Weights(NamedTuple):
     """By the names in training: fp32 weights, frozen parameters, buffers, and shared weights under both names."""
     excludes_frozen: bool
     """Whether it was saved without its frozen parameters (`exclude_frozen_parameters`, as the Trainer does with PEFT)."""
+    compute_dtype: Dtype | None
+    """In which the engine had its parameters, frozen ones included."""
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -56,7 +58,7 @@ def find_weights(folder: Path) -> Weights:
     deepspeed_files.check_not_model_parallel(folder, model_paths)
     model_state = deepspeed_files.load(model_paths[0])
     if not any(folder.glob("*_optim_states.pt")) and deepspeed_files.stage_of_config(model_state) == 0:
-        return Weights(_whole_module(str(model_paths[0]), model_state), excludes_frozen=True)
+        return Weights(_whole_module(str(model_paths[0]), model_state), True, _compute_dtype(model_state))
     optimizer_paths = deepspeed_files.files(folder, "*_optim_states.pt")
     states = [deepspeed_files.load(path, "optimizer_state_dict") for path in optimizer_paths]
     stage = int(states[0].get("zero_stage", 1))  # BF16_Optimizer writes none, and its files are laid out like ZeRO-1's
@@ -78,7 +80,15 @@ def find_weights(folder: Path) -> Weights:
             weights[name] = weights[stored_name]
     if stage < 3:  # ZeRO-1 writes frozen parameters among the module's only, which has every parameter whole
         weights = _whole_module(str(model_paths[0]), model_state) | weights
-    return Weights(weights, excludes_frozen=stage < 2 or model_state.get("frozen_param_shapes") is None)
+    excludes_frozen = stage < 2 or model_state.get("frozen_param_shapes") is None
+    return Weights(weights, excludes_frozen, _compute_dtype(model_state))
+
+
+def _compute_dtype(model_state: dict[str, Any]) -> Dtype | None:
+    names = {name for group in model_state.get("param_shapes") or [] for name in group}
+    module = model_state.get("module") or {}
+    dtypes = {saved.dtype for name, saved in module.items() if isinstance(saved, SavedTensor) and name in names}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _whole_module(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:

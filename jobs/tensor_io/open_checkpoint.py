@@ -7,6 +7,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from jobs.tensor_io import dcp, deepspeed, safetensors
+from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
 
@@ -22,6 +23,8 @@ class Checkpoint:
     """By the names under which they were saved."""
     excludes_frozen: bool = False
     """Whether it says that it was saved without frozen weights, so that those it lacks were frozen."""
+    compute_dtype: Dtype | None = None
+    """In which training had the frozen weights, if it says so."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -33,7 +36,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             return Checkpoint(candidate, "DCP", dcp.find_tensors(candidate))
     if (zero_folder := _zero_folder(folder)) is not None:
         weights = deepspeed.find_weights(zero_folder)
-        return Checkpoint(zero_folder, "ZeRO", weights.tensors, weights.excludes_frozen)
+        return Checkpoint(zero_folder, "ZeRO", *weights)
     if (folder / "adapter_config.json").exists():
         return Checkpoint(folder, "adapter", safetensors.find_tensors(folder, "adapter_model"))
     if any(folder.glob("*.safetensors")):
