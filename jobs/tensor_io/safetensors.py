@@ -69,8 +69,9 @@ def _files(folder: Path, stem: str) -> list[str]:
             Problem("model", folder, f"{message}, so it is not known which of them are the model: {remedy}")
         )
     found = {int(match["number"]) for match in numbered}
-    if missing := sorted(set(range(1, int(numbered[0]["count"]) + 1)) - found):
-        message = f"lacks {len(missing)} of {numbered[0]['count']} files, first number {missing[0]}: copy them too"
+    count = int(numbered[0]["count"])
+    if missing := sorted(set(range(1, count + 1)) - found):
+        message = f"lacks {len(missing)} of {count} files, first number {missing[0]}: copy them too"
         raise DataError(Problem("model", folder, message))
     return names
 
