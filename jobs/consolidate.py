@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Verify
+from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
@@ -79,6 +79,7 @@ def run(config: Config) -> None:
 
     def describe(folder: Path) -> None:
         _describe(config, folder, empty_model, merge, checkpoint_info)
+        _compare_with_adapter(config, folder, merge)
         _compare_logits(config, path, folder)
 
     execute(
@@ -162,13 +163,28 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
     return merge
 
 
+def _compare_with_adapter(config: Config, folder: Path, merge: Merge) -> None:
+    """Compare a merged adapter with the base and the adapter apart, if the base is the stored one."""
+    if merge.adapter is not None and config.consolidate.base is not MergeBase.dequantised:
+        from jobs.consolidation import live_check
+        from jobs.model import build
+
+        live_check.compare_with_peft(folder, merge, lambda: build.build(_on_whole_base(config)))
+
+
+def _on_whole_base(config: Config) -> Config:
+    """The config with an adapter on base weights in fp32."""
+    adapter = dataclasses.replace(config.adapter, base=Frozen.full)
+    train = dataclasses.replace(config.train, precision=Precision.fp32)
+    return dataclasses.replace(config, adapter=adapter, train=train)
+
+
 def _adapter_plan(config: Config) -> "AdapterPlan":
     """The adapters of the run, on weights that are not quantized."""
     from jobs.consolidation import adapter_layers
     from jobs.model import build
 
-    adapter = dataclasses.replace(config.adapter, base=Frozen.full)
-    return adapter_layers.describe(build.build_on_meta(dataclasses.replace(config, adapter=adapter)))
+    return adapter_layers.describe(build.build_on_meta(_on_whole_base(config)))
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         if base.adapter is not None and base.folder is not None:
             from jobs.consolidation import live_check  # imports transformers
 
-            live_check.compare_with_peft(folder, base.folder, settings, merge)
+            live_check.compare_with_peft(folder, merge, partial(live_check.live_model, base.folder, settings))
 
     execute(
         plan,

@@ -31,6 +31,8 @@ class Merge:
     """Source -> compute dtype of training, for sources that are rounded to NF4 as training had them."""
     rounded: dict[str, Dtype] = field(default_factory=dict)
     """Source -> dtype in which training had it, for frozen weights of the base that are to be the same."""
+    adapter: "AdapterPlan | None" = None
+    """What the checkpoint has of adapters."""
     untied: bool = False
     """Whether a tied head was trained separately, so that the config of the result must untie it."""
 
@@ -78,7 +80,7 @@ def merge_model(
 
         check_complete(adapter, names.adapters)
     untied, spare = separate_tied(blueprint, names, weights, base, adapter)
-    merge = Merge([], sources, untied=bool(untied))
+    merge = Merge([], sources, adapter=adapter, untied=bool(untied))
     chosen: list[tuple[SavedName, _Source]] = []
     missing, wrong = [], []
     for saved in [*blueprint.saved, *untied]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.errors import UserError
 from conf.files import read_json, write_json
-from jobs.consolidation import external, live_check
+from jobs.consolidation import external, live_check, updates
 from tests.jobs import shards
 
 pytestmark = [
@@ -132,7 +132,7 @@ KINDS = [
 @pytest.mark.parametrize(("name", "words"), KINDS)
 def test_logits_are_those_of_peft(name, words, bases, tmp_path, monkeypatch) -> None:
     """As PEFT loads the adapter; the merge's own comparison is off, so that it cannot refuse first."""
-    monkeypatch.setattr(live_check, "MAX_BYTES", 0)
+    monkeypatch.setattr(live_check, "compare_with_peft", lambda *_: None)
     live = adapted(bases(name), **words)
     live.save_pretrained(tmp_path / "adapter")
     merged = merge(tmp_path / "adapter", bases(name), tmp_path / "out")
@@ -256,20 +256,25 @@ def test_two_adapters_are_refused_and_the_remedy_works(bases, tmp_path) -> None:
     merge(tmp_path / "adapter", bases("untied"), tmp_path / "out")
 
 
-def test_a_merge_with_other_logits_is_not_published(bases, tmp_path, monkeypatch) -> None:
-    """The comparison is made with PEFT's model, not with what was planned."""
-    from jobs.consolidation import updates
-
+@pytest.mark.parametrize(("free", "message"), [(2**40, "logits differ by"), (0, "is not what PEFT merges")])
+def test_a_wrong_merge_is_not_published(free, message, bases, tmp_path, monkeypatch) -> None:
+    """The comparison is made with PEFT's own merge, not with what was planned."""
     adapted(bases("tied")).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(live_check, "_available_bytes", lambda: free)
     real = updates._make_update
     monkeypatch.setattr(
         updates, "_make_update", lambda layer, parts: real(layer, {**parts, "lora_A": 2 * parts["lora_A"]})
     )
-    refused(tmp_path / "adapter", bases("tied"), tmp_path / "out", "logits differ by .*so it is not published")
+    refused(tmp_path / "adapter", bases("tied"), tmp_path / "out", f"{message}.* not published")
 
 
-def test_models_too_large_for_memory_are_not_compared(bases, tmp_path, monkeypatch, capsys) -> None:
-    adapted(bases("tied")).save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize(
+    "words", [{}, {"use_dora": True, "target_modules": "all-linear"}, {"target_modules": ["embed_tokens"]}]
+)
+def test_layers_of_models_too_large_for_memory_are_compared(words, bases, tmp_path, monkeypatch, capsys) -> None:
+    adapted(bases("tied"), **words).save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(live_check, "_available_bytes", lambda: 1000)
     merge(tmp_path / "adapter", bases("tied"), tmp_path / "out")
-    assert "logits not compared: two models in fp32 need 0.0 GiB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "logits not compared: two models in fp32 need" in said
+    assert ("verified  4 adapted layers equal PEFT's" in said) is ("embed_tokens" not in str(words))
