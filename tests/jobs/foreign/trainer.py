@@ -14,12 +14,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "saved-head": {"modules_to_save": ["lm_head"]},
 }
+NOT_TRAINABLE = (("z3", "dora"), ("z3", "saved-head"))
+"""DeepSpeed's ZeRO-3 refuses the mixed dtypes of what PEFT trains here."""
 CASES = {
     f"trainer-{layout}-{kind}-{model}": (layout, kind, model)
     for layout in ("ddp", "z1", "z2", "z3")
     for kind in ("whole", *ADAPTERS)
     for model in ("untied", "tied")
-    if kind == "whole" or (model == "untied" and layout != "z1")
+    if kind == "whole" or (model == "untied" and layout != "z1" and (layout, kind) not in NOT_TRAINABLE)
 }
 
 
