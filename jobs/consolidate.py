@@ -4,12 +4,13 @@ python -m jobs consolidate RUN/config.yaml                          for a run of
 python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     for an FSDP or DeepSpeed checkpoint of any program
 """
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Verify
+from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
@@ -17,13 +18,17 @@ from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder
 from jobs.consolidation import external, model_card, weight_names
 from jobs.consolidation.execute import execute, worker_count
-from jobs.consolidation.merge import AdapterSettings, Merge, merge_adapter_only, merge_model, use_dequantized_base
+from jobs.consolidation.merge import Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
+from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.rank_coordinator import RankCoordinator
 from jobs.consolidation.weight_names import CannotStream
 from jobs.tensor_io import dtypes, safetensors
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
 from jobs.tensor_io.wrapper_names import without_torch_wrappers
+
+if TYPE_CHECKING:
+    from jobs.consolidation.adapter_layers import AdapterPlan
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +79,7 @@ def run(config: Config) -> None:
 
     def describe(folder: Path) -> None:
         _describe(config, folder, empty_model, merge, checkpoint_info)
+        _compare_with_adapter(config, folder, merge)
         _compare_logits(config, path, folder)
 
     execute(
@@ -135,23 +141,50 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
 
     dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
     has_adapter = config.adapter.kind is not AdapterKind.none
-    weights = weight_names.strip_prefixes(checkpoint.tensors, empty_model.state_dict())
     if config.consolidate.adapter_only:
-        return merge_adapter_only(weights, dtype)
+        return merge_adapter_only(strip_prefixes(checkpoint.tensors, empty_model.state_dict()), dtype)
+    blueprint = weight_names.blueprint_of_model(empty_model)
+    weights = strip_prefixes(checkpoint.tensors, blueprint.names)
+    adapter = _adapter_plan(config) if has_adapter else None
+    frozen = {name for name, parameter in empty_model.named_parameters() if not parameter.requires_grad}
+    if adapter is not None:
+        frozen = (blueprint.live.keys() | blueprint.tied.keys()) - adapter.trained
     base = {}
-    if config.model.init is Init.pretrained and (has_adapter or dtype is None):
+    if config.model.init is Init.pretrained and (frozen or dtype is None):
         folder = find_or_download(config.model.source, config.model.revision)
         if folder is None and has_adapter:
             raise CannotStream(f"{config.model.source} has no safetensors files")
         base = safetensors.find_tensors(folder) if folder else {}
-    settings = AdapterSettings(config.adapter.alpha, config.adapter.rslora) if has_adapter else None
-    blueprint = weight_names.blueprint_of_model(empty_model)
-    merge = merge_model(blueprint, weights, base, dtype, settings)
+    merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
     if config.consolidate.base is MergeBase.dequantised:
         layers = quantized_linear.quantized_layers(build.build_on_meta(config))
         compute_dtype = str(build.compute_dtype(config)).removeprefix("torch.")
         use_dequantized_base(merge, blueprint, layers, dtypes.by_name(compute_dtype))
     return merge
+
+
+def _compare_with_adapter(config: Config, folder: Path, merge: Merge) -> None:
+    """Compare a merged adapter with the base and the adapter apart, if the base is the stored one."""
+    if merge.adapter is not None and config.consolidate.base is not MergeBase.dequantised:
+        from jobs.consolidation import live_check
+        from jobs.model import build
+
+        live_check.compare_with_peft(folder, merge, lambda: build.build(_on_whole_base(config)))
+
+
+def _on_whole_base(config: Config) -> Config:
+    """The config with an adapter on base weights in fp32."""
+    adapter = dataclasses.replace(config.adapter, base=Frozen.full)
+    train = dataclasses.replace(config.train, precision=Precision.fp32)
+    return dataclasses.replace(config, adapter=adapter, train=train)
+
+
+def _adapter_plan(config: Config) -> "AdapterPlan":
+    """The adapters of the run, on weights that are not quantized."""
+    from jobs.consolidation import adapter_layers
+    from jobs.model import build
+
+    return adapter_layers.describe(build.build_on_meta(_on_whole_base(config)))
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:

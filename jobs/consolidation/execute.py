@@ -34,12 +34,14 @@ def execute(
     describe: Callable[[Path], None],
     muster_json: dict[str, Any],
     check: Check | None = None,
+    verified: bool = True,
 ) -> None:
     """Write, verify and publish `target`; a folder that is already there is moved aside.
 
     `describe` writes the files beside the weights into the folder that it is given. `check` is called before bytes of the
-    checkpoint are read. Other ranks of the job call this function with the same plan, and write their share of the files.
-    Raises RunError, also when `check` does, or when a weight is not what training recorded.
+    checkpoint are read. `verified` is false if nothing said which weights the model has. Other ranks of the job call this
+    function with the same plan, and write their share of the files. Raises RunError, also when `check` does, or when a weight
+    is not what training recorded.
     """
     with RankCoordinator(target) as coordinator:
         writer = _RankWriter(plan, threads, checkpoint, check, coordinator)
@@ -59,7 +61,7 @@ def execute(
             describe(folder)
             move_aside(target)
             checksums = {name: dict(sorted(checksums[name].items())) for name in plan.sizes}
-            output_folder.publish_result(folder, target, plan, muster_json | {"xxh3": checksums})
+            output_folder.publish_result(folder, target, plan, muster_json | {"xxh3": checksums}, verified)
     if compared := sum(task.sha256 is not None for task in plan.tasks):
         log.info(f"{compared} weights equal those in training, bit for bit")
 

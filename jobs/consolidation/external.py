@@ -4,28 +4,32 @@ import argparse
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.choices import OutputDtype
 from conf.errors import DataError, Problem
 from conf.files import read_json
 from jobs.consolidation import estimate, model_card
 from jobs.consolidation.execute import execute, worker_count
-from jobs.consolidation.merge import AdapterSettings, Merge, merge_model, merge_without_base
+from jobs.consolidation.merge import Merge, adapter_weights_from_base, merge_model, merge_without_base
 from jobs.consolidation.plan import make_plan
+from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.weight_names import (
     Blueprint,
     CannotStream,
     blueprint_of_files,
     blueprint_of_model,
-    split_adapters,
-    strip_prefixes,
+    is_from_base,
+    split_names,
 )
 from jobs.distributed import logs
 from jobs.tensor_io import safetensors
 from jobs.tensor_io.dtypes import PRECISIONS, Dtype
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.open_checkpoint import Checkpoint, adapter_settings, file_versions, open_checkpoint
+
+if TYPE_CHECKING:
+    from jobs.consolidation.adapter_layers import AdapterPlan
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = adapter_settings(checkpoint.folder) or {}
     base = Base(options.base or settings.get("base_model_name_or_path"))
     dtype = PRECISIONS.get(options.dtype)  # None for `original`
-    merge = _merge(checkpoint.tensors, base, dtype, settings)
+    merge = _merge(checkpoint, base, dtype, settings, options.prefix)
     muster_json = {
         "checkpoint": checkpoint.folder.name, "dtype": options.dtype, "digest": None, "adapter_only": False,
     }  # fmt: skip
@@ -48,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         merge.sources,
         shard_bytes=int(options.shard_gib * 2**30),
         updates=merge.updates,
+        rounded=merge.rounded,
         identity=muster_json | {"files": file_versions(merge.sources)},
     )
     threads = options.workers or worker_count()
@@ -59,7 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.out is None:
         raise DataError(Problem("--out", None, "is missing: name the folder to make, or add --plan"))
-    describe = partial(_describe, base=base, merge=merge, checkpoint=checkpoint, title=options.out.name)
+
+    def describe(folder: Path) -> None:
+        _describe(folder, base=base, merge=merge, checkpoint=checkpoint, title=options.out.name)
+        if base.adapter is not None and base.folder is not None:
+            from jobs.consolidation import live_check  # imports transformers
+
+            live_check.compare_with_peft(folder, merge, partial(live_check.live_model, base.folder, settings))
+
     execute(
         plan,
         options.out,
@@ -67,10 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint=checkpoint.folder,
         describe=describe,
         muster_json=muster_json,
+        verified=base.source is not None,
     )
     log.info(f"model     {options.out}")
     if base.source is None:
         log.info("without --base, no config.json and no tokenizer are written beside the weights")
+        log.info("not verified: whether these are all weights of a model is known only with --base")
 
 
 class Base:
@@ -82,6 +96,8 @@ class Base:
         self.tensors: dict[str, StoredTensor] = {}
         self.empty_model: Any = None
         """The model on the meta device, if it had to be built."""
+        self.adapter: AdapterPlan | None = None
+        """The adapters of the checkpoint, if it has any."""
         if self.folder and any(self.folder.glob("*.safetensors")):
             self.tensors = safetensors.find_tensors(self.folder)
 
@@ -92,17 +108,18 @@ class Base:
         if self.source and self.folder is None and (folder := find_or_download(self.source, None)):
             self.folder, self.tensors = folder, safetensors.find_tensors(folder)
 
-    def blueprint(self, source: str, tensors: dict[str, StoredTensor]) -> Blueprint:
-        """From the base's files if they name all weights of the checkpoint, else from its model class.
+    def blueprint(self, source: str, tensors: dict[str, StoredTensor], prefix: str | None, adapted: bool) -> Blueprint:
+        """From the base's files if they name all weights of a checkpoint without adapters, else from its model class.
 
         Raises DataError for a model that cannot be streamed.
         """
-        if self.folder:
+        if self.folder and not adapted:
             config = read_json(self.folder / "config.json") or {}
             blueprint = blueprint_of_files(config, {name: stored.shape for name, stored in self.tensors.items()})
             if blueprint is not None:
-                names, _ = split_adapters(strip_prefixes(tensors, blueprint.live))
-                if blueprint.live.keys() <= names.keys() <= blueprint.live.keys() | blueprint.tied.keys():
+                names = split_names(strip_prefixes(tensors, blueprint.names, prefix))
+                known = blueprint.live.keys() | blueprint.tied.keys()
+                if not names.adapters and blueprint.live.keys() <= names.whole.keys() <= known:
                     return blueprint
         self.empty_model = model_card.empty_model(source)
         try:
@@ -112,30 +129,56 @@ class Base:
             raise DataError(Problem("--base", source, message)) from error
 
 
-def _merge(tensors: dict[str, StoredTensor], base: Base, dtype: Dtype | None, settings: dict[str, Any]) -> Merge:
+def _merge(
+    checkpoint: Checkpoint, base: Base, dtype: Dtype | None, settings: dict[str, Any], prefix: str | None
+) -> Merge:
     if base.source is None:
-        return merge_without_base(strip_prefixes(tensors), dtype)
-    blueprint = base.blueprint(base.source, tensors)
-    weights = strip_prefixes(tensors, blueprint.live)
-    _, adapters = split_adapters(weights)
-    needs_base = bool(adapters) or dtype is None
+        if checkpoint.excludes_frozen:
+            log.info(
+                "weights that were frozen may be missing (exclude_frozen_parameters): with --base they come from there"
+            )
+        return merge_without_base(strip_prefixes(checkpoint.tensors, prefix=prefix), dtype)
+    blueprint = base.blueprint(base.source, checkpoint.tensors, prefix, bool(settings))
+    weights = strip_prefixes(checkpoint.tensors, blueprint.names, prefix)
+    names = split_names(weights)
+    from_base: frozenset[str] = frozenset()
+    if checkpoint.excludes_frozen:
+        from_base = blueprint.names - names.whole.keys()
+    if names.adapters or settings:
+        base.adapter = _adapter(base.source, settings)
+        from_base = adapter_weights_from_base(blueprint, names, base.adapter, from_base)
+    needs_base = bool(from_base) or dtype is None
     if needs_base:
         base.fetch_weights()
-    if adapters and "lora_alpha" not in settings:
-        message = "is not beside the checkpoint: copy it there, it holds the alpha of the adapter"
+    merge = merge_model(blueprint, weights, base.tensors if needs_base else {}, dtype, base.adapter, from_base)
+    if served := sum(is_from_base(output.source) for output in merge.outputs):
+        log.info(
+            f"{served} of {len(merge.outputs)} weights come from the base: the checkpoint was saved without frozen weights"
+        )
+    if base.adapter is None and checkpoint.compute_dtype is not None:
+        frozen = [output.source for output in merge.outputs if is_from_base(output.source)]
+        merge.rounded = dict.fromkeys(frozen, checkpoint.compute_dtype)
+    return merge
+
+
+def _adapter(source: str, settings: dict[str, Any]) -> "AdapterPlan":
+    from jobs.consolidation import adapter_layers  # imports torch and PEFT
+
+    if "peft_type" not in settings:
+        message = "is not beside the checkpoint: copy it there, it holds the kind and the alpha of the adapter"
         raise DataError(Problem("adapter_config.json", None, message))
-    scaling = AdapterSettings(
-        float(settings.get("lora_alpha", 1)), bool(settings.get("use_rslora")), settings.get("alpha_pattern") or {}
+    wrapped = adapter_layers.wrap(model_card.empty_model(source), settings)
+    return adapter_layers.describe(
+        wrapped, settings.get("init_lora_weights", True), bool(settings.get("ensure_weight_tying"))
     )
-    return merge_model(blueprint, weights, base.tensors if needs_base else {}, dtype, scaling)
 
 
-def _describe(folder: Path, base: Base, merge: Merge, checkpoint: Checkpoint, title: str) -> None:
+def _describe(folder: Path, *, base: Base, merge: Merge, checkpoint: Checkpoint, title: str) -> None:
     """Write the files beside the weights."""
     if base.empty_model is not None:
         model_card.write_model(folder, base.empty_model, merge)
     elif base.folder is not None:
-        model_card.copy_model(folder, base.folder, merge.main_dtype())
+        model_card.copy_model(folder, base.folder, merge)
     candidates = [checkpoint.folder, checkpoint.folder.parent, *([base.folder] if base.folder else [])]
     model_card.copy_tokenizer(folder, candidates)
     rows = {"base model": base.source, "checkpoint": checkpoint.folder.name, "format": checkpoint.kind}
@@ -161,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=[item.name for item in OutputDtype if item is not OutputDtype.auto], default="bf16",
         help="dtype of the result (default: bf16); `original` keeps that of each weight in the base",
     )  # fmt: skip
+    parser.add_argument(
+        "--prefix",
+        help="what stands before the names of the weights to merge, if a checkpoint holds several sets of them",
+    )
     parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file, in GiB (default: 5)")
     parser.add_argument("--workers", type=int, help="threads (default: one per CPU, at least 4, at most 32)")
     parser.add_argument("--plan", action="store_true", help="print bytes to read and write, memory and time, and stop")

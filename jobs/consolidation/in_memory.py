@@ -15,8 +15,8 @@ from conf.files import new_folder, write_json
 from conf.schema import Config
 from jobs.checkpoint import checkpointing
 from jobs.consolidation.execute import move_aside
-from jobs.consolidation.merge import read_tensor
-from jobs.consolidation.weight_names import strip_prefixes
+from jobs.consolidation.prefixes import strip_prefixes
+from jobs.consolidation.updates import read_tensor
 from jobs.model import build
 from jobs.tensor_io.open_checkpoint import Checkpoint
 from jobs.tensor_io.reader import OpenFiles, Reader

@@ -1,7 +1,6 @@
-"""What a low-rank adapter (LoRA, rsLoRA, DoRA) adds to a block of rows of its base weight, in fp32; and base weights in NF4."""
+"""What a low-rank adapter (LoRA, DoRA) adds to a block of rows of its base weight, in fp32; and base weights in NF4."""
 
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,19 +10,71 @@ from jobs.model import quantized_linear
 
 @dataclass(frozen=True, eq=False)
 class LoraUpdate:
-    """B @ A * scale for one base weight; with `magnitude` it is DoRA's."""
+    """B @ A * scale for one base weight; with `magnitude` it is DoRA's.
+
+    The weights of several experts lie one below the other: each has `rows_per_expert` rows and its own `rank` rows of A.
+    """
 
     a: torch.Tensor
-    """(rank, columns), fp32."""
+    """(rank, columns), fp32; with experts (experts x rank, columns)."""
     b: torch.Tensor
     """(rows, rank), fp32."""
     scale: float
     magnitude: torch.Tensor | None = None
-    """(rows,), fp32: the norms of the rows of the merged weight."""
+    """(rows,), fp32: the norms of the rows of the merged weight; of its columns, if the weight is stored transposed."""
+    of_columns: bool = False
+    """Whether `magnitude` holds the norms of columns."""
+    rows_per_expert: int = 0
+    """0: the weight is one matrix."""
+    first_row: int = 0
+    """Row of the whole weight at which `b` begins."""
 
     def transposed(self) -> "LoraUpdate":
         """For weights stored as (columns, rows): embeddings and Conv1D layers."""
-        return LoraUpdate(self.b.T.contiguous(), self.a.T.contiguous(), self.scale, self.magnitude)
+        return replace(self, a=self.b.T.contiguous(), b=self.a.T.contiguous(), of_columns=self.magnitude is not None)
+
+    def rows(self, first: int, count: int) -> "LoraUpdate":
+        """The update of `count` rows from `first` on, for a tensor that holds only these."""
+        magnitude = (
+            self.magnitude if self.magnitude is None or self.of_columns else self.magnitude[first : first + count]
+        )
+        return replace(self, b=self.b[first : first + count], magnitude=magnitude, first_row=self.first_row + first)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight that it is for."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+def expert_update(a: torch.Tensor, b: torch.Tensor, scale: float, experts: int, *, transposed: bool) -> LoraUpdate:
+    """The update of all experts in one weight, from PEFT's matrices: A (experts x rank, in), B (out, rank x experts).
+
+    The weight is (experts, out, in), or with `transposed` (experts, in, out).
+    """
+    rank = a.shape[0] // experts
+    matrices_a = a.view(experts, rank, -1)
+    matrices_b = b.view(b.shape[0], rank, experts).permute(2, 0, 1)
+    left, right = (matrices_a.mT, matrices_b.mT) if transposed else (matrices_b, matrices_a)
+    return LoraUpdate(
+        right.reshape(experts * rank, -1).contiguous(), left.reshape(-1, rank).contiguous(), scale,
+        rows_per_expert=left.shape[1],
+    )  # fmt: skip
+
+
+class ColumnNorms:
+    """The norms of the columns of a merged weight, summed up block by block: DoRA on weights that are stored transposed."""
+
+    def __init__(self, update: LoraUpdate) -> None:
+        self.update, self._squares = update, torch.zeros(update.a.shape[1], dtype=torch.float64)
+
+    def collect(self, block: torch.Tensor, first_row: int) -> None:
+        """The next rows, in fp32; they are changed."""
+        add_product(block, self.update, first_row)
+        self._squares += block.square().sum(0, dtype=torch.float64)
+
+    def norms(self) -> torch.Tensor:
+        """(columns,), fp32."""
+        return self._squares.sqrt().float()
 
 
 class Nf4Rounder:
@@ -56,15 +107,31 @@ class Nf4Rounder:
         return quantized_linear.dequantize_nf4(packed, absmax, (1, elements.numel()), self.dtype).view(-1)
 
 
-def scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """alpha / r for LoRA, alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski 2023)."""
-    return alpha / (sqrt(rank) if rslora else rank)
+def add(block: torch.Tensor, update: LoraUpdate, first_row: int, column_norms: torch.Tensor | None = None) -> None:
+    """Merge the adapter into `block` in place: fp32 (rows, columns), the rows of the weight from `first_row` on.
 
-
-def add(block: torch.Tensor, update: LoraUpdate, first_row: int) -> None:
-    """Merge the adapter into `block` in place: fp32 (rows, columns), the rows of the weight from `first_row` on."""
+    `column_norms` are those of the whole weight, for an update with `of_columns`.
+    """
+    add_product(block, update, first_row)
+    if update.magnitude is None:
+        return
+    if column_norms is not None:
+        block.mul_(update.magnitude / column_norms)
+        return
     rows = slice(first_row, first_row + block.shape[0])
-    block.addmm_(update.b[rows], update.a, alpha=update.scale)
-    if update.magnitude is not None:
-        norm = torch.linalg.vector_norm(block, dim=1)
-        block.mul_((update.magnitude[rows] / norm).unsqueeze(1))
+    norm = torch.linalg.vector_norm(block, dim=1)
+    block.mul_((update.magnitude[rows] / norm).unsqueeze(1))
+
+
+def add_product(block: torch.Tensor, update: LoraUpdate, first_row: int) -> None:
+    """Add B @ A * scale, without DoRA's norms."""
+    if not update.rows_per_expert:
+        block.addmm_(update.b[first_row : first_row + block.shape[0]], update.a, alpha=update.scale)
+        return
+    rank, row = update.b.shape[1], 0
+    while row < block.shape[0]:
+        expert, inside = divmod(update.first_row + first_row + row, update.rows_per_expert)
+        count = min(block.shape[0] - row, update.rows_per_expert - inside)
+        b = update.b[first_row + row : first_row + row + count]
+        block[row : row + count].addmm_(b, update.a[expert * rank : (expert + 1) * rank], alpha=update.scale)
+        row += count

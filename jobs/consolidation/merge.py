@@ -1,47 +1,23 @@
 """Decides which tensors the result has, and what each is made of: a weight of the checkpoint or of the base, plus an adapter."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
-from jobs.consolidation.weight_names import Blueprint, SavedName, split_adapters
-from jobs.tensor_io.dtypes import Dtype, as_tensor
+from jobs.consolidation.quantized import check_no_cast
+from jobs.consolidation.tied_weights import separate_tied
+from jobs.consolidation.weight_names import AGAIN, BASE, Blueprint, CheckpointNames, SavedName, split_names
+from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
-from jobs.tensor_io.reader import OpenFiles, Reader
 
-if TYPE_CHECKING:  # both are imported only if there is an adapter
-    import torch
-
+if TYPE_CHECKING:  # both import torch, which a merge without an adapter does not need
+    from jobs.consolidation.adapter_layers import AdapterPlan
     from jobs.consolidation.lora import LoraUpdate
 
-Adapters = dict[str, dict[str, str]]
-"""Live name -> kind (lora_A, lora_B, ...) -> name in the checkpoint."""
-BASE = "base:"
-"""Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
 MAX_LISTED = 3
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """How an adapter is scaled; fields as in adapter_config.json."""
-
-    alpha: float = 1.0
-    rslora: bool = False
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Regular expression of module names -> alpha, if it is not the same for all."""
-
-    def scale(self, weight: str, rank: int) -> float:
-        """The factor of B @ A for an adapter of this rank on `weight`, a live name."""
-        from jobs.consolidation.lora import scale
-
-        module = weight.removesuffix(".weight")
-        matching = (alpha for key, alpha in self.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
-        return scale(next(matching, self.alpha), rank, self.rslora)
 
 
 @dataclass
@@ -53,6 +29,10 @@ class Merge:
     updates: "dict[str, LoraUpdate]" = field(default_factory=dict)
     nf4_sources: dict[str, Dtype] = field(default_factory=dict)
     """Source -> compute dtype of training, for sources that are rounded to NF4 as training had them."""
+    rounded: dict[str, Dtype] = field(default_factory=dict)
+    """Source -> dtype in which training had it, for frozen weights of the base that are to be the same."""
+    adapter: "AdapterPlan | None" = None
+    """What the checkpoint has of adapters."""
     untied: bool = False
     """Whether a tied head was trained separately, so that the config of the result must untie it."""
 
@@ -65,12 +45,15 @@ class Merge:
 
 
 def merge_without_base(weights: dict[str, StoredTensor], dtype: Dtype | None) -> Merge:
-    """Every weight under its own name, if no model is given to compare with. Raises DataError if there are adapters."""
-    _, adapters = split_adapters(weights)
-    if adapters:
+    """Every weight under its own name, if no model is given to compare with.
+
+    Raises DataError if there are adapters, or quantized weights that would be cast without their scales.
+    """
+    if adapters := split_names(weights).adapters:
         message = f"{len(adapters)} weights have adapters: name the model that the adapters were trained on"
         raise DataError(Problem("--base", None, message))
     outputs = [Output(key, stored.shape, _output_dtype(stored, dtype), key) for key, stored in weights.items()]
+    check_no_cast(outputs, weights)
     return Merge(outputs, weights)
 
 
@@ -79,21 +62,29 @@ def merge_model(
     weights: dict[str, StoredTensor],
     base: dict[str, StoredTensor],
     dtype: Dtype | None,
-    settings: AdapterSettings | None,
+    adapter: "AdapterPlan | None" = None,
+    from_base: Collection[str] = (),
 ) -> Merge:
     """Every tensor of the model folder, in `dtype`; None keeps the dtype that each weight has in `base`.
 
-    Raises DataError if a weight is missing, unknown to the model or of another shape.
+    `from_base` are the live names that the base may serve: weights that were frozen. All others must be in the checkpoint.
+    Raises DataError if a weight is missing, unknown to the model, of another shape or not used.
     """
-    keys, adapters = split_adapters(weights)
-    keys, untied = _without_tied_names(blueprint, keys, weights)
+    names = split_names(weights)
     sources = {**weights, **{BASE + name: stored for name, stored in base.items()}}
-    merge = Merge([], sources, untied=bool(untied))
-    known = blueprint.live.keys() | blueprint.tied.keys()
-    wrong = sorted(name for name in [*keys, *adapters] if name not in known)
-    missing = []
+    if names.adapters and adapter is None:
+        message = f"holds adapters on {len(names.adapters)} modules: copy adapter_config.json beside it"
+        raise DataError(Problem("checkpoint", None, message))
+    if adapter is not None:
+        from jobs.consolidation.adapter_layers import check_complete
+
+        check_complete(adapter, names.adapters)
+    untied, spare = separate_tied(blueprint, names, weights, base, adapter)
+    merge = Merge([], sources, adapter=adapter, untied=bool(untied))
+    chosen: list[tuple[SavedName, _Source]] = []
+    missing, wrong = [], []
     for saved in [*blueprint.saved, *untied]:
-        source = _find_source(saved, blueprint, keys, base)
+        source = _find_source(saved, blueprint, names, base, from_base)
         if source is None:
             missing.append(saved.name)
             continue
@@ -102,18 +93,50 @@ def merge_model(
             label = source.name.removeprefix(BASE) if source.name.startswith(BASE) else saved.live
             wrong.append(f"{label} {list(stored.shape)} instead of {list(source.shape)}")
             continue
+        if saved in untied and any(taken.name == source.name for _, taken in chosen):
+            sources[AGAIN + source.name] = stored
+            source = source._replace(name=AGAIN + source.name)
+        chosen.append((saved, source))
         in_base = base.get(blueprint.base_name(saved, base) or "", stored)
-        output_dtype = _output_dtype(in_base, dtype)
-        merge.outputs.append(Output(saved.name, saved.shape, output_dtype, source.name, source.start))
+        merge.outputs.append(Output(saved.name, saved.shape, _output_dtype(in_base, dtype), source.name, source.start))
+    used = {source.name.removeprefix(AGAIN) for _, source in chosen} | spare
+    if not wrong:
+        wrong = sorted(name for name, key in names.whole.items() if key not in used)
     if missing or wrong:
-        message = (
-            f"does not fit the model: missing {missing[:MAX_LISTED]}, unknown or of another shape {wrong[:MAX_LISTED]}"
-        )
-        remedy = "name the model that was trained (model.source, --base)"
-        raise DataError(Problem("checkpoint", None, f"{message}; {remedy}"))
-    if adapters:
-        _add_adapters(merge, blueprint, keys, adapters, settings or AdapterSettings())
+        raise _does_not_fit(missing, wrong, bool(base), names)
+    check_no_cast(merge.outputs, sources)
+    if adapter is not None:
+        from jobs.consolidation.updates import add_adapters
+
+        placed = [(saved, source.name, source.start) for saved, source in chosen]
+        merge.updates = add_adapters(sources, blueprint, names, adapter, placed)
     return merge
+
+
+def adapter_weights_from_base(
+    blueprint: Blueprint, names: CheckpointNames, adapter: "AdapterPlan", excluded: Collection[str]
+) -> frozenset[str]:
+    """Live names of the weights that the base may serve under an adapter: all that were frozen, if the checkpoint has none of them.
+
+    A checkpoint with some frozen weights should have them all, except those in `excluded`, which it says it was saved without.
+    Embeddings may be there alone: PEFT writes those that have an adapter or new tokens into the folder of the adapter.
+    """
+    frozen = (blueprint.live.keys() | blueprint.tied.keys()) - adapter.trained
+    whole = {name for name, key in names.whole.items() if name in frozen and ".base_layer." not in key}
+    embeddings = {name for name in whole if name.rpartition(".")[0] in adapter.embeddings}
+    return frozenset(excluded if whole - embeddings else frozen)
+
+
+def _does_not_fit(missing: list[str], wrong: list[str], has_base: bool, names: CheckpointNames) -> DataError:
+    message = (
+        f"does not fit the model: {len(missing)} weights missing {missing[:MAX_LISTED]}, {len(wrong)} unknown or of another "
+        f"shape {wrong[:MAX_LISTED]}"
+    )
+    remedy = "name the model that was trained (model.source, --base)"
+    if missing and not wrong and (names.whole or names.adapters):
+        served = "; the base serves only weights that were frozen in training" if has_base else ""
+        remedy = f"copy or save the checkpoint with all of its weights{served}"
+    return DataError(Problem("checkpoint", None, f"{message}; {remedy}"))
 
 
 def use_dequantized_base(merge: Merge, blueprint: Blueprint, layers: Iterable[str], compute_dtype: Dtype) -> None:
@@ -126,12 +149,12 @@ def use_dequantized_base(merge: Merge, blueprint: Blueprint, layers: Iterable[st
 
 def merge_adapter_only(weights: dict[str, StoredTensor], dtype: Dtype | None) -> Merge:
     """The adapters, and the modules that PEFT trained whole, under PEFT's names in files. Raises DataError if there are none."""
-    keys, adapters = split_adapters(weights)
-    if not adapters:
+    names = split_names(weights)
+    if not names.adapters:
         message = "this checkpoint has no adapters: remove it, or name the checkpoint of a run with an adapter"
         raise DataError(Problem("consolidate.adapter_only", True, message))
-    wanted = [key for kinds in adapters.values() for key in kinds.values()]
-    wanted += [key for key in keys.values() if ".modules_to_save." in key]
+    wanted = [key for kinds in names.adapters.values() for key in kinds.values()]
+    wanted += [key for key in names.whole.values() if ".modules_to_save." in key]
     outputs = []
     for key in wanted:
         name = f"base_model.model.{_ADAPTER_NAME.sub('', key.removeprefix('base_model.model.'))}"
@@ -151,27 +174,6 @@ def _output_dtype(stored: StoredTensor, dtype: Dtype | None) -> Dtype:
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
 
-def _without_tied_names(
-    blueprint: Blueprint, keys: dict[str, str], weights: dict[str, StoredTensor]
-) -> tuple[dict[str, str], list[SavedName]]:
-    """`keys` without the second names of tied weights, and the weights that are no longer tied.
-
-    A weight under its second name is used if it has none under the first. If PEFT trained a tied head separately
-    (modules_to_save), it is a weight of its own.
-    """
-    remaining, untied = {}, []
-    for name, key in keys.items():
-        first = blueprint.tied.get(name)
-        if first is None:
-            remaining[name] = key
-        elif ".modules_to_save." in key:
-            remaining[name] = key
-            untied.append(SavedName(name, weights[key].shape, name))
-        elif first not in keys:
-            remaining.setdefault(first, key)
-    return remaining, untied
-
-
 class _Source(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -181,72 +183,16 @@ class _Source(NamedTuple):
 
 
 def _find_source(
-    saved: SavedName, blueprint: Blueprint, keys: dict[str, str], base: dict[str, StoredTensor]
+    saved: SavedName,
+    blueprint: Blueprint,
+    names: CheckpointNames,
+    base: dict[str, StoredTensor],
+    from_base: Collection[str],
 ) -> _Source | None:
-    """The weight of the checkpoint, or else of the base, that has the elements of a tensor."""
-    if saved.live in keys:
-        return _Source(keys[saved.live], blueprint.live.get(saved.live, saved.shape), saved.start)
-    name = blueprint.base_name(saved, base)
+    """The weight of the checkpoint, under its live name or that of files, or else of the base, with the elements of a tensor."""
+    if saved.live in names.whole:
+        return _Source(names.whole[saved.live], blueprint.live.get(saved.live, saved.shape), saved.start)
+    if saved.name in names.whole:
+        return _Source(names.whole[saved.name], saved.shape, 0)
+    name = blueprint.base_name(saved, base) if saved.live in from_base or saved.name in from_base else None
     return _Source(BASE + name, saved.shape, 0) if name else None
-
-
-def _add_adapters(
-    merge: Merge, blueprint: Blueprint, keys: dict[str, str], adapters: Adapters, settings: AdapterSettings
-) -> None:
-    """Read the adapters, which are small, and give every source its own rows of them. Raises DataError if one does not fit."""
-    base = {key.removeprefix(BASE) for key in merge.sources if key.startswith(BASE)}
-    for name, parts in _read_adapters(merge.sources, adapters).items():
-        update = _make_update(name, parts, name in blueprint.transposed, settings)
-        rows, columns = blueprint.live[name]
-        if (update.b.shape[0], update.a.shape[1]) != (rows, columns):
-            size = f"{update.b.shape[0]} x {update.a.shape[1]}"
-            message = f"{name} is {rows} x {columns}, but its adapter {size}: was it trained on another base?"
-            raise DataError(Problem("model.source", None, message))
-        if name in keys:
-            merge.updates[keys[name]] = update
-            continue
-        for saved in blueprint.saved:  # the files of a base may have a fused weight in several tensors
-            if saved.live == name:
-                key = BASE + str(blueprint.base_name(saved, base))
-                merge.updates[key] = _rows_of_update(update, saved.start // columns, saved.shape[0])
-
-
-def _read_adapters(sources: dict[str, StoredTensor], adapters: Adapters) -> "dict[str, dict[str, torch.Tensor]]":
-    files = OpenFiles()
-    reader = Reader(files)
-    try:
-        return {
-            name: {kind: read_tensor(reader, sources[key]) for kind, key in kinds.items()}
-            for name, kinds in adapters.items()
-        }
-    finally:
-        files.close()
-
-
-def _rows_of_update(update: "LoraUpdate", first: int, count: int) -> "LoraUpdate":
-    from jobs.consolidation.lora import LoraUpdate
-
-    magnitude = None if update.magnitude is None else update.magnitude[first : first + count]
-    return LoraUpdate(update.a, update.b[first : first + count], update.scale, magnitude)
-
-
-def _make_update(
-    name: str, parts: "dict[str, torch.Tensor]", transposed: bool, settings: AdapterSettings
-) -> "LoraUpdate":
-    from jobs.consolidation.lora import LoraUpdate
-
-    is_embedding = "lora_embedding_A" in parts
-    kind_a, kind_b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
-    if missing := [kind for kind in (kind_a, kind_b) if kind not in parts]:
-        message = f"has no {missing[0]} for the adapter of {name}: save the adapter again, or merge another step"
-        raise DataError(Problem("checkpoint", None, message))
-    a, b = parts[kind_a], parts[kind_b]
-    update = LoraUpdate(a, b, settings.scale(name, a.shape[0]), parts.get("lora_magnitude_vector"))
-    return update.transposed() if is_embedding or transposed else update
-
-
-def read_tensor(reader: Reader, stored: StoredTensor) -> "torch.Tensor":
-    """A whole stored tensor in fp32, for small ones."""
-    flat = np.empty(stored.nbytes, np.uint8)
-    reader.fill(stored, 0, flat)
-    return as_tensor(flat, stored.dtype).view(stored.shape).float()

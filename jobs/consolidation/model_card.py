@@ -14,7 +14,6 @@ from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs.consolidation.merge import Merge
-from jobs.tensor_io.dtypes import Dtype
 
 MODEL_CARD = "README.md"
 
@@ -55,7 +54,8 @@ def write_model(folder: Path, model: Any, merge: Merge) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.dtype = merge.main_dtype().torch
     if merge.untied:
-        model.config.tie_word_embeddings = False
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     model.config.save_pretrained(folder)
     if model.can_generate():
         (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(folder)
@@ -94,11 +94,13 @@ def copy_tokenizer(folder: Path, candidates: list[Path]) -> None:
             return
 
 
-def copy_model(folder: Path, base: Path, dtype: Dtype) -> None:
-    """Copy config.json of the base, with another dtype, and its generation config."""
+def copy_model(folder: Path, base: Path, merge: Merge) -> None:
+    """Copy config.json of the base, with the dtype of the result, and its generation config."""
     config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": dtype.name, "use_cache": True})
+    if merge.untied:
+        config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config | {"dtype": merge.main_dtype().name, "use_cache": True})
     if (base / "generation_config.json").exists():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 

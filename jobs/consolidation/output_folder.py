@@ -165,11 +165,11 @@ def _differs(folder: Path, name: str, tensor: str) -> RunError:
     return RunError(Problem("model", folder / name, message))
 
 
-def publish_result(folder: Path, target: Path, plan: Plan, muster_json: dict[str, Any]) -> None:
+def publish_result(folder: Path, target: Path, plan: Plan, muster_json: dict[str, Any], verified: bool) -> None:
     """Write the index and, as the last file, muster.json; then rename `folder` to `target`. Call it after `read_back`."""
     shutil.rmtree(folder / RECORDS)
     if plan.index is not None:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    write_json(folder / "muster.json", muster_json | {"verified": True})
+    write_json(folder / "muster.json", muster_json | {"verified": verified})
     publish(target)

@@ -57,11 +57,13 @@ class Task:
     """What an adapter adds to it."""
     nf4_compute: Dtype | None = None
     """Compute dtype of training, if the source is to be rounded to NF4 first, as training had it."""
+    rounded: Dtype | None = None
+    """Dtype to which the source is rounded first, because training had it so."""
 
     @property
     def dtype_before_cast(self) -> Dtype:
         """Dtype of the elements just before they are cast to the dtype of an output."""
-        return dtypes.FP32 if self.update is not None else self.nf4_compute or self.stored.dtype
+        return dtypes.FP32 if self.update is not None else self.nf4_compute or self.rounded or self.stored.dtype
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Plan:
         for name, header in self.headers.items():
             total.update(name.encode() + header)
         for task in self.tasks:
-            total.update(repr((task.name, task.stored, task.sha256)).encode())
+            total.update(repr((task.name, task.stored, task.sha256, task.rounded)).encode())
         return total.hexdigest()
 
 
@@ -106,13 +108,14 @@ def make_plan(
     fingerprints: Mapping[str, str] | None = None,
     updates: "Mapping[str, LoraUpdate] | None" = None,
     nf4_sources: Mapping[str, Dtype] | None = None,
+    rounded: Mapping[str, Dtype] | None = None,
     identity: dict[str, Any] | None = None,
     stem: str = "model",
 ) -> Plan:
     """Put the outputs, in their order, into files of at most `shard_bytes`; a larger tensor gets a file of its own.
 
-    `fingerprints`, `updates` and `nf4_sources` (the compute dtype of training) are by source name. Files are called
-    STEM.safetensors, or STEM-00001-of-00004.safetensors.
+    `fingerprints`, `updates`, `nf4_sources` (the compute dtype of training) and `rounded` (the dtype in which training had a
+    frozen weight) are by source name. Files are called STEM.safetensors, or STEM-00001-of-00004.safetensors.
     """
     files = _split_into_files(outputs, shard_bytes, stem)
     headers, sizes, placed = {}, {}, []
@@ -132,6 +135,7 @@ def make_plan(
             (fingerprints or {}).get(name),
             (updates or {}).get(name),
             (nf4_sources or {}).get(name),
+            (rounded or {}).get(name),
         )
         for name, items in placed_of_source.items()
     ]

@@ -8,12 +8,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.tensor_io.wrapper_names import without_torch_wrappers
+from conf.errors import DataError, Problem
 
-_OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim|lr_scheduler|dataloader|train_state)\.|\.(exp_avg|exp_avg_sq|step)$")
-"""Entries of a checkpoint that are not weights."""
-_PREFIXES = ("app.", "state.", "state_dict.", "module.", "_forward_module.")
-"""What trainers put before all names."""
+BASE = "base:"
+"""Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
+AGAIN = "again:"
+"""Put before the name of a source that becomes two weights, each with another adapter."""
+
+
+def is_from_base(source: str) -> bool:
+    """Whether a source is a weight of the base."""
+    return source.removeprefix(AGAIN).startswith(BASE)
 
 
 class CannotStream(Exception):
@@ -44,10 +49,17 @@ class Blueprint:
     prefix: str = ""
     """Some base models leave this out of the names in their files: `model.`."""
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All names that a weight may have: in memory, the second name of a tied one, in the files."""
+        return frozenset({*self.live, *self.tied, *(saved.name for saved in self.saved)})
+
     def base_name(self, saved: "SavedName", base: Collection[str]) -> str | None:
         """The name of a tensor in the files of a base model: its own, without the prefix, or that of a tied weight."""
         second_names = [name for name, first in self.tied.items() if first == saved.live]
-        candidates = [saved.name, saved.name.removeprefix(self.prefix), *second_names]
+        first_name = self.tied.get(saved.live, saved.name)
+        own_names = [saved.name, saved.name.removeprefix(self.prefix)]
+        candidates = [*own_names, *second_names, first_name, first_name.removeprefix(self.prefix)]
         return next((name for name in candidates if name in base), None)
 
 
@@ -132,77 +144,62 @@ def _saved_names(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
         yield SavedName(name, shape, live, offset - begin)
 
 
-def strip_prefixes(tensors: dict[str, Any], live_names: Iterable[str] | None = None) -> dict[str, Any]:
-    """The weights among the tensors of a checkpoint, without the prefixes that wrappers and trainers put before their names.
-
-    With the names of the live model the prefix is what stands before those; without, it is guessed from the names alone.
-    """
-    weights = {without_torch_wrappers(key): value for key, value in tensors.items() if not _OPTIMIZER.search(key)}
-    prefix = _prefix_before(weights, live_names) if live_names is not None else None
-    if prefix is None:
-        prefix = _guessed_prefix(weights)
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
-def _prefix_before(keys: Iterable[str], live_names: Iterable[str]) -> str | None:
-    """The prefix that most keys have before a live name; None if no key ends in one."""
-    counts: dict[str, int] = {}
-    wanted = set(live_names)
-    for key in keys:
-        parts = live_name(key).split(".")
-        for cut in range(len(parts)):
-            if ".".join(parts[cut:]) in wanted:
-                prefix = ".".join(parts[:cut])
-                counts[prefix] = counts.get(prefix, 0) + 1
-                break
-    if not counts:
-        return None
-    most_common = max(counts, key=lambda prefix: counts[prefix])
-    return f"{most_common}." if most_common else ""
-
-
-def _guessed_prefix(keys: Iterable[str]) -> str:
-    names, prefix = list(keys), ""
-    changed = bool(names)
-    while changed:
-        changed = False
-        for candidate in _PREFIXES:
-            if all(name.startswith(candidate) for name in names):
-                names, prefix, changed = [name.removeprefix(candidate) for name in names], prefix + candidate, True
-    if names and all(name.startswith("model.") for name in names):
-        rest = [name.removeprefix("model.") for name in names]
-        # the decoder of a causal model is itself called `model`: that one is not a prefix
-        is_decoder = any(name.startswith("embed_tokens.") for name in rest)
-        if any(name.startswith(("model.", "lm_head.", "base_model.")) for name in rest) or not is_decoder:
-            prefix += "model."
-    return prefix
-
-
 _ADAPTER_WEIGHT = re.compile(
     r"^(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(\.(?!weight$)[^.]+)?(\.weight)?$"
+    r"(\.(?P<adapter>(?!weight$|bias$)[^.]+))?(\.(?P<part>weight|bias))?$"
 )
-"""`q_proj.lora_A.default.weight`, `embed_tokens.lora_embedding_B.default`, `q_proj.lora_A.weight`."""
+"""`q_proj.lora_A.default.weight`, `embed_tokens.lora_embedding_B.default`, `q_proj.lora_A.weight`, `q_proj.lora_B.bias`."""
 _MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
 """`lm_head.modules_to_save.default.weight`."""
+_ORIGINAL = ".original_module."
+"""The copy that PEFT keeps of a module in modules_to_save: `lm_head.original_module.weight`."""
 
 
 def live_name(key: str) -> str:
     """The name in the base model of the weight that a name under PEFT belongs to; other names stay as they are."""
     bare = key.replace("base_model.model.", "", 1)
     if match := _ADAPTER_WEIGHT.match(bare):
-        return f"{match['module']}.weight"
-    return _MODULES_TO_SAVE.sub("", bare).replace(".base_layer.", ".")
+        return f"{match['module'].replace('.base_layer', '')}.weight"
+    return _MODULES_TO_SAVE.sub("", bare).replace(".base_layer.", ".").replace(_ORIGINAL, ".")
 
 
-def split_adapters(weights: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Live name -> name in training of each whole weight; and live name -> kind (lora_A, ...) -> name of each adapter weight."""
+@dataclass(frozen=True)
+class CheckpointNames:
+    """What the names in a checkpoint are: whole weights, those that PEFT keeps beside a trained copy, parts of adapters."""
+
+    whole: dict[str, str]
+    """Live name -> name in training."""
+    originals: dict[str, str]
+    """Live name -> name of the frozen weight of a module that PEFT trains whole."""
+    adapters: dict[str, dict[str, str]]
+    """Module, as PEFT names it -> kind (lora_A, lora_B, lora_B.bias, ...) -> name in training."""
+
+    def trained_whole(self, name: str) -> bool:
+        """Whether PEFT trained this weight as a copy of its own."""
+        return ".modules_to_save." in self.whole.get(name, "")
+
+
+def split_names(weights: Iterable[str]) -> CheckpointNames:
+    """Raises DataError if there are two adapters, or two weights of one name."""
     whole: dict[str, str] = {}
+    originals: dict[str, str] = {}
     adapters: dict[str, dict[str, str]] = {}
+    labels = set()
     for key in weights:
-        match = _ADAPTER_WEIGHT.match(key.replace("base_model.model.", "", 1))
-        if match:
-            adapters.setdefault(f"{match['module']}.weight", {})[match["kind"]] = key
-        elif ".original_module." not in key:  # the copy that PEFT keeps of a module in modules_to_save
-            whole[live_name(key)] = key
-    return whole, adapters
+        bare = key.replace("base_model.model.", "", 1)
+        if match := _ADAPTER_WEIGHT.match(bare):
+            kind = match["kind"] + (".bias" if match["part"] == "bias" else "")
+            adapters.setdefault(match["module"], {})[kind] = key
+            labels.add(match["adapter"])
+            continue
+        found = originals if _ORIGINAL in bare else whole
+        name = live_name(key)
+        if name in found:
+            message = f"holds {name} twice, as {found[name]} and {key}: save the checkpoint with one of them"
+            raise DataError(Problem("checkpoint", None, message))
+        found[name] = key
+    if len(labels) > 1:
+        shown = ", ".join(sorted(str(label) for label in labels))
+        message = f"holds {len(labels)} adapters ({shown}): save the one to merge, with save_pretrained(selected_adapters=[...])"
+        raise DataError(Problem("checkpoint", None, message))
+    return CheckpointNames(whole, originals, adapters)

@@ -20,6 +20,8 @@ from jobs.tensor_io.layout import blocks
 from jobs.tensor_io.reader import CHUNK, Check, OpenFiles, Reader, write
 
 if TYPE_CHECKING:
+    import torch
+
     from jobs.consolidation.lora import Nf4Rounder
 
 EMPTY_CHECKSUM = xxhash.xxh3_64().hexdigest()
@@ -50,14 +52,14 @@ class Worker:
         if task.placed and all(item.file in skip for item in task.placed):
             return {}
         fingerprint = hashlib.sha256() if task.sha256 else None
-        nf4 = self._nf4_scales(task)
+        nf4, norms = self._nf4_scales(task), self._column_norms(task)
         outputs = {item.output.start: item for item in task.placed if item.output.numel and item.file not in skip}
         checksums: dict[str, str] = {}
         for begin, end in _output_ranges(task):
             output = outputs.get(begin)
             if output is None and fingerprint is None:
                 continue
-            checksum = self._move(task, begin, end, output, fingerprint, nf4)
+            checksum = self._move(task, begin, end, output, fingerprint, nf4, norms)
             if output is not None:
                 checksums[output.output.name] = checksum
         if fingerprint is not None and not self.stop.is_set() and fingerprint.hexdigest() != task.sha256:
@@ -80,8 +82,32 @@ class Worker:
         self.reader.drop_cache = True
         return nf4
 
+    def _column_norms(self, task: Task) -> "torch.Tensor | None":
+        """Reads a weight whose adapter sets the norms of columns (DoRA on a transposed weight) a first time."""
+        if task.update is None or not task.update.of_columns:
+            return None
+        from jobs.consolidation.lora import ColumnNorms
+
+        total, width = ColumnNorms(task.update), task.update.a.shape[1]
+        self.reader.drop_cache = False
+        for start, stop in blocks(0, task.stored.numel, width, max(width, CHUNK // 4)):
+            block = self._buffer(SOURCE, stop - start, task.stored.dtype)
+            self.reader.fill(task.stored, start, block)
+            wide = as_tensor(self._buffer(WIDE, stop - start, FP32), FP32)
+            wide.copy_(as_tensor(block, task.stored.dtype))
+            total.collect(wide.view(-1, width), start // width)
+        self.reader.drop_cache = True
+        return total.norms()
+
     def _move(
-        self, task: Task, begin: int, end: int, placed: PlacedOutput | None, fingerprint: Any, nf4: "Nf4Rounder | None"
+        self,
+        task: Task,
+        begin: int,
+        end: int,
+        placed: PlacedOutput | None,
+        fingerprint: Any,
+        nf4: "Nf4Rounder | None",
+        norms: "torch.Tensor | None",
     ) -> str:
         """Read the elements `begin` to `end`, add them to the fingerprint, write them as an output; returns the output's XXH3."""
         stored, checksum = task.stored, xxhash.xxh3_64()
@@ -96,18 +122,28 @@ class Worker:
             if fingerprint is not None:
                 fingerprint.update(self.cast(block, stored.dtype, FP32, self._buffer(WIDE, stop - start, FP32)))
             if placed is not None:
-                view = self._output_bytes(task, block, start, placed.output.dtype, nf4).data
+                view = self._output_bytes(task, block, start, placed.output.dtype, nf4, norms).data
                 checksum.update(view)
                 offset = placed.offset + (start - begin) * placed.output.dtype.itemsize
                 write(self.files.open(str(self.folder / placed.file), os.O_RDWR), offset, view)
             self.moved((stop - start) * stored.dtype.itemsize)
         return str(checksum.hexdigest())
 
-    def _output_bytes(self, task: Task, block: Bytes, start: int, dtype: Dtype, nf4: "Nf4Rounder | None") -> Bytes:
+    def _output_bytes(
+        self,
+        task: Task,
+        block: Bytes,
+        start: int,
+        dtype: Dtype,
+        nf4: "Nf4Rounder | None",
+        norms: "torch.Tensor | None",
+    ) -> Bytes:
         """The bytes of a block as they are written."""
         count = block.size // task.stored.dtype.itemsize
         if task.update is not None or nf4 is not None:
-            block = apply_update(task, block, start, nf4, self._buffer(WIDE, count, FP32))
+            block = apply_update(task, block, start, nf4, norms, self._buffer(WIDE, count, FP32))
+        elif task.rounded is not None:
+            block = self.cast(block, task.stored.dtype, task.rounded, self._buffer(WIDE, count, task.rounded))
         return self.cast(block, task.dtype_before_cast, dtype, self._buffer(RESULT, count, dtype))
 
     def _buffer(self, number: int, count: int, dtype: Dtype) -> Bytes:
@@ -189,6 +225,7 @@ def run_tasks(
     progress = FileProgress(plan, folder, skip, finished)
     casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
+    casts |= {(task.stored.dtype, task.rounded) for task in plan.tasks if task.rounded}
 
     def run_task(task: Task) -> None:
         if not hasattr(of_thread, "worker"):
@@ -215,7 +252,9 @@ def run_tasks(
         files.close()
 
 
-def apply_update(task: Task, block: Bytes, start: int, nf4: "Nf4Rounder | None", output: Bytes) -> Bytes:
+def apply_update(
+    task: Task, block: Bytes, start: int, nf4: "Nf4Rounder | None", norms: "torch.Tensor | None", output: Bytes
+) -> Bytes:
     """Elements of a source from `start` on, rounded to NF4 if training had them so, plus the adapter; in `dtype_before_cast`.
 
     `output` has four bytes per element.
@@ -229,5 +268,5 @@ def apply_update(task: Task, block: Bytes, start: int, nf4: "Nf4Rounder | None",
 
     wide, width = as_tensor(output, FP32), task.update.a.shape[1]
     wide.copy_(elements)
-    add(wide.view(-1, width), task.update, start // width)
+    add(wide.view(-1, width), task.update, start // width, norms)
     return output

@@ -36,7 +36,9 @@ def _check_files(folder: Path, infos: StorageInfos) -> None:
     problems = []
     for name, size in sorted(needed_bytes.items()):
         path = folder / name
-        if not path.is_file():
+        if not _is_inside(name):
+            problems.append(Problem("checkpoint", folder / ".metadata", f"names {name}, which is outside its folder"))
+        elif not path.is_file():
             problems.append(Problem("checkpoint", path, "is missing: copy this shard too, or merge another step"))
         elif path.stat().st_size < size:
             message = f"is cut short: {path.stat().st_size} of {size} bytes; copy it again, or merge another step"
@@ -44,6 +46,11 @@ def _check_files(folder: Path, infos: StorageInfos) -> None:
     if problems:
         more = len(problems) - LISTED_PROBLEMS
         raise RunError(*problems[:LISTED_PROBLEMS], *([f"and {more} more files"] if more > 0 else []))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder. Metadata of others must not make the merge read files elsewhere."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _stored(folder: Path, key: str, entry: safe_pickle.TensorMetadata, infos: StorageInfos) -> StoredTensor:

@@ -6,15 +6,13 @@ DeepSpeed flattens parameters into groups, one per parameter group of the optimi
 - ZeRO-3 cuts every parameter into equal parts. A rank's part of the group has its parts of all parameters, end to end.
 """
 
-import os
-import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
-from jobs.tensor_io import safe_pickle
+from jobs.tensor_io import deepspeed_files
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.safe_pickle import SavedTensor
@@ -40,18 +38,33 @@ Shapes = list[dict[str, Any]]
 """For each parameter group: name -> shape, in the order in which they were flattened."""
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every weight by its name in training: fp32 weights, frozen parameters, buffers, and shared weights under both names.
+class Weights(NamedTuple):
+    tensors: dict[str, StoredTensor]
+    """By the names in training: fp32 weights, frozen parameters, buffers, and shared weights under both names."""
+    excludes_frozen: bool
+    """Whether it was saved without its frozen parameters (`exclude_frozen_parameters`, as the Trainer does with PEFT)."""
+    compute_dtype: Dtype | None
+    """In which the engine had its parameters, frozen ones included."""
 
-    Raises RunError if the file of a rank is missing or damaged.
-    """
-    optimizer_paths, model_paths = _files(folder, "*_optim_states.pt"), _files(folder, "*_model_states.pt")
-    states = [_load(path, "optimizer_state_dict") for path in optimizer_paths]
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every weight by its name in training; see `find_weights`."""
+    return find_weights(folder).tensors
+
+
+def find_weights(folder: Path) -> Weights:
+    """Every weight of a checkpoint. Raises RunError if the file of a rank is missing or damaged, or for a model cut in itself."""
+    model_paths = deepspeed_files.files(folder, "*_model_states.pt")
+    deepspeed_files.check_not_model_parallel(folder, model_paths)
+    model_state = deepspeed_files.load(model_paths[0])
+    if not any(folder.glob("*_optim_states.pt")) and deepspeed_files.stage_of_config(model_state) == 0:
+        return Weights(_whole_module(str(model_paths[0]), model_state), True, _compute_dtype(model_state))
+    optimizer_paths = deepspeed_files.files(folder, "*_optim_states.pt")
+    states = [deepspeed_files.load(path, "optimizer_state_dict") for path in optimizer_paths]
     stage = int(states[0].get("zero_stage", 1))  # BF16_Optimizer writes none, and its files are laid out like ZeRO-1's
-    _check_ranks(folder, optimizer_paths, states[0])
+    deepspeed_files.check_ranks(folder, optimizer_paths, states[0])
     if stage == 3:
-        _check_model_files(folder, model_paths, optimizer_paths)
-    model_state = _load(model_paths[0])
+        deepspeed_files.check_model_files(folder, model_paths, optimizer_paths)
     shapes: Shapes = model_state["param_shapes"]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     parts = _parts_of_ranks(optimizer_paths, states, key)
@@ -65,7 +78,26 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, stored_name in dict(model_state.get("shared_params") or {}).items():
         if stored_name in weights:
             weights[name] = weights[stored_name]
-    return weights
+    if stage < 3:  # ZeRO-1 writes frozen parameters among the module's only, which has every parameter whole
+        weights = _whole_module(str(model_paths[0]), model_state) | weights
+    excludes_frozen = stage < 2 or model_state.get("frozen_param_shapes") is None
+    return Weights(weights, excludes_frozen, _compute_dtype(model_state))
+
+
+def _compute_dtype(model_state: dict[str, Any]) -> Dtype | None:
+    names = {name for group in model_state.get("param_shapes") or [] for name in group}
+    module = model_state.get("module") or {}
+    dtypes = {saved.dtype for name, saved in module.items() if isinstance(saved, SavedTensor) and name in names}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _whole_module(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
+    """What the model file holds whole, in the precision of compute."""
+    module = model_state.get("module") or {}
+    found = {name: saved for name, saved in module.items() if isinstance(saved, SavedTensor)}
+    if bad := sorted(name for name, saved in found.items() if not saved.contiguous):
+        raise RunError(Problem("checkpoint", path, f"stores {bad[0]} in strides: save it again, contiguous"))
+    return {name: _whole(path, saved) for name, saved in found.items()}
 
 
 def find_optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
@@ -74,10 +106,10 @@ def find_optimizer_state(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     State that is as long as the flat fp32 weights has their layout. A scalar is the same for all weights and ranks.
     Raises RunError for state of any other shape: it cannot be assigned to weights.
     """
-    paths = _files(folder, "*_optim_states.pt")
-    states = [_load(path, "optimizer_state_dict") for path in paths]
+    paths = deepspeed_files.files(folder, "*_optim_states.pt")
+    states = [deepspeed_files.load(path, "optimizer_state_dict") for path in paths]
     is_zero3 = int(states[0].get("zero_stage", 1)) == 3
-    shapes: Shapes = _load(_files(folder, "*_model_states.pt")[0], "param_shapes")
+    shapes: Shapes = deepspeed_files.load(deepspeed_files.files(folder, "*_model_states.pt")[0], "param_shapes")
     inner = [state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"] for state in states]
     state_of_weight: dict[str, dict[str, StoredTensor]] = {name: {} for group in shapes for name in group}
     for kind, value in inner[0][0].items():
@@ -101,46 +133,6 @@ def _state_parts(path: Path, state: dict[int, Any], kind: str) -> list[FlatPart]
         message = f"has {kind} in another shape than the weights: resume with the layout and ranks that wrote it"
         raise RunError(Problem("checkpoint", path, message))
     return [FlatPart(str(path), value) for value in values]
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
-    """Sorted by rank: by the numbers in the name, not by its letters."""
-    paths = sorted(folder.glob(pattern), key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
-    if not paths:
-        raise RunError(Problem("checkpoint", folder, f"has no {pattern}: it was not written completely"))
-    return paths
-
-
-def _load(path: Path, key: str | None = None) -> Any:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        content = safe_pickle.load_archive(descriptor, str(path))
-    finally:
-        os.close(descriptor)
-    return content if key is None else content[key]
-
-
-def _check_ranks(folder: Path, paths: list[Path], state: dict[str, Any]) -> None:
-    """Raise RunError unless there is a file of each rank. DeepSpeed numbers files by rank; `partition_count` says how many."""
-    count = state["partition_count"]
-    count = max(count) if isinstance(count, list) else count
-    names = {path.name for path in paths}
-    example = paths[0].name
-    expected = [re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank}", example) for rank in range(count)]
-    if missing := [name for name in expected if name not in names]:
-        message = f"is missing; files of {len(missing)} of {count} ranks are: copy them too, or merge another step"
-        raise RunError(Problem("checkpoint", folder / missing[0], message))
-    if len(paths) > count:
-        message = f"has {len(paths)} such files for {count} ranks: remove the files of another checkpoint"
-        raise RunError(Problem("checkpoint", folder, message))
-
-
-def _check_model_files(folder: Path, model_paths: list[Path], optimizer_paths: list[Path]) -> None:
-    """Raise RunError unless there is a model file for each optimizer file."""
-    names = {path.name for path in model_paths}
-    for path in optimizer_paths:
-        if (name := path.name.removeprefix("bf16_").replace("optim_states", "model_states")) not in names:
-            raise RunError(Problem("checkpoint", folder / name, "is missing: copy it too, or merge another step"))
 
 
 def _parts_of_ranks(paths: list[Path], states: list[dict[str, Any]], key: str) -> list[list[FlatPart]]:
@@ -189,7 +181,7 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
     shapes = model_state.get("frozen_param_shapes") or {}
     if not shapes:
         return {}
-    fragments_of_ranks = [_load(path, "frozen_param_fragments") for path in model_paths]
+    fragments_of_ranks = [deepspeed_files.load(path, "frozen_param_fragments") for path in model_paths]
     parameters = {}
     for name, shape in shapes.items():
         parts = [

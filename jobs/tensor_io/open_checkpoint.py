@@ -7,6 +7,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from jobs.tensor_io import dcp, deepspeed, safetensors
+from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
 
@@ -20,6 +21,10 @@ class Checkpoint:
     """Format, as it is shown to the user."""
     tensors: dict[str, StoredTensor]
     """By the names under which they were saved."""
+    excludes_frozen: bool = False
+    """Whether it says that it was saved without frozen weights, so that those it lacks were frozen."""
+    compute_dtype: Dtype | None = None
+    """In which training had the frozen weights, if it says so."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -30,7 +35,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if (candidate / ".metadata").exists() or any(candidate.glob("*.distcp")):
             return Checkpoint(candidate, "DCP", dcp.find_tensors(candidate))
     if (zero_folder := _zero_folder(folder)) is not None:
-        return Checkpoint(zero_folder, "ZeRO", deepspeed.find_tensors(zero_folder))
+        weights = deepspeed.find_weights(zero_folder)
+        return Checkpoint(zero_folder, "ZeRO", *weights)
     if (folder / "adapter_config.json").exists():
         return Checkpoint(folder, "adapter", safetensors.find_tensors(folder, "adapter_model"))
     if any(folder.glob("*.safetensors")):
@@ -44,7 +50,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _zero_folder(folder: Path) -> Path | None:
     """The folder with the files of a ZeRO checkpoint: this one, or the one that DeepSpeed's file `latest` names."""
-    if any(folder.glob("*_optim_states.pt")):
+    if any(folder.glob("*_optim_states.pt")) or any(folder.glob("*mp_rank_*_model_states.pt")):
         return folder
     if not (folder / "latest").is_file():
         return None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from math import prod
 from pathlib import Path
@@ -24,17 +25,70 @@ class Header(NamedTuple):
 
 
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
-    """Every tensor of a folder by its name. Raises DataError if a file is missing, cut short or not in this format."""
+    """Every tensor of a folder by its name.
+
+    Raises DataError if a file is missing, cut short or not in this format, or if it is not clear which files are the model.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _files(folder, stem):
+        for name, stored in _tensors_to_merge(folder / file).items():
+            if name in tensors:
+                other = Path(tensors[name].extents[0].path).name
+                message = (
+                    f"{name} is in {other} and in {file}: these are the shards of ranks, or two models. "
+                    "Merge the checkpoint that they come from, or leave one file of them in the folder"
+                )
+                raise DataError(Problem("model", folder, message))
+            tensors[name] = stored
+    return tensors
+
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+"""`model-00002-of-00003.safetensors`."""
+
+
+def _files(folder: Path, stem: str) -> list[str]:
+    """Names of the files of a model: those of its index, STEM.safetensors, or the only ones in the folder."""
     index = read_json(folder / f"{stem}.safetensors.index.json")
     if index is not None:
-        files = sorted(set(index["weight_map"].values()))
-    elif (folder / f"{stem}.safetensors").exists():
-        files = [f"{stem}.safetensors"]
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
+        return _files_of_index(folder / f"{stem}.safetensors.index.json", index)
+    if (folder / f"{stem}.safetensors").exists():
+        return [f"{stem}.safetensors"]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
         raise DataError(Problem("model", folder, "has no safetensors files: save the model with save_pretrained"))
-    return {name: stored for file in files for name, stored in _tensors_to_merge(folder / file).items()}
+    numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    if not numbered and len(names) == 1:
+        return names
+    if len(numbered) < len(names) or len({(match["stem"], match["count"]) for match in numbered}) > 1:
+        message = (
+            f"has {len(names)} safetensors files ({', '.join(names[:3])}, ...) and no {stem}.safetensors.index.json"
+        )
+        remedy = "put the files of one model into a folder of their own; join the shards of ranks with what wrote them"
+        raise DataError(
+            Problem("model", folder, f"{message}, so it is not known which of them are the model: {remedy}")
+        )
+    found = {int(match["number"]) for match in numbered}
+    count = int(numbered[0]["count"])
+    if missing := sorted(set(range(1, count + 1)) - found):
+        message = f"lacks {len(missing)} of {count} files, first number {missing[0]}: copy them too"
+        raise DataError(Problem("model", folder, message))
+    return names
+
+
+def _files_of_index(path: Path, index: Any) -> list[str]:
+    """The files that an index names. Raises DataError if one is not in the folder of the index."""
+    files = sorted(set(index["weight_map"].values()))
+    for name in files:
+        if not is_plain_name(name):
+            message = f"names {name}, which is not in the folder of the model: write plain file names into the index"
+            raise DataError(Problem("model", path, message))
+    return files
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file, not a path: an index must not point to files outside its folder."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
 
 
 def _tensors_to_merge(path: Path) -> dict[str, StoredTensor]:

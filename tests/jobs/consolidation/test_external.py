@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.errors import DataError, RunError, UserError
 from conf.files import read_json
-from jobs.consolidation import execute, external, lora, output_folder, plan, weight_names, workers
+from jobs.consolidation import execute, external, lora, output_folder, plan, prefixes, weight_names, workers
 from jobs.tensor_io import dtypes, layout, safe_pickle, safetensors
 from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.reader import OpenFiles, Reader
@@ -220,11 +220,7 @@ def test_prefixes_are_taken_off(prefix) -> None:
     tensors = {prefix + name: name for name in live} | {f"app.optimizer.state.{live[0]}.exp_avg": "no"}
     if not prefix:
         tensors = {name: name for name in live} | {f"optimizer.state.{live[0]}.exp_avg": "no"}
-    assert (
-        weight_names.strip_prefixes(tensors, live)
-        == weight_names.strip_prefixes(tensors)
-        == {name: name for name in live}
-    )
+    assert prefixes.strip_prefixes(tensors, live) == prefixes.strip_prefixes(tensors) == {name: name for name in live}
 
 
 # Adapters
@@ -287,7 +283,7 @@ def test_an_adapter_is_merged_as_peft_does(words, base, tmp_path) -> None:
 def test_blocks_of_rows_add_up(rslora, dora) -> None:
     a, b, weight = torch.randn(4, 24), torch.randn(33, 4), torch.randn(33, 24)
     magnitude = torch.rand(33) + 0.5 if dora else None
-    update = lora.LoraUpdate(a, b, lora.scale(16, 4, rslora), magnitude)
+    update = lora.LoraUpdate(a, b, 16 / (2 if rslora else 4), magnitude)
     whole = weight + b @ a * (16 / (2 if rslora else 4))
     if magnitude is not None:
         whole = whole * (magnitude / whole.norm(dim=1))[:, None]
@@ -500,7 +496,7 @@ def test_a_flipped_bit_is_found_by_the_fingerprint(mine, tmp_path) -> None:
     state = {name: value + 0.01 for name, value in shards.build("gqa").state_dict().items()}
     prints = {name: fingerprint(value) for name, value in state.items()}
     source = open_checkpoint(mine)
-    stored = weight_names.strip_prefixes(source.tensors)
+    stored = prefixes.strip_prefixes(source.tensors)
     outputs = [plan.Output(name, item.shape, dtypes.BF16, name) for name, item in stored.items()]
     todo = plan.make_plan(outputs, stored, shard_bytes=200_000, fingerprints=prints)
     carry_out(todo, tmp_path / "good", mine)

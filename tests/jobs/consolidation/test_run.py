@@ -122,11 +122,11 @@ def test_an_adapter(run, base, tmp_path, capsys) -> None:
     assert f"{len(live)} weights equal those in training, bit for bit" in capsys.readouterr().out
     before = load_file(base / "model.safetensors")
     assert found.keys() == before.keys()
-    _, parts = weight_names.split_adapters(live)
+    parts = weight_names.split_names(live).adapters
     for name, value in found.items():
         wanted = before[name].float()
-        if name in parts:
-            delta = live[parts[name]["lora_B"]] @ live[parts[name]["lora_A"]]
+        if kinds := parts.get(name.removesuffix(".weight")):
+            delta = live[kinds["lora_B"]] @ live[kinds["lora_A"]]
             wanted = wanted + delta * (config.adapter.alpha / config.adapter.r)
         size = wanted.abs().clamp_min(1e-30)
         unit = 2.0 ** (torch.floor(torch.log2(size)) - 7)
