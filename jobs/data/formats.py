@@ -17,6 +17,7 @@ from jobs.data.messages import Reading, parse_turns
 from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds
 from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list, to_json
 from jobs.data.token_rows import convert_tokens
+from jobs.data.train_marks import refuse_marks_in_columns
 from jobs.tokenization.conversation import EmptyText, Sample, Turn
 
 NO_OTHERS = (None,) * 5
@@ -231,6 +232,7 @@ def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
 
 def _messages(row: Row, reading: Reading) -> Sample:
     column = _required(row, MESSAGES, "messages", reading)
+    refuse_marks_in_columns(row)
     return make_chat(row, parse_turns(row[column], column, reading), reading.fields)
 
 
