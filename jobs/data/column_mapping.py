@@ -176,6 +176,10 @@ def _with_nulls(value: Any) -> Any:
     return None if isinstance(value, _Null) else value
 
 
+for _type, _name in ((_List, "list"), (_Object, "dict")):  # as Jinja's messages name it
+    _type.__module__, _type.__name__ = "builtins", _name
+
+
 class _AbsentColumn(StrictUndefined):
     """A column that the row lacks: empty like null, but `is defined` is false. A key that a nested object lacks is an error."""
 

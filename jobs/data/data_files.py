@@ -150,7 +150,25 @@ def _data_files(source: DataSet, tree: Tree, folder: str, paths: Sequence[str]) 
             saved = _saved_files(source, tree, state)
             here = state.rpartition("/")[0]
             kept = [path for path in kept if path.rpartition("/")[0] != here or path in saved]
-    return kept
+    return _without_notes(source, tree, folder, kept)
+
+
+def _without_notes(source: DataSet, tree: Tree, folder: str, paths: list[str]) -> list[str]:
+    """The files without texts such as LICENSE.txt and requirements.txt beside files of rows; says which are left out."""
+    notes = [path for path in paths if _ending(path) == ".txt" and not _has_split(_relative(path, folder))]
+    if not notes or all(_ending(path) == ".txt" for path in paths):
+        return paths
+    names = [_relative(path, folder) for path in notes]
+    hint = f"to read them: data.path={tree.shown(folder)} {_as_files(names[:1])}"
+    _log_once(f"files     {source.path}: leaves out {_listed(names)}, because other files hold rows ({hint})")
+    return [path for path in paths if path not in set(notes)]
+
+
+def _has_split(name: str) -> bool:
+    try:
+        return split_names.split_of(name) is not None
+    except split_names.UnclearSplit:
+        return True
 
 
 def _holds_rows(name: str) -> bool:
