@@ -17,6 +17,7 @@ from jobs.data.format_detection import messages_in, reasons_for_formats
 from jobs.data.messages import Reading, parse_turns
 from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds, refuse_rivals
 from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list
+from jobs.data.thoughts import refuse_thought_column
 from jobs.data.token_rows import convert_tokens
 from jobs.data.train_marks import refuse_marks_in_columns
 from jobs.tokenization.conversation import EmptyText, Sample, Turn
@@ -191,6 +192,7 @@ def _alpaca(row: Row, reading: Reading) -> Sample:
             raise EmptyText(f"history[{number}] has an empty question or answer: drop the pair, or the row")
         turns += [Turn("user", pair[0]), *_answer(pair[1], f"history[{number}]", reading)]
     answer = _text_of(row, OUTPUT, "alpaca", reading)
+    refuse_thought_column(row, _required(row, OUTPUT, "alpaca", reading), reading.fields)
     return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)], reading.fields)
 
 
@@ -212,6 +214,7 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
     column = _required(row, ("completion", *OUTPUT), "prompt_completion", reading)
     if column in OUTPUT:
         refuse_rivals(row, OUTPUT)
+    refuse_thought_column(row, column, reading.fields)
     before, after = messages_in(row[prompt_column], prompt_column), messages_in(row[column], column)
     answer = _text_of(row, (column,), "prompt_completion", reading) if after is None else ""
     if before is not None:

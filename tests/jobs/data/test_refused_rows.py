@@ -128,6 +128,24 @@ def test_rows_that_are_single_messages_are_refused_and_the_remedy_works() -> Non
     assert read({**CHAT, "role": "user"})
 
 
+@pytest.mark.parametrize("row", [PAIR, {"prompt": "Hi", "completion": "Hello!"}], ids="-".join)
+def test_a_thought_in_a_column_of_its_own_is_refused_and_the_remedies_work(row) -> None:
+    row = {**row, "reasoning": "Be polite."}
+    answer = "output" if "output" in row else "completion"
+    with pytest.raises(
+        ValueError, match=r"the column reasoning seems to hold the thought .* data.ignore=\[reasoning\]"
+    ) as caught:
+        read(row)
+    assert read(row, ignore=["reasoning"]) == read({**row, "reasoning": "on"})
+    template = str(caught.value).partition(f"data.fields.{answer}='\"")[2].partition("\"'")[0]
+    fields = {answer: template}
+    sample = convert(row, detect_format(row, fields)[0], fields, split_thinking=True)
+    if sample.turns:
+        assert (sample.turns[1].reasoning_content, sample.turns[1].content) == ("Be polite.", "Hello!")
+    else:
+        assert sample.parts[1] == ("<think>Be polite.</think>Hello!", True)
+
+
 RIVALS = {
     "two questions": ({"instruction": "Answer.", "question": "Who?", "output": "I."}, "instruction", "question"),
     "two inputs": ({"instruction": "Answer.", "input": "a", "context": "b", "output": "I."}, "input", "context"),
