@@ -128,7 +128,11 @@ def _named_files(source: DataSet, tree: Tree, folder: str) -> list[str]:
     for pattern in source.files:
         if pattern.startswith(("/", "~")) or ".." in Path(pattern).parts:
             raise DataError(
-                Problem("data.files", pattern, f"must be a pattern below {source.path}: give it without / and ..")
+                Problem(
+                    "data.files",
+                    pattern,
+                    f"must name files inside {source.path}: begin it with neither / nor ~, and write no .. in it",
+                )
             )
         matched = tree.glob(f"{glob.escape(folder)}/{pattern}")
         paths = [path for item in matched for path in ([item] if tree.is_file(item) else tree.find(item))]

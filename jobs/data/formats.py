@@ -15,7 +15,7 @@ from jobs.data.content_parts import text_of
 from jobs.data.cut_characters import refuse_cut_characters
 from jobs.data.format_detection import messages_in, reasons_for_formats
 from jobs.data.messages import Reading, parse_turns
-from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds, refuse_rivals
+from jobs.data.refused_rows import refuse_media_placeholders, refuse_options, refuse_other_kinds, refuse_rivals
 from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list
 from jobs.data.thoughts import refuse_thought_column
 from jobs.data.token_rows import convert_tokens
@@ -106,7 +106,7 @@ def check_fields(rows: Iterable[Row], fields: Names | None, ignore: Collection[s
 
 
 def unused_columns(row: Row, format: str, fields: Names | None = None, ignore: Collection[str] = ()) -> list[str]:
-    """The columns of a row that nothing reads, in the row's order; without those to ignore, and without null ones."""
+    """The columns of a row that nothing reads, in the row's order. Null columns and those to ignore are left out."""
     fields = fields or {}
     mapped = column_mapping.map_columns(row, fields) if fields else row
     groups = FORMAT_COLUMNS[format]
@@ -176,6 +176,7 @@ def _text_of(row: Row, names: tuple[str, ...], format: str, reading: Reading) ->
 def _alpaca(row: Row, reading: Reading) -> Sample:
     """Instruction and input become one question, joined by a newline as in LLaMA-Factory. Answers of the history train too."""
     instruction, input = first_filled(row, INSTRUCTION), first_filled(row, INPUT)
+    refuse_options(row, instruction and reading.fields.get(instruction, instruction))
     for names in (INSTRUCTION, INPUT, OUTPUT):
         refuse_rivals(row, names)
     question = text_of(row[instruction], instruction, reading.fields) if instruction else ""

@@ -169,7 +169,7 @@ def _calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _key_of(message: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
-    """The one of `names` with a value, else the first that is present. Raises ValueError if two have different values."""
+    """The key among `names` that has a value, else the first that is there. Raises ValueError if two values differ."""
     filled = [name for name in names if not is_null(message.get(name))]
     if len(filled) > 1 and any(message[name] != message[filled[0]] for name in filled[1:]):
         raise ValueError(
@@ -184,6 +184,11 @@ def _role(message: Mapping[str, Any], where: str, reading: Reading) -> tuple[str
         raise ValueError(f"{where} has no role among its keys {sorted(message)}: name the key in data.fields.role")
     speaker = reading.roles.get(str(message[key]), str(message[key]))
     role = ROLES.get(speaker.lower())
+    if role is None and str(message[key]) in reading.roles:
+        raise UnknownRole(
+            f"data.roles maps {message[key]} of {where}.{key} to {speaker}, which is no role: use one of "
+            f"{', '.join(sorted(set(ROLES.values())))}"
+        )
     if role is None and speaker.lower() in THOUGHT_SPEAKERS:
         raise UnknownRole(
             f"{where}.{key} is {message[key]!r}: a thought is no turn of its own; give it as `reasoning_content` in the "

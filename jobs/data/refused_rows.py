@@ -1,7 +1,7 @@
 """Refuses rows that would load without an error, but teach the wrong thing: preferences, pictures, sound, single messages."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from conf.columns import MESSAGES, OUTPUT
@@ -27,6 +27,7 @@ PLACEHOLDER = re.compile(
 )
 """A picture's place in a text as in LLaVA, LLaMA-Factory, ms-swift, Phi and Qwen-VL: at the beginning or the end, alone on a line,
 beside another one, or around the name of a file."""
+OPTIONS = ("choices", "options")
 SPEAKERS = ("prompter", "human", "user", "assistant", "gpt", "bot", "system", "tool")
 
 
@@ -55,6 +56,16 @@ def refuse_other_kinds(row: Row) -> None:
             f"the column {column} is not text, and only text is supported: drop the row, or set "
             f"data.ignore=[{','.join([column, *others])}] if the texts do not need it"
         )
+
+
+def refuse_options(row: Row, question: str | None) -> None:
+    """Raise ValueError if a column holds the options of a question, which nothing reads. question: the column of the question."""
+    for name in OPTIONS:
+        if question and isinstance(row.get(name), list | tuple | Mapping) and row[name]:
+            raise ValueError(
+                f"the column {name} holds options of the question, and is not read: write them into the question, with "
+                f"data.fields.instruction='\"{{{{ {question} }}}} {{{{ {name} | tojson }}}}\"', or set data.ignore=[{name}]"
+            )
 
 
 def refuse_rivals(row: Row, names: tuple[str, ...]) -> None:

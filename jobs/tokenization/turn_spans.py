@@ -18,7 +18,7 @@ from jobs.tokenization.offsets import Span
 from jobs.tokenization.text_marks import MARK, CannotMark, Marks, MixedTurns, Text, end_mark, positions
 
 BOUNDARY = re.compile(r"[\s>\]]")
-"""Characters after which a generation prompt may part from what a template writes: those that end a line or a tag."""
+"""Characters that end a line or a tag. Where a generation prompt and the text are equal only in part, that part ends behind one."""
 
 
 class Renderer(Protocol):
@@ -157,7 +157,7 @@ class MarkedChat:
         return before, after, last
 
     def _begin(self, turn: int, before: int, limit: int, last: int | None, tokens: "Tokens") -> int:
-        """Where the text parts from the generation prompt, between the texts before a turn and those after it."""
+        """Where the text no longer equals the generation prompt, between the texts before a turn and those after it."""
         header = self._header(turn, last)
         start = before
         if header.strip():  # Blanks behind a question are the question's: some templates strip them.

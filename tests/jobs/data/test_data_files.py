@@ -138,7 +138,7 @@ def test_the_files_of_a_folder_can_be_named(patterns, expected, tmp_path: Path) 
     ("path", "keys", "message"),
     [
         ("", {"files": ["x*"]}, r"data\.files=x\*: matches no file of .*, which has test\.jsonl, train\.jsonl"),
-        ("", {"files": ["../x"]}, r"data\.files=\.\./x: must be a pattern below"),
+        ("", {"files": ["../x"]}, r"data\.files=\.\./x: must name files inside .* begin it with neither"),
         ("train.jsonl", {"files": ["x"]}, r"data\.files=x: applies to Hub sets and folders only"),
         ("*.jsonl", {"files": ["x"]}, r"data\.files=x: applies to .* is a pattern"),
         ("train.jsonl", {"subset": "x"}, r"data\.subset=x: applies to Hub sets, .* is a file: remove it"),

@@ -262,6 +262,13 @@ def test_two_thoughts_are_refused_where_thoughts_are_split() -> None:
     assert read(USER, message, split_thinking=True, ignore=["reasoning_content"])[1].reasoning_content == "a"
 
 
+def test_a_mapping_to_no_role_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"data.roles maps user of messages\[0\].role to wizard, which is no role: .* tool, user"
+    ):
+        read(USER, ANSWER, roles={"user": "wizard"})
+
+
 @pytest.mark.parametrize("column", ["train", "loss_mask", "weights"])
 def test_marks_in_a_column_are_refused_and_the_remedy_works(column) -> None:
     row = {"messages": [USER, ANSWER], column: [0, 1]}

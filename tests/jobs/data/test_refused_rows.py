@@ -146,6 +146,17 @@ def test_a_thought_in_a_column_of_its_own_is_refused_and_the_remedies_work(row) 
         assert sample.parts[1] == ("<think>Be polite.</think>Hello!", True)
 
 
+def test_options_of_a_question_are_refused_and_the_remedies_work() -> None:
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
+    with pytest.raises(ValueError, match=r"the column choices holds options .* data.ignore=\[choices\]") as caught:
+        read(row)
+    assert read(row, ignore=["choices"]).turns[0].content == "Which?"
+    template = str(caught.value).partition("data.fields.instruction='\"")[2].partition("\"'")[0]
+    assert convert(row, "alpaca", {"instruction": template}).turns[0].content == 'Which? ["a", "b"]'
+    fields = {"instruction": template, "output": "{{ choices[answer] }}"}
+    assert convert(row, "alpaca", fields).turns[1].content == "b"
+
+
 RIVALS = {
     "two questions": ({"instruction": "Answer.", "question": "Who?", "output": "I."}, "instruction", "question"),
     "two inputs": ({"instruction": "Answer.", "input": "a", "context": "b", "output": "I."}, "input", "context"),
