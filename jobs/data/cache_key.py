@@ -28,7 +28,7 @@ SETTINGS = (
     *("max_length", "overlong", "max_rows"),
 )
 """Keys of `data` that decide a sample."""
-FORMAT = 3
+FORMAT = 4
 """Version of the files of a set. Increase it when the same rows would give different files."""
 SETTLED_S = 10.0
 """The hash of a file younger than this is not remembered: the file may change again without a change of its timestamp, because

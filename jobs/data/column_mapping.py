@@ -22,8 +22,9 @@ KEY_GROUPS = {name: group for group in MESSAGE_KEYS for name in group}
 def map_columns(row: Row, fields: Names) -> dict[str, Any]:
     """The row with the columns that `fields` names, under the format's names, and its other columns.
 
-    A column that is mapped, or that a template reads, is not read under its own name as well. A mapped column replaces the
-    format's other names of it. A column that the row lacks is null. Keys of messages are skipped; see `rename_keys`.
+    A column that is mapped, or that a template reads, no longer has its own name in the result. If `output` is mapped, the
+    row's columns with other names of it (`response`, `answer`) are left out too. A column that the row lacks is null. Keys of
+    messages are skipped; see `rename_keys`.
     Raises ValueError if a key of `fields` is unknown or a template fails.
     """
     plan = _plan(tuple(fields.items()))
@@ -174,6 +175,10 @@ def _with_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nulls(item) for item in value]
     return None if isinstance(value, _Null) else value
+
+
+for _type, _name in ((_List, "list"), (_Object, "dict")):  # as Jinja's messages name it
+    _type.__module__, _type.__name__ = "builtins", _name
 
 
 class _AbsentColumn(StrictUndefined):

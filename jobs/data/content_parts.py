@@ -83,7 +83,7 @@ def _template_for(raw: object, source: str | None) -> str | None:
         path, value = f"{path}['{key}']" if is_object else f"{path}[0]", value[key]
     if isinstance(value, bool):
         return f"{{{{ 'yes' if {path} else 'no' }}}}"
-    return f"{{{{ {path} }}}}" if isinstance(value, str | int | float) else None
+    return f"{{{{ {path} }}}}" if isinstance(value, str) or number_text(value) else None
 
 
 def _as_json(value: object, where: str) -> str:

@@ -128,7 +128,11 @@ def _named_files(source: DataSet, tree: Tree, folder: str) -> list[str]:
     for pattern in source.files:
         if pattern.startswith(("/", "~")) or ".." in Path(pattern).parts:
             raise DataError(
-                Problem("data.files", pattern, f"must be a pattern below {source.path}: give it without / and ..")
+                Problem(
+                    "data.files",
+                    pattern,
+                    f"must name files inside {source.path}: begin it with neither / nor ~, and write no .. in it",
+                )
             )
         matched = tree.glob(f"{glob.escape(folder)}/{pattern}")
         paths = [path for item in matched for path in ([item] if tree.is_file(item) else tree.find(item))]
@@ -150,7 +154,25 @@ def _data_files(source: DataSet, tree: Tree, folder: str, paths: Sequence[str]) 
             saved = _saved_files(source, tree, state)
             here = state.rpartition("/")[0]
             kept = [path for path in kept if path.rpartition("/")[0] != here or path in saved]
-    return kept
+    return _without_notes(source, tree, folder, kept)
+
+
+def _without_notes(source: DataSet, tree: Tree, folder: str, paths: list[str]) -> list[str]:
+    """The files without texts such as LICENSE.txt and requirements.txt beside files of rows; says which are left out."""
+    notes = [path for path in paths if _ending(path) == ".txt" and not _has_split(_relative(path, folder))]
+    if not notes or all(_ending(path) == ".txt" for path in paths):
+        return paths
+    names = [_relative(path, folder) for path in notes]
+    hint = f"to read them: data.path={tree.shown(folder)} {_as_files(names[:1])}"
+    _log_once(f"files     {source.path}: leaves out {_listed(names)}, because other files hold rows ({hint})")
+    return [path for path in paths if path not in set(notes)]
+
+
+def _has_split(name: str) -> bool:
+    try:
+        return split_names.split_of(name) is not None
+    except split_names.UnclearSplit:
+        return True
 
 
 def _holds_rows(name: str) -> bool:

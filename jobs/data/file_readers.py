@@ -153,7 +153,8 @@ def json_objects(opened: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
         reader = _JsonReader(source, file)
         while character := reader.peek():
             if character != "{":
-                raise reader.error("only another object may follow the end of an object")
+                comma = "a comma follows an object: remove it, or write all objects as one list, [{...}, {...}]"
+                raise reader.error(comma if character == "," else "text that is no object follows an object: remove it")
             line = reader.line
             yield line, reader.value()
 

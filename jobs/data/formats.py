@@ -12,14 +12,16 @@ from conf.columns import COLUMNS, FORMAT_COLUMNS, INPUT, INSTRUCTION, KEYS, MESS
 from jobs.data import column_mapping
 from jobs.data.chat_columns import make_chat
 from jobs.data.content_parts import text_of
+from jobs.data.cut_characters import refuse_cut_characters
 from jobs.data.format_detection import messages_in, reasons_for_formats
 from jobs.data.messages import Reading, parse_turns
-from jobs.data.refused_rows import refuse_media_placeholders, refuse_other_kinds
-from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list, to_json
+from jobs.data.refused_rows import refuse_media_placeholders, refuse_options, refuse_other_kinds, refuse_rivals
+from jobs.data.row_values import Names, Row, first_filled, is_filled, is_null, kind_of, parse_list
+from jobs.data.thoughts import refuse_thought_column
 from jobs.data.token_rows import convert_tokens
+from jobs.data.train_marks import refuse_marks_in_columns
 from jobs.tokenization.conversation import EmptyText, Sample, Turn
 
-NO_OTHERS = (None,) * 5
 MESSAGE_FORMATS = ("messages", "sharegpt", "prompt_completion")
 """Formats whose rows have messages, so that `data.fields` may name keys of a message."""
 
@@ -46,18 +48,22 @@ def detect_format(row: Row, fields: Names | None = None, ignore: Collection[str]
     for name, reason in reasons_for_formats(row):
         if name in candidates:
             return name, reason
+    nulls = [name for name, value in row.items() if is_null(value)]
+    where = f" where {', '.join(nulls)} {'are' if len(nulls) > 1 else 'is'} null" if nulls else ""
     if fields:
         raise ValueError(
-            f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}: correct "
-            "data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
+            f"no format that has {', '.join(fields)} (data.fields) fits a row with the columns {', '.join(row)}{where}: "
+            "correct data.fields; if it is meant for other sets, give this one its own with data.sets.NAME.fields"
         )
     if messages := first_filled(row, MESSAGES):
         raise ValueError(f"{messages} is {kind_of(row[messages])}, not a list: give a list of messages with roles")
-    nulls = [name for name, value in row.items() if is_null(value)]
+    if "text" in row and "text" not in nulls:
+        raise ValueError(
+            f"text is {kind_of(row['text'])}, not a text: write texts into this column, or set data.format"
+        )
     raise ValueError(
-        f"no known format has the columns {', '.join(row) or '(none)'}"
-        + (f" where {', '.join(nulls)} {'are' if len(nulls) > 1 else 'is'} null" if nulls else "")
-        + ": set data.format, and map its columns to yours with data.fields"
+        f"no known format has the columns {', '.join(row) or '(none)'}{where}: "
+        "set data.format, and map its columns to yours with data.fields"
     )
 
 
@@ -88,12 +94,7 @@ def convert(
     row = _prepare(row, fields, ignore)
     sample = CONVERTERS[format](row, Reading(fields, roles or {}, frozenset(ignore), split_thinking))
     refuse_media_placeholders(sample)
-    if _has_cut_character(sample):
-        column = next((name for name, value in row.items() if _has_lone_surrogate(to_json(value))), "the row")
-        raise ValueError(
-            f"{column} holds half a character (a surrogate such as \\ud83d without its other half): "
-            "an emoji was cut in two; repair the text, or drop the row"
-        )
+    refuse_cut_characters(sample, row)
     return sample
 
 
@@ -105,7 +106,7 @@ def check_fields(rows: Iterable[Row], fields: Names | None, ignore: Collection[s
 
 
 def unused_columns(row: Row, format: str, fields: Names | None = None, ignore: Collection[str] = ()) -> list[str]:
-    """The columns of a row that nothing reads, in the row's order; without those to ignore, and without null ones."""
+    """The columns of a row that nothing reads, in the row's order. Null columns and those to ignore are left out."""
     fields = fields or {}
     mapped = column_mapping.map_columns(row, fields) if fields else row
     groups = FORMAT_COLUMNS[format]
@@ -139,37 +140,6 @@ def _prepare(row: Row, fields: Names, ignore: Collection[str]) -> Row:
         row = {name: None if is_null(value) else value for name, value in row.items()}
     refuse_other_kinds(row)
     return row
-
-
-def _has_cut_character(sample: Sample) -> bool:
-    """Whether any text of the sample that may become tokens has one half of a surrogate pair alone."""
-    for text, _ in sample.parts:
-        if not text.isascii() and _has_lone_surrogate(text):
-            return True
-    for turn in sample.turns:
-        if not turn.content.isascii() and _has_lone_surrogate(turn.content):
-            return True
-        others = (turn.tool_calls, turn.reasoning_content, turn.name, turn.tool_call_id, turn.extra)
-        if others != NO_OTHERS and any(_has_lone_surrogate(_as_text(value)) for value in others if value):
-            return True
-    if sample.tools or sample.documents or sample.template_kwargs:
-        return _has_lone_surrogate(to_json([sample.tools, sample.documents, sample.template_kwargs]))
-    return False
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else to_json(value)
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    """Whether the text has one half of a surrogate pair alone, which UTF-8 cannot encode."""
-    if text.isascii():
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _required(row: Row, names: tuple[str, ...], format: str, reading: Reading) -> str:
@@ -206,6 +176,9 @@ def _text_of(row: Row, names: tuple[str, ...], format: str, reading: Reading) ->
 def _alpaca(row: Row, reading: Reading) -> Sample:
     """Instruction and input become one question, joined by a newline as in LLaMA-Factory. Answers of the history train too."""
     instruction, input = first_filled(row, INSTRUCTION), first_filled(row, INPUT)
+    refuse_options(row, instruction and reading.fields.get(instruction, instruction))
+    for names in (INSTRUCTION, INPUT, OUTPUT):
+        refuse_rivals(row, names)
     question = text_of(row[instruction], instruction, reading.fields) if instruction else ""
     if input and (text := text_of(row[input], input, reading.fields)):
         question = f"{question}\n{text}" if question else text
@@ -220,6 +193,7 @@ def _alpaca(row: Row, reading: Reading) -> Sample:
             raise EmptyText(f"history[{number}] has an empty question or answer: drop the pair, or the row")
         turns += [Turn("user", pair[0]), *_answer(pair[1], f"history[{number}]", reading)]
     answer = _text_of(row, OUTPUT, "alpaca", reading)
+    refuse_thought_column(row, _required(row, OUTPUT, "alpaca", reading), reading.fields)
     return make_chat(row, [*turns, Turn("user", question), *_answer(answer, "the answer", reading)], reading.fields)
 
 
@@ -231,6 +205,7 @@ def _answer(answer: str, column: str, reading: Reading) -> list[Turn]:
 
 def _messages(row: Row, reading: Reading) -> Sample:
     column = _required(row, MESSAGES, "messages", reading)
+    refuse_marks_in_columns(row)
     return make_chat(row, parse_turns(row[column], column, reading), reading.fields)
 
 
@@ -238,6 +213,9 @@ def _prompt_completion(row: Row, reading: Reading) -> Sample:
     """Only the completion is trained. Two texts are joined as plain text; if either side is a list of messages, it is a chat."""
     prompt_column = _required(row, ("prompt",), "prompt_completion", reading)
     column = _required(row, ("completion", *OUTPUT), "prompt_completion", reading)
+    if column in OUTPUT:
+        refuse_rivals(row, OUTPUT)
+    refuse_thought_column(row, column, reading.fields)
     before, after = messages_in(row[prompt_column], prompt_column), messages_in(row[column], column)
     answer = _text_of(row, (column,), "prompt_completion", reading) if after is None else ""
     if before is not None:

@@ -103,7 +103,7 @@ def _rows_key(text: str) -> str | None:
         try:
             _, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):
-            return None  # cut off: what is around rows is short
+            return None  # longer than the first bytes, as no value around the rows is
     return None
 
 

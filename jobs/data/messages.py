@@ -11,7 +11,7 @@ from jobs.data.refused_rows import media_column
 from jobs.data.row_values import Names, is_filled, is_null, kind_of, number_text, parse_list, short
 from jobs.data.thoughts import read_thought, split_thought
 from jobs.data.tool_calls import parse_calls
-from jobs.data.train_marks import check_train_detail, read_train, read_train_detail, without_gaps
+from jobs.data.train_marks import check_train_detail, read_train, read_train_detail, refuse_other_marks, without_gaps
 from jobs.tokenization.conversation import EmptyText, Turn, UnknownRole
 
 ROLES = {
@@ -36,6 +36,7 @@ ROLES = {
 """Known speaker names and their roles."""
 CALL_SPEAKERS = ("function_call", "tool_call")
 """The content of a turn of these speakers is one call, or a list of calls, as JSON."""
+THOUGHT_SPEAKERS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think")
 PLAIN_ROLES = {name: role for name, role in ROLES.items() if name not in CALL_SPEAKERS}
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 """Keys of a question and its answer in one object, as in Firefly's and XTuner's chats."""
@@ -71,7 +72,9 @@ def parse_turns(raw: object, column: str, reading: Reading) -> list[Turn]:
             continue
         where = f"{column}[{number}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where} is {message!r}, not an object with a role and content")
+            raise ValueError(
+                f"{where} is {short(message)}, not an object with a role and content: give {{role, content}} for each message"
+            )
         message = {key: value for key, value in message.items() if key not in reading.ignore}
         message = rename_keys(message, keys) if keys else message
         if pair := _pair_of(message):
@@ -110,6 +113,7 @@ def _turns_of(
     message: dict[str, Any], role: str, speaker: str, where: str, reading: Reading, before: Sequence[Turn]
 ) -> list[Turn]:
     """The turns of one message: one, or several if it holds results of tools."""
+    refuse_other_marks(message, where)
     train, detail = read_train(message, where), read_train_detail(message, where)
     calls = _calls(message, where)
     key, raw = _content(message, where, role)
@@ -158,14 +162,14 @@ def _turns_of(
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    filled = [key for key in CALL_KEYS if is_filled(message.get(key))]
+    filled = [key for key in CALL_KEYS if is_filled(message.get(key)) and message[key] != "null"]
     if len(filled) > 1:
         raise ValueError(f"{where} has both {' and '.join(filled)}: remove one, or set data.ignore=[{filled[1]}]")
     return parse_calls(message[filled[0]], f"{where}.{filled[0]}") if filled else []
 
 
 def _key_of(message: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
-    """The one of `names` with a value, else the first that is present. Raises ValueError if two have different values."""
+    """The key among `names` that has a value, else the first that is there. Raises ValueError if two values differ."""
     filled = [name for name in names if not is_null(message.get(name))]
     if len(filled) > 1 and any(message[name] != message[filled[0]] for name in filled[1:]):
         raise ValueError(
@@ -180,6 +184,16 @@ def _role(message: Mapping[str, Any], where: str, reading: Reading) -> tuple[str
         raise ValueError(f"{where} has no role among its keys {sorted(message)}: name the key in data.fields.role")
     speaker = reading.roles.get(str(message[key]), str(message[key]))
     role = ROLES.get(speaker.lower())
+    if role is None and str(message[key]) in reading.roles:
+        raise UnknownRole(
+            f"data.roles maps {message[key]} of {where}.{key} to {speaker}, which is no role: use one of "
+            f"{', '.join(sorted(set(ROLES.values())))}"
+        )
+    if role is None and speaker.lower() in THOUGHT_SPEAKERS:
+        raise UnknownRole(
+            f"{where}.{key} is {message[key]!r}: a thought is no turn of its own; give it as `reasoning_content` in the "
+            "message of its answer"
+        )
     if role is None:
         known = ", ".join(sorted(set(ROLES) | set(reading.roles)))
         raise UnknownRole(

@@ -11,12 +11,12 @@ from jobs.data.file_readers import Unreadable
 from jobs.tokenization.conversation import EmptyText, Sample, UnknownRole
 
 MAX_LISTED = 10
-"""Different reasons of each gate that a message lists; all rows are counted."""
+"""How many different reasons of a gate a message lists at most. All rows are counted."""
 ROWS_PER_REASON = 3
-"""Rows of each reason that a message lists with their location."""
+"""How many rows of a reason a message lists with their location."""
 MAX_REASONS = 30
-"""Different reasons of each gate that are counted one by one. More than are listed, so that the counts of the listed ones stay
-right when the findings of many blocks are added up."""
+"""How many different reasons of a gate are counted one by one. This is more than MAX_LISTED, so that the counts of the listed
+reasons stay right when the findings of many blocks are added up."""
 DETAIL_LENGTH = 300
 """Most characters of the detail of one listed row."""
 NUMBER = re.compile(r"\d[\d,.]*")
@@ -46,7 +46,7 @@ REMEDIES = {
 }
 """For each gate, what else to do than to fix the rows or to raise the limit."""
 LEFT_OUT = ("unreadable", "unusable", "roles", "empty", "untrained", "vocabulary")
-"""Gates whose rows are never trained on. If they are all rows, a higher limit does not help."""
+"""Gates that leave their rows out. If one of them finds every row, a higher limit does not help."""
 
 # Template placeholders that nobody filled in. Braces of JSON, LaTeX and code must not match: this is a best guess from the
 # text around them. Each pattern continues after a first "{", so that the combined regex begins with one fixed character,

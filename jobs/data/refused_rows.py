@@ -1,7 +1,7 @@
-"""Refuses rows that would load without an error, but teach the wrong thing: preferences, pictures, sound, step rewards."""
+"""Refuses rows that would load without an error, but teach the wrong thing: preferences, pictures, sound, single messages."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from conf.columns import MESSAGES, OUTPUT
@@ -21,12 +21,23 @@ MEDIA = re.compile(
 )
 LABELED = ("completion", *MESSAGES, *OUTPUT)
 """Columns beside which a `label` of true or false says whether the answer is good."""
-PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
-"""A picture's place in a text as in LLaVA, LLaMA-Factory and ms-swift: at the beginning, or alone on a line."""
+TAG = r"<\|?(?:image|video|audio)(?:_\d+)?\|?>"
+PLACEHOLDER = re.compile(
+    rf"\A\s*({TAG})|^[ \t]*({TAG})[ \t]*$|({TAG})\s*{TAG}|({TAG})\s*\Z|(<img>[^<>\s]+</img>)", re.MULTILINE
+)
+"""A picture's place in a text as in LLaVA, LLaMA-Factory, ms-swift, Phi and Qwen-VL: at the beginning or the end, alone on a line,
+beside another one, or around the name of a file."""
+OPTIONS = ("choices", "options")
+SPEAKERS = ("prompter", "human", "user", "assistant", "gpt", "bot", "system", "tool")
 
 
 def refuse_other_kinds(row: Row) -> None:
-    """Raise ValueError if the row has columns of preferences, pictures or sound."""
+    """Raise ValueError if the row has columns of preferences, pictures or sound, or is one message of a chat."""
+    if row.get("role") in SPEAKERS and any(isinstance(row.get(name), str) for name in ("text", "content")):
+        raise ValueError(
+            "the column role says that each row is one message of a chat: join the messages of a chat into one row, "
+            '{"messages": [{"role": ..., "content": ...}, ...]}, or set data.ignore=[role] if each text stands alone'
+        )
     preferences, media, has_answer = _suspects(tuple(row))
     if preferences and (column := next((name for name in preferences if is_filled(row[name])), None)):
         others = [name for name in preferences if name != column and is_filled(row[name])]
@@ -47,6 +58,32 @@ def refuse_other_kinds(row: Row) -> None:
         )
 
 
+def refuse_options(row: Row, question: str | None) -> None:
+    """Raise ValueError if a column holds the options of a question, which nothing reads. question: the column of the question."""
+    for name in OPTIONS:
+        if question and isinstance(row.get(name), list | tuple | Mapping) and row[name]:
+            raise ValueError(
+                f"the column {name} holds options of the question, and is not read: write them into the question, with "
+                f"data.fields.instruction='\"{{{{ {question} }}}} {{{{ {name} | tojson }}}}\"', or set data.ignore=[{name}]"
+            )
+
+
+def refuse_rivals(row: Row, names: tuple[str, ...]) -> None:
+    """Raise ValueError if two of these columns, of which only one is read, have different values.
+
+    A longer question that holds the other is its copy in a prompt format, which many sets have.
+    """
+    filled = [name for name in names if is_filled(row.get(name))]
+    for other in filled[1:]:
+        first, second = row[filled[0]], row[other]
+        is_copy = names is not OUTPUT and isinstance(second, str) and str(first).strip() in second
+        if first != second and not is_copy:
+            raise ValueError(
+                f"{filled[0]} and {other} are both a row's {names[0]}, and they differ: set data.ignore=[{other}], or name "
+                f"the one to read, as in data.fields.{names[0]}={other}"
+            )
+
+
 def media_column(row: Row) -> str | None:
     """The first column (or key of a message) that holds pictures or sound."""
     return next((name for name in row if MEDIA.fullmatch(name) and is_filled(row[name])), None)
@@ -55,19 +92,22 @@ def media_column(row: Row) -> str | None:
 def refuse_media_placeholders(sample: Sample) -> None:
     """Raise ValueError if a question has the place of a picture, a video or a sound, which the row does not hold."""
     for turn in sample.turns:
-        if "<" in turn.content and turn.role == "user":
+        if "<" in turn.content and turn.role in ("user", "system"):
             _refuse_placeholder(turn.content)
     if len(sample.parts) > 1 and "<" in sample.parts[0][0]:
         _refuse_placeholder(sample.parts[0][0])
 
 
 def _refuse_placeholder(text: str) -> None:
-    for name in ("image", "video", "audio"):
-        if f"<{name}>" in text and f"</{name}>" not in text and (match := PLACEHOLDER.search(text)):
-            found = match[1] or match[2]
+    for match in (
+        PLACEHOLDER.finditer(text) if any(name in text for name in ("image", "video", "audio", "<img>")) else ()
+    ):
+        found = next(filter(None, match.groups()))
+        kind = found.strip("<|>").partition("_")[0]
+        if f"</{kind}>" not in text or kind.startswith("img"):
             raise ValueError(
-                f"a question has <{found}> where a picture or sound belongs, and only text is supported: drop the row; "
-                f"if it is meant as text, write `<{found}>` in backticks"
+                f"a question has {found} where a picture or sound belongs, and only text is supported: drop the row; "
+                f"if it is meant as text, write `{found}` in backticks"
             )
 
 

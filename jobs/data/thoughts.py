@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.columns import THOUGHT_KEYS
-from jobs.data.row_values import is_filled, kind_of
+from jobs.data.row_values import Names, Row, is_filled, kind_of
 
 THOUGHT_TAGS = (
     ("<think>", "</think>"),
@@ -33,6 +33,20 @@ def read_thought(message: Mapping[str, Any], role: str, part: str | None, where:
     if filled:
         return str(next(iter(filled.values())))
     return "" if role == "assistant" and any(message.get(name) == "" for name in THOUGHT_KEYS) else None
+
+
+def refuse_thought_column(row: Row, answer: str, fields: Names) -> None:
+    """Raise ValueError if a column beside the answer holds a thought, which nothing reads there. answer: the answer's column."""
+    for name in THOUGHT_KEYS:
+        value = row.get(name)
+        if isinstance(value, str) and " " in value.strip():  # one word such as "on" is no thought
+            source = fields.get(answer, answer)
+            written = source if "{" in source else f"{{{{ {source} }}}}"
+            raise ValueError(
+                f"the column {name} seems to hold the thought before the answer, and is not read: write it into the answer, "
+                f"with data.fields.{answer}='\"<think>{{{{ {name} }}}}</think>{written}\"' data.split_thinking=true, "
+                f"or set data.ignore=[{name}]"
+            )
 
 
 def split_thought(text: str, thought: str | None, where: str, *, has_detail: bool) -> tuple[str, str | None]:

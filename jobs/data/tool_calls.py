@@ -1,9 +1,15 @@
-"""Reads tool schemas and tool calls in the shapes of OpenAI, Anthropic, TRL, LLaMA-Factory and ms-swift."""
+"""Reads tool schemas and tool calls in the shapes of OpenAI, Anthropic, LangChain, TRL, LLaMA-Factory and ms-swift."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.data.row_values import check_json, check_json_object, is_null, kind_of, parse_json
+from jobs.data.row_values import check_json, check_json_object, is_filled, is_null, kind_of, parse_json
+
+ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Keys of a call's arguments: OpenAI's, Llama's, Anthropic's and LangChain's."""
+CALL_TYPES = ("function", "tool_use", "tool_call")
+CALL_PARTS = (*ARGUMENTS, "name", "type", "id", "index", "function", "caller", "cache_control", "call_id")
+"""Keys of a call that hold no argument under another name."""
 
 
 def parse_tools(raw: object) -> list[dict[str, Any]] | None:
@@ -46,12 +52,30 @@ def _call(raw: object, where: str) -> dict[str, Any]:
     inner = raw.get("function") or raw if isinstance(raw, Mapping) else None
     if not isinstance(raw, Mapping) or not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise ValueError(f"{where} is not a tool call: it needs `name` and `arguments`")
-    if raw.get("type") not in (None, "function", "tool_use"):
+    if raw.get("type") not in (None, *CALL_TYPES):
         raise ValueError(f"{where}.type is {raw['type']!r}: only calls of functions can be trained on; drop the row")
-    name = next((name for name in ("arguments", "parameters", "input") if not is_null(inner.get(name))), None)
-    arguments = {} if name is None else _arguments(inner[name], f"{where}.{name}")
+    whole = {key: value for part in (raw, inner) for key, value in part.items() if not is_null(value)}
+    name = _arguments_key(whole, where)
+    arguments = {} if name is None else _arguments(whole[name], f"{where}.{name}")
     call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
     return call if is_null(raw.get("id")) else {"id": raw["id"], **call}
+
+
+def _arguments_key(call: Mapping[str, Any], where: str) -> str | None:
+    """The key that holds the arguments; None if the call has none. Raises ValueError if they may be under an unknown key.
+
+    call: without nulls.
+    """
+    filled = [name for name in ARGUMENTS if is_filled(call.get(name))]
+    if len(filled) > 1 and any(call[name] != call[filled[0]] for name in filled[1:]):
+        raise ValueError(f"{where} has both {filled[0]} and {filled[1]}, which differ: remove one of them")
+    if present := filled or [name for name in ARGUMENTS if name in call]:
+        return present[0]
+    if unknown := next((key for key, value in call.items() if key not in CALL_PARTS and is_filled(value)), None):
+        raise ValueError(
+            f"{where} has no `arguments`, but a key {unknown}, which nothing reads: rename it to `arguments`, or remove it"
+        )
+    return None
 
 
 def _arguments(value: object, where: str) -> object:

@@ -4,7 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.columns import TRAIN_DETAIL_KEYS, TRAIN_KEYS
-from jobs.data.row_values import is_null, short
+from jobs.data.row_values import Row, is_null, short
+
+OTHER_MARKS = (
+    "mask",
+    "masked",
+    "loss_mask",
+    "loss_weight",
+    "trainable",
+    "is_trained",
+    "train_mask",
+    "weights",
+    "compute_loss",
+)
+"""Keys that other programs use to say whether to train on a message."""
 
 
 def read_train(message: Mapping[str, Any], where: str) -> bool | None:
@@ -19,6 +32,25 @@ def read_train(message: Mapping[str, Any], where: str) -> bool | None:
     if len(set(marks.values())) > 1:
         raise ValueError(f"{where} has {' and '.join(marks)}, which disagree: remove one, or name it in data.ignore")
     return bool(next(iter(marks.values()))) if marks else None
+
+
+def refuse_other_marks(message: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a key that seems to say whether to train on the message, but is none that is read."""
+    if key := next((key for key in OTHER_MARKS if not is_null(message.get(key))), None):
+        raise ValueError(
+            f"{where} has the key {key}, which is not read: write `train` with true or false instead, "
+            f"or set data.ignore=[{key}] if it does not decide what is trained"
+        )
+
+
+def refuse_marks_in_columns(row: Row) -> None:
+    """Raise ValueError for a column with one mark for each message, because only marks in the messages are read."""
+    for name in (*TRAIN_KEYS, *OTHER_MARKS):
+        if isinstance(row.get(name), list | tuple) and row[name]:
+            raise ValueError(
+                f"the column {name} is a list, and marks are read only in the messages: write `train` with true or false "
+                f"into each message, or set data.ignore=[{name}] if it does not decide what is trained"
+            )
 
 
 def read_train_detail(message: Mapping[str, Any], where: str) -> tuple[tuple[int, int, bool], ...]:

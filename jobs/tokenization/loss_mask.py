@@ -1,7 +1,6 @@
 """Decides which characters of a sample are trained on: all assistant turns, the last one, or the whole text."""
 
 import re
-from contextlib import suppress
 from typing import NamedTuple
 
 from jobs.tokenization import template_inputs
@@ -10,7 +9,7 @@ from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
 from jobs.tokenization.template_inputs import RenderedChat, Renderer
-from jobs.tokenization.text_marks import CannotMark
+from jobs.tokenization.text_marks import CannotMark, MixedTurns
 from jobs.tokenization.turn_spans import MarkedChat, Tokens
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -45,6 +44,7 @@ def trained_spans(sample: Sample, renderer: Renderer, settings: ChatSettings, to
     chat = template_inputs.render(sample, renderer)
     answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
     chosen, unchosen = _choose_turns(sample, settings)
+    _refuse_ends_inside(sample, chosen, tokens)
     detailed = any(turn.train_detail for turn in sample.turns)
     last = len(sample.turns) - 1
     ends_with_answer = last in chosen or (settings.mask == "all" and last not in unchosen)
@@ -67,6 +67,18 @@ def _choose_turns(sample: Sample, settings: ChatSettings) -> tuple[list[int], li
     by_role = [number for number, turn in turns if turn.role in settings.train_on]
     by_mask = set(by_role if settings.mask == "assistant" else by_role[-1:])
     return [number for number, turn in turns if (number in by_mask if turn.train is None else turn.train)], []
+
+
+def _refuse_ends_inside(sample: Sample, chosen: list[int], tokens: Tokens) -> None:
+    """Raise ValueError if a trained text has a token that ends a turn: the model would learn to stop there, or twice."""
+    for number in chosen:
+        for key in ("content", "reasoning_content"):
+            text = getattr(sample.turns[number], key) or ""
+            if found := next((end for end in tokens.ends if end and end in text), None):
+                raise ValueError(
+                    f"messages[{number}].{key} has {found}, the token that ends a turn, and the chat template writes it as well: "
+                    "remove it from the text, or do not train on this message"
+                )
 
 
 def _find_spans(
@@ -128,10 +140,21 @@ class _TurnFinder:
             return [span] if span else []
         if self._chat.renderer.has_marks:
             return [self._by_generation_marks(number)]
-        with suppress(CannotMark):
+        mixed: CannotMark | None = None
+        try:
             if span := self._chat.marked().span(number, self._tokens):
                 return [span]
-        return [_span_by_prefix(self._chat, number, self._tokens)]
+        except CannotMark as error:
+            mixed = error if isinstance(error, MixedTurns) else None
+        try:
+            return [_span_by_prefix(self._chat, number, self._tokens)]
+        except ValueError:
+            if mixed is None:
+                raise
+            raise ValueError(
+                f"the chat template does not write messages[{number}] in one piece, for example its text behind the results "
+                "of its calls, so its end is unknown: drop the text beside the calls, or use another template"
+            ) from mixed
 
     def detail(self, number: int) -> list[Span]:
         """The characters of a turn that its `train_detail` names, and the token that ends it."""

@@ -99,7 +99,7 @@ class RenderedChat:
 
 
 def render(sample: Sample, renderer: Renderer) -> RenderedChat:
-    """Render a chat in the first form that the template writes whole.
+    """Render a chat in the first form of which the template writes every text.
 
     Raises ValueError if the template refuses every form, does not write a text of the chat, or does not read a variable of the
     row.
@@ -119,7 +119,7 @@ def render(sample: Sample, renderer: Renderer) -> RenderedChat:
 
 
 def _render_best(forms: Iterator[Sample], renderer: Renderer) -> RenderedChat | ValueError:
-    """The first form that the template writes whole, else the first that it does not refuse, else its first error."""
+    """The first form of which the template writes every text; else the first that it does not refuse; else its first error."""
     first_error: ValueError | None = None
     first_chat: RenderedChat | None = None
     for form in forms:
@@ -243,10 +243,10 @@ def reads(source: str, name: str) -> bool:
 
 
 def unread(sample: Sample, renderer: Renderer) -> str | None:
-    """What the row has beside its messages' texts and the template does not write: tools, documents, or names; with the remedy.
+    """Which tools, documents or names of the row the template does not write, and what to do about it; None if it writes all.
 
-    Some templates never write them, and a user may have written the tools into the system turn. So this is no error here.
-    Raises what `render` raises.
+    This is no error here, because some templates never write them, and users may have written the tools into the system turn.
+    Raises the same errors as `render`.
     """
     if not (sample.tools or sample.documents or any(turn.name for turn in sample.turns)):
         return None

@@ -18,6 +18,10 @@ class CannotMark(ValueError):
     """The template writes something else when texts have marks, or does not show where a turn begins."""
 
 
+class MixedTurns(CannotMark):
+    """The template writes texts of one turn between those of another."""
+
+
 class Text(NamedTuple):
     """One text of a chat: the number of its turn and its place there, as `tool_calls[0].arguments.city`."""
 

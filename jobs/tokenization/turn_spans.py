@@ -15,10 +15,10 @@ from typing import Protocol
 
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
-from jobs.tokenization.text_marks import MARK, CannotMark, Marks, Text, end_mark, positions
+from jobs.tokenization.text_marks import MARK, CannotMark, Marks, MixedTurns, Text, end_mark, positions
 
 BOUNDARY = re.compile(r"[\s>\]]")
-"""Characters after which a generation prompt may part from what a template writes: those that end a line or a tag."""
+"""Characters that end a line or a tag. Where a generation prompt and the text are equal only in part, that part ends behind one."""
 
 
 class Renderer(Protocol):
@@ -151,13 +151,13 @@ class MarkedChat:
             before, last = self._ends[place - 1] if place else (0, None)
             after = self._order[place + 1] if place + 1 < len(self._order) else len(self._text)
             if before > own[0] or after < own[1]:
-                raise CannotMark(f"the chat template mixes turn {turn} with another")
+                raise MixedTurns(f"the chat template mixes turn {turn} with another")
         if before > after:
             raise CannotMark(f"the chat template changes the order of the turns around turn {turn}")
         return before, after, last
 
     def _begin(self, turn: int, before: int, limit: int, last: int | None, tokens: "Tokens") -> int:
-        """Where the text parts from the generation prompt, between the texts before a turn and those after it."""
+        """Where the text no longer equals the generation prompt, between the texts before a turn and those after it."""
         header = self._header(turn, last)
         start = before
         if header.strip():  # Blanks behind a question are the question's: some templates strip them.

@@ -64,7 +64,7 @@ FILES = [
     ("number of 5000 digits", "a.jsonl", lines(GOOD) + b'{"a": ' + b"1" * 5000 + b"}\n", r"a\.jsonl:2: is not valid JSON"),
     ("lines of strings", "a.jsonl", b'"a"\n"b"\n', r"a\.jsonl:1: is not an object"),
     ("half an object over many lines", "a.json", json.dumps(GOOD, indent=2).encode()[:-4], r"a\.json:\d: is not valid JSON"),
-    ("object behind a broken one", "a.json", b'{\n"text": "a"\n}\n[', r"a\.json:4: is not valid JSON: only another object"),
+    ("object behind a broken one", "a.json", b'{\n"text": "a"\n}\n[', r"a\.json:4: is not valid JSON: text that is no object"),
     ("two lists of rows", "a.json", b'{"one": [{"text": "a"}], "two": [{"text": "b"}]}', r"a\.json:1: one and two both hold lists"),
     ("key twice", "a.jsonl", lines(GOOD) + b'{"instruction": "a", "output": 1, "output": 2}\n', r"a\.jsonl:2: .*'output' twice"),
     ("key of a message twice", "a.jsonl", b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n', "'content' twice"),

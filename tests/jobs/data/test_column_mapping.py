@@ -85,7 +85,12 @@ def test_columns_are_mapped_and_nulls_are_empty(row, fields, expected) -> None:
             {"messages": "q"},
             r"no format that has messages \(data.fields\) fits .* data.sets.NAME.fields",
         ),
-        ({"q": None, "o": "b"}, {"text": "{{ q }}!"}, "no format that has text"),
+        (
+            {"q": None, "o": "b"},
+            {"text": "{{ q }}!"},
+            "no format that has text .* where text is null: correct data.fields",
+        ),
+        ({"a": []}, {"text": "{{ a[0] }}"}, "text cannot be rendered: list object has no element 0; columns: a"),
         ({"a": {"b": 1}}, {"text": "{{ a.c }}"}, "text cannot be rendered: .*has no attribute 'c'"),
         (
             {"a": ["x"]},

@@ -50,6 +50,8 @@ SPLITS = [
     (["contest.jsonl", "latest.jsonl", "trainer.jsonl"], ["contest.jsonl", "latest.jsonl", "trainer.jsonl"]),
     (["test/train.jsonl", "test/validation.jsonl"], ["test/train.jsonl"]),
     (["train_test.jsonl"], ["train_test.jsonl"]),
+    (["LICENSE.txt", "a.jsonl", "more/requirements.txt"], ["a.jsonl"]),
+    (["test.jsonl", "train.jsonl", "notes.txt"], ["train.jsonl"]),
 ]  # fmt: skip
 
 
@@ -62,6 +64,18 @@ def test_the_files_for_training_are_read(files, expected, pattern, tmp_path: Pat
 @pytest.mark.parametrize("name", ["test.jsonl", "train_test.jsonl", ".hidden.jsonl"])
 def test_a_file_given_by_name_is_read_whatever_it_is_called(name, tmp_path: Path) -> None:
     assert names_read(fill(tmp_path, name, "train.jsonl") / name) == [name]
+
+
+def test_texts_alone_are_rows_and_texts_beside_rows_can_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = fill(tmp_path / "texts", "LICENSE.txt", "book.txt")
+    assert len(names_read(folder)) == 2
+    fill(folder, "a.jsonl")
+    assert names_read(folder) == ["a.jsonl"]
+    assert "leaves out LICENSE.txt, book.txt, because other files hold rows" in caplog.text
+    assert len(names_read(folder, files=["LICENSE.txt"])) == 1
 
 
 def test_a_folder_inside_a_folder_called_test_is_not_for_testing(tmp_path: Path) -> None:
@@ -124,7 +138,7 @@ def test_the_files_of_a_folder_can_be_named(patterns, expected, tmp_path: Path) 
     ("path", "keys", "message"),
     [
         ("", {"files": ["x*"]}, r"data\.files=x\*: matches no file of .*, which has test\.jsonl, train\.jsonl"),
-        ("", {"files": ["../x"]}, r"data\.files=\.\./x: must be a pattern below"),
+        ("", {"files": ["../x"]}, r"data\.files=\.\./x: must name files inside .* begin it with neither"),
         ("train.jsonl", {"files": ["x"]}, r"data\.files=x: applies to Hub sets and folders only"),
         ("*.jsonl", {"files": ["x"]}, r"data\.files=x: applies to .* is a pattern"),
         ("train.jsonl", {"subset": "x"}, r"data\.subset=x: applies to Hub sets, .* is a file: remove it"),

@@ -392,6 +392,8 @@ def test_a_row_that_cannot_be_trained_on_is_refused_with_the_reason(row, message
         ({"instruction": "Hi", "output": "a", "images": ["x.png"]}, "column images is not text"),
         ({"a": 1, "b": 2}, "no known format has the columns a, b: set data.format"),
         ({"prompt": "The sky is"}, "no known format"),
+        ({"text": b"a"}, "text is bytes, not a text"),
+        ({"text": ["a"], "id": 1}, "text is a list, not a text"),
     ],
 )
 def test_unsupported_data_is_refused(row, message) -> None:

@@ -51,6 +51,15 @@ LAST = {
         },
         Turn("assistant", "Hello!", tool_calls=[{"id": "t1", **CALL}]),
     ),
+    "LangChain's call": (
+        answer(tool_calls=[{"type": "tool_call", "id": "t1", "name": "add", "args": {"a": 1}}]),
+        Turn("assistant", "Hello!", tool_calls=[{"id": "t1", **CALL}]),
+    ),
+    "arguments beside the function": (
+        answer(tool_calls=[{"function": {"name": "add", "arguments": None}, "arguments": {"a": 1}}]),
+        Turn("assistant", "Hello!", tool_calls=[CALL]),
+    ),
+    "null as JSON text": (answer(tool_calls="null"), A),
     "calls as JSON text": (
         {"role": "assistant", "tool_calls": json.dumps([CALL])},
         Turn("assistant", tool_calls=[CALL], is_null=True),
@@ -128,6 +137,7 @@ def test_a_thought_in_tags_is_split_from_the_answer(text, expected) -> None:
 
 
 WRONG = {
+    "an unknown mark": (answer(masked=True), r"the key masked, which is not read: write `train` .* data.ignore=\[masked\]"),
     "two roles": ({"from": "gpt", **USER}, r"messages\[0\] has both role and from, .* set data.ignore=\[from\]"),
     "two contents": ({"value": "No", **USER}, r"has both content and value, which differ: .* data.ignore=\[value\]"),
     "two thoughts": (answer(thinking="a", reasoning="b"), r"has both reasoning and thinking, .* data.ignore=\[reasoning\]"),
@@ -154,6 +164,19 @@ def test_keys_that_cannot_all_be_right_are_refused_with_a_remedy_that_works(mess
 
 
 REFUSED = {
+    "arguments under an unknown key": (
+        [USER, {"role": "assistant", "tool_calls": [{"name": "add", "kwargs": {"a": 1}}]}],
+        r"tool_calls\[0\] has no `arguments`, but a key kwargs, which nothing reads: rename it to `arguments`",
+    ),
+    "two arguments": (
+        [USER, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}, "args": {"a": 2}}]}],
+        "has both arguments and args, which differ: remove one",
+    ),
+    "a thought as a turn": (
+        [USER, {"role": "thinking", "content": "Well."}, ANSWER],
+        "a thought is no turn of its own; give it as `reasoning_content` in the message of its answer",
+    ),
+    "a text as a message": (["Hi", "Hello!"], r"\[0\] is 'Hi', not an object .*: give {role, content} for each message"),
     "null content": ([{"role": "user", "content": None}, ANSWER], r"messages\[0\].content is null: give its text"),
     "no content": (
         [{"role": "user", "parts": [{"text": "Hi"}]}, ANSWER],
@@ -237,6 +260,21 @@ def test_two_thoughts_are_refused_where_thoughts_are_split() -> None:
     with pytest.raises(ValueError, match="begins with a thought and the message has another one"):
         read(USER, message, split_thinking=True)
     assert read(USER, message, split_thinking=True, ignore=["reasoning_content"])[1].reasoning_content == "a"
+
+
+def test_a_mapping_to_no_role_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"data.roles maps user of messages\[0\].role to wizard, which is no role: .* tool, user"
+    ):
+        read(USER, ANSWER, roles={"user": "wizard"})
+
+
+@pytest.mark.parametrize("column", ["train", "loss_mask", "weights"])
+def test_marks_in_a_column_are_refused_and_the_remedy_works(column) -> None:
+    row = {"messages": [USER, ANSWER], column: [0, 1]}
+    with pytest.raises(ValueError, match=rf"the column {column} is a list, .* data.ignore=\[{column}\]"):
+        convert(row, "messages")
+    assert convert(row, "messages", ignore=[column]).turns == (Q, A)
 
 
 EMPTY = {

@@ -84,11 +84,22 @@ def question(text: str) -> dict:
 
 @pytest.mark.parametrize(
     "text",
-    ["<image>What is it?", "<image>\nWhat?", "What?\n<image>", "a\n <video> \nb", "<image><image>Both?", " <audio>"],
+    [
+        "<image>What is it?",
+        "<image>\nWhat?",
+        "What?\n<image>",
+        "a\n <video> \nb",
+        "<image><image>Both?",
+        " <audio>",
+        "What is it? <image>",
+        "Are <image> <image> equal?",
+        "<|image_1|>\nWhat?",
+        "Picture 1: <img>a/b.png</img> What?",
+    ],
 )
 def test_the_place_of_a_picture_is_refused(text) -> None:
     for row in (question(text), {"instruction": text, "output": "x"}, {"prompt": text, "completion": "x"}):
-        with pytest.raises(ValueError, match=r"a question has <\w+> where a picture or sound belongs"):
+        with pytest.raises(ValueError, match=r"a question has <\S+> where a picture or sound belongs"):
             read(row)
 
 
@@ -100,11 +111,76 @@ def test_the_place_of_a_picture_is_refused(text) -> None:
         "Fix this:\n<video>\n<source src='a.mp4'>\n</video>",
         "<image>\n<url>a</url>\n</image>",
         "<images>",
+        "<img src='a.png'>",
     ],
 )
 def test_tags_that_are_meant_as_text_pass(text) -> None:
     assert read(question(text)).turns[0].content == text
     assert read({"messages": [USER, {"role": "assistant", "content": text}]}).turns[1].content == text
+
+
+def test_rows_that_are_single_messages_are_refused_and_the_remedy_works() -> None:
+    row = {"message_id": "a", "parent_id": "b", "role": "prompter", "text": "Hi"}
+    with pytest.raises(ValueError, match=r"each row is one message of a chat: join .* set data.ignore=\[role\]"):
+        read(row)
+    assert read(row, ignore=["role"]).parts == (("Hi", True),)
+    assert read({"text": "A text.", "role": "nurse"})
+    assert read({**CHAT, "role": "user"})
+
+
+@pytest.mark.parametrize("row", [PAIR, {"prompt": "Hi", "completion": "Hello!"}], ids="-".join)
+def test_a_thought_in_a_column_of_its_own_is_refused_and_the_remedies_work(row) -> None:
+    row = {**row, "reasoning": "Be polite."}
+    answer = "output" if "output" in row else "completion"
+    with pytest.raises(
+        ValueError, match=r"the column reasoning seems to hold the thought .* data.ignore=\[reasoning\]"
+    ) as caught:
+        read(row)
+    assert read(row, ignore=["reasoning"]) == read({**row, "reasoning": "on"})
+    template = str(caught.value).partition(f"data.fields.{answer}='\"")[2].partition("\"'")[0]
+    fields = {answer: template}
+    sample = convert(row, detect_format(row, fields)[0], fields, split_thinking=True)
+    if sample.turns:
+        assert (sample.turns[1].reasoning_content, sample.turns[1].content) == ("Be polite.", "Hello!")
+    else:
+        assert sample.parts[1] == ("<think>Be polite.</think>Hello!", True)
+
+
+def test_options_of_a_question_are_refused_and_the_remedies_work() -> None:
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
+    with pytest.raises(ValueError, match=r"the column choices holds options .* data.ignore=\[choices\]") as caught:
+        read(row)
+    assert read(row, ignore=["choices"]).turns[0].content == "Which?"
+    template = str(caught.value).partition("data.fields.instruction='\"")[2].partition("\"'")[0]
+    assert convert(row, "alpaca", {"instruction": template}).turns[0].content == 'Which? ["a", "b"]'
+    fields = {"instruction": template, "output": "{{ choices[answer] }}"}
+    assert convert(row, "alpaca", fields).turns[1].content == "b"
+
+
+RIVALS = {
+    "two questions": ({"instruction": "Answer.", "question": "Who?", "output": "I."}, "instruction", "question"),
+    "two inputs": ({"instruction": "Answer.", "input": "a", "context": "b", "output": "I."}, "input", "context"),
+    "two answers": ({"question": "Who?", "response": "It is I.", "answer": "I."}, "output", "answer"),
+    "two answers to messages": ({"prompt": [USER], "output": "It is I.", "answer": "I."}, "output", "answer"),
+}
+
+
+@pytest.mark.parametrize(("row", "column", "other"), RIVALS.values(), ids=RIVALS)
+def test_two_columns_for_one_text_are_refused_and_the_remedies_work(row, column, other) -> None:
+    with pytest.raises(
+        ValueError, match=rf"and {other} are both .* data.ignore=\[{other}\], .* data.fields.{column}={other}"
+    ):
+        read(row)
+    without = {name: value for name, value in row.items() if name != other}
+    assert read(row, ignore=[other]) == read(without)
+    fields = {column: other}
+    sample = convert(row, detect_format(row, fields)[0], fields)
+    assert any(row[other] in turn.content for turn in sample.turns)
+
+
+@pytest.mark.parametrize("copy", [{"prompt": "Below is an instruction: Hi"}, {"response": "Hello!"}, {"question": ""}])
+def test_a_copy_of_a_column_is_no_other_text(copy) -> None:
+    assert read({**PAIR, **copy}) == read(PAIR)
 
 
 IDS = [5, 6, 7, 8, 9]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.files import read_json
+from conf.schema import DataSet
 from jobs import preprocess
 from jobs.data import sources, tokenized_set
 
@@ -40,7 +41,7 @@ def test_long_rows_are_compared_and_tokenized(
 
 
 def first_rows(path: Path) -> list[str]:
-    return [location for location, _ in tokenized_set._first_rows(sources.read_blocks(str(path)))]
+    return [location for location, _ in tokenized_set._first_rows(sources.read_blocks(DataSet(path=str(path))))]
 
 
 def test_the_first_rows_end_where_rows_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -406,6 +406,33 @@ def test_content_beside_a_call(tokenizers: dict[str, PreTrainedTokenizerBase]) -
     assert trained(beside, tokenizer) == CALL_TEXTS["llama"]
 
 
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+@pytest.mark.parametrize("text", ["Hello!<|im_end|>", "Write <|im_end|> last."])
+def test_an_answer_with_the_token_that_ends_it_is_refused(
+    key: str, text: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    turn = Turn("assistant", **{"content": "Hello!", key: text})
+    sample = Sample((Turn("user", "Say <|im_end|>."), turn))
+    says = error(sample, tokenizers["qwen3"])
+    assert says.startswith(f"messages[1].{key} has <|im_end|>, the token that ends a turn")
+    assert trained(replace(sample, turns=(sample.turns[0], replace(turn, train=False))), tokenizers["qwen3"]) == []
+
+
+def test_a_text_behind_the_results_of_its_calls_is_refused() -> None:
+    template = """{% for m in messages %}{% if m.role == 'user' %}<q>{{ m.content }}{% elif m.tool_calls %}
+<a>{{ m.tool_calls[0].function | tojson }}{% if not loop.last %}{{ loop.nextitem.content }}{% endif %}{{ m.content }}<|im_end|>
+{% elif m.role == 'assistant' %}<a>{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}
+<a>{% endif %}"""
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = template
+    call = Turn("assistant", "Wait.", called(a=1))
+    turns = (Turn("user", "1+1?"), call, Turn("tool", "two"), Turn("assistant", "Two."))
+    assert "does not write messages[1] in one piece, " in error(Sample(turns), tokenizer)
+    without = (turns[0], replace(call, content=""), *turns[2:])
+    assert trained(Sample(without), tokenizer)[-1] == "Two.<|im_end|>"
+
+
 def test_a_system_turn_that_is_not_written_is_refused() -> None:
     tokenizer = tokenizer_for("chatml")
     tokenizer.chat_template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
