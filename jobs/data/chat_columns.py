@@ -7,35 +7,14 @@ from conf.columns import DOCUMENTS, SYSTEM, TOOLS
 from jobs.data.content_parts import text_of
 from jobs.data.row_values import Names, Row, first_filled, is_null, kind_of, parse_json, parse_list
 from jobs.data.tool_calls import parse_tools
+from jobs.tokenization.chat_settings import RESERVED
 from jobs.tokenization.conversation import Sample, Turn
-
-RESERVED = frozenset(
-    [
-        "messages",
-        "conversation",
-        "conversations",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-    ]
-)
-"""Arguments of `apply_chat_template` itself, which a row's chat_template_kwargs may not set."""
 
 
 def make_chat(row: Row, turns: list[Turn], fields: Names) -> Sample:
     """A chat of these turns, with the row's system prompt, tools, documents and template variables.
 
-    A system turn in the chat wins over the system column.
+    Raises ValueError if the chat has another system prompt than the system column.
     """
     for turn in turns:
         if turn.role == "assistant":
@@ -45,8 +24,15 @@ def make_chat(row: Row, turns: list[Turn], fields: Names) -> Sample:
             "no turn is the assistant's, so there is nothing to train on: drop the row, or map its roles with data.roles"
         )
     system, tools = first_filled(row, SYSTEM), first_filled(row, TOOLS)
-    if system and row[system] and turns[0].role != "system":
-        turns = [Turn("system", text_of(row[system], system, fields)), *turns]
+    if system and row[system]:
+        prompt = text_of(row[system], system, fields)
+        if turns[0].role != "system":
+            turns = [Turn("system", prompt), *turns]
+        elif prompt.strip() != turns[0].content.strip():
+            raise ValueError(
+                f"the column {system} and the first message are two different system prompts: "
+                f"drop one of them, or set data.ignore=[{system}] to keep that of the message"
+            )
     parsed_tools = parse_tools(row[tools]) if tools else None
     documents = first_filled(row, DOCUMENTS)
     if documents or row.get("chat_template_kwargs"):
@@ -81,7 +67,9 @@ def _template_kwargs(row: Row) -> dict[str, Any] | None:
             f"chat_template_kwargs is {kind_of(raw)}, not an object: give {{name: value}}, or drop the column"
         )
     if reserved := sorted(RESERVED & raw.keys()):
-        raise ValueError(f"chat_template_kwargs sets {reserved[0]}, which the row's own columns decide: remove it")
+        raise ValueError(
+            f"chat_template_kwargs sets {reserved[0]}, which the row's columns or the tokenizer decide: remove it"
+        )
     return _without_nulls(raw) or None
 
 

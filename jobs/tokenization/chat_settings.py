@@ -7,8 +7,31 @@ from typing import Any
 from conf.schema import Data
 
 MASKS = ("assistant", "last", "all")
-RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"})
-"""Variables of chat templates that `template_kwargs` cannot set."""
+SPECIAL_TOKENS = frozenset(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
+RESERVED = (
+    frozenset(
+        {
+            "add_generation_prompt",
+            "chat_template",
+            "continue_final_message",
+            "conversation",
+            "conversations",
+            "documents",
+            "max_length",
+            "messages",
+            "padding",
+            "return_assistant_tokens_mask",
+            "return_dict",
+            "return_tensors",
+            "tokenize",
+            "tokenizer_kwargs",
+            "tools",
+            "truncation",
+        }
+    )
+    | SPECIAL_TOKENS
+)
+"""Arguments of `apply_chat_template` itself, and variables that the tokenizer sets: rows and config may not set them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class ChatSettings:
 def check_variables(names: Mapping[str, Any]) -> None:
     """Raises ValueError for a variable that only Muster sets."""
     if taken := RESERVED & names.keys():
-        raise ValueError(f"{', '.join(sorted(taken))} cannot be set here: the rows decide it")
+        raise ValueError(f"{', '.join(sorted(taken))} cannot be set here: the rows and the tokenizer decide it")
 
 
 DEFAULTS = ChatSettings()

@@ -77,10 +77,10 @@ ROWS = {
         {"system": "Be kind.", "conversations": messages_of(("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT)},
         chat(Turn("system", "Be kind."), HI, HELLO),
     ),
-    "sharegpt whose system turn wins": (
+    "sharegpt whose system prompt is given twice": (
         "sharegpt",
         {
-            "system": "no",
+            "system": "yes ",
             "conversations": messages_of(("system", "yes"), ("human", "Hi"), ("gpt", "Hello!"), keys=SHAREGPT),
         },
         chat(Turn("system", "yes"), HI, HELLO),
@@ -333,6 +333,14 @@ WRONG = {
     "a call that is not JSON": (
         turns(USER, {"role": "function_call", "content": "add(1)"}),
         r"messages\[1\].content is not valid JSON",
+    ),
+    "two system prompts": (
+        {"system": "no", "messages": [{"role": "system", "content": "yes"}, USER, ANSWER]},
+        r"system and the first message are two different system prompts: .* data.ignore=\[system\]",
+    ),
+    "a special token as a variable of the template": (
+        turns(USER, ANSWER) | {"chat_template_kwargs": {"bos_token": "<x>"}},
+        "chat_template_kwargs sets bos_token",
     ),
     "tools that are not JSON": (turns(USER, ANSWER) | {"tools": "add"}, "tools is not valid JSON"),
     "tools whose function has no name": (
