@@ -40,6 +40,9 @@ WAYS = {
     "packed": ["parallel=fsdp", "data.packing=true"],
     "zero3": ["parallel=zero3"],
     "recomputed": ["parallel=fsdp", "train.activation_checkpointing=full"],
+    "compiled": ["parallel=fsdp", "train.compile=true"],
+    "compiledLoRA": ["parallel=fsdp", "adapter=lora", "adapter.r=4", "train.compile=true"],
+    "compiledpacked": ["parallel=fsdp", "data.packing=true", "train.compile=true"],
 }
 
 
