@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -54,14 +55,12 @@ def _targeted_parameters(model: PreTrainedModel, targets: list[str]) -> list[str
 
 
 def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Linear layers with a forward of their own, which PEFT would break: the routers of Llama 4 and Phi MoE return a tuple.
+    """Linear layers that PEFT would break, because they return a tuple: the routers of Llama 4 and Phi MoE.
 
     Raises ConfigError if `adapter.targets` names one.
     """
     own = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _returns_tensor(module)
     ]
     if modules == ["all-linear"]:
         left_out = own + _fused_by_mamba(model)
@@ -74,6 +73,18 @@ def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
             message = f"{found} is a router, which cannot have an adapter: remove it from adapter.targets"
             raise ConfigError(Problem("adapter.targets", target, message))
     return []
+
+
+def _returns_tensor(linear: nn.Linear) -> bool:
+    """Whether the layer returns one tensor. Only a layer with a forward of its own is run to find out."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    rows = torch.zeros(2, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    try:
+        with torch.no_grad():
+            return isinstance(linear(rows), torch.Tensor)
+    except Exception:  # any code of a model
+        return False
 
 
 def _fused_by_mamba(model: PreTrainedModel) -> list[str]:

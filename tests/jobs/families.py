@@ -40,6 +40,9 @@ WAYS = {
     "packed": ["parallel=fsdp", "data.packing=true"],
     "zero3": ["parallel=zero3"],
     "recomputed": ["parallel=fsdp", "train.activation_checkpointing=full"],
+    "compiled": ["parallel=fsdp", "train.compile=true"],
+    "compiledLoRA": ["parallel=fsdp", "adapter=lora", "adapter.r=4", "train.compile=true"],
+    "compiledpacked": ["parallel=fsdp", "data.packing=true", "train.compile=true"],
 }
 
 
@@ -211,12 +214,15 @@ def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None
 def plain_model(config: Config) -> Any:
     """The model of transformers; an adapter is PEFT's, with the initial weights of a build by Muster."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from jobs.model import build
 
+    # eager attention of Falcon adds ALiBi twice (transformers 5.23): in the mask, and to the scores
+    is_falcon = AutoConfig.from_pretrained(config.model.source).model_type == "falcon"
+    attention = "sdpa" if is_falcon else "eager"
     model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model.source, dtype=torch.float32, attn_implementation="eager"
+        config.model.source, dtype=torch.float32, attn_implementation=attention
     )
     if config.adapter.kind.name == "none":
         return model.train()

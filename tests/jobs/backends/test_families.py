@@ -115,6 +115,18 @@ def test_a_router_gets_no_adapter(tmp_path, compose: Compose, capsys: pytest.Cap
     build.build_on_meta(on(tmp_path, compose, "adapter=lora", "adapter.targets=[q_proj]"))
 
 
+def test_a_linear_layer_with_its_own_forward_gets_an_adapter(tmp_path, compose: Compose) -> None:
+    """Falcon's layers have one."""
+    families.make(tmp_path, "falcon")
+    model = build.build_on_meta(on(tmp_path, compose, "adapter=lora"))
+    adapted = {
+        without_wrappers(name).split(".lora_")[0].rpartition(".")[2]
+        for name, item in model.named_parameters()
+        if item.requires_grad
+    }
+    assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
 def test_layers_inside_mambas_kernel_get_no_adapter(tmp_path, compose: Compose) -> None:
     families.make(tmp_path, "nemotron_h")
     model = build.build_on_meta(on(tmp_path, compose, "adapter=lora"))
