@@ -43,7 +43,7 @@ def compare_with_peft(folder: Path, merge: Merge, build_live: Callable[[], Any])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         live = _with_adapter(build_live(), merge)
-        tokens = _tokens(live.config)
+        tokens = sample_tokens(live.config)
         expected = live(input_ids=tokens, use_cache=False).logits[0]
         del live
         from transformers import AutoModelForCausalLM
@@ -111,7 +111,8 @@ def _canonical(name: str) -> str:
     return next(iter(names.whole), f"{NAME}:frozen")
 
 
-def _tokens(config: Any) -> torch.Tensor:
+def sample_tokens(config: Any) -> torch.Tensor:
+    """A row of random tokens, always the same."""
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (1, TOKENS), generator=generator)

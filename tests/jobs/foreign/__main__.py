@@ -63,7 +63,8 @@ def results(ranks: int, names: list[str]) -> Iterator[tuple[str, str]]:
 
 PROGRAMS = {
     "z0": "DeepSpeed without ZeRO", "z1": "DeepSpeed ZeRO-1", "z2": "DeepSpeed ZeRO-2", "z3": "DeepSpeed ZeRO-3",
-    "peft": "PEFT under DeepSpeed", "trainer": "Trainer", "accelerate": "Accelerate, FSDP2", "dcp": "torch DCP",
+    "universal": "DeepSpeed universal", "peft": "PEFT under DeepSpeed", "trainer": "Trainer",
+    "accelerate": "Accelerate, FSDP2", "dcp": "torch DCP",
 }  # fmt: skip
 """First part of a case's name -> what wrote it."""
 
