@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -238,3 +239,24 @@ def test_quantized_weights_are_not_cast_without_their_scales(tensors, tmp_path) 
     refused(folder, tmp_path / "out", "belongs to quantized weights.*--dtype original", "--dtype", "bf16")
     found = merge(folder, tmp_path / "kept", "--dtype", "original")
     assert all(found[name].dtype is value.dtype for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "original"])
+def test_an_fp8_base_does_not_serve_its_weights(dtype, base, tmp_path) -> None:
+    """Under an adapter; and where `original` would give a checkpoint its dtype."""
+    stored, folder = load_file(base / "model.safetensors"), tmp_path / "base"
+    name = "model.layers.0.mlp.up_proj.weight"
+    quantized = {name: stored[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    files(stored | quantized, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    live = get_peft_model(shards.build("gqa"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    live.save_pretrained(tmp_path / "adapter")
+    message = "cannot serve weights, because .* belongs to quantized weights: name the same model in bf16"
+    refused(tmp_path / "adapter", tmp_path / "out", message, "--base", folder, "--dtype", dtype)
+    merge(tmp_path / "adapter", tmp_path / "remedy", "--base", base, "--dtype", dtype)
+    checkpoint = dcp_folder(weights(), tmp_path / "ck")
+    if dtype == "original":
+        message = "up_proj.weight would be cast to float8_e4m3fn without a scale"
+        refused(checkpoint, tmp_path / "out", message, "--base", folder, "--dtype", dtype)
+    else:
+        merge(checkpoint, tmp_path / "out", "--base", folder, "--dtype", dtype)
