@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conf.errors import UserError
 from conf.files import read_json, write_json
-from jobs.consolidation import external, prefixes
-from jobs.tensor_io import safetensors
+from jobs.consolidation import external, prefixes, weight_names
+from jobs.tensor_io import model_files, safetensors
 from tests.jobs import shards
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -163,6 +163,20 @@ def test_the_names_of_files_are_known_in_a_checkpoint(tmp_path) -> None:
     refused(dcp_folder(saved, tmp_path / "less"), tmp_path / "no", r"1 weights missing.*experts\.3\.w2", "--base", base)
 
 
+def test_names_of_files_need_no_model_that_can_be_streamed(tmp_path, monkeypatch) -> None:
+    def refuse(_):
+        raise weight_names.CannotStream("turned")
+
+    base = shards.base("mixtral", tmp_path)
+    saved = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}
+    monkeypatch.setattr(external, "blueprint_of_model", refuse)
+    assert equal(merge(dcp_folder(saved, tmp_path / "ck"), tmp_path / "out", "--base", base), saved)
+    live = dcp_folder(shards.build("mixtral").state_dict(), tmp_path / "live")
+    refused(live, tmp_path / "no", r"cannot be streamed \(turned\)", "--base", base)
+    del saved["model.norm.weight"]
+    refused(dcp_folder(saved, tmp_path / "less"), tmp_path / "no", r"1 weights missing \['model\.norm", "--base", base)
+
+
 # Which files are the model
 
 
@@ -210,6 +224,8 @@ def test_an_index_does_not_point_outside_its_folder(name, tmp_path) -> None:
     files({"b": torch.ones(3)}, tmp_path / "ck/x.safetensors")
     write_json(tmp_path / "ck/model.safetensors.index.json", {"weight_map": {"a": name}})
     refused(tmp_path / "ck", tmp_path / "out", "which is not in the folder of the model: write plain file names")
+    with pytest.raises(UserError, match="which is not in the folder of the model"):
+        model_files.weight_files(tmp_path / "ck")
 
 
 def test_metadata_does_not_point_outside_its_folder(tmp_path) -> None:
