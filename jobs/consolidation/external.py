@@ -19,6 +19,7 @@ from jobs.consolidation.weight_names import (
     CannotStream,
     blueprint_of_files,
     blueprint_of_model,
+    blueprint_of_names,
     is_from_base,
     split_names,
 )
@@ -125,6 +126,12 @@ class Base:
         try:
             return blueprint_of_model(self.empty_model)
         except CannotStream as error:
+            shapes = {name: stored.shape for name, stored in self.tensors.items()}
+            names = split_names(strip_prefixes(tensors, shapes, prefix))
+            if (
+                shapes and not names.adapters and names.whole.keys() <= shapes.keys()
+            ):  # named as in the files of the base
+                return blueprint_of_names(shapes)
             message = f"{type(self.empty_model).__name__} cannot be streamed ({error}): merge it with the program that trained it"
             raise DataError(Problem("--base", source, message)) from error
 

@@ -14,6 +14,7 @@ from conf.errors import DataError, Problem, RunError
 from conf.files import new_folder, write_json
 from conf.schema import Config
 from jobs.checkpoint import checkpointing
+from jobs.consolidation import live_check
 from jobs.consolidation.execute import move_aside
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.updates import read_tensor
@@ -47,7 +48,7 @@ def run(
     weights = _read_weights(checkpoint, [name for name, _ in model.named_parameters()])
     _check_weights(checkpoint, model, weights, fingerprints)
     model.load_state_dict(weights, strict=False)
-    merged = model.merge_and_unload() if config.adapter.kind is not AdapterKind.none else model
+    merged = model if config.adapter.kind is AdapterKind.none else _merged(model, target)
     if muster_json["dtype"] in build.DTYPES:
         merged = merged.to(build.DTYPES[muster_json["dtype"]])
     merged.config.use_cache = True
@@ -60,6 +61,17 @@ def run(
         compare(folder)
         write_json(folder / "muster.json", muster_json | {"verified": True})
     log.info(f"model     {target}")
+
+
+@torch.no_grad()
+def _merged(model: Any, target: Path) -> Any:
+    """The model with its adapter merged. Raises RunError if its logits changed, as they do if a tied weight has an adapter."""
+    tokens = live_check.sample_tokens(model.config)
+    expected = model.eval()(input_ids=tokens, use_cache=False).logits[0].float()
+    merged = model.merge_and_unload()
+    actual = merged(input_ids=tokens, use_cache=False).logits[0].float()
+    live_check.check_logits(actual, expected, target, next(merged.parameters()).dtype)
+    return merged
 
 
 def _read_weights(checkpoint: Checkpoint, live_names: list[str]) -> dict[str, torch.Tensor]:

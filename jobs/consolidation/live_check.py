@@ -14,6 +14,7 @@ from jobs.consolidation.adapter_layers import NAME
 from jobs.consolidation.merge import Merge
 from jobs.consolidation.updates import read_tensor
 from jobs.consolidation.weight_names import AGAIN, BASE, split_names
+from jobs.distributed import host_memory
 from jobs.evaluation.reference_logits import TOLERANCE, difference
 from jobs.tensor_io.reader import OpenFiles, Reader
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 8 * 2**30
 """Both models together, in fp32. Loading and running larger ones takes longer than the merge."""
 MEMORY_SHARE = 0.5
-"""Of the memory that is free, for both models."""
+"""Of the memory that this process may still take, for both models."""
 TOKENS = 16
 
 
@@ -33,7 +34,7 @@ def compare_with_peft(folder: Path, merge: Merge, build_live: Callable[[], Any])
     Where both models do not fit into memory, some layers are compared. Raises RunError if they differ by more than rounding.
     """
     needed = 2 * sum(output.numel * 4 for output in merge.outputs)
-    free = _available_bytes()
+    free = host_memory.free_bytes()
     if needed > min(MAX_BYTES, MEMORY_SHARE * free):
         layers = layer_check.compare_layers(folder, merge)
         said = f"verified  {layers} adapted layers equal PEFT's; logits" if layers else "logits"
@@ -43,7 +44,7 @@ def compare_with_peft(folder: Path, merge: Merge, build_live: Callable[[], Any])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         live = _with_adapter(build_live(), merge)
-        tokens = _tokens(live.config)
+        tokens = sample_tokens(live.config)
         expected = live(input_ids=tokens, use_cache=False).logits[0]
         del live
         from transformers import AutoModelForCausalLM
@@ -111,16 +112,8 @@ def _canonical(name: str) -> str:
     return next(iter(names.whole), f"{NAME}:frozen")
 
 
-def _tokens(config: Any) -> torch.Tensor:
+def sample_tokens(config: Any) -> torch.Tensor:
+    """A row of random tokens, always the same."""
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (1, TOKENS), generator=generator)
-
-
-def _available_bytes() -> int:
-    """Memory that is free or can be freed, from /proc; nothing where that cannot be read."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 0

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
-from jobs.consolidation.quantized import check_no_cast
+from jobs.consolidation.quantized import check_base, check_no_cast
 from jobs.consolidation.tied_weights import separate_tied
-from jobs.consolidation.weight_names import AGAIN, BASE, Blueprint, CheckpointNames, SavedName, split_names
+from jobs.consolidation.weight_names import (
+    AGAIN,
+    BASE,
+    Blueprint,
+    CheckpointNames,
+    SavedName,
+    split_names,
+)
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
@@ -104,6 +111,7 @@ def merge_model(
         wrong = sorted(name for name, key in names.whole.items() if key not in used)
     if missing or wrong:
         raise _does_not_fit(missing, wrong, bool(base), names)
+    check_base(merge.outputs, base)
     check_no_cast(merge.outputs, sources)
     if adapter is not None:
         from jobs.consolidation.updates import add_adapters

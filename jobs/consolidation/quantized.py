@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from conf.errors import DataError, Problem
 from jobs.consolidation.plan import Output
+from jobs.consolidation.weight_names import is_from_base
+from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
 _SCALES = re.compile(
@@ -15,15 +17,36 @@ _SCALES = re.compile(
 
 
 def check_no_cast(outputs: Iterable[Output], sources: Mapping[str, StoredTensor]) -> None:
-    """Raise DataError if a weight in fp8, or the scale of a quantized weight, would be cast to another dtype."""
+    """Raise DataError if a weight in fp8 or the scale of a quantized weight would be cast, or another weight to fp8."""
     for output in outputs:
         stored = sources[output.source]
-        is_fp8 = stored.dtype.is_floating_point and stored.dtype.itemsize == 1
-        if output.dtype is stored.dtype or not (is_fp8 or _SCALES.search(output.name)):
+        if output.dtype is stored.dtype:
             continue
-        message = (
-            f"{output.name} is stored in {stored.dtype.name} and belongs to quantized weights, whose numbers mean nothing without "
-            f"their scales, so it is not cast to {output.dtype.name}: keep it as it is with --dtype original and no --base, "
-            "or load and dequantize the model with the library that quantized it"
-        )
-        raise DataError(Problem("checkpoint", None, message))
+        if _is_fp8(output.dtype):
+            message = (
+                f"{output.name} would be cast to {output.dtype.name} without a scale, as the base has it: set a dtype"
+            )
+            raise DataError(Problem("--dtype", "original", message))
+        if _is_fp8(stored.dtype) or _SCALES.search(output.name):
+            message = (
+                f"{output.name} is stored in {stored.dtype.name} and belongs to quantized weights, whose numbers mean nothing "
+                f"without their scales, so it is not cast to {output.dtype.name}: keep it as it is with --dtype original and no "
+                "--base, or load and dequantize the model with the library that quantized it"
+            )
+            raise DataError(Problem("checkpoint", None, message))
+
+
+def check_base(outputs: Iterable[Output], base: Mapping[str, StoredTensor]) -> None:
+    """Raise DataError if weights come from a base that is quantized: they cannot be taken from there without their scales."""
+    if not any(is_from_base(output.source) for output in outputs):
+        return
+    for name, stored in base.items():
+        if _is_fp8(stored.dtype) or _SCALES.search(name):
+            message = (
+                f"{name} belongs to quantized weights: name the same model in bf16, or dequantize it and save it first"
+            )
+            raise DataError(Problem("model.source", None, f"cannot serve weights, because {message}"))
+
+
+def _is_fp8(dtype: Dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -93,8 +93,13 @@ def blueprint_of_files(config: dict[str, Any], shapes: dict[str, tuple[int, ...]
         if embedding is None or "lm_head.weight" in shapes:
             return None
         tied = {"lm_head.weight": embedding}
+    return blueprint_of_names(shapes, tied)
+
+
+def blueprint_of_names(shapes: dict[str, tuple[int, ...]], tied: dict[str, str] | None = None) -> Blueprint:
+    """The blueprint of weights that have the same names and shapes in files and in the checkpoint."""
     saved = tuple(SavedName(name, shape, name) for name, shape in shapes.items())
-    return Blueprint(dict(shapes), tied, saved, frozenset())
+    return Blueprint(dict(shapes), tied or {}, saved, frozenset())
 
 
 def _saved_names(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:

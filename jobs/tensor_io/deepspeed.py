@@ -57,6 +57,8 @@ def find_weights(folder: Path) -> Weights:
     model_paths = deepspeed_files.files(folder, "*_model_states.pt")
     deepspeed_files.check_not_model_parallel(folder, model_paths)
     model_state = deepspeed_files.load(model_paths[0])
+    if (folder / "zero").is_dir():
+        return _universal(folder, model_paths, model_state)
     if not any(folder.glob("*_optim_states.pt")) and deepspeed_files.stage_of_config(model_state) == 0:
         return Weights(_whole_module(str(model_paths[0]), model_state), True, _compute_dtype(model_state))
     optimizer_paths = deepspeed_files.files(folder, "*_optim_states.pt")
@@ -65,7 +67,7 @@ def find_weights(folder: Path) -> Weights:
     deepspeed_files.check_ranks(folder, optimizer_paths, states[0])
     if stage == 3:
         deepspeed_files.check_model_files(folder, model_paths, optimizer_paths)
-    shapes: Shapes = model_state["param_shapes"]
+    shapes = _shapes(model_paths[0], model_state)
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     parts = _parts_of_ranks(optimizer_paths, states, key)
     weights = _buffers(str(model_paths[0]), model_state)
@@ -82,6 +84,46 @@ def find_weights(folder: Path) -> Weights:
         weights = _whole_module(str(model_paths[0]), model_state) | weights
     excludes_frozen = stage < 2 or model_state.get("frozen_param_shapes") is None
     return Weights(weights, excludes_frozen, _compute_dtype(model_state))
+
+
+def _universal(folder: Path, model_paths: list[Path], model_state: dict[str, Any]) -> Weights:
+    """A universal checkpoint: a folder for each trained weight, with the whole of it in `fp32.pt`, flat if it comes from ZeRO-3."""
+    weights = _whole_module(str(model_paths[0]), model_state)
+    weights = {name: stored for name, stored in weights.items() if stored.numel} | _frozen_sharded_or_whole(
+        model_paths, model_state
+    )
+    for name, shape in (
+        (name, tuple(shape)) for group in _shapes(model_paths[0], model_state) for name, shape in group.items()
+    ):
+        path = folder / "zero" / name / "fp32.pt"
+        if not path.is_file():
+            raise RunError(
+                Problem("checkpoint", path, "is missing: convert the checkpoint again, or copy this file too")
+            )
+        content = deepspeed_files.load(path)
+        saved = content["param"] if isinstance(content, dict) else content
+        if not isinstance(saved, SavedTensor) or not saved.contiguous or saved.numel < prod(shape):
+            raise RunError(Problem("checkpoint", path, f"does not hold the {list(shape)} numbers of {name}"))
+        weights[name] = _whole(str(path), saved, shape)
+    for name, stored_name in dict(model_state.get("shared_params") or {}).items():
+        if stored_name in weights:
+            weights[name] = weights[stored_name]
+    return Weights(weights, True, _compute_dtype(model_state))
+
+
+def _shapes(path: Path, model_state: dict[str, Any]) -> Shapes:
+    if not (shapes := model_state.get("param_shapes")):
+        raise RunError(
+            Problem("checkpoint", path, "does not list its parameters (param_shapes): save it with ZeRO 1, 2 or 3")
+        )
+    return list(shapes)
+
+
+def _frozen_sharded_or_whole(model_paths: list[Path], model_state: dict[str, Any]) -> dict[str, StoredTensor]:
+    """ZeRO-3 has a model file for each rank, ZeRO-1 and 2 have one."""
+    if model_paths[0].name.startswith("zero_pp_rank"):
+        return _frozen_sharded(model_paths, model_state)
+    return _frozen_whole(str(model_paths[0]), model_state)
 
 
 def _compute_dtype(model_state: dict[str, Any]) -> Dtype | None:
@@ -159,9 +201,9 @@ def _buffers(path: str, model_state: dict[str, Any]) -> dict[str, StoredTensor]:
 
 
 def _whole(path: str, saved: SavedTensor, shape: Any = None) -> StoredTensor:
-    """A tensor that one file holds completely."""
+    """A tensor that one file holds completely, perhaps with padding after it."""
     shape = tuple(saved.shape if shape is None else shape)
-    return StoredTensor(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, saved.numel),))
+    return StoredTensor(shape, saved.dtype, (_extent(FlatPart(path, saved), 0, 0, prod(shape)),))
 
 
 def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:

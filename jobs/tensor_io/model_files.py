@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from jobs.tensor_io.safetensors import files_of_index
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES = 16 * 2**20
 READERS = 4
@@ -33,7 +35,10 @@ def find_or_download(source: str, revision: str | None, *, cached: bool = False)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, chosen as transformers chooses them."""
+    """Names of the files that hold the weights, chosen as transformers chooses them.
+
+    Raises DataError if the index names a file outside the folder.
+    """
     if (folder / SINGLE).exists():
         return [SINGLE]
-    return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    return files_of_index(folder / INDEX, json.loads((folder / INDEX).read_text()))

@@ -52,12 +52,13 @@ def _zero_folder(folder: Path) -> Path | None:
     """The folder with the files of a ZeRO checkpoint: this one, or the one that DeepSpeed's file `latest` names."""
     if any(folder.glob("*_optim_states.pt")) or any(folder.glob("*mp_rank_*_model_states.pt")):
         return folder
-    if not (folder / "latest").is_file():
-        return None
-    named = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    if not named.is_dir():
-        raise RunError(Problem("checkpoint", named, f"is missing, but {folder / 'latest'} names it: copy it too"))
-    return named
+    for pointer in (folder / "latest", folder / "latest_universal"):
+        if pointer.is_file():
+            named = folder / pointer.read_text(encoding="utf-8").strip()
+            if not named.is_dir():
+                raise RunError(Problem("checkpoint", named, f"is missing, but {pointer} names it: copy it too"))
+            return named
+    return None
 
 
 def file_versions(tensors: dict[str, StoredTensor]) -> dict[str, list[int]]:

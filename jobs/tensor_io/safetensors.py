@@ -51,7 +51,7 @@ def _files(folder: Path, stem: str) -> list[str]:
     """Names of the files of a model: those of its index, STEM.safetensors, or the only ones in the folder."""
     index = read_json(folder / f"{stem}.safetensors.index.json")
     if index is not None:
-        return _files_of_index(folder / f"{stem}.safetensors.index.json", index)
+        return files_of_index(folder / f"{stem}.safetensors.index.json", index)
     if (folder / f"{stem}.safetensors").exists():
         return [f"{stem}.safetensors"]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -76,7 +76,7 @@ def _files(folder: Path, stem: str) -> list[str]:
     return names
 
 
-def _files_of_index(path: Path, index: Any) -> list[str]:
+def files_of_index(path: Path, index: Any) -> list[str]:
     """The files that an index names. Raises DataError if one is not in the folder of the index."""
     files = sorted(set(index["weight_map"].values()))
     for name in files:

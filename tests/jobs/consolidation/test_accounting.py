@@ -5,13 +5,14 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conf.errors import UserError
 from conf.files import read_json, write_json
-from jobs.consolidation import external, prefixes
-from jobs.tensor_io import safetensors
+from jobs.consolidation import external, prefixes, weight_names
+from jobs.tensor_io import model_files, safetensors
 from tests.jobs import shards
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -162,6 +163,20 @@ def test_the_names_of_files_are_known_in_a_checkpoint(tmp_path) -> None:
     refused(dcp_folder(saved, tmp_path / "less"), tmp_path / "no", r"1 weights missing.*experts\.3\.w2", "--base", base)
 
 
+def test_names_of_files_need_no_model_that_can_be_streamed(tmp_path, monkeypatch) -> None:
+    def refuse(_):
+        raise weight_names.CannotStream("turned")
+
+    base = shards.base("mixtral", tmp_path)
+    saved = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}
+    monkeypatch.setattr(external, "blueprint_of_model", refuse)
+    assert equal(merge(dcp_folder(saved, tmp_path / "ck"), tmp_path / "out", "--base", base), saved)
+    live = dcp_folder(shards.build("mixtral").state_dict(), tmp_path / "live")
+    refused(live, tmp_path / "no", r"cannot be streamed \(turned\)", "--base", base)
+    del saved["model.norm.weight"]
+    refused(dcp_folder(saved, tmp_path / "less"), tmp_path / "no", r"1 weights missing \['model\.norm", "--base", base)
+
+
 # Which files are the model
 
 
@@ -209,6 +224,8 @@ def test_an_index_does_not_point_outside_its_folder(name, tmp_path) -> None:
     files({"b": torch.ones(3)}, tmp_path / "ck/x.safetensors")
     write_json(tmp_path / "ck/model.safetensors.index.json", {"weight_map": {"a": name}})
     refused(tmp_path / "ck", tmp_path / "out", "which is not in the folder of the model: write plain file names")
+    with pytest.raises(UserError, match="which is not in the folder of the model"):
+        model_files.weight_files(tmp_path / "ck")
 
 
 def test_metadata_does_not_point_outside_its_folder(tmp_path) -> None:
@@ -238,3 +255,24 @@ def test_quantized_weights_are_not_cast_without_their_scales(tensors, tmp_path) 
     refused(folder, tmp_path / "out", "belongs to quantized weights.*--dtype original", "--dtype", "bf16")
     found = merge(folder, tmp_path / "kept", "--dtype", "original")
     assert all(found[name].dtype is value.dtype for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "original"])
+def test_an_fp8_base_does_not_serve_its_weights(dtype, base, tmp_path) -> None:
+    """Under an adapter; and where `original` would give a checkpoint its dtype."""
+    stored, folder = load_file(base / "model.safetensors"), tmp_path / "base"
+    name = "model.layers.0.mlp.up_proj.weight"
+    quantized = {name: stored[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    files(stored | quantized, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    live = get_peft_model(shards.build("gqa"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    live.save_pretrained(tmp_path / "adapter")
+    message = "cannot serve weights, because .* belongs to quantized weights: name the same model in bf16"
+    refused(tmp_path / "adapter", tmp_path / "out", message, "--base", folder, "--dtype", dtype)
+    merge(tmp_path / "adapter", tmp_path / "remedy", "--base", base, "--dtype", dtype)
+    checkpoint = dcp_folder(weights(), tmp_path / "ck")
+    if dtype == "original":
+        message = "up_proj.weight would be cast to float8_e4m3fn without a scale"
+        refused(checkpoint, tmp_path / "out", message, "--base", folder, "--dtype", dtype)
+    else:
+        merge(checkpoint, tmp_path / "out", "--base", folder, "--dtype", dtype)

@@ -260,7 +260,7 @@ def test_two_adapters_are_refused_and_the_remedy_works(bases, tmp_path) -> None:
 def test_a_wrong_merge_is_not_published(free, message, bases, tmp_path, monkeypatch) -> None:
     """The comparison is made with PEFT's own merge, not with what was planned."""
     adapted(bases("tied")).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(live_check, "_available_bytes", lambda: free)
+    monkeypatch.setattr(live_check.host_memory, "free_bytes", lambda: free)
     real = updates._make_update
     monkeypatch.setattr(
         updates, "_make_update", lambda layer, parts: real(layer, {**parts, "lora_A": 2 * parts["lora_A"]})
@@ -273,7 +273,7 @@ def test_a_wrong_merge_is_not_published(free, message, bases, tmp_path, monkeypa
 )
 def test_layers_of_models_too_large_for_memory_are_compared(words, bases, tmp_path, monkeypatch, capsys) -> None:
     adapted(bases("tied"), **words).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(live_check, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(live_check.host_memory, "free_bytes", lambda: 1000)
     merge(tmp_path / "adapter", bases("tied"), tmp_path / "out")
     said = capsys.readouterr().out
     assert "logits not compared: two models in fp32 need" in said

@@ -61,11 +61,25 @@ def results(ranks: int, names: list[str]) -> Iterator[tuple[str, str]]:
             shutil.rmtree(folder / "out", ignore_errors=True)
 
 
+PROGRAMS = {
+    "z0": "DeepSpeed without ZeRO", "z1": "DeepSpeed ZeRO-1", "z2": "DeepSpeed ZeRO-2", "z3": "DeepSpeed ZeRO-3",
+    "universal": "DeepSpeed universal", "peft": "PEFT under DeepSpeed", "trainer": "Trainer",
+    "accelerate": "Accelerate, FSDP2", "dcp": "torch DCP",
+}  # fmt: skip
+"""First part of a case's name -> what wrote it."""
+
+
 def table(found: dict[int, dict[str, str]]) -> str:
-    """Markdown: a row per kind of checkpoint, with the number of cases that are equal on each number of ranks."""
-    lines = [f"| checkpoint | {' | '.join(f'{ranks} ranks' for ranks in found)} |", "|---" * (len(found) + 1) + "|"]
-    for name in next(iter(found.values())):
-        lines.append(f"| {name} | {' | '.join(rows[name].partition('; ')[0] for rows in found.values())} |")
+    """Markdown: a row for each program and result, with the names of its cases."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for ranks, results_of_cases in found.items():
+        for name, value in results_of_cases.items():
+            first, _, rest = name.partition("-")
+            program, case = (PROGRAMS[first], rest) if first in PROGRAMS else ("torch FSDP and others", name)
+            rows.setdefault((program, str(ranks), value.partition("; ")[0]), []).append(case)
+    lines = ["| written by | ranks | cases | weights |", "|---|---|---|---|"]
+    for (program, number, value), cases in rows.items():
+        lines.append(f"| {program} | {number} | {len(cases)}: {', '.join(cases)} | {value} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,8 @@
 """Checkpoints of DeepSpeed, two steps after the start."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ def _cases() -> dict[str, Case]:
     cases["z2-offload"] = {"model": "untied", "stage": 2, "config": BF16, "zero": {"offload_optimizer": on_cpu}}
     both = {"offload_optimizer": on_cpu, "offload_param": on_cpu}
     cases["z3-offload"] = {"model": "untied", "stage": 3, "config": BF16, "zero": both}
+    for name in ("z1-bf16-frozen", "z2-bf16-tied", "z3-bf16-frozen", "z3-bf16-odd"):
+        cases[f"universal-{name}"] = {**cases[name], "universal": True}
     return cases
 
 
@@ -58,7 +63,7 @@ def write(_: int, folder: Path, names: list[str]) -> None:
 
 def _write_case(
     folder: Path, model: str, stage: int, *, config: Case | None = None, zero: Case | None = None, frozen: bool = False,
-    left_out: bool = False, cut_on_loading: bool = False,
+    left_out: bool = False, cut_on_loading: bool = False, universal: bool = False,
 ) -> None:  # fmt: skip
     import deepspeed
 
@@ -90,7 +95,21 @@ def _write_case(
     models.keep_truth(live, folder)
     engine.save_checkpoint(str(folder / "ck"), exclude_frozen_parameters=left_out)
     dist.barrier()
+    if universal and dist.get_rank() == 0:
+        _make_universal(folder / "ck")
+    dist.barrier()
     engine.destroy()
+
+
+def _make_universal(checkpoint: Path) -> None:
+    """With DeepSpeed's own program; only what it makes is left."""
+    written = checkpoint / (checkpoint / "latest").read_text()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    words = ["--input_folder", str(written), "--output_folder", str(checkpoint / "universal")]
+    subprocess.run([*command, *words], check=True, capture_output=True)
+    shutil.rmtree(written)
+    (checkpoint / "latest").unlink()
+    (checkpoint / "latest_universal").write_text("universal")
 
 
 def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
