@@ -247,7 +247,7 @@ def _experts(shape: Architecture, values: dict[str, Any]) -> dict[str, Any]:
     return mlp | {
         "experts": number,
         "expert_inner": inner,
-        "chosen": layer_kinds.chosen(values),
+        "chosen": int(values["num_experts_per_tok"] or 1),
         "fused": fused,
         "router": router,
         "router_is_linear": family in layer_kinds.ADAPTED_EXPERTS or family in ("phimoe", "llama4_text"),

@@ -18,6 +18,7 @@ ALIASES = {
     "n_positions": "max_position_embeddings",
     "n_inner": "intermediate_size",
     "ffn_dim": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
     "num_kv_heads": "num_key_value_heads",
     "qkv_bias": "attention_bias",
     "use_qkv_bias": "attention_bias",
@@ -58,7 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
         "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 32768,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1, "num_experts": 128,
     },
     "gemma": {
         "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,

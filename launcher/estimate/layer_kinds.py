@@ -8,7 +8,7 @@ from typing import Any
 from launcher.estimate.family_defaults import DEFAULTS
 
 ADAPTED_EXPERTS = frozenset({
-    *("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "minimax_m2"),
+    *("mixtral", "qwen3_moe", "qwen3_next", "olmoe", "minimax_m2"),
     *("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"),
 })  # fmt: skip
 """Families whose experts PEFT (0.21) adapts under `all-linear`."""
