@@ -86,7 +86,10 @@ def kinds(shape: Architecture) -> list[tuple[Block, int]]:
     if layer_kinds.why_not_counted(shape.model_type, values):
         return []
     found = Counter(
-        (layer_kinds.has_experts(shape.model_type, values, layer), layer_kinds.is_recurrent(shape.model_type, values, layer))
+        (
+            layer_kinds.has_experts(shape.model_type, values, layer),
+            layer_kinds.is_recurrent(shape.model_type, values, layer),
+        )
         for layer in range(shape.num_hidden_layers)
     )
     return [(_block(shape, values, sparse, recurrent), number) for (sparse, recurrent), number in found.items()]
@@ -211,7 +214,10 @@ def _dense(shape: Architecture, values: dict[str, Any], inner: int = 0, prefix: 
     family, hidden = shape.model_type, shape.hidden_size
     inner = inner or layer_kinds.dense_inner(family, values)
     bias = layer_kinds.mlp_bias(family, values)
-    names = {"falcon": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")}
+    names = {
+        "falcon": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    }
     names |= {"phi": ("mlp.fc1", "mlp.fc2"), "opt": ("fc1", "fc2"), "starcoder2": ("mlp.c_fc", "mlp.c_proj")}
     names |= {family: ("mlp.up_proj", "mlp.down_proj") for family in ("nemotron", "apertus", "arcee")}
     gated, fused = family not in names, family in ("phi3", "glm", "glm4")
@@ -238,7 +244,7 @@ def _experts(shape: Architecture, values: dict[str, Any]) -> dict[str, Any]:
         mlp = _dense(shape, values, shared, f"mlp.{folder}")
     if family.startswith("qwen") and shared:
         mlp["linears"]["mlp.shared_expert_gate"] = Linear(1, hidden, False, "MLP input")
-    fused = (number * 2 * inner * hidden, number * inner * hidden)
+    fused: tuple[int, ...] = (number * 2 * inner * hidden, number * inner * hidden)
     router = number * hidden
     if family == "gpt_oss":
         fused, router = (*fused, number * 2 * inner, number * hidden), router + number

@@ -11,8 +11,8 @@ from conf.choices import AdapterKind, Backend, Frozen, OutputDtype
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from launcher.estimate.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
-from launcher.estimate.bytes_per_weight import frozen_bytes, frozen_width, moment_bytes
 from launcher.estimate.blocks import kinds
+from launcher.estimate.bytes_per_weight import frozen_bytes, frozen_width, moment_bytes
 from launcher.estimate.parameters import Counts, count
 from launcher.estimate.table import GIB, Device, Disk, Estimate, Host
 
@@ -194,7 +194,9 @@ def _host(config: Config, counts: Counts, loop: Loop) -> Host:
     """
     ranks = config.cluster.train.ranks_per_node
     model = counts.total * (width_of(config) if counts.frozen else 4)
-    copies = ranks if not loop.sliced_loading else 1 if any(block.experts for block, _ in kinds(shape_of(config))) else 0
+    copies = (
+        ranks if not loop.sliced_loading else 1 if any(block.experts for block, _ in kinds(shape_of(config))) else 0
+    )
     return Host(
         loading=copies * model + ranks * READING * loop.sliced_loading,
         offload=ranks * (_offload(config, counts) + offloaded_bytes(config)),

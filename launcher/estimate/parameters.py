@@ -9,6 +9,7 @@ from conf.schema import Adapter, Architecture
 from launcher.estimate import blocks, layer_kinds
 from launcher.estimate.blocks import Block
 
+
 @dataclass(frozen=True)
 class Counts:
     """Numbers of parameters."""
@@ -52,7 +53,7 @@ def count(shape: Architecture, adapter: Adapter) -> Counts | None:
 def why_not_counted(shape: Architecture | None) -> str | None:
     """Why the parameters of a model cannot be counted; None if they can."""
     if shape is None:
-        return "the shape of the model is not known before its config.json is here"
+        return "model.architecture is not known: its config.json is not on this machine, or lacks the usual fields"
     return layer_kinds.why_not_counted(shape.model_type, blocks.values_of(shape))
 
 
