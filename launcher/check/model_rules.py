@@ -94,10 +94,10 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
         message = (
             f"is an encoder with a decoder (model_type={family}). Muster trains models that continue a text. Name a "
         )
-        yield _source(config, message + "decoder, for example model=qwen05b")
+        yield _source(config, message + "decoder, for example model=qwen0_5b")
     elif family in ENCODERS and fields.get("is_decoder") is not True:
         message = (
-            f"is an encoder (model_type={family}), which cannot write text. Name a decoder, for example model=qwen05b"
+            f"is an encoder (model_type={family}), which cannot write text. Name a decoder, for example model=qwen0_5b"
         )
         yield _source(config, message)
     elif remote and not built_in:
