@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind
-from conf.schema import Adapter
+from conf.schema import Adapter, Architecture
 from launcher.estimate.parameters import count
 from tests.conftest import ROOT, Compose
+from tests.launcher.estimate.test_families import on_meta
 from tests.shapes import FAMILIES, adapted, built, small
 
 NAMED = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml") if "architecture:" in path.read_text())
@@ -35,15 +36,24 @@ def test_every_named_model_has_its_published_size(compose: Compose) -> None:
         assert counts and counts.total == published, (name, counts)
 
 
+def described(shape: Architecture) -> Any:
+    """A shape as a config of transformers."""
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
+    return AutoConfig.for_model(shape.model_type, **fields, **shape.extra)
+
+
 def sizes(model: Any, trained: bool = False) -> list[int]:
     return [item.numel() for item in model.parameters() if item.requires_grad or not trained]
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning:peft")
 @pytest.mark.parametrize("name", NAMED)
 def test_every_named_model_has_the_parameters_that_transformers_builds(compose: Compose, name: str) -> None:
     shape = compose(f"model={name}").model.architecture
     assert shape
-    model = built(shape)
+    model = on_meta(described(shape))
     counts = count(shape, Adapter())
     assert counts
     assert (counts.total, counts.largest) == (sum(sizes(model)), max(sizes(model)))
