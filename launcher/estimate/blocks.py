@@ -3,13 +3,13 @@
 Names and order are those of transformers' modules. tests/launcher/estimate/test_families.py builds every family and compares.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from conf.schema import Architecture
 from launcher.estimate import layer_kinds
+from launcher.estimate.config_json import KEPT
 from launcher.estimate.family_defaults import ALIASES, DEFAULTS
 
 
@@ -69,10 +69,10 @@ class Block:
 
 
 def values_of(shape: Architecture) -> dict[str, Any]:
-    """Every field of the model's config.json that counting needs: of the shape, else the default of transformers."""
+    """Every field of config.json that counting needs: of the shape, else the default of transformers, else None."""
     given = {name: value for name, value in vars(shape).items() if name not in ("extra", "model_type")}
     extra = {ALIASES.get(name, name): value for name, value in shape.extra.items()}
-    return defaultdict(lambda: None, DEFAULTS.get(shape.model_type, {}) | given | extra)
+    return dict.fromkeys(KEPT) | DEFAULTS.get(shape.model_type, {}) | given | extra
 
 
 def head_dim(shape: Architecture) -> int:
@@ -85,13 +85,13 @@ def kinds(shape: Architecture) -> list[tuple[Block, int]]:
     values = values_of(shape)
     if layer_kinds.why_not_counted(shape.model_type, values):
         return []
-    found = Counter(
-        (
+    found: dict[tuple[bool, bool], int] = {}
+    for layer in range(shape.num_hidden_layers):
+        kind = (
             layer_kinds.has_experts(shape.model_type, values, layer),
             layer_kinds.is_recurrent(shape.model_type, values, layer),
         )
-        for layer in range(shape.num_hidden_layers)
-    )
+        found[kind] = found.get(kind, 0) + 1
     return [(_block(shape, values, sparse, recurrent), number) for (sparse, recurrent), number in found.items()]
 
 

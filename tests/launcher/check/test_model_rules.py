@@ -87,7 +87,7 @@ REFUSED: list[tuple[dict[str, Any] | None, tuple[str, ...], str]] = [
     ({"model_type": "missing"}, (), "its config.json has no model_type"),
     ({"model_type": "no_such_family"}, (), "has model_type=no_such_family"),
     ({"model_type": "qwen3_vl", "vision_config": {}, "text_config": LLAMA}, (), "is a model of images and text"),
-    ({"model_type": "new", "auto_map": {"AutoModelForCausalLM": "a.B"}}, (), "Read that code, then add model.trust_remote_code=true"),
+    ({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}, (), "Read that code, then add model.trust_remote_code=true"),
     (None, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
     ({}, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
     ({}, ("README.md",), "has no weights (*.safetensors or *.bin)"),
