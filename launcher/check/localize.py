@@ -1,12 +1,15 @@
-"""Fills in the values of a config that depend on this machine: absolute paths, interpreter, GPU or CPU, precision."""
+"""Fills in the values of a config that depend on this machine: absolute paths, interpreter, GPU or CPU, precision, shape."""
 
 import os
 import sys
 from pathlib import Path
 
-from conf.choices import Container, Executor, Precision
-from conf.schema import Config
-from launcher.check.observe import local_memory_gib, path_exists, without_part
+from conf import resolve
+from conf.choices import Container, Executor, Init, Precision
+from conf.schema import Architecture, Config
+from launcher.check import model_files
+from launcher.check.observe import hub_cache, local_memory_gib, path_exists, without_part
+from launcher.estimate import config_json
 from launcher.paths import CLONE
 
 
@@ -18,6 +21,7 @@ def localize(config: Config, gpus: int) -> None:
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     """
     config.run_dir = os.path.abspath(config.run_dir)
     if config.data.cache:
@@ -44,6 +48,21 @@ def localize(config: Config, gpus: int) -> None:
         train.gpu_memory_gib = local_memory_gib()
     if config.train.precision is Precision.auto:
         config.train.precision = Precision.bf16 if train.gpus_per_node else Precision.fp32
+    if config.model.init is Init.pretrained and config.model.architecture is None:
+        config.model.architecture = _architecture(config)
+
+
+def _architecture(config: Config) -> Architecture | None:
+    """The shape of `model.source`, for checks and estimates: as a run in `run_dir` has stored it, else from config.json.
+
+    A run that is launched again keeps what it has: the Hub's cache may have been empty when it was first launched.
+    """
+    stored = Path(config.run_dir) / "config.yaml"
+    if stored.exists() and (earlier := resolve.load(stored)).model.source == config.model.source:
+        return earlier.model.architecture
+    folder = model_files.find(config.model.source, config.model.revision, hub_cache(config))
+    fields, _ = model_files.read_json(folder / "config.json") if folder and folder.is_dir() else (None, None)
+    return config_json.architecture(fields) if fields else None
 
 
 def _absolute(value: str) -> str:

@@ -10,15 +10,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf import resolve
+from conf.choices import Container, Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
+from launcher.check import model_files
+from launcher.check.model_files import Families, ModelFiles
+from launcher.estimate.family_defaults import DEFAULTS
 
 FIRST_ROW_CHARACTERS = 2**20
 """Characters that are read of a file to see its columns: the file may be huge, and this runs on a login node."""
@@ -65,6 +70,10 @@ class Facts:
     """(key, value) of each path in the config that does not exist."""
     first_rows: tuple[FirstRow, ...] = ()
     """One for each training set, in the order of `conf.datasets.training_paths`."""
+    model: ModelFiles | None = None
+    """What lies in the folder of `model.source`, if it is on this machine."""
+    families: Families | None = None
+    """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
     existing: Config | None = None
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
@@ -79,15 +88,41 @@ def observe(config: Config) -> Facts:
         existing, run_dir_error = _run_dir(Path(config.run_dir))
     except OSError as error:
         existing, run_dir_error = None, f"cannot be used: {error.strerror}. Choose another run_dir"
+    model = _model(config)
     return Facts(
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         files_missing=tuple(_missing_files(config)),
         first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
+        model=model,
+        families=_families(config, model),
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(_missing_secrets(config)),
     )
+
+
+def hub_cache(config: Config) -> Path:
+    """The Hub's cache, where jobs look for models: as huggingface_hub finds it."""
+    home = config.cluster.hf_home or os.environ.get("HF_HOME")
+    if not home:
+        home = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(cache or f"{home}/hub")).expanduser()
+
+
+def _model(config: Config) -> ModelFiles | None:
+    source, revision, cache = config.model.source, config.model.revision, hub_cache(config)
+    if config.model.init is Init.random or (folder := model_files.find(source, revision, cache)) is None:
+        return None
+    tokenizer = model_files.find(config.model.tokenizer, None, cache) if config.model.tokenizer else folder
+    return model_files.read(folder, tokenizer, local=Path(source).exists())
+
+
+def _families(config: Config, model: ModelFiles | None) -> Families | None:
+    cluster, fields = config.cluster, (model.fields if model else None) or {}
+    same = cluster.container is Container.none and cluster.python in (None, sys.executable)
+    return model_files.families() if same and fields.get("model_type") not in (None, *DEFAULTS) else None
 
 
 def local_gpus() -> int:

@@ -9,7 +9,9 @@ from enum import Enum
 from conf.batch import micro_batch_limit, split
 from conf.choices import AdapterKind, Checkpointing, Float8, Precision
 from conf.schema import Architecture, Config
-from launcher.estimate.parameters import Counts, experts, head_dim, linears, on_experts, targets
+from launcher.estimate.blocks import Block, head_dim, largest, values_of
+from launcher.estimate.layer_kinds import norms_heads
+from launcher.estimate.parameters import Counts, on_experts, targets
 
 CHUNK, PARTS = 2**28, 8
 """From jobs/model/fused_cross_entropy.py: logits that exist at the same time, and chunks of a head with an adapter."""
@@ -44,7 +46,7 @@ def _tokens(config: Config) -> tuple[int, int]:
 
 
 def _local(config: Config) -> Architecture:
-    """A rank's part of a block's shape: tensor parallelism divides heads and intermediate size, not the hidden size."""
+    """A rank's part of the model's shape: tensor parallelism divides heads and intermediate size, not the hidden size."""
     shape, ranks = shape_of(config), config.parallel.tensor_ranks
     return replace(
         shape,
@@ -55,6 +57,11 @@ def _local(config: Config) -> Architecture:
     )
 
 
+def _block(config: Config) -> Block:
+    """A rank's part of the largest block."""
+    return largest(_local(config))
+
+
 def activation_bytes(config: Config, *, fused_kernels: bool, compiled: bool = False) -> float:
     """Bytes that a rank saves for backward, plus the gradients inside the one block that is being differentiated.
 
@@ -62,11 +69,12 @@ def activation_bytes(config: Config, *, fused_kernels: bool, compiled: bool = Fa
     attention kernels that save no scores. Counted tensor by tensor in transformers' Llama, and equal to what autograd saves
     (tests/launcher/estimate/test_activations.py).
     """
-    shape, width, tokens = _local(config), width_of(config), _tokens(config)[0]
+    shape, width, tokens, one = _local(config), width_of(config), _tokens(config)[0], _block(config)
     mode, layers = config.train.activation_checkpointing, shape.num_hidden_layers
     block = saved_by_block(config, fused_kernels=fused_kernels)
     final = (4 + 2 * width) * shape.hidden_size  # the norm before the output head, and the head's input
-    backward = width * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+    inner = one.dense_inner + one.chosen * one.expert_inner
+    backward = width * ((3 if one.gated else 2) * inner + 2 * shape.hidden_size)
     recomputes = mode.recomputes
     whole_blocks = 1 if recomputes else layers  # recomputed, one block at a time has all of its activations
     inputs = layers if recomputes else 0
@@ -76,7 +84,7 @@ def activation_bytes(config: Config, *, fused_kernels: bool, compiled: bool = Fa
     if mode is Checkpointing.selective:
         kept += layers * kept_by_selection(config, compiled=compiled)
     # PEFT adds an expert's adapter to its weight in forward, so a block saves a new copy of all expert weights
-    merged = 3 * experts(shape) * shape.intermediate_size * shape.hidden_size if on_experts(config.adapter) else 0
+    merged = 3 * one.experts * one.expert_inner * shape.hidden_size if on_experts(one, config.adapter) else 0
     return tokens * (kept + whole_blocks * block + final + backward) + whole_blocks * width * merged
 
 
@@ -94,39 +102,48 @@ def kept_by_selection(config: Config, *, compiled: bool) -> float:
     jobs/model/activation_checkpointing.py counts the products in the order in which they run. In a compiled block the last
     one is not kept, because no gradient needs it.
     """
-    shape, width = _local(config), width_of(config)
-    adapted = [] if config.adapter.kind is AdapterKind.none else targets(shape, config.adapter)
-    query = shape.num_attention_heads * head_dim(shape)
+    shape, width, block = _local(config), width_of(config), _block(config)
+    adapted = [] if config.adapter.kind is AdapterKind.none else targets(block, config.adapter)
     products: list[int] = []
-    for name, (outputs, _, _) in linears(shape).items():
-        products.append(outputs)
+    for name, linear in block.linears.items():
+        products.append(linear.outputs)
         if name in adapted:  # PEFT: x @ A, then @ B
-            products += [config.adapter.r, outputs]
-    if experts(shape):
-        products.append(experts(shape))  # the router; products of experts are another operation and never kept
-    if compiled and not experts(shape):
+            products += [config.adapter.r, linear.outputs]
+    if block.experts:
+        products.append(block.experts)  # the router; products of experts are another operation and never kept
+    if compiled and not block.experts:
         products[-1] = 0
-    return width * (sum(products[::2]) + query) + 4 * shape.num_attention_heads
+    attention = block.linears[_output_of_attention(block)].inputs
+    return width * (sum(products[::2]) + attention) + 4 * shape.num_attention_heads
+
+
+def _output_of_attention(block: Block) -> str:
+    return next(name for name, linear in block.linears.items() if linear.reads == "attention")
 
 
 def saved_by_block(config: Config, *, fused_kernels: bool) -> float:
-    """Bytes per token that one decoder block saves for backward, without activation checkpointing."""
-    shape = _local(config)
-    width, hidden, inner = width_of(config), shape.hidden_size, shape.intermediate_size
-    query, key = (heads * head_dim(shape) for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+    """Bytes per token that one decoder block saves for backward, without activation checkpointing.
+
+    Equal to what autograd saves for llama, mistral, qwen2 and qwen3. For other families it is an estimate by the same rules.
+    """
+    shape, block = _local(config), _block(config)
+    width, hidden = width_of(config), shape.hidden_size
     # a norm saves its input in fp32 and the inverse root; a trained norm also saves the factor of its weight
     norm = 4 + (width if config.adapter.kind is AdapterKind.none else 0)
     norms = 2 * (width if fused_kernels else norm) * hidden + 2 * 4
-    if shape.model_type == "qwen3":
-        norms += norm * (query + key) + 4 * (shape.num_attention_heads + shape.num_key_value_heads)
-    attention = width * (2 * query + 2 * key) + 4 * shape.num_attention_heads  # q, k, v, output; log-sum-exp in fp32
-    mlp = width * (2 if fused_kernels else 3) * inner  # gate, up; eager also silu(gate)
-    if experts(shape):  # each selected expert also copies its input, and saves product and output
-        mlp = int(shape.extra.get("num_experts_per_tok", 2)) * (mlp + width * (inner + 2 * hidden))
-    return attention + norms + mlp + _saved_by_linears(config, shape, fused_kernels=fused_kernels)
+    if norms_heads(shape.model_type, values_of(shape)):
+        norms += norm * (block.query + block.key) + 4 * (shape.num_attention_heads + shape.num_key_value_heads)
+    # q, k, v, output; log-sum-exp in fp32
+    attention = width * (block.query + block.key + 2 * block.value) + 4 * shape.num_attention_heads
+    attention += width * (block.linears[_output_of_attention(block)].inputs - block.value)
+    parts = 2 if fused_kernels or not block.gated else 3  # gate, up; eager also silu(gate)
+    mlp = width * parts * block.dense_inner
+    if block.experts:  # each selected expert also copies its input, and saves product and output
+        mlp += block.chosen * width * (parts * block.expert_inner + block.expert_inner + 2 * hidden)
+    return attention + norms + mlp + _saved_by_linears(config, block, fused_kernels=fused_kernels)
 
 
-def _saved_by_linears(config: Config, shape: Architecture, *, fused_kernels: bool) -> float:
+def _saved_by_linears(config: Config, block: Block, *, fused_kernels: bool) -> float:
     """Bytes per token of the inputs that linear layers save: of trained weights, or of adapters with what A computes.
 
     - With dropout each adapter saves its own input after dropout, and a mask, instead of the input it shares with others.
@@ -135,18 +152,18 @@ def _saved_by_linears(config: Config, shape: Architecture, *, fused_kernels: boo
     """
     adapter = config.adapter
     width = 1 if fused_kernels and config.train.float8 is Float8.tensorwise else width_of(config)
-    names, full = targets(shape, adapter), adapter.kind is AdapterKind.none
-    total = 0
-    for layers, size in (
-        ({"q_proj", "k_proj", "v_proj"}, shape.hidden_size),
-        ({"gate_proj", "up_proj"}, shape.hidden_size),
-        ({"down_proj"}, 0 if experts(shape) else shape.intermediate_size),
-    ):
-        if full or (layers & set(names) and not adapter.dropout):
+    names, full = targets(block, adapter), adapter.kind is AdapterKind.none
+    total: float = 0
+    sizes = {linear.reads: linear.inputs for linear in block.linears.values() if linear.reads != "attention"}
+    if block.experts and "MLP input" not in sizes:
+        sizes["MLP input"] = shape_of(config).hidden_size
+    adapted = {block.linears[name].reads for name in names}
+    for tensor, size in sizes.items():
+        if full or (tensor in adapted and not adapter.dropout):
             total += width * size
     if not full:
         dropped = width + 1 if adapter.dropout else 0
-        total += sum(width * adapter.r + dropped * linears(shape)[name][1] for name in names)
+        total += sum(width * adapter.r + dropped * block.linears[name].inputs for name in names)
     return total
 
 

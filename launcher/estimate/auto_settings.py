@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from copy import deepcopy
 
 from conf.batch import ranks_per_row
-from conf.choices import Backend, Checkpointing
+from conf.choices import Backend, Checkpointing, Init
 from conf.schema import Config
+from launcher.estimate.config_json import positions_of
 from launcher.estimate.memory import estimate
+from launcher.estimate.parameters import why_not_counted
 from launcher.estimate.table import GIB, Estimate, gib
 
 MODES = (Checkpointing.none, Checkpointing.selective, Checkpointing.full, Checkpointing.offload)
@@ -21,12 +23,26 @@ RESHARD = "parallel.reshard_after_forward"
 
 
 def choose(config: Config) -> tuple[Config, list[str]]:
-    """A copy of the config with all settings chosen, and log lines that name them.
+    """A copy of the config with all settings chosen, and log lines that name them, or that warn of long rows.
 
     Chooses `train.activation_checkpointing` if it is auto, `train.micro_batch` and `parallel.reshard_after_forward` if they
     are null. The config must have passed the other checks. If nothing fits, the settings that need the least memory are chosen:
     `launcher.check.rules` then refuses the run.
     """
+    config, lines = _choose(config)
+    return config, [*lines, *_long_rows(config)]
+
+
+def _long_rows(config: Config) -> list[str]:
+    """A line if rows may be longer than those that the model was made for. Training runs, but such rows are new to it."""
+    shape = config.model.architecture
+    if shape is None or config.model.init is Init.random or config.data.max_length <= positions_of(shape):
+        return []
+    message = f"data.max_length={config.data.max_length} is more than the {positions_of(shape)} positions of the model "
+    return [f"warning   {message}(max_position_embeddings, with rope scaling). Longer rows are new to it"]
+
+
+def _choose(config: Config) -> tuple[Config, list[str]]:
     keys = _open_keys(config)
     if not keys:
         return config, []
@@ -90,7 +106,7 @@ def _fits(size: Estimate, config: Config, device_bytes: float) -> bool:
 def _why_nothing_is_estimated(config: Config) -> str:
     if config.cluster.train.gpu_memory_gib is None:
         return "most likely fits. Set cluster.train.gpu_memory_gib to get the fastest settings that fit"
-    return "most likely fits. Without model.architecture nothing is estimated"
+    return f"most likely fits. Nothing is estimated, because {why_not_counted(config.model.architecture)}"
 
 
 def _with(config: Config, mode: Checkpointing, *, micro_batch: int, reshard: bool) -> Config:

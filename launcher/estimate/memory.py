@@ -11,8 +11,9 @@ from conf.choices import AdapterKind, Backend, Frozen, OutputDtype
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from launcher.estimate.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
+from launcher.estimate.blocks import kinds
 from launcher.estimate.bytes_per_weight import frozen_bytes, frozen_width, moment_bytes
-from launcher.estimate.parameters import Counts, count, experts
+from launcher.estimate.parameters import Counts, count
 from launcher.estimate.table import GIB, Device, Disk, Estimate, Host
 
 CONTEXT = 1.5 * GIB
@@ -59,7 +60,7 @@ def loop_of(config: Config) -> Loop:
 
 
 def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
-    """The memory of the train job. None if the model's shape or family is unknown.
+    """The memory of the train job. None where `parameters.why_not_counted` says why.
 
     The config must have passed the other checks.
     """
@@ -193,7 +194,9 @@ def _host(config: Config, counts: Counts, loop: Loop) -> Host:
     """
     ranks = config.cluster.train.ranks_per_node
     model = counts.total * (width_of(config) if counts.frozen else 4)
-    copies = ranks if not loop.sliced_loading else 1 if experts(shape_of(config)) else 0
+    copies = (
+        ranks if not loop.sliced_loading else 1 if any(block.experts for block, _ in kinds(shape_of(config))) else 0
+    )
     return Host(
         loading=copies * model + ranks * READING * loop.sliced_loading,
         offload=ranks * (_offload(config, counts) + offloaded_bytes(config)),

@@ -1,12 +1,13 @@
 """Counts the parameters of a model and of its adapters from the model's shape, without building it; pure."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from conf.choices import AdapterKind
 from conf.schema import Adapter, Architecture
-
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
-"""Values of `model_type` that can be counted. Memory of other families is not estimated."""
+from launcher.estimate import blocks, layer_kinds
+from launcher.estimate.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Counts:
 
     total: int
     block: int
-    """In one decoder block."""
+    """In the largest decoder block."""
     root: int
     """Outside the blocks: embedding, final norm, output head."""
     head: int
@@ -31,85 +32,76 @@ class Counts:
 
 
 def count(shape: Architecture, adapter: Adapter) -> Counts | None:
-    """Exact numbers of parameters as transformers and PEFT build them. None for a family not in `FAMILIES`."""
-    if shape.model_type not in FAMILIES:
+    """Exact numbers of parameters as transformers and PEFT build them. None where `why_not_counted` says why."""
+    kinds = blocks.kinds(shape)
+    if not kinds:
         return None
-    layers, embedding = shape.num_hidden_layers, shape.vocab_size * shape.hidden_size
-    linear = linears(shape)
-    block = sum(rows * columns + rows * bias for rows, columns, bias in linear.values()) + 2 * shape.hidden_size
-    largest = max(embedding, *(rows * columns for rows, columns, _ in linear.values()))
-    if number := experts(shape):
-        block += number * (3 * shape.intermediate_size + 1) * shape.hidden_size  # fused expert tensors, and the router
-        largest = max(largest, number * 2 * shape.intermediate_size * shape.hidden_size)
-    if shape.model_type == "qwen3":
-        block += 2 * head_dim(shape)  # norms of queries and keys
-    root = embedding * (1 if shape.tie_word_embeddings else 2) + shape.hidden_size
-    total = layers * block + root
-    trained_block, trained_root, frozen = block, root, 0
+    values, embedding = blocks.values_of(shape), shape.vocab_size * shape.hidden_size
+    block = max(each.total for each, _ in kinds)
+    root = embedding * (1 if shape.tie_word_embeddings else 2) + _outside(shape, values)
+    total = sum(each.total * number for each, number in kinds) + root
+    largest = max(embedding, *(each.largest for each, _ in kinds))
+    trained, trained_block, trained_root, frozen = total, block, root, 0
     if adapter.kind is not AdapterKind.none:
-        trained_block, trained_root, frozen = *_adapter(shape, adapter), total
-    trained = layers * trained_block + trained_root
+        trained_root, frozen = _adapter_on_head(shape, adapter), total
+        sizes = [(_adapter(each, shape.hidden_size, adapter), number) for each, number in kinds]
+        trained_block = max(size for size, _ in sizes)
+        trained = sum(size * number for size, number in sizes) + trained_root
     return Counts(total, block, root, embedding, largest, trained, trained_block, trained_root, frozen)
 
 
-def _adapter(shape: Architecture, adapter: Adapter) -> tuple[int, int]:
-    """Adapter parameters (in one block, on the output head): A and B for each target, with DoRA also one norm per row."""
-    linear, on_head = linears(shape), "lm_head" in adapter.targets
-    block = sum(adapter.r * (linear[name][0] + linear[name][1]) for name in targets(shape, adapter))
-    block += _expert_adapter(shape, adapter.r) if on_experts(adapter) else 0
-    root = adapter.r * (shape.hidden_size + shape.vocab_size) * on_head
-    if adapter.dora:
-        block += sum(linear[name][0] for name in targets(shape, adapter))
-        root += shape.vocab_size * on_head
-    return block, root
+def why_not_counted(shape: Architecture | None) -> str | None:
+    """Why the parameters of a model cannot be counted; None if they can."""
+    if shape is None:
+        return "model.architecture is not known: its config.json is not on this machine, or lacks the usual fields"
+    return layer_kinds.why_not_counted(shape.model_type, blocks.values_of(shape))
 
 
-def head_dim(shape: Architecture) -> int:
-    default = 128 if shape.model_type == "qwen3" else shape.hidden_size // shape.num_attention_heads
-    return int(shape.extra.get("head_dim") or default)
+def _outside(shape: Architecture, values: Mapping[str, Any]) -> int:
+    """Parameters outside the blocks, besides embedding and head: the last norm, positions, the bias of the head."""
+    family, hidden = shape.model_type, shape.hidden_size
+    with_bias = family in ("phi", "starcoder2", "stablelm", "nemotron", "phimoe", "gpt_neox", "gpt2", "opt", "falcon")
+    size = 0 if family == "olmo" else hidden * (1 + with_bias)
+    if family in ("gpt2", "opt"):
+        size += (shape.max_position_embeddings + 2 * (family == "opt")) * hidden
+    if family == "phi" or values["lm_head_bias"]:
+        size += shape.vocab_size
+    return size
 
 
-def experts(shape: Architecture) -> int:
-    """Experts of each block; 0 for dense models."""
-    return int(shape.extra.get("num_local_experts", 8)) if shape.model_type == "mixtral" else 0
-
-
-def linears(shape: Architecture) -> dict[str, tuple[int, int, bool]]:
-    """Linear layers of a block: name -> (outputs, inputs, whether it has a bias).
-
-    Experts are not among them: transformers fuses them into tensors of their own.
-    """
-    query, key = (heads * head_dim(shape) for heads in (shape.num_attention_heads, shape.num_key_value_heads))
-    output_bias = shape.model_type in ("llama", "qwen3") and bool(shape.extra.get("attention_bias", False))
-    input_bias = output_bias or shape.model_type == "qwen2"
-    layers = {
-        "q_proj": (query, shape.hidden_size, input_bias),
-        "k_proj": (key, shape.hidden_size, input_bias),
-        "v_proj": (key, shape.hidden_size, input_bias),
-        "o_proj": (shape.hidden_size, query, output_bias),
-    }
-    if not experts(shape):
-        bias = shape.model_type == "llama" and bool(shape.extra.get("mlp_bias", False))
-        for name in ("gate_proj", "up_proj"):
-            layers[name] = (shape.intermediate_size, shape.hidden_size, bias)
-        layers["down_proj"] = (shape.hidden_size, shape.intermediate_size, bias)
-    return layers
-
-
-def targets(shape: Architecture, adapter: Adapter) -> list[str]:
-    """Linear layers of a block that get an adapter, matched as PEFT does: by name, or by the end of a dotted name."""
+def targets(block: Block, adapter: Adapter) -> list[str]:
+    """Linear layers of a block that get an adapter, matched as PEFT does: by name, or by the end of a dotted path."""
     if adapter.targets == ["all-linear"]:
-        return list(linears(shape))
-    names = {target.rpartition(".")[2] for target in adapter.targets}
-    return [name for name in linears(shape) if name in names]
+        mapped = ("gate_proj", "up_proj", "down_proj") if block.adapted_experts else ()
+        return [path for path in block.linears if not path.endswith(mapped)] if mapped else list(block.linears)
+    return [path for path in block.linears if any(_is_target(path, target) for target in adapter.targets)]
 
 
-def on_experts(adapter: Adapter) -> bool:
-    """Whether experts get adapters too, if the model has any."""
-    return adapter.kind is not AdapterKind.none and adapter.targets == ["all-linear"]
+def _is_target(path: str, target: str) -> bool:
+    return f".{path}".endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def _expert_adapter(shape: Architecture, r: int) -> int:
-    """Parameters that PEFT (0.21) adds to a block's experts and their router: gate and up get one adapter of rank 2r."""
-    hidden, inner, number = shape.hidden_size, shape.intermediate_size, experts(shape)
-    return r * number * (2 * (hidden + 2 * inner) + inner + hidden) + r * (hidden + number) if number else 0
+def _adapter(block: Block, hidden: int, adapter: Adapter) -> int:
+    """Adapter parameters in one block: A and B for each target, with DoRA also one norm per row."""
+    rank, names = adapter.r, targets(block, adapter)
+    size = sum(rank * (block.linears[name].outputs + block.linears[name].inputs) for name in names)
+    size += sum(block.linears[name].outputs for name in names) if adapter.dora else 0
+    if adapter.targets != ["all-linear"] or not block.experts:
+        return size
+    if block.router_is_linear:
+        size += rank * (hidden + block.experts)
+    if block.adapted_experts:  # PEFT (0.21): gate and up share one adapter of rank 2r
+        inner = block.expert_inner
+        size += rank * block.experts * (2 * (hidden + 2 * inner) + inner + hidden)
+    return size
+
+
+def _adapter_on_head(shape: Architecture, adapter: Adapter) -> int:
+    if "lm_head" not in adapter.targets:
+        return 0
+    return adapter.r * (shape.hidden_size + shape.vocab_size) + shape.vocab_size * adapter.dora
+
+
+def on_experts(block: Block, adapter: Adapter) -> bool:
+    """Whether the experts of a block get adapters."""
+    return adapter.kind is not AdapterKind.none and adapter.targets == ["all-linear"] and block.adapted_experts

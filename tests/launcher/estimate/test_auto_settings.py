@@ -81,7 +81,7 @@ def test_settings_of_the_user_stay(compose: Compose) -> None:
     [
         ([*AUTO, "train.micro_batch=null"], "full", "Set cluster.train.gpu_memory_gib to get the fastest"),
         (["cluster=slurm", "model=hub", "model.source=a/b", "train.activation_checkpointing=auto",
-          "cluster.train.gpu_memory_gib=79"], "full", "Without model.architecture"),
+          "cluster.train.gpu_memory_gib=79"], "full", "because model.architecture is not known"),
         (["model=tiny"], "none", ""),  # on CPUs
         (["cluster=slurm", "model=llama8b"], "full", "parallel.reshard_after_forward=true: most likely fits"),
     ],

@@ -5,24 +5,56 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind
-from conf.schema import Adapter
+from conf.schema import Adapter, Architecture
 from launcher.estimate.parameters import count
 from tests.conftest import ROOT, Compose
+from tests.launcher.estimate.test_families import on_meta
 from tests.shapes import FAMILIES, adapted, built, small
 
 NAMED = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml") if "architecture:" in path.read_text())
 TARGETS = (["all-linear"], ["q_proj", "v_proj"], ["self_attn.o_proj", "k_proj"], ["q_proj", "lm_head"])
 
 
+PUBLISHED = {
+    "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "llama1b": 1_235_814_400, "llama3b": 3_212_749_824,
+    "llama8b": 8_030_261_248, "llama70b": 70_553_706_496, "llama405b": 405_853_388_800, "mistral7b": 7_248_023_552,
+    "mistral_nemo": 12_247_782_400, "mistral_small": 23_572_403_200, "mixtral8x7b": 46_702_792_704, "olmo2_7b": 7_298_617_344,
+    "phi4": 14_659_507_200, "qwen0_5b": 494_032_768, "qwen1_5b": 1_543_714_304, "qwen7b": 7_615_616_512,
+    "qwen14b": 14_770_033_664, "qwen32b": 32_763_876_352, "qwen72b": 72_706_203_648, "qwen3_0_6b": 596_049_920,
+    "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360, "qwen3_32b": 32_762_123_264, "qwen3_30b_a3b": 30_532_122_624,
+    "smollm3": 3_075_098_624,
+}  # fmt: skip
+"""Parameters of the published weights."""
+
+
+def test_every_named_model_has_its_published_size(compose: Compose) -> None:
+    assert set(PUBLISHED) == {*NAMED} - {"tiny"}
+    for name, published in PUBLISHED.items():
+        shape = compose(f"model={name}").model.architecture
+        assert shape
+        counts = count(shape, Adapter())
+        assert counts and counts.total == published, (name, counts)
+
+
+def described(shape: Architecture) -> Any:
+    """A shape as a config of transformers."""
+    from transformers import AutoConfig
+
+    fields = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
+    return AutoConfig.for_model(shape.model_type, **fields, **shape.extra)
+
+
 def sizes(model: Any, trained: bool = False) -> list[int]:
     return [item.numel() for item in model.parameters() if item.requires_grad or not trained]
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning:peft")
 @pytest.mark.parametrize("name", NAMED)
 def test_every_named_model_has_the_parameters_that_transformers_builds(compose: Compose, name: str) -> None:
     shape = compose(f"model={name}").model.architecture
     assert shape
-    model = built(shape)
+    shape.num_hidden_layers = 2  # the test above counts all of them
+    model = on_meta(described(shape))
     counts = count(shape, Adapter())
     assert counts
     assert (counts.total, counts.largest) == (sum(sizes(model)), max(sizes(model)))

@@ -1,0 +1,168 @@
+"""Refuses a model that can never train, from its config.json and the names of its files; pure."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from conf.choices import AdapterKind, Init
+from conf.errors import Problem
+from conf.schema import Config
+from launcher.check.model_files import Families, ModelFiles
+from launcher.estimate.config_json import positions, text_fields
+from launcher.estimate.family_defaults import DEFAULTS
+
+ENCODERS = frozenset({
+    *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
+    *("electra", "ernie", "esm", "eurobert", "flaubert", "funnel", "ibert", "jina_embeddings_v3", "layoutlm", "longformer"),
+    *("luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert", "nystromformer"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "splinter", "squeezebert", "tapas"),
+    *("xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"),
+})  # fmt: skip
+"""Families that see the whole text at once. They cannot write one, unless config.json says `is_decoder`."""
+ENCODER_DECODERS = frozenset({
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100", "marian", "mbart"),
+    *("mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma"),
+    *("t5gemma2", "umt5", "whisper", "xlm-prophetnet"),
+})  # fmt: skip
+LEARNED_POSITIONS = frozenset({
+    *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
+})  # fmt: skip
+"""Families with a trained weight for each position: a longer row has no position."""
+WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+
+
+def problems(config: Config, files: ModelFiles | None, families: Families | None) -> Iterator[Problem]:
+    """What makes it impossible to train `model.source`. Nothing is known of a model that is not on this machine."""
+    if config.model.init is not Init.pretrained or "train" not in config.jobs:
+        return
+    if files is not None:
+        yield from _files(config, files)
+        if files.fields is not None:
+            yield from _family(config, files.fields, families)
+            yield from _quantization(config, files.fields, files.quantization)
+            yield from _vocabulary(config, files)
+            yield from _positions(config, files.fields)
+
+
+def _source(config: Config, message: str) -> Problem:
+    return Problem("model.source", config.model.source, message)
+
+
+def _files(config: Config, files: ModelFiles) -> Iterator[Problem]:
+    """The files of a folder: config.json, weights, and nothing that would be left out in silence."""
+    names = files.names
+    gguf = any(name.endswith(".gguf") for name in names)
+    weights = any(name.endswith(WEIGHTS) and not name.startswith(("adapter_", "training_args")) for name in names)
+    if files.error:
+        yield _source(config, f"{files.error}. Download the model again, or name another one")
+    if files.adapter is not None:
+        kind, base = files.adapter.get("peft_type") or "PEFT", files.adapter.get("base_model_name_or_path")
+        of = f" of {base}" if base else ""
+        if files.fields is None:
+            message = f"is an adapter ({kind}){of}, not a model. Merge it into its model, and name the merged folder"
+            yield _source(config, message)
+            return
+        message = f"holds an adapter ({kind}){of} beside a model, and it would not be used. Merge it into the model, and name "
+        yield _source(
+            config, message + "the merged folder, or move adapter_config.json away to train the model without it"
+        )
+    if gguf and not weights:
+        message = "has weights in GGUF only, which are made for inference. Name the original model, with *.safetensors"
+        yield _source(config, message)
+    elif files.fields is None and not files.error and files.local:
+        if "config.yaml" in names and ("checkpoints" in names or "model" in names):
+            message = f"is a run folder. Name its merged model: model.source={config.model.source}/model"
+        else:
+            message = (
+                "has no config.json, so it is not a model of transformers. Name a folder with config.json and weights"
+            )
+        yield _source(config, message)
+    elif files.local and files.fields is not None and not weights:
+        message = "has no weights (*.safetensors or *.bin). Name a folder with weights, or a model on the Hub"
+        yield _source(config, message)
+
+
+def _family(config: Config, fields: Mapping[str, Any], families: Families | None) -> Iterator[Problem]:
+    """The family: a decoder of text that transformers can build."""
+    family, remote = fields.get("model_type"), fields.get("auto_map")
+    if not isinstance(family, str) or not family:
+        yield _source(
+            config, "its config.json has no model_type, so its family is not known. Add model_type to config.json"
+        )
+        return
+    built_in = family in (families.text | families.image_text if families else DEFAULTS)
+    if family in ENCODER_DECODERS or fields.get("is_encoder_decoder") is True:
+        message = (
+            f"is an encoder with a decoder (model_type={family}). Muster trains models that continue a text. Name a "
+        )
+        yield _source(config, message + "decoder, for example model=qwen0_5b")
+    elif family in ENCODERS and fields.get("is_decoder") is not True:
+        message = (
+            f"is an encoder (model_type={family}), which cannot write text. Name a decoder, for example model=qwen0_5b"
+        )
+        yield _source(config, message)
+    elif remote and not built_in:
+        if not config.model.trust_remote_code:
+            message = (
+                f"comes with Python code of its own (auto_map in config.json, model_type={family}), which transformers "
+            )
+            message += "does not have. Read that code, then add model.trust_remote_code=true"
+            yield _source(config, message)
+    elif families and family in families.image_text:
+        message = (
+            f"is a model of images and text (model_type={family}), and transformers builds no model of text from it. "
+        )
+        yield _source(config, message + "Name a model of text")
+    elif families and family not in families.text:
+        message = f"has model_type={family}, which the installed transformers cannot build as a model of text. Install a newer "
+        yield _source(config, message + "transformers, or name a model of another family")
+
+
+def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """Weights that are stored quantized cannot be trained. `older`: the file that GPTQ models had before transformers knew them."""
+    names = ("quantization_config", "compression_config")
+    sections = (fields, text_fields(fields))
+    found = next((section[name] for section in sections for name in names if section.get(name)), None)
+    if found is None and older is not None:
+        found = {"quant_method": "gptq", **older}
+    if found is None:
+        return
+    method = _method(found) if isinstance(found, Mapping) else "of an unknown kind"
+    message = (
+        f"is stored quantized ({method}), and such weights cannot be trained. Set model.source to the original model. "
+    )
+    yield _source(
+        config, message + "To train on a quantized base, add adapter=qlora: Muster quantizes it while it loads"
+    )
+
+
+def _method(found: Mapping[str, Any]) -> str:
+    bits = f", {found['bits']} bits" if found.get("bits") else ""
+    four, eight = (found.get(f"load_in_{size}bit") or found.get(f"_load_in_{size}bit") for size in (4, 8))
+    default = "bitsandbytes" if four or eight else "of an unknown kind"
+    bits = bits or (", 4 bits" if four else ", 8 bits" if eight else "")
+    return f"{found.get('quant_method') or default}{bits}"
+
+
+def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:
+    """Every token needs a row in the embedding. A full fine-tune adds rows for added tokens only."""
+    rows = text_fields(files.fields or {}).get("vocab_size")
+    if type(rows) is not int or files.tokens is None or files.base_tokens is None:
+        return
+    key = "model.tokenizer" if config.model.tokenizer else "model.source"
+    value = config.model.tokenizer or config.model.source
+    if files.base_tokens > rows:
+        message = f"the vocabulary of the tokenizer has {files.base_tokens} tokens, but the model has only {rows} (vocab_size). "
+        yield Problem(
+            key, value, message + "It is the tokenizer of another model. Set model.tokenizer to that of this model"
+        )
+    elif files.tokens > rows and config.adapter.kind is not AdapterKind.none:
+        message = f"the tokenizer has {files.tokens} tokens, but the model has only {rows} (vocab_size), and an adapter does not "
+        yield Problem(key, value, message + "train new ones. Use adapter=none, or a tokenizer without the added tokens")
+
+
+def _positions(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rows that a model with learned positions cannot read. Of other models `auto_settings` says that rows are long."""
+    longest = positions(fields)
+    if fields.get("model_type") in LEARNED_POSITIONS and longest is not None and config.data.max_length > longest:
+        message = f"is more than the {longest} positions that the model has, and it learned each of them. "
+        yield Problem("data.max_length", config.data.max_length, f"{message}Use data.max_length={longest}")

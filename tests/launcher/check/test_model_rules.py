@@ -1,0 +1,254 @@
+"""launcher/check/model_rules.py: what can never train is refused before anything is queued, and every remedy works."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import Config
+from launcher.check import localize, model_files, observe
+from launcher.check.model_rules import problems
+from launcher.estimate import auto_settings, memory
+from launcher.estimate.config_json import positions
+from tests.conftest import Compose, Launch, put
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+def folder(base: Path, fields: dict[str, Any] | None = None, *names: str, tokens: int = 0, added: int = 0) -> Path:
+    """A model folder: a Llama with other `fields`, the named files, and a tokenizer of `tokens` and `added` tokens."""
+    base.mkdir(parents=True)
+    if fields is not None:
+        text = {key: value for key, value in (LLAMA | fields).items() if value != "missing"}
+        (base / "config.json").write_text(json.dumps(text))
+    for name in names or ("model.safetensors",):
+        (base / name).write_text("{}")
+    if tokens:
+        vocabulary = {f"t{number}": number for number in range(tokens)}
+        more = [{"id": tokens + number, "content": f"<{number}>"} for number in range(added)]
+        text = {"added_tokens": more, "model": {"vocab": vocabulary, "merges": []}}
+        (base / "tokenizer.json").write_text(json.dumps(text))
+    return base
+
+
+def launched(compose: Compose, source: Path | str, *words: str) -> Config:
+    """The config that launch.py checks for a model folder."""
+    config = compose("cluster=local", "model=hub", "model.source=unknown/unknown", *words)
+    config.model.source, config.model.architecture = str(source), None
+    localize.localize(config, 0)
+    return config
+
+
+def found(config: Config) -> list[str]:
+    facts = observe.observe(config)
+    return [str(problem) for problem in problems(config, facts.model, facts.families)]
+
+
+QUANTIZED = [
+    (GPTQ, "gptq, 4 bits"),
+    ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+    ({"_load_in_8bit": True}, "bitsandbytes, 8 bits"),
+    ({"quant_method": "mxfp4"}, "mxfp4"),
+    ({"bits": 3}, "of an unknown kind, 3 bits"),
+]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["of the model", "of its text"])
+@pytest.mark.parametrize(("section", "named"), QUANTIZED, ids=lambda item: item if isinstance(item, str) else "")
+def test_quantized_weights(compose: Compose, tmp_path: Path, section: dict[str, Any], named: str, inside: bool) -> None:
+    fields = {"quantization_config": section}
+    if inside:
+        fields = {"model_type": "gemma3", "vision_config": {}, "text_config": LLAMA | fields}
+    [message] = found(launched(compose, folder(tmp_path / "m", fields)))
+    assert message.startswith(f"model.source={tmp_path / 'm'}: is stored quantized ({named})"), message
+    assert found(launched(compose, folder(tmp_path / "original", {}), "adapter=qlora")) == []  # what the message says
+
+
+def test_quantized_weights_of_older_files(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {}, "model.safetensors", "quantize_config.json")
+    assert "(gptq" in found(launched(compose, base))[0]
+    base = folder(tmp_path / "n", {"compression_config": {"quant_method": "compressed-tensors"}})
+    assert "(compressed-tensors" in found(launched(compose, base))[0]
+
+
+REFUSED: list[tuple[dict[str, Any] | None, tuple[str, ...], str]] = [
+    ({"model_type": "bert"}, (), "is an encoder (model_type=bert)"),
+    ({"model_type": "modernbert"}, (), "is an encoder (model_type=modernbert)"),
+    ({"model_type": "t5"}, (), "is an encoder with a decoder (model_type=t5)"),
+    ({"model_type": "llama", "is_encoder_decoder": True}, (), "is an encoder with a decoder"),
+    ({"model_type": "missing"}, (), "its config.json has no model_type"),
+    ({"model_type": "no_such_family"}, (), "has model_type=no_such_family"),
+    ({"model_type": "qwen3_vl", "vision_config": {}, "text_config": LLAMA}, (), "is a model of images and text"),
+    ({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}, (), "Read that code, then add model.trust_remote_code=true"),
+    (None, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
+    ({}, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
+    ({}, ("README.md",), "has no weights (*.safetensors or *.bin)"),
+    ({}, ("training_args.bin",), "has no weights"),
+    (None, ("model.safetensors",), "has no config.json"),
+    (None, ("config.yaml", "checkpoints"), "is a run folder. Name its merged model: model.source="),
+    (None, ("adapter_config.json", "adapter_model.safetensors"), "is an adapter (PEFT), not a model"),
+    ({}, ("adapter_config.json", "adapter_model.safetensors", "model.safetensors"), "holds an adapter (PEFT) beside a model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "names", "said"), REFUSED, ids=[said for _, _, said in REFUSED])
+def test_what_can_never_train(
+    compose: Compose, tmp_path: Path, fields: dict[str, Any] | None, names: tuple[str, ...], said: str
+) -> None:
+    base = folder(tmp_path / "m", fields, *names)
+    [message] = found(launched(compose, base))
+    assert message.startswith(f"model.source={base}: ") and said in message, message
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({}, ("model.safetensors",)),
+        ({}, ("model.safetensors.index.json",)),
+        ({}, ("pytorch_model.bin",)),
+        ({"model_type": "llama", "auto_map": {"AutoConfig": "a.B"}}, ()),  # transformers has this family itself
+        ({"model_type": "bert", "is_decoder": True}, ()),
+        ({"model_type": "mamba"}, ()),
+        ({"quantization_config": None}, ()),
+    ],
+)
+def test_what_can_train(compose: Compose, tmp_path: Path, fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    assert found(launched(compose, folder(tmp_path / "m", fields, *names))) == []
+
+
+def test_remote_code_that_the_user_trusts(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "new", "auto_map": {"AutoConfig": "a.B"}})
+    assert found(launched(compose, base, "model.trust_remote_code=true")) == []
+
+
+def test_an_adapter_names_its_kind_and_its_base(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", None, "adapter_model.safetensors")
+    (base / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "owner/base"}')
+    assert "is an adapter (IA3) of owner/base, not a model" in found(launched(compose, base))[0]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
+def test_a_config_that_cannot_be_read(compose: Compose, tmp_path: Path, text: str) -> None:
+    base = folder(tmp_path / "m", {})
+    (base / "config.json").write_text(text)
+    [message] = found(launched(compose, base))
+    assert "config.json" in message and "Download the model again" in message
+
+
+def test_a_gguf_file(compose: Compose, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_text("x")
+    assert "has weights in GGUF only" in found(launched(compose, path))[0]
+
+
+def test_a_vocabulary_smaller_than_that_of_the_tokenizer(compose: Compose, tmp_path: Path) -> None:
+    [message] = found(launched(compose, folder(tmp_path / "m", {"vocab_size": 100}, tokens=128)))
+    assert "the vocabulary of the tokenizer has 128 tokens, but the model has only 100 (vocab_size)" in message
+    inside = {"model_type": "gemma3", "vision_config": {}, "text_config": LLAMA | {"vocab_size": 100}}
+    assert "has 128 tokens" in found(launched(compose, folder(tmp_path / "i", inside, tokens=128)))[0]
+    right, own = (
+        folder(tmp_path / "a", {"vocab_size": 100}, tokens=100),
+        folder(tmp_path / "b", {"vocab_size": 100}, tokens=128),
+    )
+    assert found(launched(compose, own, f"model.tokenizer={right}")) == []  # what the message says
+    assert found(launched(compose, right, f"model.tokenizer={own}"))[0].startswith(f"model.tokenizer={own}: ")
+
+
+def test_added_tokens_are_new_rows_which_an_adapter_cannot_train(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"vocab_size": 128}, tokens=128, added=2)
+    assert found(launched(compose, base)) == []
+    [message] = found(launched(compose, base, "adapter=lora"))
+    assert "has 130 tokens, but the model has only 128 (vocab_size)" in message and "Use adapter=none" in message
+
+
+def test_a_large_tokenizer_is_read_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = folder(tmp_path / "m", {}, tokens=300, added=3)
+    assert model_files.tokenizer_sizes(base / "tokenizer.json") == (303, 300)
+    monkeypatch.setattr(model_files, "SMALL_TOKENIZER", 2000)
+    assert model_files.tokenizer_sizes(base / "tokenizer.json") == (303, 300)
+    (base / "tokenizer.json").write_text("{" * 3000)
+    assert model_files.tokenizer_sizes(base / "tokenizer.json") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({}, None),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        ({"max_position_embeddings": 32768,
+          "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        ({"max_position_embeddings": 131072, "rope_parameters":
+          {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"full_attention": {"factor": 8.0}, "sliding_attention": {}}}, 32768),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+    ],
+)  # fmt: skip
+def test_positions_with_rope_scaling(fields: dict[str, Any], longest: int | None) -> None:
+    assert positions(fields) == longest
+
+
+def test_rows_longer_than_the_positions_of_a_model(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 1024, "max_position_embeddings": "missing"})
+    [message] = found(launched(compose, base, "data.max_length=2048"))
+    assert (
+        message.startswith("data.max_length=2048: is more than the 1024 positions")
+        and "Use data.max_length=1024" in message
+    )
+    assert found(launched(compose, base, "data.max_length=1024")) == []
+    rope = launched(compose, folder(tmp_path / "r", {}), "data.max_length=8192")
+    assert found(rope) == []
+    assert "data.max_length=8192 is more than the 4096 positions" in auto_settings.choose(rope)[1][-1]
+    assert auto_settings.choose(put(rope, {"data.max_length": 4096}))[1] == []
+
+
+def test_the_copy_in_the_cache_of_the_hub(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert found(launched(compose, "owner/model")) == []  # nothing is known
+    repository = tmp_path / "hub/models--owner--model"
+    folder(repository / "snapshots/abc", {"quantization_config": GPTQ}, "README.md")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    [message] = found(
+        launched(compose, "owner/model")
+    )  # that it has no weights yet is no problem: the job fetches them
+    assert message.startswith("model.source=owner/model: is stored quantized (gptq, 4 bits)")
+    folder(repository / "snapshots/def", {}, "README.md")
+    assert found(launched(compose, "owner/model", "model.revision=def")) == []
+    assert launched(compose, "owner/model", "model.revision=def").model.architecture
+
+
+def test_the_shape_is_read_from_config_json(compose: Compose, tmp_path: Path) -> None:
+    config = launched(compose, folder(tmp_path / "m", {"tie_word_embeddings": True, "head_dim": 32}))
+    shape = config.model.architecture
+    assert shape and (shape.model_type, shape.tie_word_embeddings, shape.extra) == ("llama", True, {"head_dim": 32})
+    assert memory.estimate(config)
+    vision = launched(
+        compose, folder(tmp_path / "v", {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {}})
+    )
+    assert vision.model.architecture and memory.estimate(vision) is None  # its text is not all of it
+
+
+def test_jobs_that_do_not_train_need_no_model(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"quantization_config": GPTQ})
+    assert found(launched(compose, base, "jobs=[preprocess]")) == []
+
+
+def test_a_launch_names_all_problems_and_queues_nothing(launch: Launch, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "new", "quantization_config": GPTQ, "auto_map": {"AutoConfig": "a.B"}})
+    done = launch("model=hub", f"model.source={base}", "data=sample", "cluster=local", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "add model.trust_remote_code=true" in done.stderr and "(gptq, 4 bits)" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
