@@ -9,7 +9,7 @@ TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof numerics families chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test proof numerics families foreign chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ numerics: setup ## compare every layout with one process, and write docs/numeric
 
 families: setup ## compare families of models with transformers and PEFT, and write docs/models.md (30 minutes)
 	$(V)/python -m tests.jobs.families
+
+foreign: setup ## merge real checkpoints of other programs, compare, and write the table of docs/merge.md (20 minutes)
+	$(V)/python -m tests.jobs.foreign --ranks 2 --write docs/merge.md
 
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh
