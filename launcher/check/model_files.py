@@ -35,6 +35,8 @@ class ModelFiles:
     """Tokens of the tokenizer (at least), with those that were added; None if it is not known."""
     base_tokens: int | None = None
     """Tokens of its vocabulary (at least), without those that were added."""
+    tokenizer: Mapping[str, Any] | None = None
+    """The content of tokenizer_config.json, with that of special_tokens_map.json."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def read(folder: Path, tokenizer: Path | None, *, local: bool) -> ModelFiles:
         return ModelFiles(local, (), error=f"cannot be read ({unreadable.strerror})")
     fields, error = read_json(folder / "config.json")
     tokens, base_tokens = tokenizer_sizes(tokenizer / "tokenizer.json") if tokenizer else (None, None)
+    settings = None
+    if tokenizer and (stored := read_json(tokenizer / "tokenizer_config.json")[0]):
+        settings = (read_json(tokenizer / "special_tokens_map.json")[0] or {}) | stored
     return ModelFiles(
         local,
         names,
@@ -82,6 +87,7 @@ def read(folder: Path, tokenizer: Path | None, *, local: bool) -> ModelFiles:
         read_json(folder / "quantize_config.json")[0],
         tokens,
         base_tokens,
+        settings,
     )
 
 

@@ -27,6 +27,8 @@ LEARNED_POSITIONS = frozenset({
     *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
 })  # fmt: skip
 """Families with a trained weight for each position: a longer row has no position."""
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers that have no tokens besides those of the files."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -40,6 +42,7 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
             yield from _family(config, files.fields, families)
             yield from _quantization(config, files.fields, files.quantization)
             yield from _vocabulary(config, files)
+            yield from _padding(config, files.tokenizer)
             yield from _positions(config, files.fields)
 
 
@@ -158,6 +161,17 @@ def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:
     elif files.tokens > rows and config.adapter.kind is not AdapterKind.none:
         message = f"the tokenizer has {files.tokens} tokens, but the model has only {rows} (vocab_size), and an adapter does not "
         yield Problem(key, value, message + "train new ones. Use adapter=none, or a tokenizer without the added tokens")
+
+
+def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """Rows are padded with the tokenizer's pad_token, else with its eos_token. Only classes without default tokens are judged."""
+    if tokenizer is None or tokenizer.get("tokenizer_class") not in PLAIN_TOKENIZERS:
+        return
+    if not any((tokenizer.get("pad_token"), tokenizer.get("eos_token"), config.data.pad_token, config.data.eos_token)):
+        key = "model.tokenizer" if config.model.tokenizer else "model.source"
+        message = "its tokenizer names neither a pad_token nor an eos_token, so that rows cannot be padded. "
+        message += "Set data.eos_token to the token that ends a text"
+        yield Problem(key, config.model.tokenizer or config.model.source, message)
 
 
 def _positions(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ NAMED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 LISTS = ("mlp_only_layers", "moe_layers", "layer_types", "mlp_layer_types")
 """Fields that say for each layer what it is."""
 SWITCHES = ("mlp_bias", "qk_layernorm", "use_qk_norm", "attention_out_bias", "lm_head_bias", "moe_layer_end_index",
-            "new_decoder_architecture", "num_ln_in_parallel_attn")  # fmt: skip
+            "new_decoder_architecture", "word_embed_proj_dim", "_remove_final_layer_norm", "num_ln_in_parallel_attn")  # fmt: skip
 """Fields that are 0, false or null where a family's defaults do not name them."""
 KEPT = {*LISTS, *SWITCHES, *ALIASES, "full_attention_interval", "rope_scaling", "rope_parameters"} | {
     *NAMED,

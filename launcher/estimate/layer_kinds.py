@@ -48,6 +48,7 @@ def why_not_counted(family: str, values: dict[str, Any]) -> str | None:
     if family == "opt" and (
         values.get("word_embed_proj_dim") not in (None, values["hidden_size"])
         or values.get("do_layer_norm_before") is False
+        or values.get("_remove_final_layer_norm")
         or values.get("layer_norm_elementwise_affine") is False
     ):
         return "this form of OPT, with projected embeddings or norms after the layers, is not counted"

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from conf import resolve
 from conf.schema import Config
-from launcher.check import localize, model_files, observe
+from launcher.check import localize, model_files, observe, parallel_rules
 from launcher.check.model_rules import problems
 from launcher.estimate import auto_settings, memory
 from launcher.estimate.config_json import positions
@@ -167,6 +168,64 @@ def test_added_tokens_are_new_rows_which_an_adapter_cannot_train(compose: Compos
     assert found(launched(compose, base)) == []
     [message] = found(launched(compose, base, "adapter=lora"))
     assert "has 130 tokens, but the model has only 128 (vocab_size)" in message and "Use adapter=none" in message
+
+
+def test_a_tokenizer_without_a_token_to_pad_with(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {}, tokens=128)
+    settings = base / "tokenizer_config.json"
+    settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    [message] = found(launched(compose, base))
+    assert message.startswith(f"model.source={base}: its tokenizer names neither") and "Set data.eos_token" in message
+    assert found(launched(compose, base, "data.eos_token=t1")) == []  # what the message says
+    (base / "special_tokens_map.json").write_text('{"eos_token": "t1"}')
+    assert found(launched(compose, base)) == []
+    (base / "special_tokens_map.json").unlink()
+    settings.write_text('{"tokenizer_class": "LlamaTokenizer"}')  # it has tokens of its own
+    assert found(launched(compose, base)) == []
+
+
+def test_ranks_divide_the_heads_that_config_json_names(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "mystery", "num_attention_heads": 6, "num_key_value_heads": 3})
+    config = put(launched(compose, base), {"parallel.context_ranks": 4, "parallel.tensor_ranks": 2})
+    messages = [str(problem) for problem in parallel_rules.shared_rows_and_matrices(config)]
+    assert any("num_attention_heads=6" in message and "Use 1, 2, 3 or 6" in message for message in messages), messages
+    assert any("num_key_value_heads=3" in message and "Use 1 or 3" in message for message in messages), messages
+    assert not list(
+        parallel_rules.shared_rows_and_matrices(put(config, {"parallel.context_ranks": 1, "parallel.tensor_ranks": 1}))
+    )
+
+
+def test_a_run_keeps_the_shape_that_it_was_launched_with(compose: Compose, tmp_path: Path) -> None:
+    """Else a second launch would differ from the first, once the Hub's cache has the model."""
+    base, run = folder(tmp_path / "m", {}), tmp_path / "run"
+    config = launched(compose, base, f"run_dir={run}")
+    assert config.model.architecture
+    run.mkdir()
+    resolve.save(put(config, {"model.architecture": None}), run / "config.yaml")
+    assert launched(compose, base, f"run_dir={run}").model.architecture is None
+    other = folder(tmp_path / "other", {})
+    assert launched(compose, other, f"run_dir={run}").model.architecture
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"model_type": "bamba"}, "model_type=bamba is a family that Muster cannot count"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm=true of model_type=stablelm is not counted"),
+        ({"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32}, "this form of OPT"),
+        ({"model_type": "gemma3", "text_config": LLAMA, "vision_config": {}}, "model_type=gemma3 is a family"),
+        ({"hidden_size": "64"}, "lacks the usual fields"),
+    ],
+)
+def test_a_model_that_cannot_be_counted_has_a_reason_instead_of_a_number(
+    compose: Compose, tmp_path: Path, fields: dict[str, Any], why: str
+) -> None:
+    config = launched(compose, folder(tmp_path / "m", fields))
+    put(config, {"cluster.train.gpus_per_node": 2, "cluster.train.gpu_memory_gib": 79.0})
+    assert memory.estimate(config) is None
+    assert any(
+        f"Nothing is estimated, because {why}" in line or why in line for line in auto_settings.choose(config)[1]
+    )
 
 
 def test_a_large_tokenizer_is_read_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
