@@ -89,7 +89,8 @@ class Model:
     """Attention kernel. `auto`: the fastest kernel of torch that model, GPU and `data.packing` allow; the log names it. That
     is `cudnn` for rows of one sample on Hopper and later, and `varlen` for packed rows. `flash_attention_*` need their package."""
     architecture: Architecture | None = None
-    """Shape of the model. Needed for `init: random`, and for checks and memory estimates without network access."""
+    """Shape of the model, for checks and memory estimates before anything is queued. Null: read from config.json, if it is on this
+    machine. `init: random` needs it."""
 
 
 @dataclass

@@ -5,6 +5,9 @@ after it, another one gives each rank all heads of its tokens again (Jacobs 2023
 works unchanged, packed rows too, and all ranks do equal work. Ring attention would need load balancing between the parts of a row.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_to_all_single_autograd
@@ -48,6 +51,17 @@ def create_groups(model_config: PreTrainedConfig, world: World) -> None:
 def group_size() -> int:
     """Number of ranks that share a row."""
     return 1 if _group is None else _group.size()
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Attention does not communicate inside this context, so that one rank alone can run a model."""
+    global _group
+    group, _group = _group, None
+    try:
+        yield
+    finally:
+        _group = group
 
 
 def shard_heads(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from jobs.data import batches
+from jobs.distributed import context_parallel
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, router_loss, unwrap
@@ -78,7 +79,8 @@ def separate_samples(model: nn.Module, world: World) -> None:
     """
     # A context-parallel rank sees a part of each row, from which the other ways cannot be made
     ways = (sample_borders.DEFAULT,) if world.context_ranks > 1 else tuple(sample_borders.WAYS)
-    borders = broadcast_from_rank0(lambda: packing_probe.choose_borders(model, world.device, ways))
+    with context_parallel.switched_off():  # only rank 0 tries
+        borders = broadcast_from_rank0(lambda: packing_probe.choose_borders(model, world.device, ways))
     unwrap.causal_lm(model).muster_borders = borders
 
 

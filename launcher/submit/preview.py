@@ -8,7 +8,7 @@ from conf.datasets import training_paths
 from conf.plural import plural
 from conf.schema import Config
 from launcher import environment
-from launcher.estimate import memory, table
+from launcher.estimate import memory, parameters, table
 from launcher.plan import Job
 from launcher.submit import render
 
@@ -63,9 +63,8 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
     if any(job.name == "train" for job in jobs):
         estimate = memory.estimate(config)
         capacity_gib = config.cluster.train.gpu_memory_gib
-        need = (
-            table.line(estimate, capacity_gib) if estimate else "not estimated, because model.architecture is unknown"
-        )
+        reason = parameters.why_not_counted(config.model.architecture)
+        need = table.line(estimate, capacity_gib) if estimate else f"not estimated, because {reason}"
         lines.append(f"memory    train: {need}")
         lines += mesh.picture(config.parallel, config.cluster.train.nodes, config.cluster.train.ranks_per_node)
     return "\n".join(lines)
