@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf.files import write_json
 from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.status import state
@@ -25,6 +26,15 @@ TWO_BY_TWO = [
     "cluster.inference.cpus_per_rank=1", "cluster.inference.memory_gib=null", "cluster.inference.time_min=20",
 ]  # fmt: skip
 """Overrides for two nodes with two ranks each, on CPUs, as the test cluster has them."""
+
+
+def damaged_model(folder: Path) -> Path:
+    """A model folder that a launch accepts, and whose weights no job can read."""
+    shutil.copytree(CLONE / "examples/tokenizer", folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    write_json(folder / "config.json", {"model_type": "llama", "vocab_size": 1024, "num_key_value_heads": 2, **sizes})
+    (folder / "model.safetensors").write_bytes(b"{}")
+    return folder
 
 
 def launch(*overrides: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from conf import resolve
-from conf.files import write_json
 from tests.jobs import reference
 from tests.jobs.backends.test_layouts import STEPS, check
 from tests.slurm import runs
@@ -78,11 +76,7 @@ def test_traffic_goes_over_eth0(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_failed_training_leaves_no_job_in_the_queue_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
-    run, model = tmp_path / "run", tmp_path / "model"
-    shutil.copytree(runs.CLONE / "examples/tokenizer", model)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    write_json(model / "config.json", {"model_type": "llama", "vocab_size": 1024, "num_key_value_heads": 2, **sizes})
-    (model / "model.safetensors").write_bytes(b"{}")
+    run, model = tmp_path / "run", runs.damaged_model(tmp_path / "model")
     runs.start(run, *TRAINING, f"model.source={model}", "model.init=pretrained", "model.architecture=null")
     verdict = runs.final_verdict(run, "train")
     assert not runs.queue()

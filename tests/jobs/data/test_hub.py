@@ -69,8 +69,10 @@ def test_a_missing_split_is_named_with_all_that_there_are(folder: Path) -> None:
 
 
 @pytest.fixture
-def cached(folder: Path, tmp_path: Path) -> str:
+def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A Hub set of which only the copies in the cache of `datasets` can be read; its commit."""
+    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constant, True)  # as the variable does: nobody waits for a network that is not there
     for path, subset in ((folder, "one"), (f"{folder}:main", "two")):
         read(path, subset=subset)
     (tmp_path / "cache/copy").rename(tmp_path / "cache/owner___copy")
