@@ -9,8 +9,9 @@ from conf.choices import Backend
 from conf.errors import ConfigError, RunError
 from jobs.backends import fsdp, zero
 from jobs.checkpoint import reshard
+from jobs.consolidation import adapter_layers, lora, updates
 from jobs.distributed.process_group import process_group
-from jobs.model import build, expert_adapters, materialize, random_init
+from jobs.model import build, materialize, random_init
 from jobs.model.log_once import log_once
 from jobs.tensor_io import wrapper_names
 from jobs.tensor_io.wrapper_names import without_wrappers
@@ -152,14 +153,17 @@ def test_what_an_adapter_adds_is_what_peft_merges(family, compose: Compose, tmp_
             if "lora_" in name:
                 weight.normal_()
     weights = {without_wrappers(name): value.detach().clone() for name, value in model.named_parameters()}
-    adapters = expert_adapters.find(model)
+    layers = adapter_layers.describe(model).layers
     assert {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")} <= {
-        adapter.weight for adapter in adapters.values()
+        layer.weight for layer in layers.values()
     }
     merged = dict(model.merge_and_unload().named_parameters())
-    for name, adapter in adapters.items():
-        a, b = (weights[f"{name}.lora_{letter}.default.weight"] for letter in "AB")
-        torch.testing.assert_close(merged[adapter.weight], weights[adapter.weight] + adapter.update(a, b))
+    for name, layer in layers.items():
+        parts = {f"lora_{letter}": weights[f"{name}.lora_{letter}.default.weight"] for letter in "AB"}
+        ours = weights[layer.weight].clone()
+        update = updates._make_update(layer, parts)
+        lora.add_product(ours.view(update.shape), update, 0)
+        torch.testing.assert_close(merged[layer.weight], ours)
 
 
 def _save_and_load(_rank: int, config, to_zero, folder: str) -> None:
