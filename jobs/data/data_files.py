@@ -2,18 +2,15 @@
 
 import glob
 import json
-import logging
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from conf.errors import DataError, Problem, first_line
 from conf.schema import DataSet
 from jobs.data import remote_files, split_names
 from jobs.data.file_trees import ENDINGS, DataFile, LocalTree, RemoteTree, Tree
-
-log = logging.getLogger(__name__)
+from jobs.distributed.log_once import log_once
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that `save_to_disk` and LLaMA-Factory write beside the rows; they hold no rows."""
@@ -164,7 +161,7 @@ def _without_notes(source: DataSet, tree: Tree, folder: str, paths: list[str]) -
         return paths
     names = [_relative(path, folder) for path in notes]
     hint = f"to read them: data.path={tree.shown(folder)} {_as_files(names[:1])}"
-    _log_once(f"files     {source.path}: leaves out {_listed(names)}, because other files hold rows ({hint})")
+    log_once(f"files     {source.path}: leaves out {_listed(names)}, because other files hold rows ({hint})")
     return [path for path in paths if path not in set(notes)]
 
 
@@ -220,7 +217,7 @@ def _saved_split(source: DataSet, folder: str, names: list[str], split: str | No
     others = [name for name in names if name != chosen]
     if others and split is None:
         hint = f"to read one of them: data.path={folder}:{others[0]}"
-        _log_once(f"files     {source.path}: reads the split {chosen}; leaves out {_listed(others)} ({hint})")
+        log_once(f"files     {source.path}: reads the split {chosen}; leaves out {_listed(others)} ({hint})")
     return chosen
 
 
@@ -255,7 +252,7 @@ def _choose(source: DataSet, tree: Tree, folder: str, paths: list[str], split: s
     left_out = [name for name in names if name not in set(chosen)]
     if left_out and split is None:
         hint = f"to read them: data.path={tree.shown(folder)} {_as_files(left_out[:1])}"
-        _log_once(f"files     {source.path}: reads {_listed(chosen)}; leaves out {_listed(left_out)} ({hint})")
+        log_once(f"files     {source.path}: reads {_listed(chosen)}; leaves out {_listed(left_out)} ({hint})")
     return [names[name] for name in chosen]
 
 
@@ -275,8 +272,3 @@ def _relative(path: str, folder: str) -> str:
 
 def _ending(path: str) -> str:
     return DataFile(path, Path(path).name, path).format
-
-
-@lru_cache
-def _log_once(message: str) -> None:
-    log.info(message)

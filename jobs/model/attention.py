@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from jobs.distributed.log_once import log_once
 from jobs.model import attention_kernels, block_sizes
-from jobs.model.log_once import log_once
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
 """`model.attention` -> the name in transformers, where the two differ."""

@@ -17,8 +17,8 @@ from transformers import (
 from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
+from jobs.distributed.log_once import log_once
 from jobs.model import attention, embedding_resize, materialize, quantized_linear
-from jobs.model.log_once import log_once
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision

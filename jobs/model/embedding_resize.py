@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from conf.choices import AdapterKind
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
-from jobs.model.log_once import log_once
+from jobs.distributed.log_once import log_once
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.slices import TensorPart
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
-from jobs.model.log_once import log_once
+from jobs.distributed.log_once import log_once
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from jobs.model.log_once import log_once
+from jobs.distributed.log_once import log_once
 from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 FUNCTION = "load_balancing_loss_func"

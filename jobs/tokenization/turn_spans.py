@@ -164,9 +164,8 @@ class MarkedChat:
             header = header.lstrip()
             start += _blanks(self._text, before, limit)
         size = _common(header, self._text[start : min(start + len(header), limit)])
-        if (
-            size < len(header) and turn in self._regions
-        ):  # The turn before may end in another way where it is the last one.
+        # The turn before may end in another way where it is the last one.
+        if size < len(header) and turn in self._regions:
             place = self._text.find(header, start, self._regions[turn][0])
             start, size = (place, len(header)) if place >= 0 else (start, size)
         if size < len(header):

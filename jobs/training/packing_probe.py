@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from conf.errors import ConfigError, Problem, first_line
 from jobs.data import batches, token_dataset
 from jobs.data.token_dataset import Part
+from jobs.distributed.log_once import log_once
 from jobs.model import shrink, unwrap
-from jobs.model.log_once import log_once
 from jobs.training import sample_borders
 
 LENGTHS = (13, 9, 6)

@@ -12,9 +12,9 @@ from conf.errors import ConfigError
 from conf.schema import Config
 from jobs.backends import fsdp
 from jobs.data.packing import hidden_factor
+from jobs.distributed.log_once import log_once
 from jobs.distributed.process_group import process_group
 from jobs.model import attention, block_sizes, build, fused_cross_entropy
-from jobs.model.log_once import log_once
 from jobs.monitoring import flops
 from jobs.tensor_io.wrapper_names import without_wrappers
 from tests.conftest import Compose

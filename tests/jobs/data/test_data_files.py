@@ -11,12 +11,13 @@ import pytest
 
 from conf.errors import DataError
 from conf.schema import DataSet
-from jobs.data import data_files, sources, split_names
+from jobs.data import sources, split_names
+from jobs.distributed.log_once import log_once
 
 
 @pytest.fixture(autouse=True)
 def _say_again() -> None:
-    data_files._log_once.cache_clear()
+    log_once.cache_clear()
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -8,8 +8,8 @@ from transformers import AutoConfig, masking_utils
 from conf.choices import Attention
 from conf.errors import ConfigError
 from jobs.data import batches as data
+from jobs.distributed.log_once import log_once
 from jobs.model import attention, attention_kernels, build, fused_cross_entropy
-from jobs.model.log_once import log_once
 from jobs.training import loss
 from tests.conftest import Compose
 from tests.jobs.networks import SMALL, check_equal, gradients, network, rows, whole

@@ -10,9 +10,9 @@ from conf.errors import ConfigError, RunError
 from jobs.backends import fsdp, zero
 from jobs.checkpoint import reshard
 from jobs.consolidation import adapter_layers, lora, updates
+from jobs.distributed.log_once import log_once
 from jobs.distributed.process_group import process_group
 from jobs.model import build, materialize, random_init
-from jobs.model.log_once import log_once
 from jobs.tensor_io import wrapper_names
 from jobs.tensor_io.wrapper_names import without_wrappers
 from tests.conftest import Compose

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from jobs.data import batches
+from jobs.distributed.log_once import log_once
 from jobs.model import fused_cross_entropy, router_loss
-from jobs.model.log_once import log_once
 from jobs.training import loss
 from tests.conftest import Compose
 from tests.jobs import families

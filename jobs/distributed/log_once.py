@@ -1,4 +1,4 @@
-"""Logs a line once per process, on rank 0 only: the model is built more than once."""
+"""Logs a line once per process, on rank 0 only: models are built, and files are listed, more than once."""
 
 import logging
 from functools import cache
