@@ -62,7 +62,19 @@ class Order(Enum):
     auto = "auto"
     balanced = "balanced"
     random = "random"
+    length = "length"
     file = "file"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    wsd = "wsd"
+    inverse_sqrt = "inverse_sqrt"
+    polynomial = "polynomial"
+    cosine_restarts = "cosine_restarts"
 
 
 class Backend(Enum):

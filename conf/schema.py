@@ -31,6 +31,7 @@ from conf.choices import (
     Overlong,
     Precision,
     Role,
+    Schedule,
     Submit,
     Tracker,
     TrainOnEnd,
@@ -228,8 +229,11 @@ class Data:
     counts full rows."""
     order: Order = Order.auto
     """Order of the rows in an epoch. `balanced`: random, but all rows of a step take about the same time, so that ranks do not
-    wait for each other. `random`: no balancing. `file`: the order of the input, for a curriculum. `auto`: `balanced` for packed
-    rows, else `random`, because a step of only short samples would give their tokens more weight."""
+    wait for each other. `random`: no balancing. `length`: random, but neighboring steps have rows of similar length, which
+    need less padding (a Trainer's `group_by_length`). `file`: the order of the input, for a curriculum. `auto`: `balanced` for
+    packed rows, else `random`, because a step of only short samples would give their tokens more weight."""
+    pad_to_max: bool = False
+    """Pad every training row to `max_length`, so that all steps need the same memory."""
     drop_duplicates: bool = False
     """Keep only the first of training rows with the same tokens."""
     max_rows: int | None = at_least(1, None)
@@ -292,6 +296,8 @@ class Adapter:
     dora: bool = False
     """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
     fine-tune, and takes about a third more time."""
+    lora_plus_ratio: float | None = at_least(0, None)
+    """Learning rate of the matrices B as a multiple of `train.learning_rate` (LoRA+, Hayou 2024; 16 is usual there). Null: 1."""
     base: Frozen = Frozen.full
     """Precision of the frozen linear layers in blocks. `full`: the compute precision. `nf4`: 4 bits with double quantization
     (QLoRA as in bitsandbytes). `int8`: 8 bits with one scale per row. `float8`: 8 bits with one scale per row, and also
@@ -312,10 +318,33 @@ class Train:
     and if `gpu_memory_gib` is not set."""
     learning_rate: float = at_least(0)
     """Peak learning rate, after warmup."""
+    lr_schedule: Schedule = Schedule.cosine
+    """How the learning rate falls after the warmup. `cosine`, `linear`, `polynomial`: over all steps. `cosine_restarts`: in
+    `lr_cycles` cosines, each from the peak. `wsd`: the peak, then a cosine over the last `decay_ratio` of the steps.
+    `inverse_sqrt`: with the root of the steps. `constant_with_warmup`: not at all. `constant`: the same without a warmup."""
     min_lr_ratio: float = at_least(0, 0.1, at_most=1)
-    """The cosine schedule ends at this share of the peak."""
-    warmup_steps: int = at_least(0, 0)
-    """Steps of linear warmup."""
+    """The learning rate never falls below this share of the peak. transformers uses 0."""
+    warmup_steps: int | None = at_least(0, None)
+    """Steps of linear warmup. Null: as `warmup_ratio` says."""
+    warmup_ratio: float | None = at_least(0, None, at_most=0.99)
+    """Linear warmup as a share of all steps. If it and `warmup_steps` are null: 10 steps, but at most a tenth of the training."""
+    lr_cycles: int = at_least(1, 2)
+    """Cosines of `lr_schedule=cosine_restarts`."""
+    lr_power: float = at_least(0, 1.0)
+    """Exponent of `lr_schedule=polynomial`. 1 is linear."""
+    decay_ratio: float = at_least(0, 0.1, at_most=1)
+    """Share of all steps in which the learning rate of `lr_schedule=wsd` falls."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Other peaks for some weights: a regular expression that is found in their names, and their rate, for example
+    `{embed_tokens: 1e-6}`. The first that matches counts."""
+    unfrozen: list[str] = field(default_factory=list)
+    """Train only the weights in whose names one of these regular expressions is found, for example `[layers.31, lm_head]`.
+    Empty: all."""
+    label_smoothing: float = at_least(0, 0.0, at_most=0.99)
+    """Share of the target that is spread over the whole vocabulary (Szegedy 2016). The logged loss contains it, the held-out
+    loss does not."""
+    neftune_alpha: float | None = at_least(0, None)
+    """Noise on the embeddings while training, as a Trainer adds it (NEFTune, Jain 2023). 5 is usual. Null: none."""
     weight_decay: float = at_least(0, 0.0)
     """Weight decay of AdamW. Applied to matrices only."""
     optimizer: Optimizer = Optimizer.adamw
@@ -357,10 +386,16 @@ class Train:
     """Ranks that write a trace."""
     log_every: int = at_least(1, 10)
     """Steps between lines in the log. metrics.jsonl has every step."""
-    eval_every: int = at_least(0, 100)
-    """Steps between evaluations on the validation rows. 0: only before the first and after the last step."""
-    save_every: int = at_least(0, 500)
-    """Steps between checkpoints. 0: save only at the end, or when the job is asked to stop."""
+    eval_every: int | None = at_least(0, None)
+    """Steps between evaluations on the validation rows. 0: only before the first and after the last step. Null:
+    `evals_per_epoch`, or 100 if that is null too."""
+    evals_per_epoch: int | None = at_least(1, None)
+    """Evaluations in an epoch, evenly spaced, instead of `eval_every`."""
+    save_every: int | None = at_least(0, None)
+    """Steps between checkpoints. 0: save only at the end, or when the job is asked to stop. Null: `saves_per_epoch`, or 500 if
+    that is null too."""
+    saves_per_epoch: int | None = at_least(1, None)
+    """Checkpoints in an epoch, evenly spaced, instead of `save_every`."""
     keep_checkpoints: int = at_least(1, 2)
     """Number of newest complete checkpoints to keep. Two, because a disk failure may damage the last one."""
     keep_every: int = at_least(0, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conf import mesh
+from conf import mesh, schedule
 from conf.batch import micro_batch_limit, split
 from conf.choices import AdapterKind, Verify
 from conf.errors import DivergedError
@@ -25,7 +25,7 @@ from jobs.distributed import heartbeat, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
-from jobs.model import block_sizes, build, materialize, router_loss, unwrap
+from jobs.model import block_sizes, build, embedding_noise, materialize, router_loss, trained_weights, unwrap
 from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
@@ -70,7 +70,9 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     model = build.build_on_meta(config)
     if config.data.packing:
         loss.separate_samples(model, world)
+    trained_weights.freeze_others(model, config.train.unfrozen)
     router_loss.attach(model)
+    embedding_noise.attach(model, config.train.neftune_alpha)
     sampler = batches.training_order(train_rows, config, hidden_factor(block_sizes.of(model.config)))
     # before sharding: FSDP and ZeRO replace the parameters by their shards
     blocks = build.blocks(model)
@@ -98,6 +100,8 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
         sampler=sampler,
         pad_token=pad_token,
         last_step=last_step,
+        evaluations=schedule.evaluations(config.train, len(train_rows)),
+        saves=schedule.saves(config.train, len(train_rows)),
         metrics=metrics,
         monitor=monitor,
         divergence=divergence,
@@ -109,9 +113,10 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
 
 def _train(training: Training, step: int) -> tuple[int, bool]:
     """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested)."""
-    train, last_step, first_step, stopped = training.config.train, training.last_step, step, False
+    last_step, first_step, stopped = training.last_step, step, False
+    evaluations, saves = training.evaluations, training.saves
     # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
-    evaluation_is_due = step in (0, last_step) or _is_due(train.eval_every, step)
+    evaluation_is_due = step in (0, last_step) or evaluations.is_due(step)
     if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.evaluated_steps):
         stopped = not _evaluate(training, step)
     set_timeout(training.config.cluster.network.step_timeout_s)
@@ -120,12 +125,12 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
         stopped = _train_step(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
-        if step == first_step + 1 and train.save_every and step + train.save_every < last_step:
+        if step == first_step + 1 and saves.steps and step + saves.steps < last_step:
             training.saver.prepare(training.backend, training.engine)
         # Save before the evaluation: a requested stop may leave little time.
-        if step == last_step or stopped or _is_due(train.save_every, step):
+        if step == last_step or stopped or saves.is_due(step):
             _save_checkpoint(training, step, wait=step == last_step or stopped)
-        if (step == last_step or _is_due(train.eval_every, step)) and not stopped:
+        if (step == last_step or evaluations.is_due(step)) and not stopped:
             stopped = not _evaluate(training, step)
             if stopped and step < last_step:
                 _save_checkpoint(training, step, wait=True)  # training ends here; a save that was due is only completed
@@ -177,18 +182,24 @@ def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], to
     world, timer = training.world, training.monitor.timer
     micro_batch_size, _ = split(training.config, world.size)
     micro_batches = list(batches.micro_batches(rows, micro_batch_size, world.data_rank, world.data_size))
-    loss_scale = world.size // world.tensor_ranks / tokens
+    loss_scale, smoothing = world.size // world.tensor_ranks / tokens, training.config.train.label_smoothing
+    shortest = training.config.data.max_length if training.config.data.pad_to_max else 1
     loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for number, own_rows in enumerate(micro_batches, 1):
         heartbeat.beat("train", step + 1)
         training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
         with timer("data"):
             batch = batches.collate(
-                training.train_rows, own_rows, training.pad_token, device=world.device, context_part=world.context_part
+                training.train_rows,
+                own_rows,
+                training.pad_token,
+                device=world.device,
+                context_part=world.context_part,
+                at_least=shortest,
             )
         with timer("forward"):
             lengths = training.train_rows.lengths[own_rows]
-            summed, router = loss.training_losses(training.engine.module, batch, lengths, world.context_part)
+            summed, router = loss.training_losses(training.engine.module, batch, lengths, world.context_part, smoothing)
             to_minimize = summed * loss_scale
             if router is not None:
                 to_minimize = to_minimize + router / len(micro_batches)
@@ -214,7 +225,7 @@ def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: fl
 def _report(training: Training, step: int, values: dict[str, float]) -> None:
     """Write a finished step to metrics.jsonl, and log it if a line is due. Raises DivergedError on all ranks."""
     metrics = training.metrics
-    log_is_due = step == training.last_step or _is_due(training.config.train.log_every, step)
+    log_is_due = step == training.last_step or step % training.config.train.log_every == 0
     if log_is_due:
         measured, warnings = training.monitor.gather()
         values |= measured | {"left_s": round(metrics.seconds_left(step))}
@@ -272,8 +283,3 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
         rows = training.validation_rows if len(training.validation_rows) else batches.unpacked(training.train_rows)
         reference_logits.record(path, engine.module, rows, training.pad_token, world)
     set_timeout(config.cluster.network.step_timeout_s)
-
-
-def _is_due(every: int, step: int) -> bool:
-    """Whether `step` is a multiple of `every`. 0 turns it off."""
-    return every > 0 and step % every == 0

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from conf.schedule import Interval
 from conf.schema import Config
 from jobs import backends
 from jobs.checkpoint.async_save import Saver
@@ -30,6 +31,8 @@ class Training:
     sampler: RowSampler
     pad_token: int
     last_step: int
+    evaluations: Interval
+    saves: Interval
     metrics: Metrics
     monitor: StepMonitor
     divergence: DivergenceDetector

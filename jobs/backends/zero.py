@@ -132,8 +132,7 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
 
 def step(engine: Engine, learning_rate: float) -> float:
     """See `Backend.step`."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+    optim.set_learning_rate(engine.optimizer, learning_rate)
     engine.module.step()
     return float(engine.module.get_global_grad_norm())
 

@@ -129,15 +129,17 @@ def collate(
     multiple: int = 8,
     device: torch.device | str = "cpu",
     context_part: tuple[int, int] = (0, 1),
+    at_least: int = 1,
 ) -> Batch:
     """Pad these rows on the right with token `pad` and make them a Batch on `device`.
 
-    The length is that of the longest row, rounded up to `multiple` (times the number of context-parallel ranks).
+    The length is that of the longest row, but `at_least` so many tokens, rounded up to `multiple` (times the number of
+    context-parallel ranks).
     `context_part` is (index, count) of the context-parallel part: each rank gets an equal, contiguous part of every row.
     """
     index, count = context_part
     multiple *= count
-    length = max(1, -(-int(rows.lengths[chosen].max(initial=1)) // multiple)) * multiple
+    length = max(1, -(-int(rows.lengths[chosen].max(initial=at_least)) // multiple)) * multiple
     ids, labels, positions = _padded(rows, chosen, pad, length)
     cu_seqlens = max_length = None
     if any(len(rows.packs.row(row)) > 1 for row in chosen):

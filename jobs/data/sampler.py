@@ -7,8 +7,10 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-OrderKind = Literal["balanced", "random", "file"]
+OrderKind = Literal["balanced", "random", "length", "file"]
 
+SORTED_STEPS = 50
+"""Steps whose rows are sorted by length together, as in a Trainer's `group_by_length`."""
 NOISE = 0.005
 """Random share added to a row's cost in each epoch. Without it, rows of nearly equal cost would share a step in every epoch."""
 
@@ -27,6 +29,8 @@ class RowSampler:
         balanced: rows of a step have similar cost, and steps come in random order. All ranks then finish a step at about
             the same time, whatever their number. A step in two epochs is the exception: its rows have any cost.
         random: one random permutation per epoch.
+        length: a random permutation whose rows are sorted by cost within every `SORTED_STEPS` steps, the most costly first, so that
+            the rows of a step need little padding.
         file: the order in which preprocess wrote the rows, in every epoch.
 
     Raises ValueError if there are no rows, a cost is not above 0, the batch is below 1 or the kind is unknown.
@@ -82,4 +86,8 @@ def _rows_of_epoch(sampler: RowSampler, epoch: int) -> NDArray[np.int32] | NDArr
         # A stable sort: numpy's default sort uses other instructions on other CPUs, and nodes would disagree on equal costs.
         similar = whole_steps[np.argsort(noisy_costs, kind="stable")].reshape(steps, batch)
         whole_steps[:] = random.permutation(similar).ravel()
+    if sampler.kind == "length":
+        for begin in range(0, row_count, SORTED_STEPS * batch):
+            part = rows[begin : begin + SORTED_STEPS * batch]
+            part[:] = part[np.argsort(-sampler.costs[part], kind="stable")]
     return rows

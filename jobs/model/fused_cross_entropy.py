@@ -27,8 +27,9 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     """Let the model's forward return the summed loss when it is given `trained` and `targets`; other calls stay as they were.
 
     `trained` (int64) are the positions of trained tokens in the flattened batch, and `targets` (int64) the tokens that follow
-    them. With `real_tokens` (see `router_loss`), it returns the summed loss and the router loss, fp32 of shape (2,), if the model
-    has a router loss. `compiled` compiles the softmax into one kernel. Call it after adapters are added and before sharding.
+    them. `smoothing` is that of `train.label_smoothing`. With `real_tokens` (see `router_loss`), it returns the summed loss and the
+    router loss, fp32 of shape (2,), if the model has a router loss. `compiled` compiles the softmax into one kernel. Call it after
+    adapters are added and before sharding.
 
     Returns False, and changes nothing, for a model whose logits are more than its head applied to the last hidden state, for
     example scaled or soft-capped logits.
@@ -47,6 +48,7 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
         trained: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         real_tokens: torch.Tensor | None = None,
+        smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Any:
         if trained is None or targets is None:
@@ -57,7 +59,7 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
         router = router_loss.attached(inner) if real_tokens is not None else None
         outputs = inner.base_model(*args, **set_kwargs, **({"output_router_logits": True} if router else {}))
         rows = outputs.last_hidden_state.flatten(0, 1).index_select(0, trained)
-        loss = head(rows, targets) if is_plain_matrix else _loss_in_parts(head, rows, targets)
+        loss = head(rows, targets, smoothing) if is_plain_matrix else _loss_in_parts(head, rows, targets, smoothing)
         return torch.stack([loss, router.mean(outputs.router_logits, real_tokens).float()]) if router else loss
 
     inner.forward = forward
@@ -99,24 +101,24 @@ def _let_head_return_loss(head: nn.Linear, compiled: bool) -> None:
     that call gathers the weight."""
     original = head.forward
 
-    def forward(rows: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(rows: torch.Tensor, targets: torch.Tensor | None = None, smoothing: float = 0.0) -> torch.Tensor:
         if targets is None:
             return original(rows)
         needs_grad = torch.is_grad_enabled()  # inside the autograd function it is always off
         rows = rows.to(head.weight.dtype)
         loss: torch.Tensor = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, head.weight, head.bias, targets, needs_grad, compiled
+            rows, head.weight, head.bias, targets, smoothing, needs_grad, compiled
         )
         return loss
 
     head.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def _loss_in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss_in_parts(head: nn.Module, rows: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
     """The summed loss through any head. Backward computes the logits a second time."""
 
     def part_loss(part: torch.Tensor, part_targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(part).float(), part_targets, reduction="sum")
+        return F.cross_entropy(head(part).float(), part_targets, reduction="sum", label_smoothing=smoothing)
 
     parts = zip(rows.tensor_split(PARTS), targets.tensor_split(PARTS), strict=True)
     return torch.stack([checkpoint(part_loss, *part, use_reentrant=False) for part in parts]).sum()
@@ -136,6 +138,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        smoothing: float,
         needs_grad: bool,
         compiled: bool,
     ) -> torch.Tensor:
@@ -154,7 +157,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             chunk, chunk_targets = rows[begin : begin + size], targets[begin : begin + size]
             # The logits get no name here: it would keep them during the products below (0.5 GiB of 4,096 tokens in bf16).
             with_grad = for_rows or for_weight or for_bias
-            chunk_loss, grad_logits = loss_and_grad(F.linear(chunk, weight, bias), chunk_targets, with_grad)
+            chunk_loss, grad_logits = loss_and_grad(F.linear(chunk, weight, bias), chunk_targets, smoothing, with_grad)
             loss += chunk_loss
             if grad_rows is not None:
                 torch.mm(grad_logits, weight, out=grad_rows[begin : begin + size])
@@ -169,27 +172,34 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
         rows, weight, bias = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads)
         ctx.grads = None  # they were scaled in place, so a second backward must fail
-        return rows, *(None if grad is None else grad.to(ctx.dtype) for grad in (weight, bias)), None, None, None
+        return rows, *(None if grad is None else grad.to(ctx.dtype) for grad in (weight, bias)), None, None, None, None
 
 
-def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_grad(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy of logits (tokens, vocabulary) in fp32, and its gradient in the dtype of the logits.
 
+    With `smoothing` s, the target of a token is 1 - s at its own column, plus s / vocabulary at each column, as in torch.
     Without `with_grad`, the second value has no meaning.
     """
     scores, target_columns = logits.float(), targets[:, None]
     normalizer = scores.logsumexp(-1, keepdim=True)
-    loss = (normalizer - scores.gather(1, target_columns)).sum()
+    loss = (normalizer - (1 - smoothing) * scores.gather(1, target_columns)).sum()
+    if smoothing:
+        loss = loss - smoothing * scores.mean(-1).sum()
     if not with_grad:
         return loss, logits
     probabilities = (scores - normalizer).exp()
+    if smoothing:
+        probabilities = probabilities - smoothing / logits.shape[1]
     if torch.compiler.is_compiling():
         # A comparison fuses into the kernel and stays in registers. A scatter would write fp32 values to memory first.
         columns = torch.arange(logits.shape[1], device=logits.device)
-        grad = torch.where(columns == target_columns, probabilities - 1, probabilities)
+        grad = torch.where(columns == target_columns, probabilities - (1 - smoothing), probabilities)
         return loss, grad.to(logits.dtype)
-    minus_one = torch.full_like(normalizer, -1)
-    return loss, probabilities.scatter_add_(1, target_columns, minus_one).to(logits.dtype)
+    minus_target = torch.full_like(normalizer, smoothing - 1)
+    return loss, probabilities.scatter_add_(1, target_columns, minus_target).to(logits.dtype)
 
 
 @cache

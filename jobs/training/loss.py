@@ -18,20 +18,24 @@ from jobs.training import packing_probe, sample_borders
 
 
 def training_losses(
-    model: nn.Module, batch: batches.Batch, lengths: NDArray[np.int64], context_part: tuple[int, int] = (0, 1)
+    model: nn.Module,
+    batch: batches.Batch,
+    lengths: NDArray[np.int64],
+    context_part: tuple[int, int] = (0, 1),
+    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(summed cross entropy, router loss times its coefficient) of a micro batch, scalars in fp32.
 
     The second is None for a model without one (`jobs.model.router_loss`). It is a mean over the tokens that are not padding:
-    `lengths` are the tokens of each row. `context_part` is that of `batches.collate`.
+    `lengths` are the tokens of each row. `context_part` is that of `batches.collate`, `smoothing` is `train.label_smoothing`.
     """
     router = router_loss.attached(unwrap.causal_lm(model))
     if router is None:
-        return summed_cross_entropy(model, batch), None
+        return _losses(model, batch, None, smoothing), None
     columns = batch.input_ids.shape[1]
     positions = np.arange(columns) + context_part[0] * columns
     real_tokens = torch.from_numpy(positions[None] < lengths[:, None]).to(batch.input_ids.device)
-    losses = _losses(model, batch, real_tokens)
+    losses = _losses(model, batch, real_tokens, smoothing)
     return losses[0], losses[1] * router.coefficient
 
 
@@ -44,7 +48,9 @@ def summed_cross_entropy(model: nn.Module, batch: batches.Batch) -> torch.Tensor
     return _losses(model, batch, None)
 
 
-def _losses(model: nn.Module, batch: batches.Batch, real_tokens: torch.Tensor | None) -> torch.Tensor:
+def _losses(
+    model: nn.Module, batch: batches.Batch, real_tokens: torch.Tensor | None, smoothing: float = 0.0
+) -> torch.Tensor:
     """The summed cross entropy; with `real_tokens` (rows, length), that and the router loss: fp32, shape (2,)."""
     inner = unwrap.causal_lm(model)
     inputs = _model_inputs(inner, batch)
@@ -53,12 +59,12 @@ def _losses(model: nn.Module, batch: batches.Batch, real_tokens: torch.Tensor | 
     missing = batch.input_ids.shape[1] + 1 - batch.labels.shape[1]
     targets = F.pad(batch.labels[:, 1:], (0, missing), value=batches.IGNORED).flatten()
     if fused_cross_entropy.is_fused(inner):
-        inputs |= {"trained": batch.trained, "targets": targets[batch.trained]}
+        inputs |= {"trained": batch.trained, "targets": targets[batch.trained], "smoothing": smoothing}
         fused: torch.Tensor = model(**inputs, **({} if real_tokens is None else {"real_tokens": real_tokens}))
         return fused
     outputs = model(**inputs, **({} if real_tokens is None else {"output_router_logits": True}))
     scores = outputs.logits.float().flatten(0, 1)
-    loss = F.cross_entropy(scores, targets, ignore_index=batches.IGNORED, reduction="sum")
+    loss = F.cross_entropy(scores, targets, ignore_index=batches.IGNORED, reduction="sum", label_smoothing=smoothing)
     router = router_loss.attached(inner)
     if real_tokens is None or router is None:
         return loss

@@ -1,6 +1,6 @@
 """Builds the optimizer that the config asks for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import nn
 from conf.choices import Backend, Optimizer
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from jobs.model import trained_weights
 from jobs.model.unwrap import causal_lm
+from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training.adafactor import Adafactor
 
 MOMENTUM = 0.95
@@ -49,14 +51,17 @@ class CombinedOptimizer:
 def build(model: nn.Module, config: Config) -> Any:
     """Return `train.optimizer` over the trainable parameters, with weight decay for matrices only.
 
-    Raises ConfigError if a package that the optimizer needs is not installed. AdamW uses torch's fused kernel if the parameters
-    are already on a GPU, as with FSDP.
+    Raises ConfigError if a package that the optimizer needs is not installed, or a pattern of `train.learning_rates` is found in
+    no name. AdamW uses torch's fused kernel if the parameters are already on a GPU, as with FSDP.
     """
     train, kind = config.train, config.train.optimizer
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [
+        (without_wrappers(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
+    trained_weights.require_found(list(train.learning_rates), [name for name, _ in trainable], "train.learning_rates")
     adam: dict[str, Any] = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if kind is Optimizer.adamw:
-        return torch.optim.AdamW(_groups(trainable, config), **adam, fused=trainable[0].is_cuda)
+        return torch.optim.AdamW(_groups(trainable, config), **adam, fused=trainable[0][1].is_cuda)
     if kind is Optimizer.adafactor:
         return Adafactor(_groups(trainable, config), lr=train.learning_rate)
     if kind is Optimizer.muon:
@@ -65,10 +70,10 @@ def build(model: nn.Module, config: Config) -> Any:
         embedding_ids = {
             id(parameter) for module in embeddings if module is not None for parameter in module.parameters()
         }
-        matrices = [item for item in trainable if item.ndim == 2 and id(item) not in embedding_ids]
-        others = [item for item in trainable if item.ndim != 2 or id(item) in embedding_ids]
+        matrices = [item for item in trainable if item[1].ndim == 2 and id(item[1]) not in embedding_ids]
+        others = [item for item in trainable if item[1].ndim != 2 or id(item[1]) in embedding_ids]
         muon = torch.optim.Muon(
-            matrices,
+            _groups(matrices, config),
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
             momentum=MOMENTUM,
@@ -76,33 +81,44 @@ def build(model: nn.Module, config: Config) -> Any:
         )
         if not others:  # an adapter has matrices only
             return CombinedOptimizer(muon)
-        return CombinedOptimizer(muon, torch.optim.AdamW(_groups(others, config), **adam, fused=trainable[0].is_cuda))
+        return CombinedOptimizer(
+            muon, torch.optim.AdamW(_groups(others, config), **adam, fused=trainable[0][1].is_cuda)
+        )
     return _low_memory_adamw(config)(_groups(trainable, config), **adam)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group.
+    """Set the learning rate of every parameter group, in proportion to its own peak (`train.learning_rates`).
 
     torchao keeps it in a tensor that its compiled step reads, and refuses another object in its place: fill that tensor.
     """
     for group in optimizer.param_groups:
+        rate = learning_rate * group["peak_ratio"]
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(learning_rate)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = learning_rate
+            group["lr"] = rate
 
 
-def _groups(trainable: Iterable[nn.Parameter], config: Config) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with weight decay, vectors without, and a group for each device mesh.
+def _groups(trainable: list[tuple[str, nn.Parameter]], config: Config) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with weight decay, vectors without, and a group for each learning rate and device mesh.
 
-    The optimizer updates a group in one operation (foreach), and such an operation takes only tensors of one mesh.
+    `peak_ratio` is the peak of the group's learning rate as a share of `train.learning_rate`. The optimizer updates a group in
+    one operation (foreach), and such an operation takes only tensors of one mesh.
     """
-    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
-    for parameter in trainable:
-        groups.setdefault((_ndim(parameter) < 2, getattr(parameter, "device_mesh", None)), []).append(parameter)
+    train = config.train
+    groups: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        rate = trained_weights.peak_of(name, config)
+        key = (_ndim(parameter) < 2, rate, getattr(parameter, "device_mesh", None))
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": members, "weight_decay": 0.0 if vector else config.train.weight_decay}
-        for (vector, _), members in sorted(groups.items(), key=lambda item: item[0][0])
+        {
+            "params": members,
+            "weight_decay": 0.0 if vector else train.weight_decay,
+            "peak_ratio": rate / train.learning_rate if rate != train.learning_rate else 1.0,
+        }
+        for (vector, rate, _), members in sorted(groups.items(), key=lambda item: item[0][:2])
     ]
 
 

@@ -3,10 +3,23 @@
 Pure: reads the config alone.
 """
 
+import math
+import re
 from collections.abc import Iterator
 
-from conf.choices import AdapterKind, Backend, Float8, Frozen, Init, MergeBase, Optimizer, Precision, Verify
-from conf.errors import Problem
+from conf.choices import (
+    AdapterKind,
+    Backend,
+    Float8,
+    Frozen,
+    Init,
+    MergeBase,
+    Optimizer,
+    Order,
+    Precision,
+    Verify,
+)
+from conf.errors import Problem, as_typed
 from conf.schema import Config
 
 PAGED_OPTIMIZERS = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
@@ -19,6 +32,8 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _adapter(config)
     yield from _merge_of_quantized_base(config)
     yield from _optimizer(config)
+    yield from _weights_by_name(config)
+    yield from _rows_and_noise(config)
     yield from _precision(config)
     if config.train.float8 is not Float8.none:
         yield from _float8(config)
@@ -27,7 +42,7 @@ def problems(config: Config) -> Iterator[Problem]:
 def _adapter(config: Config) -> Iterator[Problem]:
     adapter, parallel = config.adapter, config.parallel
     if adapter.kind is AdapterKind.none:
-        for key, default in (("dora", False), ("rslora", False), ("base", Frozen.full)):
+        for key, default in (("dora", False), ("rslora", False), ("lora_plus_ratio", None), ("base", Frozen.full)):
             value = getattr(adapter, key)
             if value is not default:
                 shown = value.name if isinstance(value, Frozen) else value
@@ -89,6 +104,43 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         message = f"is not tested with parallel.tensor_ranks={parallel.tensor_ranks}. "
         message += "Use train.optimizer=adamw or parallel.tensor_ranks=1"
         yield Problem("train.optimizer", optimizer.name, message)
+
+
+def _weights_by_name(config: Config) -> Iterator[Problem]:
+    """`train.unfrozen` and `train.learning_rates`: regular expressions of the names of trained weights."""
+    train = config.train
+    for key, patterns in (("unfrozen", train.unfrozen), ("learning_rates", list(train.learning_rates))):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"is no regular expression ({error}). Put \\ before a character that has a meaning in one"
+                yield Problem(f"train.{key}", pattern, message)
+    if train.unfrozen and config.adapter.kind is not AdapterKind.none:
+        message = (
+            "names weights of the base, which an adapter freezes. Use adapter=none, or name layers in adapter.targets"
+        )
+        yield Problem("train.unfrozen", as_typed(train.unfrozen), message)
+    for pattern, rate in train.learning_rates.items():
+        if not 0 <= rate < math.inf:
+            yield Problem(f"train.learning_rates.{pattern}", rate, "must be at least 0 and finite")
+    if train.learning_rates and train.learning_rate == 0:
+        message = (
+            "must be above 0, because the schedule of train.learning_rates follows it. To train only some weights: "
+        )
+        yield Problem("train.learning_rate", 0, message + "train.unfrozen")
+
+
+def _rows_and_noise(config: Config) -> Iterator[Problem]:
+    if config.data.order is Order.length and config.data.packing:
+        message = (
+            "sorts rows by length, but packed rows are equally long. Use data.order=balanced or data.packing=false"
+        )
+        yield Problem("data.order", "length", message)
+    for key in ("context_ranks", "tensor_ranks") if config.train.neftune_alpha else ():
+        if (ranks := getattr(config.parallel, key)) > 1:
+            message = f"is not tested with parallel.{key}={ranks}. Use train.neftune_alpha=null or parallel.{key}=1"
+            yield Problem("train.neftune_alpha", config.train.neftune_alpha, message)
 
 
 def _precision(config: Config) -> Iterator[Problem]:

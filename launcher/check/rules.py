@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from conf.choices import AdapterKind, Attention, Container, Executor, Init, Submit
+from conf.choices import AdapterKind, Attention, Container, Executor, Init, Schedule, Submit
 from conf.errors import Problem
 from conf.jobs import JOB_KINDS
-from conf.schema import Config
+from conf.schema import Config, Train
 from launcher.check import combinations, data_rules, model_rules, parallel_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
@@ -26,7 +26,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    reported = [*out_of_bounds, *_names(config), *_steps(config)]
+    reported = [*out_of_bounds, *_names(config), *_steps(config), *_schedule(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
@@ -73,13 +73,41 @@ def _names(config: Config) -> Iterator[Problem]:
 
 
 def _steps(config: Config) -> Iterator[Problem]:
-    steps, warmup = config.train.steps, config.train.warmup_steps
-    if steps is None and config.train.epochs is None:
+    train = config.train
+    steps, warmup = train.steps, train.warmup_steps
+    if steps is None and train.epochs is None:
         yield Problem(
             "train.steps", "null", "the length of training is missing. Set train.steps=... or train.epochs=..."
         )
-    if steps is not None and warmup >= steps:
+    if steps is not None and warmup is not None and warmup >= steps:
         yield Problem("train.warmup_steps", warmup, f"must be below train.steps={steps}. Lower it, or train longer")
+    for key, other in (
+        ("warmup_ratio", "warmup_steps"),
+        ("evals_per_epoch", "eval_every"),
+        ("saves_per_epoch", "save_every"),
+    ):
+        value, other_value = getattr(train, key), getattr(train, other)
+        if value is not None and other_value is not None:
+            message = f"says the same as train.{other}={other_value}. Set one of them, and the other to null"
+            yield Problem(f"train.{key}", value, message)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    """Keys of one learning rate schedule that are set with another."""
+    train, chosen, defaults = config.train, config.train.lr_schedule, Train
+    for key, schedule in (
+        ("lr_cycles", Schedule.cosine_restarts),
+        ("lr_power", Schedule.polynomial),
+        ("decay_ratio", Schedule.wsd),
+    ):
+        value = getattr(train, key)
+        if value != getattr(defaults, key) and chosen is not schedule:
+            message = f"belongs to another schedule than train.lr_schedule={chosen.name}. Set train.lr_schedule={schedule.name}"
+            yield Problem(f"train.{key}", value, message)
+    for key in ("warmup_steps", "warmup_ratio") if chosen is Schedule.constant else ():
+        if value := getattr(train, key):
+            message = "train.lr_schedule=constant has no warmup. Use train.lr_schedule=constant_with_warmup"
+            yield Problem(f"train.{key}", value, message)
 
 
 def _devices(config: Config, facts: Facts) -> Iterator[Problem]:

@@ -19,10 +19,10 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
     rows = batches.load_split(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
     unwrap.causal_lm(network).set_attn_implementation("sdpa")  # transformers' own mask separates packed samples
+    for name, parameter in network.named_parameters() if config.train.unfrozen else ():
+        parameter.requires_grad = any(part in name for part in config.train.unfrozen)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = _groups(network, config)
     optimizers = _optimizers([group for group in groups if group["params"]], network, config)
     order = batches.training_order(rows, config, hidden_factor(block_sizes.of(network.config)))
     points = []
@@ -30,17 +30,31 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
         batch = batches.collate(rows, order.rows_of(step), pad=0)
         logits = network(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=batches.IGNORED
+            logits[:, :-1].flatten(0, 1),
+            batch.labels[:, 1:].flatten(),
+            ignore_index=batches.IGNORED,
+            label_smoothing=config.train.label_smoothing,
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = _rate(step, steps, config)
+                group["lr"] = _rate(step, steps, config) * group["share"]
             optimizer.step()
             optimizer.zero_grad()
         points.append((loss.item(), norm.item()))
     return points
+
+
+def _groups(network: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    """One group for each trained weight: its weight decay, and its learning rate as a share of `train.learning_rate`."""
+    train, ratio, groups = config.train, config.adapter.lora_plus_ratio or 1, []
+    for name, parameter in network.named_parameters():
+        rate = next((rate for part, rate in train.learning_rates.items() if part in name), None)
+        share = (ratio if "lora_B" in name else 1) if rate is None else rate / train.learning_rate
+        decay = train.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.append({"params": [parameter], "weight_decay": decay, "share": share})
+    return [group for group in groups if group["params"][0].requires_grad]
 
 
 def _optimizers(groups: list[dict[str, Any]], network: torch.nn.Module, config: Config) -> list[torch.optim.Optimizer]:
@@ -52,14 +66,10 @@ def _optimizers(groups: list[dict[str, Any]], network: torch.nn.Module, config: 
             return [torch.optim.Adafactor(groups)]
         case Optimizer.muon:
             matrices = [item for name, item in network.named_parameters() if ".layers." in name and item.ndim == 2]
-            muon = torch.optim.Muon(
-                [item for item in matrices if item.requires_grad],
-                weight_decay=train.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
             matrix_ids = {id(item) for item in matrices}
-            rest = [group | {"params": [p for p in group["params"] if id(p) not in matrix_ids]} for group in groups]
-            return [muon, torch.optim.AdamW(rest, **adam)]
+            hidden = [group for group in groups if id(group["params"][0]) in matrix_ids]
+            rest = [group for group in groups if id(group["params"][0]) not in matrix_ids]
+            return [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, **adam)]
         case Optimizer.adamw_8bit:
             from bitsandbytes.optim import AdamW8bit
 

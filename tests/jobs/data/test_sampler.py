@@ -40,7 +40,16 @@ def spread(costs, dealt):
     return (together.max(axis=1) - together.min(axis=1)) / together.mean(axis=1)
 
 
-@pytest.mark.parametrize("kind", ["balanced", "random", "file"])
+def test_rows_of_similar_length_share_a_step_and_need_less_padding() -> None:
+    def padded(kind: str) -> float:
+        order = lognormal_order(4000, 8, kind)
+        return sum(8 * order.costs[order.rows_of(step)].max() for step in range(500)) / order.costs.sum()
+
+    assert padded("random") > 2
+    assert padded("length") < 1.1
+
+
+@pytest.mark.parametrize("kind", ["balanced", "random", "length", "file"])
 @pytest.mark.parametrize(
     ("rows", "global_batch"),
     [(1, 1), (1, 4), (3, 8), (8, 8), (7, 3), (10, 4), (64, 8), (101, 8), (9, 8), (15, 8), (23, 8), (5, 12)],

@@ -1,5 +1,6 @@
 """The fused loss equals plain cross entropy in value and gradients, and computes nothing that is not needed."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,22 @@ def test_fused_loss_equals_plain_cross_entropy_under_adapters(targets) -> None:
     assert value == pytest.approx(expected, rel=1e-6)
     check_equal(actual, expected_gradients, 1e-6)
     assert model.get_base_model().model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: adapted(model, ["lm_head", "o_proj"])])
+def test_smoothed_loss_equals_torchs(wrap) -> None:
+    model, batch = wrap(network()), whole(rows(LENGTHS))
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].float().flatten(0, 1)
+    targets = batch.labels[:, 1:].flatten()
+    smoothed = F.cross_entropy(logits, targets, ignore_index=batches.IGNORED, reduction="sum", label_smoothing=0.3)
+    expected, expected_gradients = loss_and_gradients(smoothed, model)
+    lengths = np.array(LENGTHS)
+    unfused = loss.training_losses(model, batch, lengths, smoothing=0.3)[0]
+    assert fused_cross_entropy.fuse(model)
+    for losses in (unfused, loss.training_losses(model, batch, lengths, smoothing=0.3)[0]):
+        value, actual = loss_and_gradients(losses, model)
+        assert value == pytest.approx(expected, rel=1e-6)
+        check_equal(actual, expected_gradients, 1e-6)
 
 
 def test_a_head_with_a_bias_learns_it() -> None:

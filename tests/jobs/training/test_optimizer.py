@@ -1,4 +1,4 @@
-"""The learning rate schedule, and which parameters decay."""
+"""Which parameters decay, and the learning rate of each."""
 
 import sys
 
@@ -8,21 +8,9 @@ from torch import nn
 
 from conf.errors import ConfigError
 from jobs.model import build as model
-from jobs.training import lr_schedule
+from jobs.model import trained_weights
 from jobs.training import optimizer as optim
 from tests.conftest import Compose
-
-
-def test_warmup_is_linear_and_ends_at_the_peak(compose: Compose) -> None:
-    config = compose("train.learning_rate=1.0", "train.warmup_steps=4")
-    assert [lr_schedule.learning_rate(step, 100, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert lr_schedule.learning_rate(4, 100, config) == 1.0
-
-
-def test_the_cosine_ends_at_the_floor(compose: Compose) -> None:
-    config = compose("train.learning_rate=1.0", "train.warmup_steps=0", "train.min_lr_ratio=0.1")
-    assert lr_schedule.learning_rate(50, 100, config) == pytest.approx(0.55)
-    assert lr_schedule.learning_rate(100, 100, config) == pytest.approx(0.1)
 
 
 def test_only_matrices_decay(compose: Compose) -> None:
@@ -37,9 +25,36 @@ def test_frozen_parameters_are_left_out(compose: Compose) -> None:
     assert [len(group["params"]) for group in optim.build(model, compose()).param_groups] == [1]
 
 
+def test_weights_with_a_peak_of_their_own(compose: Compose) -> None:
+    words = [
+        "train.learning_rate=1e-3",
+        "+train.learning_rates={embed: 1e-5, layers.1: 2e-3}",
+        "train.unfrozen=[embed,layers]",
+    ]
+    config = compose(*words)
+    network = model.build(config)
+    trained_weights.freeze_others(network, config.train.unfrozen)
+    optimizer = optim.build(network, config)
+    optim.set_learning_rate(optimizer, 5e-4)  # half of the peak
+    rates = {id(item): group["lr"] for group in optimizer.param_groups for item in group["params"]}
+    for name, parameter in network.named_parameters():
+        expected = 5e-6 if "embed" in name else 1e-3 if ".layers.1." in name else 5e-4 if ".layers." in name else None
+        assert rates.get(id(parameter)) == (None if expected is None else pytest.approx(expected)), name
+
+
+@pytest.mark.parametrize("key", ["train.unfrozen", "train.learning_rates"])
+def test_a_pattern_that_no_name_has_is_refused(key: str, compose: Compose) -> None:
+    config = compose("+train.learning_rates={wte: 1}" if "rates" in key else f"{key}=[wte]")
+    with pytest.raises(ConfigError, match=f"^{key}=wte: is found in no name of a trained weight"):
+        network = model.build(config)
+        trained_weights.freeze_others(network, config.train.unfrozen)
+        optim.build(network, config)
+
+
 def test_a_rate_that_is_a_tensor_stays_one() -> None:
     weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=torch.tensor(1.0), foreach=False)
+    groups = [{"params": [weight], "peak_ratio": 1.0}]
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(1.0), foreach=False)
     rate = optimizer.param_groups[0]["lr"]
     optim.set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
