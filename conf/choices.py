@@ -161,9 +161,3 @@ class Container(Enum):
 class Submit(Enum):
     submitit = "submitit"
     script = "script"
-
-
-class Tracker(Enum):
-    none = "none"
-    tensorboard = "tensorboard"
-    wandb = "wandb"

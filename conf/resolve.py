@@ -41,15 +41,15 @@ LAUNCH_ONLY = ("resume", "dry_run", "submit")
 
 def dump(config: Config) -> str:
     """The config as YAML text, in the order of the schema, without the keys in `LAUNCH_ONLY`."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config, without=LAUNCH_ONLY)))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def digest(config: Config) -> str:
     """A hash of the config, 16 hexadecimal digits. `jobs` and the keys in `LAUNCH_ONLY` do not change it."""
-    return hashlib.sha256(json.dumps(_plain(config, without=(*LAUNCH_ONLY, "jobs"))).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(plain(config, without=(*LAUNCH_ONLY, "jobs"))).encode()).hexdigest()[:16]
 
 
-def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
+def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, Any]:
     """The config as nested dictionaries of YAML's own types. Done by hand, because OmegaConf's conversion takes 30 ms."""
 
     def convert(value: Any) -> Any:

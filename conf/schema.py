@@ -33,7 +33,6 @@ from conf.choices import (
     Role,
     Schedule,
     Submit,
-    Tracker,
     TrainOnEnd,
     Verify,
 )
@@ -544,6 +543,33 @@ class Cluster:
 
 
 @dataclass
+class Tracker:
+    """Where metrics go in addition to metrics.jsonl. `tracker=wandb`, or several: `tracker=[wandb,tensorboard]`."""
+
+    wandb: bool = False
+    """Weights & Biases. WANDB_API_KEY comes from `wandb login` or `cluster.secrets`."""
+    tensorboard: bool = False
+    """Event files in RUN/tensorboard."""
+    mlflow: bool = False
+    """MLflow, at `uri`."""
+    comet: bool = False
+    """Comet. COMET_API_KEY comes from `cluster.secrets`."""
+    project: str = "muster"
+    """Project of W&B and Comet, experiment of MLflow."""
+    entity: str | None = None
+    """Team of W&B, workspace of Comet. Null: your own."""
+    run_name: str | None = None
+    """Name of the run there. Null: the name of the run folder."""
+    group: str | None = None
+    """Group of runs in W&B, a tag `group` elsewhere."""
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    """A text about the run."""
+    uri: str | None = None
+    """Address of the MLflow server, or a folder for it. Null: MLFLOW_TRACKING_URI, else the folder RUN/mlruns."""
+
+
+@dataclass
 class Config:
     """The whole config of a run, as stored in RUN/config.yaml."""
 
@@ -559,8 +585,6 @@ class Config:
     """Print the sbatch script and environment of every job. Write and submit nothing."""
     submit: Submit = Submit.submitit
     """`submitit`: submit the jobs. `script`: write RUN/jobs/<job>.sbatch files for `sbatch`, and submit nothing."""
-    tracker: Tracker = Tracker.none
-    """Where metrics go in addition to metrics.jsonl."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)
@@ -568,4 +592,5 @@ class Config:
     train: Train = field(default_factory=Train)
     consolidate: Consolidate = field(default_factory=Consolidate)
     generate: Generate = field(default_factory=Generate)
+    tracker: Tracker = field(default_factory=Tracker)
     cluster: Cluster = field(default_factory=Cluster)

@@ -6,6 +6,7 @@ Each job module is imported only when its job runs: torch and transformers take 
 from importlib import import_module
 from pathlib import Path
 
+from conf import packages
 from conf.errors import ConfigError, Problem
 from conf.jobs import JOB_KINDS
 
@@ -20,6 +21,8 @@ def run(name: str, config_path: str) -> None:
     from conf.resolve import load  # imports omegaconf
 
     config = load(Path(config_path))
+    if missing := list(packages.missing(config)):  # before the first job spends anything
+        raise ConfigError(*missing)
     if name == "train":
         # reads the model's files into the page cache while the packages of the job are imported
         from jobs.tensor_io import prefetch

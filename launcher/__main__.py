@@ -67,6 +67,13 @@ def merge(options: argparse.Namespace) -> int:
     return run([f"resume={options.run}", "pipeline=consolidate", *options.overrides], prog=f"{options.prog} merge")
 
 
+def sync(options: argparse.Namespace) -> int:
+    """Send the metrics that W&B or Comet recorded offline. Run it where there is a network."""
+    from launcher.sync import sync as send
+
+    return send(options.run)
+
+
 def run(arguments: Sequence[str], prog: str) -> int:
     """Launch a run. Hydra reads all arguments, also --help."""
     import launch  # imports Hydra and submitit; the other commands start faster without them
@@ -74,7 +81,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return launch.main(arguments, prog)
 
 
-RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge)
+RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge, sync)
 """Commands whose first argument is a run's folder."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from conf.files import write_text
 from conf.schema import Config
 from jobs.distributed.process_group import World
-from jobs.monitoring.trackers import start_tracker
+from jobs.monitoring.trackers import Trackers
 from jobs.report import training_curves
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ class Metrics:
         """Losses of all steps up to the checkpoint that this attempt resumes from. Only rank 0 knows them."""
         self.warnings: list[str] = []
         """Warnings of this attempt."""
-        self.tracker: Any = None
         self._started = time.monotonic()
         self._for_next_line: dict[str, float] = {}
         self._report_at = time.monotonic() + REPORT_EVERY_S
@@ -41,7 +40,7 @@ class Metrics:
             self.evaluated_steps = {int(line["step"]) for line in kept if "eval_loss" in line}
             self.earlier_losses = [float(line["loss"]) for line in kept if "loss" in line]
             self.file = self.path.open("a", encoding="utf-8")
-            self.tracker = start_tracker(config, first_step)
+            self.trackers = Trackers(config, first_step)
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and flush it, so that a killed job does not leave half a line."""
@@ -51,8 +50,7 @@ class Metrics:
         self._for_next_line = {}
         self.file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
         self.file.flush()
-        if self.tracker:
-            self.tracker.log(values, step=step)
+        self.trackers.log(values, step)
 
     def add_to_next_line(self, **values: float) -> None:
         """Add numbers to the next line of metrics.jsonl."""
@@ -102,8 +100,7 @@ class Metrics:
         self.write_report()
         if self.is_main:
             self.file.close()
-            if self.tracker:
-                self.tracker.finish()
+            self.trackers.finish()
 
 
 def _truncate(path: Path, step: int) -> list[dict[str, Any]]:

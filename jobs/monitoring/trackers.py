@@ -1,46 +1,201 @@
-"""Starts the experiment tracker that `tracker` names: TensorBoard or Weights & Biases (wandb), through accelerate.
+"""Sends metrics to the trackers that the section `tracker` names: Weights & Biases, TensorBoard, MLflow, Comet.
 
-A resumed run continues the curves of its earlier attempts.
+A resumed run continues the curves of its earlier attempts. A tracker that fails never ends a training.
 """
 
+import logging
 import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from conf.choices import Tracker
+from conf import resolve
+from conf.errors import first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 
+log = logging.getLogger(__name__)
 
-def start_tracker(config: Config, first_step: int) -> Any:
-    """Start the tracker and return accelerate's `GeneralTracker`; None if `tracker` is `none`. Only rank 0 calls it.
-
-    `first_step` is the step of the checkpoint that training resumes from, 0 for a new run. Raises ImportError if the
-    package of the tracker is not installed.
-    """
-    if config.tracker is Tracker.none:
-        return None
-    from accelerate.tracking import (  # type: ignore[import-untyped] # imports tensorboard and wandb
-        TensorBoardTracker,
-        WandBTracker,
-    )
-
-    if config.tracker is Tracker.tensorboard:
-        purge_step = first_step + 1 if first_step else None  # hides what a killed attempt wrote after its checkpoint
-        tracker = TensorBoardTracker(config.name, logging_dir=config.run_dir, purge_step=purge_step)
-    else:
-        name = Path(config.run_dir).name
-        tracker = WandBTracker(config.name, id=_wandb_run_id(config), name=name, resume="allow", dir=config.run_dir)
-    tracker.start()
-    return tracker
+INIT_TIMEOUT_S = 60
+"""W&B waits this long for its server before the run is recorded offline."""
 
 
-def _wandb_run_id(config: Config) -> str:
-    """A random W&B run id, the same for all attempts of a run. It is kept in RUN/tracker.json.
+class Tracker(NamedTuple):
+    """A tracker that has started."""
+
+    name: str
+    log: Callable[[Mapping[str, float], int], object]
+    """Called with the numbers of a step, and the step."""
+    finish: Callable[[], object]
+
+
+class Trackers:
+    """All trackers of a run, on rank 0. A tracker that raises an error is dropped, with one warning."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        """Start them. `first_step` is the step of the checkpoint that training resumes from, 0 for a new run."""
+        starts = {"wandb": _wandb, "tensorboard": _tensorboard, "mlflow": _mlflow, "comet": _comet}
+        self.trackers: list[Tracker] = []
+        for name, start in starts.items():
+            if getattr(config.tracker, name):
+                error = _error_of(name, lambda start=start: self.trackers.append(start(config, first_step)))  # type: ignore[misc]
+                if error:
+                    log.warning(f"tracker: {error}; training goes on without it")
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Send the numbers among `values`."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._each(lambda tracker: tracker.log(numbers, step))
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, work: Callable[[Tracker], object]) -> None:
+        for tracker in list(self.trackers):
+            if error := _error_of(tracker.name, lambda tracker=tracker: work(tracker)):  # type: ignore[misc]
+                log.warning(f"tracker: {error}; it gets no more metrics of this attempt")
+                self.trackers.remove(tracker)
+
+
+def _error_of(name: str, work: Callable[[], object]) -> str | None:
+    """Call `work`. Returns what went wrong: these libraries raise errors of any class for a server that is away."""
+    try:
+        work()
+    except Exception as error:
+        return f"{name} failed ({first_line(error)})"
+    return None
+
+
+def _id(config: Config, tracker: str) -> str:
+    """A random id, the same for all attempts of a run. RUN/tracker.json keeps it.
 
     The name of the run folder cannot be the id: runs of other projects may have the same name.
     """
     path = Path(config.run_dir) / "tracker.json"
-    if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:12]})
-    return str(read_json(path)["id"])
+    ids: dict[str, str] = (read_json(path) if path.exists() else None) or {}
+    if tracker not in ids:
+        write_json(path, ids | {tracker: uuid.uuid4().hex})
+    return str(read_json(path)[tracker])
+
+
+def _run_name(config: Config) -> str:
+    return config.tracker.run_name or Path(config.run_dir).name
+
+
+def _flat_config(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of the whole config."""
+
+    def walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(resolve.plain(config), ""))
+
+
+def _wandb(config: Config, first_step: int) -> Tracker:
+    import wandb
+
+    tracker = config.tracker
+
+    def start(mode: Any) -> Any:
+        return wandb.init(
+            project=tracker.project,
+            entity=tracker.entity,
+            name=_run_name(config),
+            group=tracker.group,
+            tags=tracker.tags,
+            notes=tracker.notes,
+            config=resolve.plain(config),
+            id=_id(config, "wandb"),
+            resume="allow",
+            dir=config.run_dir,
+            mode=mode,
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, console="off"),
+        )
+
+    try:
+        run = start("offline" if config.cluster.offline else None)
+    except Exception as error:  # no key, no network, no permission: keep the metrics
+        log.warning(
+            f"tracker: W&B cannot be used now ({first_line(error)}); metrics are kept in RUN/wandb, `muster sync RUN` sends them"
+        )
+        run = start("offline")
+    return Tracker("wandb", lambda values, step: run.log(dict(values), step=step), run.finish)
+
+
+def _tensorboard(config: Config, first_step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = first_step + 1 if first_step else None  # hides what a killed attempt wrote after its checkpoint
+    folder = Path(config.run_dir) / "tensorboard"
+    writer = SummaryWriter(str(folder), purge_step=purge_step)
+    if not first_step:
+        writer.add_text("config", f"```yaml\n{resolve.dump(config)}\n```")
+
+    def log_values(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker("tensorboard", log_values, writer.close)
+
+
+def _mlflow(config: Config, first_step: int) -> Tracker:
+    import mlflow
+
+    tracker = config.tracker
+    if tracker.uri or not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(tracker.uri or (Path(config.run_dir) / "mlruns").as_uri())
+        # MLflow 3.17 refuses a folder unless it is allowed; its other local store, SQLite, locks on shared file systems
+        if allowed := getattr(mlflow.environment_variables, "MLFLOW_ALLOW_FILE_STORE", None):
+            allowed.set(True)
+    client, path = mlflow.MlflowClient(), Path(config.run_dir) / "tracker.json"
+    ids: dict[str, str] = (read_json(path) if path.exists() else None) or {}
+    if "mlflow" not in ids:
+        experiment = client.get_experiment_by_name(tracker.project)
+        tags = {tag: "true" for tag in tracker.tags}
+        tags |= {"group": tracker.group} if tracker.group else {}
+        tags |= {"mlflow.note.content": tracker.notes} if tracker.notes else {}
+        number = experiment.experiment_id if experiment else client.create_experiment(tracker.project)
+        ids["mlflow"] = client.create_run(number, run_name=_run_name(config), tags=tags).info.run_id
+        for key, value in _flat_config(config).items():
+            client.log_param(ids["mlflow"], key, str(value)[:6000])  # the longest value that MLflow takes
+        write_json(path, ids)
+    run_id = ids["mlflow"]
+    client.set_terminated(run_id, "RUNNING")
+
+    def log_values(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            client.log_metric(run_id, name, value, step=step)
+
+    return Tracker("mlflow", log_values, lambda: client.set_terminated(run_id, "FINISHED"))
+
+
+def _comet(config: Config, first_step: int) -> Tracker:
+    import comet_ml
+
+    tracker = config.tracker
+    experiment = comet_ml.start(
+        workspace=tracker.entity,
+        project_name=tracker.project,
+        experiment_key=_id(config, "comet"),
+        mode="get_or_create",
+        online=not config.cluster.offline,
+        experiment_config=comet_ml.ExperimentConfig(
+            name=_run_name(config),
+            tags=[*tracker.tags, *([tracker.group] if tracker.group else [])],
+            offline_directory=str(Path(config.run_dir) / "comet"),
+            log_code=False,
+            log_git_metadata=False,
+            log_git_patch=False,
+        ),
+    )
+    if not first_step:
+        experiment.log_parameters(_flat_config(config))
+        if tracker.notes:
+            experiment.log_other("notes", tracker.notes)
+    return Tracker("comet", lambda values, step: experiment.log_metrics(dict(values), step=step), experiment.end)

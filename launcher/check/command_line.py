@@ -114,8 +114,11 @@ def _problem(
     if key == "experiment" and override.value() is None:
         return None
     if key in options:
-        value = str(override.value())
-        return None if value in options[key] else Problem(key, value, _unknown("option", value, options[key]))
+        value = override.value()
+        unknown = [
+            str(item) for item in (value if isinstance(value, list) else [value]) if str(item) not in options[key]
+        ]
+        return Problem(key, unknown[0], _unknown("option", unknown[0], options[key])) if unknown else None
     if key in known:
         return _value(key, override, known, schema)
     for free, hint in known.items():

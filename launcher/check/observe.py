@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf import resolve
+from conf import packages, resolve
 from conf.choices import Container, Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
+from conf.errors import Problem
 from conf.schema import Config
 from launcher.check import model_files
 from launcher.check.model_files import Families, ModelFiles
@@ -74,6 +75,8 @@ class Facts:
     """What lies in the folder of `model.source`, if it is on this machine."""
     families: Families | None = None
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
+    packages_missing: tuple[Problem, ...] = ()
+    """Packages that the config needs, if jobs use this interpreter and it lacks them."""
     existing: Config | None = None
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
@@ -96,6 +99,7 @@ def observe(config: Config) -> Facts:
         first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
         model=model,
         families=_families(config, model),
+        packages_missing=_missing_packages(config),
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(_missing_secrets(config)),
@@ -120,9 +124,18 @@ def _model(config: Config) -> ModelFiles | None:
 
 
 def _families(config: Config, model: ModelFiles | None) -> Families | None:
-    cluster, fields = config.cluster, (model.fields if model else None) or {}
-    same = cluster.container is Container.none and cluster.python in (None, sys.executable)
-    return model_files.families() if same and fields.get("model_type") not in (None, *DEFAULTS) else None
+    fields = (model.fields if model else None) or {}
+    is_other = fields.get("model_type") not in (None, *DEFAULTS)
+    return model_files.families() if is_other and _jobs_use_this_python(config) else None
+
+
+def _missing_packages(config: Config) -> tuple[Problem, ...]:
+    """A dry run may be on a machine that only previews."""
+    return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not config.dry_run else ()
+
+
+def _jobs_use_this_python(config: Config) -> bool:
+    return config.cluster.container is Container.none and config.cluster.python in (None, sys.executable)
 
 
 def local_gpus() -> int:

@@ -33,7 +33,13 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
-    reported += [*_site(config, facts), *_signal(config), *_variables(config), *_secrets(config, facts)]
+    reported += [
+        *facts.packages_missing,
+        *_site(config, facts),
+        *_signal(config),
+        *_variables(config),
+        *_secrets(config, facts),
+    ]
     return [*reported, *_run_folder(config, facts)]
 
 

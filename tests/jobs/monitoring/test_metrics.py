@@ -1,4 +1,4 @@
-"""jobs/monitoring/metrics.py and trackers.py: all attempts of a run write one record, with every step once."""
+"""All attempts of a run write one record, with every step once."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from conf.choices import Tracker
+from conf.schema import Tracker
 from jobs.distributed.process_group import World
 from jobs.monitoring.metrics import Metrics
 
 
-def metrics(run: Path, first_step: int, tracker: Tracker = Tracker.none, rank: int = 0) -> Metrics:
-    config: Any = SimpleNamespace(run_dir=str(run), name="tiny", tracker=tracker)
+def metrics(run: Path, first_step: int, rank: int = 0) -> Metrics:
+    config: Any = SimpleNamespace(run_dir=str(run), name="tiny", tracker=Tracker())
     return Metrics(config, World(rank, 2, rank, 2, torch.device("cpu")), last_step=10, first_step=first_step)
 
 
-def attempt(run: Path, first: int, last: int, resumed: int, tracker: Tracker = Tracker.none) -> None:
+def attempt(run: Path, first: int, last: int, resumed: int) -> None:
     """Write steps `first` to `last`, as an attempt does that resumes from the checkpoint of step `resumed`."""
-    writer = metrics(run, resumed, tracker)
+    writer = metrics(run, resumed)
     for step in range(first, last + 1):
         writer.write(step, loss=1.0 / step)
         if step % 5 == 0:
@@ -67,34 +67,3 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     writer.write(1, loss=1.0)
     writer.close()
     assert not list(tmp_path.iterdir())
-
-
-def test_tensorboard_shows_one_curve(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    attempt(tmp_path, 1, 8, 0, Tracker.tensorboard)
-    attempt(tmp_path, 6, 10, 5, Tracker.tensorboard)
-    events = reader.EventAccumulator(str(tmp_path / "tiny"))
-    events.Reload()
-    assert sorted(event.step for event in events.Scalars("loss")) == list(range(1, 11))
-
-
-def test_all_attempts_share_one_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[dict[str, object]] = []
-
-    class WandBTracker:
-        def __init__(self, project: str, **options: object) -> None:
-            started.append(options)
-
-        def start(self) -> None: ...
-        def log(self, values: object, step: int) -> None: ...
-        def finish(self) -> None: ...
-
-    monkeypatch.setattr("accelerate.tracking.WandBTracker", WandBTracker)
-    for name in ("a/run", "b/run"):
-        (tmp_path / name).mkdir(parents=True)
-    attempt(tmp_path / "a/run", 1, 2, 0, Tracker.wandb)
-    attempt(tmp_path / "a/run", 3, 4, 2, Tracker.wandb)
-    attempt(tmp_path / "b/run", 1, 2, 0, Tracker.wandb)
-    ids = [options["id"] for options in started]
-    assert ids[0] == ids[1] != ids[2]
-    assert {options["resume"] for options in started} == {"allow"}

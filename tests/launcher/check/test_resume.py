@@ -60,7 +60,7 @@ def test_a_relative_folder_starts_at_the_current_folder(
         ("consolidate.dtype=fp16", "consolidate.dtype.name", "fp16"),
         ("dry_run=true", "dry_run", True),
         ("submit=script", "submit.name", "script"),
-        ("tracker=wandb", "tracker.name", "wandb"),
+        ("tracker=wandb", "tracker.wandb", True),
         ("+train.steps=7", "train.steps", 7),
         ("+cluster.environment.MINE=7", "cluster.environment", {"MINE": "7"}),
     ],

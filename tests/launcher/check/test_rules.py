@@ -43,7 +43,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (LOCAL, {"train.decay_ratio": 0.5}, "train.decay_ratio=0.5", "Set train.lr_schedule=wsd"),
         ((*LOCAL, "train.lr_schedule=constant"), {"train.warmup_steps": 5}, "train.warmup_steps=5", "constant_with_warmup"),
         (LOCAL, {"train.unfrozen": ["layers.(1"]}, "train.unfrozen=layers.(1", "no regular expression"),
-        ((*SLURM, "adapter=lora"), {"train.unfrozen": ["norm"]}, "train.unfrozen=[norm]", "Use adapter=none"),
+        ((*SLURM, "adapter=lora"), {"train.unfrozen": ["norm"]}, "train.unfrozen=['norm']", "Use adapter=none"),
         (LOCAL, {"train.learning_rates": {"norm": -1.0}}, "train.learning_rates.norm=-1.0", "at least 0"),
         (LOCAL, {"adapter.lora_plus_ratio": 16.0}, "adapter.lora_plus_ratio=16.0", "Add adapter=lora"),
         ((*LOCAL, "data.order=length"), {"data.packing": True}, "data.order=length", "Use data.order=balanced"),

@@ -1,0 +1,55 @@
+"""Which optional Python packages a config needs, and whether this interpreter has them."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from conf.choices import AdapterKind, Attention, Backend, Float8, Frozen, Optimizer
+from conf.errors import Problem, as_typed
+from conf.schema import Config
+
+FLASH_ATTENTION = {
+    Attention.flash_attention_2: ("flash_attn", "flash-attn"),
+    Attention.flash_attention_3: ("flash_attn_interface", "flash-attn-3"),
+    Attention.flash_attention_4: ("flash_attn", "flash-attn-4"),
+}
+"""model.attention -> (module, name for pip)."""
+TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet": "comet_ml"}
+"""Tracker -> module, which is also the name for pip."""
+
+
+def missing(config: Config) -> Iterator[Problem]:
+    """A problem for each package that the config needs and that this interpreter cannot import."""
+    for key, value, module, pip_name, instead in _needed(config):
+        if find_spec(module) is None:
+            message = f"needs the package {pip_name}, which is not installed: pip install {pip_name}, or {instead}"
+            yield Problem(key, as_typed(value), message)
+
+
+def _needed(config: Config) -> Iterator[tuple[str, object, str, str, str]]:
+    """(key, value, module, name for pip, what to use instead) for each optional package."""
+    train, zero = config.train, config.parallel.backend is Backend.zero
+    if zero:
+        yield "parallel", config.parallel.name, "deepspeed", "deepspeed", "use parallel=fsdp"
+    if train.optimizer in (Optimizer.adamw_8bit, Optimizer.paged_adamw, Optimizer.paged_adamw_8bit):
+        if zero:
+            yield "train.optimizer", train.optimizer.name, "bitsandbytes", "bitsandbytes", "use parallel=fsdp"
+        else:
+            yield (
+                "train.optimizer",
+                train.optimizer.name,
+                "torchao",
+                "torchao",
+                "use train.optimizer=adamw or parallel=zero2",
+            )
+    if train.float8 is not Float8.none:
+        yield "train.float8", train.float8.name, "torchao", "torchao", "use train.float8=none"
+    if config.adapter.kind is not AdapterKind.none:
+        yield "adapter.kind", config.adapter.kind.name, "peft", "peft", "use adapter=none"
+        if config.adapter.base in (Frozen.nf4, Frozen.int8):
+            yield "adapter.base", config.adapter.base.name, "bitsandbytes", "bitsandbytes", "use adapter=lora"
+    if config.model.attention in FLASH_ATTENTION:
+        module, pip_name = FLASH_ATTENTION[config.model.attention]
+        yield "model.attention", config.model.attention.name, module, pip_name, "use model.attention=auto"
+    for name, module in TRACKERS.items():
+        if getattr(config.tracker, name):
+            yield f"tracker.{name}", True, module, module, f"set tracker.{name}=false"
