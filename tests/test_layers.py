@@ -198,6 +198,7 @@ def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     users = {name for name in FILES if name.startswith("launcher.") and "subprocess" in imports(FILES[name])}
     assert users == {
         "launcher.slurm",
+        "launcher.sync",  # the commands of trackers
         "launcher.version",  # git
         "launcher.check.observe",  # nvidia-smi
     }
