@@ -18,6 +18,7 @@ from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
 from launcher.check import command_line, localize, observe, quoting, resume, rules
+from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
 from launcher.submit import preview, submit
@@ -82,9 +83,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
-        given = sys.argv[1:]
+        given, experiments = experiment_file.register(sys.argv[1:])
         words, entries = quoting.read_words(given)
-        if problems := command_line.problems(words, CLONE / "conf"):
+        if problems := command_line.problems(words, CLONE / "conf", experiments):
             raise ConfigError(*problems)
         sys.argv[1:] = command_line.allow_new_entries(words)
         configs = compose(sys.argv[1:])

@@ -74,6 +74,13 @@ def sync(options: argparse.Namespace) -> int:
     return send(options.run)
 
 
+def import_config(options: argparse.Namespace) -> int:
+    """Turn a config of Axolotl, LLaMA-Factory, TRL or ms-swift into an experiment, and say what becomes of each key."""
+    from launcher.convert import command
+
+    return command.run(options.file, options.program, options.out, options.gpus, force=options.force)
+
+
 def run(arguments: Sequence[str], prog: str) -> int:
     """Launch a run. Hydra reads all arguments, also --help."""
     import launch  # imports Hydra and submitit; the other commands start faster without them
@@ -81,6 +88,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return launch.main(arguments, prog)
 
 
+PROGRAMS = ("axolotl", "llamafactory", "trl", "ms-swift")
 RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge, sync)
 """Commands whose first argument is a run's folder."""
 
@@ -99,6 +107,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="Launch a run with the settings KEY=VALUE..., like launch.py. Without arguments: the demo on this machine.",
     )
     launching.set_defaults(command=run)
+    importing = commands.add_parser("import", help=import_config.__doc__, description=import_config.__doc__)
+    importing.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON of the other program")
+    importing.add_argument(
+        "--as", dest="program", choices=PROGRAMS, help="the program; default: recognized by its keys"
+    )
+    importing.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: conf/experiment/NAME.yaml of Muster")
+    importing.add_argument("--gpus", type=int, default=8, help="GPUs that its batch size is meant for; default: 8")
+    importing.add_argument("--force", action="store_true", help="overwrite an experiment of that name")
+    importing.set_defaults(command=import_config)
     for command in RUN_COMMANDS:
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
@@ -121,7 +138,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2
     options = parser(prog).parse_args(words)
-    options.run = options.run.resolve()
+    if "run" in options:
+        options.run = options.run.resolve()
     try:
         return int(options.command(options))
     except (UserError, slurm.SlurmError) as error:

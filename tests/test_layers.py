@@ -42,6 +42,7 @@ LAUNCHER_FOLDERS = (
     "launcher.status",
     "launcher.check",
     "launcher.submit",
+    "launcher.convert",
     "launcher.__main__",
 )
 """Likewise for the launcher: its own files (plan, environment, slurm, ...) come first, its commands last."""

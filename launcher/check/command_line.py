@@ -4,6 +4,7 @@ Hydra stops at the first wrong override. This reports all of them, each with the
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ def groups(folder: Path) -> dict[str, list[str]]:
     return options
 
 
-def problems(words: list[str], folder: Path) -> list[Problem]:
+def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) -> list[Problem]:
     """What is wrong with the overrides among `words`, in their order.
 
-    `folder` holds the config groups. Flags such as `--help` are skipped: Hydra checks them.
+    `folder` holds the config groups; `experiments` are names of experiments outside of it. Flags such as `--help` are skipped:
+    Hydra checks them.
     """
     known, options, reported = resolve.keys(), groups(folder), list[Problem]()
+    options.setdefault("experiment", []).extend(experiments)
     schema = OmegaConf.structured(Config)
     schema.model.architecture = (
         Architecture  # optional, so None in the schema; without this its keys could not be checked

@@ -1,0 +1,95 @@
+"""What becomes of one key of a foreign config: the rules from which the tables of each program are made."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Outcome(Enum):
+    kept = "kept"
+    """Muster has the same setting."""
+    changed = "changed"
+    """Muster has a setting that comes near; the reason says what differs."""
+    unneeded = "not needed"
+    """Muster does this anyway, or the key has no effect on what is trained."""
+    refused = "refused"
+    """Muster cannot do it; the reason says what to do instead."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table that `muster import` prints."""
+
+    key: str
+    value: Any
+    outcome: Outcome
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    """Muster's keys and their values. A key that begins with `/` chooses an option of a config group."""
+    why: str = ""
+
+
+Rule = Callable[[str, Any, Mapping[str, Any]], Row]
+"""Called with a key, its value, and the whole foreign config."""
+
+
+def kept(ours: str) -> Rule:
+    """The same value under Muster's key."""
+    return lambda key, value, _: Row(key, value, Outcome.kept, {ours: value})
+
+
+def number(ours: str) -> Rule:
+    """A number under Muster's key. YAML reads `1e-4` as text."""
+
+    def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+        try:
+            return Row(key, value, Outcome.kept, {ours: float(value)})
+        except (TypeError, ValueError):
+            return Row(key, value, Outcome.refused, why="is not a number")
+
+    return rule
+
+
+def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str) -> Rule:
+    """One of the values in `options`, each with Muster's keys. Any other value is refused with `otherwise`."""
+
+    def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+        name = str(value).lower()
+        if name not in options:
+            return Row(key, value, Outcome.refused, why=otherwise)
+        return Row(key, value, Outcome.kept, options[name])
+
+    return rule
+
+
+def changed(make: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]], why: str) -> Rule:
+    """Other keys or values, which `make` computes from the value and the whole config."""
+    return lambda key, value, config: Row(key, value, Outcome.changed, make(value, config), why)
+
+
+def unneeded(why: str) -> Rule:
+    return lambda key, value, _: Row(key, value, Outcome.unneeded, why=why)
+
+
+def refused(instead: str) -> Rule:
+    """Refused where the key is set; `false`, `none` and 0 ask for nothing."""
+
+    def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+        if value in (False, 0, "", "none", "None") or value == [] or value == {}:
+            return Row(key, value, Outcome.unneeded, why="asks for nothing")
+        return Row(key, value, Outcome.refused, why=instead)
+
+    return rule
+
+
+def rows(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[Row]:
+    """A row for each key of a foreign config, in its order. A key that no rule knows is refused, never dropped."""
+    found = []
+    for key, value in config.items():
+        if value is None:
+            found.append(Row(key, value, Outcome.unneeded, why="is not set"))
+        elif key in rules:
+            found.append(rules[key](key, value, config))
+        else:
+            found.append(Row(key, value, Outcome.refused, why="unknown: look for it in docs/coming-from.md"))
+    return found

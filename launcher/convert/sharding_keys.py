@@ -1,0 +1,144 @@
+"""Rules for DeepSpeed's JSON and for FSDP's options: they become a layout of the group `parallel`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, number, refused, rows, unneeded
+
+OF_MUSTER = unneeded("Muster sets it; it does not change what is trained")
+STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
+
+
+def _auto(rule: Rule) -> Rule:
+    """`auto` takes the value of the Trainer's own key."""
+
+    def auto(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        if value == "auto":
+            return Row(key, value, Outcome.unneeded, why="the value of the other key counts")
+        return rule(key, value, config)
+
+    return auto
+
+
+def _device(ours: str) -> Rule:
+    return choice(
+        {"cpu": {ours: True}, "none": {}}, "Muster offloads to host memory only. Use device: cpu, or more GPUs"
+    )
+
+
+DEEPSPEED: dict[str, Rule] = {
+    "zero_optimization.stage": choice(
+        {stage: {"/parallel": name} for stage, name in STAGES.items()}, "ZeRO has the stages 0 to 3"
+    ),
+    "zero_optimization.offload_optimizer.device": _device("parallel.offload_optimizer"),
+    "zero_optimization.offload_param.device": _device("parallel.offload_parameters"),
+    "zero_optimization.reduce_bucket_size": _auto(
+        changed(lambda value, _: {"parallel.bucket_elements": int(float(value))}, "one size for all buckets")
+    ),
+    "zero_optimization.zero_hpz_partition_size": refused(
+        "Muster has no ZeRO++. Use parallel=hsdp to shard inside nodes"
+    ),
+    "zero_optimization.zero_quantized_weights": refused("Muster has no ZeRO++. Use train.float8 under parallel=fsdp"),
+    "zero_optimization.zero_quantized_gradients": refused("Muster has no ZeRO++. Gradients are reduced exactly"),
+    "bf16.enabled": _auto(choice({"true": {"train.precision": "bf16"}, "false": {}}, "is true, false or auto")),
+    "fp16.enabled": _auto(choice({"true": {"train.precision": "fp16"}, "false": {}}, "is true, false or auto")),
+    "gradient_clipping": _auto(number("train.max_grad_norm")),
+    "train_batch_size": _auto(
+        changed(lambda value, _: {"train.global_batch": int(value)}, "rows of a step on all GPUs")
+    ),
+    "train_micro_batch_size_per_gpu": _auto(
+        changed(lambda value, _: {"train.micro_batch": int(value)}, "rows of a forward pass of a GPU")
+    ),
+    "gradient_accumulation_steps": _auto(unneeded("is part of train.global_batch")),
+    "optimizer.type": choice(
+        {**dict.fromkeys(("adam", "adamw"), {"train.optimizer": "adamw"}), "muon": {"train.optimizer": "muon"}},
+        "Muster has train.optimizer=adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, adafactor and muon",
+    ),
+    "optimizer.params.lr": _auto(number("train.learning_rate")),
+    "optimizer.params.eps": _auto(number("train.eps")),
+    "optimizer.params.weight_decay": _auto(number("train.weight_decay")),
+    "optimizer.params.betas": _auto(
+        changed(lambda value, _: {"train.beta1": value[0], "train.beta2": value[1]}, "two keys")
+    ),
+    "scheduler.type": choice(
+        {
+            "warmuplr": {"train.lr_schedule": "constant_with_warmup"},
+            "warmupdecaylr": {"train.lr_schedule": "linear"},
+            "warmupcosinelr": {"train.lr_schedule": "cosine"},
+        },
+        "Muster has train.lr_schedule=cosine, linear, constant, wsd, inverse_sqrt, polynomial, cosine_restarts",
+    ),
+    "scheduler.params.warmup_num_steps": _auto(
+        changed(lambda value, _: {"train.warmup_steps": int(value)}, "steps of warmup")
+    ),
+    "scheduler.params.warmup_max_lr": _auto(number("train.learning_rate")),
+    "scheduler.params.warmup_min_lr": _auto(unneeded("the warmup of Muster begins at 1/warmup_steps of the peak")),
+    "scheduler.params.total_num_steps": _auto(
+        changed(lambda value, _: {"train.steps": int(value)}, "steps of the training")
+    ),
+    "communication_data_type": refused("Muster reduces gradients in fp32"),
+}
+"""Dotted key of a DeepSpeed JSON -> its rule. Keys that only tune memory or speed are in `TUNING`."""
+
+TUNING = (
+    "zero_optimization.", "activation_checkpointing.", "aio.", "fp16.", "bf16.", "flops_profiler.", "comms_logger.", "zero_allow_",
+    "zero_force_", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
+    "memory_breakdown", "data_types.",
+)  # fmt: skip
+
+
+def deepspeed_rows(settings: Mapping[str, Any], prefix: str = "deepspeed") -> list[Row]:
+    """A row for each value of a DeepSpeed JSON."""
+    flat = dict(_flat(settings))
+    rules = {key: OF_MUSTER for key in flat if key.startswith(TUNING)} | DEEPSPEED
+    found = rows(flat, rules)
+    return [Row(f"{prefix}.{row.key}", row.value, row.outcome, row.ours, row.why) for row in found]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    """A DeepSpeed JSON that cannot be read here: its name often says the stage."""
+    stage = next((stage for stage in "321" if f"zero{stage}" in str(value) or f"z{stage}" in str(value)), None)
+    if stage is None:
+        return Row(key, value, Outcome.refused, why="no such file here. Give its path relative to this config")
+    name = STAGES[stage] + ("_offload" if stage == "3" and ("offload" in str(value) or "cpu" in str(value)) else "")
+    why = "no such file here; read from its name"
+    return Row(key, value, Outcome.changed, {"/parallel": name}, why)
+
+
+def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    """`fsdp: [full_shard, auto_wrap]`, or text with these words."""
+    words = " ".join(value) if isinstance(value, list) else str(value)
+    if value in (False, "", []):
+        return Row(key, value, Outcome.unneeded, why="asks for nothing")
+    if "hybrid_shard" in words:
+        return Row(key, value, Outcome.kept, {"/parallel": "hsdp"})
+    if "no_shard" in words:
+        return Row(key, value, Outcome.kept, {"/parallel": "ddp"})
+    ours: dict[str, Any] = {"/parallel": "fsdp_offload" if "offload" in words else "fsdp"}
+    if "shard_grad_op" in words:
+        ours["parallel.reshard_after_forward"] = False
+    return Row(key, value, Outcome.kept, ours)
+
+
+def fsdp_config(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    """The section `fsdp_config` of Accelerate's words, with or without the prefix `fsdp_`."""
+    if not isinstance(value, dict):
+        return Row(key, value, Outcome.refused, why="must be a section with keys")
+    settings = {str(name).removeprefix("fsdp_"): item for name, item in value.items()}
+    ours: dict[str, Any] = {"/parallel": "fsdp_offload" if settings.get("offload_params") is True else "fsdp"}
+    strategy = str(settings.get("sharding_strategy", "")).upper()
+    if "HYBRID" in strategy:
+        ours["/parallel"] = "hsdp"
+    if settings.get("reshard_after_forward") in (False, "false") or strategy == "SHARD_GRAD_OP":
+        ours["parallel.reshard_after_forward"] = False
+    if settings.get("activation_checkpointing") is True:
+        ours["train.activation_checkpointing"] = "full"
+    return Row(key, value, Outcome.kept, ours, "Muster shards each decoder block by FSDP2")

@@ -1,0 +1,169 @@
+"""`muster import`: configs in the shape of each program's documented ones become experiments that pass the checks."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.convert import convert
+from launcher.convert.keys import Outcome
+from tests.conftest import ROOT
+
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
+REFUSED = {
+    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "hub_model_id", "wandb_log_model",
+                        "some_new_key"},
+    "axolotl-two-sets": {"early_stopping_patience"},
+    "axolotl-dora": {"lr_scheduler", "s2_attention"},
+    "llamafactory-pt": {"use_badam", "streaming", "shift_attn"},
+    "llamafactory-dpo": {"stage", "pref_beta", "finetuning_type"},
+    "trl-full": {"push_to_hub"},
+    "trl-refused": {"loss_type", "model_init_kwargs", "lora_modules_to_save", "load_best_model_at_end", "hub_token"},
+    "ms_swift-refused": {"tuner_type", "rlhf_type", "dataset", "loss_scale", "system", "streaming"},
+}  # fmt: skip
+"""The refused keys of each config; none in the others."""
+
+
+def imported(path: Path, gpus: int = 8):
+    config = convert.read(path)
+    program = convert.program_of(config, path)
+    found = convert.table(config, program, gpus, path.parent)
+    return config, program, found, convert.experiment(found, program)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_key_is_dropped(path: Path) -> None:
+    config, program, found, _ = imported(path)
+    assert program == path.stem.split("-")[0].replace("_", "-")
+    named = Counter(row.key for row in found)
+    assert set(config) <= set(named) and max(named.values()) == 1
+    assert {row.key for row in found if row.outcome is Outcome.refused} == REFUSED.get(path.stem, set())
+    assert all(row.why for row in found if row.outcome is not Outcome.kept)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "refused" not in path.stem], ids=lambda path: path.stem)
+def test_the_experiment_passes_the_checks(path: Path, tmp_path: Path) -> None:
+    """On a cluster: as far as a login node sees, which has neither the model nor the rows of the Hub."""
+    _, program, found, ours = imported(path)
+    written = tmp_path / f"{path.stem}.yaml"
+    written.write_text(convert.text(ours, path, program, found))
+    for name in ("rows.jsonl", "second.jsonl", "held.jsonl", "a.parquet"):
+        (tmp_path / name).write_text(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        )
+    (tmp_path / "data").mkdir()
+    entry = '{"file_name": "../rows.jsonl", "formatting": "sharegpt"}'
+    names = ("identity", "alpaca_en_demo", "mine", "held", "wiki_demo", "dpo_en_demo")
+    (tmp_path / "data/dataset_info.json").write_text("{" + ", ".join(f'"{name}": {entry}' for name in names) + "}")
+    words = ["cluster=slurm", "cluster.train.nodes=1", "dry_run=true", f"run_dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch.py", written.name, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{ours.get('train.global_batch', 64)} rows" in done.stdout
+
+
+def value(name: str, key: str) -> object:
+    return imported(next(path for path in CONFIGS if path.stem == name))[3].get(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "expected"),
+    [
+        ("axolotl-qlora-zero3", "train.global_batch", 64),
+        ("axolotl-qlora-zero3", "/adapter", "qlora"),
+        ("axolotl-qlora-zero3", "/parallel", "zero3"),
+        ("axolotl-qlora-zero3", "parallel.offload_parameters", True),
+        ("axolotl-qlora-zero3", "train.optimizer", "adamw"),  # the state is in host memory
+        ("axolotl-qlora-zero3", "train.learning_rate", 2e-4),  # YAML reads it as text
+        ("axolotl-qlora-zero3", "train.beta2", 0.999),  # a default of Axolotl
+        ("axolotl-full-fsdp", "data.roles", {"human": "user", "user": "user", "gpt": "assistant", "system": "system"}),
+        ("axolotl-full-fsdp", "data.fields", {"messages": "conversations", "role": "from", "content": "value"}),
+        ("axolotl-full-fsdp", "train.min_lr_ratio", 0.0),
+        ("axolotl-two-sets", "/adapter", "qlora8"),
+        ("axolotl-two-sets", "train.epochs", None),
+        ("axolotl-two-sets", "data.order", "length"),
+        ("axolotl-unfrozen", "train.unfrozen", ["^lm_head.weight$", "^model.embed_tokens.weight$", "model.layers.2[0-9]+.mlp"]),
+        ("axolotl-chat", "data.path", "owner/tools:train_sft"),
+        ("axolotl-chat", "data.order", "file"),
+        ("llamafactory-lora", "train.beta2", 0.999),
+        ("llamafactory-lora", "train.global_batch", 64),
+        ("llamafactory-qlora", "train.saves_per_epoch", 4),
+        ("llamafactory-qlora", "adapter.lora_plus_ratio", 16),
+        ("llamafactory-full-zero3", "train.min_lr_ratio", 0.1),
+        ("trl-full", "train.warmup_ratio", 0.1),
+        ("trl-full", "data.validation_path", "trl-lib/Capybara:test"),
+        ("trl-defaults", "train.lr_schedule", "linear"),
+        ("trl-defaults", "train.learning_rate", 2e-5),
+        ("trl-mixture", "train.lr_power", 2.0),
+        ("ms_swift-lora", "data.sets", {"set0": {"path": "AI-ModelScope/alpaca-gpt4-data-en", "num_samples": 500},
+                                        "set1": {"path": "swift/self-cognition", "num_samples": 500}}),
+        ("ms_swift-full", "/parallel", "zero3"),
+        ("ms_swift-full", "data.mask", "last"),
+        ("ms_swift-qlora", "data.subset", "sub"),
+    ],
+)  # fmt: skip
+def test_values_of_keys(name: str, key: str, expected: object) -> None:
+    assert value(name, key) == expected
+
+
+def test_a_format_of_ones_own_becomes_a_template() -> None:
+    sets = value("axolotl-two-sets", "data.sets")
+    assert isinstance(sets, dict)
+    assert sets["second"]["fields"] == {"prompt": "[INST] {{ question }} [/INST]", "completion": "answer"}
+
+
+def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+    )
+
+
+def test_the_command_writes_an_experiment_and_says_how_to_run_it(tmp_path: Path) -> None:
+    path, out = next(path for path in CONFIGS if path.stem == "axolotl-refused"), tmp_path / "mine.yaml"
+    done = run("import", path, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "some_new_key" in done.stdout and f"{out} cluster=slurm cluster.train.nodes=1" in done.stdout
+    assert re.search(r"7 refused", done.stdout)
+    content = out.read_text()
+    assert "# not imported: some_new_key" in content
+    assert yaml.safe_load(content)["data"]["max_length"] == 512
+    assert (
+        run("import", path, "--out", out, "--gpus", 4, cwd=tmp_path).returncode == 2
+    )  # another content is not overwritten
+    assert run("import", path, "--out", out, "--gpus", 4, "--force", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1\nb: 2", "is not YAML in line 2"),
+        ("- 1", "has no keys"),
+        ("learning_rate: 1", "Add --as axolotl"),
+        ("base_model: a\ndeepspeed: broken.json", "is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text(content)
+    (tmp_path / "broken.json").write_text("{")
+    done = run("import", tmp_path / "x.yml", "--out", tmp_path / "out.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_a_foreign_config_as_an_experiment_is_refused_with_the_command(tmp_path: Path) -> None:
+    path = CONFIGS[0]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch.py", path], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"python -m launcher import {path}" in done.stderr
