@@ -18,7 +18,7 @@ from launcher.convert.common_rules import (
     held_out,
     targets,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
 
 MARKERS = {"base_model", "sequence_len", "micro_batch_size", "datasets", "sample_packing", "val_set_size"}
 """Keys by which a file of Axolotl is recognized."""
@@ -85,7 +85,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "datasets": axolotl_data.datasets,
         "test_datasets": axolotl_data.test_datasets,
         "pretraining_dataset": refused("Muster tokenizes all rows before training. Use datasets with type: completion"),
-        "dataset_prepared_path": changed(lambda value, _: {"data.cache": value}, "Muster's own files, in the same folder"),
+        "dataset_prepared_path": changed("data.cache", "Muster's own files, in the same folder"),
         "dataset_processes": kept("data.workers"),
         "dataset_num_proc": kept("data.workers"),
         "dataset_keep_in_memory": NO_EFFECT,
@@ -108,7 +108,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "multipack_real_batches": NO_EFFECT,
         "pad_to_sequence_len": kept("data.pad_to_max"),
         "chat_template": choice(axolotl_data.TEMPLATES, axolotl_data.TEMPLATE),
-        "chat_template_jinja": changed(lambda value, _: {"data.chat_template": value}, "a Jinja file"),
+        "chat_template_jinja": changed("data.chat_template", "a Jinja file"),
         "default_system_message": SYSTEM,
         "eot_tokens": kept("data.end_of_turn"),
         "special_tokens": _special_tokens,
@@ -124,7 +124,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "cosine_min_lr_ratio": number("train.min_lr_ratio"),
         "optimizer": choice(trainer_keys.OPTIMIZERS, trainer_keys.OTHER_OPTIMIZER),
         "adam_epsilon": number("train.eps"),
-        "embedding_lr": changed(lambda value, _: {"train.learning_rates": {"embed_tokens": float(value)}}, "by name"),
+        "embedding_lr": changed("train.learning_rates", "by name", make=lambda value: {"embed_tokens": float(value)}),
         "evals_per_epoch": kept("train.evals_per_epoch"),
         "saves_per_epoch": kept("train.saves_per_epoch"),
         "early_stopping_patience": refused("Muster trains to the end; an earlier checkpoint: consolidate.step=STEP"),
@@ -169,7 +169,7 @@ def extra_rule(key: str) -> Rule | None:
 def trackers() -> dict[str, Rule]:
     """W&B, MLflow and Comet."""
     return {
-        "wandb_project": changed(lambda value, _: {"/tracker": "wandb", "tracker.project": value}, "tracker=wandb"),
+        "wandb_project": changed("tracker.project", "tracker=wandb", also={"/tracker": "wandb"}),
         "wandb_entity": kept("tracker.entity"),
         "wandb_name": kept("tracker.run_name"),
         "wandb_run_id": unneeded("Muster keeps one id over all attempts of a run"),
@@ -181,7 +181,7 @@ def trackers() -> dict[str, Rule]:
         "use_wandb": flag({"/tracker": "wandb"}),
         "use_tensorboard": flag({"/tracker": "tensorboard"}),
         "use_mlflow": flag({"/tracker": "mlflow"}),
-        "mlflow_tracking_uri": changed(lambda value, _: {"/tracker": "mlflow", "tracker.uri": value}, "tracker=mlflow"),
+        "mlflow_tracking_uri": changed("tracker.uri", "tracker=mlflow", also={"/tracker": "mlflow"}),
         "mlflow_experiment_name": kept("tracker.project"),
         "mlflow_run_name": kept("tracker.run_name"),
         "use_comet": flag({"/tracker": "comet"}),
@@ -194,6 +194,7 @@ def trackers() -> dict[str, Rule]:
 def _base(stored: str, group: str) -> Rule:
     """`load_in_8bit` and `load_in_4bit`: how the base under an adapter is stored."""
 
+    @says(f"`adapter={group}`")
     def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
         if not value:
             return Row(key, value, Outcome.unneeded, why="asks for nothing")
@@ -205,6 +206,7 @@ def _base(stored: str, group: str) -> Rule:
     return rule
 
 
+@says("`adapter`")
 def _adapter(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = {"lora": "lora", "qlora": "qlora"}
     if value not in names:
@@ -212,6 +214,7 @@ def _adapter(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"/adapter": names[value]})
 
 
+@says("`train.unfrozen`")
 def _unfrozen(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """Regular expressions of names, some with a range of rows behind them."""
     patterns = [re.sub(r"\[\d*:\d*\]$", "", str(item)) for item in value]
@@ -222,6 +225,7 @@ def _unfrozen(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.unfrozen": patterns})
 
 
+@says("`data.pad_token`, `data.eos_token`, `data.special_tokens`")
 def _special_tokens(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     ours, lost = {}, []
     for name, token in dict(value).items():

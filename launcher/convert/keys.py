@@ -29,18 +29,36 @@ class Row:
     why: str = ""
 
 
-Rule = Callable[[str, Any, Mapping[str, Any]], Row]
+Decide = Callable[[str, Any, Mapping[str, Any]], Row]
 """Called with a key, its value, and the whole foreign config."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of one key."""
+
+    decide: Decide
+    says: str
+    """For the reader of docs/coming-from.md: Muster's key, or why there is none."""
+
+    def __call__(self, key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        return self.decide(key, value, config)
+
+
+def says(text: str) -> Callable[[Decide], Rule]:
+    """Makes a rule of a function."""
+    return lambda decide: Rule(decide, text)
 
 
 def kept(ours: str) -> Rule:
     """The same value under Muster's key."""
-    return lambda key, value, _: Row(key, value, Outcome.kept, {ours: value})
+    return Rule(lambda key, value, _: Row(key, value, Outcome.kept, {ours: value}), f"`{ours}`")
 
 
 def number(ours: str) -> Rule:
     """A number under Muster's key. YAML reads `1e-4` as text."""
 
+    @says(f"`{ours}`")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         try:
             return Row(key, value, Outcome.kept, {ours: float(value)})
@@ -52,7 +70,9 @@ def number(ours: str) -> Rule:
 
 def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str) -> Rule:
     """One of the values in `options`, each with Muster's keys. Any other value is refused with `otherwise`."""
+    ours = dict.fromkeys(f"`{key.lstrip('/')}`" for option in options.values() for key in option)
 
+    @says(", ".join(ours) or otherwise)
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         name = str(value).lower()
         if name not in options:
@@ -62,18 +82,24 @@ def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str) -> Rule:
     return rule
 
 
-def changed(make: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]], why: str) -> Rule:
-    """Other keys or values, which `make` computes from the value and the whole config."""
-    return lambda key, value, config: Row(key, value, Outcome.changed, make(value, config), why)
+def changed(
+    ours: str, why: str, *, make: Callable[[Any], Any] = lambda value: value, also: Mapping[str, Any] | None = None
+) -> Rule:
+    """`make` of the value under Muster's key, and the keys in `also`, which come near; `why` says what differs."""
+    return Rule(
+        lambda key, value, _: Row(key, value, Outcome.changed, {**(also or {}), ours: make(value)}, why),
+        f"`{ours}`: {why}",
+    )
 
 
 def unneeded(why: str) -> Rule:
-    return lambda key, value, _: Row(key, value, Outcome.unneeded, why=why)
+    return Rule(lambda key, value, _: Row(key, value, Outcome.unneeded, why=why), f"not needed: {why}")
 
 
 def refused(instead: str) -> Rule:
     """Refused where the key is set; `false`, `none` and 0 ask for nothing."""
 
+    @says(f"refused: {instead}")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         if value in (False, 0, "", "none", "None") or value == [] or value == {}:
             return Row(key, value, Outcome.unneeded, why="asks for nothing")

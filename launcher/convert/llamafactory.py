@@ -20,7 +20,7 @@ from launcher.convert.common_rules import (
     template,
     tokens,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
 
 MARKERS = {"stage", "finetuning_type", "dataset", "template", "cutoff_len", "lora_target", "dataset_dir"}
 """Keys by which a file of LLaMA-Factory is recognized."""
@@ -80,11 +80,11 @@ def rules(gpus: int) -> dict[str, Rule]:
         "overwrite_cache": unneeded("token sets are named by their content"),
         "preprocessing_num_workers": kept("data.workers"),
         "preprocessing_batch_size": NO_EFFECT,
-        "tokenized_path": changed(lambda value, _: {"data.cache": value}, "Muster's own files, in the same folder"),
+        "tokenized_path": changed("data.cache", "Muster's own files, in the same folder"),
         "streaming": STREAMING,
         "mix_strategy": choice({"concat": {}}, "use data.sets.NAME.weight"),
         "default_system": SYSTEM,
-        "enable_thinking": changed(lambda value, _: {"data.template_kwargs": {"enable_thinking": value}}, "for the chat template"),
+        "enable_thinking": changed("data.template_kwargs", "for the chat template", make=lambda value: {"enable_thinking": value}),
         "flash_attn": attention,
         "rope_scaling": refused("write rope_scaling into config.json of the model"),
         "shift_attn": refused("it changes what attention sees. Use parallel.context_ranks for long rows"),
@@ -115,6 +115,7 @@ def _names(value: Any) -> list[str]:
     return value if isinstance(value, list) else [name.strip() for name in str(value).split(",") if name.strip()]
 
 
+@says("`data.path=dataset_info.json data.subset`, or `data.sets`")
 def _datasets(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """Names in dataset_info.json, which Muster reads as it is."""
     info, names = f"{config.get('dataset_dir') or 'data'}/dataset_info.json", _names(value)
@@ -125,6 +126,7 @@ def _datasets(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, ours, f"read from {info}")
 
 
+@says("`data.validation_path`")
 def _eval_dataset(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     names = _names(value)
     if len(names) != 1:

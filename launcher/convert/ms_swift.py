@@ -17,7 +17,7 @@ from launcher.convert.common_rules import (
     template,
     tokens,
 )
-from launcher.convert.keys import Outcome, Row, Rule, choice, kept, number, refused, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, choice, kept, number, refused, says, unneeded
 
 MARKERS = {
     "tuner_type",
@@ -127,6 +127,7 @@ def _path(name: str) -> tuple[dict[str, Any], str | None]:
     return ours, None
 
 
+@says("`data.path`, or `data.sets`")
 def _datasets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = value if isinstance(value, list) else str(value).split()
     found = [_path(str(name)) for name in names]
@@ -142,6 +143,7 @@ def _datasets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"/data": "mix", "data.sets": sets})
 
 
+@says("`data.validation_path`")
 def _val_dataset(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = value if isinstance(value, list) else str(value).split()
     if len(names) != 1 or "#" in names[0]:

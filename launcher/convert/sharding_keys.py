@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, number, refused, rows, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, number, refused, rows, says, unneeded
 
 OF_MUSTER = unneeded("Muster sets it; it does not change what is trained")
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
@@ -12,6 +12,7 @@ STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
 def _auto(rule: Rule) -> Rule:
     """`auto` takes the value of the Trainer's own key."""
 
+    @says(rule.says)
     def auto(key: str, value: Any, config: Mapping[str, Any]) -> Row:
         if value == "auto":
             return Row(key, value, Outcome.unneeded, why="the value of the other key counts")
@@ -26,6 +27,11 @@ def _device(ours: str) -> Rule:
     )
 
 
+@says("`train.beta1`, `train.beta2`")
+def _betas(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    return Row(key, value, Outcome.kept, {"train.beta1": value[0], "train.beta2": value[1]})
+
+
 DEEPSPEED: dict[str, Rule] = {
     "zero_optimization.stage": choice(
         {stage: {"/parallel": name} for stage, name in STAGES.items()}, "ZeRO has the stages 0 to 3"
@@ -33,7 +39,7 @@ DEEPSPEED: dict[str, Rule] = {
     "zero_optimization.offload_optimizer.device": _device("parallel.offload_optimizer"),
     "zero_optimization.offload_param.device": _device("parallel.offload_parameters"),
     "zero_optimization.reduce_bucket_size": _auto(
-        changed(lambda value, _: {"parallel.bucket_elements": int(float(value))}, "one size for all buckets")
+        changed("parallel.bucket_elements", "one size for all buckets", make=lambda value: int(float(value)))
     ),
     "zero_optimization.zero_hpz_partition_size": refused(
         "Muster has no ZeRO++. Use parallel=hsdp to shard inside nodes"
@@ -43,12 +49,8 @@ DEEPSPEED: dict[str, Rule] = {
     "bf16.enabled": _auto(choice({"true": {"train.precision": "bf16"}, "false": {}}, "is true, false or auto")),
     "fp16.enabled": _auto(choice({"true": {"train.precision": "fp16"}, "false": {}}, "is true, false or auto")),
     "gradient_clipping": _auto(number("train.max_grad_norm")),
-    "train_batch_size": _auto(
-        changed(lambda value, _: {"train.global_batch": int(value)}, "rows of a step on all GPUs")
-    ),
-    "train_micro_batch_size_per_gpu": _auto(
-        changed(lambda value, _: {"train.micro_batch": int(value)}, "rows of a forward pass of a GPU")
-    ),
+    "train_batch_size": _auto(changed("train.global_batch", "rows of a step on all GPUs", make=int)),
+    "train_micro_batch_size_per_gpu": _auto(changed("train.micro_batch", "rows of a forward pass of a GPU", make=int)),
     "gradient_accumulation_steps": _auto(unneeded("is part of train.global_batch")),
     "optimizer.type": choice(
         {**dict.fromkeys(("adam", "adamw"), {"train.optimizer": "adamw"}), "muon": {"train.optimizer": "muon"}},
@@ -57,9 +59,7 @@ DEEPSPEED: dict[str, Rule] = {
     "optimizer.params.lr": _auto(number("train.learning_rate")),
     "optimizer.params.eps": _auto(number("train.eps")),
     "optimizer.params.weight_decay": _auto(number("train.weight_decay")),
-    "optimizer.params.betas": _auto(
-        changed(lambda value, _: {"train.beta1": value[0], "train.beta2": value[1]}, "two keys")
-    ),
+    "optimizer.params.betas": _auto(_betas),
     "scheduler.type": choice(
         {
             "warmuplr": {"train.lr_schedule": "constant_with_warmup"},
@@ -68,14 +68,10 @@ DEEPSPEED: dict[str, Rule] = {
         },
         "Muster has train.lr_schedule=cosine, linear, constant, wsd, inverse_sqrt, polynomial, cosine_restarts",
     ),
-    "scheduler.params.warmup_num_steps": _auto(
-        changed(lambda value, _: {"train.warmup_steps": int(value)}, "steps of warmup")
-    ),
+    "scheduler.params.warmup_num_steps": _auto(changed("train.warmup_steps", "steps of warmup", make=int)),
     "scheduler.params.warmup_max_lr": _auto(number("train.learning_rate")),
     "scheduler.params.warmup_min_lr": _auto(unneeded("the warmup of Muster begins at 1/warmup_steps of the peak")),
-    "scheduler.params.total_num_steps": _auto(
-        changed(lambda value, _: {"train.steps": int(value)}, "steps of the training")
-    ),
+    "scheduler.params.total_num_steps": _auto(changed("train.steps", "steps of the training", make=int)),
     "communication_data_type": refused("Muster reduces gradients in fp32"),
 }
 """Dotted key of a DeepSpeed JSON -> its rule. Keys that only tune memory or speed are in `TUNING`."""
@@ -103,6 +99,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
+@says("`parallel=zero1`, `zero2`, `zero3`, `zero3_offload`")
 def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """A DeepSpeed JSON that cannot be read here: its name often says the stage."""
     stage = next((stage for stage in "321" if f"zero{stage}" in str(value) or f"z{stage}" in str(value)), None)
@@ -113,6 +110,7 @@ def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.changed, {"/parallel": name}, why)
 
 
+@says("`parallel=fsdp`, `hsdp`, `ddp`, `fsdp_offload`")
 def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """`fsdp: [full_shard, auto_wrap]`, or text with these words."""
     words = " ".join(value) if isinstance(value, list) else str(value)
@@ -128,6 +126,7 @@ def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, ours)
 
 
+@says("`parallel=fsdp`, `parallel.reshard_after_forward`")
 def fsdp_config(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """The section `fsdp_config` of Accelerate's words, with or without the prefix `fsdp_`."""
     if not isinstance(value, dict):

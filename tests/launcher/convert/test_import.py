@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.convert import convert
+from launcher.convert import convert, page
 from launcher.convert.keys import Outcome
 from tests.conftest import ROOT
 
@@ -167,3 +167,7 @@ def test_a_foreign_config_as_an_experiment_is_refused_with_the_command(tmp_path:
     )
     assert done.returncode == 2
     assert f"python -m launcher import {path}" in done.stderr
+
+
+def test_the_page_has_every_key() -> None:
+    assert page.PAGE.read_text() == page.text(), "run python -m launcher.convert.page"
