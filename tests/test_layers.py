@@ -40,9 +40,9 @@ LAUNCHER_FOLDERS = (
     "launcher.run_folder",
     "launcher.supervise",
     "launcher.status",
+    "launcher.convert",
     "launcher.check",
     "launcher.submit",
-    "launcher.convert",
     "launcher.__main__",
 )
 """Likewise for the launcher: its own files (plan, environment, slurm, ...) come first, its commands last."""
@@ -55,6 +55,7 @@ PURE = (
     "launcher.check.data_rules",
     "launcher.check.parallel_rules",
     "launcher.check.command_line",
+    "launcher.check.synonyms",
     "launcher.submit.render",
     "launcher.submit.preview",
     "launcher.supervise.error_classes",

@@ -127,7 +127,14 @@ def _problem(
     for free, hint in known.items():
         if str(hint).startswith("dict") and key.startswith(f"{free}."):
             return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
-    return Problem(key, None, f"no such key{nearest(key, [*known, *options]) or '. conf/schema.py lists all keys'}")
+    return Problem(key, None, f"no such key{_instead(key, [*known, *options])}")
+
+
+def _instead(key: str, candidates: list[str]) -> str:
+    """What to type instead of a key that does not exist: the word of another program, or the nearest key."""
+    from launcher.check import synonyms  # the tables of other programs are needed for this message only
+
+    return synonyms.of(key) or nearest(key, candidates) or ". conf/schema.py lists all keys"
 
 
 def _shape_of_a_model_without_one(
