@@ -304,6 +304,15 @@ class Adapter:
 
 
 @dataclass
+class EarlyStopping:
+    patience: int | None = at_least(1, None)
+    """End training after this many evaluations in a row that did not improve the held-out loss. The checkpoint with the best loss
+    is kept: `consolidate.step=best` merges it. Null: train to the end."""
+    min_delta: float = at_least(0, 0.0)
+    """An evaluation improves the loss only if it is lower by more than this, in nats."""
+
+
+@dataclass
 class Train:
     steps: int | None = at_least(1, None)
     """Optimizer steps. Null: as many as `epochs` takes."""
@@ -397,8 +406,12 @@ class Train:
     """Checkpoints in an epoch, evenly spaced, instead of `save_every`."""
     keep_checkpoints: int = at_least(1, 2)
     """Number of newest complete checkpoints to keep. Two, because a disk failure may damage the last one."""
+    keep_best: bool = False
+    """Also save and keep the checkpoint with the lowest held-out loss. On with `early_stopping.patience` and
+    `consolidate.step=best`."""
     keep_every: int = at_least(0, 0)
     """Never delete checkpoints at multiples of this many steps. 0: off."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     async_save: bool = True
     """Copy the training state to host memory and write it to disk while training continues. Ranks wait only for the copy, which
     takes seconds where writing takes minutes. If a node has too little memory for the copy, the log says so and ranks wait
@@ -410,8 +423,8 @@ class Train:
 
 @dataclass
 class Consolidate:
-    step: int | None = at_least(1, None)
-    """Step of the checkpoint to consolidate. Null: the newest."""
+    step: int | str | None = None
+    """Step of the checkpoint to consolidate. `best`: the one with the lowest held-out loss. Null: the newest."""
     dtype: OutputDtype = OutputDtype.auto
     """Precision of the consolidated weights. `auto`: the compute precision of training. `original`: that of each weight in
     `model.source`."""

@@ -5,18 +5,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from conf import mesh, schedule
-from conf.batch import micro_batch_limit, split
+from conf import held_out, mesh, schedule
+from conf.batch import micro_batch_limit
 from conf.choices import AdapterKind, Verify
-from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
-from jobs import backends
+from jobs import backends, train_step
 from jobs.checkpoint import checkpointing, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
@@ -29,11 +26,12 @@ from jobs.model import block_sizes, build, embedding_noise, materialize, router_
 from jobs.monitoring import flops
 from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
-from jobs.monitoring.step_monitor import StepMonitor, log_fields
+from jobs.monitoring.step_monitor import StepMonitor
 from jobs.tokenization.tokenizer import load_tokenizer
-from jobs.train_state import StepTotals, Training
-from jobs.training import loss, lr_schedule
+from jobs.train_state import Training
+from jobs.training import loss
 from jobs.training.divergence import DivergenceDetector
+from jobs.training.early_stopping import HeldOutLosses
 
 
 def run(config: Config) -> None:
@@ -102,6 +100,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
         last_step=last_step,
         evaluations=schedule.evaluations(config.train, len(train_rows)),
         saves=schedule.saves(config.train, len(train_rows)),
+        held_out=HeldOutLosses(config.train.early_stopping, broadcast_from_rank0(lambda: metrics.held_out_losses)),
         metrics=metrics,
         monitor=monitor,
         divergence=divergence,
@@ -112,17 +111,20 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
 
 
 def _train(training: Training, step: int) -> tuple[int, bool]:
-    """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested)."""
+    """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested).
+
+    Ends before the last step if a stop was requested, or if the held-out loss has stopped falling (`train.early_stopping`).
+    """
     last_step, first_step, stopped = training.last_step, step, False
     evaluations, saves = training.evaluations, training.saves
     # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
     evaluation_is_due = step in (0, last_step) or evaluations.is_due(step)
-    if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.evaluated_steps):
+    if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.held_out_losses):
         stopped = not _evaluate(training, step)
     set_timeout(training.config.cluster.network.step_timeout_s)
 
-    while step < last_step and not stopped:
-        stopped = _train_step(training, step)
+    while step < last_step and not stopped and not training.held_out.is_over:
+        stopped = train_step.run(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and saves.steps and step + saves.steps < last_step:
@@ -132,113 +134,14 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
             _save_checkpoint(training, step, wait=step == last_step or stopped)
         if (step == last_step or evaluations.is_due(step)) and not stopped:
             stopped = not _evaluate(training, step)
-            if stopped and step < last_step:
-                _save_checkpoint(training, step, wait=True)  # training ends here; a save that was due is only completed
+            is_over = training.held_out.is_over and step < last_step
+            is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
+            if is_over:
+                _log_early_end(training, step)
+            if (stopped and step < last_step) or is_over or (is_kept and not saves.is_due(step)):
+                # where training ends here, a save that was due is only completed
+                _save_checkpoint(training, step, wait=stopped or is_over)
     return step, stopped
-
-
-def _train_step(training: Training, step: int) -> bool:
-    """One optimizer step over the global batch. Returns whether any rank was asked to stop. `step` counts from 0."""
-    world, monitor = training.world, training.monitor
-    began = time.perf_counter()
-    stop_requested = training.stop.requested()
-    monitor.begin_step(step, training.last_step)
-    # A seed per step lets dropout resume without saved state. Ranks that share matrices need the same dropout.
-    torch.manual_seed(hash((training.config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
-
-    rows = training.sampler.rows_of(step)
-    tokens = int(training.train_rows.label_counts[rows].sum())
-    loss_sums = _forward_backward(training, step, rows, tokens)
-    learning_rate = lr_schedule.learning_rate(step, training.last_step, training.config)
-    with monitor.timer("optimizer"):
-        grad_norm = training.backend.step(training.engine, learning_rate)
-
-    # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
-    flags = torch.tensor([stop_requested, training.saver.written], dtype=torch.float64, device=world.device)
-    totals = StepTotals(*all_reduce_sum(torch.cat([loss_sums, flags])).tolist())
-    seconds = time.perf_counter() - began
-    mean_loss = totals.loss / world.tensor_ranks / tokens
-    _check_finite(training, step + 1, mean_loss, grad_norm)
-    values = {"loss": mean_loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens}
-    if router_loss.attached(unwrap.causal_lm(training.engine.module)):
-        values["router_loss"] = totals.router_loss / world.size
-    values |= {"seconds": round(seconds, 4)} | monitor.end_step(rows, seconds)
-    _report(training, step + 1, values)
-    training.profiler.step()
-    if totals.finished_writes == world.size:
-        training.saver.publish_pending()
-    return totals.stop_requests > 0
-
-
-def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], tokens: int) -> torch.Tensor:
-    """Forward and backward for this rank's micro batches. Returns (summed loss, mean router loss), float64 on the device.
-
-    `rows` is the global batch, int64 of shape (rows,), and `tokens` the number of its trained tokens. The loss to minimize is
-    the mean over these tokens, however they are split into ranks and micro batches. So each rank divides its sum by the
-    global number of tokens. Backends average gradients over ranks, so it also multiplies by the number of ranks; ranks of
-    one tensor-parallel group compute the same sum and count as one. A router loss is a mean over the tokens of a micro batch,
-    as in transformers; what is minimized contains the mean of those of all micro batches and ranks.
-    """
-    world, timer = training.world, training.monitor.timer
-    micro_batch_size, _ = split(training.config, world.size)
-    micro_batches = list(batches.micro_batches(rows, micro_batch_size, world.data_rank, world.data_size))
-    loss_scale, smoothing = world.size // world.tensor_ranks / tokens, training.config.train.label_smoothing
-    shortest = training.config.data.max_length if training.config.data.pad_to_max else 1
-    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for number, own_rows in enumerate(micro_batches, 1):
-        heartbeat.beat("train", step + 1)
-        training.monitor.add_micro_batch(len(own_rows), float(training.sampler.costs[own_rows].max()))
-        with timer("data"):
-            batch = batches.collate(
-                training.train_rows,
-                own_rows,
-                training.pad_token,
-                device=world.device,
-                context_part=world.context_part,
-                at_least=shortest,
-            )
-        with timer("forward"):
-            lengths = training.train_rows.lengths[own_rows]
-            summed, router = loss.training_losses(training.engine.module, batch, lengths, world.context_part, smoothing)
-            to_minimize = summed * loss_scale
-            if router is not None:
-                to_minimize = to_minimize + router / len(micro_batches)
-                loss_sums[1] += router.detach().double() / len(micro_batches)
-        with timer("backward"):
-            is_last = number == len(micro_batches)  # replicas average gradients once per step, on the last micro batch
-            training.backend.backward(training.engine, to_minimize, last=is_last)
-        loss_sums[0] += summed.detach().double()
-    heartbeat.beat("train", step + 1)
-    return loss_sums
-
-
-def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: float) -> None:
-    """Raise FloatingPointError for NaN or infinity, on all ranks: they have the same values. The step is not saved."""
-    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-        return
-    training.metrics.write_report()
-    training.saver.publish_pending()  # the pending checkpoint is of an earlier step, and good
-    values = f"loss {mean_loss}, gradient norm {grad_norm}"
-    raise FloatingPointError(f"step {step}: {values}; go back to an earlier checkpoint and lower train.learning_rate")
-
-
-def _report(training: Training, step: int, values: dict[str, float]) -> None:
-    """Write a finished step to metrics.jsonl, and log it if a line is due. Raises DivergedError on all ranks."""
-    metrics = training.metrics
-    log_is_due = step == training.last_step or step % training.config.train.log_every == 0
-    if log_is_due:
-        measured, warnings = training.monitor.gather()
-        values |= measured | {"left_s": round(metrics.seconds_left(step))}
-        metrics.warn(step, warnings)
-    metrics.write(step, **values)
-    if log_is_due:
-        metrics.log_step(step, **log_fields(values, on_gpu=training.world.device.type == "cuda"))
-    try:
-        training.divergence.add_loss(step, values["loss"])
-    except DivergedError:
-        metrics.write_report()
-        training.saver.publish_pending()
-        raise
 
 
 def _evaluate(training: Training, step: int) -> bool:
@@ -257,9 +160,16 @@ def _evaluate(training: Training, step: int) -> bool:
     if sums is None:
         return False
     loss_sum, tokens = all_reduce_sum(sums).tolist()
+    training.held_out.add(step, loss_sum / tokens)
     training.metrics.write(step, eval_loss=loss_sum / tokens, evaluation_s=round(time.perf_counter() - began, 3))
     training.metrics.log_step(step, **{"held-out loss": f"{loss_sum / tokens:.4f}"})
     return True
+
+
+def _log_early_end(training: Training, step: int) -> None:
+    patience, best = training.config.train.early_stopping.patience, training.held_out.best_step()
+    why = f"{patience} evaluations did not improve the held-out loss; the best is that of step {best}"
+    training.metrics.log_lines([f"training ends at step {step}: {why}"])
 
 
 def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
@@ -274,12 +184,13 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
     }
     set_timeout(config.cluster.network.save_timeout_s)
     path = training.saver.save(backend, engine, step, description, wait=wait)
-    if step == training.last_step and config.train.fingerprint:
+    is_last = step == training.last_step or training.held_out.is_over
+    if is_last and config.train.fingerprint:
         # gathering a weight is collective: all ranks go through all of them, rank 0 writes
         fingerprints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}
         if world.is_main:
             write_json(path / "fingerprint.json", fingerprints)
-    if step == training.last_step and config.consolidate.verify is Verify.logits:
+    if is_last and config.consolidate.verify is Verify.logits:
         rows = training.validation_rows if len(training.validation_rows) else batches.unpacked(training.train_rows)
         reference_logits.record(path, engine.module, rows, training.pad_token, world)
     set_timeout(config.cluster.network.step_timeout_s)

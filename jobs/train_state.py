@@ -15,6 +15,7 @@ from jobs.monitoring.metrics import Metrics
 from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor
 from jobs.training.divergence import DivergenceDetector
+from jobs.training.early_stopping import HeldOutLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Training:
     last_step: int
     evaluations: Interval
     saves: Interval
+    held_out: HeldOutLosses
     metrics: Metrics
     monitor: StepMonitor
     divergence: DivergenceDetector

@@ -19,6 +19,7 @@ from torch import nn
 from conf.choices import Backend
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
+from conf.held_out import BEST
 from conf.schema import Config
 from jobs.checkpoint import manifest, paths, retention, write_errors
 from jobs.checkpoint.paths import checkpoints_folder
@@ -143,11 +144,17 @@ def _publish(target: Path, files: manifest.Files, info: dict[str, Any]) -> None:
 def select_for_consolidation(config: Config) -> Checkpoint | None:
     """The checkpoint of `consolidate.step`, or the newest one if that is null; None if the run has no checkpoint.
 
-    Raises RunError with the steps there are if `consolidate.step` is none of them, and with the bad files if files are missing
-    or too short.
+    Raises RunError with the steps there are if `consolidate.step` is none of them, if it is `best` and no checkpoint was evaluated,
+    and with the bad files if files are missing or too short.
     """
     step, candidates = config.consolidate.step, paths.published_checkpoints(config)
-    if step is not None:
+    if step == BEST and candidates:
+        best = retention.best_of(config, candidates)
+        if best is None:
+            message = "no checkpoint of this run has a held-out loss: take one by its step, or consolidate.step=null"
+            raise RunError(Problem("consolidate.step", step, message))
+        candidates = [best]
+    elif step is not None:
         steps = [paths.step_of(path) for path in candidates]
         candidates = [path for path in candidates if paths.step_of(path) == step]
         if steps and not candidates:

@@ -1,9 +1,12 @@
 """Deletes old checkpoints: keeps the newest complete ones and the milestones, and frees space for the next one."""
 
+import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from conf import held_out
 from conf.errors import Problem, RunError
 from conf.files import sync, write_text
 from conf.schema import Config
@@ -31,7 +34,8 @@ def set_aside(config: Config, damaged: list[Path], good: Path | None) -> None:
 
 
 def prune(config: Config, keep: int) -> None:
-    """Delete checkpoints, except the `keep` newest complete ones and the steps that are multiples of train.keep_every.
+    """Delete checkpoints, except the `keep` newest complete ones, the steps that are multiples of train.keep_every, and the one
+    with the lowest held-out loss if that is kept.
 
     Only complete checkpoints count, so the last good one always stays.
     """
@@ -40,6 +44,8 @@ def prune(config: Config, keep: int) -> None:
     if not complete:
         return
     kept = {*complete[:keep], *(path for path in complete if every and step_of(path) % every == 0)}
+    if held_out.keeps_best(config) and (best := best_of(config, complete)):
+        kept.add(best)
     newest = step_of(complete[0])
     for path in published_checkpoints(config):
         if path not in kept and step_of(path) < newest:
@@ -47,6 +53,18 @@ def prune(config: Config, keep: int) -> None:
     for path in checkpoints_folder(config).glob(".step-*.damaged"):
         if step_of(path) <= newest:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def best_of(config: Config, checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss in RUN/metrics.jsonl; None if none of them was evaluated."""
+    losses: dict[int, float] = {}
+    metrics = Path(config.run_dir) / "metrics.jsonl"
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a torn last line, or a line of a training step
+            values = json.loads(line)
+            losses[int(values["step"])] = float(values["eval_loss"])
+    evaluated = [path for path in checkpoints if step_of(path) in losses]
+    return min(evaluated, key=lambda path: (losses[step_of(path)], step_of(path)), default=None)
 
 
 def _delete(path: Path) -> None:

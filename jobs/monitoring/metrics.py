@@ -26,8 +26,8 @@ class Metrics:
         self.config, self.last_step, self.first_step = config, last_step, first_step
         self.is_main = world.is_main
         self.path = Path(config.run_dir) / "metrics.jsonl"
-        self.evaluated_steps: set[int] = set()
-        """Steps that have an `eval_loss` in metrics.jsonl already. Only rank 0 knows them."""
+        self.held_out_losses: dict[int, float] = {}
+        """The `eval_loss` of steps up to the checkpoint that this attempt resumes from. Only rank 0 knows them."""
         self.earlier_losses: list[float] = []
         """Losses of all steps up to the checkpoint that this attempt resumes from. Only rank 0 knows them."""
         self.warnings: list[str] = []
@@ -37,7 +37,7 @@ class Metrics:
         self._report_at = time.monotonic() + REPORT_EVERY_S
         if self.is_main:
             kept = _truncate(self.path, first_step)
-            self.evaluated_steps = {int(line["step"]) for line in kept if "eval_loss" in line}
+            self.held_out_losses = {int(line["step"]): float(line["eval_loss"]) for line in kept if "eval_loss" in line}
             self.earlier_losses = [float(line["loss"]) for line in kept if "loss" in line]
             self.file = self.path.open("a", encoding="utf-8")
             self.trackers = Trackers(config, first_step)

@@ -30,6 +30,8 @@ CHANGEABLE = (
     "train.saves_per_epoch",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.keep_best",
+    "train.early_stopping",
     "train.async_save",
     "train.micro_batch",
     "train.activation_checkpointing",

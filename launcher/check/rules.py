@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from conf.choices import AdapterKind, Attention, Container, Executor, Init, Schedule, Submit
 from conf.errors import Problem
+from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
 from launcher.check import combinations, data_rules, model_rules, parallel_rules
@@ -26,7 +27,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    reported = [*out_of_bounds, *_names(config), *_steps(config), *_schedule(config)]
+    reported = [*out_of_bounds, *_names(config), *_steps(config), *_schedule(config), *_held_out(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
@@ -96,6 +97,31 @@ def _steps(config: Config) -> Iterator[Problem]:
         if value is not None and other_value is not None:
             message = f"says the same as train.{other}={other_value}. Set one of them, and the other to null"
             yield Problem(f"train.{key}", value, message)
+
+
+def _held_out(config: Config) -> Iterator[Problem]:
+    """Keys that need a held-out loss, and the step to consolidate."""
+    step = config.consolidate.step
+    if (isinstance(step, str) and step != BEST) or (isinstance(step, int) and step < 1):
+        yield Problem("consolidate.step", step, "must be the step of a checkpoint, best, or null for the newest")
+    if "train" not in config.jobs:
+        return
+    wanting = {
+        "train.early_stopping.patience": config.train.early_stopping.patience,
+        "train.keep_best": config.train.keep_best or None,
+        "consolidate.step": step if step == BEST else None,
+    }
+    for key, value in wanting.items():
+        if value is None:
+            continue
+        if config.train.eval_every == 0:
+            message = (
+                "needs held-out losses while training runs, but train.eval_every=0. Set train.evals_per_epoch=4 and "
+            )
+            yield Problem(key, value, message + "train.eval_every=null")
+        if not (config.data.validation_path or config.data.validation_fraction):
+            message = "needs held-out rows, but data.validation_fraction=0. Set data.validation_fraction=0.05"
+            yield Problem(key, value, message)
 
 
 def _schedule(config: Config) -> Iterator[Problem]:

@@ -127,7 +127,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "embedding_lr": changed("train.learning_rates", "by name", make=lambda value: {"embed_tokens": float(value)}),
         "evals_per_epoch": kept("train.evals_per_epoch"),
         "saves_per_epoch": kept("train.saves_per_epoch"),
-        "early_stopping_patience": refused("Muster trains to the end; an earlier checkpoint: consolidate.step=STEP"),
+        "early_stopping_patience": kept("train.early_stopping.patience"),
         "noisy_embedding_alpha": number("train.neftune_alpha"),
         "eval_table_size": refused("use pipeline=evaluate, which writes answers to prompts"),
         "eval_max_new_tokens": kept("generate.max_new_tokens"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.convert import sharding_keys
-from launcher.convert.common_rules import FUSED
+from launcher.convert.common_rules import FUSED, flag
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -214,7 +214,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "save_only_model": unneeded("checkpoints always have the optimizer, so that a run can resume"),
         "save_safetensors": of_muster,
         "save_on_each_node": of_muster,
-        "load_best_model_at_end": refused("Muster merges the last checkpoint; another: consolidate.step=STEP"),
+        "load_best_model_at_end": flag({"consolidate.step": "best"}),
         "metric_for_best_model": unneeded("the held-out loss is the only metric"),
         "greater_is_better": unneeded("the held-out loss is the only metric"),
         "output_dir": changed("run_dir", "the run folder; the merged model lies in run_dir/model"),

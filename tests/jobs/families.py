@@ -110,7 +110,7 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
 
 
 def _train_all(rank: int, configs: list[Config]) -> None:
-    from jobs import train
+    from jobs import train, train_step
     from jobs.distributed import stop_signals
     from jobs.distributed.process_group import process_group
 
@@ -121,7 +121,7 @@ def _train_all(rank: int, configs: list[Config]) -> None:
             try:
                 training, step = train._set_up(config, world, stop_signals.StopFlag())
                 while step < STEPS:
-                    train._train_step(training, step)
+                    train_step.run(training, step)
                     step += 1
                 training.metrics.close()
                 del training

@@ -129,7 +129,7 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
 
 
 def _train(rank: int, configs: list[Config]) -> None:
-    from jobs import train
+    from jobs import train, train_step
     from jobs.distributed import stop_signals
     from jobs.distributed.process_group import process_group
 
@@ -140,7 +140,7 @@ def _train(rank: int, configs: list[Config]) -> None:
             here = replace(world, context_ranks=parallel.context_ranks, tensor_ranks=parallel.tensor_ranks)
             training, step = train._set_up(config, here, stop_signals.StopFlag())
             while step < STEPS:
-                train._train_step(training, step)
+                train_step.run(training, step)
                 step += 1
             training.metrics.close()
             del training

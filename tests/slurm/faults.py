@@ -26,7 +26,7 @@ PACE, DISK = (float(os.environ.get(name, 0)) for name in ("FAULTS_STEP_S", "FAUL
 clock, fsync = time.perf_counter, os.fsync
 
 def slow_clock():
-    if sys._getframe(1).f_globals.get("__name__") == "jobs.train" and sys._getframe(1).f_code.co_name == "_train_step":
+    if sys._getframe(1).f_globals.get("__name__") == "jobs.train_step" and sys._getframe(1).f_code.co_name == "run":
         time.sleep(PACE / 2)  # a step reads the clock twice
     return clock()
 
@@ -42,7 +42,7 @@ if DISK:
 """
 """sitecustomize.py for each rank: makes each step, and each fsync of a checkpoint's file, slower by some seconds.
 
-It knows training steps by the name of their function, jobs.train._train_step."""
+It knows training steps by the name of their function, jobs.train_step.run."""
 DISK_MB = 96
 """Size of the file system that the fault `disk_full` fills."""
 

@@ -12,7 +12,7 @@ import torch
 from conf.errors import Stopped
 from conf.files import read_json
 from conf.schema import Config
-from jobs import preprocess, train
+from jobs import preprocess, train, train_step
 from tests.jobs.curves import SMALL, runs
 from tests.jobs.ranks import spawn
 
@@ -25,14 +25,14 @@ LAYOUTS = {"fsdp": [], "hsdp": ["parallel.shard_ranks=2"], "zero1": [], "zero2":
 def phase(rank: int, config: Config, signalled: tuple[int, int] | None) -> None:
     """Resume and train: to the end, or until one rank gets a signal just before the given step."""
     torch.use_deterministic_algorithms(True)
-    real, stopped = train._train_step, None
+    real, stopped = train_step.run, None
 
     def step(training, number):
         if (number, rank) == signalled:
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(training, number)
 
-    train._train_step = step
+    train_step.run = step
     try:
         train.run(config)
     except Stopped as error:

@@ -17,12 +17,11 @@ CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
 REFUSED = {
     "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "hub_model_id", "wandb_log_model",
                         "some_new_key"},
-    "axolotl-two-sets": {"early_stopping_patience"},
     "axolotl-dora": {"lr_scheduler", "s2_attention"},
     "llamafactory-pt": {"use_badam", "streaming", "shift_attn"},
     "llamafactory-dpo": {"stage", "pref_beta", "finetuning_type"},
     "trl-full": {"push_to_hub"},
-    "trl-refused": {"loss_type", "model_init_kwargs", "lora_modules_to_save", "load_best_model_at_end", "hub_token"},
+    "trl-refused": {"loss_type", "model_init_kwargs", "lora_modules_to_save", "hub_token"},
     "ms_swift-refused": {"tuner_type", "rlhf_type", "dataset", "loss_scale", "system", "streaming"},
 }  # fmt: skip
 """The refused keys of each config; none in the others."""
