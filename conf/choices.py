@@ -142,6 +142,14 @@ class Verify(Enum):
     logits = "logits"
 
 
+class Fault(Enum):
+    empty = "empty"
+    looping = "looping"
+    repeats = "repeats"
+    template = "template"
+    endless = "endless"
+
+
 class MergeBase(Enum):
     original = "original"
     dequantised = "dequantised"

@@ -19,6 +19,7 @@ from conf.choices import (
     Checkpointing,
     Container,
     Executor,
+    Fault,
     Float8,
     Format,
     Frozen,
@@ -444,11 +445,22 @@ class Consolidate:
 @dataclass
 class Generate:
     prompts: str = MISSING
-    """JSONL file with a `prompt` in each row."""
+    """JSONL file with a `prompt`, or `messages` of several turns, in each row, and maybe a `reference` answer."""
+    system: str | None = None
+    """System prompt of rows that have none."""
     max_new_tokens: int = at_least(1, 128)
     """Longest answer, in tokens."""
     temperature: float = at_least(0, 0.0)
     """0: always the most likely token, so that two runs can be compared."""
+    top_p: float = at_least(0.001, 1.0, at_most=1)
+    """With a temperature above 0: choose among the most likely tokens whose probabilities reach this sum. 1: among all."""
+    seed: int = at_least(0, 0)
+    """Seed of the choice, with a temperature above 0."""
+    compare_base: bool = False
+    """Also write the answers of `model.source`, beside those of the trained model."""
+    fail_on: list[Fault] = field(default_factory=list)
+    """Fail the job if an answer is `empty`, ends in a loop (`looping`), `repeats` the question, has tokens of the chat template
+    inside (`template`), or has not ended (`endless`). Empty: only count them."""
 
 
 @dataclass

@@ -12,12 +12,15 @@ from jobs.tokenization.tokenizer import special_token_ids
 FAULTS = {
     "empty": "are empty",
     "looping": "end in a loop",
+    "repeats": "repeat the question",
     "template": "have tokens of the chat template inside",
     "endless": "had not ended after generate.max_new_tokens",
 }
 """Every fault, worded to follow a number of answers."""
 MAX_PERIOD, MIN_REPEATS, MIN_TOKENS = 64, 3, 24
 """A loop: its n-gram has at most MAX_PERIOD tokens, repeats at least MIN_REPEATS times, and covers at least MIN_TOKENS tokens."""
+MIN_WORDS = 4
+"""A shorter question may well be part of its answer."""
 MARKERS = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """How chat templates write the beginning and end of a turn."""
 
@@ -43,13 +46,14 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str
     )
 
 
-def find_faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[str]:
+def find_faults(ids: Sequence[int], text: str, special: SpecialTokens, question: str = "") -> list[str]:
     """Names of the FAULTS that an answer has.
 
     ids: its tokens, including the end token if there is one. text: its text without special tokens.
 
     empty      the text is empty or whitespace
     looping    its last tokens repeat, see `ends_in_loop`
+    repeats    it contains the whole question, which has at least MIN_WORDS words
     template   a special token comes before the end, or the text contains a turn marker of the chat template
     endless    its last token does not end a turn
     """
@@ -58,10 +62,17 @@ def find_faults(ids: Sequence[int], text: str, special: SpecialTokens) -> list[s
     checks = {
         "empty": not text.strip(),
         "looping": ends_in_loop(body),
+        "repeats": repeats(text, question),
         "template": any(token in special.ids for token in body) or any(marker in text for marker in special.markers),
         "endless": not ended,
     }
     return [name for name, present in checks.items() if present]
+
+
+def repeats(text: str, question: str) -> bool:
+    """Whether an answer contains its question, in any case and with any blanks."""
+    words = question.casefold().split()
+    return len(words) >= MIN_WORDS and " ".join(words) in " ".join(text.casefold().split())
 
 
 def has_ended(ids: Sequence[int], special: SpecialTokens) -> bool:

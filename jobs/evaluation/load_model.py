@@ -25,6 +25,19 @@ def load(config: Config) -> Any:
     return load_folder(folder, config, "auto", device_map)
 
 
+def load_base(config: Config) -> Any:
+    """`model.source` as it was before training."""
+    device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model.source,
+        revision=revision(config),
+        dtype="auto",
+        device_map=device_map,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return model.eval()
+
+
 def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
     """The model in a consolidated folder, or its adapter on top of `model.source`, ready for inference."""
     options: dict[str, Any] = {

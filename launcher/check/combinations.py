@@ -33,6 +33,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _merge_of_quantized_base(config)
     yield from _optimizer(config)
     yield from _weights_by_name(config)
+    yield from _answers(config)
     yield from _rows_and_noise(config)
     yield from _precision(config)
     if config.train.float8 is not Float8.none:
@@ -129,6 +130,18 @@ def _weights_by_name(config: Config) -> Iterator[Problem]:
             "must be above 0, because the schedule of train.learning_rates follows it. To train only some weights: "
         )
         yield Problem("train.learning_rate", 0, message + "train.unfrozen")
+
+
+def _answers(config: Config) -> Iterator[Problem]:
+    generate = config.generate
+    if generate.top_p < 1 and generate.temperature == 0:
+        message = (
+            "has no effect, because generate.temperature=0 takes the most likely token. Set generate.temperature=0.7"
+        )
+        yield Problem("generate.top_p", generate.top_p, message)
+    if generate.compare_base and config.model.init is Init.random:
+        message = "needs weights from before training, but model.init=random. Set generate.compare_base=false"
+        yield Problem("generate.compare_base", True, message)
 
 
 def _rows_and_noise(config: Config) -> Iterator[Problem]:

@@ -1,10 +1,14 @@
 """jobs/evaluation/answer_checks.py: faults of answers, and the page that shows answers."""
 
+import json
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from conf.errors import DataError
 from jobs import generate
-from jobs.evaluation import answer_checks
+from jobs.evaluation import answer_checks, prompts
 from tests.conftest import ROOT
 from tests.jobs.report.test_data_preview import Parsed
 
@@ -40,6 +44,43 @@ def test_faults(text: str, faults: list[str], tokenizer: PreTrainedTokenizerBase
     assert faults_of(tokenizer, text) == faults
 
 
+@pytest.mark.parametrize(
+    ("answer", "question", "repeats"),
+    [
+        ("What does squeue do? It lists jobs.", "What does  SQUEUE do?", True),
+        ("It lists jobs.", "What does squeue do?", False),
+        ("Paris is a city.", "Paris?", False),  # too short to tell
+    ],
+)
+def test_an_answer_that_repeats_its_question(answer: str, question: str, repeats: bool) -> None:
+    assert answer_checks.repeats(answer, question) is repeats
+
+
+def test_prompts_of_several_turns(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = [
+        {"prompt": "p", "reference": "r"},
+        {"messages": turns},
+        {"messages": [{"role": "system", "content": "own"}, turns[0]]},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one, several, own = prompts.read(tmp_path / "p.jsonl", "be kind")
+    system = {"role": "system", "content": "be kind"}
+    assert one.messages == [system, {"role": "user", "content": "p"}] and one.reference == "r" and one.question == "p"
+    assert several.messages == [system, *turns] and several.question == "c"
+    assert own.messages[0]["content"] == "own"
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['{"question": "a"}', '{"messages": []}', '{"messages": [{"role": "assistant", "content": "a"}]}', "[1]", "{"],
+)
+def test_a_prompt_of_another_form_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + row + "\n")
+    with pytest.raises(DataError, match=r"p.jsonl:2: is not of the form"):
+        prompts.read(tmp_path / "p.jsonl", None)
+
+
 def test_a_marker_of_ordinary_tokens_is_noticed(tokenizer: PreTrainedTokenizerBase) -> None:
     known = answer_checks.special_tokens(tokenizer)
     assert "<|im_start|>" in known.markers
@@ -69,6 +110,9 @@ def test_loops(ids: list[int], loops: bool) -> None:
 def test_the_page_is_complete_and_escapes_all_text() -> None:
     one = {
         "prompt": EVIL,
+        "messages": [{"role": "system", "content": EVIL}, {"role": "user", "content": EVIL}],
+        "reference": EVIL,
+        "base": EVIL,
         "answer": EVIL,
         "raw": EVIL + "<|im_end|>",
         "tokens": 9,
@@ -82,5 +126,7 @@ def test_the_page_is_complete_and_escapes_all_text() -> None:
     parsed.close()
     assert not parsed.opened
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "link", "iframe"})
-    assert "".join(parsed.texts).count(EVIL) == 5  # title, heading, prompt, answer, and with its special tokens
+    assert (
+        "".join(parsed.texts).count(EVIL) == 8
+    )  # title, heading, system, prompt, answer, base, reference, and with its special tokens
     assert "1 end in a loop" in page and "looping</span>" in page
