@@ -56,7 +56,11 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
                 yield from _values(entry, f"{key}.{name}.")
         elif value == "":
             yield Problem(key, value, "must not be empty. Use null to leave an optional value unset")
-        elif value == [] and (choices := getattr(get_args(hints[item.name])[0], "__members__", None)):
+        elif (
+            value == []
+            and item.default_factory()
+            and (choices := getattr(get_args(hints[item.name])[0], "__members__", None))
+        ):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
         elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
             bounds = f"at least {item.metadata['minimum']:g}"
