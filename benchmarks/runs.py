@@ -149,7 +149,7 @@ def muster(
             if ended and is_done(run):  # it may have written its last steps since the last look
                 break
             if ended or time.monotonic() > deadline:
-                raise RuntimeError(f"{folder.name}, {len(run.steps())} steps: {run.text()[-2000:]}")
+                raise RuntimeError(f"{folder.name}, {len(run.steps())} steps: {run.text()[-6000:]}")
             time.sleep(0.05)
         yield run
     finally:

@@ -19,6 +19,7 @@ SAVED_OPS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn",
+    "muster::flash_attention_with_sinks",
     "flex_attention",
 }
 """Operators that selective checkpointing always saves: attention costs much time for little memory."""

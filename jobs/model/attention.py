@@ -6,6 +6,10 @@ this file. Transformers builds no mask for a function without an entry in its ta
 GPU. The caller must therefore pass the sample boundaries of packed rows: `jobs.training.loss` does.
 """
 
+import ast
+import inspect
+import sys
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +31,12 @@ PACKAGES = {  # model.attention -> the Python module it needs
 }
 
 
-NO_ATTENTION = "no heads"
+NO_ATTENTION, SOFTCAP, SINKS = "no heads", "softcap", "sinks"
+KNOWN_ARGUMENTS = {
+    *("query", "key", "value", "attention_mask", "dropout", "scaling", "sliding_window", "is_causal", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"),
+}
+"""Arguments of attention functions that `attention_kernels.attend` takes, or that change nothing in a causal model."""
 
 
 def select(config: Config, model_config: PreTrainedConfig) -> str:
@@ -54,7 +63,10 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
         )
     else:
         reason = "set in the config"
-        if why_not := _why_unavailable(config, choice, _unsupported_feature(model_config), on_gpu):
+        why_not = _why_wrong(choice, model_config) or _why_unavailable(
+            config, choice, _unsupported_feature(model_config), on_gpu
+        )
+        if why_not:
             remedy = "set model.attention=auto, which selects the fastest one that works"
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
     log_once(f"attention {choice.name}: {reason}")
@@ -72,12 +84,8 @@ def best_implementation(
     feature = _unsupported_feature(model_config)
     if feature == NO_ATTENTION:
         return Attention.eager, "the model has no attention"
-    if feature in ("softcap", "sinks"):
-        if capability and find_spec("triton"):
-            return Attention.flex, f"the model's attention has {feature}, which of torch's kernels only flex supports"
-        return Attention.eager, f"the model's attention has {feature}, which torch's kernels do not support"
     if feature:
-        return Attention.sdpa, f"the model's attention has {feature}"
+        return _with_feature(feature, _model_class(model_config), capability is not None, half)
     if capability is None:
         if packed:
             return Attention.varlen, "packed rows on CPUs, one sample after another"
@@ -91,12 +99,20 @@ def best_implementation(
     return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"
 
 
+def _with_feature(feature: str, model_class: Any, on_gpu: bool, half: bool) -> tuple[Attention, str]:
+    """The implementation for a model with this feature, and the reason."""
+    if feature == SINKS and on_gpu and half:
+        return Attention.varlen, "the model's attention has sinks, which Muster adds to torch's flash kernel"
+    if feature != SOFTCAP and getattr(model_class, "_supports_sdpa", True):
+        return Attention.sdpa, f"the model's attention has {feature}"
+    return Attention.eager, f"the model's attention has {feature}, and needs memory for the square of a row's length"
+
+
 def _unsupported_feature(model_config: PreTrainedConfig) -> str:
     """The first feature of the model's attention that `attention_kernels` does not compute, or an empty string."""
     text_config = model_config.get_text_config()
-    try:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
-    except KeyError:
+    model_class = _model_class(model_config)
+    if model_class is None:
         return "custom code"
     if not block_sizes.has_attention(text_config):
         return NO_ATTENTION
@@ -104,18 +120,46 @@ def _unsupported_feature(model_config: PreTrainedConfig) -> str:
     if not any(head_dims):
         head_dims = [text_config.hidden_size // text_config.num_attention_heads]
     odd_head_dim = next((size for size in head_dims if size % 8 != 0 or size > 256), None)
+    arguments = _arguments(model_class)
+    unknown = sorted(arguments - KNOWN_ARGUMENTS - {"softcap", "s_aux"})
     features = {
-        "softcap": getattr(text_config, "attn_logit_softcapping", None) is not None,
-        # Models with attention sinks (logits added to the softmax, as in gpt_oss) declare that sdpa does not support them.
-        "sinks": not model_class._supports_sdpa,
+        SOFTCAP: getattr(text_config, "attn_logit_softcapping", None) is not None,
         "custom code": not (model_class._supports_attention_backend and model_class._supports_flash_attn),
         "layer types other than full and sliding": not set(getattr(text_config, "layer_types", None) or ())
         <= {"full_attention", "sliding_attention"},
         "latent heads (MLA)": getattr(text_config, "kv_lora_rank", None) is not None,
         "dropout": bool(getattr(text_config, "attention_dropout", 0.0)),
         f"head size {odd_head_dim}": odd_head_dim is not None,  # limits of the cuDNN and flash kernels
+        f"an argument {', '.join(unknown)}": bool(unknown),
+        "value heads of another size": bool(set(block_sizes.all_values(text_config, "v_head_dim")) - set(head_dims)),
+        SINKS: "s_aux" in arguments,
     }
     return next((name for name, present in features.items() if present), "")
+
+
+def _model_class(model_config: PreTrainedConfig) -> Any:
+    """The causal language model of this config in transformers, or None if its code is not there."""
+    return AutoModelForCausalLM._model_mapping.get(type(model_config), None)
+
+
+@cache
+def _arguments(model_class: Any) -> set[str]:
+    """The names of the arguments that the model passes to its attention function, read from its source."""
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    return {
+        argument.arg
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
+        for argument in node.keywords
+        if argument.arg
+    }
+
+
+def _why_wrong(choice: Attention, model_config: PreTrainedConfig) -> str:
+    """Why transformers' own code of this implementation computes something else for this model, or an empty string."""
+    if choice is Attention.eager and model_config.model_type == "falcon" and model_config.alibi:
+        return "adds the ALiBi bias of Falcon twice, to the scores and in the mask"
+    return ""
 
 
 def _why_unavailable(config: Config, choice: Attention, feature: str, on_gpu: bool) -> str:
@@ -125,7 +169,8 @@ def _why_unavailable(config: Config, choice: Attention, feature: str, on_gpu: bo
     """
     if choice in (Attention.sdpa, Attention.eager):
         return ""
-    if choice in (Attention.cudnn, Attention.varlen) and feature not in ("", "dropout"):
+    supported = ("", "dropout", SINKS) if choice is Attention.varlen else ("", "dropout")
+    if choice in (Attention.cudnn, Attention.varlen) and feature not in supported:
         return f"does not support this model: its attention has {feature}"
     if choice is Attention.varlen:
         return ""

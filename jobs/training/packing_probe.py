@@ -39,14 +39,15 @@ def choose_borders(model: Any, device: torch.device, ways: Sequence[str] = tuple
     attention = inner.config._attn_implementation
     dtype = torch.bfloat16 if "flash_attention" in attention else torch.float32
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _without_compiling(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             small, alone = _small_model(inner, attention, dtype, device)
     except _CannotTry as error:
         raise _refusal(family, f"a tiny {type(inner).__name__} cannot be tried ({error})") from error
     reasons = []
     for way in ways:
-        difference, reason = _difference(small, alone, way, device)
+        with _without_compiling():
+            difference, reason = _difference(small, alone, way, device)
         if difference <= LIMITS[dtype]:
             if way != sample_borders.DEFAULT:
                 log_once(f"packing: {family} is told the borders of samples by {way}")
@@ -54,6 +55,11 @@ def choose_borders(model: Any, device: torch.device, ways: Sequence[str] = tuple
         reasons.append((difference, reason))
     difference, reason = min(reasons, key=lambda item: item[0])
     raise _refusal(family, f"{family} does not keep the samples of a row apart: {reason}")
+
+
+def _without_compiling() -> Any:
+    """Run what is marked for compilation as it is: compiling flex attention takes longer than this trial, for each length."""
+    return torch.compiler.set_stance("force_eager")
 
 
 class _CannotTry(Exception):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers.models.falcon import modeling_falcon
 
 from conf.choices import Attention
 from conf.errors import ConfigError
@@ -108,7 +109,15 @@ def llama(**extra):
         (["data.packing=true"], llama(head_dim=100), (9, 0), Attention.sdpa),
         ([], AutoConfig.for_model("deepseek_v3"), (9, 0), Attention.sdpa),
         ([], AutoConfig.for_model("gemma2"), None, Attention.eager),
+        ([], AutoConfig.for_model("gemma2"), (9, 0), Attention.eager),
         ([], AutoConfig.for_model("gpt_oss"), None, Attention.eager),
+        ([], AutoConfig.for_model("gpt_oss"), (9, 0), Attention.varlen),
+        (["data.packing=true"], AutoConfig.for_model("granite_swa"), (9, 0), Attention.varlen),
+        (["train.precision=fp32"], AutoConfig.for_model("gpt_oss"), (9, 0), Attention.eager),
+        ([], AutoConfig.for_model("gpt_oss", head_dim=100), (9, 0), Attention.eager),
+        ([], AutoConfig.for_model("mimo_v2_flash"), (9, 0), Attention.eager),
+        ([], AutoConfig.for_model("bloom"), (9, 0), Attention.eager),
+        ([], AutoConfig.for_model("gptj"), (9, 0), Attention.eager),
     ],
 )
 def test_auto_selects_the_best_implementation_and_gives_a_reason(
@@ -120,11 +129,49 @@ def test_auto_selects_the_best_implementation_and_gives_a_reason(
     assert reason
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_softcap_uses_flex_if_triton_is_installed(compose: Compose, installed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "find_spec", lambda name: installed)
-    implementation, reason = attention.best_implementation(compose(), AutoConfig.for_model("gemma2"), (9, 0))
-    assert (implementation, "softcap" in reason) == (Attention.flex if installed else Attention.eager, True)
+@pytest.mark.parametrize("kind", ["gpt_oss", "granite_swa"])
+@pytest.mark.parametrize("packed", [None, 40])
+def test_sinks_equal_eager_attention(kind, packed) -> None:
+    extra = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    if kind == "gpt_oss":
+        extra |= {"num_local_experts": 2, "num_experts_per_tok": 1}
+    expected, expected_gradients = loss_and_gradients(network(kind, "eager", **extra), *one_row_batches(rows(LENGTHS)))
+    model = network(kind, "muster_varlen", **extra)
+    value, actual = loss_and_gradients(model, whole(rows(LENGTHS, packed)))
+    assert any("sinks" in name for name in actual)
+    assert value == pytest.approx(expected, rel=1e-6)
+    check_equal(actual, expected_gradients, 1e-5)
+
+
+def test_sinks_of_other_heads_are_an_error() -> None:
+    query = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="2 attention sinks for 4 heads"):
+        attention_kernels.attend(None, query, query, query, None, s_aux=torch.zeros(2))
+
+
+def test_an_argument_that_the_kernels_ignore_prevents_them(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = attention._arguments(AutoModelForCausalLM._model_mapping[type(llama())])
+    assert {"dropout", "scaling"} <= names <= attention.KNOWN_ARGUMENTS
+    monkeypatch.setattr(attention, "_arguments", lambda _: names | {"position_bias"})
+    implementation, reason = attention.best_implementation(compose("train.precision=bf16"), llama(), (9, 0))
+    assert (implementation, reason) == (Attention.sdpa, "the model's attention has an argument position_bias")
+
+
+def test_eager_attention_adds_the_alibi_of_falcon_twice(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, extra = "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}
+    tokens = torch.arange(3, 30)[None]
+    expected = network(kind, "sdpa", **extra)(tokens).logits
+    assert not torch.allclose(network(kind, "eager", **extra)(tokens).logits, expected, atol=1e-3)
+    build_alibi = modeling_falcon.build_alibi_tensor
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", lambda *a, **k: build_alibi(*a, **k) / 2)
+    torch.testing.assert_close(network(kind, "eager", **extra)(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    config, shape = compose("model.attention=eager"), AutoConfig.for_model(kind, **extra)
+    with pytest.raises(
+        ConfigError, match=r"model\.attention=eager: adds the ALiBi .* twice, .*; set model\.attention=auto"
+    ):
+        attention.select(config, shape)
+    assert attention.select(compose("model.attention=auto"), shape) == "sdpa"
+    attention.select(config, AutoConfig.for_model(kind))  # without ALiBi
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "varlen", "auto"])
@@ -172,7 +219,7 @@ def test_unavailable_implementations_are_refused_with_the_reason(
     assert bool(reason) == bool(reason_found)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["gemma2", "mimo_v2_flash", "deepseek_v3"])
 def test_features_of_a_model_are_never_left_out(compose: Compose, kind) -> None:
     with pytest.raises(ConfigError, match="does not support this model: its attention has"):
         attention.select(compose("model.attention=varlen"), AutoConfig.for_model(kind))

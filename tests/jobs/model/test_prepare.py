@@ -1,16 +1,20 @@
 """Recomputation and compilation change the cost of a step, but neither its results nor the names of parameters."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
+from torch._inductor.codegen.common import CSE
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.choices import AdapterKind, Checkpointing
 from jobs import backends
 from jobs.distributed.process_group import World, process_group
-from jobs.model import build, compile, fused_ops, prepare
+from jobs.model import build, compile, fused_ops, kernel_barriers, prepare
 from jobs.model.build import blocks
 from jobs.training import loss
 from tests.conftest import Compose
@@ -138,6 +142,7 @@ def test_evaluation_recomputes_nothing(compose: Compose) -> None:
         (["parallel=zero3"], "cuda", True, True),
         (["parallel=zero3", "adapter=lora"], "cuda", True, False),
         (["parallel=zero3", "adapter=lora", "train.compile=true"], "cuda", True, True),
+        (["model.attention=flex"], "cuda", True, False),
         (["train.compile=false"], "cuda", True, False),
         (["train.compile=true"], "cpu", False, True),
     ],
@@ -148,7 +153,7 @@ def test_blocks_are_compiled_by_default_on_gpus_with_triton(
     monkeypatch.setattr(compile, "find_spec", lambda name: triton or None)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
     assert compile.compiles_blocks(compose(*overrides), world) is expected
-    compiles_ops = overrides == ["parallel=zero3", "adapter=lora"]
+    compiles_ops = overrides in (["parallel=zero3", "adapter=lora"], ["model.attention=flex"])
     assert compile.compiles_fused_ops(compose(*overrides), world) is compiles_ops
 
 
@@ -229,6 +234,92 @@ def _has_no_graph_break(rank, config) -> None:
 def test_no_hook_breaks_a_compiled_graph(compose: Compose, layout, adapter) -> None:
     overrides = [f"parallel={layout}", f"adapter={adapter}", "train.precision=bf16"]
     spawn(_has_no_graph_break, 2, compose(*overrides, "cluster.train.ranks_per_node=2", "train.global_batch=4"))
+
+
+EXPERTS = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+
+
+def sparse(*targets: str):
+    """A mixture of experts, with adapters on `targets`."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model = network("qwen3_moe", **sizes)
+    if targets:
+        parameters = [name for name in targets if "experts" in name]
+        modules = [name for name in targets if name not in parameters]
+        lora = LoraConfig(r=2, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    return model
+
+
+def compiled_parts(block) -> dict[str, bool]:
+    names = {module: name for name, module in block.named_modules()}
+    return {names[part]: is_compiled for part, is_compiled in compile.parts(block)}
+
+
+def test_a_block_is_compiled_whole_or_around_what_cannot_be() -> None:
+    assert compiled_parts(blocks(network())[0]) == {"": True}
+    assert compiled_parts(blocks(sparse())[0]) == {"": True}
+    assert compiled_parts(blocks(sparse("q_proj"))[0]) == {"": True}
+    around = {"input_layernorm": True, "self_attn": True, "post_attention_layernorm": True}
+    assert compiled_parts(blocks(sparse(*EXPERTS))[0]) == around | {"mlp.gate": True, "mlp.experts": False}
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    first, second = blocks(network("qwen3_5_text", head_dim=16, **sizes))
+    assert compiled_parts(first) == {
+        "input_layernorm": True,
+        "linear_attn": False,
+        "mlp": True,
+        "post_attention_layernorm": True,
+    }
+    assert compiled_parts(second) == {"": True}
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_adapters_on_experts_train_right_in_compiled_blocks_and_compile_once(
+    compose: Compose, kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = whole(rows(LENGTHS))
+    expected_model, model = sparse(*EXPERTS), sparse(*EXPERTS)
+    with torch.no_grad():
+        for one, other in zip(expected_model.parameters(), model.parameters(), strict=True):
+            other.copy_(one.normal_(0, 0.1) if one.requires_grad else one)
+    expected = loss.summed_cross_entropy(expected_model, batch)
+    expected.backward()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # only tracing, not code generation
+    torch._dynamo.reset()
+    prepare.prepare_model(model, compose("train.compile=true", f"train.activation_checkpointing={kind}"), CPU)
+    compiled = []
+    for _ in range(3):
+        model.zero_grad()
+        value = loss.summed_cross_entropy(model, batch)
+        value.backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[2]
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    check_equal(gradients(model), gradients(expected_model), 1e-5)
+
+
+def test_a_kernel_waits_before_it_loads_what_it_stored_in_an_earlier_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels themselves need a GPU: benchmarks/families_gpu.py trains models whose gradients are wrong without this."""
+    from torch._inductor.codegen.triton import TritonKernel
+
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setattr(TritonKernel, "load", lambda kernel, name, _: kernel.body.writeline(f"load {name}"))
+    kernel_barriers.install()
+    kernel_barriers.install()
+    lines: list[str] = []
+    body = SimpleNamespace(writeline=lines.append)
+    kernel = SimpleNamespace(body=body, cse=CSE())
+    kernel.cse.store_cache["stored"] = "tmp1"
+    TritonKernel.load(kernel, "stored", 0)
+    kernel.cse.invalidate(OrderedSet())  # what torch does at the end of a loop
+    TritonKernel.load(kernel, "stored", 0)
+    TritonKernel.load(kernel, "other", 0)
+    assert lines == ["load stored", "tl.debug_barrier()", "load stored", "load other"]
+    assert torch.compiler.config.cache_key_tag == kernel_barriers.TAG
 
 
 def _sharded_with_compiled_ops(rank, overrides, config) -> None:

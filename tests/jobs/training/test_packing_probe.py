@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from conf.errors import ConfigError
 from jobs import preflight
@@ -62,7 +63,12 @@ def test_families_that_mix_samples_are_refused_by_name(family) -> None:
 
 @pytest.mark.parametrize(
     ("family", "attention", "way"),
-    [("llama", "muster_varlen", "positions"), ("gpt_oss", "eager", "mask"), ("falcon", "sdpa", "mask")],
+    [
+        ("llama", "muster_varlen", "positions"),
+        ("gpt_oss", "muster_varlen", "positions"),
+        ("gpt_oss", "eager", "mask"),
+        ("falcon", "sdpa", "mask"),
+    ],
 )
 def test_the_chosen_way_gives_the_gradients_of_the_samples_alone(family, attention, way) -> None:
     kind, values = FAMILIES[family]
@@ -99,6 +105,20 @@ def test_the_trial_leaves_random_numbers_alone() -> None:
     torch.manual_seed(3)
     borders("llama")
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_sinks_in_packed_rows_need_no_mask() -> None:
+    assert borders("gpt_oss", "muster_varlen") == "positions"
+
+
+def test_the_trial_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention is compiled for each length: a trial of a few tokens took minutes on a GPU."""
+
+    def refused(*_):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(LlamaModel, "forward", torch.compile(LlamaModel.forward, backend=refused))
+    assert borders("llama") == "positions"
 
 
 def test_context_parallel_ranks_use_positions_only() -> None:
