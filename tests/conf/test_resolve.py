@@ -36,7 +36,7 @@ def option_words(group: str, option: str) -> list[str]:
 
 def test_the_groups_are_found() -> None:
     names = {group for group, _ in OPTIONS}
-    assert names == {"model", "data", "parallel", "adapter", "train", "cluster", "pipeline", "experiment"}
+    assert names == {"model", "data", "parallel", "adapter", "train", "cluster", "pipeline", "experiment", "tracker"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(item) for item in OPTIONS])
