@@ -83,6 +83,9 @@ class Model:
     """Hub id or folder of a tokenizer to use instead of the one in `source`."""
     init: Init = Init.pretrained
     """`pretrained`: read the weights from `source`. `random`: build `architecture` with new weights (demo, benchmarks)."""
+    ignore_tensors: list[str] = field(default_factory=list)
+    """Regular expressions for names of stored tensors that training does not need, such as layers that predict several tokens
+    (`["^mtp[.]"]`). They are not loaded, and a merge copies them from `source` as they are."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your permissions."""
     attention: Attention = Attention.auto

@@ -18,7 +18,7 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import attention, embedding_resize, materialize, quantized_linear
+from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision
@@ -107,12 +107,7 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            model_config,
-            dtype=dtype,
-            attn_implementation=attention.select(config, model_config),
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        model = _from_model_config(config, model_config, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(config, error) from error
     _check_positions(config, model)
@@ -120,6 +115,20 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
         model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
+    return model
+
+
+def _from_model_config(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if multimodal.is_multimodal(model_config):
+        return multimodal.build_text(
+            model_config, config, lambda text_config: attention.select(config, text_config), dtype
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model_config,
+        dtype=dtype,
+        attn_implementation=attention.select(config, model_config),
+        trust_remote_code=config.model.trust_remote_code,
+    )
     return model
 
 
