@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
+from jobs.model import multimodal
 from jobs.tokenization.tokenizer import revision
 
 
@@ -34,13 +35,20 @@ def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_m
     }
     model: Any
     if not (folder / "adapter_config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = _load_whole(str(folder), "main", options)
         return model.eval()
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision(config), **options)
+    base = _load_whole(config.model.source, revision(config), options)
     model = PeftModel.from_pretrained(base, folder)
     return model.eval()
+
+
+def _load_whole(source: str, revision: str, options: dict[str, Any]) -> Any:
+    """A model as it is stored, a multimodal one with its towers."""
+    remote_code = options["trust_remote_code"]
+    model_config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=remote_code)
+    return multimodal.auto_class(model_config).from_pretrained(source, revision=revision, **options)
 
 
 def describe(config: Config) -> str:

@@ -111,7 +111,11 @@ def build_text(
     decoder = empty.get_decoder()
     if type(text_config) not in AutoModelForCausalLM._model_mapping:
         _register_causal_class(type(text_config), decoder, config)
-    text_config.tie_word_embeddings = bool(empty.all_tied_weights_keys) and not _head_is_stored_apart(empty, config)
+    if empty.all_tied_weights_keys and _head_is_stored_apart(empty, config):
+        model_config.tie_word_embeddings = model_config.get_text_config().tie_word_embeddings = False
+        with torch.device("meta"):
+            empty = whole_class.from_config(model_config)
+    text_config.tie_word_embeddings = bool(empty.all_tied_weights_keys)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         text_config, dtype=dtype, attn_implementation=attention(text_config)
     )

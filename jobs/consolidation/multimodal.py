@@ -1,0 +1,106 @@
+"""Merges the trained text of a multimodal model into the whole model: its towers are copied from the base, byte for byte."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.errors import DataError, Problem
+from conf.files import read_json, write_json
+from jobs.consolidation.merge import Merge
+from jobs.consolidation.plan import Output
+from jobs.consolidation.tied_weights import stored_equal
+from jobs.consolidation.weight_names import BASE, Blueprint
+from jobs.tensor_io import safetensors
+from jobs.tensor_io.layout import StoredTensor
+
+if TYPE_CHECKING:  # imports torch, which a merge without an adapter does not need
+    from jobs.consolidation.adapter_layers import AdapterPlan
+    from jobs.model.multimodal import WholeModel
+
+PROCESSOR_FILES = ("*processor_config.json",)
+"""Patterns of the settings with which images and sound are prepared."""
+
+
+def text_of_base(
+    whole: "WholeModel", blueprint: Blueprint, base: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """(the text in the files of the base under the names of `blueprint`, name in `blueprint` -> name in the files)."""
+    memory, _ = whole.in_memory(base)
+    by_live = {live: name for name, live in memory.items() if live in whole.text_names}
+    found = {live: base[name] for live, name in by_live.items()}
+    names: dict[str, str] = {}
+    for saved in blueprint.saved:
+        if saved.shape == blueprint.live[saved.live] and saved.live in by_live:
+            names[saved.name] = by_live[saved.live]
+            found[saved.name] = base[by_live[saved.live]]
+        elif saved.name in base:
+            found[saved.name] = base[saved.name]
+    return found, names
+
+
+def rename_adapters(plan: "AdapterPlan", whole: "WholeModel") -> "AdapterPlan":
+    """The adapters of the model of text under the names of the whole model."""
+    layers = {
+        whole.name(module): replace(layer, module=whole.name(module), weight=whole.name(layer.weight))
+        for module, layer in plan.layers.items()
+    }
+    trained, embeddings = (frozenset(map(whole.name, names)) for names in (plan.trained, plan.embeddings))
+    return replace(plan, layers=layers, trained=trained, embeddings=embeddings)
+
+
+def name_as_in_base(merge: Merge, names: Mapping[str, str]) -> None:
+    """Give each output the name that its weight has in the files of the base."""
+    merge.live_names = {names[output.name]: output.name for output in merge.outputs if output.name in names}
+    merge.outputs = [replace(output, name=names.get(output.name, output.name)) for output in merge.outputs]
+
+
+def copy_from_base(merge: Merge, tensors: Mapping[str, StoredTensor]) -> None:
+    """Add tensors of the base to the result as they are: same name, dtype and bytes."""
+    taken = {output.name for output in merge.outputs}
+    if twice := sorted(taken & tensors.keys()):
+        message = f"holds {twice[0]} beside a weight that is trained under that name: it is not merged"
+        raise DataError(Problem("model.source", None, message))
+    for name, stored in tensors.items():
+        merge.sources[BASE + name] = stored
+        merge.outputs.append(Output(name, stored.shape, stored.dtype, BASE + name))
+    merge.copied |= tensors.keys()
+
+
+def check_towers(folder: Path, base: Mapping[str, StoredTensor]) -> None:
+    """Raise DataError unless a written folder has these tensors of the base, bit for bit."""
+    written = safetensors.find_tensors(folder)
+    for name, stored in base.items():
+        if name not in written or not stored_equal(written[name], stored):
+            message = f"{name} is not written as the base has it: this model cannot be merged here"
+            raise DataError(Problem("model.source", None, message))
+
+
+def write_config(folder: Path, base: Path, config: Any, merge: Merge) -> None:
+    """config.json of the base with what training changed, its generation config and the files of its processor.
+
+    `config` is that of the whole model in memory.
+    """
+    dtype, untied = merge.main_dtype().name, merge.untied or not config.tie_word_embeddings
+    fields: dict[str, Any] = read_json(base / "config.json")
+    text = config.get_text_config()
+    inner_name = next((name for name, value in vars(config).items() if value is text), "")
+    inner = fields[inner_name] if isinstance(fields.get(inner_name), dict) else fields
+    fields.pop("torch_dtype", None)
+    fields["dtype"] = dtype
+    for name in ("dtype", "torch_dtype"):
+        if name in inner:
+            inner[name] = dtype
+    if inner.get("vocab_size", text.vocab_size) < text.vocab_size:
+        for section in (fields, inner):
+            if "vocab_size" in section:
+                section["vocab_size"] = text.vocab_size
+    if untied:
+        for section in (fields, inner):
+            if section is fields or "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = False
+    write_json(folder / "config.json", fields)
+    for pattern in ("generation_config.json", *PROCESSOR_FILES):
+        for path in base.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
