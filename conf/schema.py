@@ -67,6 +67,8 @@ class Architecture:
     """Longest sequence that the model was made for, in tokens."""
     tie_word_embeddings: bool = False
     """Whether the output head uses the weights of the embedding."""
+    tower_gib: float = at_least(0, 0.0)
+    """GiB of the weights that a multimodal model has beside its text. They are not loaded; a merge copies them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 

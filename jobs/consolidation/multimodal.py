@@ -82,24 +82,19 @@ def write_config(folder: Path, base: Path, config: Any, merge: Merge) -> None:
 
     `config` is that of the whole model in memory.
     """
-    dtype, untied = merge.main_dtype().name, merge.untied or not config.tie_word_embeddings
     fields: dict[str, Any] = read_json(base / "config.json")
     text = config.get_text_config()
-    inner_name = next((name for name, value in vars(config).items() if value is text), "")
-    inner = fields[inner_name] if isinstance(fields.get(inner_name), dict) else fields
+    inner = fields.get(next((name for name, value in vars(config).items() if value is text), ""))
+    sections = [fields, inner] if isinstance(inner, dict) else [fields]
     fields.pop("torch_dtype", None)
-    fields["dtype"] = dtype
-    for name in ("dtype", "torch_dtype"):
-        if name in inner:
-            inner[name] = dtype
-    if inner.get("vocab_size", text.vocab_size) < text.vocab_size:
-        for section in (fields, inner):
-            if "vocab_size" in section:
-                section["vocab_size"] = text.vocab_size
-    if untied:
-        for section in (fields, inner):
-            if section is fields or "tie_word_embeddings" in section:
-                section["tie_word_embeddings"] = False
+    fields["dtype"] = merge.main_dtype().name
+    changed = {name: fields["dtype"] for name in ("dtype", "torch_dtype")}
+    if text.vocab_size > sections[-1].get("vocab_size", text.vocab_size):
+        changed["vocab_size"] = text.vocab_size
+    if merge.untied or not config.tie_word_embeddings:
+        fields["tie_word_embeddings"] = changed["tie_word_embeddings"] = False
+    for section in sections:
+        section |= {name: value for name, value in changed.items() if name in section}
     write_json(folder / "config.json", fields)
     for pattern in ("generation_config.json", *PROCESSOR_FILES):
         for path in base.glob(pattern):

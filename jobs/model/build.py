@@ -157,7 +157,9 @@ def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
     architecture = config.model.architecture
     assert architecture is not None  # launcher.check.rules refuses model.init=random without it
-    fields = {name: value for name, value in vars(architecture).items() if name not in ("model_type", "extra")}
+    fields = {
+        name: value for name, value in vars(architecture).items() if name not in ("model_type", "tower_gib", "extra")
+    }
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(architecture.model_type, **(fields | architecture.extra | ids))

@@ -19,6 +19,8 @@ from jobs.model.multimodal import WholeModel
 
 TOKENS = 13
 """More than the windows of `shrink`."""
+MAX_WEIGHTS = 50_000_000
+"""A tiny model with more weights is not tried."""
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of their size, that another order of operations can explain."""
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -31,7 +33,7 @@ def require(text_model: PreTrainedModel, whole: WholeModel, source: str) -> None
     `text_model` may be without weights.
     """
     reason = "no tiny model of it can be built"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         for small_config in shrink.configs(text_model.config):
             try:
@@ -40,25 +42,27 @@ def require(text_model: PreTrainedModel, whole: WholeModel, source: str) -> None
             except Exception as error:  # any code of a model: widths of this config do not match
                 reason = f"a tiny one cannot be tried ({type(error).__name__}: {first_line(error)})"
     if reason:
-        name = f"{type(whole.model).__name__} of {source}" if source else type(whole.model).__name__
-        message = f"its text cannot be trained alone, because {reason}. Name a model of text instead of {name}"
+        message = f"the text of {type(whole.model).__name__} cannot be trained alone: {reason}. Name a model of text"
         raise ConfigError(Problem("model.source", source, message))
 
 
 def _difference(small_config: Any, whole: WholeModel) -> str:
     """How the whole model differs from the model of text; empty if it does not."""
-    with torch.device("cpu"):
+    with torch.device("meta"):
         text: Any = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    if (weights := sum(weight.numel() for weight in text.parameters())) > MAX_WEIGHTS:
+        raise ValueError(f"it has {weights:,} weights")
+    text = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     _fill(text)
     shell = _shell(small_config, text, whole)
     ids = torch.randint(3, shrink.VOCABULARY, (1, TOKENS))
     accepted = inspect.signature(shell.forward).parameters
     types = {name: torch.zeros_like(ids) for name in TOKEN_TYPES if name in accepted}
-    weights = [weight for weight in text.parameters() if weight.requires_grad]
+    trained = [weight for weight in text.parameters() if weight.requires_grad]
     results = []
     for model, inputs in ((text, {}), (shell, types)):
         logits = model.train()(input_ids=ids, use_cache=False, **inputs).logits
-        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), weights, allow_unused=True)))
+        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), trained, allow_unused=True)))
     (logits, gradients), (whole_logits, whole_gradients) = results
     if not _equal(whole_logits, logits):
         return "the whole model has other logits on text"

@@ -7,7 +7,7 @@ from conf.choices import AdapterKind, Init
 from conf.errors import Problem
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
-from launcher.estimate.config_json import positions, text_fields
+from launcher.estimate.config_json import TEXTS, is_multimodal, positions, text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 
 ENCODERS = frozenset({
@@ -23,6 +23,14 @@ ENCODER_DECODERS = frozenset({
     *("mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma"),
     *("t5gemma2", "umt5", "whisper", "xlm-prophetnet"),
 })  # fmt: skip
+NO_TEXT_ALONE = {
+    "paligemma": "it reads the prompt in both directions",
+    "mllama": "its decoder has layers that read images",
+}
+"""Families of multimodal models that compute more with a text than their model of text does -> what it is.
+
+`jobs.model.text_equality` finds such families when training starts; tests/jobs/model/test_multimodal.py compares the two.
+"""
 LEARNED_POSITIONS = frozenset({
     *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
 })  # fmt: skip
@@ -79,6 +87,12 @@ def _files(config: Config, files: ModelFiles) -> Iterator[Problem]:
                 "has no config.json, so it is not a model of transformers. Name a folder with config.json and weights"
             )
         yield _source(config, message)
+    elif files.local and files.fields is not None and weights and is_multimodal(files.fields):
+        if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+            message = (
+                "is a model of images or sound and text without *.safetensors, from which a merge copies what is not "
+            )
+            yield _source(config, message + "trained. Save it with save_pretrained, and name that folder")
     elif files.local and files.fields is not None and not weights:
         message = "has no weights (*.safetensors or *.bin). Name a folder with weights, or a model on the Hub"
         yield _source(config, message)
@@ -92,15 +106,20 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
             config, "its config.json has no model_type, so its family is not known. Add model_type to config.json"
         )
         return
-    built_in = family in (families.text | families.image_text if families else DEFAULTS)
-    if family in ENCODER_DECODERS or fields.get("is_encoder_decoder") is True:
+    built_in = family in (families.text | families.multimodal if families else {*DEFAULTS, *TEXTS})
+    text = text_fields(fields)
+    inside = text.get("model_type", family)
+    if {family, inside} & ENCODER_DECODERS or True in (
+        fields.get("is_encoder_decoder"),
+        text.get("is_encoder_decoder"),
+    ):
         message = (
             f"is an encoder with a decoder (model_type={family}). Muster trains models that continue a text. Name a "
         )
         yield _source(config, message + "decoder, for example model=qwen0_5b")
-    elif family in ENCODERS and fields.get("is_decoder") is not True:
+    elif {family, inside} & ENCODERS and True not in (fields.get("is_decoder"), text.get("is_decoder")):
         message = (
-            f"is an encoder (model_type={family}), which cannot write text. Name a decoder, for example model=qwen0_5b"
+            f"is an encoder (model_type={inside}), which cannot write text. Name a decoder, for example model=qwen0_5b"
         )
         yield _source(config, message)
     elif remote and not built_in:
@@ -110,12 +129,10 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
             )
             message += "does not have. Read that code, then add model.trust_remote_code=true"
             yield _source(config, message)
-    elif families and family in families.image_text:
-        message = (
-            f"is a model of images and text (model_type={family}), and transformers builds no model of text from it. "
-        )
-        yield _source(config, message + "Name a model of text")
-    elif families and family not in families.text:
+    elif family in NO_TEXT_ALONE:
+        message = f"is a model of images or sound and text (model_type={family}), whose text cannot be trained alone: "
+        yield _source(config, f"{message}{NO_TEXT_ALONE[family]}. Name a model of text")
+    elif families and not built_in:
         message = f"has model_type={family}, which the installed transformers cannot build as a model of text. Install a newer "
         yield _source(config, message + "transformers, or name a model of another family")
 

@@ -250,7 +250,9 @@ def plain_model(config: Config) -> Any:
         built = {in_whole_model(name, model): value for name, value in built.items()}
         modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in built}
         lora.target_modules = {name for name in modules if "experts" not in name}
-        experts = sorted({name for name, _ in model.named_parameters() if name.startswith(TEXT) and ".experts." in name})
+        experts = sorted(
+            {name for name, _ in model.named_parameters() if name.startswith(TEXT) and ".experts." in name}
+        )
         lora.target_parameters = experts if any("experts" in name for name in modules) else None
         lora.exclude_modules = None
     model = get_peft_model(model, lora)
