@@ -19,7 +19,7 @@ from jobs.model.multimodal import WholeModel
 
 TOKENS = 13
 """More than the windows of `shrink`."""
-MAX_WEIGHTS = 50_000_000
+MAX_WEIGHTS = 200_000_000
 """A tiny model with more weights is not tried."""
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of their size, that another order of operations can explain."""
@@ -50,26 +50,33 @@ def _difference(small_config: Any, whole: WholeModel) -> str:
     """How the whole model differs from the model of text; empty if it does not."""
     with torch.device("meta"):
         text: Any = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    if (weights := sum(weight.numel() for weight in text.parameters())) > MAX_WEIGHTS:
-        raise ValueError(f"it has {weights:,} weights")
+    if _weights(text) > MAX_WEIGHTS:
+        raise ValueError(f"it has {_weights(text):,} weights")
     text = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     _fill(text)
     shell = _shell(small_config, text, whole)
     ids = torch.randint(3, shrink.VOCABULARY, (1, TOKENS))
+    with torch.no_grad():
+        if not _equal(_logits(shell.eval(), ids), _logits(text.eval(), ids)):
+            return "the whole model has other logits on text"
     accepted = inspect.signature(shell.forward).parameters
     types = {name: torch.zeros_like(ids) for name in TOKEN_TYPES if name in accepted}
     trained = [weight for weight in text.parameters() if weight.requires_grad]
-    results = []
-    for model, inputs in ((text, {}), (shell, types)):
-        logits = model.train()(input_ids=ids, use_cache=False, **inputs).logits
-        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), trained, allow_unused=True)))
-    (logits, gradients), (whole_logits, whole_gradients) = results
+    logits, whole_logits = _logits(text.train(), ids), _logits(shell.train(), ids, **types)
     if not _equal(whole_logits, logits):
-        return "the whole model has other logits on text"
+        return "the whole model has other logits on text while it is trained"
+    gradients, whole_gradients = (
+        torch.autograd.grad(item.square().sum(), trained, allow_unused=True) for item in (logits, whole_logits)
+    )
     for one, other in zip(gradients, whole_gradients, strict=True):
         if (one is None) != (other is None) or (one is not None and other is not None and not _equal(other, one)):
             return "the whole model has other gradients on text"
     return ""
+
+
+def _logits(model: Any, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **inputs).logits
+    return logits
 
 
 def _equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -112,10 +119,14 @@ def _shell(small_config: Any, text: Any, whole: WholeModel) -> Any:
 def _small_parts(module: nn.Module, plugged: set[int]) -> Iterator[nn.Module]:
     """What lies beside the decoder and is no tower: some models run it on text too."""
     for child in module.children():
-        inside = {id(item) for item in child.modules()}
         if id(child) in plugged:
             continue
-        if inside & plugged:
+        parts = list(child.modules())
+        if any(id(item) in plugged for item in parts):
             yield from _small_parts(child, plugged)
-        elif not any(isinstance(item, PreTrainedModel) for item in child.modules()):
+        elif not any(isinstance(item, PreTrainedModel) for item in parts) and _weights(child) <= MAX_WEIGHTS:
             yield child
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())

@@ -60,7 +60,7 @@ class Cell:
         return f"{self.family:<20} {self.way:<7} {self.verdict:<9} {self.detail}"
 
 
-def make(folder: Path, family: str, std: float = 0.08) -> None:
+def make(folder: Path, family: str, std: float = 0.08, dtype: torch.dtype = torch.float32) -> None:
     """Write a random checkpoint with the tokenizer of the examples. The weights are large enough for errors to show."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -81,7 +81,7 @@ def make(folder: Path, family: str, std: float = 0.08) -> None:
                 "q_norm" in name or "k_norm" in name
             ):  # Gemma 4 does not scale its scores: they would be so large that rounding decides
                 weight.mul_(0.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "examples/tokenizer").save_pretrained(folder)
 
 

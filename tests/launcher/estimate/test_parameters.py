@@ -29,7 +29,7 @@ MULTIMODAL = {
     "gemma3_4b": 4_300_079_472, "gemma3_12b": 12_187_325_040, "gemma3_27b": 27_432_406_640, "ministral3_8b": 8_918_026_240,
     "llama4_scout": 108_641_793_536, "qwen3_5_9b": 9_409_813_744,
 }  # fmt: skip
-"""The same with the towers of multimodal models, which are stored in bf16; that of Qwen 3.5 without its layer for several tokens."""
+"""The same of multimodal models, with their towers in bf16; Qwen 3.5 without its layer that predicts several tokens."""
 
 
 def test_every_named_model_has_its_published_size(compose: Compose) -> None:
