@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,8 @@ from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 DTYPES = {name: dtype.torch for name, dtype in PRECISIONS.items()}
 """`train.precision` -> the dtype of compute."""
+UNFIT = (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError, StrictDataclassError)
+"""What transformers raises for a config.json with values that its classes do not take."""
 
 
 def build(config: Config) -> Any:
@@ -108,7 +111,9 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
         model = _from_model_config(config, model_config, dtype)
-    except (OSError, ValueError, ImportError) as error:
+    except ConfigError:
+        raise
+    except UNFIT as error:
         raise _unloadable(config, error) from error
     _check_positions(config, model)
     if config.model.init is Init.pretrained:
@@ -171,7 +176,7 @@ def _pretrained_model_config(config: Config) -> PreTrainedConfig:
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
         return model_config
-    except (OSError, ValueError) as error:
+    except UNFIT as error:
         raise _unloadable(config, error) from error
 
 

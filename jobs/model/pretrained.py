@@ -20,6 +20,7 @@ from conf.schema import Config
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
 from jobs.model import embedding_resize, multimodal, text_equality
+from jobs.model.multimodal import WholeModel
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
 from jobs.tensor_io.layout import StoredTensor
@@ -104,31 +105,24 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
 
 def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
-    source = config.model.source
+    source, whole = config.model.source, multimodal.whole_of(base)
     if getattr(base.config, "quantization_config", None):
-        raise ConfigError(
-            Problem("model.source", source, "is stored quantized: set model.source to the original model")
-        )
-    whole = multimodal.whole_of(base)
+        message = "is stored quantized: set model.source to the original model"
+        raise ConfigError(Problem("model.source", source, message))
     if whole is not None:
-        text_equality.require(base, whole, source)
-    if folder is None or getattr((whole or base).config, "transformers_weights", None):
-        reason = (
-            "has no safetensors files" if folder is None else "lists its files in config.json (transformers_weights)"
-        )
-        if whole is not None:
-            message = f"is a multimodal model that {reason}: convert it, because its towers are copied from such files"
-            raise ConfigError(Problem("model.source", source, message))
-        return LoadMethod({}, f"{source} {reason}")
-    stored = _without_ignored(slices.find_tensors(folder, "model.source", source), config)
-    untouched = ""
-    if whole is not None:
+        _check_multimodal(base, whole, folder, source)
+    if folder is None:
+        return LoadMethod({}, f"{source} has no safetensors files")
+    if getattr(base.config, "transformers_weights", None):
+        return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
+    stored, untouched = _without_ignored(slices.find_tensors(folder, "model.source", source), config), ""
+    if whole is None:
+        converted = _converted(base, stored)
+    else:
         problems, untouched = multimodal.check_towers(whole, stored, source, _is_ignored)
         if problems:
             raise ConfigError(*_problems(source, problems))
         stored, converted = whole.text_tensors(base.state_dict(), stored)
-    else:
-        converted = _converted(base, stored)
     if converted:
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
@@ -149,6 +143,18 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     if problems:
         raise ConfigError(*_problems(source, problems))
     return LoadMethod(stored, untouched=untouched)
+
+
+def _check_multimodal(base: PreTrainedModel, whole: WholeModel, folder: Path | None, source: str) -> None:
+    """Raise ConfigError for a multimodal model whose text cannot be trained alone, or whose towers cannot be copied."""
+    reason = ""
+    if getattr(whole.config, "quantization_config", None):
+        reason = "is stored quantized: set model.source to the original model"
+    elif folder is None or getattr(whole.config, "transformers_weights", None):
+        reason = "has no plain safetensors files, of which a merge copies its towers: save it with save_pretrained"
+    if reason:
+        raise ConfigError(Problem("model.source", source, f"is a multimodal model that {reason}"))
+    text_equality.require(base, whole, source)
 
 
 def _without_ignored(stored: dict[str, StoredTensor], config: Config) -> dict[str, StoredTensor]:
@@ -266,10 +272,9 @@ def _load_with_transformers(
     if whole_model is not None:
         state = {name: state[whole_model.name(name)] for name in base.state_dict()}
     problems = [f"{name} is in none of the files" for name in sorted(info["missing_keys"]) if name in parts]
+    ignored = config.model.ignore_tensors
     unexpected = [
-        name
-        for name in sorted(info["unexpected_keys"])
-        if not any(re.search(item, name) for item in config.model.ignore_tensors)
+        name for name in sorted(info["unexpected_keys"]) if not any(re.search(item, name) for item in ignored)
     ]
     problems += [f"{name} is in the files but not in the model" for name in unexpected]
     if problems:
@@ -288,7 +293,7 @@ def _load_with_transformers(
 
 
 def _problems(source: str, sentences: list[str]) -> list[Problem]:
-    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] if len(sentences) > MAX_LISTED else []
+    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] * (len(sentences) > MAX_LISTED)
     remedy = "download the model again, or use the config.json that belongs to these files"
     if any("not in the model" in text for text in sentences):
         remedy += ". To leave out tensors that training does not need, name them in model.ignore_tensors"

@@ -78,7 +78,7 @@ def _tower_gib(folder: Path, fields: Mapping[str, Any], shape: Architecture) -> 
     ]
     width = 4 if next((name for name in names if name), "") == "float32" else 2
     size = model_files.stored_bytes(folder) - width * counts.total if counts else 0
-    return round(max(0, size) / 2**30, 3)
+    return round(max(0, size) / 2**30, 6)
 
 
 def _absolute(value: str) -> str:

@@ -23,13 +23,17 @@ ENCODER_DECODERS = frozenset({
     *("mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma"),
     *("t5gemma2", "umt5", "whisper", "xlm-prophetnet"),
 })  # fmt: skip
+NEEDS_IMAGE = "it reads no text without an image"
 NO_TEXT_ALONE = {
-    "paligemma": "it reads the prompt in both directions",
-    "mllama": "its decoder has layers that read images",
+    "mllama": "its decoder has layers that only images train",
+    "cohere2_vision": "it scales the scores of tokens otherwise than its model of text",
+    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"), NEEDS_IMAGE),
+    **dict.fromkeys(("florence2", "pix2struct", "udop", "vision-encoder-decoder", "pp_formulanet"), NEEDS_IMAGE),
 }
-"""Families of multimodal models that compute more with a text than their model of text does -> what it is.
+"""Multimodal families whose text cannot be trained alone -> why.
 
-`jobs.model.text_equality` finds such families when training starts; tests/jobs/model/test_multimodal.py compares the two.
+When training starts, `jobs.model.text_equality` tries every other family, and refuses it if its model of text computes
+something else.
 """
 LEARNED_POSITIONS = frozenset({
     *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),

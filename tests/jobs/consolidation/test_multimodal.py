@@ -59,7 +59,7 @@ def runs(compose, tmp_path):
             families.make(base, name, dtype=torch.bfloat16)
             write_json(base / "preprocessor_config.json", {"image_mean": [0.5]})
             named = [f"model.source={base}", f"run_dir={tmp_path}/run-{name}"]
-            configs[name] = compose("model=hub", *named, *families.COMMON, *words)
+            configs[name] = compose("model=hub", *named, *families.COMMON, "train.global_batch=2", *words)
         spawn(train, 2, list(configs.values()))
         return configs
 
