@@ -60,12 +60,13 @@ def run(config: Config) -> None:
     threads = worker_count(config.cluster.cpu.cpus_per_rank)
     checkpoint = open_checkpoint(path)
     empty_model = model_card.empty_model_of_run(config)
-    fingerprints = {names_in_result(empty_model)(name): value for name, value in _fingerprints(path).items()}
+    recorded = _fingerprints(path)
+    fingerprints = {names_in_result(empty_model)(name): value for name, value in recorded.items()}
     try:
         merge = _merge(config, checkpoint, empty_model, muster_json["dtype"])
     except CannotStream as error:
         log.info(f"{type(empty_model).__name__} cannot be streamed ({error}): it is merged in memory")
-        _run_in_memory(config, checkpoint, path, target, muster_json, fingerprints, threads)
+        _run_in_memory(config, checkpoint, path, target, muster_json, recorded, threads)
         return
     if missing := sorted(fingerprints.keys() - merge.sources.keys()):
         message = f"lacks {len(missing)} of {len(fingerprints)} weights that training recorded, first {missing[0]}"
@@ -146,6 +147,15 @@ def names_in_result(empty_model: Any) -> Callable[[str], str]:
     return whole.name if whole is not None else str
 
 
+def surplus_patterns(config: Config, empty_model: Any) -> list[str]:
+    """Patterns of stored tensors that training does not use: those of the user, and layers that predict several tokens.
+
+    transformers names the latter for its classes, among buffers of older versions, which a result does not need.
+    """
+    of_class = getattr(empty_model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [*config.model.ignore_tensors, *(item for item in of_class if "mtp" in item or r"layers\." in item)]
+
+
 def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
     """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
@@ -172,6 +182,11 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
     base = _base_tensors(config, needed=bool(frozen or dtype is None or whole is not None), has_adapter=has_adapter)
     if whole is None:
         merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
+        if patterns := surplus_patterns(config, empty_model):
+            base = base or _base_tensors(config, needed=True, has_adapter=False)
+            kept = multimodal.surplus(patterns, blueprint, base)
+            multimodal.copy_from_base(merge, kept)
+            log.info(f"{len(kept)} tensors that training does not use stay as they are in {config.model.source}")
     else:
         text, names = multimodal.text_of_base(whole, blueprint, base)
         merge = merge_model(blueprint, weights, text, dtype, adapter, frozen)
@@ -254,7 +269,7 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
     elif (whole := whole_of(empty_model)) is not None:
         base_folder = find_or_download(config.model.source, config.model.revision)
         assert base_folder is not None  # the merge has read it
-        multimodal.write_config(folder, base_folder, whole.config, merge)
+        multimodal.write_config(folder, base_folder, whole.config, merge.main_dtype().name, untied=merge.untied)
     else:
         model_card.write_model(folder, empty_model, merge)
     model_card.write_tokenizer(folder, config)

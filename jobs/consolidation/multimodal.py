@@ -1,7 +1,8 @@
 """Merges the trained text of a multimodal model into the whole model: its towers are copied from the base, byte for byte."""
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,17 @@ def name_as_in_base(merge: Merge, names: Mapping[str, str]) -> None:
     merge.outputs = [replace(output, name=names.get(output.name, output.name)) for output in merge.outputs]
 
 
+def surplus(patterns: Iterable[str], blueprint: Blueprint, base: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors of the base that match one of the patterns and are no weights of the model: layers that training does not use."""
+    used = {saved.name.removeprefix(blueprint.prefix) for saved in blueprint.saved}
+    used |= {name.removeprefix(blueprint.prefix) for name in (*blueprint.live, *blueprint.tied)}
+    return {
+        name: stored
+        for name, stored in base.items()
+        if name.removeprefix(blueprint.prefix) not in used and any(re.search(pattern, name) for pattern in patterns)
+    }
+
+
 def copy_from_base(merge: Merge, tensors: Mapping[str, StoredTensor]) -> None:
     """Add tensors of the base to the result as they are: same name, dtype and bytes."""
     taken = {output.name for output in merge.outputs}
@@ -68,30 +80,34 @@ def copy_from_base(merge: Merge, tensors: Mapping[str, StoredTensor]) -> None:
     merge.copied |= tensors.keys()
 
 
-def check_towers(folder: Path, base: Mapping[str, StoredTensor]) -> None:
-    """Raise DataError unless a written folder has these tensors of the base, bit for bit."""
+def check_towers(whole: "WholeModel", folder: Path, base: Mapping[str, StoredTensor]) -> None:
+    """Raise DataError unless a written folder has the towers of the base bit for bit, under any name that loads them."""
+    from jobs.model.multimodal import towers
+
     written = safetensors.find_tensors(folder)
-    for name, stored in base.items():
-        if name not in written or not stored_equal(written[name], stored):
+    names = {memory: name for name, memory in whole.in_memory(written)[0].items()}
+    in_memory, rearranged = whole.in_memory(towers(whole, base))
+    for name, memory in (in_memory | rearranged).items():
+        if name in rearranged or memory not in names or not stored_equal(written[names[memory]], base[name]):
             message = f"{name} is not written as the base has it: this model cannot be merged here"
             raise DataError(Problem("model.source", None, message))
 
 
-def write_config(folder: Path, base: Path, config: Any, merge: Merge) -> None:
+def write_config(folder: Path, base: Path, config: Any, dtype: str, *, untied: bool) -> None:
     """config.json of the base with what training changed, its generation config and the files of its processor.
 
-    `config` is that of the whole model in memory.
+    `config` is that of the whole model in memory, `dtype` that of the trained weights.
     """
     fields: dict[str, Any] = read_json(base / "config.json")
     text = config.get_text_config()
     inner = fields.get(next((name for name, value in vars(config).items() if value is text), ""))
     sections = [fields, inner] if isinstance(inner, dict) else [fields]
     fields.pop("torch_dtype", None)
-    fields["dtype"] = merge.main_dtype().name
+    fields["dtype"] = dtype
     changed = {name: fields["dtype"] for name in ("dtype", "torch_dtype")}
     if text.vocab_size > sections[-1].get("vocab_size", text.vocab_size):
         changed["vocab_size"] = text.vocab_size
-    if merge.untied or not config.tie_word_embeddings:
+    if untied or not config.tie_word_embeddings:
         fields["tie_word_embeddings"] = changed["tie_word_embeddings"] = False
     for section in sections:
         section |= {name: value for name, value in changed.items() if name in section}

@@ -6,7 +6,7 @@ The towers of images and sound are never loaded. A merge copies them from the fi
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -224,7 +224,7 @@ def _register_causal_class(config_class: type[PreTrainedConfig], decoder: nn.Mod
     AutoModelForCausalLM.register(config_class, made, exist_ok=True)
 
 
-def towers(whole: WholeModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def towers(whole: WholeModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensors that are not of the model of text."""
     names, rearranged = whole.in_memory(stored)
     memory = names | rearranged

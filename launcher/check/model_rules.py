@@ -1,5 +1,6 @@
 """Refuses a model that can never train, from its config.json and the names of its files; pure."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,6 +49,12 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
     """What makes it impossible to train `model.source`. Nothing is known of a model that is not on this machine."""
     if config.model.init is not Init.pretrained or "train" not in config.jobs:
         return
+    for pattern in config.model.ignore_tensors:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"is no regular expression ({error}). Put a backslash before signs that stand for themselves"
+            yield Problem("model.ignore_tensors", pattern, message)
     if files is not None:
         yield from _files(config, files)
         if files.fields is not None:

@@ -103,8 +103,11 @@ def check(config) -> None:
     [
         pytest.param(["parallel=fsdp"], QUICK, id="full"),
         pytest.param(["parallel=fsdp", "adapter=lora", "adapter.r=4"], QUICK, id="LoRA"),
-        pytest.param(["parallel=zero3"], MULTIMODAL, id="all, zero3", marks=pytest.mark.proof),
-        pytest.param(["parallel=zero3", "adapter=lora"], MULTIMODAL, id="all, zero3 LoRA", marks=pytest.mark.proof),
+        *(pytest.param(["parallel=zero3"], [name], id=f"zero3 {name}", marks=pytest.mark.proof) for name in MULTIMODAL),
+        *(
+            pytest.param(["parallel=zero3", "adapter=lora"], [name], id=f"zero3 LoRA {name}", marks=pytest.mark.proof)
+            for name in MULTIMODAL
+        ),
     ],
 )
 def test_text_is_merged_into_the_whole_model(words, names, runs, capsys) -> None:
