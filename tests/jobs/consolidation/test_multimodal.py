@@ -114,3 +114,15 @@ def test_text_is_merged_into_the_whole_model(words, names, runs, capsys) -> None
     for config in runs(names, *words).values():
         consolidate.run(config)
         check(config)
+
+
+def test_an_adapter_alone_fits_the_whole_model(runs) -> None:
+    (config,) = runs(
+        ["qwen2_5_vl"], "parallel=fsdp", "adapter=lora", "adapter.r=4", "consolidate.adapter_only=true"
+    ).values()
+    consolidate.run(config)
+    _, logits = torch.load(Path(config.run_dir) / "checkpoints/live.pt")
+    with torch.no_grad():
+        model = load_model.load_folder(Path(config.run_dir) / "model", config, torch.float32)
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert type(model.get_base_model()).__name__ == "Qwen2_5_VLForConditionalGeneration"
