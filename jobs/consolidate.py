@@ -66,6 +66,8 @@ def run(config: Config) -> None:
         merge = _merge(config, checkpoint, empty_model, muster_json["dtype"])
     except CannotStream as error:
         log.info(f"{type(empty_model).__name__} cannot be streamed ({error}): it is merged in memory")
+        if patterns := surplus_patterns(config, empty_model):
+            log.warning(f"tensors of {config.model.source} that match {patterns} are left out")
         _run_in_memory(config, checkpoint, path, target, muster_json, recorded, threads)
         return
     if missing := sorted(fingerprints.keys() - merge.sources.keys()):
