@@ -332,8 +332,8 @@ PEFT in one process, with every sample alone in its row. A cell is the largest r
 all steps; above {limit:g} it is called wrong. `refused` means: a message before any weight is read, which names the key to change.
 `make families` writes this page. Names are those of tests/jobs/families.json.
 
-Multimodal models are gemma3, gemma4, glm4v, internvl, lfm2_vl, llama4, llava_next, mistral3, mistral3_ministral3, qwen2_vl, qwen2_5_vl,
-qwen3_vl, qwen3_vl_moe, qwen3_5 and qwen3_5_moe: there the reference is the whole model with frozen towers.
+Multimodal models are gemma3, gemma4, glm4v, internvl, lfm2_vl, llama4, llava_next, mistral3, mistral3_ministral3, qwen2_vl,
+qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5 and qwen3_5_moe: there the reference is the whole model with frozen towers.
 
 {table}
 
@@ -341,20 +341,21 @@ qwen3_vl, qwen3_vl_moe, qwen3_5 and qwen3_5_moe: there the reference is the whol
 
 Muster trains the text of a multimodal model. Rows with images are refused when they are prepared.
 
-- Training builds the decoder and the output head alone. The towers of images and sound stay in the files of `model.source`, and the
-  log says so: `vision tower (N tensors, X GiB) stays as it is in SOURCE`. An adapter is put on the decoder only.
-- A merge writes the whole model: the trained text under the names of the base, every other tensor with the bytes and the dtype of the
-  base, config.json, and the settings of the processor. `evaluate` and `generate` load that whole model.
-- Before training, a tiny model of the same classes is tried: the whole model must have the logits and gradients of the decoder alone.
-  Another family is refused then. Known to differ, and refused before anything is queued: Cohere 2 Vision (it scales logits otherwise),
-  Llama 3.2 Vision (layers that only images train), and models that read no text without an image (BLIP-2, InstructBLIP, Kosmos-2).
+- Training builds the decoder and the output head alone. The towers of images and sound stay in the files of `model.source`, and
+  the log says so: `vision tower (N tensors, X GiB) stays as it is in SOURCE`. An adapter is put on the decoder only.
+- A merge writes the whole model: the trained text under the names of the base, every other tensor with the bytes and the dtype
+  of the base, config.json, and the settings of the processor. `evaluate` and `generate` load that whole model.
+- Before training, a tiny model of the same classes is tried: the whole model must have the logits and gradients of the decoder
+  alone. Another family is refused then. Known to differ, and refused before anything is queued: Cohere 2 Vision (it scales
+  logits otherwise), Llama 3.2 Vision (layers that only images train), and models that read no text without an image (BLIP-2,
+  InstructBLIP, Kosmos-2).
 
 ## Tensors that training does not use
 
-Some models are stored with layers that predict several tokens (`mtp.*`, or a layer after the last). transformers skips those that it
-knows, and others are refused. `model.ignore_tensors=["^mtp[.]"]` names them by regular expressions. They are not loaded. A merge copies
-them from `model.source` as they are, so that config.json still fits. They were not trained with the rest: speculative decoding with
-them may accept fewer tokens. A model that is merged in memory loses them.
+Some models are stored with layers that predict several tokens (`mtp.*`, or a layer after the last). transformers skips those
+that it knows, and others are refused. `model.ignore_tensors=["^mtp[.]"]` names them by regular expressions. They are not
+loaded. A merge copies them from `model.source` as they are, so that config.json still fits. They were not trained with the
+rest: speculative decoding with them may accept fewer tokens. A model that is merged in memory loses them.
 
 ## What is refused
 
