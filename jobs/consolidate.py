@@ -7,7 +7,6 @@ python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL     for an FSDP 
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +60,12 @@ def run(config: Config) -> None:
     checkpoint = open_checkpoint(path)
     empty_model = model_card.empty_model_of_run(config)
     recorded = _fingerprints(path)
-    fingerprints = {names_in_result(empty_model)(name): value for name, value in recorded.items()}
+    fingerprints = {multimodal.names_in_result(empty_model)(name): value for name, value in recorded.items()}
     try:
         merge = _merge(config, checkpoint, empty_model, muster_json["dtype"])
     except CannotStream as error:
         log.info(f"{type(empty_model).__name__} cannot be streamed ({error}): it is merged in memory")
-        if patterns := surplus_patterns(config, empty_model):
+        if patterns := multimodal.surplus_patterns(config.model.ignore_tensors, empty_model):
             log.warning(f"tensors of {config.model.source} that match {patterns} are left out")
         _run_in_memory(config, checkpoint, path, target, muster_json, recorded, threads)
         return
@@ -141,23 +140,6 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
     }
 
 
-def names_in_result(empty_model: Any) -> Callable[[str], str]:
-    """Name in training -> in the result: the model of text has other names inside a multimodal model."""
-    from jobs.model.multimodal import whole_of
-
-    whole = whole_of(empty_model)
-    return whole.name if whole is not None else str
-
-
-def surplus_patterns(config: Config, empty_model: Any) -> list[str]:
-    """Patterns of stored tensors that training does not use: those of the user, and layers that predict several tokens.
-
-    transformers names the latter for its classes, among buffers of older versions, which a result does not need.
-    """
-    of_class = getattr(empty_model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return [*config.model.ignore_tensors, *(item for item in of_class if "mtp" in item or r"layers\." in item)]
-
-
 def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
     """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
@@ -165,7 +147,7 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
 
     dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
     has_adapter, whole = config.adapter.kind is not AdapterKind.none, whole_of(empty_model)
-    name = names_in_result(empty_model)
+    name = multimodal.names_in_result(empty_model)
     if config.consolidate.adapter_only:
         weights = strip_prefixes(checkpoint.tensors, empty_model.state_dict())
         return merge_adapter_only({name(key): stored for key, stored in weights.items()}, dtype)
@@ -184,11 +166,11 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
     base = _base_tensors(config, needed=bool(frozen or dtype is None or whole is not None), has_adapter=has_adapter)
     if whole is None:
         merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
-        if patterns := surplus_patterns(config, empty_model):
+        if patterns := multimodal.surplus_patterns(config.model.ignore_tensors, empty_model):
             base = base or _base_tensors(config, needed=True, has_adapter=False)
-            kept = multimodal.surplus(patterns, blueprint, base)
-            multimodal.copy_from_base(merge, kept)
-            log.info(f"{len(kept)} tensors that training does not use stay as they are in {config.model.source}")
+            if kept := multimodal.surplus(patterns, blueprint, base):
+                multimodal.copy_from_base(merge, kept)
+                log.info(f"{len(kept)} tensors that training does not use stay as they are in {config.model.source}")
     else:
         text, names = multimodal.text_of_base(whole, blueprint, base)
         merge = merge_model(blueprint, weights, text, dtype, adapter, frozen)
@@ -218,7 +200,7 @@ def _compare_with_adapter(config: Config, folder: Path, merge: Merge, empty_mode
         from jobs.model import build
 
         live_check.compare_with_peft(
-            folder, merge, lambda: build.build(_on_whole_base(config)), names_in_result(empty_model)
+            folder, merge, lambda: build.build(_on_whole_base(config)), multimodal.names_in_result(empty_model)
         )
 
 

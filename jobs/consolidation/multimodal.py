@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,14 @@ if TYPE_CHECKING:  # imports torch, which a merge without an adapter does not ne
 
 PROCESSOR_FILES = ("*processor_config.json",)
 """Patterns of the settings with which images and sound are prepared."""
+
+
+def names_in_result(model: Any) -> Callable[[str], str]:
+    """Name in training -> in the result: the model of text has other names inside a multimodal model."""
+    from jobs.model.multimodal import whole_of
+
+    whole = whole_of(model)
+    return whole.name if whole is not None else str
 
 
 def text_of_base(
@@ -55,6 +63,15 @@ def name_as_in_base(merge: Merge, names: Mapping[str, str]) -> None:
     """Give each output the name that its weight has in the files of the base."""
     merge.live_names = {names[output.name]: output.name for output in merge.outputs if output.name in names}
     merge.outputs = [replace(output, name=names.get(output.name, output.name)) for output in merge.outputs]
+
+
+def surplus_patterns(ignored: Iterable[str], model: Any) -> list[str]:
+    """Patterns of stored tensors that training does not use: those of the user, and layers that predict several tokens.
+
+    transformers names the latter for its classes, among buffers of older versions, which a result does not need.
+    """
+    of_class = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [*ignored, *(item for item in of_class if "mtp" in item or r"layers\." in item)]
 
 
 def surplus(patterns: Iterable[str], blueprint: Blueprint, base: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
