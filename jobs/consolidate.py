@@ -16,14 +16,14 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder
-from jobs.consolidation import external, model_card, weight_names
+from jobs.consolidation import external, model_card, quantized, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.rank_coordinator import RankCoordinator
-from jobs.consolidation.weight_names import CannotStream
-from jobs.tensor_io import dtypes, safetensors
+from jobs.model.saved_names import CannotStream
+from jobs.tensor_io import dtypes
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
 from jobs.tensor_io.wrapper_names import without_torch_wrappers
 
@@ -154,7 +154,7 @@ def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name:
         folder = find_or_download(config.model.source, config.model.revision)
         if folder is None and has_adapter:
             raise CannotStream(f"{config.model.source} has no safetensors files")
-        base = safetensors.find_tensors(folder) if folder else {}
+        base = quantized.find_dequantized(folder) if folder else {}
     merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
     if config.consolidate.base is MergeBase.dequantised:
         layers = quantized_linear.quantized_layers(build.build_on_meta(config))

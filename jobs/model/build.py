@@ -18,7 +18,7 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import attention, embedding_resize, materialize, quantized_linear
+from jobs.model import attention, embedding_resize, materialize, quantized_linear, stored_quantization
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision
@@ -105,6 +105,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     is_random = config.model.init is Init.random
     model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
+    quantization = stored_quantization.take_from(model_config, config)
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -118,6 +119,7 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     _check_positions(config, model)
     if config.model.init is Init.pretrained:
         model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
+        stored_quantization.attach(model, quantization)
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model

@@ -1,7 +1,8 @@
 """Loads the base weights of `model.source`.
 
-Normally each rank reads only its own slices of the safetensors files. Where that is impossible (other file formats, or weights
-that transformers converts while loading), the ranks of a node load the whole model one after another.
+Normally each rank reads only its own slices of the safetensors files, also of weights that are stored in parts or quantized.
+Where that is impossible (other file formats, or weights that transformers transposes while loading), the ranks of a node load the
+whole model one after another.
 """
 
 import logging
@@ -17,11 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from conf.stored_quantization import label
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import embedding_resize
+from jobs.model import embedding_resize, stored_quantization
 from jobs.model.quantized_linear import QuantizedLinear
-from jobs.tensor_io import slices
+from jobs.model.saved_names import CannotStream, join_stored, saved_names
+from jobs.tensor_io import dequantize, slices
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.slices import TensorPart
@@ -65,6 +68,9 @@ def load(
     if is_main:
         count = len({extent.path for tensor in method.stored.values() for extent in tensor.extents})
         log.info(f"weights   {folder}: {count} safetensors files, each rank reads its own slices")
+        if (section := stored_quantization.section(base)) is not None:
+            dequantized_count = sum(tensor.is_quantized for tensor in method.stored.values())
+            log.info(f"weights   {dequantized_count} of them are stored in {label(section)} and dequantized")
     names = _stored_names(base)
     stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
@@ -101,34 +107,56 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
 def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
     source = config.model.source
-    if getattr(base.config, "quantization_config", None):
-        raise ConfigError(
-            Problem("model.source", source, "is stored quantized: set model.source to the original model")
-        )
     if folder is None:
         return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
-    stored = slices.find_tensors(folder, "model.source", source)
-    if converted := _converted(base, stored):
+    stored = _dequantized(slices.find_tensors(folder, "model.source", source), base, source)
+    shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
+    stored, why_whole = _joined(base, stored, shapes)
+    if why_whole:
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
                 Problem(
                     "data.special_tokens",
                     list(config.data.special_tokens),
-                    f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
-                    "use tokens that the model reserves",
+                    f"tokens cannot be added to this model, because {why_whole}: use tokens that the model reserves",
                 )
             )
-        return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
+        return LoadMethod({}, why_whole)
     names = _stored_names(base)
-    shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     known = {candidate for candidates in names.values() for candidate in candidates}
     stored = {name: tensor for name, tensor in stored.items() if name in known or not _is_ignored(base, name)}
     problems = slices.mismatches(stored, names, shapes) or _differing_ties(folder, stored, names)
     if problems:
         raise ConfigError(*_problems(source, problems))
     return LoadMethod(stored)
+
+
+def _dequantized(stored: dict[str, StoredTensor], base: PreTrainedModel, source: str) -> dict[str, StoredTensor]:
+    try:
+        return dequantize.dequantized(stored, stored_quantization.section(base))
+    except dequantize.NotDequantized as error:
+        raise ConfigError(Problem("model.source", source, f"{error}: download the model again")) from error
+
+
+def _joined(
+    base: PreTrainedModel, stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, StoredTensor], str]:
+    """The stored tensors under the names in memory, and why they cannot be read as such; empty if they can.
+
+    transformers renames or fuses weights of some families. Fused ones are read from all of their parts.
+    """
+    converted = _converted(base, stored)
+    if not converted:
+        return stored, ""
+    why_whole = f"transformers converts {converted} while loading a {base.config.model_type} model"
+    try:
+        joined = join_stored(saved_names(base), stored, shapes, f"{base.base_model_prefix}.")
+    except CannotStream:
+        return stored, why_whole
+    left = {name: tensor for name, tensor in joined.items() if stored.get(name) is tensor}
+    return (stored, why_whole) if _converted(base, left) else (joined, "")
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -221,6 +249,7 @@ def _load_with_transformers(
             trust_remote_code=config.model.trust_remote_code,
             dtype=base.dtype,
             output_loading_info=True,
+            **stored_quantization.load_options(stored_quantization.section(base)),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
