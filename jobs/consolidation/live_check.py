@@ -16,6 +16,7 @@ from jobs.consolidation.updates import read_tensor
 from jobs.consolidation.weight_names import AGAIN, BASE, split_names
 from jobs.distributed import host_memory
 from jobs.evaluation.reference_logits import TOLERANCE, difference
+from jobs.model import stored_quantization
 from jobs.tensor_io.reader import OpenFiles, Reader
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,8 @@ def check_logits(actual: torch.Tensor, expected: torch.Tensor, folder: Path, dty
 def live_model(base: Path, settings: dict[str, Any]) -> Any:
     """PEFT's model of a base in a folder and adapter_config.json; `init_lora_weights` changes the base as in training."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = stored_quantization.from_pretrained(str(base), None, torch.float32)
     config = LoraConfig.from_peft_type(**{**settings, "inference_mode": True})  # type: ignore[no-untyped-call] # PEFT's
     return get_peft_model(model, config)
 

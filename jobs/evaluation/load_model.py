@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
+from jobs.model import stored_quantization
 from jobs.tokenization.tokenizer import revision
 
 
@@ -38,7 +39,7 @@ def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_m
         return model.eval()
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision(config), **options)
+    base = stored_quantization.from_pretrained(config.model.source, revision(config), **options)
     model = PeftModel.from_pretrained(base, folder)
     return model.eval()
 

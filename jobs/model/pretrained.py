@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
@@ -243,15 +243,14 @@ def _load_with_transformers(
 ) -> None:
     source = config.model.source
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = stored_quantization.from_pretrained(
             source,
-            revision=revision(config),
+            revision(config),
+            base.dtype,
             trust_remote_code=config.model.trust_remote_code,
-            dtype=base.dtype,
             output_loading_info=True,
-            **stored_quantization.load_options(stored_quantization.section(base)),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, dequantize.NotDequantized) as error:
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
     whole, info = loaded
     state = whole.state_dict()

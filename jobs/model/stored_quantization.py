@@ -3,11 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from conf import stored_quantization
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from jobs.tensor_io import slices
+from jobs.tensor_io.dequantize import dequantized
+from jobs.tensor_io.model_files import find_or_download
+from jobs.tensor_io.slices import TensorPart
 
 
 def take_from(model_config: PreTrainedConfig, config: Config) -> Mapping[str, Any] | None:
@@ -44,15 +49,28 @@ def section(model: PreTrainedModel) -> Mapping[str, Any] | None:
     return found
 
 
-def load_options(section: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options of `from_pretrained` that dequantize a model while it is loaded."""
-    if section is None or not stored_quantization.can_dequantize(section):
-        return {}
-    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+def from_pretrained(source: str, revision: str | None, dtype: torch.dtype | str, **options: Any) -> Any:
+    """A model as transformers loads it, dequantized if it is stored in fp8 or mxfp4.
 
-    method = section.get("quant_method")
-    if method == "mxfp4":
-        return {"quantization_config": Mxfp4Config(dequantize=True)}
-    if method == "fp8":
-        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
-    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    transformers can dequantize too, but it refuses weights of which the rows or columns are not a multiple of the block (the 576
+    rows of DeepSeek's `kv_a_proj_with_mqa`), or takes blocks of another size. So it is given all weights, in memory. Raises OSError
+    or ValueError if the files cannot be read, NotDequantized if scales are missing.
+    """
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=options.get("trust_remote_code"))
+    section = stored_quantization.find(config.to_dict())
+    folder = find_or_download(source, revision) if section and stored_quantization.can_dequantize(section) else None
+    if folder is None:
+        return AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, **options)
+    remove(config)
+    wanted = torch.bfloat16 if isinstance(dtype, str) else dtype
+    weights, parts = {}, []
+    for name, stored in dequantized(slices.find_tensors(folder, "model.source", source), section).items():
+        weights[name] = torch.empty(
+            stored.shape, dtype=wanted if stored.dtype.is_floating_point else stored.dtype.torch
+        )
+        parts.append((stored, TensorPart(stored.shape, 0, weights[name].view(-1), trained=False)))
+    slices.read(folder, parts, show=False)
+    trust = options.pop("trust_remote_code", None)
+    with torch.device("meta"):
+        model_class: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))  # type: ignore[no-untyped-call]
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=wanted, **options)

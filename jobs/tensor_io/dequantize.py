@@ -161,7 +161,7 @@ class Dequantizer:
             bytes_of_groups = codes[:, first:last].int()
             numbers = torch.stack([_mxfp4_table()[bytes_of_groups & 15], _mxfp4_table()[bytes_of_groups >> 4]], dim=-1)
             exponents = scales[:, first:last].int() - MXFP4_BIAS
-            numbers = numbers.view(rows, last - first, MXFP4_GROUP) * torch.pow(2.0, exponents).unsqueeze(-1)
+            numbers = torch.ldexp(numbers.view(rows, last - first, MXFP4_GROUP), exponents.unsqueeze(-1))
             skipped = first * rows * MXFP4_GROUP
             parts.append(numbers.view(rows, -1).T.reshape(-1)[begin - skipped : end - skipped])
         return parts[0] if len(parts) == 1 else torch.cat(parts)

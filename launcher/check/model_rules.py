@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from conf.choices import AdapterKind, Init
+from conf import stored_quantization
+from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import Problem
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.config_json import positions, text_fields
 from launcher.estimate.family_defaults import DEFAULTS
+from launcher.estimate.parameters import count
 
 ENCODERS = frozenset({
     *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
@@ -121,29 +123,36 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
 
 
 def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Weights that are stored quantized cannot be trained. `older`: the file that GPTQ models had before transformers knew them."""
-    names = ("quantization_config", "compression_config")
-    sections = (fields, text_fields(fields))
-    found = next((section[name] for section in sections for name in names if section.get(name)), None)
+    """Stored quantization that cannot be undone. `older`: the file that GPTQ models had before transformers knew them."""
+    found = stored_quantization.find(fields)
     if found is None and older is not None:
         found = {"quant_method": "gptq", **older}
-    if found is None:
+    if found is None or stored_quantization.can_dequantize(found):
         return
-    method = _method(found) if isinstance(found, Mapping) else "of an unknown kind"
     message = (
-        f"is stored quantized ({method}), and such weights cannot be trained. Set model.source to the original model. "
+        f"is stored quantized ({stored_quantization.label(found)}), and such weights cannot be trained. Set model.source to the "
+        "original model. "
     )
     yield _source(
         config, message + "To train on a quantized base, add adapter=qlora: Muster quantizes it while it loads"
     )
 
 
-def _method(found: Mapping[str, Any]) -> str:
-    bits = f", {found['bits']} bits" if found.get("bits") else ""
-    four, eight = (found.get(f"load_in_{size}bit") or found.get(f"_load_in_{size}bit") for size in (4, 8))
-    default = "bitsandbytes" if four or eight else "of an unknown kind"
-    bits = bits or (", 4 bits" if four else ", 8 bits" if eight else "")
-    return f"{found.get('quant_method') or default}{bits}"
+def notes(config: Config, files: ModelFiles | None) -> list[str]:
+    """A line about stored weights that training dequantizes: to which dtype, and how large they are then."""
+    fields = files.fields if files and "train" in config.jobs and config.model.init is Init.pretrained else None
+    found = stored_quantization.find(fields) if fields else None
+    if found is None:
+        return []
+    has_adapter, base = config.adapter.kind is not AdapterKind.none, config.adapter.base
+    dtype = config.train.precision.name if has_adapter else Precision.fp32.name
+    counts = count(config.model.architecture, config.adapter) if config.model.architecture else None
+    size = f", {counts.total * (4 if dtype == 'fp32' else 2) / 2**30:.1f} GiB in all" if counts else ""
+    then = f", and then quantized to {base.name}" if base is not Frozen.full else ""
+    return [
+        f"base      {config.model.source} is stored quantized ({stored_quantization.label(found)}): each rank dequantizes the "
+        f"part that it reads to {dtype}{size}{then}"
+    ]
 
 
 def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:
