@@ -126,6 +126,7 @@ class OutputDtype(Enum):
 
 
 class Verify(Enum):
+    auto = "auto"
     weights = "weights"
     logits = "logits"
 

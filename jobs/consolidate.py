@@ -188,7 +188,7 @@ def _adapter_plan(config: Config) -> "AdapterPlan":
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:
-    if config.consolidate.verify is Verify.logits:
+    if config.consolidate.verify is not Verify.weights:
         from jobs.evaluation import reference_logits  # imports transformers
 
         reference_logits.compare(config, path, folder)

@@ -15,16 +15,12 @@ from jobs.consolidation.merge import Merge
 from jobs.consolidation.updates import read_tensor
 from jobs.consolidation.weight_names import AGAIN, BASE, split_names
 from jobs.distributed import host_memory
-from jobs.evaluation.reference_logits import TOLERANCE, difference
+from jobs.evaluation.reference_logits import MAX_BYTES, MEMORY_SHARE, TOLERANCE, difference
 from jobs.model import stored_quantization
 from jobs.tensor_io.reader import OpenFiles, Reader
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 8 * 2**30
-"""Both models together, in fp32. Loading and running larger ones takes longer than the merge."""
-MEMORY_SHARE = 0.5
-"""Of the memory that this process may still take, for both models."""
 TOKENS = 16
 
 

@@ -64,7 +64,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Raises ConfigError for a model that does not name them.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    decoder_blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # FSDP2 puts its name before that of a class
+    decoder_blocks = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
     if not decoder_blocks:
         raise ConfigError(
             Problem(

@@ -16,6 +16,8 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs import consolidate, preprocess, train
 from jobs.consolidation import external
+from jobs.distributed import stop_signals
+from jobs.distributed.process_group import process_group
 from jobs.evaluation import load_model
 from jobs.model import build
 from jobs.tensor_io import dequantize, safetensors
@@ -200,8 +202,11 @@ def test_training_and_merging_equal_those_on_plain_weights(kind, names, folders,
 
 def _train_each(_rank: int, configs: list[Config]) -> None:
     torch.set_num_threads(1)
-    for config in configs:
-        train.run(config)
+    with process_group(configs[0]) as world:
+        for config in configs:
+            training, step = train._set_up(config, world, stop_signals.StopFlag())
+            train._train(training, step)
+            training.metrics.close()
 
 
 def _losses(config: Config) -> list[float]:
