@@ -124,7 +124,8 @@ def _log_left_out(wrapped: Any, known: Collection[str]) -> None:
     from peft.tuners.lora import LoraLayer
 
     model = wrapped.get_base_model()
-    inside = {id(module) for layer in model.modules() if isinstance(layer, LoraLayer) for module in layer.modules()}
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    inside = {id(module) for layer in adapted for module in layer.modules()}
     left_out = [
         name
         for name, module in model.named_modules()

@@ -29,6 +29,8 @@ LEARNED_POSITIONS = frozenset({
     *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
 })  # fmt: skip
 """Families with a trained weight for each position: a longer row has no position."""
+CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
+"""Families with layers that are not nn.Linear where other families have linear layers."""
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no tokens besides those of the files."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
@@ -46,6 +48,7 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
             yield from _vocabulary(config, files)
             yield from _padding(config, files.tokenizer)
             yield from _positions(config, files.fields)
+            yield from _dora(config, files.fields)
 
 
 def _source(config: Config, message: str) -> Problem:
@@ -153,6 +156,17 @@ def notes(config: Config, files: ModelFiles | None) -> list[str]:
         f"base      {config.model.source} is stored quantized ({stored_quantization.label(found)}): each rank dequantizes the "
         f"part that it reads to {dtype}{size}{then}"
     ]
+
+
+def _dora(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """DoRA on layers whose weights are stored transposed (Conv1D)."""
+    layers = CONV1D.get(str(fields.get("model_type")), ())
+    named = [item for item in config.adapter.targets if item == "all-linear" or item.rpartition(".")[2] in layers]
+    if layers and named and config.adapter.dora and config.adapter.kind is not AdapterKind.none:
+        message = (
+            f"adapts linear layers only, but {', '.join(layers)} of a {fields['model_type']} model are Conv1D layers. "
+        )
+        yield Problem("adapter.dora", True, message + "Use adapter.dora=false, for example with adapter=lora")
 
 
 def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:

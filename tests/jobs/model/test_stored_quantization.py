@@ -251,6 +251,18 @@ def test_an_adapter_of_another_program_is_merged_into_the_dequantized_base(folde
         torch.testing.assert_close(merged(tokens).logits, live.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_codes_are_dequantized_once_their_config_is_copied(folders, tmp_path) -> None:
+    """What the message says."""
+    plain, quantized = folders("qwen3-fp8")
+    shutil.copytree(quantized, tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
+    with pytest.raises(DataError, match=r"copy the config\.json beside it that says how it is quantized"):
+        external.main([str(tmp_path / "bare"), "--out", str(tmp_path / "out")])
+    shutil.copy(quantized / "config.json", tmp_path / "bare")
+    external.main([str(tmp_path / "bare"), "--out", str(tmp_path / "out")])
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
+    assert all(torch.equal(found[name], value.to(torch.bfloat16)) for name, value in expected.items())
+
+
 def test_codes_without_scales_are_refused(folders, compose: Compose, tmp_path) -> None:
     _, quantized = folders("qwen3-fp8")
     broken = tmp_path / "broken"

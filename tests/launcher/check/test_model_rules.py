@@ -108,6 +108,18 @@ def test_a_base_that_is_dequantized_is_said(
         assert memory.estimate(config) == memory.estimate(same) and notes(same, observe.observe(same).model) == []
 
 
+def test_dora_on_conv1d_layers(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 4096})
+    start = "adapter.dora=true: adapts linear layers only, but c_attn, c_proj, c_fc of a gpt2 model are Conv1D layers. Use adapter."
+    for words in (["adapter=dora"], ["adapter=dora", "adapter.targets=[attn.c_attn]"]):
+        [message] = found(launched(compose, base, *words))
+        assert message.startswith(start)
+        assert found(launched(compose, base, *words, "adapter.dora=false")) == []  # what the message says
+    assert found(launched(compose, base, "adapter=lora")) == []
+    assert found(launched(compose, base, "adapter=dora", "adapter.targets=[lm_head]")) == []
+    assert found(launched(compose, folder(tmp_path / "llama", {}), "adapter=dora")) == []
+
+
 def test_quantized_weights_of_older_files(compose: Compose, tmp_path: Path) -> None:
     base = folder(tmp_path / "m", {}, "model.safetensors", "quantize_config.json")
     assert "(gptq" in found(launched(compose, base))[0]
