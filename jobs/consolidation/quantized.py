@@ -52,8 +52,8 @@ def check_no_cast(outputs: Iterable[Output], sources: Mapping[str, StoredTensor]
             fp8 = "copy the config.json beside it that says how it is quantized, or " if _is_fp8(stored.dtype) else ""
             message = (
                 f"{output.name} is stored in {stored.dtype.name} and belongs to quantized weights, whose numbers mean nothing "
-                f"without their scales, so it is not cast to {output.dtype.name}: {fp8}keep it as it is with --dtype original and no "
-                "--base, or load and dequantize the model with the library that quantized it"
+                f"without their scales, so it is not cast to {output.dtype.name}: {fp8}keep it as it is with --dtype original and "
+                "no --base, or load and dequantize the model with the library that quantized it"
             )
             raise DataError(Problem("checkpoint", None, message))
 
