@@ -158,7 +158,9 @@ def _nan_problem(name: str, config: Config, from_checkpoint: bool) -> Problem:
         return Problem("checkpoint", name, "is not in the checkpoint, or NaN in it: resume from an earlier checkpoint")
     if "lora_" in name or config.model.init is Init.random:
         return Problem("model", name, "was never filled: set adapter.targets to other layers, or adapter=none")
-    message = f"{name} has values that are not numbers (NaN): download the model again, or use another model"
+    file = pretrained.file_of(name, config)
+    where = f" in {file}" if file else ""
+    message = f"{name} has values that are not numbers (NaN){where}: download the model again, or use another model"
     return Problem("model.source", config.model.source, message)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, UserError
 from conf.schema import Config
 from conf.stored_quantization import label
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -197,6 +197,20 @@ def _is_ignored(base: PreTrainedModel, name: str) -> bool:
     """Whether transformers skips this stored tensor too: from an older version, or not needed by this model class."""
     patterns = [*(base._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def file_of(name: str, config: Config) -> str:
+    """The file of a weight; empty if it is not known, or if parts of the weight are in several files."""
+    try:
+        folder = find_or_download(config.model.source, config.model.revision, cached=True)
+        stored = slices.find_tensors(folder, "model.source", config.model.source) if folder else {}
+    except (OSError, ValueError, UserError):
+        return ""
+    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    module = plain.rpartition(".")[0]
+    parts = [stored[plain]] if plain in stored else [stored[key] for key in stored if key.startswith(f"{module}.")]
+    files = {extent.path for tensor in parts for extent in tensor.extents}
+    return files.pop() if len(files) == 1 else ""
 
 
 def _differing_ties(folder: Path, stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]]) -> list[str]:

@@ -142,20 +142,27 @@ def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str,
 
 
 def notes(config: Config, files: ModelFiles | None) -> list[str]:
-    """A line about stored weights that training dequantizes: to which dtype, and how large they are then."""
-    fields = files.fields if files and "train" in config.jobs and config.model.init is Init.pretrained else None
-    found = stored_quantization.find(fields) if fields else None
-    if found is None:
+    """Lines about what training changes of the stored weights: that it dequantizes them, that it adds rows for tokens."""
+    if files is None or files.fields is None or "train" not in config.jobs or config.model.init is not Init.pretrained:
         return []
+    rows, tokens = text_fields(files.fields).get("vocab_size"), files.tokens
+    grows = type(rows) is int and tokens is not None and tokens > rows
+    added = [f"base      the embedding grows from {rows} to {tokens} rows, one for each token"] if grows else []
+    found = stored_quantization.find(files.fields)
+    return [*added, *([] if found is None else [_dequantization(config, found)])]
+
+
+def _dequantization(config: Config, found: Mapping[str, Any]) -> str:
+    """To which dtype stored weights are dequantized, and how large they are then."""
     has_adapter, base = config.adapter.kind is not AdapterKind.none, config.adapter.base
     dtype = config.train.precision.name if has_adapter else Precision.fp32.name
     counts = count(config.model.architecture, config.adapter) if config.model.architecture else None
     size = f", {counts.total * (4 if dtype == 'fp32' else 2) / 2**30:.1f} GiB in all" if counts else ""
     then = f", and then quantized to {base.name}" if base is not Frozen.full else ""
-    return [
+    return (
         f"base      {config.model.source} is stored quantized ({stored_quantization.label(found)}): each rank dequantizes the "
         f"part that it reads to {dtype}{size}{then}"
-    ]
+    )
 
 
 def _dora(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:

@@ -108,6 +108,14 @@ def test_a_base_that_is_dequantized_is_said(
         assert memory.estimate(config) == memory.estimate(same) and notes(same, observe.observe(same).model) == []
 
 
+def test_an_embedding_that_grows_is_said(compose: Compose, tmp_path: Path) -> None:
+    config = launched(compose, folder(tmp_path / "m", {}, tokens=128, added=3))
+    assert found(config) == []
+    assert notes(config, observe.observe(config).model) == [
+        "base      the embedding grows from 128 to 131 rows, one for each token"
+    ]
+
+
 def test_dora_on_conv1d_layers(compose: Compose, tmp_path: Path) -> None:
     base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 4096})
     start = "adapter.dora=true: adapts linear layers only, but c_attn, c_proj, c_fc of a gpt2 model are Conv1D layers. Use adapter."
