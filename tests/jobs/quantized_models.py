@@ -55,7 +55,10 @@ def section(kind: str, block: tuple[int, int] | None) -> dict[str, Any]:
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     group = {"weights": weights, "targets": ["Linear"], "input_activations": None}
-    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    return {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
 
 
 def fp8(
