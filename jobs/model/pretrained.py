@@ -113,7 +113,7 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
     stored = _dequantized(slices.find_tensors(folder, "model.source", source), base, source)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
-    stored, why_whole = _joined(base, stored, shapes)
+    stored, why_whole = _joined(base, stored, shapes, source)
     if why_whole:
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
@@ -141,7 +141,7 @@ def _dequantized(stored: dict[str, StoredTensor], base: PreTrainedModel, source:
 
 
 def _joined(
-    base: PreTrainedModel, stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+    base: PreTrainedModel, stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> tuple[dict[str, StoredTensor], str]:
     """The stored tensors under the names in memory, and why they cannot be read as such; empty if they can.
 
@@ -152,9 +152,11 @@ def _joined(
         return stored, ""
     why_whole = f"transformers converts {converted} while loading a {base.config.model_type} model"
     try:
-        joined = join_stored(saved_names(base), stored, shapes, f"{base.base_model_prefix}.")
+        joined, missing = join_stored(saved_names(base), stored, shapes, f"{base.base_model_prefix}.")
     except CannotStream:
         return stored, why_whole
+    if missing:
+        raise ConfigError(*_problems(source, [f"{name} is in none of the files" for name in missing]))
     left = {name: tensor for name, tensor in joined.items() if stored.get(name) is tensor}
     return (stored, why_whole) if _converted(base, left) else (joined, "")
 

@@ -78,13 +78,14 @@ def saved_names(model: Any) -> Iterable[SavedName]:
 
 def join_stored(
     saved: Iterable[SavedName], stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], prefix: str
-) -> dict[str, StoredTensor]:
+) -> tuple[dict[str, StoredTensor], list[str]]:
     """The stored tensors, with those that become one weight in memory as one tensor of many extents, under its name in memory.
 
-    Nothing is read. A weight of which parts are missing, or of another shape or dtype, stays as it is stored. `shapes` are those
-    that the files must have, by the names in memory; files may lack `prefix` before their names.
+    Nothing is read. A weight whose parts have another name, shape or dtype stays as it is stored. Also returns the parts that are
+    missing while others of the same weight are there. `shapes` are those that the files must have, by the names in memory; files
+    may lack `prefix` before their names.
     """
-    joined, parts_of = dict(stored), dict[str, list[SavedName]]()
+    joined, parts_of, missing = dict(stored), dict[str, list[SavedName]](), list[str]()
     for part in saved:
         parts_of.setdefault(part.live, []).append(part)
     for live, parts in parts_of.items():
@@ -92,6 +93,8 @@ def join_stored(
             continue
         found = [_named(part.name, stored, prefix) for part in parts]
         tensors = [stored[name] for name in found if name is not None]
+        if 0 < len(tensors) < len(parts):
+            missing += [part.name for part, name in zip(parts, found, strict=True) if name is None]
         expected = [part.shape for part in parts] if len(parts) > 1 else [shapes[live]]
         if [tensor.shape for tensor in tensors] != expected or len({tensor.dtype for tensor in tensors}) != 1:
             continue
@@ -104,7 +107,7 @@ def join_stored(
             for name in found:
                 joined.pop(str(name), None)
             joined[live] = StoredTensor(shapes[live], tensors[0].dtype, tuple(extents))
-    return joined
+    return joined, missing
 
 
 def _named(name: str, stored: Mapping[str, StoredTensor], prefix: str) -> str | None:
