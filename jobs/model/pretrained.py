@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from conf.errors import ConfigError, Problem, UserError
+from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from conf.stored_quantization import label
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import embedding_resize, stored_quantization
+from jobs.model import embedding_resize, stored_quantization, stored_tensors
 from jobs.model.quantized_linear import QuantizedLinear
-from jobs.model.saved_names import CannotStream, join_stored, saved_names
 from jobs.tensor_io import dequantize, slices
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
@@ -111,9 +110,9 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
         return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
-    stored = _dequantized(slices.find_tensors(folder, "model.source", source), base, source)
+    stored = stored_tensors.find(folder, base, source)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
-    stored, why_whole = _joined(base, stored, shapes, source)
+    stored, why_whole = stored_tensors.joined(base, stored, shapes, source)
     if why_whole:
         if getattr(base, "rows_before", None) is not None:
             raise ConfigError(
@@ -131,34 +130,6 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     if problems:
         raise ConfigError(*_problems(source, problems))
     return LoadMethod(stored)
-
-
-def _dequantized(stored: dict[str, StoredTensor], base: PreTrainedModel, source: str) -> dict[str, StoredTensor]:
-    try:
-        return dequantize.dequantized(stored, stored_quantization.section(base))
-    except dequantize.NotDequantized as error:
-        raise ConfigError(Problem("model.source", source, f"{error}: download the model again")) from error
-
-
-def _joined(
-    base: PreTrainedModel, stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], source: str
-) -> tuple[dict[str, StoredTensor], str]:
-    """The stored tensors under the names in memory, and why they cannot be read as such; empty if they can.
-
-    transformers renames or fuses weights of some families. Fused ones are read from all of their parts.
-    """
-    converted = _converted(base, stored)
-    if not converted:
-        return stored, ""
-    why_whole = f"transformers converts {converted} while loading a {base.config.model_type} model"
-    try:
-        joined, missing = join_stored(saved_names(base), stored, shapes, f"{base.base_model_prefix}.")
-    except CannotStream:
-        return stored, why_whole
-    if missing:
-        raise ConfigError(*_problems(source, [f"{name} is in none of the files" for name in missing]))
-    left = {name: tensor for name, tensor in joined.items() if stored.get(name) is tensor}
-    return (stored, why_whole) if _converted(base, left) else (joined, "")
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -183,36 +154,10 @@ def _stored_names(base: PreTrainedModel) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(candidates)) for name, candidates in names.items()}
 
 
-def _converted(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> str:
-    """The first stored tensor that transformers would rename, fuse or transpose while loading; empty if there is none."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    for transform in get_model_conversion_mapping(base, add_legacy=False):
-        for name in stored:
-            renamed, pattern = transform.rename_source_key(name)
-            if renamed != name or (pattern is not None and hasattr(transform, "operations")):
-                return name
-    return ""
-
-
 def _is_ignored(base: PreTrainedModel, name: str) -> bool:
     """Whether transformers skips this stored tensor too: from an older version, or not needed by this model class."""
     patterns = [*(base._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def file_of(name: str, config: Config) -> str:
-    """The file of a weight; empty if it is not known, or if parts of the weight are in several files."""
-    try:
-        folder = find_or_download(config.model.source, config.model.revision, cached=True)
-        stored = slices.find_tensors(folder, "model.source", config.model.source) if folder else {}
-    except (OSError, ValueError, UserError):
-        return ""
-    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-    module = plain.rpartition(".")[0]
-    parts = [stored[plain]] if plain in stored else [stored[key] for key in stored if key.startswith(f"{module}.")]
-    files = {extent.path for tensor in parts for extent in tensor.extents}
-    return files.pop() if len(files) == 1 else ""
 
 
 def _differing_ties(folder: Path, stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]]) -> list[str]:

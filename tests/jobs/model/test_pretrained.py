@@ -18,7 +18,7 @@ from jobs import backends
 from jobs.backends import zero
 from jobs.distributed.process_group import World, process_group
 from jobs.model import build as model
-from jobs.model import materialize, pretrained
+from jobs.model import materialize, pretrained, stored_tensors
 from jobs.tensor_io import model_files, slices
 from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import optimizer
@@ -378,7 +378,9 @@ def test_renamed_and_fused_weights_are_those_of_transformers(family, compose: Co
     config = compose("model=hub", f"model.source={tmp_path}", *families.COMMON)
     base = model.build_on_meta(config)
     stored = slices.find_tensors(tmp_path, "model.source", str(tmp_path))
-    assert pretrained._converted(base, stored) and not pretrained._choose_method(base, tmp_path, config).why_whole
+    assert (
+        stored_tensors.first_converted(base, stored) and not pretrained._choose_method(base, tmp_path, config).why_whole
+    )
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     _equal(model.build(config).state_dict(), expected.state_dict(), family)
 
@@ -390,7 +392,7 @@ def test_a_missing_expert_is_named(compose: Compose, tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ConfigError, match=r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight is in none of the files"
+        ConfigError, match=r"in none of the files, first model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight:"
     ):
         model.build(compose("model=hub", f"model.source={tmp_path}", *families.COMMON))
 
