@@ -168,7 +168,7 @@ def _is_of_experts(model: nn.Module, name: str, weight: torch.Tensor) -> bool:
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
         return False
-    return weight.ndim == 3 or (weight.ndim == 2 and ".experts." in name)
+    return weight.ndim == 3 or (weight.ndim == 2 and ".experts." in name and not name.endswith("bias"))
 
 
 def _without_base_layer(name: str) -> str:
