@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from conf import mesh
 from conf.batch import micro_batch_limit, split
-from conf.choices import AdapterKind
+from conf.choices import AdapterKind, Verify
 from conf.errors import DivergedError
 from conf.files import write_json
 from conf.resolve import digest
@@ -270,7 +270,8 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
             write_json(path / "fingerprint.json", fingerprints)
     if step == training.last_step and reference_logits.are_recorded(config):
         rows = training.validation_rows if len(training.validation_rows) else batches.unpacked(training.train_rows)
-        reference_logits.record(path, engine.module, rows, training.pad_token, world)
+        required = config.consolidate.verify is Verify.logits
+        reference_logits.record(path, engine.module, rows, training.pad_token, world, required=required)
     set_timeout(config.cluster.network.step_timeout_s)
 
 
