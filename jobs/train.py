@@ -17,7 +17,7 @@ from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends
-from jobs.checkpoint import checkpointing, reshard
+from jobs.checkpoint import checkpointing, disk_space, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
@@ -68,6 +68,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     backend = backends.import_backend(config)
     checkpoint = checkpointing.find_newest(config, world)
     model = build.build_on_meta(config)
+    disk_space.check(config, lambda: model, world, last_step)
     if config.data.packing:
         loss.separate_samples(model, world)
     router_loss.attach(model)
