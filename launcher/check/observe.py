@@ -4,6 +4,7 @@ It only reports: `launcher.check.rules` decides what is wrong.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
-from launcher.check import model_files
+from launcher.check import model_files, packing_rules
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
 
@@ -74,6 +75,8 @@ class Facts:
     """What lies in the folder of `model.source`, if it is on this machine."""
     families: Families | None = None
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
+    kernels: frozenset[str] | None = None
+    """Packages with kernels for packed rows that jobs can import; None if jobs use another Python."""
     existing: Config | None = None
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
@@ -96,6 +99,7 @@ def observe(config: Config) -> Facts:
         first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
         model=model,
         families=_families(config, model),
+        kernels=_kernels(config),
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(_missing_secrets(config)),
@@ -120,9 +124,19 @@ def _model(config: Config) -> ModelFiles | None:
 
 
 def _families(config: Config, model: ModelFiles | None) -> Families | None:
-    cluster, fields = config.cluster, (model.fields if model else None) or {}
-    same = cluster.container is Container.none and cluster.python in (None, sys.executable)
-    return model_files.families() if same and fields.get("model_type") not in (None, *DEFAULTS) else None
+    known = ((model.fields if model else None) or {}).get("model_type") in (None, *DEFAULTS)
+    return model_files.families() if _jobs_use_this_python(config) and not known else None
+
+
+def _kernels(config: Config) -> frozenset[str] | None:
+    if not config.data.packing or not _jobs_use_this_python(config):
+        return None
+    packages = frozenset().union(*packing_rules.LEAKING.values())
+    return frozenset(name for name in packages if importlib.util.find_spec(name))
+
+
+def _jobs_use_this_python(config: Config) -> bool:
+    return config.cluster.container is Container.none and config.cluster.python in (None, sys.executable)
 
 
 def local_gpus() -> int:
