@@ -2,12 +2,10 @@
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from conf.files import write_json
 from conf.jobs import RESUMABLE
@@ -27,11 +25,7 @@ from launcher.run_folder.status import (
 )
 
 RESUME = "to continue: muster resume RUN"
-WAIT_S, PAUSE_S = 600.0, 5.0
-"""How long to retry while the controller does not answer, and the pause between tries."""
 BY_SLURM = "Slurm itself has requeued the job"
-
-Answer = TypeVar("Answer")
 
 
 class SlurmView(Enum):
@@ -65,12 +59,21 @@ def decide_and_requeue(
     `folder` is the job's folder, `restarts` is Slurm's restart count of this start (SLURM_RESTART_COUNT), and
     `max_restarts` is None if nothing may be requeued. Returns the changed verdict. After the requeue, Slurm ends the
     batch script.
+
+    Waits for as long as the job lives while Slurm is busy: the work is saved, and without the requeue the run would end.
     """
+    with slurm.retrying():
+        return _decide_and_requeue(folder, verdict, max_restarts, restarts)
+
+
+def _decide_and_requeue(
+    folder: Path, verdict: dict[str, Any], max_restarts: int | None, restarts: int
+) -> dict[str, Any]:
     path, job_id = folder / f"attempt-{verdict['attempt']}.json", str(verdict["job_id"])
     view: SlurmView | None = None
     problem = ""
     try:
-        view = retry_while_unreachable(lambda: view_of_job(job_id, restarts))
+        view = view_of_job(job_id, restarts)
     except slurm.SlurmError as error:
         problem = f"Slurm does not give the job's state: {error}"
     _correct_status(verdict, view)
@@ -89,7 +92,7 @@ def decide_and_requeue(
     write_json(path, verdict)  # before the requeue, because Slurm may leave no time afterwards
     if verdict["requeued"] and view is not SlurmView.REQUEUED:
         try:
-            verdict["next"] += retry_while_unreachable(lambda: requeue_job(job_id, verdict))
+            verdict["next"] += requeue_job(job_id, verdict, restarts)
         except slurm.SlurmError as error:
             verdict |= {"requeued": False, "next": f"Slurm refused to requeue the job ({error}); {RESUME}"}
         write_json(path, verdict)
@@ -165,21 +168,6 @@ def _reason_never_to_restart(last: dict[str, Any], max_restarts: int | None, sav
     return ""
 
 
-def retry_while_unreachable(ask: Callable[[], Answer]) -> Answer:
-    """Return the result of `ask`. Retries for WAIT_S while Slurm's controller cannot be contacted.
-
-    The controller may be restarting, and the work is saved already, so waiting costs little. Raises SlurmError.
-    """
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            return ask()
-        except slurm.SlurmError as error:
-            if "contact" not in str(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(PAUSE_S)
-
-
 def view_of_job(job_id: str, restarts: int) -> SlurmView:
     """Ask Slurm how it sees the job whose restart count was `restarts` when this script started. Raises SlurmError."""
     job = slurm.show_job(job_id)
@@ -191,14 +179,21 @@ def view_of_job(job_id: str, restarts: int) -> SlurmView:
     return by_reason.get(job.get("Reason", ""), SlurmView.CANCELLED)
 
 
-def requeue_job(job_id: str, verdict: dict[str, Any]) -> str:
+def requeue_job(job_id: str, verdict: dict[str, Any], restarts: int) -> str:
     """Requeue the job, and exclude the node if it is bad. Returns what to add to the verdict's `next`.
 
     Slurm sends SIGTERM to the batch script at once, and SIGKILL after KillWait, so this must be the script's last act.
     The exclusion comes second, because Slurm changes the nodes of a pending job only. Raises SlurmError.
     """
-    excluded = slurm.show_job(job_id).get("ExcNodeList", "(null)")
-    slurm.requeue(job_id)
+    job = slurm.show_job(job_id)
+    if slurm.requeues_by_itself(job):
+        return "; Slurm requeues the job that it preempts"
+    excluded = job.get("ExcNodeList", "(null)")
+    try:
+        slurm.requeue(job_id)
+    except slurm.SlurmError:  # an earlier try, which got no answer, may have requeued it
+        if view_of_job(job_id, restarts) is not SlurmView.REQUEUED:
+            raise
     if verdict["status"] != BAD_NODE:
         return ""
     node = str(verdict["host"])

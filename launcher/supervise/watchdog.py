@@ -32,6 +32,8 @@ PUBLISH_S = 10.0
 GATHER_S = 20.0
 """How long the node that notices a hang first waits for the other nodes' evidence.
 jobs.distributed.process_group.MARGIN_S leaves time for it."""
+GONE_CHECKS = 3
+"""After how many checks, PUBLISH_S apart, a run folder that cannot be found counts as deleted."""
 MARK = "hang.begun"
 """File in the attempt's folder that tells all nodes that one of them has noticed a hang."""
 
@@ -51,6 +53,7 @@ class Watchdog:
         self.heartbeats: dict[int, dict[str, Any]] = {}
         """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
         self.last_poll, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
+        self.checks_gone = 0
 
     def run(self) -> None:
         """Watch until every rank of the node has ended, by itself or because this killed it."""
@@ -69,7 +72,10 @@ class Watchdog:
             if silent_s is not None or (due and (self.attempt / MARK).exists()):
                 self._end_hang()
                 break
-            if due:
+            if due and self._is_deleted():
+                self._kill_ranks()
+                break
+            if due and not self.checks_gone:
                 self._publish()
             time.sleep(POLL_S)
         shutil.rmtree(self.local, ignore_errors=True)
@@ -104,6 +110,12 @@ class Watchdog:
         limit_s = self.limits_s.get(known["phase"], self.limits_s["start"])
         return known["phase"] != "ended" and known["silent_s"] > limit_s and process_inspection.is_alive(known)
 
+    def _is_deleted(self) -> bool:
+        """Return whether the run was deleted: its ranks could save nothing, and their writes would make a part of it again."""
+        self.checks_gone = 0 if (self.attempt / "begin.json").exists() else self.checks_gone + 1
+        self.published = time.monotonic()
+        return self.checks_gone >= GONE_CHECKS
+
     def _publish(self, answered: bool = False) -> None:
         """Write this node's heartbeats for the other nodes and `status`. `answered`: the ranks have been inspected."""
         ranks = {str(rank): {**heartbeat, "answered": answered} for rank, heartbeat in sorted(self.heartbeats.items())}
@@ -131,6 +143,9 @@ class Watchdog:
                 verdict = hang_diagnosis.diagnose(evidence, self.world_size, code)
                 write_json(verdict_path, verdict | {"time": time.time()})
             break
+        self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
         for heartbeat in self.heartbeats.values():
             if heartbeat["phase"] != "ended":
                 process_inspection.send_signal(heartbeat, signal.SIGKILL)
