@@ -131,6 +131,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     try:
         with slurm.retrying(WAIT_S):
             return int(options.command(options))
+    except slurm.BusyError as error:
+        print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)
+        return 2
     except (UserError, slurm.SlurmError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ def held(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         # Not fcntl.lockf: its lock is lost as soon as this process closes any file object of the file.
         descriptor = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        raise  # it may be another user's run
     except OSError as error:
         raise RunError(Problem("run_dir", run, f"cannot be written: {error.strerror} ({error.filename})")) from error
     try:
@@ -121,16 +123,22 @@ def _is_stale(other: Holder, run: Path, supported: bool) -> bool:
 def _locks_reach_all_hosts(run: Path) -> bool:
     """Return whether a lock on a file in `run` counts on every host that mounts its file system."""
     path, mount = os.path.realpath(run), ("", "", "")
-    with suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
-            _, where, kind, options, *_ = line.split()
-            where = where.replace("\\040", " ")
-            if (path == where or path.startswith(where.rstrip("/") + "/")) and len(where) >= len(mount[0]):
-                mount = (where, kind, options)
+    for line in _mounts().splitlines():
+        _, where, kind, options, *_ = line.split()
+        where = where.replace("\\040", " ")
+        if (path == where or path.startswith(where.rstrip("/") + "/")) and len(where) >= len(mount[0]):
+            mount = (where, kind, options)
     _, kind, options = mount
     if kind == "lustre" and "flock" not in options.split(","):
         return False
     return not kind.startswith(LOCAL_TYPES) and not LOCAL_OPTIONS & set(options.split(","))
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _write_record(run: Path, replace: bool) -> None:

@@ -152,9 +152,9 @@ def cancel(run: Path) -> list[str]:
 def stop(run: Path) -> Path:
     """Ask the run's training to save and end, by a file that it looks for; works without Slurm. Returns the file.
 
-    Raises RunError if no training is running.
+    Raises RunError if no training is running, and SlurmError if Slurm does not say so.
     """
-    job = next((job for job in job_states(run) if job.name == "train"), None)
+    job = next((job for job in job_states(run, strict=True) if job.name == "train"), None)
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(

@@ -53,7 +53,7 @@ class Watchdog:
         self.heartbeats: dict[int, dict[str, Any]] = {}
         """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
         self.last_poll, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
-        self.checks_gone = 0
+        self.inode, self.checks_gone = _inode(self.attempt), 0
 
     def run(self) -> None:
         """Watch until every rank of the node has ended, by itself or because this killed it."""
@@ -112,7 +112,7 @@ class Watchdog:
 
     def _is_deleted(self) -> bool:
         """Return whether the run was deleted: its ranks could save nothing, and their writes would make a part of it again."""
-        self.checks_gone = 0 if (self.attempt / "begin.json").exists() else self.checks_gone + 1
+        self.checks_gone = 0 if _inode(self.attempt) in (self.inode, None) else self.checks_gone + 1
         self.published = time.monotonic()
         return self.checks_gone >= GONE_CHECKS
 
@@ -157,6 +157,16 @@ class Watchdog:
         except OSError:
             return False
         return True
+
+
+def _inode(folder: Path) -> int | None:
+    """Return what identifies a folder; 0 if it does not exist, None if the file system does not answer."""
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def _read_heartbeat(path: Path) -> dict[str, Any] | None:
