@@ -32,8 +32,6 @@ PUBLISH_S = 10.0
 GATHER_S = 20.0
 """How long the node that notices a hang first waits for the other nodes' evidence.
 jobs.distributed.process_group.MARGIN_S leaves time for it."""
-GONE_CHECKS = 3
-"""After how many checks, PUBLISH_S apart, a run folder that cannot be found counts as deleted."""
 MARK = "hang.begun"
 """File in the attempt's folder that tells all nodes that one of them has noticed a hang."""
 
@@ -53,7 +51,6 @@ class Watchdog:
         self.heartbeats: dict[int, dict[str, Any]] = {}
         """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
         self.last_poll, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
-        self.inode, self.checks_gone = _inode(self.attempt), 0
 
     def run(self) -> None:
         """Watch until every rank of the node has ended, by itself or because this killed it."""
@@ -72,10 +69,7 @@ class Watchdog:
             if silent_s is not None or (due and (self.attempt / MARK).exists()):
                 self._end_hang()
                 break
-            if due and self._is_deleted():
-                self._kill_ranks()
-                break
-            if due and not self.checks_gone:
+            if due:
                 self._publish()
             time.sleep(POLL_S)
         shutil.rmtree(self.local, ignore_errors=True)
@@ -110,12 +104,6 @@ class Watchdog:
         limit_s = self.limits_s.get(known["phase"], self.limits_s["start"])
         return known["phase"] != "ended" and known["silent_s"] > limit_s and process_inspection.is_alive(known)
 
-    def _is_deleted(self) -> bool:
-        """Return whether the run was deleted: its ranks could save nothing, and their writes would make a part of it again."""
-        self.checks_gone = 0 if _inode(self.attempt) in (self.inode, None) else self.checks_gone + 1
-        self.published = time.monotonic()
-        return self.checks_gone >= GONE_CHECKS
-
     def _publish(self, answered: bool = False) -> None:
         """Write this node's heartbeats for the other nodes and `status`. `answered`: the ranks have been inspected."""
         ranks = {str(rank): {**heartbeat, "answered": answered} for rank, heartbeat in sorted(self.heartbeats.items())}
@@ -143,9 +131,6 @@ class Watchdog:
                 verdict = hang_diagnosis.diagnose(evidence, self.world_size, code)
                 write_json(verdict_path, verdict | {"time": time.time()})
             break
-        self._kill_ranks()
-
-    def _kill_ranks(self) -> None:
         for heartbeat in self.heartbeats.values():
             if heartbeat["phase"] != "ended":
                 process_inspection.send_signal(heartbeat, signal.SIGKILL)
@@ -157,16 +142,6 @@ class Watchdog:
         except OSError:
             return False
         return True
-
-
-def _inode(folder: Path) -> int | None:
-    """Return what identifies a folder; 0 if it does not exist, None if the file system does not answer."""
-    try:
-        return folder.stat().st_ino
-    except FileNotFoundError:
-        return 0
-    except OSError:
-        return None
 
 
 def _read_heartbeat(path: Path) -> dict[str, Any] | None:

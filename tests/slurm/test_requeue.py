@@ -44,7 +44,7 @@ def test_a_signalled_training_restarts_and_the_next_job_waits_for_its_end(
     commands.call("scancel", *options, runs.job_id(run, "train"))
     runs.wait_until(lambda: (run / "jobs/train/attempt-1.json").exists())
     states = runs.job_states(run)
-    assert (states["train"].state in commands.LIVE, states["train"].failed) == (True, False)
+    assert (states["train"].state in commands.LIVE_STATES, states["train"].failed) == (True, False)
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]
@@ -183,7 +183,7 @@ builtins.__import__ = fails
 def test_a_training_excludes_a_bad_node(whole: Path, start: runs.Start, tmp_path: Path) -> None:
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
     runs.wait_until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
-    job = commands.job(runs.job_id(run, "train"))
+    job = commands.show_job(runs.job_id(run, "train"))
     assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]

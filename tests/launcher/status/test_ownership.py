@@ -17,7 +17,8 @@ from tests.conftest import ROOT, Compose, Programs, module, put
 
 AS_NOBODY = """
 import os, sys
-import launch, rich.table, rich.console, rich.text, rich._unicode_data  # this interpreter may lie where only root can read
+import encodings.utf_8_sig, rich.console, rich._unicode_data, rich.table, rich.text  # only root may be able to read this Python
+import launch
 from launcher.__main__ import main
 
 def drop(result=None):

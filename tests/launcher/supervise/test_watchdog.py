@@ -1,7 +1,6 @@
 """launcher/supervise/watchdog.py on real processes: ranks that stop, sleep, never start or work; the verdict and the kill."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +82,7 @@ def start_node(attempt: Path, test_processes: list["subprocess.Popen[bytes]"]) -
             words += [f"--{name}", limits.get(name, 60)]
         ranks = [python("-c", RANK, local, first + rank, what) for rank, what in enumerate(does)]
         until(lambda: len(list(local.glob("*.beat"))) == len(does) or any(rank.poll() is not None for rank in ranks))
-        program = f"from launcher.supervise import watchdog; watchdog.PUBLISH_S = {limits.get('publish', 10)}; watchdog.main()"
-        return [python("-c", program, local, attempt, *words), *ranks]
+        return [python("-m", "launcher.supervise.watchdog", local, attempt, *words), *ranks]
 
     def python(*words: object) -> "subprocess.Popen[bytes]":
         test_processes.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT))
@@ -195,12 +193,3 @@ def test_a_suspended_job_does_not_count_as_a_hang(attempt: Path, start_node: Sta
         time.sleep(5 if number == signal.SIGSTOP else 1.5)
     assert [process.poll() for process in processes] == [None, None]
     assert not (attempt / watchdog.MARK).exists()
-
-
-def test_the_ranks_of_a_deleted_run_are_ended(attempt: Path, start_node: StartNode) -> None:
-    """Ranks of a deleted run would train for days and save nothing."""
-    node = start_node(0, "works", "works", world=2, publish=0.3)
-    until((attempt / "node-0.json").exists)
-    shutil.rmtree(attempt)
-    assert [process.wait(20) for process in node] == [0, -signal.SIGKILL, -signal.SIGKILL]
-    assert not attempt.exists()
