@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying, run_once, wait_after
@@ -48,6 +48,8 @@ class SlurmJob:
     name: str = ""
     folder: str = ""
     """The folder in which the job starts."""
+    script: str = ""
+    """The path that was given to sbatch. Only `own_jobs` knows it."""
     silence: str = ""
     """Why Slurm gave no answer about the id; its state is UNKNOWN then."""
 
@@ -229,17 +231,18 @@ def _jobs_of_script(script: Path, is_ours: Callable[[SlurmJob], bool]) -> list[S
     found: list[SlurmJob] = []
     for pause_s in (0.0, SETTLE_S):
         time.sleep(pause_s)
-        found = [job for job, command in _all_of_user() if command == str(script) or is_ours(job)]
+        found = [job for job in own_jobs() if job.script == str(script) or is_ours(job)]
         if found:
             break
     return sorted(found, key=lambda job: int(job.job_id))
 
 
-def _all_of_user() -> list[tuple[SlurmJob, str]]:
-    """Return the jobs of this user, also those that have just ended, each with the path of its script."""
+def own_jobs() -> list[SlurmJob]:
+    """Return all jobs of this user, also those that have just ended. Raises SlurmError."""
     printed = call("squeue", "--noheader", "--me", "--states=all", "--format", f"%o|{FIELDS}")
     rows = (line.partition("|") for line in printed.splitlines())
-    return [(job, command.strip()) for command, _, line in rows if (job := _parse(line)) and job.job_id.isdigit()]
+    found = [(_parse(line), script.strip()) for script, _, line in rows]
+    return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
 
 
 def _parse(line: str) -> SlurmJob | None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,28 @@ def active_jobs(run: Path) -> str | None:
         return None
     try:
         jobs = job_states(run, strict=True)
+        others = _unrecorded_jobs(run, jobs)
     except slurm.SlurmError as error:
         raise SiteError(
             Problem("run_dir", run, f"may be running already, and Slurm does not answer ({error}); try again later")
         ) from error
     names = [f"{job.name} {job.job_id} is {job.state}" for job in jobs if job.state in slurm.LIVE_STATES]
+    names += [f"{job.name} {job.job_id} is {job.state}" for job in others]
     return ", ".join(names) or None
+
+
+def _unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob]:
+    """Return the pending and running Slurm jobs that start in the run's folder and are not in `jobs`.
+
+    A script may have been submitted by hand, and launch.py may have been killed before it recorded a job. Raises SlurmError.
+    """
+    known = {job.job_id for job in jobs}
+    try:
+        own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+    except slurm.NoSlurmError:
+        return []
+    started = record.StartedJob("", "slurm")
+    return [job for job in own if job.job_id not in known and ownership.is_of_run(job, run, started)]
 
 
 def cancel(run: Path) -> list[str]:
@@ -139,14 +156,16 @@ def cancel(run: Path) -> list[str]:
     holder = lock.holder(run)
     if _is_elsewhere(holder):
         raise RunError(Problem("RUN", run, f"is used by {holder}. Type this there"))
-    live = [job for job in job_states(run, strict=True) if job.state in slurm.LIVE_STATES]
-    slurm_ids = [job.job_id for job in live if job.name in on_slurm]
+    jobs = job_states(run, strict=True)
+    live = [job for job in jobs if job.state in slurm.LIVE_STATES]
+    others = _unrecorded_jobs(run, jobs)
+    slurm_ids = [job.job_id for job in live if job.name in on_slurm] + [job.job_id for job in others]
     if slurm_ids:
         slurm.cancel(slurm_ids)
     for job in live:
         if job.job_id not in slurm_ids:
             os.kill(int(job.job_id), signal.SIGINT)  # submitit's local controller then ends its ranks
-    return [job.name for job in live]
+    return [job.name for job in live] + [job.name for job in others]
 
 
 def stop(run: Path) -> Path:

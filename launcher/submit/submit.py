@@ -1,5 +1,6 @@
 """Starts the jobs of a run: writes the run folder, then submits a chain of Slurm jobs, or runs the jobs on this machine."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,10 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
         why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
         remedy = f"Slurm {why} {job.name}: {error}{cancelled}"
         raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
+    except KeyboardInterrupt:  # half a chain would be of no use
+        if cancelled := _cancel_submitted(ids):
+            print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
+        raise
     print(f"\nwatch with   muster status {config.run_dir}   muster logs {config.run_dir} --follow")
 
 

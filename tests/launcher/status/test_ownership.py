@@ -163,11 +163,40 @@ def test_a_run_of_another_user(
     )
     folder.parent.chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, command, run], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+        [sys.executable, "-c", AS_NOBODY, command, run],
+        cwd=ROOT,
+        env=os.environ | {"HOME": "/"},
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" not in done.stderr
     assert (done.returncode, len(done.stderr.splitlines())) == ((2, 1) if message else (0, 0)), done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.site(
+    case="A script of a run is submitted by hand, or launch.py is killed right after sbatch",
+    before="the waiting job was not seen: resume queued a second training, cancel left it in the queue",
+    after="jobs that start in the run's folder count, recorded or not",
+)
+def test_a_job_that_was_not_recorded_counts(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
+    rows = {"103": run, "104": run.parent / "other"}
+    lines = "; ".join(f"echo '/x.sh|{job}|PENDING|me|tiny/train|{folder}/code'" for job, folder in rows.items())
+    path = programs(squeue=lines, sacct="echo '102|COMPLETED'", scancel="exit 0")
+    assert state.active_jobs(run) == "tiny/train 103 is PENDING"
+    assert module("launcher", "cancel", run, env=surroundings).stdout == "cancelled 1 job\n"
+    assert (path / "scancel.calls").read_text() == "103\n"
+
+
+def test_a_local_job_is_found_through_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "real/run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    command = [sys.executable, "-c", "input()", str(tmp_path / "link/run/jobs/train")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        launch = {"cluster": "local", "jobs": {"train": str(process.pid)}}
+        write_json(tmp_path / "real/run/run.json", {"launches": [launch]})
+        for path in ("link", "real"):
+            assert [job.state for job in state.job_states(tmp_path / path / "run")] == ["RUNNING"]
 
 
 def test_the_owner_of_a_run_is_asked_for_in_squeue(
