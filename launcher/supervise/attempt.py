@@ -81,6 +81,8 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
+        return
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
         with slurm.retrying():
