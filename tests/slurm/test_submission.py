@@ -67,8 +67,11 @@ def test_a_launch_while_the_controller_stalls_starts_each_job_once(slurm: Cluste
 def test_a_training_is_requeued_although_the_controller_stalls(whole: Path, start: runs.Start, slurm: Cluster) -> None:
     run = start()
     runs.wait_until(lambda: runs.step(run) >= 5)
-    commands.call("scancel", "--signal=USR2", runs.job_id(run, "train"))
     with stalled(slurm, 75):
+        for pid in runs.ranks(
+            run
+        ).values():  # not by scancel: the controller would send the signal once more afterwards
+            os.kill(pid, signal.SIGUSR2)
         runs.wait_until(lambda: (run / "jobs/train/attempt-1.json").exists())
     assert runs.final_verdict(run, "train")["status"] == "completed"
     assert [item["status"] for item in attempts.verdicts(run / "jobs/train")] == ["preempted", "completed"]
@@ -85,6 +88,17 @@ def test_a_launch_inside_a_job_is_as_one_outside(outer: str, slurm: Cluster, tmp
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert runs.final_verdict(run, "preflight")["status"] == "completed"
+
+
+def test_a_completed_job_that_is_requeued_ends_at_once(slurm: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    runs.complete(run, PREFLIGHT)
+    job_id = runs.job_id(run, "preflight")
+    commands.requeue(job_id)
+    runs.wait_until(lambda: commands.show_job(job_id)["Restarts"] == "1" and not runs.is_active(run))
+    assert commands.show_job(job_id)["JobState"] == "COMPLETED"
+    assert [item["status"] for item in attempts.verdicts(run / "jobs/preflight")] == ["completed"]
+    assert not (run / "jobs/preflight/attempt-2").exists()
 
 
 def test_cancel_leaves_the_job_of_another_run_alone(slurm: Cluster, tmp_path: Path) -> None:
