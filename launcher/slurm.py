@@ -7,13 +7,10 @@ from __future__ import annotations  # the node's own Python outside a container 
 
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying, run_once, wait_after
+from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
 
 __all__ = ["BusyError", "NoSlurmError", "SlurmError", "call", "retrying"]
 
@@ -32,10 +29,6 @@ LIVE_STATES = {
 
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
-SBATCH_TIMEOUT_S = 120.0
-"""A site's checks at submission may take a minute."""
-SETTLE_S = 5.0
-"""How long a controller that answers again may still take to queue what it received before it stalled."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,15 @@ def requeues_by_itself(job: dict[str, str]) -> bool:
     """
     if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1" or version() < (24, 5):
         return False
+    try:
+        mode = _preempt_mode(job)
+    except SlurmError:  # Slurm does not tell, or this node has no sacctmgr
+        return False
+    return "REQUEUE" in mode.upper()
+
+
+def _preempt_mode(job: dict[str, str]) -> str:
+    """Return what preemption does to a job: the mode of its partition or QOS, else that of the cluster. Raises SlurmError."""
     settings = call("scontrol", "show", "config")
     if re.search(r"^PreemptType\s*=\s*preempt/partition_prio", settings, re.MULTILINE):
         settings = call("scontrol", "show", "partition", job.get("Partition", ""))
@@ -136,9 +138,9 @@ def requeues_by_itself(job: dict[str, str]) -> bool:
         words = ("--noheader", "--parsable2", "show", "qos", job["QOS"], "format=PreemptMode")
         mode = call("sacctmgr", *words).strip()
         if mode not in ("", "cluster"):
-            settings = f"PreemptMode={mode}"
-    mode_of_job = re.search(r"\bPreemptMode\s*=\s*(\S+)", settings)
-    return mode_of_job is not None and "REQUEUE" in mode_of_job[1].upper()
+            return mode
+    match = re.search(r"\bPreemptMode\s*=\s*(\S+)", settings)
+    return match[1] if match else ""
 
 
 def version() -> tuple[int, int]:
@@ -178,63 +180,6 @@ def cancel(job_ids: Iterable[str]) -> None:
 def installed() -> bool:
     """Return whether this machine has Slurm's commands."""
     return shutil.which("squeue") is not None
-
-
-def submit(script: Path, is_ours: Callable[[SlurmJob], bool]) -> str:
-    """Give a batch script to sbatch, and return the id of its job. Raises SlurmError if Slurm refuses it.
-
-    After an error that leaves open whether the job is queued, looks for it and takes it. The script is given to sbatch again
-    only when the job is certainly not queued, so there is never a second one. `is_ours` recognizes the job where a site's
-    sbatch submits a copy of the script.
-    """
-    tries, is_open = 0, False
-    while True:
-        began = time.monotonic()
-        try:
-            output = run_once(("sbatch", str(script)), SBATCH_TIMEOUT_S)
-            break
-        except BusyError as error:
-            is_open = is_open or error.delivered
-            try:
-                if is_open and (found := _jobs_of_script(script, is_ours)):
-                    return found[0].job_id
-                wait_after(error, tries, time.monotonic() - began)
-            except BusyError as last:
-                hint = (
-                    ". It may be queued for all that: look with squeue --me, and end it with scancel" if is_open else ""
-                )
-                raise BusyError(f"{last}{hint}") from None
-            tries += 1
-    print(output.stderr, end="", file=sys.stderr, flush=True)  # notices of the site
-    job_id = submitted_id(output.stdout)
-    if job_id is not None and not is_open:
-        return job_id
-    found = _jobs_of_script(script, is_ours)
-    if job_id is None and not found:
-        raise SlurmError(f"sbatch printed no job id: {' | '.join(output.stdout.split(chr(10)))}")
-    job_id = job_id or found[0].job_id
-    if others := [job.job_id for job in found if job.job_id != job_id and job.state in LIVE_STATES]:
-        cancel(others)
-    return job_id
-
-
-def submitted_id(printed: str) -> str | None:
-    """Return the job id in what sbatch printed. A site's sbatch may print more lines, before and after it."""
-    for pattern in (r"^Submitted batch job (\d+)\b", r"^(\d+)(?:;\S+)?\s*$"):  # the second: with --parsable
-        if found := re.findall(pattern, printed, re.MULTILINE):
-            return str(found[-1])
-    return None
-
-
-def _jobs_of_script(script: Path, is_ours: Callable[[SlurmJob], bool]) -> list[SlurmJob]:
-    """Return the jobs of a script, oldest first. Asks twice, so that the controller has time to queue what it had received."""
-    found: list[SlurmJob] = []
-    for pause_s in (0.0, SETTLE_S):
-        time.sleep(pause_s)
-        found = [job for job in own_jobs() if job.script == str(script) or is_ours(job)]
-        if found:
-            break
-    return sorted(found, key=lambda job: int(job.job_id))
 
 
 def own_jobs() -> list[SlurmJob]:

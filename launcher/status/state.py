@@ -132,6 +132,8 @@ def _unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob
 
     A script may have been submitted by hand, and launch.py may have been killed before it recorded a job. Raises SlurmError.
     """
+    if not any(run.glob("jobs/*.sbatch")):  # it was never launched on Slurm
+        return []
     known = {job.job_id for job in jobs}
     try:
         own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]

@@ -38,7 +38,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run on Slurm whose training has the id 102."""
-    (tmp_path / "run/code").mkdir(parents=True)
+    for folder in ("code", "jobs"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run/jobs/train.sbatch").touch()
     of_train = {"slurm_name": "tiny/train", "folder": "code"}
     launch = {"cluster": "slurm", "jobs": {"train": "102"}, "slurm": {"train": of_train}}
     write_json(tmp_path / "run/run.json", {"launches": [launch]})
