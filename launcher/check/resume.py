@@ -78,9 +78,7 @@ def stored_path(run: Path) -> str:
             return str(run)
         stored = resolve.load(run / "config.yaml").run_dir
         return stored if run.samefile(stored) else str(run)
-    except PermissionError:
-        raise
-    except OSError:  # the folder was moved, or there can be none of this name
+    except OSError:  # the folder was moved, is closed to this user, or can have no such name
         return str(run)
 
 

@@ -60,9 +60,9 @@ def test_a_launch_while_the_controller_stalls_starts_each_job_once(slurm: Cluste
 
 @pytest.mark.proof
 @pytest.mark.site(
-    case="The controller stalls when a training asks to be requeued",
-    before="the training ended for good",
-    after="it waits, and goes on",
+    case="The controller does not answer when a preempted training asks to be requeued",
+    before="the training ended for good after the first error, although it had saved its work",
+    after="it asks again for as long as the job lives",
 )
 def test_a_training_is_requeued_although_the_controller_stalls(whole: Path, start: runs.Start, slurm: Cluster) -> None:
     run = start()
