@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,6 +26,8 @@ from launcher.run_folder.status import (
 )
 
 RESUME = "to continue: muster resume RUN"
+WAIT_S = 120.0
+"""How long a job that does not start again waits for a Slurm that is busy."""
 BY_SLURM = "Slurm itself has requeued the job"
 
 
@@ -60,14 +63,22 @@ def decide_and_requeue(
     `max_restarts` is None if nothing may be requeued. Returns the changed verdict. After the requeue, Slurm ends the
     batch script.
 
-    Waits for as long as the job lives while Slurm is busy: the work is saved, and without the requeue the run would end.
+    While Slurm is busy, waits for as long as the job lives if it should start again: the work is saved, and without the
+    requeue the run would end.
     """
-    with slurm.retrying():
-        return _decide_and_requeue(folder, verdict, max_restarts, restarts)
+    # Only attempts of this submission: a resume by hand starts the count of restarts anew.
+    earlier = [
+        item
+        for item in attempts.verdicts(folder)
+        if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == str(verdict["job_id"])
+    ]
+    may_restart = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE).again
+    with slurm.retrying(math.inf if may_restart else WAIT_S):
+        return _decide_with_slurm(folder, verdict, earlier, max_restarts, restarts)
 
 
-def _decide_and_requeue(
-    folder: Path, verdict: dict[str, Any], max_restarts: int | None, restarts: int
+def _decide_with_slurm(
+    folder: Path, verdict: dict[str, Any], earlier: list[dict[str, Any]], max_restarts: int | None, restarts: int
 ) -> dict[str, Any]:
     path, job_id = folder / f"attempt-{verdict['attempt']}.json", str(verdict["job_id"])
     view: SlurmView | None = None
@@ -77,12 +88,6 @@ def _decide_and_requeue(
     except slurm.SlurmError as error:
         problem = f"Slurm does not give the job's state: {error}"
     _correct_status(verdict, view)
-    # Only attempts of this submission: a resume by hand starts the count of restarts anew.
-    earlier = [
-        item
-        for item in attempts.verdicts(folder)
-        if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == job_id
-    ]
     decision = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE)
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
     if view is SlurmView.REQUEUED:

@@ -254,6 +254,15 @@ def test_requeue_waits_for_a_busy_controller(
     assert changes_asked(path) == ["requeue 7"]
 
 
+def test_a_job_that_does_not_start_again_waits_less(
+    folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeue, "WAIT_S", 0.2)
+    programs(scontrol='echo "Socket timed out on send/recv operation" >&2; exit 1')
+    verdict = requeue_first_attempt(folder, ended("user_error"))
+    assert (verdict["status"], verdict["requeued"]) == ("user_error", False)
+
+
 def test_a_requeue_without_an_answer_may_have_been_done(
     folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
