@@ -10,6 +10,8 @@ MusterError
     └── SiteError      this machine or cluster lacks what the config asks for (Slurm, GPUs, ports)
 """
 
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
+
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar

@@ -78,7 +78,19 @@ def load(path: Path) -> Config:
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
     assert isinstance(stored, DictConfig)
+    _rename_old_keys(stored)
     return resolve(stored)
+
+
+def _rename_old_keys(stored: DictConfig) -> None:
+    """Give the container of a run that an earlier version started the keys of today, in place."""
+    cluster = stored.get("cluster")
+    if not isinstance(cluster, DictConfig) or not isinstance(cluster.get("container"), str):
+        return
+    runtime, image = cluster.pop("container"), cluster.pop("container_image", None)
+    cluster.container = {"image": image, "mounts": cluster.pop("container_mounts", [])}
+    if runtime != "none":
+        cluster.container.runtime = runtime
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,6 @@ from conf.choices import (
     Attention,
     Backend,
     Checkpointing,
-    Container,
     Executor,
     Float8,
     Format,
@@ -31,6 +30,7 @@ from conf.choices import (
     Overlong,
     Precision,
     Role,
+    Runtime,
     Submit,
     Tracker,
     TrainOnEnd,
@@ -240,7 +240,7 @@ class Data:
     """Processes that tokenize. Null: one for each CPU core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
     cache: str | None = None
     """Folder for tokenized sets. Runs share them; they are named by a hash of their content. Null: `.data` next to the
-    run folder."""
+    run folder. `$NAME` is expanded on the node."""
     seed: int = at_least(0, 0)
     """Seed for the choice of validation rows, for subsets of sets, and for the order of training rows."""
     gates: Gates = field(default_factory=Gates)
@@ -435,14 +435,20 @@ class Resources:
     exclusive: bool = False
     """Do not share nodes with other jobs."""
     sbatch: dict[str, str | None] = field(default_factory=dict)
-    """Any other sbatch options by their long name, for example `{reservation: night}`. Null removes an option that Muster sets:
-    `{gpus-per-node: null, gres: "gpu:8"}`."""
+    """Any other sbatch options, for example `{reservation: night, overcommit: true}`. True: a flag without a value. Null: leave
+    out an option that Muster sets. An option that asks for the same in another way replaces Muster's: `{gres: "gpu:8"}`,
+    `{mem-per-cpu: 4G}`. `dependency` is added to the dependencies of the job. Put times into quotes."""
 
 
 @dataclass
 class Network:
     interface: str = "auto"
     """Network interface for sockets. `auto`: on each node, the interface that routes to MASTER_ADDR."""
+    master_suffix: str | None = None
+    """Added to the name of the first node to get MASTER_ADDR, where ranks must meet at another name than Slurm's: with `i`,
+    jwb0001 becomes jwb0001i."""
+    master_address: str | None = None
+    """MASTER_ADDR itself, used instead of the first node's name. `{host}` stands for that name: `ib-{host}`."""
     master_port: int | None = at_least(1024, None, at_most=65535)
     """Null: a free port below the ephemeral range, derived from the job id and reserved while the job runs."""
     nccl_timeout_s: int = at_least(1, 1800)
@@ -453,6 +459,24 @@ class Network:
     """The same for a training step or a batch of evaluation. Shorter, because a hanging step wastes every GPU."""
     save_timeout_s: int = at_least(1, 1800)
     """The same for a checkpoint. Long enough for the slowest disk."""
+
+
+@dataclass
+class Container:
+    """The container that every rank runs in. Everything that the jobs read and write is mounted at its own path."""
+
+    image: str | None = None
+    """Image, for example `/images/muster.sif` or `nvcr.io#nvidia/pytorch:25.09-py3`. Null: no container."""
+    runtime: Runtime = Runtime.auto
+    """Program that starts the container. `auto`: `pyxis` for an image of enroot (a .sqsh file, or `registry#image`), else
+    `apptainer` or `singularity`, whichever the node has."""
+    program: str | None = None
+    """Path of the program, where it is not on PATH or has another name. Not for `pyxis`, which is a part of srun."""
+    flags: list[str] = field(default_factory=list)
+    """Additional arguments of `apptainer exec` or `singularity exec`, for example `--cleanenv`; with `pyxis`, of srun. `--nv` or
+    `--rocm` is added for the GPUs of the node."""
+    mounts: list[str] = field(default_factory=list)
+    """More paths to mount, as `/path`, `/path:/inside` or `/path:/inside:ro`. `$NAME` is expanded on the node."""
 
 
 @dataclass
@@ -477,16 +501,19 @@ class Cluster:
     setup: list[str] = field(default_factory=list)
     """Shell lines to run on the first node before the ranks start. End a line that must succeed with `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables for every rank. They override those that Muster sets. Put secrets into `secrets` instead."""
+    """Environment variables for every rank, exactly as written. They win over all others, also over those of Muster and srun.
+    Put secrets into `secrets` instead, and values that the node must expand into `setup`: `export TMPDIR=/x/$SLURM_JOB_ID`."""
     secrets: list[str] = field(default_factory=list)
     """Names of the secret variables that jobs need, for example HF_TOKEN. Only names are stored. The job reads the values from
     the environment of `launch.py` or from `secrets_file`."""
     secrets_file: str = "~/.config/muster/secrets"
-    """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job."""
+    """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job. `$NAME` is
+    expanded on the node."""
     scratch: str = "/tmp"
-    """Folder on the local disk of each node for compiler caches and heartbeats. Shared file systems corrupt compiler caches."""
+    """Folder on the local disk of each node for compiler caches and heartbeats. Shared file systems corrupt compiler caches.
+    `$NAME` is expanded on the node: `$SLURM_TMPDIR`, `/lscratch/$SLURM_JOB_ID`."""
     hf_home: str | None = None
-    """HF_HOME of the jobs. Null: not changed."""
+    """HF_HOME of the jobs. Null: not changed. `$NAME` is expanded on the node."""
     offline: bool = False
     """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout."""
     signal_s: int = at_least(1, 120)
@@ -498,12 +525,7 @@ class Cluster:
     max_restarts: int = at_least(0, 3)
     """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
     network: Network = field(default_factory=Network)
-    container: Container = Container.none
-    """Container runtime that runs every rank. `container_image` is its image."""
-    container_image: str | None = None
-    """Image that the runtime starts, for example `/images/muster.sif`."""
-    container_mounts: list[str] = field(default_factory=list)
-    """Paths to mount into the container. The run folder is always mounted."""
+    container: Container = field(default_factory=Container)
     srun_args: list[str] = field(default_factory=list)
     """Additional arguments for srun, for example `--mpi=none`."""
 

@@ -166,8 +166,14 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, _as_typed(value), f"must be {_describe(known[key])}")
+        return Problem(key, _as_typed(value), _not_of_type(key, known))
     return None
+
+
+def _not_of_type(key: str, known: dict[str, Any]) -> str:
+    """The message for a value of a wrong type; a section has keys instead of a value."""
+    inner = [name for name in known if name.startswith(f"{key}.")]
+    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {_describe(known[key])}"
 
 
 def _as_typed(value: Any) -> Any:

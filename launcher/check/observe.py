@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf import resolve
-from conf.choices import Container, Init
+from conf.choices import Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
@@ -121,7 +121,7 @@ def _model(config: Config) -> ModelFiles | None:
 
 def _families(config: Config, model: ModelFiles | None) -> Families | None:
     cluster, fields = config.cluster, (model.fields if model else None) or {}
-    same = cluster.container is Container.none and cluster.python in (None, sys.executable)
+    same = cluster.container.image is None and cluster.python in (None, sys.executable)
     return model_files.families() if same and fields.get("model_type") not in (None, *DEFAULTS) else None
 
 

@@ -1,7 +1,8 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
-Rules of layout and batch size are in `parallel_rules.py`, those of training data in `data_rules.py`, those of the model's files in
-`model_rules.py`, those of options that do not work together in `combinations.py`. All others are here.
+Rules of a site are in `site_rules.py`, those of layout and batch size in `parallel_rules.py`, those of training data in
+`data_rules.py`, those of the model's files in `model_rules.py`, those of options that do not work together in
+`combinations.py`. All others are here.
 """
 
 import math
@@ -10,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from conf.choices import AdapterKind, Attention, Container, Executor, Init, Submit
+from conf.choices import AdapterKind, Attention, Executor, Init, Submit
 from conf.errors import Problem
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher.check import combinations, data_rules, model_rules, parallel_rules
+from launcher.check import combinations, data_rules, model_rules, parallel_rules, site_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
-from launcher.secret_names import is_secret
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -33,7 +33,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
-    reported += [*_site(config, facts), *_signal(config), *_variables(config), *_secrets(config, facts)]
+    reported += [*_site(config, facts), *site_rules.problems(config), *_signal(config), *_secrets(config, facts)]
     return [*reported, *_run_folder(config, facts)]
 
 
@@ -156,12 +156,6 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("cluster", cluster.name, message)
     if cluster.executor is Executor.local and config.submit is Submit.script:
         yield Problem("submit", "script", "writes sbatch scripts, which cluster=local does not use. Use cluster=slurm")
-    if cluster.container is Container.none and cluster.container_image is not None:
-        message = "needs a container runtime, but cluster.container=none. Add cluster.container=apptainer or =pyxis"
-        yield Problem("cluster.container_image", cluster.container_image, message)
-    if cluster.container is not Container.none and cluster.container_image is None:
-        message = f"cluster.container={cluster.container.name} needs an image. Set cluster.container_image=..."
-        yield Problem("cluster.container_image", None, message)
 
 
 def _signal(config: Config) -> Iterator[Problem]:
@@ -173,16 +167,6 @@ def _signal(config: Config) -> Iterator[Problem]:
             "Raise cluster.train.time_min, or lower cluster.signal_s to the time that a checkpoint takes"
         )
         yield Problem("cluster.signal_s", warning_s, message)
-
-
-def _variables(config: Config) -> Iterator[Problem]:
-    for name, value in config.cluster.environment.items():
-        key = f"cluster.environment.{name}"
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            yield Problem(key, None, "is not a valid variable name. Use only letters, digits and _")
-        if is_secret(name) and value:
-            message = f"would be written to files. Remove it, add cluster.secrets=[{name}] and export {name} instead"
-            yield Problem(key, "(hidden)", message)
 
 
 def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:

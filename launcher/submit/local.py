@@ -69,7 +69,7 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
                 raise SiteError(Problem("run_dir", config.run_dir, f"{job.name} cannot start: {error}")) from error
             remedy = f"{error.strerror}; set cluster.network.master_port=null to get a free port"
             raise SiteError(Problem("cluster.network.master_port", port, remedy)) from error
-        executor = LocalExecutor(folder, python=render.python_command(config))
+        executor = LocalExecutor(folder, python=render.python_command(config, job))
         executor.update_parameters(
             tasks_per_node=part.ranks_per_node,
             timeout_min=part.time_min,

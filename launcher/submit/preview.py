@@ -13,7 +13,7 @@ from launcher.plan import Job
 from launcher.submit import render
 
 ON_EACH_RANK = """\
-MASTER_ADDR=<first host of the allocation>  MASTER_PORT=<{port}>
+MASTER_ADDR={address}  MASTER_PORT={port}
 RANK LOCAL_RANK WORLD_SIZE={world} LOCAL_WORLD_SIZE={local} NODE_RANK NODE_WORLD_SIZE={local}
 NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=<{interface}>"""
 
@@ -40,7 +40,8 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
                 ON_EACH_RANK.format(
                     world=job.world_size,
                     local=job.resources.ranks_per_node,
-                    port=network.master_port or "a free port, reserved on that host",
+                    address=environment.master_form(config) or "<first host of the allocation>",
+                    port=environment.master_port(config) or "<a free port, reserved on that host>",
                     interface="found on each node" if network.interface == "auto" else network.interface,
                 )
             )

@@ -89,7 +89,7 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
     ids: dict[str, str] = {}
     try:
         for job in jobs:
-            executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config))
+            executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config, job))
             executor.update_parameters(**render.parameters(config, job, [ids[name] for name in job.after]))
             ids[job.name] = executor.submit(worker.run, job.name, str(config_path)).job_id
             record.add_job(Path(config.run_dir), job.name, ids[job.name])

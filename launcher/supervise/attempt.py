@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf import node_paths
+from conf.errors import ConfigError, Problem
 from conf.files import write_json
-from launcher import slurm
+from launcher import hostlist, slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import rendezvous, requeue
@@ -30,7 +32,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
     """Open the next attempt of the job in `folder`. With `port`, also reserve MASTER_PORT (0: any free port).
 
     Returns the variables to export, and the socket that reserves the port until it is closed.
-    Raises OSError if a port that was asked for by number is in use.
+    Raises OSError if a port that was asked for by number is in use, and ConfigError if this node lacks a variable or a name.
     """
     number = 1
     while True:
@@ -50,6 +52,9 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
     _remove_leftovers(folder)
     close_unfinished_attempt(folder, number - 1, begin_record)
     values = {"MUSTER_ATTEMPT": str(number)}
+    for need in os.environ.get("MUSTER_NEEDS", "").split():  # NAME:KEY of variables that the batch script will expand
+        name, _, key = need.partition(":")
+        node_paths.expanded(f"${name}", key)
     if port is None:
         return values, None
     reservation = rendezvous.reserve_port(port or _first_port(), only=port != 0)
@@ -158,12 +163,23 @@ def _first_port() -> int:
 
 
 def _master_address() -> str:
-    """Return the first host of the allocation, or its NodeAddr if the name does not resolve; 127.0.0.1 outside Slurm."""
+    """Return MASTER_ADDR: the first host of the allocation, or what the config asks for; 127.0.0.1 outside Slurm."""
     nodelist = os.environ.get("SLURM_JOB_NODELIST")
     if not nodelist or os.environ.get("SUBMITIT_EXECUTOR") == "local":
         return "127.0.0.1"
-    first_host = slurm.hostnames(nodelist)[0]
-    return first_host if rendezvous.resolves(first_host) else slurm.node_address(first_host) or first_host
+    form = os.environ.get("MUSTER_MASTER_HOST")
+    try:
+        return rendezvous.master_address(hostlist.expand(nodelist), form, _node_address)
+    except (OSError, UnicodeError) as error:
+        message = f"does not resolve on {host()} ({error}). Set the name at which the other nodes reach this one"
+        raise ConfigError(Problem("cluster.network: MASTER_ADDR", form, message)) from error
+
+
+def _node_address(node: str) -> str | None:
+    try:
+        return slurm.node_address(node)
+    except slurm.SlurmError:  # no scontrol on this node, or no answer
+        return None
 
 
 def _hold_port(reservation: socket.socket) -> None:
@@ -185,8 +201,11 @@ def _stop_time(before_s: float) -> dict[str, str]:
     """
     try:
         left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
-    except (KeyError, slurm.SlurmError):
+    except KeyError:
         return {}
+    except slurm.SlurmError:  # no squeue on this node, or no answer
+        end = os.environ.get("SLURM_JOB_END_TIME", "")  # from Slurm 22.05 on
+        left_s = float(end) - time.time() if end.isdecimal() else None
     return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
 
 
@@ -205,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _finish_and_requeue(options)
     try:
         values, reservation = begin(options.folder, options.port)
-    except (OSError, slurm.SlurmError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         return _record_failed_begin(options, error)
     if options.stop_before is not None:
         values |= _stop_time(options.stop_before)
@@ -233,11 +252,14 @@ def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
         print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
         return 2
     problem = f"{getattr(error, 'strerror', None) or error} on {socket.gethostname()}"
-    if port:
+    is_config = isinstance(error, ConfigError)
+    if is_config:
+        problem = str(error)
+    elif port:
         problem = (
             f"cluster.network.master_port={port}: {problem}; set cluster.network.master_port=null to get a free port"
         )
-    record_end(folder, number, 0, USER_ERROR if port else FAILED, problem)
+    record_end(folder, number, 0, USER_ERROR if port or is_config else FAILED, problem)
     verdict = finish(folder, number, 2, 1)
     print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
     return 2

@@ -86,7 +86,7 @@ ERROR_CLASSES = (
         ("FileNotFoundError", "NotADirectoryError", "IsADirectoryError", "PermissionError"),
         (),
         "every node must be able to reach this path, with the rights it needs: check the path on the node, and "
-        "cluster.container_mounts",
+        "cluster.container.mounts",
     ),
     ErrorClass(
         USER_ERROR,

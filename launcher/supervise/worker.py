@@ -42,7 +42,6 @@ def run(job: str, config_path: str) -> None:
     config = _load_config(Path(config_path))
     rank_info = environment.read_rank_info(os.environ)
     logs.set_up(rank_info.rank)
-    _set_environment(config, job, rank_info)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
     record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     started = time.time()
@@ -50,6 +49,7 @@ def run(job: str, config_path: str) -> None:
         stop_signals.exit_on_signal(record_end)
     watched = JOB_KINDS[job].distributed
     try:
+        _set_environment(config, job, rank_info)
         with _heartbeats(config, folder / f"attempt-{number}", rank_info) if watched else nullcontext():
             run_job(job, config_path)
     except Stopped as error:
@@ -120,14 +120,21 @@ def _exit_at_once() -> None:
 
 def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) -> None:
     """Set this rank's variables, and log them without secrets. A variable that is already set keeps its value."""
+    environment.expand_paths(config)
+    own = {name: value for name, value in config.cluster.environment.items() if name != "PYTHONPATH"}
+    environment.set_variables(own)  # once more: srun, a container or the attempt may have changed them
     caches = environment.cache_variables(config, os.getuid())
     values = rank_info.variables() | {key: value for key, value in caches.items() if key not in os.environ}
+    if config.cluster.hf_home and "HF_HOME" not in own:
+        values["HF_HOME"] = config.cluster.hf_home
+    cpus = len(os.sched_getaffinity(0))
+    values |= environment.thread_variables(config, job, os.environ, cpus, rank_info.local_world_size)
     reason = "not needed"
     if rank_info.world_size > 1 and JOB_KINDS[job].distributed:
         interface = rendezvous.interface_to(os.environ["MASTER_ADDR"])
         network_values, reason = environment.network_variables(config, interface, os.environ)
         values |= network_values
-    secrets_path = Path(config.cluster.secrets_file).expanduser()
+    secrets_path = Path(config.cluster.secrets_file)
     secrets_text = secrets_path.read_text(encoding="utf-8") if secrets_path.is_file() else ""
     values |= environment.secret_values(config, os.environ, secrets_text)
     environment.set_variables(values)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import AdapterKind, Container, Format, Submit
+from conf.choices import AdapterKind, Format, Submit
 from conf.schema import Config
 from launcher.check.observe import Facts, FirstRow
 from launcher.check.rules import problems
@@ -64,8 +64,6 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (LOCAL, {"data.validation_fraction": 0.6}, "data.validation_fraction=0.6", "at most 0.5"),
         (LOCAL, {"submit": Submit.script}, "submit=script", "cluster=slurm"),
         (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "must be below cluster.train.time_min=2 (120 s)"),
-        (SLURM, {"cluster.container": Container.apptainer}, "cluster.container_image", "cluster.container"),
-        (SLURM, {"cluster.container_image": "/a.sif"}, "cluster.container_image=/a.sif", "cluster.container=apptainer"),
         (SLURM, {"cluster.network.master_port": 65536}, "cluster.network.master_port=65536", "at most 65535"),
         ((*SLURM, "train.activation_checkpointing=none"), {"cluster.train.gpu_memory_gib": 17.5},
          "cluster.train.gpu_memory_gib=17.5", "Use cluster.train.nodes=8 ("),
@@ -141,7 +139,7 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         (LOCAL, {"cluster.train.gpus_per_node": 2}, Facts(gpus=8)),
         (SLURM, {"cluster.cpu.ranks_per_node": 2, "jobs": ["train"]}, Facts()),
         (SLURM, {"cluster.environment": {"HF_TOKEN": ""}}, Facts()),
-        (SLURM, {"cluster.container": Container.pyxis, "cluster.container_image": "a.sqsh"}, Facts()),
+        (SLURM, {"cluster.container.image": "a.sqsh"}, Facts()),
         (("model=tiny",), {"adapter.kind": AdapterKind.lora, "jobs": ["train"]}, Facts()),
         (SLURM, {"parallel.shard_ranks": 32}, Facts()),
         (SLURM, {"train.global_batch": 32, "train.micro_batch": 7}, Facts()),
