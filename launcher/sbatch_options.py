@@ -1,7 +1,7 @@
 """Reads the sbatch options of a cluster file (`cluster.train.sbatch` and so on): long names, flags, what is Muster's own. Pure."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from conf.schema import Resources
 
@@ -158,31 +158,6 @@ REPLACES = {
 }
 """Options that ask for the same in another way. sbatch refuses both together, so the user's replaces Muster's."""
 
-PROFILE_VARIABLES = {
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_CPUS_PER_GPU": "cpus-per-task",
-    "SBATCH_EXCLUSIVE": "exclusive",
-    "SBATCH_GPUS": "gpus-per-node",
-    "SBATCH_GPUS_PER_NODE": "gpus-per-node",
-    "SBATCH_GPUS_PER_TASK": "gpus-per-node",
-    "SBATCH_GRES": "gpus-per-node",
-    "SBATCH_JOB_NAME": "job-name",
-    "SBATCH_MEM_PER_CPU": "mem",
-    "SBATCH_MEM_PER_GPU": "mem",
-    "SBATCH_MEM_PER_NODE": "mem",
-    "SBATCH_NO_REQUEUE": "requeue",
-    "SBATCH_OPEN_MODE": "open-mode",
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_QOS": "qos",
-    "SBATCH_REQUEUE": "no-requeue",
-    "SBATCH_SIGNAL": "signal",
-    "SBATCH_TIMELIMIT": "time",
-}
-"""Variables of a profile that sbatch prefers to a directive of the script: each with Muster's directive that it would change."""
-ALWAYS_DROPPED = ("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_INPUT", "SBATCH_OUTPUT", "SBATCH_WAIT")
-"""Variables of a profile that would break a run whatever its directives are."""
-
 GPU_REQUEST = re.compile(r"(?:gres[/:])?gpu(?:[:=](?P<type>[A-Za-z][^:=,]*))?(?:[:=](?P<count>\d+))?", re.IGNORECASE)
 
 
@@ -248,9 +223,3 @@ def dependency(own: list[str], user: str | bool | None) -> str | None:
         part for part in (f"afterok:{':'.join(own)}" if own else "", user if isinstance(user, str) else "") if part
     ]
     return ",".join(parts) or None
-
-
-def dropped_variables(directives: Collection[str]) -> list[str]:
-    """Return the variables of a profile to unset before sbatch, so that it obeys these directives of the script."""
-    shadowing = (name for name, option in PROFILE_VARIABLES.items() if option in directives)
-    return sorted([*ALWAYS_DROPPED, *shadowing])

@@ -15,7 +15,8 @@ from launcher.secret_names import is_secret
 UNCHANGED = ("cluster.environment", "cluster.setup")
 """Keys whose values may have any characters: values of variables are quoted, and setup lines are the user's own shell."""
 SHELL_NAMES = re.compile(
-    r"BASH\w*|COMP_\w+|DIRSTACK|E?UID|FUNCNAME|GROUPS|IFS|LINENO|PIPESTATUS|POSIXLY_CORRECT|PPID|RANDOM|SECONDS|SHELLOPTS|muster_\w*"
+    r"BASH\w*|COMP_\w+|DIRSTACK|E?UID|FUNCNAME|GROUPS|IFS|LINENO|PIPESTATUS|POSIXLY_CORRECT|PPID|RANDOM|SECONDS|SHELLOPTS"
+    r"|muster\w*|attempt|child|line|name|srun_log"
 )
 """Variables that bash sets itself, or that the batch script needs."""
 RANK_NAMES = re.compile(

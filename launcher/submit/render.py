@@ -115,15 +115,7 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
 def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     """Return a script that submits the scripts of all jobs with their dependencies."""
     own = {job.name: sbatch_options.given(job.resources).get("dependency") for job in jobs}
-    directives = {name for job in jobs for name in directive_names(config, job)}
-    dropped = sbatch_options.dropped_variables(directives)
-    return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs, own=own, dropped=dropped) + "\n"
-
-
-def directive_names(config: Config, job: Job) -> set[str]:
-    """Return the names of the options that a job's script gives to sbatch."""
-    lines = (line for line in sbatch_text(config, job).splitlines() if line.startswith("#SBATCH --"))
-    return {line.removeprefix("#SBATCH --").split("=", 1)[0] for line in lines}
+    return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs, own=own) + "\n"
 
 
 def _srun_args(config: Config) -> list[str]:

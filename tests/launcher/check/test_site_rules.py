@@ -190,14 +190,3 @@ def test_the_table_of_options_is_that_of_sbatch(tmp_path: Path) -> None:
         assert name in sbatch_options.KNOWN, long
         assert ("[=" in long) <= (name in sbatch_options.FLAGS_WITH_VALUE | {"export", "wrap", "signal"}), long
         assert not short.startswith("-") or short.startswith("--") or sbatch_options.long_name(short) == name, short
-
-
-@pytest.mark.site(
-    case="a profile sets SBATCH_TIMELIMIT, SBATCH_WAIT or SBATCH_NO_REQUEUE",
-    before="it beat the script",
-    after="the script wins",
-)
-def test_variables_of_a_profile_give_way_to_the_script() -> None:
-    dropped = sbatch_options.dropped_variables({"time", "requeue", "mem"})
-    assert {"SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_WAIT", "SBATCH_MEM_PER_CPU"} <= set(dropped)
-    assert not {"SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_RESERVATION"} & set(dropped)

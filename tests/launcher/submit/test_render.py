@@ -192,7 +192,7 @@ def test_the_users_dependency_is_added_to_those_of_the_job(sample: Config, user:
     put(sample, {"cluster.train.sbatch": {"dependency": user}, "cluster.cpu.sbatch": {"-d": user}})
     assert f"dependency=afterok:1000:1001,{user}" in [line.replace("'", "") for line in directives(sample, "train")]
     assert f"dependency={user}" in [line.replace("'", "") for line in directives(sample, "preprocess")]
-    assert f'--dependency="afterok:$train"{"," + user} ' in render.chain_text(sample, plan(sample)).replace("'", "")
+    assert f'--dependency=afterok:"$train",{user} ' in render.chain_text(sample, plan(sample)).replace("'", "")
 
 
 def exported_variables(config: Config, environ: dict[str, str]) -> dict[str, str]:
