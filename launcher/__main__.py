@@ -10,13 +10,13 @@ from conf.errors import UserError
 from conf.plural import plural
 from launcher import slurm, version
 from launcher.paths import CLONE
-from launcher.status import state, tables
+from launcher.status import pending, state, tables
 
 
 def status(options: argparse.Namespace) -> int:
     """Show every job of a run: state, step, verdict and last error. Exits with 1 when a job has failed."""
     jobs = state.job_states(options.run)
-    tables.status(jobs)
+    tables.status(jobs, pending.reasons(jobs))
     return 1 if any(job.failed for job in jobs) else 0
 
 
@@ -34,10 +34,11 @@ def logs(options: argparse.Namespace) -> int:
 
 def why(options: argparse.Namespace) -> int:
     """Show why each job waits or how it failed: the first error, the remedy, and what happens next."""
-    for job in state.job_states(options.run):
+    jobs = state.job_states(options.run)
+    waits = pending.reasons(jobs)
+    for job in jobs:
         if job.state == "PENDING":
-            reason, start = slurm.pending_reason(job.job_id)
-            print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
+            print(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}")
         elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
         tables.attempts(job)

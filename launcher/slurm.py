@@ -114,6 +114,12 @@ def pending_reason(job_id: str) -> tuple[str, str]:
     return reason or "none", start or "N/A"
 
 
+def partition_limit(name: str) -> str | None:
+    """Return the longest time limit that a partition allows, as Slurm writes it."""
+    match = re.search(r"MaxTime=(\S+)", call("scontrol", "show", "partition", name))
+    return match.group(1) if match else None
+
+
 def cancel(job_ids: Iterable[str]) -> None:
     """Cancel jobs with one call of scancel."""
     call("scancel", *job_ids)

@@ -1,7 +1,7 @@
 """Prints tables about a run: the states of its jobs, how its attempts ended, and the result at the end."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ LOG_LINES = 5
 """Number of lines of a failed rank's log that are shown under the table."""
 
 
-def status(jobs: Iterable[JobState]) -> None:
-    """Print one row per job: its state, the newest attempt's verdict with rank and host, the reason and what comes next."""
+def status(jobs: Iterable[JobState], waits: Mapping[str, str] | None = None) -> None:
+    """Print one row per job: its state, the newest attempt's verdict with rank and host, the reason and what comes next.
+
+    `waits`: why each pending job waits, by name.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -35,7 +38,7 @@ def status(jobs: Iterable[JobState]) -> None:
             verdict.get("status", ""),
             "" if step is None else str(step),
             f"rank {verdict['rank']} on {verdict['host']}" if has_failed_rank else "",
-            _reason_and_next(verdict) or _activity(job.beat),
+            "; ".join(filter(None, [_reason_and_next(verdict) or _activity(job.beat), (waits or {}).get(job.name)])),
         )
     _console().print(table)
     for job in jobs:
