@@ -17,7 +17,7 @@ from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
-from launcher.check import command_line, localize, observe, quoting, resume, rules
+from launcher.check import command_line, local_gpus, localize, observe, quoting, resume, rules
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
 from launcher.submit import preview, submit
@@ -57,7 +57,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = resolve(composed)
     config.run_dir += suffix
-    localize.localize(config, observe.local_gpus())
+    localize.localize(config, local_gpus.local_gpus())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
     facts = observe.observe(config)

@@ -28,6 +28,8 @@ PACKAGES = {  # model.attention -> the Python module it needs
 
 
 NO_ATTENTION = "no heads"
+AMD = (0, 0)
+"""Stands for AMD's GPUs: their numbers (9.0 is an MI200) say nothing about NVIDIA's kernels."""
 
 
 def select(config: Config, model_config: PreTrainedConfig) -> str:
@@ -49,9 +51,7 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
             )
             raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, message))
     elif choice is Attention.auto:
-        choice, reason = best_implementation(
-            config, model_config, torch.cuda.get_device_capability() if on_gpu else None
-        )
+        choice, reason = best_implementation(config, model_config, _capability() if on_gpu else None)
     else:
         reason = "set in the config"
         if why_not := _why_unavailable(config, choice, _unsupported_feature(model_config), on_gpu):
@@ -59,6 +59,10 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
     log_once(f"attention {choice.name}: {reason}")
     return NAMES.get(choice, choice.name)
+
+
+def _capability() -> tuple[int, int]:
+    return AMD if torch.version.hip else torch.cuda.get_device_capability()
 
 
 def best_implementation(
@@ -86,6 +90,8 @@ def best_implementation(
         return Attention.sdpa, "torch selects the kernel for fp32"
     if packed:
         return Attention.varlen, "packed rows, torch's kernel without a mask"
+    if capability == AMD:
+        return Attention.sdpa, "torch's kernel for AMD's GPUs"
     if capability < (9, 0):
         return Attention.sdpa, f"torch's flash kernel on compute capability {capability[0]}.{capability[1]}"
     return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"

@@ -8,7 +8,8 @@ from conf import resolve
 from conf.choices import Executor, Init, Precision
 from conf.schema import Architecture, Config
 from launcher.check import container_paths, model_files
-from launcher.check.observe import hub_cache, local_memory_gib, path_exists, without_part
+from launcher.check.local_gpus import local_memory_gib
+from launcher.check.observe import hub_cache, path_exists, without_part
 from launcher.estimate import config_json
 from launcher.paths import CLONE
 

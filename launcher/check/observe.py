@@ -5,11 +5,9 @@ It only reports: `launcher.check.rules` decides what is wrong.
 
 import glob
 import json
-import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
 from launcher.check import model_files
+from launcher.check.local_gpus import local_gpus
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
 
@@ -63,7 +62,7 @@ class Facts:
     """What was seen on the machine where launch.py runs."""
 
     gpus: int = 0
-    """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES names."""
+    """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES or AMD's variables name."""
     slurm_missing: tuple[str, ...] = ()
     """Slurm commands that are not on PATH."""
     files_missing: tuple[tuple[str, str], ...] = ()
@@ -125,25 +124,6 @@ def _families(config: Config, model: ModelFiles | None) -> Families | None:
     return model_files.families() if same and fields.get("model_type") not in (None, *DEFAULTS) else None
 
 
-def local_gpus() -> int:
-    """GPUs that a process started here would see. Counted from device files, because launcher/ never imports torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
-    # device files without the kernel's driver are of no use
-    count = len(devices) if Path("/proc/driver/nvidia/version").exists() else 0
-    return count if visible is None else min(count, len([item for item in visible.split(",") if item.strip()]))
-
-
-def local_memory_gib() -> float | None:
-    """Memory of the smallest GPU here, in whole GiB, less 0.5 % that the driver keeps. None if nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(math.floor(0.995 * int(line) / 1024) for line in output.split())  # lines are MiB
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
 def looks_like_file(value: str) -> bool:
     """Whether a value is a path on this machine: no Hub id (`owner/name`), no address (`s3://...`)."""
     if "://" in value:
@@ -167,6 +147,9 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     }
     if "generate" in config.jobs:
         paths["generate.prompts"] = config.generate.prompts
+    image = config.cluster.container.image or ""
+    if image.endswith((".sif", ".sqsh")) and "$" not in image and "://" not in image:
+        paths["cluster.container.image"] = os.path.abspath(image)
     for key, value in paths.items():
         if value and (looks_like_file(value) or key == "generate.prompts") and not path_exists(value):
             yield key, value
