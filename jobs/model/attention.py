@@ -90,10 +90,9 @@ def best_implementation(
         return Attention.sdpa, "torch selects the kernel for fp32"
     if packed:
         return Attention.varlen, "packed rows, torch's kernel without a mask"
-    if capability == AMD:
-        return Attention.sdpa, "torch's kernel for AMD's GPUs"
     if capability < (9, 0):
-        return Attention.sdpa, f"torch's flash kernel on compute capability {capability[0]}.{capability[1]}"
+        gpu = "AMD's GPUs" if capability == AMD else f"compute capability {capability[0]}.{capability[1]}"
+        return Attention.sdpa, f"torch's flash kernel on {gpu}"
     return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"
 
 
