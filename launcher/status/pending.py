@@ -29,7 +29,7 @@ def _reason(job: JobState, parents: Mapping[str, str]) -> str:
     limit = None
     with suppress(slurm.SlurmError):  # the reason alone says much
         fields = slurm.show_job(job.job_id)
-        limit = slurm.partition_limit(fields["Partition"]) if reason == "PartitionTimeLimit" else None
+        limit = slurm.partition_limit(fields.get("Partition", "")) if reason == "PartitionTimeLimit" else None
     section = f"cluster.{JOB_KINDS[job.name].section}"
     expected = None if start == "N/A" else start
     return explained(Waiting(job.job_id, reason, section, expected, fields, limit, parents))
