@@ -27,9 +27,12 @@ def resolve(composed: DictConfig) -> Config:
         plain = OmegaConf.to_container(composed, resolve=True)
         if problems := _schema_problems(plain, Config):
             raise ConfigError(*problems)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _escaped(plain)))
     except OmegaConfBaseException as error:
-        raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
+        message = str(error.msg).splitlines()[0]
+        if "Interpolation key" in message:
+            message += ". For a variable that the node expands write $NAME, without braces"
+        raise ConfigError(Problem(str(error.full_key or "config"), None, message)) from error
     assert isinstance(config, Config)
     _type_named_sections(config)
     return config
@@ -52,18 +55,20 @@ def digest(config: Config) -> str:
 def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
     """The config as nested dictionaries of YAML's own types. Done by hand, because OmegaConf's conversion takes 30 ms."""
 
-    def convert(value: Any) -> Any:
-        if is_dataclass(value):
-            return {name: convert(item) for name, item in vars(value).items()}
-        if isinstance(value, dict):
-            return {name: convert(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [convert(item) for item in value]
-        if isinstance(value, str):
-            return value.replace("${", "\\${")  # already resolved: must not be read as an interpolation again
-        return value.name if isinstance(value, Enum) else value
+    return {name: _escaped(value) for name, value in vars(config).items() if name not in without}
 
-    return {name: convert(value) for name, value in vars(config).items() if name not in without}
+
+def _escaped(value: Any) -> Any:
+    """A resolved value in YAML's own types, in which no text is read as an interpolation again."""
+    if is_dataclass(value):
+        return {name: _escaped(item) for name, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return value.name if isinstance(value, Enum) else value
 
 
 def save(config: Config, path: Path) -> None:

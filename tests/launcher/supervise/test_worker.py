@@ -165,3 +165,43 @@ def test_without_a_writable_scratch_the_job_runs_and_warns(rank: Rank, tmp_path:
     done = rank("pass", {"cluster.scratch": f"{tmp_path}/full"}, **TASK)
     assert done.returncode == 0
     assert f"cluster.scratch={tmp_path}/full: no watchdog, so hangs are not detected" in done.stdout
+
+
+@pytest.mark.site(
+    case="`environment: {MASTER_ADDR: ...}`",
+    before="overwritten by the batch script",
+    after="wins over Muster, srun and the container",
+)
+@pytest.mark.parametrize(
+    "name", ["MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_CACHE_DIR", "GLOO_SOCKET_IFNAME"]
+)
+def test_what_the_cluster_file_sets_wins_on_every_rank(rank: Rank, name: str) -> None:
+    value = "127.0.0.1" if name == "MASTER_ADDR" else "7"
+    done = rank("pass", {"cluster.environment": {name: value}}, **TASK | {name: "198.51.100.9"})
+    assert (job_environment(done)[name], logged_environment(done).get(name, value)) == (value, value)
+
+
+@pytest.mark.site(
+    case="`scratch: $SLURM_TMPDIR`", before="a folder named `$SLURM_TMPDIR`", after="the node's own folder"
+)
+def test_paths_are_those_of_the_node(rank: Rank, tmp_path: Path) -> None:
+    values = {
+        "cluster.scratch": "$FAST/${SLURM_NODEID}",
+        "cluster.hf_home": "$FAST/hf",
+        "cluster.secrets": ["NODE_KEY"],
+    }
+    (tmp_path / "secrets").write_text("NODE_KEY=from the file\n")
+    done = rank("pass", values | {"cluster.secrets_file": "$FAST/secrets"}, **TASK, FAST=str(tmp_path))
+    environ = job_environment(done)
+    assert environ["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/1/muster-")
+    assert (environ["HF_HOME"], environ["NODE_KEY"]) == (f"{tmp_path}/hf", "from the file")
+
+
+@pytest.mark.parametrize("value", ["$NOT_SET/x", "${NOT_SET}", "/x/$EMPTY"])
+def test_a_variable_that_is_not_set_ends_the_rank_in_words(rank: Rank, tmp_path: Path, value: str) -> None:
+    done = rank("pass", {"cluster.scratch": value}, **TASK, EMPTY="")
+    record = rank_record(tmp_path, 3)
+    assert (done.returncode, record["status"]) == (2, "user_error")
+    assert f"cluster.scratch={value}: " in record["reason"]
+    assert "cluster.setup" in record["reason"]
+    assert "Traceback" not in done.stdout + done.stderr
