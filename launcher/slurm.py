@@ -109,8 +109,8 @@ def exclude(job_id: str, nodes: Iterable[str]) -> None:
 
 def pending_reason(job_id: str) -> tuple[str, str]:
     """Return why a job is pending, and when Slurm expects to start it (`N/A` if Slurm does not know)."""
-    out = call("squeue", "--noheader", "--jobs", job_id, "--format", "%r|%S").strip()
-    reason, _, start = out.partition("|")
+    lines = call("squeue", "--noheader", "--jobs", job_id, "--format", "%r|%S").strip().splitlines()
+    reason, _, start = (lines[-1] if lines else "").partition("|")  # with SLURM_CLUSTERS, `CLUSTER: name` comes first
     return reason or "none", start or "N/A"
 
 
