@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import text
 from conf.errors import ConfigError, Problem
 from conf.files import write_text
 from conf.schema import Config
@@ -18,8 +19,8 @@ from conf.schema import Config
 def resolve(composed: DictConfig) -> Config:
     """Convert a composed config to a typed Config.
 
-    Raises ConfigError naming every value that is missing, every key that the schema does not have, and the first value of a
-    wrong type.
+    Raises ConfigError naming every value that is missing, every key that the schema does not have, every text with a control
+    character, and the first value of a wrong type.
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -32,6 +33,8 @@ def resolve(composed: DictConfig) -> Config:
         raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
     assert isinstance(config, Config)
     _type_named_sections(config)
+    if problems := list(text.problems(config)):
+        raise ConfigError(*problems)
     return config
 
 

@@ -5,16 +5,16 @@ Rules of layout and batch size are in `parallel_rules.py`, those of training dat
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from conf import text
 from conf.choices import AdapterKind, Attention, Container, Executor, Init, Submit
 from conf.errors import Problem
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher.check import combinations, data_rules, model_rules, parallel_rules
+from launcher.check import combinations, data_rules, model_rules, parallel_rules, text_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 from launcher.secret_names import is_secret
@@ -26,7 +26,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    reported = [*out_of_bounds, *_names(config), *_steps(config)]
+    reported = [*out_of_bounds, *text.problems(config), *text_rules.problems(config)]
+    reported += [*_jobs(config), *_steps(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
@@ -51,20 +52,17 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
             yield Problem(key, value, "must not be empty. Use null to leave an optional value unset")
         elif value == [] and (choices := getattr(get_args(hints[item.name])[0], "__members__", None)):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
-        elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
-            bounds = f"at least {item.metadata['minimum']:g}"
-            if item.metadata["maximum"] < math.inf:
-                bounds += f" and at most {item.metadata['maximum']:g}"
-            yield Problem(key, value, f"must be {bounds}")
+        elif "minimum" in item.metadata and value is not None:
+            yield from _bounds(key, value, item.metadata["minimum"], item.metadata["maximum"])
 
 
-def _names(config: Config) -> Iterator[Problem]:
-    if not re.fullmatch(r"[\w.+-]*", config.name):
-        message = "may contain only letters, digits, '.', '_', '+' and '-', because jobs and folders are named after it"
-        yield Problem("name", config.name, message)
-    if not config.run_dir.isprintable() or "%" in config.run_dir:
-        message = "must not contain control characters, nor %, which Slurm would expand. Choose another run_dir"
-        yield Problem("run_dir", repr(config.run_dir), message)
+def _bounds(key: str, value: float, minimum: float, maximum: float) -> Iterator[Problem]:
+    if not minimum <= value <= maximum:
+        bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
+        yield Problem(key, value, f"must be {bounds}")
+
+
+def _jobs(config: Config) -> Iterator[Problem]:
     for job in config.jobs:
         if job not in JOB_KINDS:
             yield Problem("jobs", job, f"no such job. Choose from {', '.join(JOB_KINDS)}")
@@ -178,8 +176,6 @@ def _signal(config: Config) -> Iterator[Problem]:
 def _variables(config: Config) -> Iterator[Problem]:
     for name, value in config.cluster.environment.items():
         key = f"cluster.environment.{name}"
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            yield Problem(key, None, "is not a valid variable name. Use only letters, digits and _")
         if is_secret(name) and value:
             message = f"would be written to files. Remove it, add cluster.secrets=[{name}] and export {name} instead"
             yield Problem(key, "(hidden)", message)
