@@ -49,8 +49,8 @@ def entries(section: type) -> Any:
 
 
 def free_text(default: Any = MISSING, *, factory: Any = None) -> Any:
-    """A text for the model or the tokenizer, which may have line breaks. `conf.text` refuses them in all other texts."""
-    metadata = {"free_text": True}
+    """A text for the model or the tokenizer, which may have any characters. `conf.text` refuses some in all other texts."""
+    metadata = {"text": "free"}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
@@ -480,7 +480,7 @@ class Cluster:
     """Python interpreter on the compute nodes. Null: the one that runs launch.py; in a container, `python3`."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load first, with `module load`."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list, metadata={"text": "shell"})
     """Shell lines to run on the first node before the ranks start. End a line that must succeed with `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables for every rank. They override those that Muster sets. Put secrets into `secrets` instead."""

@@ -3,48 +3,63 @@
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import Problem
 
 REFUSED = ("Cc", "Zl", "Zp", "Cs")
-"""Unicode's classes of characters that end a line or have no glyph: control characters, separators, halves of surrogates."""
+"""Unicode's classes of characters that end a line or cannot be shown: control characters, separators, halves of characters."""
 NAMES = {"\n": "a line break", "\r": "a carriage return", "\t": "a tab", "\0": "a NUL"}
 SHOWN = 60
 
 
-def problems(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """Each text of a section, in values, lists and names of dictionaries, that holds a character of `REFUSED`.
+class Text(NamedTuple):
+    """A text in a config: a value, an item of a list, or a name in a dictionary."""
 
-    A line break in a value would make the rest of it a line of the batch script, which Slurm runs. A text that only the model
-    or the tokenizer sees (`free_text` in the schema) may have it.
-    """
+    key: str
+    value: str
+    kind: str
+    """`free`: only the model or the tokenizer sees it. `shell`: lines of the user's own shell. Empty for all others."""
+    is_name: bool = False
+    name: str = ""
+    """The name in a dictionary that this is the value of."""
+
+
+def texts(section: Any, prefix: str = "") -> Iterator[Text]:
+    """Every text of a config or of a section of it."""
     for item in fields(section):
-        value, free = getattr(section, item.name), "free_text" in item.metadata
-        yield from _walk(prefix + item.name, value, ("Cs",) if free else REFUSED)
+        yield from _walk(prefix + item.name, getattr(section, item.name), item.metadata.get("text", ""))
 
 
-def _walk(key: str, value: Any, refused: tuple[str, ...]) -> Iterator[Problem]:
+def _walk(key: str, value: Any, kind: str, name: str = "") -> Iterator[Text]:
     if is_dataclass(value):
-        yield from problems(value, f"{key}.")
+        yield from texts(value, f"{key}.")
     elif isinstance(value, dict):
-        for name, entry in value.items():
-            shown = name if str(name).isprintable() else ascii(name)
-            yield from _problem(key, f"the name {ascii(name)[:SHOWN]}", str(name), refused)
-            yield from _walk(f"{key}.{shown}", entry, refused)
+        for entry_name, entry in value.items():
+            yield Text(key, str(entry_name), kind, is_name=True)
+            shown = entry_name if str(entry_name).isprintable() else ascii(entry_name)
+            yield from _walk(f"{key}.{shown}", entry, kind, str(entry_name))
     elif isinstance(value, list):
         for entry in value:
-            yield from _walk(key, entry, refused)
+            yield from _walk(key, entry, kind, name)
     elif isinstance(value, str):
-        yield from _problem(key, ascii(value)[:SHOWN], value, refused)
+        yield Text(key, value, kind, name=name)
 
 
-def _problem(key: str, shown: str, text: str, refused: tuple[str, ...]) -> Iterator[Problem]:
-    found = next((sign for sign in text if unicodedata.category(sign) in refused), None)
-    if found is not None:
-        name = NAMES.get(found, "a character that cannot be shown")
-        message = (
-            f"{shown} has {name} (U+{ord(found):04X}), which would end the line where it is used. Write it as one line; in YAML "
-            "without | and >"
-        )
-        yield Problem(key, None, message)
+def problems(config: Any) -> Iterator[Problem]:
+    """Each text that holds a character of `REFUSED`.
+
+    A line break in a value would make the rest of it a line of the batch script, which Slurm runs. Free texts may have it, and
+    shell lines may have several lines.
+    """
+    for text in texts(config):
+        refused = ("Cs",) if text.kind == "free" else REFUSED
+        kept = "\n\t" if text.kind == "shell" else ""
+        found = next((sign for sign in text.value if sign not in kept and unicodedata.category(sign) in refused), None)
+        if found is not None:
+            name = NAMES.get(found, "a character that cannot be shown")
+            shown = f"{'the name ' if text.is_name else ''}{ascii(text.value)[:SHOWN]}"
+            message = (
+                f"{shown} has {name} (U+{ord(found):04X}). Write it in one line, without that; in YAML without | and >"
+            )
+            yield Problem(text.key, None, message)

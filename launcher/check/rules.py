@@ -1,10 +1,12 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
 Rules of layout and batch size are in `parallel_rules.py`, those of training data in `data_rules.py`, those of the model's files in
-`model_rules.py`, those of options that do not work together in `combinations.py`. All others are here.
+`model_rules.py`, those of options that do not work together in `combinations.py`, those of texts in `text_rules.py`, those of
+secrets in `secret_rules.py`. All others are here.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -14,10 +16,9 @@ from conf.choices import AdapterKind, Attention, Container, Executor, Init, Subm
 from conf.errors import Problem
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher.check import combinations, data_rules, model_rules, parallel_rules, text_rules
+from launcher.check import combinations, data_rules, model_rules, parallel_rules, secret_rules, text_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
-from launcher.secret_names import is_secret
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -34,7 +35,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
-    reported += [*_site(config, facts), *_signal(config), *_variables(config), *_secrets(config, facts)]
+    reported += [*_site(config, facts), *_signal(config), *_variables(config), *secret_rules.problems(config, facts)]
     return [*reported, *_run_folder(config, facts)]
 
 
@@ -174,17 +175,10 @@ def _signal(config: Config) -> Iterator[Problem]:
 
 
 def _variables(config: Config) -> Iterator[Problem]:
-    for name, value in config.cluster.environment.items():
+    for name in config.cluster.environment:
         key = f"cluster.environment.{name}"
-        if is_secret(name) and value:
-            message = f"would be written to files. Remove it, add cluster.secrets=[{name}] and export {name} instead"
-            yield Problem(key, "(hidden)", message)
-
-
-def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
-    for name in () if config.dry_run else facts.secrets_missing:
-        message = f"{name} has no value. Export it, or add {name}=... to {config.cluster.secrets_file}"
-        yield Problem("cluster.secrets", name, message)
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            yield Problem(key, None, "is not a valid variable name. Use only letters, digits and _")
 
 
 def _run_folder(config: Config, facts: Facts) -> Iterator[Problem]:
