@@ -250,9 +250,14 @@ def _secrets_file(config: Config) -> tuple[dict[str, str], tuple[Problem, ...]]:
         return {}, tuple(item for item in error.problems if isinstance(item, Problem))
 
 
+def secrets_of_environment(*names: str) -> dict[str, str]:
+    """The variables of this process that hold secrets: those in `names`, and those that look like it."""
+    return known_values(os.environ, frozenset(names))
+
+
 def _secrets_in_config(config: Config, in_file: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Values that came from a variable (`${oc.env:HF_TOKEN}`, `$HF_TOKEN` in the shell) and must stay there."""
-    known = known_values(os.environ, frozenset(config.cluster.secrets)) | in_file
+    known = secrets_of_environment(*config.cluster.secrets) | in_file
     for text in texts(config):
         for name, value in known.items():
             if not text.is_name and (

@@ -1,6 +1,5 @@
 """Copies Muster's code into the run folder, and records its commit: a queued job must not change when the clone changes."""
 
-import os
 import re
 import shutil
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import partial, sync_tree, write_text
-from launcher.secret_names import MASK, found, known_values
+from launcher.check import observe
+from launcher.secret_names import MASK, found
 from launcher.version import git
 
 COPIED_FOLDERS = ("conf", "launcher", "jobs", "slurm_templates")
@@ -56,7 +56,7 @@ def provenance(clone: Path, run: Path) -> dict[str, Any]:
 def mask_diff(diff: str) -> tuple[str, list[tuple[str, int]]]:
     """A diff without its secrets, and (file, line in the new file) of each. The lines of a private key are hidden as a whole."""
     lines, places = [], []
-    known = known_values(os.environ)
+    known = observe.secrets_of_environment()
     for path, number, line in _lines(diff):
         secrets = [secret for _, secret in found(line, known, is_code=True)]
         if path is None:  # the body of a private key
