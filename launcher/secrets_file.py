@@ -10,21 +10,14 @@ from conf.errors import Problem, SiteError
 LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)", re.DOTALL)
 EXPANDED = re.compile(r"\$[A-Za-z_({]|`")
 """What a shell would replace in a value without single quotes."""
+MAX_BYTES = 2**20
 KEY = "cluster.secrets_file"
 
 
-def read(path: Path) -> str:
-    """The text of a file; empty if there is no such file. Raises SiteError if others may read or write it, or if it is no text."""
-    text, warning = read_in_job(path)
-    if warning:
-        raise SiteError(Problem(KEY, path, warning))
-    return text
+def read(path: Path) -> tuple[str, str]:
+    """The text of a file, and a warning if others may read it: the launch refuses that, a job only says so.
 
-
-def read_in_job(path: Path) -> tuple[str, str]:
-    """The text of a file, and a warning if others may read it. Raises SiteError if they may write it, or if it is no text.
-
-    The launch has refused a file that others may read. A job that has waited in the queue does not fail for it.
+    Both are empty if there is no such file. Raises SiteError if others may write it, or if it is no text.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -32,7 +25,7 @@ def read_in_job(path: Path) -> tuple[str, str]:
         return "", ""
     except OSError as error:
         raise SiteError(Problem(KEY, path, f"cannot be read: {error.strerror}. Type chmod 600 {path}")) from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise SiteError(Problem(KEY, path, "is not a file. Write lines NAME=value into a file"))
@@ -40,7 +33,9 @@ def read_in_job(path: Path) -> tuple[str, str]:
             raise SiteError(
                 Problem(KEY, path, "belongs to another user, who could change it. Copy it, and use the copy")
             )
-        content = file.read()
+        content = os.read(descriptor, MAX_BYTES)
+    finally:
+        os.close(descriptor)
     warning = f"others may read or write it (mode {stat.S_IMODE(status.st_mode):o}). Type chmod 600 {path}"
     if status.st_mode & 0o022:
         raise SiteError(Problem(KEY, path, warning))

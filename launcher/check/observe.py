@@ -244,10 +244,14 @@ def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
 def _secrets_file(config: Config) -> tuple[dict[str, str], tuple[Problem, ...]]:
     """The secrets in `cluster.secrets_file`, and why it cannot be used. Not read if no job needs a secret."""
     path = Path(config.cluster.secrets_file).expanduser()
+    if not config.cluster.secrets:
+        return {}, ()
     try:
-        return secrets_file.parse(path, secrets_file.read(path)) if config.cluster.secrets else ({}, ())
+        text, warning = secrets_file.read(path)
     except SiteError as error:
         return {}, tuple(item for item in error.problems if isinstance(item, Problem))
+    values, problems = secrets_file.parse(path, text)
+    return values, (*((Problem(secrets_file.KEY, path, warning),) if warning else ()), *problems)
 
 
 def secrets_of_environment(*names: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ def problems(config: Config, facts: Facts) -> Iterator[Problem]:
         if reason := _reason(text.key, text.name, text.value, text.kind):
             reasons[text.key] = reason
     for key, reason in reasons.items():
-        yield Problem(key, MASK, f"is or holds {reason}, and would be written to files. {_remedy(config, key)}")
+        yield Problem(key, MASK, _message(config, key, reason))
 
 
 def _reason(key: str, name: str, value: str, kind: str) -> str | None:
@@ -37,12 +37,10 @@ def _reason(key: str, name: str, value: str, kind: str) -> str | None:
     return kinds[0] if kinds else None
 
 
-def _remedy(config: Config, key: str) -> str:
+def _message(config: Config, key: str, reason: str) -> str:
     name = key.removeprefix(VARIABLES)
     if name != key:
-        put = f"put {name}=... into {config.cluster.secrets_file} (mode 600)"
-        return f"Remove it, {put} and add cluster.secrets=[{name}]"
-    return (
-        f"Write it without that; if a job needs it, put NAME=... into {config.cluster.secrets_file} (mode 600) and add "
-        "cluster.secrets=[NAME]"
-    )
+        put = f"add cluster.secrets=[{name}] and put {name}=... into {config.cluster.secrets_file} (mode 600)"
+        return f"would be written to files. Remove it, {put}; it is {reason}"
+    put = f"put NAME=... into {config.cluster.secrets_file} (mode 600) and add cluster.secrets=[NAME]"
+    return f"holds {reason}, and would be written to files. Write it without that; if a job needs it, {put}"

@@ -66,8 +66,9 @@ def _is_made_private(parent: int, name: str, user_id: int) -> bool:
         status = os.fstat(folder)
         if status.st_uid != user_id or _others_write(status, user_id):
             return False
-        if any(not _is_own(entry.stat(follow_symlinks=False), user_id) for entry in os.scandir(folder)):
-            return False  # put there while the folder was open to others
+        entries = [os.lstat(entry, dir_fd=folder) for entry in os.listdir(folder)]
+        if not all(_is_own(entry, user_id) for entry in entries):
+            return False  # something was put there while the folder was open to others
         if stat.S_IMODE(status.st_mode) != 0o700:
             os.fchmod(folder, 0o700)
         return True

@@ -150,7 +150,7 @@ def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) 
         network_values, reason = environment.network_variables(config, interface, os.environ)
         values |= network_values
     if config.cluster.secrets:
-        secrets_text, warning = secrets_file.read_in_job(Path(config.cluster.secrets_file).expanduser())
+        secrets_text, warning = secrets_file.read(Path(config.cluster.secrets_file).expanduser())
         values |= environment.secret_values(config, os.environ, secrets_text)
         if warning:
             log.warning(warning)
