@@ -64,7 +64,11 @@ def parse(path: Path, text: str) -> tuple[dict[str, str], tuple[Problem, ...]]:
         if not line or line.startswith("#"):
             continue
         match = LINE.fullmatch(line)
-        value, reason = _value(match[2].strip()) if match else ("", "is not of the form NAME=value")
+        value, reason = (
+            _value(match[2].strip())
+            if match
+            else ("", "is not of the form NAME=value. Complete it, or put # before it")
+        )
         if match and not reason:
             values[match[1]] = value
         else:
