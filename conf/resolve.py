@@ -75,12 +75,20 @@ def save(config: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """Read a config that `save` wrote. Raises ConfigError if the file is missing or does not match the schema."""
+    """Read a config that `save` wrote. Raises ConfigError if the file is missing, damaged or does not match the schema."""
     try:
         stored = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
-    assert isinstance(stored, DictConfig)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a YAML parser raises for a file that somebody else may have written
+        reason = (
+            f"is not the config of a run ({type(error).__name__}). Use the folder of a run that Muster has launched"
+        )
+        raise ConfigError(Problem(str(path), None, reason)) from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(Problem(str(path), None, "is not the config of a run: it has no keys"))
     return resolve(stored)
 
 
