@@ -120,4 +120,4 @@ def _is_heartbeat(value: Any) -> bool:
     """Whether this has what is shown of a heartbeat. The watchdog, which reads all of it, reads only what it has written."""
     if not isinstance(value, dict) or not isinstance(value.get("phase"), str):
         return False
-    return all(isinstance(value.get(name), (int, float)) for name in ("count", "time"))
+    return all(isinstance(value.get(name, 0), (int, float)) for name in ("count", "time"))

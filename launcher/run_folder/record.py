@@ -12,7 +12,8 @@ from conf.files import write_json
 from launcher.run_folder.attempts import read_record
 
 JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
-"""A job id of Slurm, also of a part of an array or a heterogeneous job, or a process id."""
+"""A job id of Slurm, also of a part of an array or a heterogeneous job."""
+ANY = re.compile(r".*", re.DOTALL)
 
 
 class StartedJob(NamedTuple):
@@ -35,10 +36,11 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_launch(item: Any) -> bool:
-    """Whether this is a launch as `add_launch` writes it. Job ids become arguments of scancel, so they must be numbers."""
+    """Whether this is a launch as `add_launch` writes it. Slurm's job ids become arguments of scancel, so they must be numbers."""
     if not isinstance(item, dict) or not isinstance(item.get("cluster"), str) or not isinstance(item.get("jobs"), dict):
         return False
-    return all(isinstance(job_id, str) and JOB_ID.fullmatch(job_id) for job_id in item["jobs"].values())
+    pattern = JOB_ID if item["cluster"] == "slurm" else ANY
+    return all(isinstance(job_id, str) and pattern.fullmatch(job_id) for job_id in item["jobs"].values())
 
 
 def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, Any]) -> None:
