@@ -41,6 +41,8 @@ def _verdict(path: Path) -> dict[str, Any] | None:
     verdict = read_record(path) or {}
     if not isinstance(verdict.get("status"), str):
         return {"status": FAILED, "reason": f"{path.name} is damaged", "rank": None, "host": None}
+    if "rank" in verdict:
+        verdict.setdefault("host", None)
     wrong = [name for name in TEXTS if not isinstance(verdict.get(name) or "", str)]
     verdict |= {name: str(verdict[name])[:200] for name in wrong}
     numbers = ("rank", "step", "saved", "exit")
