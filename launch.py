@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
+from conf.visible import visible
 from launcher import plan
 from launcher.check import command_line, localize, observe, quoting, resume, rules
 from launcher.estimate import auto_settings
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
-        print(f"{prog}: {': '.join(causes)}", file=sys.stderr)
+        print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... dry_run=true | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

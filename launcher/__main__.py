@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.plural import plural
+from conf.visible import visible
 from launcher import slurm, version
 from launcher.paths import CLONE
 from launcher.status import state, tables
@@ -26,7 +27,7 @@ def logs(options: argparse.Namespace) -> int:
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            print(file.read(), end="", flush=True)
+            print(visible(file.read()), end="", flush=True)
             if not options.follow:
                 return 0
             time.sleep(0.5)
@@ -37,7 +38,7 @@ def why(options: argparse.Namespace) -> int:
     for job in state.job_states(options.run):
         if job.state == "PENDING":
             reason, start = slurm.pending_reason(job.job_id)
-            print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
+            print(visible(f"{job.name} {job.job_id} waits: {reason}; may start {start}"))
         elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
         tables.attempts(job)
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     try:
         return int(options.command(options))
     except (UserError, slurm.SlurmError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141

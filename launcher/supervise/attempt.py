@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.files import write_json
+from conf.visible import visible
 from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
@@ -222,7 +223,8 @@ def _finish_and_requeue(options: argparse.Namespace) -> int:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         verdict = requeue.decide_and_requeue(options.folder, verdict, options.max_restarts, restarts)
     next_step = f"; {verdict['next']}" if verdict.get("next") else ""
-    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step, flush=True)
+    line = f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step
+    print(visible(line), flush=True)
     return 0 if verdict["status"] == COMPLETED else 1
 
 
@@ -239,7 +241,7 @@ def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
         )
     record_end(folder, number, 0, USER_ERROR if port else FAILED, problem)
     verdict = finish(folder, number, 2, 1)
-    print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
+    print(visible(f"muster: {verdict['reason']}"), file=sys.stderr, flush=True)
     return 2
 
 
