@@ -5,6 +5,7 @@ Standard library only: this file also runs on the compute node, outside the cont
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
+import pwd
 import re
 import subprocess
 from collections.abc import Iterable
@@ -105,6 +106,18 @@ def requeue(job_id: str) -> None:
 def exclude(job_id: str, nodes: Iterable[str]) -> None:
     """Set the nodes that a pending job must not get. Replaces the nodes excluded before."""
     call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+
+def cancelled_by(job_id: str) -> str:
+    """Return the name of the user who cancelled a job, as accounting knows it; empty if nobody has cancelled it."""
+    words = ("--noheader", "--allocations", "--allusers", "--parsable2", "--format=State", "--jobs", job_id)
+    match = re.search(r"CANCELLED by (\d+)", call("sacct", *words))
+    if match is None:
+        return ""
+    try:
+        return pwd.getpwuid(int(match.group(1))).pw_name
+    except KeyError:
+        return match.group(1)
 
 
 def pending_reason(job_id: str) -> tuple[str, str]:

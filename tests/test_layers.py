@@ -58,6 +58,7 @@ PURE = (
     "launcher.submit.preview",
     "launcher.supervise.error_classes",
     "launcher.supervise.hang_diagnosis",
+    "launcher.supervise.start_failures",
 )
 """Modules that decide and do nothing, besides those of launcher.estimate."""
 

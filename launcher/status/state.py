@@ -2,7 +2,7 @@
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from conf.jobs import JOB_KINDS
 from launcher import slurm
 from launcher.run_folder import attempts, record
 from launcher.run_folder.status import COMPLETED
+from launcher.status import missing_verdict
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class JobState:
     state: str
     """Slurm's state, or UNKNOWN; RUNNING or ENDED for a job on this machine."""
     verdict: dict[str, Any] | None
-    """The verdict of the newest attempt; None while that attempt runs."""
+    """The verdict of the newest attempt, or why the job ended without one; None while it waits or runs."""
     attempt: int | None = None
     """Number of the newest attempt; None before the first."""
     before: list[dict[str, Any]] = field(default_factory=list)
@@ -69,6 +70,9 @@ def _job_state(run: Path, name: str, job: record.StartedJob, slurm_states: dict[
     else:
         state = "RUNNING" if _is_alive(job.job_id, run) else "ENDED"
         history = _all_attempts(folder)
+    if job.cluster == "slurm" and history.verdict is None:
+        verdict = missing_verdict.explain(folder, job.job_id, state, history.number)
+        history = replace(history, verdict=verdict)
     running = state == "RUNNING" and history.number is not None and history.verdict is None
     heartbeat = _slowest_heartbeat(folder, history.number) if running else None
     return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat)

@@ -218,6 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _finish_and_requeue(options: argparse.Namespace) -> int:
+    if not options.folder.exists():
+        print(f"muster: {options.folder} was deleted while the job ran: the job has ended", file=sys.stderr, flush=True)
+        return 1
     verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
     if verdict["status"] != COMPLETED and "SLURM_JOB_ID" in os.environ:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
