@@ -21,6 +21,7 @@ from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import rendezvous, requeue
+from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
 COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
@@ -234,17 +235,26 @@ def _finish_and_requeue(options: argparse.Namespace) -> int:
 def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
     """Write a verdict for a job that cannot start, as for any other failure. Returns the exit code."""
     folder, port, number = options.folder, options.port, attempts.newest_attempt(options.folder)
-    if number is None:
-        print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
-        return 2
+    if number is None or (folder / f"attempt-{number}.json").exists():  # the newest is an earlier one
+        return _say_unwritable(folder, error)
+    status, remedy = classify(error)
     problem = f"{getattr(error, 'strerror', None) or error} on {socket.gethostname()}"
     if port:
+        status, remedy = USER_ERROR, ""
         problem = (
             f"cluster.network.master_port={port}: {problem}; set cluster.network.master_port=null to get a free port"
         )
-    record_end(folder, number, 0, USER_ERROR if port else FAILED, problem)
-    verdict = finish(folder, number, 2, 1)
+    try:
+        record_end(folder, number, 0, status, problem, remedy=remedy)
+        verdict = finish(folder, number, 2, 1)
+    except OSError as second:  # a full disk, most often
+        return _say_unwritable(folder, second)
     print(visible(f"muster: {verdict['reason']}"), file=sys.stderr, flush=True)
+    return 2
+
+
+def _say_unwritable(folder: Path, error: Exception) -> int:
+    print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
     return 2
 
 

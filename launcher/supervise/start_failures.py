@@ -32,6 +32,7 @@ PYTHON = "set cluster.python to a Python that exists on every node, or put its f
 SCRIPT = "correct cluster.setup or cluster.modules: these are the shell lines that run before the ranks"
 SRUN = "correct cluster.srun_args, or the options of sbatch in the job's section of cluster"
 CONTAINER = "correct cluster.container: try the image by hand on a compute node"
+RUN_FOLDER = "every node must be able to write the run folder: is it on a disk that the nodes share?"
 OTHER_SYSTEM = (
     "cluster.python was built for another system than that of the node: use one that was installed on such a node"
 )
@@ -75,8 +76,9 @@ START_FAILURES = (
     StartFailure(
         USER_ERROR,
         r"(?:srun|slurmstepd): error: (?:could not|unable to|couldn't) open .*(?:no such file|permission denied)",
-        "every node must be able to write the run folder: is it on a disk that the nodes share?",
+        RUN_FOLDER,
     ),
+    StartFailure(USER_ERROR, r"^muster: /.*: cannot be written: ", RUN_FOLDER),
     StartFailure(USER_ERROR, r"srun: (?:fatal: |unrecognized option|invalid option|option .* requires)", SRUN),
     StartFailure(
         USER_ERROR,

@@ -31,6 +31,7 @@ USER_ERRORS = {
     "(ModuleNotFoundError: No module named 'submitit')",
     "package of a module": "ModuleNotFoundError: No module named 'torch'",
     "disk": "OSError: [Errno 28] No space left on device: '/scratch/run/jobs/train/attempt-1'",
+    "run folder": "muster: /home/me/run/jobs/train: cannot be written: [Errno 30] Read-only file system",
     "own message": "muster: cluster.container: apptainer cannot be started on n1",
     "output": "slurmstepd: error: could not open stdout file /run/rank-0.log: Permission denied",
 }
