@@ -32,7 +32,7 @@ test: setup test-system ## all tests; as root on Debian or Ubuntu also on a real
 proof: setup test-system ## the slower tests: every kill, layout and number of ranks (one to two hours)
 	$(V)/python -m pytest -m proof $(ARGS)
 
-chaos: setup test-system ## inject 60 faults into trainings on a real Slurm, and write docs/resilience.md (one hour)
+chaos: setup test-system ## inject 80 faults into trainings on a real Slurm, and write docs/resilience.md (one hour)
 	$(V)/python -m tests.slurm.chaos $(ARGS)
 
 slurm-versions: setup ## test chain, requeue and crash under this machine's Slurm and two newer ones (20 minutes)
