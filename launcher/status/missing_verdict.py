@@ -39,7 +39,9 @@ BY_STATE = {
     ),
 }
 """Slurm's states that say themselves why a job ended: (status, reason, remedy)."""
-WITHOUT_A_CAUSE = ("FAILED", "COMPLETED", "LAUNCH_FAILED", "SPECIAL_EXIT", "RECONFIG_FAIL")
+FORGOTTEN = "FORGOTTEN"
+"""Stands for the state of a job that Slurm no longer knows."""
+WITHOUT_A_CAUSE = (FORGOTTEN, "FAILED", "COMPLETED", "LAUNCH_FAILED", "SPECIAL_EXIT", "RECONFIG_FAIL")
 """Slurm's states of a job whose logs must say why it ended."""
 UNOPENED_LOG = "0:53"
 """Slurm's exit code of a job whose log it could not open."""
@@ -72,11 +74,12 @@ def _from_logs(folder: Path, job_id: str, state: str, attempt: int | None) -> di
     if found is None:
         lines = text.strip().splitlines()
         when = "before an attempt began" if attempt is None else "before the verdict was written"
+        who = "Slurm no longer knows the job: it" if state == FORGOTTEN else "the batch script"
         exit_code = f" with exit code {code.partition(':')[0]}" if code else ""
         last_line = start_failures.last_error(text) or (lines[-1].strip() if lines else "it printed nothing")
         # A line of cluster.setup that ends the script would do so again; a traceback may be anything.
         status = USER_ERROR if attempt is None and "Traceback" not in text and state == "FAILED" else FAILED
-        reason = f"the batch script ended{exit_code} {when}: {last_line[: start_failures.LONGEST_REASON]}"
+        reason = f"{who} ended{exit_code} {when}: {last_line[: start_failures.LONGEST_REASON]}"
         found = {"status": status, "reason": reason, "remedy": start_failures.SCRIPT if status == USER_ERROR else ""}
     return _verdict(found, text)
 

@@ -85,6 +85,13 @@ def test_an_attempt_that_slurm_ended_before_its_verdict_has_one(
     assert verdict and verdict["reason"] == "cancelled by root before its ranks could save"
 
 
+def test_a_job_that_slurm_has_forgotten_has_ended(run: Path, programs: Programs) -> None:
+    programs(scontrol="exit 1")
+    verdict = missing_verdict.explain(run / "jobs/train", "102", missing_verdict.FORGOTTEN, None)
+    assert verdict and verdict["status"] == "failed"
+    assert verdict["reason"] == "Slurm no longer knows the job: it ended before an attempt began: it printed nothing"
+
+
 def test_a_log_that_slurm_could_not_open_is_named(run: Path, programs: Programs) -> None:
     programs(scontrol="echo 'JobId=102 ExitCode=0:53'")
     verdict = missing_verdict.explain(run / "jobs/train", "102", "FAILED", None)
