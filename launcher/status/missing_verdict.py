@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ BY_STATE = {
     ),
 }
 """Slurm's states that say themselves why a job ended: (status, reason, remedy)."""
-FORGOTTEN = "FORGOTTEN"
-"""Stands for the state of a job that Slurm no longer knows."""
-WITHOUT_A_CAUSE = (FORGOTTEN, "FAILED", "COMPLETED", "LAUNCH_FAILED", "SPECIAL_EXIT", "RECONFIG_FAIL")
+FORGOTTEN = "UNKNOWN"
+"""The state of a job that Slurm no longer knows. Another cluster that shares the disk may run it."""
+QUIET_S = 120.0
+"""A script that has written to its log, but opened no attempt for so long, has ended."""
+WITHOUT_A_CAUSE = ("FAILED", "COMPLETED", "LAUNCH_FAILED", "SPECIAL_EXIT", "RECONFIG_FAIL")
 """Slurm's states of a job whose logs must say why it ended."""
 UNOPENED_LOG = "0:53"
 """Slurm's exit code of a job whose log it could not open."""
@@ -58,7 +61,16 @@ def explain(folder: Path, job_id: str, state: str, attempt: int | None) -> dict[
         return _verdict({"status": status, "reason": f"{reason} ({state})", "remedy": remedy}, text)
     if state == "CANCELLED":
         return _verdict({"status": STOPPED, "reason": _cancelled(job_id, attempt), "remedy": ""}, "")
-    return _from_logs(folder, job_id, state, attempt) if state in WITHOUT_A_CAUSE else None
+    if state in WITHOUT_A_CAUSE or (state == FORGOTTEN and attempt is None and _is_quiet(folder, job_id)):
+        return _from_logs(folder, job_id, state, attempt)
+    return None
+
+
+def _is_quiet(folder: Path, job_id: str) -> bool:
+    try:
+        return time.time() - (folder / f"{job_id}_0_log.out").stat().st_mtime > QUIET_S
+    except OSError:
+        return False
 
 
 def _from_logs(folder: Path, job_id: str, state: str, attempt: int | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """launcher/status/missing_verdict.py: jobs that Slurm ended without a verdict, in each of its states, in plain words."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,15 @@ def test_an_attempt_that_slurm_ended_before_its_verdict_has_one(
     assert verdict and verdict["reason"] == "cancelled by root before its ranks could save"
 
 
-def test_a_job_that_slurm_has_forgotten_has_ended(run: Path, programs: Programs) -> None:
-    programs(scontrol="exit 1")
-    verdict = missing_verdict.explain(run / "jobs/train", "102", missing_verdict.FORGOTTEN, None)
+def test_a_job_that_slurm_has_forgotten_has_ended_if_its_script_ran(run: Path, programs: Programs) -> None:
+    log = run / "jobs/train/102_0_log.out"
+    log.write_text("no licence\n")
+    assert verdict_in("UNKNOWN", run, programs) is None  # it may be about to open its attempt
+    os.utime(log, (0, 0))
+    verdict = verdict_in("UNKNOWN", run, programs)
     assert verdict and verdict["status"] == "failed"
-    assert verdict["reason"] == "Slurm no longer knows the job: it ended before an attempt began: it printed nothing"
+    assert verdict["reason"].startswith("Slurm no longer knows the job: it ended")
+    assert verdict["reason"].endswith("before an attempt began: no licence")
 
 
 def test_a_log_that_slurm_could_not_open_is_named(run: Path, programs: Programs) -> None:
