@@ -51,17 +51,20 @@ number of wrong runs. If a run is wrong, the exit status is 1.
 - tests/slurm/test_chaos.py: one run with a restarted controller, a killed slurmd and a pulled cable at once, then a slow rank,
   then a killed rank with a damaged checkpoint and without `latest`, then a killed batch script;
 - tests/slurm/test_requeue.py: a hang, a preemption, a user's error;
+- tests/slurm/test_before_ranks.py: a script that dies before its ranks start, a step that srun refuses, a cancelled job;
 - tests/slurm/test_resume.py: a signal;
 - without Slurm, tests/jobs/checkpoint/test_checkpointing.py and test_async_save.py: full disks, and every kind of damage to a
   checkpoint.
 
 `make proof` adds:
 
-- tests/slurm/test_requeue.py: the time limit, `scontrol requeue`, a lost node, a bad node;
+- tests/slurm/test_requeue.py: the time limit, `scontrol requeue`, a lost node, a bad node, a deleted run;
 - tests/slurm/test_hang.py: hangs during start-up and during a checkpoint;
 - tests/jobs/checkpoint/test_async_save.py: kills while a checkpoint is written.
 
-`make chaos` has all of them.
+`make chaos` has all faults of the table. `make slurm-versions` runs the chain of jobs, a crash, a preemption, a time limit and
+requeues under this machine's Slurm and two newer ones. [What differs between sites](sites.md) has a test for each way in which
+sites are set up.
 """
 
 
