@@ -71,7 +71,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
         print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
-        print(preview.text(config, jobs), flush=True)
+        print(visible(preview.text(config, jobs)), flush=True)
         return 0
     return submit.submit(config, jobs, command=sys.argv)
 

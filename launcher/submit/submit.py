@@ -12,6 +12,7 @@ from conf.choices import Backend, Executor, Submit
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_json, write_text
 from conf.schema import Config
+from conf.visible import visible
 from launcher import slurm
 from launcher.paths import CLONE
 from launcher.plan import Job
@@ -37,7 +38,7 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
     if active := state.active_jobs(Path(config.run_dir)):
         remedy = f"is already running: {active}. Wait until it ends, or type muster cancel {config.run_dir}"
         raise RunError(Problem("run_dir", config.run_dir, remedy))
-    print(preview.summary(config, jobs), flush=True)
+    print(visible(preview.summary(config, jobs)), flush=True)
     config_path = write_run_folder(config, jobs, command)
     if config.submit is Submit.script:
         print(
