@@ -67,7 +67,7 @@ def _plain(config: Config, without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the config as YAML. Only the user can read the file."""
+    """Write the config as YAML."""
     write_text(path, dump(config))
 
 

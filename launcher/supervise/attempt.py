@@ -26,6 +26,8 @@ from launcher.supervise.exit_diagnosis import diagnose_exit
 
 COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
 """Fields of begin.json that the verdict repeats."""
+WAIT_S = 120.0
+"""How long the ranks wait for a Slurm that is busy, before they start without knowing the job's time limit."""
 
 
 def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket.socket | None]:
@@ -81,10 +83,13 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
+        return
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
-        if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
-            return
+        with slurm.retrying():
+            if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
+                return
     except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container without Slurm's commands
         return
     verdict = finish(folder, number, 137, world_size)  # 137: as if the script had seen SIGKILL
@@ -186,7 +191,8 @@ def _stop_time(before_s: float) -> dict[str, str]:
     `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
     """
     try:
-        left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
+        with slurm.retrying(WAIT_S):
+            left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
     except (KeyError, slurm.SlurmError):
         return {}
     return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
@@ -205,17 +211,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.action == "finish":
         return _finish_and_requeue(options)
+    if _has_completed(options.folder):
+        print(
+            f"muster: {options.folder.name} has completed, and Slurm started it again: nothing to do", file=sys.stderr
+        )
+        print("completed", flush=True)
+        return 0
     try:
-        values, reservation = begin(options.folder, options.port)
+        with slurm.retrying():
+            values, reservation = begin(options.folder, options.port)
     except (OSError, slurm.SlurmError) as error:
         return _record_failed_begin(options, error)
     if options.stop_before is not None:
         values |= _stop_time(options.stop_before)
-    # The batch script reads these lines until `ready`; see slurm_templates/setup.sh.j2.
+    # The batch script reads these lines until `ready` or `completed`; see slurm_templates/setup.sh.j2.
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if reservation:
         _hold_port(reservation)
     return 0
+
+
+def _has_completed(folder: Path) -> bool:
+    """Return whether an earlier start of this Slurm job has completed: Slurm requeues some jobs twice, and admins do so."""
+    verdict = attempts.last_verdict(folder)
+    if verdict is None or verdict["status"] != COMPLETED or "SLURM_JOB_ID" not in os.environ:
+        return False
+    same_job = str(verdict.get("job_id")) == os.environ["SLURM_JOB_ID"] and "SLURM_RESTART_COUNT" in os.environ
+    return same_job and verdict.get("config") == os.environ.get("MUSTER_CONFIG")
 
 
 def _finish_and_requeue(options: argparse.Namespace) -> int:

@@ -76,7 +76,7 @@ def write(path: Path, results: list[Result]) -> None:
     """Write the page from the lines of results.jsonl, in any order."""
     results = sorted(results, key=lambda result: result["number"])
     rows = [_row(kind.label, [result for result in results if result["kind"] == name]) for name, kind in KINDS.items()]
-    write_text(path, _top(results) + "".join(rows) + _wrong(results) + _bottom(results), mode=0o644)
+    write_text(path, _top(results) + "".join(rows) + _wrong(results) + _bottom(results))
 
 
 def _top(results: list[Result]) -> str:
