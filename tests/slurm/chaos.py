@@ -1,5 +1,7 @@
 """The chaos suite: `python -m tests.slurm.chaos` injects faults into trainings and writes docs/resilience.md.
 
+With `--kinds`, the page of the chosen faults goes into the work folder instead.
+
 Kind of fault, layout, step and number of faults of each run are drawn from the seed. A run must end by itself with the metrics
 and weights of the reference run, which has the same layout and no fault. If continuing would be wrong, it must end with the
 right verdict, and reach these metrics and weights after it is resumed. Each result is written at once, so that `--resume` can
@@ -224,7 +226,7 @@ def main() -> int:
     )
     parser.add_argument("--work", type=Path, default=runs.CLONE / "runs/chaos", help="folder for the runs (runs/chaos)")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted suite in the work folder")
-    parser.add_argument("--page", action="store_true", help="only write docs/resilience.md from the results so far")
+    parser.add_argument("--page", action="store_true", help="only write the page from the results so far")
     options = parser.parse_args()
     work = options.work.absolute()
     if not (options.resume or options.page):
@@ -238,7 +240,10 @@ def main() -> int:
         finally:
             running.down()
     results = [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
-    chaos_page.write(runs.CLONE / "docs/resilience.md", results)
+    whole = set(options.kinds) == set(KINDS)
+    page = (runs.CLONE / "docs" if whole else work) / "resilience.md"
+    chaos_page.write(page, results)
+    print(f"page      {page}")
     count, wrong = sum(result["faults"] for result in results), sum(result["outcome"] == WRONG for result in results)
     good = sum(result["faults"] for result in results if result["outcome"] != WRONG)
     print(f"RESULT faults={count} recovered={good} wrong={wrong}")
