@@ -39,10 +39,10 @@ another run. If a node is out of reach, they also include Slurm's timeout (30 s 
 
 ## Run it
 
-`make chaos` takes about an hour. `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` selects faults, and
-writes its page beside the results. `ARGS=--resume` continues a suite that was interrupted. runs/chaos/results.jsonl has one line per run, with its faults and its
-outcome. The folder of each wrong run is kept beside it. The last line of output is RESULT, with the number of faults and the
-number of wrong runs. If a run is wrong, the exit status is 1.
+`make chaos` takes about an hour. `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` selects faults, and writes its
+page beside the results. `ARGS=--resume` continues a suite that was interrupted. runs/chaos/results.jsonl has one line per run, with
+its faults and its outcome. The folder of each wrong run is kept beside it. The last line of output is RESULT, with the number of
+faults and the number of wrong runs. If a run is wrong, the exit status is 1.
 
 ## Which test covers what
 
