@@ -42,7 +42,7 @@ WITHOUT_ATTEMPT = {
         marks=[
             pytest.mark.proof,
             pytest.mark.site(
-                "a line of `cluster.setup` fails",
+                "A line of `cluster.setup` fails",
                 "`status` showed `failed` and no reason, and exited with 0",
                 "a user's error with the line of the script; `status` exits with 1",
             ),
@@ -54,7 +54,7 @@ WITHOUT_ATTEMPT = {
         marks=[
             pytest.mark.proof,
             pytest.mark.site(
-                "a line of `cluster.setup` ends the script with a message of its own",
+                "A line of `cluster.setup` ends the script with a message of its own",
                 "`status` showed `failed` and no reason, and exited with 0",
                 "a user's error with the last line that was printed",
             ),
@@ -66,7 +66,7 @@ WITH_ATTEMPT = {
         ["cluster.train.memory_gib=2", "cluster.setup=[export SLURM_MEM_PER_CPU=500]"],
         "cluster.srun_args",
         marks=pytest.mark.site(
-            "srun refuses the environment (`srun: fatal: ...`)",
+            "Srun refuses the environment (`srun: fatal: ...`)",
             "the verdict blamed memory or a cancellation, and the job was restarted three times",
             "a user's error with srun's line, and no restart",
         ),
@@ -89,7 +89,7 @@ WITH_ATTEMPT = {
         marks=[
             pytest.mark.proof,
             pytest.mark.site(
-                "srun is unable to create the step",
+                "Srun is unable to create the step",
                 "the verdict blamed memory or a cancellation, and the job was restarted three times",
                 "a user's error with srun's line, and no restart",
             ),
@@ -148,7 +148,7 @@ def test_the_remedy_for_a_shell_without_modules_works(slurm: Cluster, tmp_path: 
 
 
 @pytest.mark.site(
-    "a job is cancelled while it waits, or a job before it has failed",
+    "A job is cancelled while it waits, or a job before it has failed",
     "`status` showed `cancelled` and no reason, and exited with 0",
     "one line says which of the two; `status` exits with 1",
 )

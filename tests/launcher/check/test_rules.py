@@ -239,7 +239,7 @@ def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[s
 
 
 @pytest.mark.site(
-    "a run folder with a colon in its name (`2026-11-28T15:30:00`)",
+    "A run folder with a colon in its name (`2026-11-28T15:30:00`)",
     "the jobs ran the installed code instead of the run's own, without a word",
     "refused before submission, because PYTHONPATH is split at colons",
 )

@@ -116,7 +116,7 @@ BRACKETS = [
 
 
 @pytest.mark.site(
-    case="an error's text has brackets, as those of Gloo and of chat templates do",
+    case="An error's text has brackets, as those of Gloo and of chat templates do",
     before="`muster status` left them out, or ended with a traceback",
     after="they are shown as they are",
 )
@@ -138,7 +138,7 @@ def test_brackets_are_shown_as_they_are(text: str, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.site(
-    case="a log, a row or an answer has terminal escapes (title, clipboard, links, reversed text)",
+    case="A log, a row or an answer has terminal escapes (title, clipboard, links, reversed text)",
     before="they were sent to the terminal",
     after="they are shown, as `\\x1b]52;...`",
 )

@@ -196,7 +196,7 @@ def test_a_suspended_job_does_not_count_as_a_hang(attempt: Path, start_node: Sta
 
 
 @pytest.mark.site(
-    "a run's folder is deleted while it trains",
+    "A run's folder is deleted while it trains",
     "its ranks went on until the time limit, and put parts of the folder back",
     "they end within seconds, and nothing is restarted",
 )
