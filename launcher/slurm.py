@@ -5,6 +5,7 @@ Standard library only: this file also runs on the compute node, outside the cont
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
+import os
 import pwd
 import re
 import shutil
@@ -63,7 +64,7 @@ def jobs(job_ids: Iterable[str], user: str | None = None, strict: bool = False) 
     """Return what Slurm knows about each id. Ids that it no longer knows are left out.
 
     Slurm may give an id again (to another user too), so compare the job's folder before changing anything.
-    Asks squeue for live jobs of `user` (default: this one), then sacct for ended ones. Without accounting, scontrol still
+    Asks squeue for live jobs of this user and of `user`, then sacct for ended ones. Without accounting, scontrol still
     remembers an ended job for MinJobAge (5 min). If squeue fails, ids that sacct does not know have a `silence`.
 
     With `strict`, raises SlurmError when squeue is installed but fails: a live job must not be taken for an ended one.
@@ -216,7 +217,7 @@ def _parse(line: str) -> SlurmJob | None:
 
 def _squeue(job_ids: list[str], user: str | None) -> list[SlurmJob]:
     # On old versions one unknown id makes a whole --jobs list fail, so list all jobs of the user and pick ours.
-    whose = "--me" if user is None else f"--user={user}"
+    whose = "--me" if user is None else f"--user={user},{os.getuid()}"
     lines = call("squeue", "--noheader", whose, "--states=all", "--format", FIELDS).splitlines()
     return [job for line in lines if (job := _parse(line)) and job.job_id in job_ids]
 

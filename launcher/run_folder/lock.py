@@ -6,7 +6,6 @@ The kernel drops its lock when the process ends, however it ends. On most shared
 
 import errno
 import fcntl
-import getpass
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import Problem, RunError
+from launcher.run_folder.record import user_name
 
 NAME, RECORD = ".launch.lock", ".launch.json"
 """Files in the run folder: the one that the kernel locks, and the record, which exists while a process holds the lock."""
@@ -143,7 +143,7 @@ def _mounts() -> str:
 
 def _write_record(run: Path, replace: bool) -> None:
     """Write who holds the folder. Without a kernel lock, O_EXCL lets only one of two processes do so."""
-    holder = Holder(socket.gethostname(), os.getpid(), _user(), time.strftime("%Y-%m-%d %H:%M:%S"))
+    holder = Holder(socket.gethostname(), os.getpid(), user_name(os.getuid()), time.strftime("%Y-%m-%d %H:%M:%S"))
     if replace:
         (run / RECORD).unlink(missing_ok=True)
     try:
@@ -153,10 +153,3 @@ def _write_record(run: Path, replace: bool) -> None:
         raise RunError(Problem("run_dir", run, remedy)) from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(holder._asdict(), file)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no such user in a container
-        return str(os.getuid())

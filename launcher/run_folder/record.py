@@ -86,12 +86,15 @@ def other_owner(path: Path) -> str | None:
         owner = path.stat().st_uid
     except OSError:
         return None
-    if owner == os.getuid():
-        return None
+    return None if owner == os.getuid() else user_name(owner)
+
+
+def user_name(number: int) -> str:
+    """Return the name of a user; the number itself if this machine does not know it, as in a container."""
     try:
-        return pwd.getpwuid(owner).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(owner)
+        return str(number)
 
 
 def closed_file(error: PermissionError) -> str:

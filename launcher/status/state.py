@@ -33,6 +33,8 @@ class JobState:
     """Verdicts of the earlier attempts, oldest first."""
     beat: dict[str, Any] | None = None
     """While the job runs: the last heartbeat of the rank that is furthest behind."""
+    user: str = ""
+    """Whose job it is in Slurm; empty if Slurm did not say so."""
     note: str = ""
     """Why the state is UNKNOWN, if that is known."""
 
@@ -68,10 +70,10 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
 
 
 def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: dict[str, slurm.SlurmJob]) -> JobState:
-    folder, note = run / "jobs" / name, ""
+    folder, user, note = run / "jobs" / name, "", ""
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
-        state, note = seen.state, seen.silence
+        state, user, note = seen.state, seen.user, seen.silence
         if not ownership.is_of_run(seen, run, job):
             state, note = "UNKNOWN", ownership.describe(seen)
         history = _attempts_of_slurm_job(folder, job.job_id)
@@ -84,7 +86,7 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: dict[str,
         state = "RUNNING" if is_running else "ENDED"
     running = state == "RUNNING" and history.number is not None and history.verdict is None
     heartbeat = _slowest_heartbeat(folder, history.number) if running else None
-    return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat, note)
+    return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat, user, note)
 
 
 def _all_attempts(folder: Path) -> AttemptHistory:
@@ -153,9 +155,6 @@ def cancel(run: Path) -> list[str]:
     """
     started = record.newest_jobs(run)
     on_slurm = {name for name, job in started.items() if job.cluster == "slurm"}
-    owner = record.other_owner(run)
-    if owner and os.getuid() != 0:
-        raise RunError(Problem("RUN", run, f"is a run of {owner}: only {owner} can cancel it"))
     if on_slurm and not slurm.installed():
         raise SiteError(Problem("RUN", run, "is a run on Slurm, and squeue is not on PATH. Type this on a login node"))
     holder = lock.holder(run)
@@ -163,6 +162,12 @@ def cancel(run: Path) -> list[str]:
         raise RunError(Problem("RUN", run, f"is used by {holder}. Type this there"))
     jobs = job_states(run, strict=True)
     live = [job for job in jobs if job.state in slurm.LIVE_STATES]
+    for job in live:
+        owner = job.user if job.name in on_slurm else record.other_owner(run)
+        if owner and os.getuid() != 0 and owner != record.user_name(os.getuid()):
+            raise RunError(
+                Problem("RUN", run, f"{job.name} {job.job_id} is a job of {owner}: only {owner} can cancel it")
+            )
     others = _unrecorded_jobs(run, jobs)
     slurm_ids = [job.job_id for job in live if job.name in on_slurm] + [job.job_id for job in others]
     if slurm_ids:

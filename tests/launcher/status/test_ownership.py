@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from conf.files import write_json
 from launcher.run_folder import record
 from launcher.slurm import SlurmJob
 from launcher.status import ownership, state
-from tests.conftest import ROOT, Compose, Programs, module, put
+from tests.conftest import ROOT, Compose, Programs, module, put, write_programs
 
 AS_NOBODY = """
 import os, sys
@@ -130,6 +132,14 @@ def test_cancel_on_a_machine_without_slurm_is_refused(
     assert "squeue is not on PATH. Type this on a login node" in done.stderr
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can enter; those of pytest are closed."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user")
 @pytest.mark.site(
     case="A colleague looks at a run, or tries to change it",
@@ -142,32 +152,29 @@ def test_cancel_on_a_machine_without_slurm_is_refused(
         ("status", False, ""),
         ("status", True, "belongs to daemon, and is closed to you. daemon can open a run to the group: chmod -R g+rX"),
         ("why", True, "belongs to daemon, and is closed to you"),
-        ("cancel", False, "is a run of daemon: only daemon can cancel it"),
+        ("cancel", False, "train 102 is a job of daemon: only daemon can cancel it"),
         ("stop", False, "belongs to daemon, and is closed to you"),
         ("resume", True, "belongs to daemon, and is closed to you"),
         ("resume", False, "belongs to daemon, and is closed to you"),
     ],
 )
 def test_a_run_of_another_user(
-    run: Path, programs: Programs, compose: Compose, command: str, closed: bool, message: str
+    run: Path, open_folder: Path, compose: Compose, command: str, closed: bool, message: str
 ) -> None:
-    (run / "jobs/train").mkdir(parents=True)
+    run = shutil.copytree(run, open_folder / "run")
+    (run / "jobs/train").mkdir()
     resolve.save(put(compose("cluster=slurm"), {"run_dir": str(run)}), run / "config.yaml")
     for path in (run, *run.rglob("*")):
         os.chown(path, 1, 1)  # Debian's `daemon`
     if closed:
         (run / "run.json").chmod(0o600)
         (run / "config.yaml").chmod(0o600)
-    for parent in run.parents[: len(run.parents) - 2]:
-        parent.chmod(0o755)
-    folder = programs(
-        squeue=squeue("daemon", "tiny/train", run / "code"), scancel="exit 0", sbatch="exit 1", srun="", scontrol=""
-    )
-    folder.parent.chmod(0o755)
+    answer = squeue("daemon", "tiny/train", run / "code")
+    write_programs(open_folder, squeue=answer, scancel="exit 0", sbatch="exit 1", srun="", scontrol="")
     done = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, command, run],
         cwd=ROOT,
-        env=os.environ | {"HOME": "/"},
+        env=os.environ | {"HOME": "/", "PATH": str(open_folder)},
         capture_output=True,
         text=True,
     )
