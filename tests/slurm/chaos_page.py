@@ -50,7 +50,8 @@ faults and the number of wrong runs. If a run is wrong, the exit status is 1.
 
 - tests/slurm/test_chaos.py: one run with a restarted controller, a killed slurmd and a pulled cable at once, then a slow rank,
   then a killed rank with a damaged checkpoint and without `latest`, then a killed batch script;
-- tests/slurm/test_requeue.py: a hang, a preemption, a user's error;
+- tests/slurm/test_requeue.py: a hang, a preemption;
+- tests/slurm/test_chain.py: a user's error, a killed rank;
 - tests/slurm/test_before_ranks.py: a script that dies before its ranks start, a step that srun refuses, a cancelled job;
 - tests/slurm/test_resume.py: a signal;
 - without Slurm, tests/jobs/checkpoint/test_checkpointing.py and test_async_save.py: full disks, and every kind of damage to a

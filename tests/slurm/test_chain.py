@@ -66,14 +66,17 @@ def test_traffic_goes_over_eth0(slurm: Cluster, start: runs.Start) -> None:
     assert [end for end in ends if end[0].startswith(own) and end[1].startswith(f"{slurm.addresses['n2']}:")], seen
 
 
-def test_a_failed_training_leaves_no_job_in_the_queue_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
-    run, model = tmp_path / "run", runs.damaged_model(tmp_path / "model")
-    one_rank = "cluster.train.ranks_per_node=1"
-    runs.start(run, *TRAINING, one_rank, f"model.source={model}", "model.init=pretrained", "model.architecture=null")
+def test_a_users_error_is_not_repeated_leaves_no_job_in_the_queue_and_says_why(
+    start: runs.Start, tmp_path: Path
+) -> None:
+    model = runs.damaged_model(tmp_path / "model")
+    overrides = [f"model.source={model}", "model.init=pretrained", "model.architecture=null"]
+    run = start(*overrides, "jobs=[train,consolidate]")
     verdict = runs.final_verdict(run, "train")
     assert not runs.queue()
-    assert verdict["status"] == "user_error"
+    assert (verdict["status"], verdict["attempt"], verdict["requeued"]) == ("user_error", 1, False)
     assert "model.source" in verdict["reason"]
+    assert "would fail again" in verdict["next"]
     shown = runs.command("status", run)
     assert shown.returncode == 1
     assert re.search(r"train .*user_error .*rank \d on n\d .*model\.source", shown.stdout)

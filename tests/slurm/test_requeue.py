@@ -127,14 +127,6 @@ def test_a_training_that_keeps_failing_ends(start: runs.Start) -> None:
     assert "attempt 1 failed" in shown
 
 
-def test_a_users_error_is_not_repeated(start: runs.Start, tmp_path: Path) -> None:
-    model = runs.damaged_model(tmp_path / "model")
-    run = start(f"model.source={model}", "model.init=pretrained", "model.architecture=null")
-    verdict = runs.final_verdict(run, "train")
-    assert verdicts(run) == [("user_error", False)]
-    assert "would fail again" in verdict["next"]
-
-
 @pytest.mark.proof
 @pytest.mark.parametrize("how", ["stop", "cancel"])
 def test_a_training_stopped_by_the_user_is_saved_and_does_not_restart(start: runs.Start, how: str) -> None:
