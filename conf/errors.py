@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from conf.visible import visible
+
 
 def as_typed(value: object) -> str:
     """A value as the user types it on the command line: `true`, `null`, the name of an option."""
@@ -58,7 +60,7 @@ class UserError(MusterError):
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = problems
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__("\n".join(visible(str(problem)) for problem in problems))
 
 
 class ConfigError(UserError):

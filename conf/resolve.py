@@ -72,7 +72,7 @@ def _escaped(value: Any) -> Any:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the config as YAML. Only the user can read the file."""
+    """Write the config as YAML."""
     write_text(path, dump(config))
 
 

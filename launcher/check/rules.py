@@ -65,6 +65,9 @@ def _names(config: Config) -> Iterator[Problem]:
     if not config.run_dir.isprintable() or "%" in config.run_dir:
         message = "must not contain control characters, nor %, which Slurm would expand. Choose another run_dir"
         yield Problem("run_dir", repr(config.run_dir), message)
+    if ":" in config.run_dir:
+        message = "must not contain a colon: PYTHONPATH is split there, and the jobs would run other code. Choose another run_dir"
+        yield Problem("run_dir", config.run_dir, message)
     for job in config.jobs:
         if job not in JOB_KINDS:
             yield Problem("jobs", job, f"no such job. Choose from {', '.join(JOB_KINDS)}")

@@ -1,5 +1,7 @@
 """Reads and writes RUN/run.json: each launch of a run with its command, code version and job ids."""
 
+import os
+import pwd
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +19,10 @@ class StartedJob(NamedTuple):
     """Slurm's job id, or the process id of submitit's local controller."""
     cluster: str
     """Name of the executor: `slurm` or `local`."""
+    slurm_name: str = ""
+    """Slurm's name of the job; empty if it was not recorded."""
+    folder: str = "code"
+    """The folder in which the job starts, relative to the run."""
 
 
 def read_launches(run: Path) -> list[dict[str, Any]]:
@@ -42,10 +48,12 @@ def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, 
     write_json(run / "run.json", {"launches": [*launches, launch]})
 
 
-def add_job(run: Path, name: str, job_id: str) -> None:
-    """Record the id of a job that the newest launch has just started."""
+def add_job(run: Path, name: str, job_id: str, slurm_name: str = "", folder: str = "") -> None:
+    """Record a job that the newest launch has just started: its id, and on Slurm its name and the folder where it starts."""
     launches = read_launches(run)
     launches[-1]["jobs"][name] = job_id
+    if slurm_name:
+        launches[-1].setdefault("slurm", {})[name] = {"slurm_name": slurm_name, "folder": folder}
     write_json(run / "run.json", {"launches": launches})
 
 
@@ -58,7 +66,44 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
     for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
         by_hand[path.parent.parent.name] = StartedJob(str((read_json(path) or {}).get("job_id")), "slurm")
     return by_hand | {  # later launches, and run.json, come last and win
-        name: StartedJob(job_id, launch["cluster"])
+        name: StartedJob(job_id, launch["cluster"], **launch.get("slurm", {}).get(name, {}))
         for launch in read_launches(run)
         for name, job_id in launch["jobs"].items()
     }
+
+
+def known_ids(run: Path) -> set[str]:
+    """Return the id of every job that the run has ever started, also by hand."""
+    begun = (read_json(path) or {} for path in run.glob("jobs/*/attempt-*/begin.json"))
+    return {str(item.get("job_id")) for item in begun} | {
+        str(job_id) for launch in read_launches(run) for job_id in launch["jobs"].values()
+    }
+
+
+def other_owner(path: Path) -> str | None:
+    """Return the name of the user who owns a file or folder; None if it is this user, or if there is no such file."""
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return None
+    return None if owner == os.getuid() else user_name(owner)
+
+
+def user_name(number: int) -> str:
+    """Return the name of a user; the number itself if this machine does not know it, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def closed_file(error: PermissionError) -> str:
+    """Return one line about a file that this user may not read or write: whose it is, and what to do."""
+    path = Path(str(error.filename))
+    owner = next((name for place in (path, *path.parents) if (name := other_owner(place))), None)
+    if owner in (None, "root"):  # `root` owns the folders above everyone's
+        return f"{path}: {error.strerror}. Look at its owner and permissions with ls -l"
+    return (
+        f"{path}: belongs to {owner}, and is closed to you. {owner} can open a run to the group: "
+        "chmod -R g+rX RUN to look at it, g+rwX to resume and merge it"
+    )

@@ -18,14 +18,18 @@ from typing import Any
 from conf import node_paths
 from conf.errors import ConfigError, Problem
 from conf.files import write_json
+from conf.visible import visible
 from launcher import hostlist, slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import rendezvous, requeue
+from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
 COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
 """Fields of begin.json that the verdict repeats."""
+WAIT_S = 120.0
+"""How long the ranks wait for a Slurm that is busy, before they start without knowing the job's time limit."""
 
 
 def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket.socket | None]:
@@ -84,10 +88,13 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
+        return
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
-        if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
-            return
+        with slurm.retrying():
+            if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
+                return
     except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container without Slurm's commands
         return
     verdict = finish(folder, number, 137, world_size)  # 137: as if the script had seen SIGKILL
@@ -200,7 +207,8 @@ def _stop_time(before_s: float) -> dict[str, str]:
     `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
     """
     try:
-        left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
+        with slurm.retrying(WAIT_S):
+            left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
     except KeyError:
         return {}
     except slurm.SlurmError:  # no squeue on this node, or no answer
@@ -222,46 +230,74 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.action == "finish":
         return _finish_and_requeue(options)
+    if _has_completed(options.folder):
+        print(
+            f"muster: {options.folder.name} has completed, and Slurm started it again: nothing to do", file=sys.stderr
+        )
+        print("completed", flush=True)
+        return 0
     try:
-        values, reservation = begin(options.folder, options.port)
-    except (OSError, ValueError, ConfigError) as error:
+        with slurm.retrying():
+            values, reservation = begin(options.folder, options.port)
+    except (OSError, ValueError, ConfigError, slurm.SlurmError) as error:
         return _record_failed_begin(options, error)
     if options.stop_before is not None:
         values |= _stop_time(options.stop_before)
-    # The batch script reads these lines until `ready`; see slurm_templates/setup.sh.j2.
+    # The batch script reads these lines until `ready` or `completed`; see slurm_templates/setup.sh.j2.
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if reservation:
         _hold_port(reservation)
     return 0
 
 
+def _has_completed(folder: Path) -> bool:
+    """Return whether an earlier start of this Slurm job has completed: Slurm requeues some jobs twice, and admins do so."""
+    verdict = attempts.last_verdict(folder)
+    if verdict is None or verdict["status"] != COMPLETED or "SLURM_JOB_ID" not in os.environ:
+        return False
+    same_job = str(verdict.get("job_id")) == os.environ["SLURM_JOB_ID"] and "SLURM_RESTART_COUNT" in os.environ
+    return same_job and verdict.get("config") == os.environ.get("MUSTER_CONFIG")
+
+
 def _finish_and_requeue(options: argparse.Namespace) -> int:
+    if not options.folder.exists():
+        print(f"muster: {options.folder} was deleted while the job ran: the job has ended", file=sys.stderr, flush=True)
+        return 1
     verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
     if verdict["status"] != COMPLETED and "SLURM_JOB_ID" in os.environ:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         verdict = requeue.decide_and_requeue(options.folder, verdict, options.max_restarts, restarts)
     next_step = f"; {verdict['next']}" if verdict.get("next") else ""
-    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step, flush=True)
+    line = f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step
+    print(visible(line), flush=True)
     return 0 if verdict["status"] == COMPLETED else 1
 
 
 def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
     """Write a verdict for a job that cannot start, as for any other failure. Returns the exit code."""
     folder, port, number = options.folder, options.port, attempts.newest_attempt(options.folder)
-    if number is None:
-        print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
-        return 2
+    if number is None or (folder / f"attempt-{number}.json").exists():  # the newest is an earlier one
+        return _say_unwritable(folder, error)
+    status, remedy = classify(error)
     problem = f"{getattr(error, 'strerror', None) or error} on {socket.gethostname()}"
-    is_config = isinstance(error, ConfigError)
-    if is_config:
-        problem = str(error)
+    if isinstance(error, ConfigError):
+        status, remedy, problem = USER_ERROR, "", str(error)
     elif port:
+        status, remedy = USER_ERROR, ""
         problem = (
             f"cluster.network.master_port={port}: {problem}; set cluster.network.master_port=null to get a free port"
         )
-    record_end(folder, number, 0, USER_ERROR if port or is_config else FAILED, problem)
-    verdict = finish(folder, number, 2, 1)
-    print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
+    try:
+        record_end(folder, number, 0, status, problem, remedy=remedy)
+        verdict = finish(folder, number, 2, 1)
+    except OSError as second:  # a full disk, most often
+        return _say_unwritable(folder, second)
+    print(visible(f"muster: {verdict['reason']}"), file=sys.stderr, flush=True)
+    return 2
+
+
+def _say_unwritable(folder: Path, error: Exception) -> int:
+    print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
     return 2
 
 

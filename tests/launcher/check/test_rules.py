@@ -234,3 +234,14 @@ def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) ->
 )
 def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[str, Any]) -> None:
     assert [message for message in messages(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]
+
+
+@pytest.mark.site(
+    "A run folder with a colon in its name (`2026-11-28T15:30:00`)",
+    "the jobs ran the installed code instead of the run's own, without a word",
+    "refused before submission, because PYTHONPATH is split at colons",
+)
+def test_a_run_folder_with_a_colon_is_refused(compose: Compose) -> None:
+    [message] = messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15:30:00"}))
+    assert message.startswith("run_dir=/runs/2026-11-28T15:30:00: must not contain a colon")
+    assert messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15.30.00"})) == []

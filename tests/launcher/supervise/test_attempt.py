@@ -1,6 +1,7 @@
 """launcher/supervise/attempt.py: every attempt gets its own number, MASTER_PORT is reserved, and the verdict is right."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -247,6 +248,20 @@ def test_begin_releases_the_port_when_the_batch_script_is_killed(tmp_path: Path,
         except OSError:
             assert time.monotonic() < deadline, f"port {port} is still reserved"
             time.sleep(0.05)
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(tmp_path: Path, surroundings: dict[str, str]) -> None:
+    """No byte can be written, as on a full disk: neither the beginning of an attempt nor its verdict."""
+
+    def no_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    command = [sys.executable, "-m", "launcher.supervise.attempt", "begin", tmp_path / "train"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=surroundings, capture_output=True, text=True, preexec_fn=no_bytes, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"muster: {tmp_path}/train: cannot be written: [Errno 27] File too large\n"
 
 
 def test_a_port_in_use_gives_a_verdict(tmp_path: Path, surroundings: dict[str, str]) -> None:
