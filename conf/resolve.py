@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import text
 from conf.errors import ConfigError, Problem
 from conf.files import write_text
 from conf.schema import Config
@@ -18,8 +19,8 @@ from conf.schema import Config
 def resolve(composed: DictConfig) -> Config:
     """Convert a composed config to a typed Config.
 
-    Raises ConfigError naming every value that is missing, every key that the schema does not have, and the first value of a
-    wrong type.
+    Raises ConfigError naming every value that is missing, every key that the schema does not have, every text with a control
+    character, and the first value of a wrong type.
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -35,6 +36,8 @@ def resolve(composed: DictConfig) -> Config:
         raise ConfigError(Problem(str(error.full_key or "config"), None, message)) from error
     assert isinstance(config, Config)
     _type_named_sections(config)
+    if problems := list(text.problems(config)):
+        raise ConfigError(*problems)
     return config
 
 
@@ -77,12 +80,20 @@ def save(config: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """Read a config that `save` wrote. Raises ConfigError if the file is missing or does not match the schema."""
+    """Read a config that `save` wrote. Raises ConfigError if the file is missing, damaged or does not match the schema."""
     try:
         stored = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
-    assert isinstance(stored, DictConfig)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a YAML parser raises for a file that somebody else may have written
+        reason = (
+            f"is not the config of a run ({type(error).__name__}). Use the folder of a run that Muster has launched"
+        )
+        raise ConfigError(Problem(str(path), None, reason)) from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(Problem(str(path), None, "is not the config of a run: it has no keys"))
     _rename_old_keys(stored)
     return resolve(stored)
 

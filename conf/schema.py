@@ -48,6 +48,12 @@ def entries(section: type) -> Any:
     return field(default_factory=dict, metadata={"section": section})
 
 
+def free_text(default: Any = MISSING, *, factory: Any = None) -> Any:
+    """A text for the model or the tokenizer, which may have any characters. `conf.text` refuses some in all other texts."""
+    metadata = {"text": "free"}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
 @dataclass
 class Architecture:
     """The fields of a Hugging Face config.json that define a model's shape: enough to build it and to estimate its memory."""
@@ -67,7 +73,7 @@ class Architecture:
     """Longest sequence that the model was made for, in tokens."""
     tie_word_embeddings: bool = False
     """Whether the output head uses the weights of the embedding."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = free_text(factory=dict)
     """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 
 
@@ -109,11 +115,11 @@ class DataSet:
     """Like `data.split`."""
     format: Format | None = None
     """Like `data.format`. Null: the value of `data.format`."""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = free_text(factory=dict)
     """Like `data.fields`. Empty: the value of `data.fields`."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = free_text(factory=dict)
     """Like `data.roles`. Empty: the value of `data.roles`."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[str] = free_text(factory=list)
     """Like `data.ignore`. Empty: the value of `data.ignore`."""
     weight: float = at_least(0.0001, 1.0)
     """How often each row is used in an epoch. 2: twice. 0.5: a random half of the rows, chosen by `data.seed`."""
@@ -178,20 +184,20 @@ class Data:
     """Several training sets instead of `path`. Each has a name, a path and a weight."""
     format: Format = Format.auto
     """Format of the rows. `auto` recognizes it from the columns and logs which one it is."""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = free_text(factory=dict)
     """Maps columns with other names: the format's column to your column, or to a Jinja template of the row
     ("{{ title }}: {{ body }}"). `role`, `content` and the other keys of a message map in the same way. "name?": rows may lack
     it."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = free_text(factory=dict)
     """Maps speakers with other names: your name to system, user, assistant or tool."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[str] = free_text(factory=list)
     """Columns, and keys of messages, to read as if the rows did not have them."""
     split_thinking: bool = False
     """Take `<think>...</think>` out of the answers, and give it to the chat template as the thought (`reasoning_content`)."""
     chat_template: str | None = None
     """chatml, gemma, llama3, mistral, qwen, or the path of a Jinja file. Null: the tokenizer's own. It is saved with the
     consolidated model."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = free_text(factory=dict)
     """Values for variables of the chat template, for example `{enable_thinking: false}`. A row's own `chat_template_kwargs` win."""
     mask: Mask = Mask.assistant
     """Which part of a chat is trained. `assistant`: every turn of the roles in `train_on`. `last`: the last of these turns.
@@ -201,13 +207,13 @@ class Data:
     train_on_end: TrainOnEnd = TrainOnEnd.turn
     """Which tokens that end a turn are trained. `turn`: those of trained turns. `all`: those of every turn. `last`: the last one
     of the chat. `none`: none of them."""
-    end_of_turn: list[str] = field(default_factory=list)
+    end_of_turn: list[str] = free_text(factory=list)
     """Tokens that end a turn of this chat template. Empty: those of the known model families and the end-of-text token."""
-    eos_token: str | None = None
+    eos_token: str | None = free_text(None)
     """Token that ends a text, and at which generation stops. Null: the tokenizer's own."""
-    pad_token: str | None = None
+    pad_token: str | None = free_text(None)
     """Token that pads rows. Null: the tokenizer's own, or its end-of-text token if it has none."""
-    special_tokens: list[str] = field(default_factory=list)
+    special_tokens: list[str] = free_text(factory=list)
     """Additional tokens that are never split, for example `<|im_start|>`. The embedding grows if the model has no rows for
     them."""
     validation_path: str | None = None
@@ -498,7 +504,7 @@ class Cluster:
     """Python interpreter on the compute nodes. Null: the one that runs launch.py; in a container, `python3`."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load first, with `module load`."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list, metadata={"text": "shell"})
     """Shell lines to run on the first node before the ranks start. End a line that must succeed with `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables for every rank, exactly as written. They win over all others, also over those of Muster and srun.

@@ -15,7 +15,7 @@ from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
 from conf.resolve import digest
 from conf.schema import Config
-from launcher import containers, sbatch_options
+from launcher import containers, sbatch_options, secrets_file
 from launcher.plan import Job, resources
 
 DECODER_BLOCKS = {
@@ -259,10 +259,9 @@ def watchdog_variables(config: Config, pipe: str) -> dict[str, str]:
 def secret_values(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
     """Return the values of `cluster.secrets` that the environment lacks.
 
-    `text` is the content of the secrets file, with lines NAME=value.
+    `text` is the content of the secrets file, with lines NAME=value. A line of another form is left out; the launch refuses it.
     """
-    lines = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    in_file = {name.strip(): value.strip() for name, value in lines}
+    in_file, _ = secrets_file.parse(Path(config.cluster.secrets_file), text)
     return {name: in_file[name] for name in config.cluster.secrets if name not in environ and name in in_file}
 
 

@@ -200,7 +200,7 @@ def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     assert users == {
         "launcher.slurm_command",
         "launcher.version",  # git
-        "launcher.check.observe",  # nvidia-smi
+        "launcher.check.local_gpus",  # nvidia-smi
     }
 
 

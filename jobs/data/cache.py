@@ -123,7 +123,7 @@ def _build_lock(path: Path, key: str) -> Iterator[bool]:
 
     Without locks, two runs may build the same set at the same time, each in its own folder. The first to finish publishes.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ from conf.errors import DataError, Problem
 from conf.files import read_json
 from conf.node_paths import expanded
 from conf.schema import Config, DataSet
-from jobs.data import cache, cache_key, formats, sources
+from jobs.data import cache, cache_key, cache_trust, formats, sources
 from jobs.data.file_readers import Unreadable
 from jobs.data.tokenize import TokenizeSettings
 from jobs.tokenization import encoder
@@ -51,6 +51,7 @@ def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTra
     """The tokenized set of a data source, from the cache or built now. Raises DataError if the source cannot be read."""
     data = config.data
     folder = Path(expanded(data.cache, "data.cache")) if data.cache else Path(config.run_dir).parent / ".data"
+    cache_trust.check(folder)
     read_blocks = partial(sources.read_blocks, dataset, data.max_rows)
     first_rows = _first_rows(read_blocks())
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):

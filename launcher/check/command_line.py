@@ -18,6 +18,7 @@ from conf import resolve
 from conf.errors import Problem
 from conf.schema import Architecture, Config
 from launcher.check import quoting
+from launcher.secret_names import MASK, found
 
 FLAGS_WITH_VALUE = (
     "--cfg",
@@ -54,8 +55,12 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         Architecture  # optional, so None in the schema; without this its keys could not be checked
     )
     valid: list[Override] = []
+    is_sweep = bool({"-m", "--multirun"} & set(words))
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
+            continue
+        if (is_sweep or word.lstrip("+~").startswith("hydra")) and (problem := _secret(word)):
+            reported.append(problem)
             continue
         try:
             override = OverridesParser.create().parse_override(word)
@@ -65,12 +70,20 @@ def problems(words: list[str], folder: Path) -> list[Problem]:
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
-        elif override.is_sweep_override() and not {"-m", "--multirun"} & set(words):
+        elif override.is_sweep_override() and not is_sweep:
             key, _, value = word.partition("=")
             reported.append(Problem(key, value, _several_values(key, value)))
         else:
             valid.append(override)
     return reported + _shape_of_a_model_without_one(valid, folder, options)
+
+
+def _secret(word: str) -> Problem | None:
+    """A word that would write a secret to a file before the config is checked: Hydra stores those of a sweep and its own."""
+    key, _, value = word.partition("=")
+    if any(kind != "a key of W&B" for kind, _ in found(value)):  # that one has the form of a commit
+        return Problem(key, MASK, "is or holds a secret, and would be written to files. Remove it")
+    return None
 
 
 def _not_parsed(word: str) -> str:

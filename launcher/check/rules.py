@@ -2,20 +2,28 @@
 
 Rules of a site are in `site_rules.py`, those of layout and batch size in `parallel_rules.py`, those of training data in
 `data_rules.py`, those of the model's files in `model_rules.py`, those of options that do not work together in
-`combinations.py`. All others are here.
+`combinations.py`, those of texts in `text_rules.py`, those of secrets in `secret_rules.py`. All others are here.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from conf import text
 from conf.choices import AdapterKind, Attention, Executor, Init, Submit
 from conf.errors import Problem
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher.check import combinations, data_rules, model_rules, parallel_rules, site_rules
+from launcher.check import (
+    combinations,
+    data_rules,
+    model_rules,
+    parallel_rules,
+    secret_rules,
+    site_rules,
+    text_rules,
+)
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 
@@ -26,14 +34,16 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    reported = [*out_of_bounds, *_names(config), *_steps(config)]
+    reported = [*out_of_bounds, *text.problems(config), *text_rules.problems(config)]
+    reported += [*_jobs(config), *_steps(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
-    reported += [*_site(config, facts), *site_rules.problems(config), *_signal(config), *_secrets(config, facts)]
+    reported += [*_site(config, facts), *site_rules.problems(config), *_signal(config)]
+    reported += secret_rules.problems(config, facts)
     return [*reported, *_run_folder(config, facts)]
 
 
@@ -51,23 +61,17 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
             yield Problem(key, value, "must not be empty. Use null to leave an optional value unset")
         elif value == [] and (choices := getattr(get_args(hints[item.name])[0], "__members__", None)):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
-        elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
-            bounds = f"at least {item.metadata['minimum']:g}"
-            if item.metadata["maximum"] < math.inf:
-                bounds += f" and at most {item.metadata['maximum']:g}"
-            yield Problem(key, value, f"must be {bounds}")
+        elif "minimum" in item.metadata and value is not None:
+            yield from _bounds(key, value, item.metadata["minimum"], item.metadata["maximum"])
 
 
-def _names(config: Config) -> Iterator[Problem]:
-    if not re.fullmatch(r"[\w.+-]*", config.name):
-        message = "may contain only letters, digits, '.', '_', '+' and '-', because jobs and folders are named after it"
-        yield Problem("name", config.name, message)
-    if not config.run_dir.isprintable() or "%" in config.run_dir:
-        message = "must not contain control characters, nor %, which Slurm would expand. Choose another run_dir"
-        yield Problem("run_dir", repr(config.run_dir), message)
-    if ":" in config.run_dir:
-        message = "must not contain a colon: PYTHONPATH is split there, and the jobs would run other code. Choose another run_dir"
-        yield Problem("run_dir", config.run_dir, message)
+def _bounds(key: str, value: float, minimum: float, maximum: float) -> Iterator[Problem]:
+    if not minimum <= value <= maximum:
+        bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
+        yield Problem(key, value, f"must be {bounds}")
+
+
+def _jobs(config: Config) -> Iterator[Problem]:
     for job in config.jobs:
         if job not in JOB_KINDS:
             yield Problem("jobs", job, f"no such job. Choose from {', '.join(JOB_KINDS)}")
@@ -170,12 +174,6 @@ def _signal(config: Config) -> Iterator[Problem]:
             "Raise cluster.train.time_min, or lower cluster.signal_s to the time that a checkpoint takes"
         )
         yield Problem("cluster.signal_s", warning_s, message)
-
-
-def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
-    for name in () if config.dry_run else facts.secrets_missing:
-        message = f"{name} has no value. Export it, or add {name}=... to {config.cluster.secrets_file}"
-        yield Problem("cluster.secrets", name, message)
 
 
 def _run_folder(config: Config, facts: Facts) -> Iterator[Problem]:

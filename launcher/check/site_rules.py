@@ -2,18 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any
 
 from conf import node_paths
 from conf.choices import Executor, Runtime
 from conf.errors import Problem
 from conf.schema import Config, Resources
 from launcher import containers, sbatch_options
-from launcher.secret_names import is_secret
 
-UNCHANGED = ("cluster.environment", "cluster.setup")
-"""Keys whose values may have any characters: values of variables are quoted, and setup lines are the user's own shell."""
 SHELL_NAMES = re.compile(
     r"BASH\w*|COMP_\w+|DIRSTACK|E?UID|FUNCNAME|GROUPS|IFS|LINENO|PIPESTATUS|POSIXLY_CORRECT|PPID|RANDOM|SECONDS|SHELLOPTS"
     r"|muster\w*|attempt|child|line|name|srun_log"
@@ -53,7 +48,6 @@ DEPENDENCY = re.compile(
 
 def problems(config: Config) -> Iterator[Problem]:
     """Yield what is wrong with the section `cluster`."""
-    yield from _characters(config.cluster, "cluster")
     for name in ("train", "cpu", "inference"):
         yield from _sbatch(getattr(config.cluster, name), f"cluster.{name}")
     yield from _variables(config)
@@ -62,22 +56,6 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _paths(config)
     if config.cluster.container.image is not None:
         yield from _container(config)
-
-
-def _characters(value: Any, key: str) -> Iterator[Problem]:
-    """Refuse line breaks and other control characters: each value becomes one line, or one word, of a batch script."""
-    if key in UNCHANGED:
-        if isinstance(value, dict) and any("\0" in text for text in value.values()):
-            yield Problem(key, None, "has a NUL character, which no variable can hold. Remove it")
-    elif is_dataclass(value):
-        for item in fields(value):
-            yield from _characters(getattr(value, item.name), f"{key}.{item.name}")
-    elif isinstance(value, list | dict):
-        texts = value if isinstance(value, list) else [text for pair in value.items() for text in pair]
-        for text in texts:
-            yield from _characters(text, key)
-    elif isinstance(value, str) and not value.isprintable():
-        yield Problem(key, repr(value), "has a line break or another control character. Write it in one line")
 
 
 def _sbatch(part: Resources, section: str) -> Iterator[Problem]:
@@ -160,9 +138,6 @@ def _variables(config: Config) -> Iterator[Problem]:
             yield Problem(key, value, "is another one for each rank or attempt, and computed there. Remove it")
         elif name == "MASTER_PORT" and not (value.isdecimal() and 1024 <= int(value) <= 65535):
             yield Problem(key, value, "must be a number from 1024 to 65535. Set cluster.network.master_port instead")
-        elif is_secret(name) and value:
-            message = f"would be written to files. Remove it, add cluster.secrets=[{name}] and export {name} instead"
-            yield Problem(key, "(hidden)", message)
 
 
 def _srun(config: Config) -> Iterator[Problem]:

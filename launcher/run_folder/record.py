@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
-from conf.files import read_json, write_json
+from conf.files import write_json
+from launcher.run_folder.attempts import read_record
+
+JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
+"""A job id of Slurm, also of a part of an array or a heterogeneous job."""
+ANY = re.compile(r".*", re.DOTALL)
 
 
 class StartedJob(NamedTuple):
@@ -27,11 +33,20 @@ class StartedJob(NamedTuple):
 
 def read_launches(run: Path) -> list[dict[str, Any]]:
     """Return the launches of a run, oldest first. Raises RunError if `run` is not a run folder."""
-    content = read_json(run / "run.json")
-    if not isinstance(content, dict):
+    if not (run / "run.json").exists():
         raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
-    launches: list[dict[str, Any]] = content["launches"]
+    launches = (read_record(run / "run.json") or {}).get("launches")
+    if not isinstance(launches, list) or not all(_is_launch(item) for item in launches):
+        raise RunError(Problem("RUN", run, "has a run.json that is damaged, or that Muster did not write"))
     return launches
+
+
+def _is_launch(item: Any) -> bool:
+    """Whether this is a launch as `add_launch` writes it. Slurm's job ids become arguments of scancel, so they must be numbers."""
+    if not isinstance(item, dict) or not isinstance(item.get("cluster"), str) or not isinstance(item.get("jobs"), dict):
+        return False
+    pattern = JOB_ID if item["cluster"] == "slurm" else ANY
+    return all(isinstance(job_id, str) and pattern.fullmatch(job_id) for job_id in item["jobs"].values())
 
 
 def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, Any]) -> None:
@@ -64,7 +79,9 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
     """
     by_hand: dict[str, StartedJob] = {}
     for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
-        by_hand[path.parent.parent.name] = StartedJob(str((read_json(path) or {}).get("job_id")), "slurm")
+        job_id = str((read_record(path) or {}).get("job_id"))
+        if JOB_ID.fullmatch(job_id):
+            by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm")
     return by_hand | {  # later launches, and run.json, come last and win
         name: StartedJob(job_id, launch["cluster"], **launch.get("slurm", {}).get(name, {}))
         for launch in read_launches(run)
@@ -74,7 +91,7 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
 
 def known_ids(run: Path) -> set[str]:
     """Return the id of every job that the run has ever started, also by hand."""
-    begun = (read_json(path) or {} for path in run.glob("jobs/*/attempt-*/begin.json"))
+    begun = (read_record(path) or {} for path in run.glob("jobs/*/attempt-*/begin.json"))
     return {str(item.get("job_id")) for item in begun} | {
         str(job_id) for launch in read_launches(run) for job_id in launch["jobs"].values()
     }

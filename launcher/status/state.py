@@ -110,7 +110,7 @@ def _slowest_heartbeat(folder: Path, number: int | None) -> dict[str, Any] | Non
     """Return the published heartbeat of the rank that is furthest behind in an attempt; None if there is none."""
     heartbeats = attempts.published_ranks(folder / f"attempt-{number}").values()
     running = (heartbeat for heartbeat in heartbeats if heartbeat["phase"] != "ended")
-    return min(running, key=lambda heartbeat: heartbeat["count"], default=None)
+    return min(running, key=lambda heartbeat: heartbeat.get("count", 0), default=None)
 
 
 def active_jobs(run: Path) -> str | None:

@@ -50,7 +50,7 @@ def status(jobs: Iterable[JobState], waits: Mapping[str, str] | None = None) -> 
 
 def _activity(heartbeat: dict[str, Any] | None) -> str:
     """Say what a running job is doing: phase and age of the last heartbeat of the rank that is furthest behind."""
-    if heartbeat is None:
+    if heartbeat is None or "time" not in heartbeat:
         return ""
     return f"{heartbeat['phase']}, last heartbeat {max(0, time.time() - heartbeat['time']):.0f} s ago"
 

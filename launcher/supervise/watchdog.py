@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.files import read_json, write_json
 from launcher.run_folder.attempts import published_ranks
-from launcher.supervise import hang_diagnosis, process_inspection
+from launcher.supervise import hang_diagnosis, private_folder, process_inspection
 
 if TYPE_CHECKING:  # the process itself does not need omegaconf, and should not spend time on importing it
     from conf.schema import Config
@@ -179,9 +179,12 @@ def _read_heartbeat(path: Path) -> dict[str, Any] | None:
 
 
 def heartbeat_folder(scratch: str, attempt: Path, node: int) -> Path:
-    """Return the folder for the heartbeats of a node's ranks: on the node's own disk, with a name that no other job has."""
+    """Return the folder for the heartbeats of a node's ranks: on the node's own disk, with a name that no other job has.
+
+    It is in this user's private folder, which this makes. Raises SiteError or OSError if there can be none.
+    """
     name = hashlib.sha256(str(attempt).encode()).hexdigest()[:16]
-    return Path(scratch) / f"muster-{os.getuid()}" / f"watch-{name}-{node}"
+    return private_folder.make(scratch, os.getuid()) / f"watch-{name}-{node}"
 
 
 def start(config: Config, attempt: Path, rank_info: RankInfo) -> None:
