@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -64,6 +65,17 @@ def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, A
         return value.name if isinstance(value, Enum) else value
 
     return {name: convert(value) for name, value in vars(config).items() if name not in without}
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested dictionaries. An empty dictionary is a value."""
+    values: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
 
 
 def save(config: Config, path: Path) -> None:

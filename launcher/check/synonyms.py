@@ -40,7 +40,7 @@ def of(key: str) -> str | None:
     leaf = key.rsplit(".", 1)[-1].lower().lstrip("-")
     known: dict[str, str] = {}
     for module in (ms_swift, trl, llamafactory, axolotl):
-        known |= {name: rule.says for name, rule in module.rules(8).items()}
+        known |= {name: rule.description for name, rule in module.rules(8).items()}
     said = OURS.get(leaf) or known.get(leaf)
     if said is None:
         return None

@@ -18,7 +18,7 @@ from launcher.convert.common_rules import (
     held_out,
     targets,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
 
 MARKERS = {"base_model", "sequence_len", "micro_batch_size", "datasets", "sample_packing", "val_set_size"}
 """Keys by which a file of Axolotl is recognized."""
@@ -41,8 +41,8 @@ def rules(gpus: int) -> dict[str, Rule]:
         "max_grad_norm", "gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps", "eval_steps", "save_steps",
         "eval_strategy", "save_strategy", "save_total_limit", "save_only_model", "save_safetensors", "output_dir",
         "resume_from_checkpoint", "deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "seed", "tf32", "bf16", "fp16",
-        "torch_compile",
-        "torch_compile_backend", "torch_compile_mode", "group_by_length", "hub_model_id", "hub_strategy", "neftune_noise_alpha",
+        "torch_compile", "torch_compile_backend", "torch_compile_mode", "group_by_length",
+        "hub_model_id", "hub_strategy", "neftune_noise_alpha",
         "adam_beta1", "adam_beta2", "optim_args", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_drop_last", "load_best_model_at_end", "include_tokens_per_second", "auto_find_batch_size",
@@ -147,6 +147,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         **dict.fromkeys(("flash_rotary", "fused_mlp", "flash_attn_rms_norm", "flash_attn_cross_entropy", "flash_attn_fuse_qkv",
                          "flash_attn_fuse_mlp", "cut_cross_entropy", "unsloth_cross_entropy_loss"), of_muster),
         "plugins": FUSED,
+        "liger_*": FUSED,
         "sequence_parallel_degree": kept("parallel.context_ranks"),
         "context_parallel_size": kept("parallel.context_ranks"),
         "tensor_parallel_size": kept("parallel.tensor_ranks"),
@@ -161,30 +162,25 @@ def rules(gpus: int) -> dict[str, Rule]:
     }  # fmt: skip
 
 
-def extra_rule(key: str) -> Rule | None:
-    """Rules for keys of a family: `liger_*` and `wandb_*` that have no rule of their own."""
-    return FUSED if key.startswith("liger_") else None
-
-
 def trackers() -> dict[str, Rule]:
     """W&B, MLflow and Comet."""
     return {
-        "wandb_project": changed("tracker.project", "tracker=wandb", also={"/tracker": "wandb"}),
+        "wandb_project": changed("tracker.project", "with tracker.wandb=true", also={"tracker.wandb": True}),
         "wandb_entity": kept("tracker.entity"),
         "wandb_name": kept("tracker.run_name"),
         "wandb_run_id": unneeded("Muster keeps one id over all attempts of a run"),
         "wandb_mode": choice(
-            {"offline": {"cluster.offline": True}, "online": {}, "disabled": {}}, "is online or offline"
+            {"offline": {"cluster.offline": True}, "online": {}}, "is online or offline. To track nothing: tracker=none"
         ),
         "wandb_watch": refused("gradient norms are in the metrics; W&B's watch would read every weight"),
         "wandb_log_model": refused("Muster does not upload: run `hf upload owner/name RUN/model` after the run"),
-        "use_wandb": flag({"/tracker": "wandb"}),
-        "use_tensorboard": flag({"/tracker": "tensorboard"}),
-        "use_mlflow": flag({"/tracker": "mlflow"}),
-        "mlflow_tracking_uri": changed("tracker.uri", "tracker=mlflow", also={"/tracker": "mlflow"}),
+        "use_wandb": flag({"tracker.wandb": True}),
+        "use_tensorboard": flag({"tracker.tensorboard": True}),
+        "use_mlflow": flag({"tracker.mlflow": True}),
+        "mlflow_tracking_uri": changed("tracker.uri", "with tracker.mlflow=true", also={"tracker.mlflow": True}),
         "mlflow_experiment_name": kept("tracker.project"),
         "mlflow_run_name": kept("tracker.run_name"),
-        "use_comet": flag({"/tracker": "comet"}),
+        "use_comet": flag({"tracker.comet": True}),
         "comet_project_name": kept("tracker.project"),
         "comet_workspace": kept("tracker.entity"),
         "comet_api_key": refused("secrets are named, not written: cluster.secrets=[COMET_API_KEY]"),
@@ -194,7 +190,7 @@ def trackers() -> dict[str, Rule]:
 def _base(stored: str, group: str) -> Rule:
     """`load_in_8bit` and `load_in_4bit`: how the base under an adapter is stored."""
 
-    @says(f"`adapter={group}`")
+    @described(f"`adapter={group}`")
     def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
         if not value:
             return Row(key, value, Outcome.unneeded, why="asks for nothing")
@@ -206,7 +202,7 @@ def _base(stored: str, group: str) -> Rule:
     return rule
 
 
-@says("`adapter`")
+@described("`adapter`")
 def _adapter(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = {"lora": "lora", "qlora": "qlora"}
     if value not in names:
@@ -214,7 +210,7 @@ def _adapter(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"/adapter": names[value]})
 
 
-@says("`train.unfrozen`")
+@described("`train.unfrozen`")
 def _unfrozen(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """Regular expressions of names, some with a range of rows behind them."""
     patterns = [re.sub(r"\[\d*:\d*\]$", "", str(item)) for item in value]
@@ -225,7 +221,7 @@ def _unfrozen(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.unfrozen": patterns})
 
 
-@says("`data.pad_token`, `data.eos_token`, `data.special_tokens`")
+@described("`data.pad_token`, `data.eos_token`, `data.special_tokens`")
 def _special_tokens(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     ours, lost = {}, []
     for name, token in dict(value).items():

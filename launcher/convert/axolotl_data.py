@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.convert.keys import Outcome, Row, says
+from launcher.convert.keys import Outcome, Row, described
 
 TEMPLATES = {
     **{name: {"data.chat_template": name} for name in ("chatml", "gemma", "llama3")},
@@ -31,7 +31,7 @@ PROMPTED = ("alpaca", "alpaca_instruct", "gpteacher", "alpaca_w_system")
 """Types whose questions Axolotl writes as `### Instruction:`."""
 
 
-@says("`data.path`, or `data.sets`")
+@described("`data.path`, or `data.sets`")
 def datasets(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """The training sets: one becomes `data.path`, several become `data.sets`."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
@@ -163,7 +163,7 @@ def _shared(sets: list[Mapping[str, Any]]) -> dict[str, Any]:
     return ours
 
 
-@says("`data.validation_path`")
+@described("`data.validation_path`")
 def test_datasets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     if not isinstance(value, list) or len(value) != 1:
         return Row(key, value, Outcome.refused, why="Muster has one data.validation_path. Join the sets into one file")

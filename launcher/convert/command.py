@@ -21,20 +21,20 @@ def run(source: Path, program: str | None, out: Path | None, gpus: int, *, force
     """Import one file. Returns 0. Raises ConfigError for a file that cannot be read, or one that would be overwritten."""
     config = convert.read(source)
     program = program or convert.program_of(config, source)
-    found = convert.table(config, program, gpus, source.parent)
-    ours = convert.experiment(found, program)
+    rows = convert.table(config, program, gpus, source.parent)
+    ours = convert.experiment(rows, program)
     target = out or CLONE / "conf" / "experiment" / f"{convert.name_of(source)}.yaml"
-    content = convert.text(ours, source, program, found)
+    content = convert.text(ours, source, program, rows)
     if target.exists() and not force and target.read_text(encoding="utf-8") != content:
         raise ConfigError(Problem("--out", target, "already exists. Name another file, or add --force"))
-    _print(found)
+    _print(rows)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, content)
     except OSError as error:
         message = f"cannot be written ({error.strerror}). Name another file: --out FILE.yaml"
         raise ConfigError(Problem("--out", target, message)) from None
-    counts = {outcome: sum(row.outcome is outcome for row in found) for outcome in Outcome}
+    counts = {outcome: sum(row.outcome is outcome for row in rows) for outcome in Outcome}
     print(", ".join(f"{count} {outcome.value}" for outcome, count in counts.items()))
     print(f"written: {target}")
     chosen = f"experiment={target.stem}" if target.parent == CLONE / "conf" / "experiment" else shlex.quote(str(target))
@@ -49,9 +49,9 @@ def _nodes(gpus: int) -> str:
     return f"cluster.train.nodes=1 cluster.train.ranks_per_node={gpus} cluster.train.gpus_per_node={gpus}"
 
 
-def _print(found: list[Row]) -> None:
+def _print(rows: list[Row]) -> None:
     table = Table("key", "value", "", "Muster", box=None, pad_edge=False, header_style="bold")
-    for row in found:
+    for row in rows:
         ours = " ".join(f"{key.lstrip('/')}={_shown(value)}" for key, value in row.ours.items())
         said = ours + (f"  ({row.why})" if ours and row.why else row.why)
         table.add_row(Text(row.key), Text(_shown(row.value)), Text(row.outcome.value, STYLES[row.outcome]), Text(said))

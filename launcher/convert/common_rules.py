@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, refused, unneeded
 
 SOURCE = changed("model.source", "model=hub reads its config.json", also={"/model": "hub"})
 ADAPTER_ONLY = refused("Muster trains adapters alone. For embeddings and head: a full fine-tune with train.unfrozen")
@@ -33,7 +33,7 @@ def flag(ours: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Rule:
     return choice({"true": ours, "false": off or {}}, "is true or false")
 
 
-@says("`adapter.targets`")
+@described("`adapter.targets`")
 def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """Names of layers as a list, or in one text with commas or blanks."""
     names = value if isinstance(value, list) else str(value).replace(",", " ").split()
@@ -44,7 +44,7 @@ def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"adapter.targets": ["all-linear"] if every else names})
 
 
-@says("`data.validation_fraction`")
+@described("`data.validation_fraction`")
 def held_out(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """A share of the rows; a number of rows has no counterpart."""
     if float(value) < 1:
@@ -53,14 +53,14 @@ def held_out(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.refused, why=why)
 
 
-@says("`data.special_tokens`")
+@described("`data.special_tokens`")
 def tokens(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """New tokens as a list, or in one text with commas."""
     names = value if isinstance(value, list) else str(value).split(",")
     return Row(key, value, Outcome.kept, {"data.special_tokens": names})
 
 
-@says("`data.chat_template`; null: the tokenizer's own")
+@described("`data.chat_template`; null: the tokenizer's own")
 def template(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """The name of a chat template."""
     if value in ("chatml", "llama3", "qwen", "gemma", "mistral"):

@@ -12,7 +12,8 @@ import yaml
 from conf import resolve
 from conf.errors import ConfigError, Problem, first_line
 from launcher.convert import axolotl, llamafactory, ms_swift, sharding_keys, trl
-from launcher.convert.keys import Outcome, Row, rows
+from launcher.convert.keys import Outcome, Row, apply
+from launcher.convert.reconcile import reconcile
 
 PROGRAMS: dict[str, ModuleType] = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "ms-swift": ms_swift}
 TITLES = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL", "ms-swift": "ms-swift"}
@@ -37,9 +38,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def program_of(config: Mapping[str, Any], path: Path) -> str:
     """The program whose keys a config has. Raises ConfigError if that is not clear."""
-    found = {name: len(module.MARKERS & set(config)) for name, module in PROGRAMS.items()}
-    best = max(found.values())
-    names = [name for name, count in found.items() if count == best]
+    counts = {name: len(module.MARKERS & set(config)) for name, module in PROGRAMS.items()}
+    best = max(counts.values())
+    names = [name for name, count in counts.items() if count == best]
     if best == 0 or len(names) > 1:
         message = f"does not show which program it is for. Add --as {'|'.join(PROGRAMS)}"
         raise ConfigError(Problem("FILE", path, message))
@@ -48,30 +49,15 @@ def program_of(config: Mapping[str, Any], path: Path) -> str:
 
 def table(config: Mapping[str, Any], program: str, gpus: int, folder: Path) -> list[Row]:
     """A row for each key, in the order of the file. A DeepSpeed JSON that `deepspeed` names in `folder` gets rows of its own."""
-    module = PROGRAMS[program]
-    rules = module.rules(gpus)
-    rules |= {key: rule for key in config if key not in rules and (rule := module.extra_rule(key))}
-    found = rows(config, rules)
-    settings = _deepspeed(config.get("deepspeed"), folder)
-    if settings is not None:
-        at = next(number for number, row in enumerate(found) if row.key == "deepspeed")
-        named = Row("deepspeed", config["deepspeed"], Outcome.kept, why="its keys follow")
-        found = [*found[:at], named, *sharding_keys.deepspeed_rows(settings), *found[at + 1 :]]
-    return [_offloaded(row) if _offloads(found) else row for row in found]
-
-
-def _offloads(found: list[Row]) -> bool:
-    return any(
-        row.ours.get("parallel.offload_optimizer") or "offload" in str(row.ours.get("/parallel")) for row in found
-    )
-
-
-def _offloaded(row: Row) -> Row:
-    """An optimizer whose state cannot be in host memory becomes AdamW there."""
-    if row.ours.get("train.optimizer", "adamw") == "adamw":
-        return row
-    why = "the optimizer state is in host memory, where Muster runs DeepSpeed's or torch's AdamW in fp32"
-    return Row(row.key, row.value, Outcome.changed, {"train.optimizer": "adamw"}, why)
+    rows = []
+    for row in apply(PROGRAMS[program].rules(gpus), config):
+        settings = _deepspeed(row.value, folder) if row.key == "deepspeed" else None
+        if settings is None:
+            rows.append(row)
+        else:
+            rows.append(Row(row.key, row.value, Outcome.kept, why="its keys follow"))
+            rows += sharding_keys.deepspeed_rows(settings)
+    return reconcile(rows)
 
 
 def _deepspeed(value: Any, folder: Path) -> dict[str, Any] | None:
@@ -90,10 +76,10 @@ def _deepspeed(value: Any, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def experiment(found: list[Row], program: str) -> dict[str, Any]:
+def experiment(rows: list[Row], program: str) -> dict[str, Any]:
     """Muster's keys of an imported config, with the defaults of its program that differ from Muster's."""
     ours: dict[str, Any] = {}
-    for row in found:
+    for row in rows:
         if row.outcome in (Outcome.kept, Outcome.changed):
             ours |= row.ours
     defaults = dict(PROGRAMS[program].DEFAULTS)
@@ -102,31 +88,18 @@ def experiment(found: list[Row], program: str) -> dict[str, Any]:
         defaults.pop("train.warmup_steps", None)
         defaults.pop("train.warmup_ratio", None)
     ours = {key: value for key, value in defaults.items() if value is not None} | ours
-    _choose_adapter(ours)
-    if ours.get("train.steps"):
-        ours.pop("train.epochs", None)
-    for every, per_epoch in (("eval_every", "evals_per_epoch"), ("save_every", "saves_per_epoch")):
-        if f"train.{per_epoch}" in ours:
-            ours.pop(f"train.{every}", None)
+    stored = ours.pop("adapter.base", None)
+    if stored or ours.get("/adapter") == "qlora":  # the group that stores the base like this
+        ours["/adapter"] = "qlora8" if stored == "int8" else "qlora"
     return ours
 
 
-def _choose_adapter(ours: dict[str, Any]) -> None:
-    """One option of the group `adapter` instead of a group and how its base is stored."""
-    stored = ours.pop("adapter.base", None)
-    if "/adapter" not in ours or ours["/adapter"] == "none":
-        for key in [key for key in ours if key.startswith("adapter.")]:
-            del ours[key]
-    elif stored or ours["/adapter"] == "qlora":
-        ours["/adapter"] = "qlora8" if stored == "int8" else "qlora"
-
-
-def text(ours: Mapping[str, Any], source: Path, program: str, found: list[Row]) -> str:
+def text(ours: Mapping[str, Any], source: Path, program: str, rows: list[Row]) -> str:
     """The experiment as a file of conf/experiment."""
     lines = ["# @package _global_", f"# {source.name} of {TITLES[program]}, by `muster import`"]
-    lines += [f"# not imported: {row.key}" for row in found if row.outcome is Outcome.refused]
+    lines += [f"# not imported: {row.key}" for row in rows if row.outcome is Outcome.refused]
     groups = {key[1:]: value for key, value in ours.items() if key.startswith("/")}
-    lines += ["defaults:", *(f"  - override /{group}: {_inline(option)}" for group, option in sorted(groups.items()))]
+    lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in sorted(groups.items()))]
     nested: dict[str, Any] = {}
     for key, value in ours.items():
         if not key.startswith("/"):
@@ -139,10 +112,6 @@ def text(ours: Mapping[str, Any], source: Path, program: str, found: list[Row]) 
     body = dict(sorted(nested.items(), key=lambda item: order.index(item[0])))
     dumped: str = yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([*lines, dumped])
-
-
-def _inline(option: Any) -> str:
-    return f"[{', '.join(option)}]" if isinstance(option, list) else str(option)
 
 
 def name_of(path: Path) -> str:

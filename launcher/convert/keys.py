@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -38,14 +39,14 @@ class Rule:
     """What becomes of one key."""
 
     decide: Decide
-    says: str
+    description: str
     """For the reader of docs/coming-from.md: Muster's key, or why there is none."""
 
     def __call__(self, key: str, value: Any, config: Mapping[str, Any]) -> Row:
         return self.decide(key, value, config)
 
 
-def says(text: str) -> Callable[[Decide], Rule]:
+def described(text: str) -> Callable[[Decide], Rule]:
     """Makes a rule of a function."""
     return lambda decide: Rule(decide, text)
 
@@ -58,7 +59,7 @@ def kept(ours: str) -> Rule:
 def number(ours: str) -> Rule:
     """A number under Muster's key. YAML reads `1e-4` as text."""
 
-    @says(f"`{ours}`")
+    @described(f"`{ours}`")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         try:
             return Row(key, value, Outcome.kept, {ours: float(value)})
@@ -72,7 +73,7 @@ def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str) -> Rule:
     """One of the values in `options`, each with Muster's keys. Any other value is refused with `otherwise`."""
     ours = dict.fromkeys(f"`{key.lstrip('/')}`" for option in options.values() for key in option)
 
-    @says(", ".join(ours) or otherwise)
+    @described(", ".join(ours) or otherwise)
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         name = str(value).lower()
         if name not in options:
@@ -99,7 +100,7 @@ def unneeded(why: str) -> Rule:
 def refused(instead: str) -> Rule:
     """Refused where the key is set; `false`, `none` and 0 ask for nothing."""
 
-    @says(f"refused: {instead}")
+    @described(f"refused: {instead}")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         if value in (False, 0, "", "none", "None") or value == [] or value == {}:
             return Row(key, value, Outcome.unneeded, why="asks for nothing")
@@ -108,14 +109,19 @@ def refused(instead: str) -> Rule:
     return rule
 
 
-def rows(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[Row]:
-    """A row for each key of a foreign config, in its order. A key that no rule knows is refused, never dropped."""
-    found = []
+def apply(rules: Mapping[str, Rule], config: Mapping[str, Any]) -> list[Row]:
+    """A row for each key of a foreign config, in its order. A key that no rule knows is refused, never dropped.
+
+    The name of a rule is a key, or a pattern for keys that have no rule of their own: `liger_*`.
+    """
+    patterns = [name for name in rules if name.endswith("*")]
+    result = []
     for key, value in config.items():
+        name = key if key in rules else next((item for item in patterns if fnmatchcase(key, item)), None)
         if value is None:
-            found.append(Row(key, value, Outcome.unneeded, why="is not set"))
-        elif key in rules:
-            found.append(rules[key](key, value, config))
+            result.append(Row(key, value, Outcome.unneeded, why="is not set"))
+        elif name is None:
+            result.append(Row(key, value, Outcome.refused, why="unknown: look for it in docs/coming-from.md"))
         else:
-            found.append(Row(key, value, Outcome.refused, why="unknown: look for it in docs/coming-from.md"))
-    return found
+            result.append(rules[name](key, value, config))
+    return result

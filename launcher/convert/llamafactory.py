@@ -20,7 +20,7 @@ from launcher.convert.common_rules import (
     template,
     tokens,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
 
 MARKERS = {"stage", "finetuning_type", "dataset", "template", "cutoff_len", "lora_target", "dataset_dir"}
 """Keys by which a file of LLaMA-Factory is recognized."""
@@ -107,15 +107,11 @@ def rules(gpus: int) -> dict[str, Rule]:
     }  # fmt: skip
 
 
-def extra_rule(key: str) -> Rule | None:
-    return None
-
-
 def _names(value: Any) -> list[str]:
     return value if isinstance(value, list) else [name.strip() for name in str(value).split(",") if name.strip()]
 
 
-@says("`data.path=dataset_info.json data.subset`, or `data.sets`")
+@described("`data.path=dataset_info.json data.subset`, or `data.sets`")
 def _datasets(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """Names in dataset_info.json, which Muster reads as it is."""
     info, names = f"{config.get('dataset_dir') or 'data'}/dataset_info.json", _names(value)
@@ -126,7 +122,7 @@ def _datasets(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, ours, f"read from {info}")
 
 
-@says("`data.validation_path`")
+@described("`data.validation_path`")
 def _eval_dataset(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     names = _names(value)
     if len(names) != 1:

@@ -17,7 +17,7 @@ from launcher.convert.common_rules import (
     template,
     tokens,
 )
-from launcher.convert.keys import Outcome, Row, Rule, choice, kept, number, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, choice, described, kept, number, refused, unneeded
 
 MARKERS = {
     "tuner_type",
@@ -106,10 +106,6 @@ def rules(gpus: int) -> dict[str, Rule]:
     }  # fmt: skip
 
 
-def extra_rule(key: str) -> Rule | None:
-    return None
-
-
 def _path(name: str) -> tuple[dict[str, Any], str | None]:
     """`owner/name:subset/subset#500` and files: (Muster's keys, why it is refused)."""
     source, _, count = name.partition("#")
@@ -127,7 +123,7 @@ def _path(name: str) -> tuple[dict[str, Any], str | None]:
     return ours, None
 
 
-@says("`data.path`, or `data.sets`")
+@described("`data.path`, or `data.sets`")
 def _datasets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = value if isinstance(value, list) else str(value).split()
     found = [_path(str(name)) for name in names]
@@ -143,7 +139,7 @@ def _datasets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"/data": "mix", "data.sets": sets})
 
 
-@says("`data.validation_path`")
+@described("`data.validation_path`")
 def _val_dataset(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = value if isinstance(value, list) else str(value).split()
     if len(names) != 1 or "#" in names[0]:

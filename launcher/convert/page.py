@@ -24,7 +24,7 @@ def tables() -> str:
 
 
 def _table(title: str, rules: dict[str, Rule]) -> str:
-    rows = [f"| `{key}` | {rule.says.replace('|', chr(92) + '|')} |" for key, rule in sorted(rules.items())]
+    rows = [f"| `{key}` | {rule.description.replace('|', chr(92) + '|')} |" for key, rule in sorted(rules.items())]
     return "\n".join([title, "", "| key | Muster |", "|---|---|", *rows])
 
 

@@ -1,9 +1,11 @@
 """Rules for DeepSpeed's JSON and for FSDP's options: they become a layout of the group `parallel`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, number, refused, rows, says, unneeded
+from conf import resolve
+from launcher.convert.keys import Outcome, Row, Rule, apply, changed, choice, described, number, refused, unneeded
 
 OF_MUSTER = unneeded("Muster sets it; it does not change what is trained")
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
@@ -12,7 +14,7 @@ STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
 def _auto(rule: Rule) -> Rule:
     """`auto` takes the value of the Trainer's own key."""
 
-    @says(rule.says)
+    @described(rule.description)
     def auto(key: str, value: Any, config: Mapping[str, Any]) -> Row:
         if value == "auto":
             return Row(key, value, Outcome.unneeded, why="the value of the other key counts")
@@ -27,7 +29,7 @@ def _device(ours: str) -> Rule:
     )
 
 
-@says("`train.beta1`, `train.beta2`")
+@described("`train.beta1`, `train.beta2`")
 def _betas(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.beta1": value[0], "train.beta2": value[1]})
 
@@ -73,33 +75,23 @@ DEEPSPEED: dict[str, Rule] = {
     "scheduler.params.warmup_min_lr": _auto(unneeded("the warmup of Muster begins at 1/warmup_steps of the peak")),
     "scheduler.params.total_num_steps": _auto(changed("train.steps", "steps of the training", make=int)),
     "communication_data_type": refused("Muster reduces gradients in fp32"),
-}
-"""Dotted key of a DeepSpeed JSON -> its rule. Keys that only tune memory or speed are in `TUNING`."""
+    **dict.fromkeys(
+        ("zero_optimization.*", "activation_checkpointing.*", "aio.*", "fp16.*", "bf16.*", "flops_profiler.*", "comms_logger.*",
+         "zero_allow_*", "zero_force_*", "steps_per_print*", "wall_clock_breakdown*", "dump_state*", "prescale_gradients*",
+         "gradient_predivide_factor*", "memory_breakdown*", "data_types.*"),
+        OF_MUSTER,
+    ),
+}  # fmt: skip
+"""Dotted key of a DeepSpeed JSON -> its rule. Those at the end only tune memory or speed."""
 
-TUNING = (
-    "zero_optimization.", "activation_checkpointing.", "aio.", "fp16.", "bf16.", "flops_profiler.", "comms_logger.", "zero_allow_",
-    "zero_force_", "steps_per_print", "wall_clock_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
-    "memory_breakdown", "data_types.",
-)  # fmt: skip
 
-
-def deepspeed_rows(settings: Mapping[str, Any], prefix: str = "deepspeed") -> list[Row]:
+def deepspeed_rows(settings: Mapping[str, Any]) -> list[Row]:
     """A row for each value of a DeepSpeed JSON."""
-    flat = dict(_flat(settings))
-    rules = {key: OF_MUSTER for key in flat if key.startswith(TUNING)} | DEEPSPEED
-    found = rows(flat, rules)
-    return [Row(f"{prefix}.{row.key}", row.value, row.outcome, row.ours, row.why) for row in found]
+    values = {key: value for key, value in resolve.flat(settings).items() if value != {}}
+    return [replace(row, key=f"deepspeed.{row.key}") for row in apply(DEEPSPEED, values)]
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-@says("`parallel=zero1`, `zero2`, `zero3`, `zero3_offload`")
+@described("`parallel=zero1`, `zero2`, `zero3`, `zero3_offload`")
 def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """A DeepSpeed JSON that cannot be read here: its name often says the stage."""
     stage = next((stage for stage in "321" if f"zero{stage}" in str(value) or f"z{stage}" in str(value)), None)
@@ -110,7 +102,7 @@ def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.changed, {"/parallel": name}, why)
 
 
-@says("`parallel=fsdp`, `hsdp`, `ddp`, `fsdp_offload`")
+@described("`parallel=fsdp`, `hsdp`, `ddp`, `fsdp_offload`")
 def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """`fsdp: [full_shard, auto_wrap]`, or text with these words."""
     words = " ".join(value) if isinstance(value, list) else str(value)
@@ -126,16 +118,20 @@ def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, ours)
 
 
-@says("`parallel=fsdp`, `parallel.reshard_after_forward`")
+@described("`parallel=fsdp`, `parallel.reshard_after_forward`")
 def fsdp_config(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """The section `fsdp_config` of Accelerate's words, with or without the prefix `fsdp_`."""
     if not isinstance(value, dict):
         return Row(key, value, Outcome.refused, why="must be a section with keys")
     settings = {str(name).removeprefix("fsdp_"): item for name, item in value.items()}
-    ours: dict[str, Any] = {"/parallel": "fsdp_offload" if settings.get("offload_params") is True else "fsdp"}
     strategy = str(settings.get("sharding_strategy", "")).upper()
+    ours: dict[str, Any] = {}
     if "HYBRID" in strategy:
         ours["/parallel"] = "hsdp"
+    elif settings.get("offload_params") is True:
+        ours["/parallel"] = "fsdp_offload"
+    elif not config.get("fsdp"):  # which names the layout
+        ours["/parallel"] = "fsdp"
     if settings.get("reshard_after_forward") in (False, "false") or strategy == "SHARD_GRAD_OP":
         ours["parallel.reshard_after_forward"] = False
     if settings.get("activation_checkpointing") is True:

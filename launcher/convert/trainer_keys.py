@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.convert import sharding_keys
 from launcher.convert.common_rules import FUSED, flag
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"train.lr_schedule": "linear"},
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 """Defaults of a Trainer that differ from Muster's. They are written where the foreign config does not set them."""
 
 
-@says("`train.lr_cycles`, `train.lr_power`, `train.min_lr_ratio`")
+@described("`train.lr_cycles`, `train.lr_power`, `train.min_lr_ratio`")
 def schedule_options(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """`lr_scheduler_kwargs`: the options that Muster's schedules have."""
     names = {
@@ -62,8 +62,11 @@ def schedule_options(key: str, value: Any, _: Mapping[str, Any]) -> Row:
 def interval(every: str, per_epoch: str) -> Rule:
     """Steps between evaluations or saves: whole steps, or a share of the training."""
 
-    @says(f"`{every}`, or `{per_epoch}`")
+    @described(f"`{every}`, or `{per_epoch}`")
     def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        strategy = key.replace("_steps", "_strategy")
+        if config.get(strategy, config.get("evaluation_strategy") if key == "eval_steps" else None) == "epoch":
+            return Row(key, value, Outcome.unneeded, why=f"{strategy} is epoch")
         if float(value) >= 1 or float(value) == 0:
             return Row(key, value, Outcome.kept, {every: int(value)})
         epochs = float(config.get("num_train_epochs") or config.get("num_epochs") or 1)
@@ -83,7 +86,7 @@ def batch(micro: str, gpus: int) -> Rule:
     """Rows of a micro batch: Muster's batch is that of all GPUs together, which does not depend on their number."""
     why = f"global_batch = {micro} x gradient_accumulation_steps x {gpus} GPUs (`--gpus` says another number)"
 
-    @says("`train.micro_batch`, `train.global_batch`")
+    @described("`train.micro_batch`, `train.global_batch`")
     def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
         rows = int(value) * int(config.get("gradient_accumulation_steps") or 1) * gpus
         return Row(key, value, Outcome.changed, {"train.micro_batch": int(value), "train.global_batch": rows}, why)
@@ -91,14 +94,14 @@ def batch(micro: str, gpus: int) -> Rule:
     return rule
 
 
-@says("`train.warmup_ratio`")
+@described("`train.warmup_ratio`")
 def warmup_ratio(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     if config.get("warmup_steps"):
         return Row(key, value, Outcome.unneeded, why="warmup_steps counts, as in a Trainer")
     return Row(key, value, Outcome.kept, {"train.warmup_ratio": value})
 
 
-@says("`train.warmup_steps`")
+@described("`train.warmup_steps`")
 def warmup_steps(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     if not value and config.get("warmup_ratio"):
         return Row(key, value, Outcome.unneeded, why="warmup_ratio counts, as in a Trainer")
@@ -107,7 +110,7 @@ def warmup_steps(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.warmup_steps": int(value)})
 
 
-@says("`tracker`")
+@described("`tracker`")
 def report_to(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     names = [str(name) for name in (value if isinstance(value, list) else [value])]
     if set(names) <= {"none", "all"}:
@@ -121,17 +124,17 @@ def report_to(key: str, value: Any, _: Mapping[str, Any]) -> Row:
             Outcome.refused,
             why=f"Muster has no tracker {unknown[0]}. Use wandb, tensorboard, mlflow or comet",
         )
-    return Row(key, value, Outcome.kept, {"/tracker": chosen[0] if len(chosen) == 1 else chosen})
+    return Row(key, value, Outcome.kept, {f"tracker.{name}": True for name in chosen})
 
 
-@says("`train.activation_checkpointing`")
+@described("`train.activation_checkpointing`")
 def checkpointing(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     if value in ("offload", "offload_disk"):
         return Row(key, value, Outcome.kept, {"train.activation_checkpointing": "offload"})
     return Row(key, value, Outcome.kept, {"train.activation_checkpointing": "full" if value else "none"})
 
 
-@says("`train.steps`")
+@described("`train.steps`")
 def max_steps(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     if int(value) <= 0:
         return Row(key, value, Outcome.unneeded, why="asks for nothing")
@@ -141,7 +144,7 @@ def max_steps(key: str, value: Any, _: Mapping[str, Any]) -> Row:
 def precision(name: str) -> Rule:
     """`bf16` and `fp16`: true, auto, full, or false."""
 
-    @says(f"`train.precision={name}`")
+    @described(f"`train.precision={name}`")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         if value in (False, "false", "no"):
             return Row(key, value, Outcome.unneeded, why="asks for nothing")
@@ -153,7 +156,7 @@ def precision(name: str) -> Rule:
     return rule
 
 
-@says("`train.log_every`")
+@described("`train.log_every`")
 def log_every(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     if float(value) < 1:
         return Row(key, value, Outcome.changed, {"train.log_every": 1}, "metrics.jsonl has every step")
@@ -196,7 +199,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": unneeded("Muster never uses the reentrant form; the gradients are the same"),
         "group_by_length": changed(
-            "data.order", "data.order says it", make=lambda value: "length" if value else "random"
+            "data.order", "one key for the order of rows", make=lambda value: "length" if value else "random"
         ),
         "length_column_name": no_effect,
         "logging_steps": log_every,

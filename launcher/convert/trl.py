@@ -15,7 +15,7 @@ from launcher.convert.common_rules import (
     held_out,
     targets,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, kept, number, refused, says, unneeded
+from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
 
 MARKERS = {
     "dataset_name", "dataset_config", "dataset_train_split", "model_name_or_path", "use_peft", "assistant_only_loss",
@@ -82,23 +82,19 @@ def rules(gpus: int) -> dict[str, Rule]:
     }  # fmt: skip
 
 
-def extra_rule(key: str) -> Rule | None:
-    return None
-
-
-@says("`data.fields={text: COLUMN}`")
+@described("`data.fields={text: COLUMN}`")
 def _text_field(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {} if value == "text" else {"data.fields": {"text": value}})
 
 
-@says("`data.path`")
+@described("`data.path`")
 def _dataset(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     split = config.get("dataset_train_split") or "train"
     path = value if split == "train" else f"{value}:{split}"
     return Row(key, value, Outcome.kept, {"/data": "jsonl", "data.name": str(value).split("/")[-1], "data.path": path})
 
 
-@says("`data.validation_path=NAME:SPLIT`")
+@described("`data.validation_path=NAME:SPLIT`")
 def _test_split(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     if str(config.get("eval_strategy") or "no") == "no" or not config.get("dataset_name"):
         return Row(key, value, Outcome.unneeded, why="eval_strategy is no")
@@ -107,7 +103,7 @@ def _test_split(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     )
 
 
-@says("`data.sets`")
+@described("`data.sets`")
 def _mixture(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """`datasets` of a mixture: path, name, data_files, split."""
     sets = {}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.convert import convert, page
-from launcher.convert.keys import Outcome
+from launcher.convert.keys import Outcome, Row
 from tests.conftest import ROOT
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
@@ -108,10 +108,64 @@ def value(name: str, key: str) -> object:
         ("ms_swift-full", "/parallel", "zero3"),
         ("ms_swift-full", "data.mask", "last"),
         ("ms_swift-qlora", "data.subset", "sub"),
+        ("axolotl-two-sets", "tracker.mlflow", True),
+        ("axolotl-full-fsdp", "/parallel", "fsdp"),
     ],
 )  # fmt: skip
 def test_values_of_keys(name: str, key: str, expected: object) -> None:
     assert value(name, key) == expected
+
+
+def rows_of(tmp_path: Path, content: str) -> tuple[dict[str, Row], dict[str, object]]:
+    (tmp_path / "x.yml").write_text("base_model: a\nmicro_batch_size: 1\nsequence_len: 8\n" + content)
+    _, _, rows, ours = imported(tmp_path / "x.yml")
+    return {row.key: row for row in rows}, ours
+
+
+def test_two_trackers_are_both_kept(tmp_path: Path) -> None:
+    _, ours = rows_of(tmp_path, "wandb_project: p\nuse_tensorboard: true\nuse_mlflow: true\n")
+    assert [ours.get(f"tracker.{name}") for name in ("wandb", "tensorboard", "mlflow", "comet")] == [
+        True,
+        True,
+        True,
+        None,
+    ]
+
+
+def test_a_tracker_that_is_disabled_is_refused(tmp_path: Path) -> None:
+    rows, _ = rows_of(tmp_path, "wandb_project: p\nwandb_mode: disabled\n")
+    assert rows["wandb_mode"].outcome is Outcome.refused and "tracker=none" in rows["wandb_mode"].why
+
+
+def test_of_two_keys_with_one_meaning_the_last_counts_and_the_other_says_so(tmp_path: Path) -> None:
+    rows, ours = rows_of(tmp_path, "adapter: lora\nlora_target_modules: [q_proj]\nlora_target_linear: true\n")
+    assert ours["adapter.targets"] == ["all-linear"]
+    assert rows["lora_target_modules"].outcome is Outcome.changed
+    assert rows["lora_target_modules"].why == "lora_target_linear counts"
+
+
+def test_settings_of_an_adapter_that_is_not_there_are_not_kept(tmp_path: Path) -> None:
+    rows, ours = rows_of(tmp_path, "lora_r: 8\nlora_alpha: 16\n")
+    assert rows["lora_r"].outcome is Outcome.unneeded and "adapter.r" not in ours
+
+
+@pytest.mark.parametrize(
+    ("sharding", "layout"),
+    [
+        ("fsdp: hybrid_shard auto_wrap\nfsdp_config: {fsdp_state_dict_type: FULL_STATE_DICT}", "hsdp"),
+        ("fsdp: full_shard\nfsdp_config: {fsdp_offload_params: true}", "fsdp_offload"),
+        ("fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD}", "hsdp"),
+        ("fsdp_config: {reshard_after_forward: true}", "fsdp"),
+    ],
+)
+def test_the_layout_of_fsdp(sharding: str, layout: str, tmp_path: Path) -> None:
+    assert rows_of(tmp_path, sharding)[1]["/parallel"] == layout
+
+
+def test_steps_between_evaluations_do_not_count_where_epochs_do(tmp_path: Path) -> None:
+    rows, ours = rows_of(tmp_path, "eval_strategy: epoch\neval_steps: 50\n")
+    assert ours["train.evals_per_epoch"] == 1 and "train.eval_every" not in ours
+    assert rows["eval_steps"].why == "eval_strategy is epoch"
 
 
 def test_a_format_of_ones_own_becomes_a_template() -> None:
