@@ -5,7 +5,7 @@ A resumed run continues the curves of its earlier attempts. A tracker that fails
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,33 +67,21 @@ def _error_of(name: str, work: Callable[[], object]) -> str | None:
     return None
 
 
-def _id(config: Config, tracker: str) -> str:
-    """A random id, the same for all attempts of a run. RUN/tracker.json keeps it.
+def _id(config: Config, tracker: str, make: Callable[[], str] = lambda: uuid.uuid4().hex) -> str:
+    """The id that `make` returned in the first attempt, the same for all attempts of a run. RUN/tracker.json keeps it.
 
-    The name of the run folder cannot be the id: runs of other projects may have the same name.
+    It is random: the name of the run folder cannot be the id, because runs of other projects may have the same name.
     """
     path = Path(config.run_dir) / "tracker.json"
-    ids: dict[str, str] = (read_json(path) if path.exists() else None) or {}
+    ids: dict[str, str] = read_json(path) or {}
     if tracker not in ids:
-        write_json(path, ids | {tracker: uuid.uuid4().hex})
-    return str(read_json(path)[tracker])
+        ids[tracker] = make()
+        write_json(path, ids)
+    return ids[tracker]
 
 
 def _run_name(config: Config) -> str:
     return config.tracker.run_name or Path(config.run_dir).name
-
-
-def _flat_config(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of the whole config."""
-
-    def walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in section.items():
-            if isinstance(value, dict) and value:
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return dict(walk(resolve.plain(config), ""))
 
 
 def _wandb(config: Config, first_step: int) -> Tracker:
@@ -153,19 +141,8 @@ def _mlflow(config: Config, first_step: int) -> Tracker:
         # MLflow 3.17 refuses a folder unless it is allowed; its other local store, SQLite, locks on shared file systems
         if allowed := getattr(mlflow.environment_variables, "MLFLOW_ALLOW_FILE_STORE", None):
             allowed.set(True)
-    client, path = mlflow.MlflowClient(), Path(config.run_dir) / "tracker.json"
-    ids: dict[str, str] = (read_json(path) if path.exists() else None) or {}
-    if "mlflow" not in ids:
-        experiment = client.get_experiment_by_name(tracker.project)
-        tags = {tag: "true" for tag in tracker.tags}
-        tags |= {"group": tracker.group} if tracker.group else {}
-        tags |= {"mlflow.note.content": tracker.notes} if tracker.notes else {}
-        number = experiment.experiment_id if experiment else client.create_experiment(tracker.project)
-        ids["mlflow"] = client.create_run(number, run_name=_run_name(config), tags=tags).info.run_id
-        for key, value in _flat_config(config).items():
-            client.log_param(ids["mlflow"], key, str(value)[:6000])  # the longest value that MLflow takes
-        write_json(path, ids)
-    run_id = ids["mlflow"]
+    client = mlflow.MlflowClient()
+    run_id = _id(config, "mlflow", lambda: _mlflow_run(client, config))
     client.set_terminated(run_id, "RUNNING")
 
     def log_values(values: Mapping[str, float], step: int) -> None:
@@ -173,6 +150,20 @@ def _mlflow(config: Config, first_step: int) -> Tracker:
             client.log_metric(run_id, name, value, step=step)
 
     return Tracker("mlflow", log_values, lambda: client.set_terminated(run_id, "FINISHED"))
+
+
+def _mlflow_run(client: Any, config: Config) -> str:
+    """Create a run with its tags and the whole config. Returns its id."""
+    tracker = config.tracker
+    tags = {tag: "true" for tag in tracker.tags}
+    tags |= {"group": tracker.group} if tracker.group else {}
+    tags |= {"mlflow.note.content": tracker.notes} if tracker.notes else {}
+    experiment = client.get_experiment_by_name(tracker.project)
+    number = experiment.experiment_id if experiment else client.create_experiment(tracker.project)
+    run_id: str = client.create_run(number, run_name=_run_name(config), tags=tags).info.run_id
+    for key, value in resolve.flat(resolve.plain(config)).items():
+        client.log_param(run_id, key, str(value)[:6000])  # the longest value that MLflow takes
+    return run_id
 
 
 def _comet(config: Config, first_step: int) -> Tracker:
@@ -195,7 +186,7 @@ def _comet(config: Config, first_step: int) -> Tracker:
         ),
     )
     if not first_step:
-        experiment.log_parameters(_flat_config(config))
+        experiment.log_parameters(resolve.flat(resolve.plain(config)))
         if tracker.notes:
             experiment.log_other("notes", tracker.notes)
     return Tracker("comet", lambda values, step: experiment.log_metrics(dict(values), step=step), experiment.end)
