@@ -21,39 +21,36 @@ def load(config: Config) -> Any:
     folder = Path(config.run_dir) / "model"
     if not (folder / "muster.json").exists():
         raise RunError(Problem("model", folder, "does not exist: consolidate a checkpoint first (muster merge RUN)"))
-    device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
-    return load_folder(folder, config, "auto", device_map)
+    return load_folder(folder, config, "auto", _device_map(config))
 
 
 def load_base(config: Config) -> Any:
-    """`model.source` as it was before training."""
-    device_map = "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model.source,
-        revision=revision(config),
-        dtype="auto",
-        device_map=device_map,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    return model.eval()
+    """`model.source` as it was before training, spread over the GPUs of this job."""
+    return _base(config, "auto", _device_map(config)).eval()
 
 
 def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
     """The model in a consolidated folder, or its adapter on top of `model.source`, ready for inference."""
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": device_map,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    model: Any
     if not (folder / "adapter_config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        return model.eval()
+        return _load(folder, config, dtype, device_map).eval()
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(config.model.source, revision=revision(config), **options)
-    model = PeftModel.from_pretrained(base, folder)
-    return model.eval()
+    return PeftModel.from_pretrained(_base(config, dtype, device_map), folder).eval()
+
+
+def _base(config: Config, dtype: torch.dtype | str, device_map: str | None) -> Any:
+    return _load(config.model.source, config, dtype, device_map, revision=revision(config))
+
+
+def _load(source: str | Path, config: Config, dtype: torch.dtype | str, device_map: str | None, **options: Any) -> Any:
+    trust = config.model.trust_remote_code
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, device_map=device_map, trust_remote_code=trust, **options
+    )
+
+
+def _device_map(config: Config) -> str | None:
+    return "auto" if config.cluster.inference.gpus_per_node and torch.cuda.is_available() else None
 
 
 def describe(config: Config) -> str:
