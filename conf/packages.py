@@ -8,11 +8,16 @@ from conf.errors import Problem, as_typed
 from conf.schema import Config
 
 FLASH_ATTENTION = {
-    Attention.flash_attention_2: ("flash_attn", "flash-attn"),
-    Attention.flash_attention_3: ("flash_attn_interface", "flash-attn-3"),
-    Attention.flash_attention_4: ("flash_attn", "flash-attn-4"),
+    Attention.flash_attention_2: "flash_attn",
+    Attention.flash_attention_3: "flash_attn_interface",
+    Attention.flash_attention_4: "flash_attn.cute",
 }
-"""model.attention -> (module, name for pip)."""
+"""model.attention -> the module that it needs."""
+PIP_NAMES = {
+    Attention.flash_attention_2: "flash-attn",
+    Attention.flash_attention_3: "flash-attn-3",
+    Attention.flash_attention_4: "flash-attn-4",
+}
 TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet": "comet_ml"}
 """Tracker -> module, which is also the name for pip."""
 
@@ -48,8 +53,9 @@ def _needed(config: Config) -> Iterator[tuple[str, object, str, str, str]]:
         if config.adapter.base in (Frozen.nf4, Frozen.int8):
             yield "adapter.base", config.adapter.base.name, "bitsandbytes", "bitsandbytes", "use adapter=lora"
     if config.model.attention in FLASH_ATTENTION:
-        module, pip_name = FLASH_ATTENTION[config.model.attention]
-        yield "model.attention", config.model.attention.name, module, pip_name, "use model.attention=auto"
+        package = FLASH_ATTENTION[config.model.attention].partition(".")[0]  # looking for a part of it would import it
+        pip_name = PIP_NAMES[config.model.attention]
+        yield "model.attention", config.model.attention.name, package, pip_name, "use model.attention=auto"
     for name, module in TRACKERS.items():
         if getattr(config.tracker, name):
             yield f"tracker.{name}", True, module, module, f"set tracker.{name}=false"

@@ -18,18 +18,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from conf.choices import Attention, Precision
 from conf.errors import ConfigError, Problem
+from conf.packages import FLASH_ATTENTION
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
 from jobs.model import attention_kernels, block_sizes
 
 NAMES = {Attention.cudnn: "muster_cudnn", Attention.varlen: "muster_varlen", Attention.flex: "flex_attention"}
 """`model.attention` -> the name in transformers, where the two differ."""
-PACKAGES = {  # model.attention -> the Python module it needs
-    Attention.flash_attention_2: "flash_attn",
-    Attention.flash_attention_3: "flash_attn_interface",
-    Attention.flash_attention_4: "flash_attn.cute",
-}
-
 
 NO_ATTENTION, SOFTCAP, SINKS = "no heads", "softcap", "sinks"
 KNOWN_ARGUMENTS = {
@@ -186,8 +181,8 @@ def _why_unavailable_on_gpu(config: Config, choice: Attention) -> str:
         return "computes in bf16 only: set train.precision=bf16"
     if choice is Attention.cudnn and config.data.packing:
         return "does not separate the samples of packed rows"
-    if choice in PACKAGES and not _installed(PACKAGES[choice]):
-        return f"needs the package {PACKAGES[choice].partition('.')[0]}, which is not installed"
+    if choice in FLASH_ATTENTION and not _installed(FLASH_ATTENTION[choice]):
+        return f"needs the package {FLASH_ATTENTION[choice].partition('.')[0]}, which is not installed"
     return ""
 
 
