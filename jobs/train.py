@@ -138,7 +138,7 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
             is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
             if is_over:
                 _log_early_end(training, step)
-            if (stopped and step < last_step) or is_over or (is_kept and not saves.is_due(step)):
+            if step < last_step and (stopped or is_over or (is_kept and not saves.is_due(step))):
                 # where training ends here, a save that was due is only completed
                 _save_checkpoint(training, step, wait=stopped or is_over)
     return step, stopped
