@@ -58,7 +58,7 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
             yield Problem(key, value, "must not be empty. Use null to leave an optional value unset")
         elif (
             value == []
-            and getattr(type(section)(), item.name)
+            and item.default_factory is not list  # where an empty list is the default, it means something
             and (choices := getattr(get_args(hints[item.name])[0], "__members__", None))
         ):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
