@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from jobs.data import batches, packing
-from jobs.data.sampler import RowSampler
+from jobs.data.sampler import SORTED_STEPS, RowSampler
 
 DISTRIBUTIONS = {"mean 643": (5.9964, 1.0, 4096), "mean 1619": (7.1982, 0.7, 4096), "mean 1274": (6.5957, 1.1, 8192)}
 FACTOR = 8192
@@ -41,12 +43,20 @@ def spread(costs, dealt):
 
 
 def test_rows_of_similar_length_share_a_step_and_need_less_padding() -> None:
-    def padded(kind: str) -> float:
-        order = lognormal_order(4000, 8, kind)
-        return sum(8 * order.costs[order.rows_of(step)].max() for step in range(500)) / order.costs.sum()
+    """As little as in transformers' own order for group_by_length."""
+    lengths = lognormal_order(4000, 8).costs
 
-    assert padded("random") > 2
-    assert padded("length") < 1.1
+    def padded(steps: list[list[int]]) -> float:
+        return sum(8 * lengths[rows].max() for rows in steps) / lengths.sum()
+
+    def ours(kind: str) -> float:
+        order = lognormal_order(4000, 8, kind)
+        return padded([order.rows_of(step).tolist() for step in range(500)])
+
+    indices = get_length_grouped_indices(lengths.tolist(), 8, SORTED_STEPS, torch.Generator().manual_seed(0))
+    theirs = padded([indices[begin : begin + 8] for begin in range(0, 4000, 8)])
+    assert ours("random") > 2
+    assert ours("length") == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["balanced", "random", "length", "file"])
@@ -146,7 +156,7 @@ def test_balanced_ranks_wait_less_than_with_a_random_order(distribution, packed)
         ([1.0, 0.0], 4, "balanced", "above 0"),
         ([1.0, np.nan], 4, "random", "above 0"),
         ([1.0], 0, "balanced", "global_batch=0"),
-        ([1.0], 1, "shuffled", "kind='shuffled': must be one of balanced, random, file"),
+        ([1.0], 1, "shuffled", "kind='shuffled': must be one of balanced, random, length, file"),
     ],
 )
 def test_invalid_arguments_are_refused(costs, global_batch, kind, message) -> None:

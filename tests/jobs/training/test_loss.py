@@ -124,7 +124,9 @@ def test_a_fused_model_still_gives_logits() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     weight = nn.Parameter(torch.randn(97, 8))
-    value = fused_cross_entropy.FusedCrossEntropy.apply(torch.randn(5, 8), weight, None, torch.arange(5), True, False)
+    value = fused_cross_entropy.FusedCrossEntropy.apply(
+        torch.randn(5, 8), weight, None, torch.arange(5), 0.0, True, False
+    )
     value.backward(retain_graph=True)
     with pytest.raises(TypeError):
         value.backward()

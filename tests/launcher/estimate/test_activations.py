@@ -144,7 +144,7 @@ def test_the_estimate_of_logits_matches_the_fused_loss(
     states = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
     wanted = torch.randint(0, vocabulary, (tokens,))
     call: Any = (
-        (lambda rows: head._loss_in_parts(last, rows, wanted))
+        (lambda rows: head._loss_in_parts(last, rows, wanted, 0.0))
         if targets == ["lm_head"]
         else lambda rows: last(rows, wanted)
     )
