@@ -68,6 +68,8 @@ class Architecture:
     """Longest sequence that the model was made for, in tokens."""
     tie_word_embeddings: bool = False
     """Whether the output head uses the weights of the embedding."""
+    tower_gib: float = at_least(0, 0.0)
+    """GiB of the weights that a multimodal model has beside its text. They are not loaded; a merge copies them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 
@@ -84,6 +86,9 @@ class Model:
     """Hub id or folder of a tokenizer to use instead of the one in `source`."""
     init: Init = Init.pretrained
     """`pretrained`: read the weights from `source`. `random`: build `architecture` with new weights (demo, benchmarks)."""
+    ignore_tensors: list[str] = field(default_factory=list)
+    """Regular expressions for names of stored tensors that training does not need, such as layers that predict several tokens
+    (`["^mtp[.]"]`). They are not loaded, and a merge copies them from `source` as they are."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your permissions."""
     attention: Attention = Attention.auto

@@ -166,8 +166,9 @@ def _fsdp(config: Config) -> dict[str, str]:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
     }
-    block = DECODER_BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
-    if block:
+    shape = config.model.architecture
+    block = DECODER_BLOCKS.get(shape.model_type) if shape else None
+    if shape and block and not shape.tower_gib:  # in a multimodal model it may have another class
         values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
     return values
 

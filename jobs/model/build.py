@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,13 +19,15 @@ from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import attention, embedding_resize, materialize, quantized_linear
+from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 DTYPES = {name: dtype.torch for name, dtype in PRECISIONS.items()}
 """`train.precision` -> the dtype of compute."""
+UNFIT = (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError, StrictDataclassError)
+"""What transformers raises for a config.json with values that its classes do not take."""
 
 
 def build(config: Config) -> Any:
@@ -107,19 +110,30 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            model_config,
-            dtype=dtype,
-            attn_implementation=attention.select(config, model_config),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        model = _from_model_config(config, model_config, dtype)
+    except ConfigError:
+        raise
+    except UNFIT as error:
         raise _unloadable(config, error) from error
     _check_positions(config, model)
     if config.model.init is Init.pretrained:
         model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
+    return model
+
+
+def _from_model_config(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if multimodal.is_multimodal(model_config):
+        return multimodal.build_text(
+            model_config, config, lambda text_config: attention.select(config, text_config), dtype
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model_config,
+        dtype=dtype,
+        attn_implementation=attention.select(config, model_config),
+        trust_remote_code=config.model.trust_remote_code,
+    )
     return model
 
 
@@ -148,7 +162,9 @@ def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
     architecture = config.model.architecture
     assert architecture is not None  # launcher.check.rules refuses model.init=random without it
-    fields = {name: value for name, value in vars(architecture).items() if name not in ("model_type", "extra")}
+    fields = {
+        name: value for name, value in vars(architecture).items() if name not in ("model_type", "tower_gib", "extra")
+    }
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(architecture.model_type, **(fields | architecture.extra | ids))
@@ -160,7 +176,7 @@ def _pretrained_model_config(config: Config) -> PreTrainedConfig:
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
         return model_config
-    except (OSError, ValueError) as error:
+    except UNFIT as error:
         raise _unloadable(config, error) from error
 
 

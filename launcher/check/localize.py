@@ -2,14 +2,16 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from conf import resolve
-from conf.choices import Container, Executor, Init, Precision
-from conf.schema import Architecture, Config
+from conf.choices import AdapterKind, Container, Executor, Init, Precision
+from conf.schema import Adapter, Architecture, Config
 from launcher.check import model_files
 from launcher.check.observe import hub_cache, local_memory_gib, path_exists, without_part
-from launcher.estimate import config_json
+from launcher.estimate import config_json, parameters
 from launcher.paths import CLONE
 
 
@@ -62,7 +64,21 @@ def _architecture(config: Config) -> Architecture | None:
         return earlier.model.architecture
     folder = model_files.find(config.model.source, config.model.revision, hub_cache(config))
     fields, _ = model_files.read_json(folder / "config.json") if folder and folder.is_dir() else (None, None)
-    return config_json.architecture(fields) if fields else None
+    shape = config_json.architecture(fields) if fields else None
+    if folder and fields and shape and config_json.is_multimodal(fields):
+        shape.tower_gib = _tower_gib(folder, fields, shape)
+    return shape
+
+
+def _tower_gib(folder: Path, fields: Mapping[str, Any], shape: Architecture) -> float:
+    """GiB of the weights in a folder that are not of the model of text; 0 if the text cannot be counted."""
+    counts = parameters.count(shape, Adapter(kind=AdapterKind.none))
+    names = [
+        section.get(name) for section in (fields, config_json.text_fields(fields)) for name in ("dtype", "torch_dtype")
+    ]
+    width = 4 if next((name for name in names if name), "") == "float32" else 2
+    size = model_files.stored_bytes(folder) - width * counts.total if counts else 0
+    return round(max(0, size) / 2**30, 6)
 
 
 def _absolute(value: str) -> str:

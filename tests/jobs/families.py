@@ -60,13 +60,13 @@ class Cell:
         return f"{self.family:<20} {self.way:<7} {self.verdict:<9} {self.detail}"
 
 
-def make(folder: Path, family: str, std: float = 0.08) -> None:
+def make(folder: Path, family: str, std: float = 0.08, dtype: torch.dtype = torch.float32) -> None:
     """Write a random checkpoint with the tokenizer of the examples. The weights are large enough for errors to show."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     kind, values = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
+    model = auto_class(kind).from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
@@ -81,8 +81,16 @@ def make(folder: Path, family: str, std: float = 0.08) -> None:
                 "q_norm" in name or "k_norm" in name
             ):  # Gemma 4 does not scale its scores: they would be so large that rounding decides
                 weight.mul_(0.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "examples/tokenizer").save_pretrained(folder)
+
+
+def auto_class(kind: str) -> Any:
+    """The class of transformers that loads a model type whole: with the towers of a multimodal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_multimodal = any(kind == name and "text_config" in values for name, values in FAMILIES.values())
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> list[Cell]:
@@ -214,16 +222,18 @@ def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None
 def plain_model(config: Config) -> Any:
     """The model of transformers; an adapter is PEFT's, with the initial weights of a build by Muster."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from jobs.model import build
 
+    kind = AutoConfig.from_pretrained(config.model.source).model_type
     # eager attention of Falcon adds ALiBi twice (transformers 5.23): in the mask, and to the scores
-    is_falcon = AutoConfig.from_pretrained(config.model.source).model_type == "falcon"
-    attention = "sdpa" if is_falcon else "eager"
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    attention = "sdpa" if kind == "falcon" else "eager"
+    model: Any = auto_class(kind).from_pretrained(
         config.model.source, dtype=torch.float32, attn_implementation=attention
     )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not is_multimodal(model) or name.startswith(TEXT))
     if config.adapter.kind.name == "none":
         return model.train()
     targets = config.adapter.targets
@@ -235,12 +245,40 @@ def plain_model(config: Config) -> Any:
     )
     whole = build.build(config)
     lora.exclude_modules = whole.peft_config["default"].exclude_modules
-    model = get_peft_model(model, lora)
     built = {name: value for name, value in whole.state_dict().items() if "lora_" in name}
+    if is_multimodal(model):
+        built = {in_whole_model(name, model): value for name, value in built.items()}
+        modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in built}
+        lora.target_modules = {name for name in modules if "experts" not in name}
+        experts = sorted(
+            {name for name, _ in model.named_parameters() if name.startswith(TEXT) and ".experts." in name}
+        )
+        lora.target_parameters = experts if any("experts" in name for name in modules) else None
+        lora.exclude_modules = None
+    model = get_peft_model(model, lora)
     own = [name for name in model.state_dict() if "lora_" in name]
     assert built.keys() == set(own)
     model.load_state_dict(built, strict=False)
     return model.train()
+
+
+TEXT = ("model.language_model.", "language_model.", "lm_head.")
+"""Beginnings of the names of the weights of text in a multimodal model."""
+
+
+def is_multimodal(model: Any) -> bool:
+    return model.config.get_text_config() is not model.config
+
+
+def in_whole_model(name: str, whole: Any) -> str:
+    """The name in a multimodal model of a weight of its model of text."""
+    outer = "base_model.model." if name.startswith("base_model.model.") else ""
+    inner = name.removeprefix(outer)
+    if whole.config.model_type == "llama4":
+        return f"{outer}language_model.{inner}"
+    if inner.startswith("model."):
+        return f"{outer}model.language_model.{inner.removeprefix('model.')}"
+    return f"{outer}{inner}"
 
 
 def _sample_loss(model: Any, tokens: Any, trained: Any) -> torch.Tensor:
@@ -294,7 +332,30 @@ PEFT in one process, with every sample alone in its row. A cell is the largest r
 all steps; above {limit:g} it is called wrong. `refused` means: a message before any weight is read, which names the key to change.
 `make families` writes this page. Names are those of tests/jobs/families.json.
 
+Multimodal models are gemma3, gemma4, glm4v, internvl, lfm2_vl, llama4, llava_next, mistral3, mistral3_ministral3, qwen2_vl,
+qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5 and qwen3_5_moe: there the reference is the whole model with frozen towers.
+
 {table}
+
+## Multimodal models
+
+Muster trains the text of a multimodal model. Rows with images are refused when they are prepared.
+
+- Training builds the decoder and the output head alone. The towers of images and sound stay in the files of `model.source`, and
+  the log says so: `vision tower (N tensors, X GiB) stays as it is in SOURCE`. An adapter is put on the decoder only.
+- A merge writes the whole model: the trained text under the names of the base, every other tensor with the bytes and the dtype
+  of the base, config.json, and the settings of the processor. `evaluate` and `generate` load that whole model.
+- Before training, a tiny model of the same classes is tried: the whole model must have the logits and gradients of the decoder
+  alone. Another family is refused then. Known to differ, and refused before anything is queued: Cohere 2 Vision (it scales
+  logits otherwise), Llama 3.2 Vision (layers that only images train), and models that read no text without an image (BLIP-2,
+  InstructBLIP, Kosmos-2).
+
+## Tensors that training does not use
+
+Some models are stored with layers that predict several tokens (`mtp.*`, or a layer after the last). transformers skips those
+that it knows, and others are refused. `model.ignore_tensors=["^mtp[.]"]` names them by regular expressions. They are not
+loaded. A merge copies them from `model.source` as they are, so that config.json still fits. They were not trained with the
+rest: speculative decoding with them may accept fewer tokens. A model that is merged in memory loses them.
 
 ## What is refused
 
