@@ -14,15 +14,8 @@ from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
 from conf.resolve import digest
 from conf.schema import Config
+from launcher.decoder_blocks import DECODER_BLOCKS
 from launcher.plan import Job
-
-DECODER_BLOCKS = {
-    "llama": "LlamaDecoderLayer",
-    "mistral": "MistralDecoderLayer",
-    "qwen2": "Qwen2DecoderLayer",
-    "qwen3": "Qwen3DecoderLayer",
-}
-"""Class of a decoder block by model type. For other types it is not set, and Accelerate uses the model's own list."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +159,7 @@ def _fsdp(config: Config) -> dict[str, str]:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
     }
+    # not set for other families: Accelerate then uses the model's own list
     block = DECODER_BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
     if block:
         values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
