@@ -112,14 +112,11 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     stored = slices.find_tensors(folder, "model.source", source)
     if converted := _converted(base, stored):
         if getattr(base, "rows_before", None) is not None:
-            raise ConfigError(
-                Problem(
-                    "data.special_tokens",
-                    list(config.data.special_tokens),
-                    f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
-                    "use tokens that the model reserves",
-                )
+            message = (
+                f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
+                "use tokens that the model reserves"
             )
+            raise ConfigError(embedding_resize.problem_of_added_tokens(config, message))
         return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
     names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
