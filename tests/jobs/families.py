@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from conf.errors import MusterError, first_line
 from conf.schema import Config
-from launcher.check import localize, model_files, model_rules, packing_rules
+from launcher.check import localize, model_files, packing_rules
 from tests.jobs import curves, families_page, reference
 from tests.jobs.families_page import Cell, merged, page, read_page, result
 from tests.jobs.ranks import spawn
@@ -108,10 +108,9 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
 
 
 def _launch_problems(config: Config, source: Path) -> list[str]:
-    """What launch.py says of the model, before a job is queued."""
-    files, families = model_files.read(source, source, local=True), model_files.families()
-    problems = [*model_rules.problems(config, files, families), *packing_rules.problems(config, files, frozenset())]
-    return [str(problem) for problem in problems]
+    """What launch.py says of packed rows of this model, before a job is queued."""
+    files = model_files.read(source, source, local=True)
+    return [str(problem) for problem in packing_rules.problems(config, files, frozenset())]
 
 
 def _train_all(rank: int, configs: list[Config]) -> None:
