@@ -62,11 +62,17 @@ def run(config: Config) -> None:
 
 def _check_model(config: Config, world: World) -> None:
     from jobs.checkpoint import disk_space  # these import transformers, which takes seconds
+    from jobs.model import trained_weights
     from jobs.model.build import build_on_meta
     from jobs.training.loss import separate_samples
 
+    def as_trained() -> torch.nn.Module:
+        model: torch.nn.Module = build_on_meta(config)
+        trained_weights.freeze_others(model, config.train.unfrozen)
+        return model
+
     if "train" in config.jobs:
-        disk_space.check(config, lambda: build_on_meta(config), world, config.train.steps)
+        disk_space.check(config, as_trained, world, config.train.steps)
     if config.data.packing:
         separate_samples(raise_on_all_ranks(lambda: build_on_meta(config)), world)
 
