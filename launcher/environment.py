@@ -14,15 +14,8 @@ from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
 from conf.resolve import digest
 from conf.schema import Config
+from launcher.decoder_blocks import DECODER_BLOCKS
 from launcher.plan import Job
-
-DECODER_BLOCKS = {
-    "llama": "LlamaDecoderLayer",
-    "mistral": "MistralDecoderLayer",
-    "qwen2": "Qwen2DecoderLayer",
-    "qwen3": "Qwen3DecoderLayer",
-}
-"""Class of a decoder block by model type. For other types it is not set, and Accelerate uses the model's own list."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +159,10 @@ def _fsdp(config: Config) -> dict[str, str]:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
     }
+    # not set for other families: Accelerate then uses the model's own list, as in a multimodal model, which may have another class
     shape = config.model.architecture
-    block = DECODER_BLOCKS.get(shape.model_type) if shape else None
-    if shape and block and not shape.tower_gib:  # in a multimodal model it may have another class
+    block = DECODER_BLOCKS.get(shape.model_type) if shape and not shape.tower_gib else None
+    if block:
         values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
     return values
 

@@ -16,13 +16,14 @@ from transformers import (
 )
 
 from conf.choices import AdapterKind, Frozen, Init, Precision
-from conf.errors import ConfigError, Problem, first_line
+from conf.errors import ConfigError, Problem
+from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
 from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
-from jobs.tokenization.tokenizer import load_tokenizer, revision
+from jobs.tokenization.tokenizer import load_tokenizer, revision, why_not_loaded
 
 DTYPES = {name: dtype.torch for name, dtype in PRECISIONS.items()}
 """`train.precision` -> the dtype of compute."""
@@ -140,22 +141,22 @@ def _from_model_config(config: Config, model_config: PreTrainedConfig, dtype: to
 def _check_positions(config: Config, model: PreTrainedModel) -> None:
     """Compare `data.max_length` with the positions that the model knows.
 
-    Raises ConfigError if they are learned and there are fewer. Where they are computed (rotary embeddings), it only logs.
+    Raises ConfigError if it has something stored for each of them. Where they are computed (rotary embeddings), it only logs.
     """
     text_config, wanted = model.config.get_text_config(), config.data.max_length
-    known = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(known, int) or known >= wanted:
+    names = ("max_position_embeddings", "max_seq_len")  # of most families, of MPT
+    known = next((value for name in names if isinstance(value := getattr(text_config, name, None), int)), wanted)
+    if known >= wanted:
         return
-    learned = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and known <= module.num_embeddings <= known + 2
+    is_learned = any(
+        isinstance(module, nn.Embedding) and known <= module.num_embeddings <= known + 2
+        for module in model.modules()
         if module is not model.get_input_embeddings()
-    ]
-    if learned:
-        message = f"the model has {known} learned positions ({learned[0]}): set data.max_length={known}"
+    )
+    if is_learned or text_config.model_type in FIXED_POSITIONS:
+        message = f"the model has {known} positions, and none beyond them: set data.max_length={known}"
         raise ConfigError(Problem("data.max_length", wanted, message))
-    log_once(f"positions: data.max_length={wanted} is more than max_position_embeddings={known} of config.json")
+    log_once(f"positions: data.max_length={wanted} is more than {known}, for which the model was made (config.json)")
 
 
 def _new_model_config(config: Config) -> PreTrainedConfig:
@@ -181,4 +182,4 @@ def _pretrained_model_config(config: Config) -> PreTrainedConfig:
 
 
 def _unloadable(config: Config, error: Exception) -> ConfigError:
-    return ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {first_line(error)}"))
+    return ConfigError(Problem("model.source", config.model.source, why_not_loaded(error)))

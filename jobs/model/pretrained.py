@@ -125,14 +125,11 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
         stored, converted = whole.text_tensors(base.state_dict(), stored)
     if converted:
         if getattr(base, "rows_before", None) is not None:
-            raise ConfigError(
-                Problem(
-                    "data.special_tokens",
-                    list(config.data.special_tokens),
-                    f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
-                    "use tokens that the model reserves",
-                )
+            message = (
+                f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
+                "use tokens that the model reserves"
             )
+            raise ConfigError(embedding_resize.problem_of_added_tokens(config, message))
         reason = f"transformers converts {converted} while loading a {base.config.model_type} model"
         return LoadMethod({}, reason, untouched)
     names = _stored_names(base)

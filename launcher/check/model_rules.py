@@ -6,6 +6,7 @@ from typing import Any
 
 from conf.choices import AdapterKind, Init
 from conf.errors import Problem
+from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.config_json import TEXTS, is_multimodal, positions, text_fields
@@ -36,10 +37,6 @@ NO_TEXT_ALONE = {
 When training starts, `jobs.model.text_equality` tries every other family, and refuses it if its model of text computes
 something else.
 """
-LEARNED_POSITIONS = frozenset({
-    *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
-})  # fmt: skip
-"""Families with a trained weight for each position: a longer row has no position."""
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no tokens besides those of the files."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
@@ -203,8 +200,8 @@ def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Pr
 
 
 def _positions(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rows that a model with learned positions cannot read. Of other models `auto_settings` says that rows are long."""
+    """Rows that a model with a fixed number of positions cannot read. Of other models `auto_settings` says that rows are long."""
     longest = positions(fields)
-    if fields.get("model_type") in LEARNED_POSITIONS and longest is not None and config.data.max_length > longest:
-        message = f"is more than the {longest} positions that the model has, and it learned each of them. "
+    if fields.get("model_type") in FIXED_POSITIONS and longest is not None and config.data.max_length > longest:
+        message = f"is more than the {longest} positions that the model has, and it has none beyond them. "
         yield Problem("data.max_length", config.data.max_length, f"{message}Use data.max_length={longest}")

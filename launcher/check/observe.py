@@ -4,6 +4,7 @@ It only reports: `launcher.check.rules` decides what is wrong.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.errors import Problem
 from conf.schema import Config
-from launcher.check import model_files
+from launcher.check import model_files, packing_rules
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
 
@@ -77,6 +78,8 @@ class Facts:
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
     packages_missing: tuple[Problem, ...] = ()
     """Packages that the config needs, if jobs use this interpreter and it lacks them."""
+    kernels: frozenset[str] | None = None
+    """Packages with kernels for packed rows that jobs can import; None if jobs use another Python."""
     existing: Config | None = None
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
@@ -100,6 +103,7 @@ def observe(config: Config) -> Facts:
         model=model,
         families=_families(config, model),
         packages_missing=_missing_packages(config),
+        kernels=_kernels(config),
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(_missing_secrets(config)),
@@ -132,6 +136,13 @@ def _families(config: Config, model: ModelFiles | None) -> Families | None:
 def _missing_packages(config: Config) -> tuple[Problem, ...]:
     """A dry run may be on a machine that only previews."""
     return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not config.dry_run else ()
+
+
+def _kernels(config: Config) -> frozenset[str] | None:
+    if not config.data.packing or not _jobs_use_this_python(config):
+        return None
+    named = frozenset().union(*packing_rules.LEAKING.values())
+    return frozenset(name for name in named if importlib.util.find_spec(name))
 
 
 def _jobs_use_this_python(config: Config) -> bool:

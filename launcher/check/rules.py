@@ -1,7 +1,8 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
 Rules of layout and batch size are in `parallel_rules.py`, those of training data in `data_rules.py`, those of the model's files in
-`model_rules.py`, those of options that do not work together in `combinations.py`. All others are here.
+`model_rules.py`, those of packed rows in `packing_rules.py`, those of options that do not work together in `combinations.py`.
+All others are here.
 """
 
 import math
@@ -15,7 +16,7 @@ from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
-from launcher.check import combinations, data_rules, model_rules, parallel_rules
+from launcher.check import combinations, data_rules, model_rules, packing_rules, parallel_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 from launcher.secret_names import is_secret
@@ -34,6 +35,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
+    reported += packing_rules.problems(config, facts.model, facts.kernels)
     reported += [
         *facts.packages_missing,
         *_site(config, facts),

@@ -266,8 +266,21 @@ def test_positions_with_rope_scaling(fields: dict[str, Any], longest: int | None
     assert positions(fields) == longest
 
 
-def test_rows_longer_than_the_positions_of_a_model(compose: Compose, tmp_path: Path) -> None:
-    base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 1024, "max_position_embeddings": "missing"})
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "n_positions"),
+        ("gptj", "n_positions"),
+        ("codegen", "n_positions"),
+        ("mpt", "max_seq_len"),
+        ("opt", None),
+    ],
+)
+def test_rows_longer_than_the_positions_of_a_model(
+    compose: Compose, tmp_path: Path, family: str, name: str | None
+) -> None:
+    fields = {"max_position_embeddings": "missing"} | {name or "max_position_embeddings": 1024}
+    base = folder(tmp_path / "m", {"model_type": family, **fields})
     [message] = found(launched(compose, base, "data.max_length=2048"))
     assert (
         message.startswith("data.max_length=2048: is more than the 1024 positions")
