@@ -1,12 +1,12 @@
 """Before anything is queued: may the run read from the Hub, write to it, and start without it? Against a Hub on this machine."""
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launcher.check import hub_access, hub_rules
+from conf.choices import Where
+from launcher.check import hub_access, hub_rules, observe
 from launcher.check.hub_files import HubHome
 from tests.conftest import Compose, Launch, put
 from tests.hub_server import Hub, account
@@ -218,27 +218,29 @@ def test_a_public_repository_is_not_pushed_to_unless_asked_for(ask: Ask, hub: Hu
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("keys", "expected"),
     [
-        (["hub.push=mine"], "hub.push=mine: is not the name of a repository. Write owner/name"),
-        (["hub.push=me/a--b"], "hub.push=me/a--b: is not the name of a repository"),
-        (["hub.token=hf_abcdefghijklmnop"], "hub.token=(hidden): must be the name of an environment variable"),
+        ({"hub__push": "mine"}, "hub.push=mine: is not the name of a repository. Write owner/name"),
+        ({"hub__push": "me/a--b"}, "hub.push=me/a--b: is not the name of a repository"),
+        ({"hub__token": "hf_abcdefghijklmnop"}, "hub.token=(hidden): must be the name of an environment variable"),
+        ({"hub__push": "me/x", "cluster__offline": True}, "with network: muster push RUN hub.push=me/x"),
+        ({"jobs": ["push"]}, "hub.push=null: names no repository to push to. Add hub.push=owner/name"),
         (
-            ["hub.push=me/x", "cluster.offline=true"],
-            "push afterwards from a node with network: muster push RUN hub.push=me/x",
+            {"hub__where": Where.job, "jobs": ["fetch"]},
+            "hub.where=job: cluster=local has no jobs of Slurm. Use hub.where=here",
         ),
-        (["pipeline=push"], "hub.push=null: names no repository to push to. Add hub.push=owner/name"),
-        (["hub.where=job", "pipeline=fetch"], "hub.where=job: cluster=local has no jobs of Slurm. Use hub.where=here"),
-        (["hub.push=me/x"], "hub.push=me/x: there is no token to push with"),
     ],
 )
-def test_a_launch_refuses_before_anything_is_written(
-    launch: Launch, hub: Hub, tmp_path: Path, words: list[str], expected: str
-) -> None:
-    done = launch(*words, env={"HF_ENDPOINT": hub.endpoint})
+def test_keys_that_cannot_work(ask: Ask, keys: dict[str, object], expected: str) -> None:
+    [line] = ask(None, ("model=tiny",), **keys)
+    assert expected in line
+    assert "hf_abc" not in line
+
+
+def test_a_launch_refuses_before_anything_is_written(launch: Launch, hub: Hub, tmp_path: Path) -> None:
+    done = launch("hub.push=me/x", env={"HF_ENDPOINT": hub.endpoint})
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert expected in done.stderr
-    assert "hf_abc" not in done.stderr
+    assert done.stderr.startswith("launch.py: hub.push=me/x: there is no token to push with: HF_TOKEN has no value.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,22 +275,35 @@ def test_a_token_of_another_name_comes_from_the_secrets_file(ask: Ask, hub: Hub,
     ],
 )
 def test_an_offline_run_needs_its_files_in_the_cache(
-    launch: Launch, tmp_path: Path, files: dict[str, bytes] | None, what: str | None
+    compose: Compose, tmp_path: Path, files: dict[str, bytes] | None, what: str | None
 ) -> None:
     """The remedy is a command: tests/jobs/test_fetch.py runs it."""
-    home = tmp_path / "hf"
     if files is not None:
-        cache(home, files)
-    (home / "datasets/owner___rows/default/0.0.0/abc").mkdir(parents=True)
-    (home / "datasets/owner___rows/default/0.0.0/abc/dataset_info.json").write_text("{}")
-    words = [*WORDS, "cluster.offline=true", f"cluster.hf_home={home}", "pipeline=train", "run_dir=run"]
-    done = launch(*words, "cluster=slurm", "submit=script")
-    if what is None:
-        assert done.returncode == 0, done.stderr
-        return
-    assert done.returncode == 2
-    command = shlex.join(["python", "launch.py", *words[:-2], "cluster=slurm", "pipeline=fetch"])
-    message = (
-        f"cluster.offline=true, and the Hub's cache on this machine lacks {what}. Fetch it where there is a network: "
-    )
-    assert done.stderr == f"launch.py: model.source=owner/model: {message}{command}\n"
+        cache(tmp_path, files)
+    copy = tmp_path / "datasets/owner___rows/default/0.0.0/abc"
+    config = compose(*WORDS, "cluster.offline=true", f"cluster.hf_home={tmp_path}", "pipeline=train")
+    assert ("data.path", "owner/rows", "the rows") in observe.observe(config).hub.missing
+    copy.mkdir(parents=True)
+    (copy / "dataset_info.json").write_text("{}")
+    facts = observe.observe(config).hub
+    assert facts.missing == ((("model.source", "owner/model", what),) if what else ())
+    if what:
+        [problem] = hub_rules.problems(config, facts)
+        assert (
+            f"cluster.offline=true, and the Hub's cache on this machine lacks {what}. Fetch it where" in problem.message
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (
+            ["/x/muster/launch.py", "model=hub", "data.path=a b", "run_dir=r"],
+            "python launch.py model=hub 'data.path=a b' pipeline=fetch",
+        ),
+        (["muster run", "pipeline=train", "+data.sets.a.path=o/n"], "muster run +data.sets.a.path=o/n pipeline=fetch"),
+        (["muster resume", "resume=runs/a"], "muster run resume=runs/a pipeline=fetch"),
+    ],
+)
+def test_the_command_that_fetches(words: list[str], command: str) -> None:
+    assert hub_rules.fetch_command(words) == command
