@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from conf import resolve
-from tests.conftest import ROOT, Compose, put
+from launcher import plan
+from tests.conftest import ROOT, Compose, put, python
 from tests.hub_server import Hub, account
 
 WEIGHTS = os.urandom(4096)
@@ -116,3 +117,46 @@ def test_an_upload_that_breaks_off_may_be_tried_again(run: Path, hub: Hub) -> No
     hub.fails_after = None
     assert push(run).returncode == 0
     assert pushed(hub)["model.safetensors"] == WEIGHTS
+
+
+def test_muster_push_works_on_this_machine_for_a_run_of_a_cluster(
+    compose: Compose, hub: Hub, tmp_path: Path, surroundings: dict[str, str]
+) -> None:
+    """Also with cluster.offline, which holds for the compute nodes; there is no Slurm here."""
+    hub.tokens["hf_w"] = account("me")
+    run = tmp_path / "run"
+    write_model(run, {"model.safetensors": WEIGHTS})
+    config = compose("cluster=slurm", "cluster.train.nodes=2", "train.micro_batch=1", "cluster.offline=true")
+    resolve.save(put(config, {"run_dir": str(run)}), run / "config.yaml")
+    stored = (run / "config.yaml").read_text()
+
+    def muster(*words: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        base = surroundings | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONWARNINGS": "default"}
+        return python("-m", "launcher", "push", run, *words, cwd=ROOT, env=base | env)
+
+    refused = muster("hub.push=me/mine")
+    assert (refused.returncode, "there is no token to push with" in refused.stderr) == (2, True), refused.stderr
+    assert "model.safetensors" not in str(hub.repositories)
+    done = muster("hub.push=me/mine", HF_TOKEN="hf_w")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert pushed(hub)["model.safetensors"] == WEIGHTS
+    assert f"pushed    {hub.endpoint}/me/mine/tree/" in done.stdout
+    assert json.loads((run / "jobs/push/attempt-1.json").read_text())["status"] == "completed"
+    assert (run / "config.yaml").read_text() == stored
+    del hub.repositories["model", "me/mine"]
+    hub.fails_after = 0
+    (run / "model/model.safetensors").write_bytes(WEIGHTS[::-1])
+    failed = muster("hub.push=me/mine", HF_TOKEN="hf_w")
+    assert failed.returncode == 1
+    assert f"muster push {run}" in failed.stderr
+    verdict = json.loads((run / "jobs/push/attempt-2.json").read_text())
+    assert verdict["status"] == "failed" and "the upload broke off" in verdict["reason"]
+
+
+def test_a_run_that_consolidates_pushes_last(compose: Compose) -> None:
+    config = put(compose("cluster=slurm", "model=llama8b"), {"hub.push": "me/mine"})
+    plan.add_push(config)
+    assert [(job.name, job.after) for job in plan.plan(config)][-1] == ("push", ("consolidate",))
+    config = put(compose("cluster=slurm", "pipeline=train"), {"hub.push": "me/mine"})
+    plan.add_push(config)
+    assert "push" not in config.jobs
