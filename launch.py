@@ -61,13 +61,14 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     localize.localize(config, observe.local_gpus())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
+    plan.add_push(config)
     facts = observe.observe(config)
     if problems := rules.problems(config, facts):
         raise ConfigError(*problems)
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    for line in chosen if "train" in config.jobs else ():
+    for line in (*facts.hub.notes, *(chosen if "train" in config.jobs else ())):
         print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:

@@ -169,3 +169,8 @@ class Container(Enum):
 class Submit(Enum):
     submitit = "submitit"
     script = "script"
+
+
+class Where(Enum):
+    here = "here"
+    job = "job"

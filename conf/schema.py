@@ -36,6 +36,7 @@ from conf.choices import (
     Submit,
     TrainOnEnd,
     Verify,
+    Where,
 )
 
 
@@ -552,7 +553,8 @@ class Cluster:
     hf_home: str | None = None
     """HF_HOME of the jobs. Null: not changed."""
     offline: bool = False
-    """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout."""
+    """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout. `pipeline=fetch`
+    downloads what the run needs before."""
     signal_s: int = at_least(1, 120)
     """Seconds before the time limit at which ranks save and stop. Must be long enough for a checkpoint. Slurm may send the signal
     up to 60 s earlier."""
@@ -600,6 +602,30 @@ class Tracker:
 
 
 @dataclass
+class Hub:
+    """The Hugging Face Hub around a run. docs/hub.md has the steps."""
+
+    push: str | None = None
+    """Repository `owner/name` that gets RUN/model, with its card, once it is consolidated and verified. With
+    `consolidate.adapter_only` that is the adapter. Null: nothing leaves the cluster."""
+    private: bool = True
+    """Create that repository as a private one. A repository that is public already is refused, unless this is false."""
+    revision: str | None = None
+    """Branch to push to. It is created if there is none. Null: main."""
+    tag: str | None = None
+    """Tag for the commit that was pushed."""
+    token: str | None = None
+    """Name of the environment variable with the token that may write there; its value comes from the environment of
+    `launch.py` or from `cluster.secrets_file`. Null: HF_TOKEN, else the token of `hf auth login`."""
+    where: Where = Where.here
+    """Where `pipeline=fetch` and `muster push` work. `here`: on this machine, for example a login node. `job`: in a job with
+    the resources of `cluster.cpu`, for which `cluster.cpu.partition` may name a partition with network."""
+    check: bool = True
+    """Before anything is queued, ask the Hub whether the token may read and write there. With `cluster.offline`, look instead
+    whether the cache has the files."""
+
+
+@dataclass
 class Config:
     """The whole config of a run, as stored in RUN/config.yaml."""
 
@@ -623,4 +649,5 @@ class Config:
     consolidate: Consolidate = field(default_factory=Consolidate)
     generate: Generate = field(default_factory=Generate)
     tracker: Tracker = field(default_factory=Tracker)
+    hub: Hub = field(default_factory=Hub)
     cluster: Cluster = field(default_factory=Cluster)

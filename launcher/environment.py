@@ -12,6 +12,7 @@ from pathlib import Path
 
 from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
+from conf.jobs import JOB_KINDS
 from conf.resolve import digest
 from conf.schema import Config
 from launcher.decoder_blocks import DECODER_BLOCKS
@@ -87,8 +88,9 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
     }
     if config.cluster.hf_home:
         values["HF_HOME"] = config.cluster.hf_home
-    if config.cluster.offline:
-        values |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if config.cluster.offline or JOB_KINDS[job.name].needs_hub:
+        flag = "0" if JOB_KINDS[job.name].needs_hub else "1"
+        values |= {"HF_HUB_OFFLINE": flag, "HF_DATASETS_OFFLINE": flag}
     if job.distributed:
         flight_record = str(run / "jobs" / job.name / "flight_rank_")
         values |= {
@@ -212,13 +214,14 @@ def watchdog_variables(config: Config, pipe: str) -> dict[str, str]:
 
 
 def secret_values(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
-    """Return the values of `cluster.secrets` that the environment lacks.
+    """Return the values of `cluster.secrets` and `hub.token` that the environment lacks.
 
     `text` is the content of the secrets file, with lines NAME=value.
     """
     lines = (line.split("=", 1) for line in text.splitlines() if "=" in line)
     in_file = {name.strip(): value.strip() for name, value in lines}
-    return {name: in_file[name] for name in config.cluster.secrets if name not in environ and name in in_file}
+    names = [*config.cluster.secrets, *([config.hub.token] if config.hub.token else [])]
+    return {name: in_file[name] for name in names if name not in environ and name in in_file}
 
 
 def set_variables(values: Mapping[str, str]) -> None:

@@ -14,7 +14,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     source = config.model.tokenizer or config.model.source
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
+            source,
+            revision=revision(config) if source == config.model.source else "main",
+            trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise DataError(Problem("model.tokenizer", source, why_not_loaded(error))) from error

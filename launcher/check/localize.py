@@ -9,8 +9,8 @@ from typing import Any
 from conf import resolve
 from conf.choices import AdapterKind, Container, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
-from launcher.check import model_files
-from launcher.check.observe import hub_cache, local_memory_gib, path_exists, without_part
+from launcher.check import fetched_commits, model_files
+from launcher.check.observe import hub_cache, hub_home, local_memory_gib, path_exists, without_part
 from launcher.estimate import config_json, parameters
 from launcher.paths import CLONE
 
@@ -24,6 +24,7 @@ def localize(config: Config, gpus: int) -> None:
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
+    - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
     config.run_dir = os.path.abspath(config.run_dir)
     if config.data.cache:
@@ -52,6 +53,8 @@ def localize(config: Config, gpus: int) -> None:
         config.train.precision = Precision.bf16 if train.gpus_per_node else Precision.fp32
     if config.model.init is Init.pretrained and config.model.architecture is None:
         config.model.architecture = _architecture(config)
+    if config.cluster.offline:
+        fetched_commits.pin(config, hub_home(config))
 
 
 def _architecture(config: Config) -> Architecture | None:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf import packages, resolve
@@ -23,7 +23,9 @@ from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.errors import Problem
 from conf.schema import Config
-from launcher.check import model_files, packing_rules
+from launcher.check import hub_access, hub_files, model_files, packing_rules
+from launcher.check.hub_access import HubFacts
+from launcher.check.hub_files import HubHome
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
 
@@ -84,6 +86,8 @@ class Facts:
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
     """Why `run_dir` cannot be used, and what to do."""
+    hub: HubFacts = HubFacts()
+    """What the Hub answers about its repositories that the config names."""
     secrets_missing: tuple[str, ...] = ()
     """Names in `cluster.secrets` that are neither in the environment nor in `cluster.secrets_file`."""
 
@@ -106,17 +110,36 @@ def observe(config: Config) -> Facts:
         kernels=_kernels(config),
         existing=existing,
         run_dir_error=run_dir_error,
+        hub=_hub(config),
         secrets_missing=tuple(_missing_secrets(config)),
     )
 
 
-def hub_cache(config: Config) -> Path:
-    """The Hub's cache, where jobs look for models: as huggingface_hub finds it."""
+def hub_home(config: Config) -> Path:
+    """HF_HOME of the jobs, as huggingface_hub finds it."""
     home = config.cluster.hf_home or os.environ.get("HF_HOME")
     if not home:
         home = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(os.path.expandvars(home)).expanduser()
+
+
+def hub_cache(config: Config) -> Path:
+    """The Hub's cache, where jobs look for models: as huggingface_hub finds it."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(cache or f"{home}/hub")).expanduser()
+    return Path(os.path.expandvars(cache)).expanduser() if cache else hub_home(config) / "hub"
+
+
+def _hub(config: Config) -> HubFacts:
+    """What the Hub answers, or what its cache holds; nothing for a dry run, which may be on a machine that only previews."""
+    if config.dry_run or not config.hub.check:
+        return HubFacts()
+    home = HubHome(hub_home(config), hub_cache(config), os.environ)
+    if config.cluster.offline:
+        asked = hub_access.push(config, home) if "push" in config.jobs else HubFacts()
+        return replace(asked, missing=tuple(hub_files.missing(config, home)), command=tuple(sys.argv))
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return HubFacts()
+    return hub_access.look(config, home)
 
 
 def _model(config: Config) -> ModelFiles | None:

@@ -16,7 +16,8 @@ from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
-from launcher.check import combinations, data_rules, model_rules, packing_rules, parallel_rules
+from launcher import plan
+from launcher.check import combinations, data_rules, hub_rules, model_rules, packing_rules, parallel_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 from launcher.secret_names import is_secret
@@ -36,6 +37,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)
+    reported += hub_rules.problems(config, facts.hub)
     reported += [
         *facts.packages_missing,
         *_site(config, facts),
@@ -214,7 +216,7 @@ def _model(config: Config) -> Iterator[Problem]:
 
 def _site(config: Config, facts: Facts) -> Iterator[Problem]:
     cluster, submits = config.cluster, config.submit is Submit.submitit and not config.dry_run
-    if cluster.executor is Executor.slurm and submits and facts.slurm_missing:
+    if not plan.runs_here(config) and submits and facts.slurm_missing:
         message = (
             f"Slurm's {facts.slurm_missing[0]} is not on PATH. Run this on a login node, "
             "preview with dry_run=true, write scripts with submit=script, or use cluster=local"

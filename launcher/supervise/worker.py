@@ -131,7 +131,11 @@ def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) 
     secrets_text = secrets_path.read_text(encoding="utf-8") if secrets_path.is_file() else ""
     values |= environment.secret_values(config, os.environ, secrets_text)
     environment.set_variables(values)
-    hidden = {name for name in os.environ if name in config.cluster.secrets or secret_names.is_secret(name)}
+    hidden = {
+        name
+        for name in os.environ
+        if name in (*config.cluster.secrets, config.hub.token) or secret_names.is_secret(name)
+    }
     shown = {
         name: value for name, value in sorted(os.environ.items()) if LOGGED_VARIABLES.match(name) and name not in hidden
     }

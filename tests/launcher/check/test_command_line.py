@@ -48,7 +48,7 @@ def messages(*words: str) -> list[str]:
         ("base_model=x", "base_model", "use model.source"),
         ("load_in_4bit=true", "load_in_4bit", "use adapter=qlora"),
         ("num_train_epochs=3", "num_train_epochs", "use train.epochs"),
-        ("hub_model_id=x", "hub_model_id", "hf upload"),
+        ("hub_model_id=x", "hub_model_id", "use hub.push"),
         ("cluster.time=3", "cluster.time", "cluster.train.time_min"),
         ("tracker=mlfow", "tracker=mlfow", "did you mean 'mlflow'"),
         ("tracker=[wandb,mlfow]", "tracker=mlfow", "did you mean 'mlflow'"),
