@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WAYS = ("full", "LoRA", "packed")
+HEADING = "## What is refused"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ that it knows, and others are refused. `model.ignore_tensors=["^mtp[.]"]` names 
 loaded. A merge copies them from `model.source` as they are, so that config.json still fits. They were not trained with the
 rest: speculative decoding with them may accept fewer tokens. A model that is merged in memory loses them.
 
-## What is refused
+{heading}
 
 {reasons}
 """
@@ -98,14 +99,15 @@ def result(cells: list[Cell]) -> str:
 
 def page(cells: list[Cell]) -> str:
     """The text of docs/models.md."""
-    return PAGE.format(table=table(cells), reasons=reasons(cells))
+    return PAGE.format(table=table(cells), heading=HEADING, reasons=reasons(cells))
 
 
 def read_page(text: str) -> list[Cell]:
     """The cells that a page shows."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     ways = lines[0][1:] if lines else []
-    said = dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("- "))
+    refusals = text.partition(HEADING)[2]
+    said = dict(line[2:].split(": ", 1) for line in refusals.splitlines() if line.startswith("- "))
     cells = []
     for family, *shown in lines[1:]:
         for way, cell in zip(ways, shown, strict=True):
