@@ -17,7 +17,7 @@ from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
-from launcher.check import command_line, localize, observe, quoting, resume, rules
+from launcher.check import command_line, localize, model_rules, observe, quoting, resume, rules
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
@@ -68,7 +68,8 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    for line in (*facts.hub.notes, *(chosen if "train" in config.jobs else ())):
+    notes = [*model_rules.notes(config, facts.model), *chosen] if "train" in config.jobs else []
+    for line in (*facts.hub.notes, *notes):
         print(line, flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
