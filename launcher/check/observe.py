@@ -110,9 +110,7 @@ def observe(config: Config) -> Facts:
         existing=existing,
         run_dir_error=run_dir_error,
         secrets_missing=tuple(
-            name
-            for name in config.cluster.secrets
-            if name not in os.environ and name not in in_file and not file_problems
+            name for name in config.cluster.secrets if name not in os.environ and name not in in_file
         ),
         secrets_file_problems=file_problems,
         secrets_in_config=tuple(_secrets_in_config(config, in_file)),

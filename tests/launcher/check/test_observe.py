@@ -215,6 +215,7 @@ def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
     if text is not None:
         (here.parent / "home").mkdir()
         (here.parent / "home/secrets").write_text(text)
+        (here.parent / "home/secrets").chmod(0o600)
     assert observe.observe(config).secrets_missing == missing
 
 
