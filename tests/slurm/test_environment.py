@@ -169,6 +169,4 @@ def test_a_job_that_can_never_start_says_so(slurm: Cluster, tmp_path: Path) -> N
         "will never start: partition short allows 10 min, and the job asks for 20 min. Set cluster.train.time_min=10"
         in shown[0]
     )
-    assert (
-        f"type scontrol release {runs.job_id(held, 'preflight')}" in shown[1]
-    )  # root's own hold is an administrator's
+    assert f"Type scontrol release {runs.job_id(held, 'preflight')}" in shown[1]
