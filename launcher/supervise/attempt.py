@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from conf import node_paths
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError
 from conf.files import write_json
 from conf.visible import visible
-from launcher import hostlist, slurm
+from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
-from launcher.supervise import rendezvous, requeue
+from launcher.supervise import allocation, rendezvous, requeue
 from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
 COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
 """Fields of begin.json that the verdict repeats."""
-WAIT_S = 120.0
-"""How long the ranks wait for a Slurm that is busy, before they start without knowing the job's time limit."""
 
 
 def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket.socket | None]:
@@ -46,7 +44,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         except FileExistsError:
             number += 1
     begin_record = {
-        "host": host(),
+        "host": allocation.host(),
         "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
@@ -61,8 +59,11 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         node_paths.expanded(f"${name}", key)
     if port is None:
         return values, None
-    reservation = rendezvous.reserve_port(port or _first_port(), only=port != 0)
-    return values | {"MASTER_ADDR": _master_address(), "MASTER_PORT": str(reservation.getsockname()[1])}, reservation
+    reservation = rendezvous.reserve_port(port or allocation.first_port(), only=port != 0)
+    return values | {
+        "MASTER_ADDR": allocation.master_address(),
+        "MASTER_PORT": str(reservation.getsockname()[1]),
+    }, reservation
 
 
 def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
     begin_record = attempts.begin_record(folder, number)
     verdict = diagnose_exit(folder / f"attempt-{number}", code, world_size)
     verdict |= {
-        "host": verdict["host"] or host(),
+        "host": verdict["host"] or allocation.host(),
         "step": attempts.last_step(folder),
         "saved": attempts.newest_checkpoint(folder),
         "exit": code,
@@ -112,7 +113,7 @@ def record_end(
             "reason": reason,
             "error": error,
             "rank": rank,
-            "host": host(),
+            "host": allocation.host(),
             "time": time.time(),
             **more,
         },
@@ -158,37 +159,6 @@ def close_unfinished_attempt(folder: Path, number: int, next_begin: dict[str, An
     write_json(folder / f"attempt-{number}.json", verdict)
 
 
-def host() -> str:
-    """Return this node's name as Slurm knows it, so that the node can be excluded by that name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _first_port() -> int:
-    return rendezvous.first_port(
-        int(os.environ.get("SLURM_JOB_ID", os.getpid())), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    )
-
-
-def _master_address() -> str:
-    """Return MASTER_ADDR: the first host of the allocation, or what the config asks for; 127.0.0.1 outside Slurm."""
-    nodelist = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodelist or os.environ.get("SUBMITIT_EXECUTOR") == "local":
-        return "127.0.0.1"
-    form = os.environ.get("MUSTER_MASTER_HOST")
-    try:
-        return rendezvous.master_address(hostlist.expand(nodelist), form, _node_address)
-    except (OSError, UnicodeError) as error:
-        message = f"does not resolve on {host()} ({error}). Set the name at which the other nodes reach this one"
-        raise ConfigError(Problem("cluster.network: MASTER_ADDR", form, message)) from error
-
-
-def _node_address(node: str) -> str | None:
-    try:
-        return slurm.node_address(node)
-    except slurm.SlurmError:  # no scontrol on this node, or no answer
-        return None
-
-
 def _hold_port(reservation: socket.socket) -> None:
     """Keep the port reserved until the batch script has ended, in whatever way.
 
@@ -198,23 +168,6 @@ def _hold_port(reservation: socket.socket) -> None:
     poll.register(sys.stdout.fileno(), 0)  # 0: report errors and hang-ups only
     poll.poll()
     reservation.close()
-
-
-def _stop_time(before_s: float) -> dict[str, str]:
-    """Return MUSTER_STOP_AT: the Unix time at which the ranks save and stop, even if Slurm's signal does not reach them.
-
-    It is `before_s` before the time limit, but never in the first half of the time: with a limit shorter than
-    `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
-    """
-    try:
-        with slurm.retrying(WAIT_S):
-            left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
-    except KeyError:
-        return {}
-    except slurm.SlurmError:  # no squeue on this node, or no answer
-        end = os.environ.get("SLURM_JOB_END_TIME", "")  # from Slurm 22.05 on
-        left_s = float(end) - time.time() if end.isdecimal() else None
-    return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, ConfigError, slurm.SlurmError) as error:
         return _record_failed_begin(options, error)
     if options.stop_before is not None:
-        values |= _stop_time(options.stop_before)
+        values |= allocation.stop_time(options.stop_before)
     # The batch script reads these lines until `ready` or `completed`; see slurm_templates/setup.sh.j2.
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if reservation:

@@ -20,7 +20,7 @@ from conf.jobs import JOB_KINDS
 from conf.schema import Config
 from launcher import environment, secret_names, secrets_file
 from launcher.run_folder.status import COMPLETED, USER_ERROR
-from launcher.supervise import attempt, private_folder, rendezvous, watchdog
+from launcher.supervise import allocation, attempt, private_folder, rendezvous, watchdog
 from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
 
@@ -94,7 +94,7 @@ def _heartbeats(config: Config, folder: Path, rank_info: environment.RankInfo) -
     try:
         local = watchdog.heartbeat_folder(config.cluster.scratch, folder, rank_info.node_rank)
         local.mkdir(mode=0o700, exist_ok=True)
-        heartbeat.start(local, rank_info.rank, attempt.host())
+        heartbeat.start(local, rank_info.rank, allocation.host())
         values = environment.watchdog_variables(config, str(local / PIPE))
         environment.set_variables({key: value for key, value in values.items() if key not in os.environ})
         if rank_info.local_rank == 0:
