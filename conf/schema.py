@@ -50,7 +50,7 @@ def entries(section: type) -> Any:
 
 
 def free_text(default: Any = MISSING, *, factory: Any = None) -> Any:
-    """A text for the model or the tokenizer, which may have any characters. `conf.text` refuses some in all other texts."""
+    """A text for the model, tokenizer or trackers, which may have any characters. `conf.text` refuses some in all other texts."""
     metadata = {"text": "free"}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
@@ -452,7 +452,7 @@ class Consolidate:
 class Generate:
     prompts: str = MISSING
     """JSONL file with a `prompt`, or `messages` of several turns, in each row, and maybe a `reference` answer."""
-    system: str | None = None
+    system: str | None = free_text(None)
     """System prompt of rows that have none."""
     max_new_tokens: int = at_least(1, 128)
     """Longest answer, in tokens."""
@@ -616,7 +616,7 @@ class Tracker:
     group: str | None = None
     """Group of runs in W&B, a tag `group` elsewhere."""
     tags: list[str] = field(default_factory=list)
-    notes: str | None = None
+    notes: str | None = free_text(None)
     """A text about the run."""
     uri: str | None = None
     """Address of the MLflow server, or a folder for it. Null: MLFLOW_TRACKING_URI, else the folder RUN/mlruns."""

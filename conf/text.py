@@ -19,7 +19,7 @@ class Text(NamedTuple):
     key: str
     value: str
     kind: str
-    """`free`: only the model or the tokenizer sees it. `shell`: lines of the user's own shell. Empty for all others."""
+    """`free`: only the model, the tokenizer or a tracker sees it. `shell`: lines of the user's own shell. Empty for all others."""
     is_name: bool = False
     name: str = ""
     """The name in a dictionary that this is the value of."""

@@ -27,8 +27,9 @@ SHELL = ["x$(touch CANARY)", "x`touch CANARY`", "x'; touch CANARY; '", 'x"; touc
 PLAIN = ["$IFS", "x y", "*", "~", "!!", "{a,b}", "a=b", "a\\b", "it's"]
 FREE = ("data.fields", "data.roles", "data.ignore", "data.template_kwargs", "data.end_of_turn", "data.eos_token", "data.pad_token",
         "data.special_tokens",
-        "data.sets.a.fields", "data.sets.a.roles", "data.sets.a.ignore", "model.architecture.extra")  # fmt: skip
-"""Keys that only the model or the tokenizer sees."""
+        "data.sets.a.fields", "data.sets.a.roles", "data.sets.a.ignore", "model.architecture.extra",
+        "generate.system", "tracker.notes")  # fmt: skip
+"""Keys that only the model, the tokenizer or a tracker sees."""
 
 
 def text_keys(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -42,7 +43,7 @@ def text_keys(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         elif "section" in item.metadata:
             for name, entry in value.items():
                 yield from text_keys(entry, f"{key}.{name}.")
-        elif hint in ("<class 'str'>", "str | None") or hint.startswith(("list[str]", "dict[str")):
+        elif hint in ("<class 'str'>", "str | None", "int | str | None") or hint.startswith(("list[str]", "dict[str")):
             yield key, hint
 
 
