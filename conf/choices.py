@@ -166,6 +166,11 @@ class Container(Enum):
     pyxis = "pyxis"
 
 
+class ProgramLauncher(Enum):
+    srun = "srun"
+    torchrun = "torchrun"
+
+
 class Submit(Enum):
     submitit = "submitit"
     script = "script"

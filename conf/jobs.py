@@ -30,7 +30,8 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "preflight": JobKind(after=(), section="train", distributed=True),
         "preprocess": JobKind(after=(), section="cpu", single_rank=True),
         "train": JobKind(after=("preflight", "preprocess"), section="train", distributed=True, resumable=True),
-        "consolidate": JobKind(after=("train",), section="cpu"),
+        "custom": JobKind(after=("preflight",), section="train", distributed=True, resumable=True),
+        "consolidate": JobKind(after=("train", "custom"), section="cpu"),
         "evaluate": JobKind(after=("preprocess", "consolidate"), section="inference"),
         "generate": JobKind(after=("consolidate",), section="inference"),
     }

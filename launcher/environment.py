@@ -88,7 +88,7 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(job.resources.cpus_per_rank),
+        "OMP_NUM_THREADS": str((config.cluster.train if job.name == "custom" else job.resources).cpus_per_rank),
         "SRUN_CPUS_PER_TASK": str(job.resources.cpus_per_rank),
         "SLURM_EXPORT_ENV": "ALL",  # with a site's --export=NONE the ranks would get none of these variables
     }
@@ -108,7 +108,7 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
             "TORCH_FR_DUMP_TEMP_FILE": flight_record,  # torch appends the rank
             "NCCL_DEBUG": "WARN",
         }
-        values |= _accelerate(config, job)
+        values |= _accelerate(config)
     if job.resources.gpus_per_node:
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
@@ -122,21 +122,29 @@ def python_path(config: Config, environ: Mapping[str, str]) -> str:
     return ":".join(entry for entry in (f"{config.run_dir}/code", environ.get("PYTHONPATH")) if entry)
 
 
-def _accelerate(config: Config, job: Job) -> dict[str, str]:
+def _accelerate(config: Config) -> dict[str, str]:
     """Return the parallelism in Accelerate's variables, so that any Accelerate or Trainer program in the job uses the same."""
     parallel = config.parallel
-    values = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, job.world_size)[1]),
-        "ACCELERATE_MIXED_PRECISION": _mixed_precision(config.train.precision),
-    }
+    world_size = (
+        config.cluster.train.nodes * config.cluster.train.ranks_per_node
+    )  # torchrun may be one task of Slurm per node
+    values = {"ACCELERATE_MIXED_PRECISION": _mixed_precision(config.train.precision)}
+    if config.custom.command is None:  # a program of the user has a batch of its own, and this would win over its code
+        values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(split(config, world_size)[1])
     if parallel.backend is Backend.zero:
+        if parallel.context_ranks > 1:  # Accelerate's name for it; otherwise each rank would read rows of its own
+            values |= {
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_SP_SIZE": str(parallel.context_ranks),
+                "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+            }
         return values | {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(config.run_dir) / "deepspeed.json"),
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(parallel.zero_stage),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _flag(parallel.zero_stage == 3),
         }
-    data_ranks = job.world_size // parallel.tensor_ranks  # data and context parallel together
+    data_ranks = world_size // parallel.tensor_ranks  # data and context parallel together
     shard_ranks = parallel.shard_ranks or data_ranks
     if shard_ranks > 1:
         values |= _fsdp(config)

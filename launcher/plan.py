@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from conf.choices import ProgramLauncher
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Resources
 
@@ -26,11 +27,13 @@ class Job:
 
 
 def resources(config: Config, name: str) -> Resources:
-    """Return the job's section of `cluster`, reduced to one rank for kinds that are a single process."""
+    """Return the job's section of `cluster`, with as many ranks as Slurm starts: one for kinds that are a single process."""
     kind = JOB_KINDS[name]
     section: Resources = getattr(config.cluster, kind.section)
     if kind.single_rank and section.nodes * section.ranks_per_node > 1:
         return replace(section, nodes=1, ranks_per_node=1)
+    if name == "custom" and config.custom.launcher is not ProgramLauncher.srun:  # one task starts all ranks of its node
+        return replace(section, ranks_per_node=1, cpus_per_rank=section.ranks_per_node * section.cpus_per_rank)
     return section
 
 

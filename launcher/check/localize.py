@@ -40,6 +40,8 @@ def localize(config: Config, gpus: int) -> None:
         value = getattr(section, name)
         if value:
             setattr(section, name, _absolute(value))
+    if config.custom.command is not None:
+        config.custom.folder = os.path.abspath(Path(config.custom.folder or ".").expanduser())
     for resources in (config.cluster.train, config.cluster.inference):
         if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0

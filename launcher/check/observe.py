@@ -177,7 +177,13 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
         "data.validation_path": validation.path if validation else None,
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,
+        "custom.folder": config.custom.folder,
     }
+    if config.custom.command is not None and config.custom.folder:
+        scripts = [
+            word for word in config.custom.command.split()[:4] if word.endswith((".py", ".sh")) and "$" not in word
+        ]
+        paths["custom.command"] = os.path.join(config.custom.folder, scripts[0]) if scripts else None
     if "generate" in config.jobs:
         paths["generate.prompts"] = config.generate.prompts
     for key, value in paths.items():

@@ -16,6 +16,7 @@ CHANGEABLE = (
     "jobs",
     "pipeline",
     "consolidate",
+    "custom",
     "generate",
     "tracker",
     "resume",

@@ -13,9 +13,9 @@ from typing import Any, get_args, get_type_hints
 from conf.choices import AdapterKind, Attention, Container, Executor, Init, Schedule, Submit
 from conf.errors import Problem
 from conf.held_out import BEST
-from conf.jobs import JOB_KINDS
+from conf.jobs import JOB_KINDS, RESUMABLE
 from conf.schema import Config, Train
-from launcher.check import combinations, data_rules, model_rules, parallel_rules
+from launcher.check import combinations, data_rules, model_rules, parallel_rules, program_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 from launcher.secret_names import is_secret
@@ -29,9 +29,11 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     out_of_bounds = list(_values(config))
     reported = [*out_of_bounds, *_names(config), *_steps(config), *_schedule(config), *_held_out(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
-        bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
+        own_batch = config.custom.command is not None
+        bad_layout = [*(() if own_batch else parallel_rules.batch(config)), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
+    reported += program_rules.problems(config)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += [
@@ -230,7 +232,7 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
 
 def _signal(config: Config) -> Iterator[Problem]:
     warning_s, limit_min = config.cluster.signal_s, config.cluster.train.time_min
-    if "train" in config.jobs and warning_s >= limit_min * 60:
+    if RESUMABLE.intersection(config.jobs) and warning_s >= limit_min * 60:
         message = (
             f"must be below cluster.train.time_min={limit_min} ({limit_min * 60} s), "
             "else training is told to stop before its first step. "

@@ -8,7 +8,7 @@ from typing import Any
 
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_text
-from conf.jobs import JOB_KINDS
+from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts, record
 from launcher.run_folder.status import COMPLETED
@@ -133,13 +133,13 @@ def stop(run: Path) -> Path:
 
     Raises RunError if no training is running.
     """
-    job = next((job for job in job_states(run) if job.name == "train"), None)
+    job = next((job for job in job_states(run) if job.name in RESUMABLE), None)
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(
             Problem("RUN", run, f"training is not running ({state}). To end pending jobs: muster cancel {run}")
         )
-    path = run / "jobs" / "train" / "stop"
+    path = run / "jobs" / job.name / "stop"
     write_text(path, "")
     return path
 

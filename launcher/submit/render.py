@@ -12,7 +12,7 @@ from submitit.core.utils import JobPaths
 # Private, but SlurmExecutor.submit itself calls it; tests/launcher/submit/test_render.py compares the texts.
 from submitit.slurm.slurm import _make_sbatch_string
 
-from conf.choices import Container
+from conf.choices import Container, ProgramLauncher
 from conf.schema import Config
 from launcher.environment import job_variables
 from launcher.plan import Job
@@ -64,7 +64,7 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
         "stderr_to_stdout": True,
         "setup": _fragment("setup", config, job).splitlines(),
         "teardown": _fragment("teardown", config, job).splitlines(),
-        "srun_args": _srun_args(config),
+        "srun_args": _srun_args(config, job),
         "additional_parameters": {option: value for option, value in additional.items() if value is not None},
     }
 
@@ -96,7 +96,7 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
     """Return a script to submit by hand with `sbatch`: the same directives, fragments and ranks, without submitit."""
     directives = [line for line in sbatch_text(config, job).splitlines() if line.startswith("#SBATCH")]
     stdout = str(JobPaths(job_folder(config, job)).stdout)
-    srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config)])
+    srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config, job)])
     command = (
         f"{srun} {python_command(config)} -u -m launcher.supervise.worker {job.name} {shlex.quote(str(config_path))}"
     )
@@ -113,8 +113,10 @@ def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs) + "\n"
 
 
-def _srun_args(config: Config) -> list[str]:
-    arguments = ["--kill-on-bad-exit=1", "--wait=60"]  # if one rank fails, srun ends the others: they would wait for it
+def _srun_args(config: Config, job: Job) -> list[str]:
+    # If one rank fails, srun ends the others: they would wait for it. A program of the user may end on some ranks long
+    # before rank 0 has saved the model.
+    arguments = ["--kill-on-bad-exit=1", "--wait=0" if job.name == "custom" else "--wait=60"]
     if config.cluster.container is Container.pyxis:
         mounts = ",".join(
             f"{path}:{path}" if ":" not in path else path for path in [config.run_dir, *config.cluster.container_mounts]
@@ -140,6 +142,8 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
         "code": f"{config.run_dir}/code",
         "port": (config.cluster.network.master_port or 0) if job.distributed else None,  # 0: any free port
         "world_size": job.world_size,
+        # torchrun's ranks have logs of their own, beside those of the nodes
+        "log": "node" if job.name == "custom" and config.custom.launcher is not ProgramLauncher.srun else "rank",
         "signal_s": config.cluster.signal_s,
         "max_restarts": config.cluster.max_restarts if config.cluster.requeue else None,
     }

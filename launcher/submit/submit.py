@@ -11,6 +11,7 @@ from conf import deepspeed, resolve
 from conf.choices import Backend, Executor, Submit
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_json, write_text
+from conf.jobs import RESUMABLE
 from conf.schema import Config
 from launcher import slurm
 from launcher.paths import CLONE
@@ -55,12 +56,12 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
     """Write everything that the jobs read, and return the path of the config.
 
     Every file is complete or absent, and the config comes first: after an interruption, the same command writes the rest.
-    A launch without `train` does not change RUN/config.yaml. Its own config goes into the folder of its first job.
+    A launch without training does not change RUN/config.yaml. Its own config goes into the folder of its first job.
     Raises RunError if the folder cannot be written.
     """
     run = Path(config.run_dir)
     run_config = run / "config.yaml"
-    replaces_config = "train" in config.jobs or not run_config.exists()
+    replaces_config = bool(RESUMABLE.intersection(config.jobs)) or not run_config.exists()
     config_path = run_config if replaces_config else run / "jobs" / jobs[0].name / "config.yaml"
     try:
         resolve.save(config, config_path)
@@ -75,7 +76,7 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
         if config.parallel.backend is Backend.zero:
             train = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, train.nodes * train.ranks_per_node))
+            write_json(run / "deepspeed.json", deepspeed.exported_config(config, train.nodes * train.ranks_per_node))
         snapshot.copy_code(CLONE, run)
         record.add_launch(run, command, config.cluster.executor.name, snapshot.provenance(CLONE, run))
     except OSError as error:

@@ -81,7 +81,8 @@ def decide_and_requeue(
         if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == job_id
     ]
     decision = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE)
-    verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
+    why = decision.why.replace(" (train.save_every)", "") if folder.name == "custom" else decision.why
+    verdict |= {"status": decision.status, "requeued": decision.again, "next": why}
     if view is SlurmView.REQUEUED:
         verdict |= {"requeued": True, "next": BY_SLURM}
     elif decision.again and view in (None, SlurmView.CANCELLED):  # scontrol would requeue even a cancelled job
