@@ -17,6 +17,7 @@ from jobs.distributed import heartbeat
 from jobs.distributed.stop_signals import Request, StopFlag
 from jobs.programs import command, failure, processes
 from jobs.programs.output import Output
+from jobs.programs.peer_access import all_peers
 from jobs.programs.variables import program_variables
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class Supervisor:
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", Output]:
         variables = program_variables(self.config, os.environ, self.attempt, self.local)
+        if self.config.cluster.train.gpus_per_node and "NCCL_P2P_DISABLE" not in variables and not all_peers():
+            variables["NCCL_P2P_DISABLE"] = "1"  # consumer cards hang in NCCL's first collective
+            log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")
         place = command.Place(self.task, self.tasks, variables["MASTER_ADDR"], variables["MASTER_PORT"])
         words = command.words(self.config, place, sys.executable, variables)
         folder = str(self.config.custom.folder)

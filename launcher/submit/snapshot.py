@@ -21,7 +21,7 @@ def copy_code(clone: Path, run: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     for name in COPIED_FOLDERS:
         shutil.copytree(clone / name, new / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    package = clone / "muster" if (clone / "muster").is_dir() else clone.parent  # the clone, or the bundle of a wheel
+    package = clone.parent if clone.name == "_bundle" else clone / "muster"  # in a wheel, the package holds the code
     shutil.copytree(
         package, new / "for_programs" / "muster", ignore=lambda _, names: [n for n in names if not n.endswith(".py")]
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from conf import resolve
+from conf.choices import ProgramLauncher
 from conf.schema import Config
 from launcher import environment
 from launcher.environment import RankInfo
@@ -64,6 +65,16 @@ DDP = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_MIXED_PRECISIO
         (["parallel=ddp"], DDP),
         (["parallel=zero2"], ZERO2),
         (["parallel=zero3"], ZERO3),
+        (
+            ["parallel=zero3", "parallel.context_ranks=2"],
+            ZERO3
+            | {
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(2 * int(ZERO3["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])),
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_SP_SIZE": "2",
+                "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+            },
+        ),
         (["parallel=fsdp_offload"], FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}),
         (["parallel=fsdp", "parallel.reshard_after_forward=false"], FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
         (["train.activation_checkpointing=full"], FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
@@ -292,3 +303,14 @@ def test_variables_are_restored_after_the_block(monkeypatch: pytest.MonkeyPatch)
         assert (os.environ["MUSTER_TEST"], os.environ["MUSTER_TEST_NEW"]) == ("in", "in")
         raise ZeroDivisionError
     assert dict(os.environ) == before
+
+
+def test_a_program_of_the_user_keeps_its_own_accumulation(compose: Compose) -> None:
+    config = put(
+        compose(*LLAMA, "pipeline=custom"),
+        {"custom.command": "python a.py", "custom.launcher": ProgramLauncher.torchrun},
+    )
+    values = variables(config, "custom")
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in values
+    assert (values["OMP_NUM_THREADS"], values["SRUN_CPUS_PER_TASK"]) == ("12", "96")
+    assert values["ACCELERATE_USE_FSDP"] == "true"
