@@ -128,9 +128,10 @@ def _accelerate(config: Config) -> dict[str, str]:
     world_size = (
         config.cluster.train.nodes * config.cluster.train.ranks_per_node
     )  # torchrun may be one task of Slurm per node
-    values = {"ACCELERATE_MIXED_PRECISION": _mixed_precision(config.train.precision)}
+    values = {}
     if config.custom.command is None:  # a program of the user has a batch of its own, and this would win over its code
         values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(split(config, world_size)[1])
+    values["ACCELERATE_MIXED_PRECISION"] = _mixed_precision(config.train.precision)
     if parallel.backend is Backend.zero:
         if parallel.context_ranks > 1:  # Accelerate's name for it; otherwise each rank would read rows of its own
             values |= {
