@@ -7,7 +7,7 @@ from pathlib import Path
 from conf import resolve
 from conf.choices import Container, Executor, Init, Precision
 from conf.schema import Architecture, Config
-from launcher.check import model_files
+from launcher.check import deepspeed_file, model_files
 from launcher.check.observe import hub_cache, local_memory_gib, path_exists, without_part
 from launcher.estimate import config_json
 from launcher.paths import CLONE
@@ -21,8 +21,10 @@ def localize(config: Config, gpus: int) -> None:
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     """
+    parallel = config.parallel
     config.run_dir = os.path.abspath(config.run_dir)
     if config.data.cache:
         config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
@@ -36,10 +38,14 @@ def localize(config: Config, gpus: int) -> None:
         (config.generate, "prompts"),
         (config.model, "source"),
         (config.model, "tokenizer"),
+        (config.parallel, "deepspeed_config"),
     ):
         value = getattr(section, name)
         if value:
             setattr(section, name, _absolute(value))
+    if parallel.deepspeed_config:
+        parallel.deepspeed = deepspeed_file.merged(deepspeed_file.read(parallel.deepspeed_config), parallel.deepspeed)
+        parallel.deepspeed_config = None
     for resources in (config.cluster.train, config.cluster.inference):
         if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
