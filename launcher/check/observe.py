@@ -4,6 +4,7 @@ It only reports: `launcher.check.rules` decides what is wrong.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf import packages, resolve
@@ -22,8 +23,11 @@ from conf.dataset_info import FILE_NAME
 from conf.datasets import held_out, training, training_paths
 from conf.errors import Problem
 from conf.schema import Config
-from launcher.check import model_files
+from launcher.check import inputs, layer_names, model_files
+from launcher.check.inputs import Inputs
+from launcher.check.layer_names import LayerNames
 from launcher.check.model_files import Families, ModelFiles
+from launcher.estimate.config_json import text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 
 FIRST_ROW_CHARACTERS = 2**20
@@ -50,7 +54,7 @@ SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 class FirstRow:
     """The columns of a training set's first row, or why they could not be read.
 
-    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON and JSONL.
+    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON, JSONL, CSV and TSV.
     """
 
     key: str
@@ -75,6 +79,10 @@ class Facts:
     """What lies in the folder of `model.source`, if it is on this machine."""
     families: Families | None = None
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
+    layers: LayerNames | None = None
+    """Names of the model's layers; None if jobs use another transformers, or if they are not known."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What was seen of the files that jobs will read."""
     packages_missing: tuple[Problem, ...] = ()
     """Packages that the config needs, if jobs use this interpreter and it lacks them."""
     existing: Config | None = None
@@ -99,6 +107,8 @@ def observe(config: Config) -> Facts:
         first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
         model=model,
         families=_families(config, model),
+        layers=_layers(config, model),
+        inputs=inputs.look(config, hub_cache(config)),
         packages_missing=_missing_packages(config),
         existing=existing,
         run_dir_error=run_dir_error,
@@ -129,9 +139,15 @@ def _families(config: Config, model: ModelFiles | None) -> Families | None:
     return model_files.families() if is_other and _jobs_use_this_python(config) else None
 
 
+def _layers(config: Config, model: ModelFiles | None) -> LayerNames | None:
+    family = text_fields((model.fields if model else None) or {}).get("model_type")
+    return layer_names.read(config, family) if _jobs_use_this_python(config) else None
+
+
 def _missing_packages(config: Config) -> tuple[Problem, ...]:
-    """A dry run may be on a machine that only previews."""
-    return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not config.dry_run else ()
+    """A dry run may be on a machine that only previews: it has no torch."""
+    previews_only = config.dry_run and importlib.util.find_spec("torch") is None
+    return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not previews_only else ()
 
 
 def _jobs_use_this_python(config: Config) -> bool:
@@ -201,7 +217,9 @@ def without_part(value: str) -> str:
 
 
 def _first_row(key: str, path: Path) -> FirstRow:
-    """Read the columns of the first row of a JSON or JSONL file. Other files are left to the preprocess job."""
+    """Read the columns of the first row of a JSON, JSONL, CSV or TSV file. Other files are left to the preprocess job."""
+    if columns := inputs.csv_columns(path):
+        return FirstRow(key, columns)
     if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
         return FirstRow(key)
     text = ""

@@ -1,7 +1,8 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
 Rules of layout and batch size are in `parallel_rules.py`, those of training data in `data_rules.py`, those of the model's files in
-`model_rules.py`, those of options that do not work together in `combinations.py`. All others are here.
+`model_rules.py`, those of options that do not work together in `combinations.py`, those of what would fail or be ignored later in
+`later_failures.py`. All others are here.
 """
 
 import math
@@ -15,10 +16,13 @@ from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
-from launcher.check import combinations, data_rules, model_rules, parallel_rules
+from launcher.check import combinations, data_rules, later_failures, model_rules, parallel_rules
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
 from launcher.secret_names import is_secret
+
+LEAST_SHOWN = 1e-4
+"""A lower bound below this only keeps 0 out, so a message says `above 0`."""
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -32,6 +36,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
+        reported += later_failures.problems(config, facts)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += [
@@ -62,11 +67,18 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
             and (choices := getattr(get_args(hints[item.name])[0], "__members__", None))
         ):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
-        elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
-            bounds = f"at least {item.metadata['minimum']:g}"
-            if item.metadata["maximum"] < math.inf:
-                bounds += f" and at most {item.metadata['maximum']:g}"
-            yield Problem(key, value, f"must be {bounds}")
+        elif item.metadata and value is not None and not _is_within(value, **item.metadata):
+            finite = " and finite" if value == math.inf else ""
+            yield Problem(key, value, f"must be {_bounds(**item.metadata)}{finite}")
+
+
+def _is_within(value: float, minimum: float, maximum: float) -> bool:
+    return minimum <= value <= maximum and value != math.inf
+
+
+def _bounds(minimum: float, maximum: float) -> str:
+    lower = f"at least {minimum:g}" if minimum == 0 or minimum >= LEAST_SHOWN else "above 0"
+    return lower if maximum == math.inf else f"{lower} and at most {maximum:.15g}"
 
 
 def _names(config: Config) -> Iterator[Problem]:

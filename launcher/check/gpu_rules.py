@@ -1,0 +1,35 @@
+"""Refuses number formats that the GPU type of the site does not have; pure."""
+
+import re
+from collections.abc import Iterator
+
+from conf.choices import Float8, Frozen, Precision
+from conf.errors import Problem
+from conf.schema import Config
+
+BEFORE_AMPERE = (
+    r"v100s?|p100|p40|p4|t4|k80|k40|m40|m60|gtx.*|titan.*|rtx_?2\d{3}.*|2080.*|1080.*|quadro.*|volta|turing|pascal"
+)
+"""GPUs without bfloat16: compute capability below 8.0."""
+AMPERE = r"a100.*|a800.*|a40|a30x?|a16|a10g?|a2|a6000|rtx_?a\d000|rtx_?30\d\d.*|30[6-9]0.*|ampere"
+"""GPUs without 8-bit floating point: compute capability below 8.9."""
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """What cannot be computed on the GPUs that `cluster.train.gpu_type` names, or `sbatch: {gres: gpu:TYPE:8}`."""
+    part = config.cluster.train
+    if not part.gpus_per_node or "train" not in config.jobs:
+        return
+    gres = re.search(r"gpu:([A-Za-z]\w*)", str(part.sbatch.get("gres") or part.sbatch.get("gpus-per-node") or ""))
+    gpu = part.gpu_type or (gres[1] if gres else "")
+    name = re.sub(r"^(nvidia|tesla|geforce)[_-]", "", gpu.lower()).replace("-", "_")
+    old, ampere = (
+        re.fullmatch(rf"(nvidia_|tesla_|geforce_)?({known})(_.*)?", name) for known in (BEFORE_AMPERE, AMPERE)
+    )
+    where = f"the GPUs of cluster.train ({gpu}) do not have"
+    if old and config.train.precision is Precision.bf16:
+        yield Problem("train.precision", "bf16", f"{where} bfloat16. Use train.precision=fp16")
+    if (old or ampere) and config.train.float8 is not Float8.none:
+        yield Problem("train.float8", config.train.float8.name, f"{where} float8. Use train.float8=none")
+    if (old or ampere) and config.adapter.base is Frozen.float8:
+        yield Problem("adapter.base", "float8", f"{where} float8. Use adapter=qlora8 or adapter=lora")
