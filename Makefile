@@ -9,7 +9,7 @@ TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test proof numerics families foreign chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ demo: setup ## fine-tune a tiny model on this machine, from rows to a merged mod
 test: setup test-system ## all tests; as root on Debian or Ubuntu also on a real Slurm
 	$(V)/python -m pytest -m 'not proof' $(ARGS)
 
+test-oldest: .oldest/.installed ## the tests of layouts, models and checkpoints with the oldest libraries allowed (15 minutes)
+	.oldest/bin/python -m tests.oldest $(ARGS)
+
 proof: setup test-system ## the slower tests: every kill, layout and number of ranks (one to two hours)
 	$(V)/python -m pytest -m proof $(ARGS)
 
@@ -46,7 +49,7 @@ numerics: setup ## compare every layout with one process, and write docs/numeric
 	$(V)/python -m tests.jobs.numerics
 
 families: setup ## compare families of models with transformers and PEFT, and write docs/models.md (30 minutes)
-	$(V)/python -m tests.jobs.families
+	$(V)/python -m tests.jobs.families $(ARGS)
 
 foreign: setup ## merge real checkpoints of other programs, compare, and write the table of docs/merge.md (20 minutes)
 	$(V)/python -m tests.jobs.foreign --ranks 2 --write docs/merge.md
@@ -73,10 +76,20 @@ bench-data: .bench/.installed ## measure preprocess against TRL, which is instal
 bench-templates: .bench/.installed ## compare chats under the templates that TRL ships with transformers (one minute)
 	.bench/bin/python benchmarks/chat_templates.py $(ARGS)
 
-.bench/.installed: $(V)/.installed Makefile # a venv that also sees the packages of .venv, with their pins
-	$(V)/python -m venv --clear .bench
-	$(V)/python -c 'import site; print(site.getsitepackages()[0])' > "$$(.bench/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+# A venv that also sees the packages of .venv, after its own
+define venv_before
+	$(V)/python -m venv --clear $(1)
+	$(V)/python -c 'import site; print(site.getsitepackages()[0])' > "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+endef
+
+.bench/.installed: $(V)/.installed Makefile
+	$(call venv_before,.bench)
 	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL)
+	@touch $@
+
+.oldest/.installed: $(V)/.installed Makefile constraints-oldest.txt
+	$(call venv_before,.oldest)
+	.oldest/bin/pip install --quiet --disable-pip-version-check --requirement constraints-oldest.txt
 	@touch $@
 
 slurm-up: test-system ## start a real Slurm of four nodes on this machine (ACCOUNTING=1 for sacct)
@@ -101,5 +114,5 @@ constraints: setup ## write constraints.txt from .venv
 	@{ grep '^#' constraints.txt; $(V)/pip list --format=freeze | grep -viE '^(pip|setuptools|muster)=' | sed 's/+cpu//'; } > .constraints && mv .constraints constraints.txt
 
 clean: ## remove .venv and caches; runs stay
-	rm -rf .venv .bench build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .bench .oldest build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

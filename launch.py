@@ -14,7 +14,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.choices import Executor
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
@@ -69,15 +68,16 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
         config = resume.resumed_config(config, sys.argv[1:])
     else:
         config.run_dir = resume.stored_path(Path(config.run_dir))
+    plan.add_push(config)
     facts = observe.observe(config)
     if problems := rules.problems(config, facts):
         raise ConfigError(*problems)
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    for line in chosen if "train" in config.jobs else ():
+    for line in (*facts.hub.notes, *(chosen if "train" in config.jobs else ())):
         print(line, flush=True)
-    if config.cluster.executor is Executor.slurm:
+    if not plan.runs_here(config):
         print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:

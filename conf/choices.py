@@ -170,3 +170,8 @@ class Runtime(Enum):
 class Submit(Enum):
     submitit = "submitit"
     script = "script"
+
+
+class Where(Enum):
+    here = "here"
+    job = "job"

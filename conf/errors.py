@@ -84,5 +84,7 @@ class SiteError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank, or the name of its class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's text that is not blank, or the name of its class. After a colon, the next line follows it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    end = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:end]) or type(error).__name__

@@ -23,16 +23,20 @@ class JobKind:
     """Whether it runs as one process even if its section of `cluster` has more ranks."""
     resumable: bool = False
     """Whether it saves checkpoints. An attempt without a new checkpoint then made no progress."""
+    needs_hub: bool = False
+    """Whether it is there to exchange files with the Hub, so that `cluster.offline` does not hold for it."""
 
 
 JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
     {
+        "fetch": JobKind(after=(), section="cpu", single_rank=True, needs_hub=True),
         "preflight": JobKind(after=(), section="train", distributed=True),
-        "preprocess": JobKind(after=(), section="cpu", single_rank=True),
-        "train": JobKind(after=("preflight", "preprocess"), section="train", distributed=True, resumable=True),
+        "preprocess": JobKind(after=("fetch",), section="cpu", single_rank=True),
+        "train": JobKind(after=("fetch", "preflight", "preprocess"), section="train", distributed=True, resumable=True),
         "consolidate": JobKind(after=("train",), section="cpu"),
         "evaluate": JobKind(after=("preprocess", "consolidate"), section="inference"),
         "generate": JobKind(after=("consolidate",), section="inference"),
+        "push": JobKind(after=("consolidate",), section="cpu", single_rank=True, needs_hub=True),
     }
 )
 """Every kind by its name, in the order in which jobs are submitted."""

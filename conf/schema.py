@@ -36,6 +36,7 @@ from conf.choices import (
     Submit,
     TrainOnEnd,
     Verify,
+    Where,
 )
 
 
@@ -74,6 +75,8 @@ class Architecture:
     """Longest sequence that the model was made for, in tokens."""
     tie_word_embeddings: bool = False
     """Whether the output head uses the weights of the embedding."""
+    tower_gib: float = at_least(0, 0.0)
+    """GiB of the weights that a multimodal model has beside its text. They are not loaded; a merge copies them."""
     extra: dict[str, Any] = free_text(factory=dict)
     """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 
@@ -90,6 +93,9 @@ class Model:
     """Hub id or folder of a tokenizer to use instead of the one in `source`."""
     init: Init = Init.pretrained
     """`pretrained`: read the weights from `source`. `random`: build `architecture` with new weights (demo, benchmarks)."""
+    ignore_tensors: list[str] = field(default_factory=list)
+    """Regular expressions for names of stored tensors that training does not need, such as layers that predict several tokens
+    (`["^mtp[.]"]`). They are not loaded, and a merge copies them from `source` as they are."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off, because that code runs with your permissions."""
     attention: Attention = Attention.auto
@@ -580,7 +586,8 @@ class Cluster:
     hf_home: str | None = None
     """HF_HOME of the jobs. Null: not changed. `$NAME` is expanded on the node."""
     offline: bool = False
-    """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout."""
+    """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout. `pipeline=fetch`
+    downloads what the run needs before."""
     signal_s: int = at_least(1, 120)
     """Seconds before the time limit at which ranks save and stop. Must be long enough for a checkpoint. Slurm may send the signal
     up to 60 s earlier."""
@@ -623,6 +630,30 @@ class Tracker:
 
 
 @dataclass
+class Hub:
+    """The Hugging Face Hub around a run. docs/hub.md has the steps."""
+
+    push: str | None = None
+    """Repository `owner/name` that gets RUN/model, with its card, once it is consolidated and verified. With
+    `consolidate.adapter_only` that is the adapter. Null: nothing leaves the cluster."""
+    private: bool = True
+    """Create that repository as a private one. A repository that is public already is refused, unless this is false."""
+    revision: str | None = None
+    """Branch to push to. It is created if there is none. Null: main."""
+    tag: str | None = None
+    """Tag for the commit that was pushed."""
+    token: str | None = None
+    """Name of the environment variable with the token that may write there; its value comes from the environment of
+    `launch.py` or from `cluster.secrets_file`. Null: HF_TOKEN, else the token of `hf auth login`."""
+    where: Where = Where.here
+    """Where `pipeline=fetch` and `muster push` work. `here`: on this machine, for example a login node. `job`: in a job with
+    the resources of `cluster.cpu`, for which `cluster.cpu.partition` may name a partition with network."""
+    check: bool = True
+    """Before anything is queued, ask the Hub whether the token may read and write there. With `cluster.offline`, look instead
+    whether the cache has the files."""
+
+
+@dataclass
 class Config:
     """The whole config of a run, as stored in RUN/config.yaml."""
 
@@ -646,4 +677,5 @@ class Config:
     consolidate: Consolidate = field(default_factory=Consolidate)
     generate: Generate = field(default_factory=Generate)
     tracker: Tracker = field(default_factory=Tracker)
+    hub: Hub = field(default_factory=Hub)
     cluster: Cluster = field(default_factory=Cluster)

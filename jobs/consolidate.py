@@ -16,7 +16,7 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder
-from jobs.consolidation import external, model_card, weight_names
+from jobs.consolidation import external, model_card, multimodal, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
@@ -24,6 +24,8 @@ from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.rank_coordinator import RankCoordinator
 from jobs.consolidation.weight_names import CannotStream
 from jobs.tensor_io import dtypes, safetensors
+from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
 from jobs.tensor_io.wrapper_names import without_torch_wrappers
 
@@ -54,14 +56,18 @@ def run(config: Config) -> None:
         log.info(f"model is there already: {target}")
         return
     log.info(f"reading {path}, written by {checkpoint_info['layout']} on {checkpoint_info['world_size']} ranks")
-    fingerprints, threads = _fingerprints(path), worker_count(config.cluster.cpu.cpus_per_rank)
+    threads = worker_count(config.cluster.cpu.cpus_per_rank)
     checkpoint = open_checkpoint(path)
     empty_model = model_card.empty_model_of_run(config)
+    recorded = _fingerprints(path)
+    fingerprints = {multimodal.names_in_result(empty_model)(name): value for name, value in recorded.items()}
     try:
         merge = _merge(config, checkpoint, empty_model, muster_json["dtype"])
     except CannotStream as error:
         log.info(f"{type(empty_model).__name__} cannot be streamed ({error}): it is merged in memory")
-        _run_in_memory(config, checkpoint, path, target, muster_json, fingerprints, threads)
+        if patterns := multimodal.surplus_patterns(config.model.ignore_tensors, empty_model):
+            log.warning(f"tensors of {config.model.source} that match {patterns} are left out")
+        _run_in_memory(config, checkpoint, path, target, muster_json, recorded, threads)
         return
     if missing := sorted(fingerprints.keys() - merge.sources.keys()):
         message = f"lacks {len(missing)} of {len(fingerprints)} weights that training recorded, first {missing[0]}"
@@ -79,7 +85,7 @@ def run(config: Config) -> None:
 
     def describe(folder: Path) -> None:
         _describe(config, folder, empty_model, merge, checkpoint_info)
-        _compare_with_adapter(config, folder, merge)
+        _compare_with_adapter(config, folder, merge, empty_model)
         _compare_logits(config, path, folder)
 
     execute(
@@ -137,39 +143,65 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
 def _merge(config: Config, checkpoint: Checkpoint, empty_model: Any, dtype_name: str) -> Merge:
     """What goes into the result. Raises CannotStream for a model that cannot be streamed."""
     from jobs.model import build, quantized_linear
-    from jobs.tensor_io.model_files import find_or_download
+    from jobs.model.multimodal import towers, whole_of
 
     dtype = dtypes.PRECISIONS.get(dtype_name)  # None for `original`
-    has_adapter = config.adapter.kind is not AdapterKind.none
+    has_adapter, whole = config.adapter.kind is not AdapterKind.none, whole_of(empty_model)
+    name = multimodal.names_in_result(empty_model)
     if config.consolidate.adapter_only:
-        return merge_adapter_only(strip_prefixes(checkpoint.tensors, empty_model.state_dict()), dtype)
-    blueprint = weight_names.blueprint_of_model(empty_model)
-    weights = strip_prefixes(checkpoint.tensors, blueprint.names)
+        weights = strip_prefixes(checkpoint.tensors, empty_model.state_dict())
+        return merge_adapter_only({name(key): stored for key, stored in weights.items()}, dtype)
+    if whole is None:
+        blueprint = weight_names.blueprint_of_model(empty_model)
+        weights = strip_prefixes(checkpoint.tensors, blueprint.names)
+    else:
+        blueprint = weight_names.blueprint_of_model(whole.model, whole.text_names)
+        weights = strip_prefixes(checkpoint.tensors, empty_model.state_dict())
+        weights = {name(key): stored for key, stored in weights.items()}
     adapter = _adapter_plan(config) if has_adapter else None
-    frozen = {name for name, parameter in empty_model.named_parameters() if not parameter.requires_grad}
+    frozen = {name(key) for key, parameter in empty_model.named_parameters() if not parameter.requires_grad}
     if adapter is not None:
+        adapter = adapter if whole is None else multimodal.rename_adapters(adapter, whole)
         frozen = (blueprint.live.keys() | blueprint.tied.keys()) - adapter.trained
-    base = {}
-    if config.model.init is Init.pretrained and (frozen or dtype is None):
-        folder = find_or_download(config.model.source, config.model.revision)
-        if folder is None and has_adapter:
-            raise CannotStream(f"{config.model.source} has no safetensors files")
-        base = safetensors.find_tensors(folder) if folder else {}
-    merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
+    base = _base_tensors(config, needed=bool(frozen or dtype is None or whole is not None), has_adapter=has_adapter)
+    if whole is None:
+        merge = merge_model(blueprint, weights, base, dtype, adapter, frozen)
+        if patterns := multimodal.surplus_patterns(config.model.ignore_tensors, empty_model):
+            base = base or _base_tensors(config, needed=True, has_adapter=False)
+            if kept := multimodal.surplus(patterns, blueprint, base):
+                multimodal.copy_from_base(merge, kept)
+                log.info(f"{len(kept)} tensors that training does not use stay as they are in {config.model.source}")
+    else:
+        text, names = multimodal.text_of_base(whole, blueprint, base)
+        merge = merge_model(blueprint, weights, text, dtype, adapter, frozen)
+        multimodal.name_as_in_base(merge, names)
+        multimodal.copy_from_base(merge, towers(whole, base))
     if config.consolidate.base is MergeBase.dequantised:
-        layers = quantized_linear.quantized_layers(build.build_on_meta(config))
+        layers = map(name, quantized_linear.quantized_layers(build.build_on_meta(config)))
         compute_dtype = str(build.compute_dtype(config)).removeprefix("torch.")
-        use_dequantized_base(merge, blueprint, layers, dtypes.by_name(compute_dtype))
+        use_dequantized_base(merge, blueprint, set(layers), dtypes.by_name(compute_dtype))
     return merge
 
 
-def _compare_with_adapter(config: Config, folder: Path, merge: Merge) -> None:
+def _base_tensors(config: Config, *, needed: bool, has_adapter: bool) -> dict[str, StoredTensor]:
+    """The stored tensors of `model.source`, if the merge needs them. Raises CannotStream if they are in another format."""
+    if config.model.init is not Init.pretrained or not needed:
+        return {}
+    folder = find_or_download(config.model.source, config.model.revision)
+    if folder is None and has_adapter:
+        raise CannotStream(f"{config.model.source} has no safetensors files")
+    return safetensors.find_tensors(folder) if folder else {}
+
+
+def _compare_with_adapter(config: Config, folder: Path, merge: Merge, empty_model: Any) -> None:
     """Compare a merged adapter with the base and the adapter apart, if the base is the stored one."""
     if merge.adapter is not None and config.consolidate.base is not MergeBase.dequantised:
         from jobs.consolidation import live_check
         from jobs.model import build
 
-        live_check.compare_with_peft(folder, merge, lambda: build.build(_on_whole_base(config)))
+        live_check.compare_with_peft(
+            folder, merge, lambda: build.build(_on_whole_base(config)), multimodal.names_in_result(empty_model)
+        )
 
 
 def _on_whole_base(config: Config) -> Config:
@@ -202,6 +234,8 @@ def _fingerprints(path: Path) -> dict[str, str]:
 
 def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, checkpoint_info: dict[str, Any]) -> None:
     """Write the files beside the weights."""
+    from jobs.model.multimodal import whole_of
+
     adapter = config.adapter
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
@@ -216,6 +250,10 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
             merge,
             config.model.source,
         )
+    elif (whole := whole_of(empty_model)) is not None:
+        base_folder = find_or_download(config.model.source, config.model.revision)
+        assert base_folder is not None  # the merge has read it
+        multimodal.write_config(folder, base_folder, whole.config, merge.main_dtype().name, untied=merge.untied)
     else:
         model_card.write_model(folder, empty_model, merge)
     model_card.write_tokenizer(folder, config)

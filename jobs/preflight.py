@@ -45,7 +45,8 @@ class RankReport(TypedDict):
 def run(config: Config) -> None:
     """Write RUN/preflight.json, one entry per rank. Raises SiteError that names every unfit rank.
 
-    Raises ConfigError if the config packs rows and the model cannot keep their samples apart: preprocessing them would be in vain.
+    Raises UserError for what would stop training later, when preprocessing was in vain: a disk that cannot hold the checkpoints,
+    or packed rows of which the model cannot keep the samples apart.
     """
     with process_group(config) as world:
         reports: list[RankReport] = [None] * world.size  # type: ignore[list-item]  # filled by the next line
@@ -56,11 +57,25 @@ def run(config: Config) -> None:
                 log.info(line)
         if problems := list(find_problems(reports)):
             raise SiteError(*problems)
-        if config.data.packing:
-            from jobs.model.build import build_on_meta  # imports transformers, which takes seconds
-            from jobs.training.loss import separate_samples
+        if "train" in config.jobs or config.data.packing:
+            _check_model(config, world)
 
-            separate_samples(raise_on_all_ranks(lambda: build_on_meta(config)), world)
+
+def _check_model(config: Config, world: World) -> None:
+    from jobs.checkpoint import disk_space  # these import transformers, which takes seconds
+    from jobs.model import trained_weights
+    from jobs.model.build import build_on_meta
+    from jobs.training.loss import separate_samples
+
+    def as_trained() -> torch.nn.Module:
+        model: torch.nn.Module = build_on_meta(config)
+        trained_weights.freeze_others(model, config.train.unfrozen)
+        return model
+
+    if "train" in config.jobs:
+        disk_space.check(config, as_trained, world, config.train.steps)
+    if config.data.packing:
+        separate_samples(raise_on_all_ranks(lambda: build_on_meta(config)), world)
 
 
 def measure(config: Config, world: World) -> RankReport:

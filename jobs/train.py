@@ -14,7 +14,7 @@ from conf.files import write_json
 from conf.resolve import digest
 from conf.schema import Config
 from jobs import backends, train_step
-from jobs.checkpoint import checkpointing, reshard
+from jobs.checkpoint import checkpointing, disk_space, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
@@ -69,6 +69,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     if config.data.packing:
         loss.separate_samples(model, world)
     trained_weights.freeze_others(model, config.train.unfrozen)
+    disk_space.check(config, lambda: model, world, last_step)
     router_loss.attach(model)
     embedding_noise.attach(model, config.train.neftune_alpha)
     sampler = batches.training_order(train_rows, config, hidden_factor(block_sizes.of(model.config)))

@@ -88,6 +88,11 @@ def sync(options: argparse.Namespace) -> int:
     return send(options.run)
 
 
+def push(options: argparse.Namespace) -> int:
+    """Push the consolidated model to the Hub: hub.push=owner/name, if the run has none. Run it where there is a network."""
+    return run([f"resume={options.run}", "pipeline=push", *options.overrides], prog=f"{options.prog} push")
+
+
 def import_config(options: argparse.Namespace) -> int:
     """Turn a config of Axolotl, LLaMA-Factory, TRL or ms-swift into an experiment, and say what becomes of each key."""
     from launcher.convert import command
@@ -103,7 +108,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 PROGRAMS = ("axolotl", "llamafactory", "trl", "ms-swift")
-RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (status, logs, why, stop, cancel, resume, merge, sync)
+RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (
+    status,
+    logs,
+    why,
+    stop,
+    cancel,
+    resume,
+    merge,
+    push,
+    sync,
+)
 """Commands whose first argument is a run's folder."""
 
 
@@ -138,7 +153,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
             sub.add_argument("--job", default="train", help="default: train")
             sub.add_argument("--rank", type=int, default=0, help="default: 0")
             sub.add_argument("--follow", "-f", action="store_true", help="print new lines until interrupted")
-        if command in (resume, merge):
+        if command in (resume, merge, push):
             sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, as for `run`")
     return result
 

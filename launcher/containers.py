@@ -48,8 +48,6 @@ def needed(config: Config) -> Iterator[tuple[str, str]]:
     yield "cluster.scratch", cluster.scratch
     if cluster.hf_home:
         yield "cluster.hf_home", cluster.hf_home
-    if cluster.secrets:
-        yield "cluster.secrets_file", cluster.secrets_file
 
 
 def cache(config: Config) -> str:

@@ -13,18 +13,12 @@ from pathlib import Path
 from conf import node_paths
 from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
+from conf.jobs import JOB_KINDS
 from conf.resolve import digest
 from conf.schema import Config
 from launcher import containers, sbatch_options, secrets_file
+from launcher.decoder_blocks import DECODER_BLOCKS
 from launcher.plan import Job, resources
-
-DECODER_BLOCKS = {
-    "llama": "LlamaDecoderLayer",
-    "mistral": "MistralDecoderLayer",
-    "qwen2": "Qwen2DecoderLayer",
-    "qwen3": "Qwen3DecoderLayer",
-}
-"""Class of a decoder block by model type. For other types it is not set, and Accelerate uses the model's own list."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,9 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         values["MUSTER_NEEDS"] = " ".join(needs)
     if config.cluster.hf_home:
         values["HF_HOME"] = config.cluster.hf_home
-    if config.cluster.offline:
-        values |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if config.cluster.offline or JOB_KINDS[job.name].needs_hub:
+        flag = "0" if JOB_KINDS[job.name].needs_hub else "1"
+        values |= {"HF_HUB_OFFLINE": flag, "HF_DATASETS_OFFLINE": flag}
     if job.distributed:
         flight_record = str(run / "jobs" / job.name / "flight_rank_")
         values |= {
@@ -199,7 +194,9 @@ def _fsdp(config: Config) -> dict[str, str]:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": _flag(parallel.reshard_after_forward is not False),
     }
-    block = DECODER_BLOCKS.get(config.model.architecture.model_type) if config.model.architecture else None
+    # not set for other families: Accelerate then uses the model's own list, as in a multimodal model, which may have another class
+    shape = config.model.architecture
+    block = DECODER_BLOCKS.get(shape.model_type) if shape and not shape.tower_gib else None
     if block:
         values["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
     return values
@@ -257,12 +254,12 @@ def watchdog_variables(config: Config, pipe: str) -> dict[str, str]:
 
 
 def secret_values(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
-    """Return the values of `cluster.secrets` that the environment lacks.
+    """Return the values of `cluster.secrets` and `hub.token` that the environment lacks.
 
     `text` is the content of the secrets file, with lines NAME=value. A line of another form is left out; the launch refuses it.
     """
     in_file, _ = secrets_file.parse(Path(config.cluster.secrets_file), text)
-    return {name: in_file[name] for name in config.cluster.secrets if name not in environ and name in in_file}
+    return {name: in_file[name] for name in secrets_file.names(config) if name not in environ and name in in_file}
 
 
 def set_variables(values: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from conf.choices import Executor, Where
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Resources
 
@@ -32,6 +33,18 @@ def resources(config: Config, name: str) -> Resources:
     if kind.single_rank and section.nodes * section.ranks_per_node > 1:
         return replace(section, nodes=1, ranks_per_node=1)
     return section
+
+
+def add_push(config: Config) -> None:
+    """Let a run that consolidates also push the result, if `hub.push` names a repository."""
+    if config.hub.push and "consolidate" in config.jobs and "push" not in config.jobs:
+        config.jobs.append("push")
+
+
+def runs_here(config: Config) -> bool:
+    """Whether the jobs run on this machine: with `cluster=local`, and fetch and push with `hub.where=here`."""
+    only_hub = bool(config.jobs) and all(name in JOB_KINDS and JOB_KINDS[name].needs_hub for name in config.jobs)
+    return config.cluster.executor is Executor.local or (only_hub and config.hub.where is Where.here)
 
 
 def plan(config: Config, done: Collection[str] = ()) -> list[Job]:

@@ -6,12 +6,18 @@ import stat
 from pathlib import Path
 
 from conf.errors import Problem, SiteError
+from conf.schema import Config
 
 LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)", re.DOTALL)
 EXPANDED = re.compile(r"\$[A-Za-z_({]|`")
 """What a shell would replace in a value without single quotes."""
 MAX_BYTES = 2**20
 KEY = "cluster.secrets_file"
+
+
+def names(config: Config) -> list[str]:
+    """The variables whose values the jobs take from the environment or from this file: `cluster.secrets` and `hub.token`."""
+    return [*config.cluster.secrets, *([config.hub.token] if config.hub.token else [])]
 
 
 def read(path: Path) -> tuple[str, str]:

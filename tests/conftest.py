@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from hydra.core.config_store import ConfigStore
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher.check import localize
+from tests import hub_server
+from tests.hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = "/runs/golden"
@@ -85,6 +87,7 @@ def bare(base: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "LANG": "C.UTF-8",
         "PYTHONWARNINGS": "error",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody answers: no test asks the Hub itself
     }
 
 
@@ -138,3 +141,13 @@ def tool(name: str) -> str:
     """A program beside the interpreter, on PATH or where every Linux has it; skips the test where there is none."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:{os.defpath}"
     return shutil.which(name, path=path) or pytest.skip(f"no {name}")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on this machine, which HF_ENDPOINT names; no token is set."""
+    with hub_server.serve() as running:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        yield running

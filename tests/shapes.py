@@ -35,7 +35,7 @@ def small(family: str, *, tied: bool = False, layers: int = 3) -> Architecture:
 def built(shape: Architecture, device: str = "meta", dtype: str = "bfloat16") -> Any:
     """The model that transformers makes of a shape."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    described = {name: value for name, value in vars(shape).items() if name not in ("model_type", "extra")}
+    described = {name: value for name, value in vars(shape).items() if name not in ("model_type", "tower_gib", "extra")}
     config = transformers.AutoConfig.for_model(shape.model_type, **described, **shape.extra, use_cache=False)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(

@@ -53,6 +53,7 @@ PURE = (
     "launcher.check.rules",
     "launcher.check.combinations",
     "launcher.check.data_rules",
+    "launcher.check.packing_rules",
     "launcher.check.parallel_rules",
     "launcher.check.command_line",
     "launcher.check.synonyms",
@@ -184,6 +185,7 @@ def test_an_estimate_reads_nothing_but_the_config(name: str) -> None:
     assert of_python <= {"collections.abc", "copy", "dataclasses", "enum", "typing"}
     assert imports(FILES[name]) - of_python <= {
         "conf.batch",
+        "conf.bytes_per_weight",
         "conf.choices",
         "conf.mesh",
         "conf.schema",

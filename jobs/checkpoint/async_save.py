@@ -58,7 +58,7 @@ class Saver:
 
     def prepare(self, backend: Backend, engine: Engine) -> None:
         """Start allocating the host memory for copies. Call it after a step: only then the optimizer has its state."""
-        if self._in_background(checkpointing.expected_bytes(engine.module) // self.world.size):
+        if self._in_background(checkpointing.expected_bytes(engine.module, self.config) // self.world.size):
             assert self._stager
             self._stager.prepare(backend.storage_bytes(engine))
 
@@ -66,7 +66,7 @@ class Saver:
         """Start the checkpoint of `step`; with `wait`, also finish and publish it. Returns the path of the published checkpoint."""
         self.publish_pending()
         began, world = time.perf_counter(), self.world
-        size = checkpointing.expected_bytes(engine.module)
+        size = checkpointing.expected_bytes(engine.module, self.config)
         hidden = checkpointing.begin(self.config, step, world, size)
         if hidden is None:
             return checkpointing.step_folder(self.config, step)

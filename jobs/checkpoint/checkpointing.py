@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from conf.choices import Backend
+from conf.bytes_per_weight import MOMENT_BYTES
+from conf.choices import Backend, Precision
 from conf.errors import Problem, RunError
 from conf.files import partial, publish, read_json, write_json, write_text
 from conf.held_out import BEST
@@ -244,13 +245,17 @@ def _layout_change(info: dict[str, Any], config: Config, world: World) -> str:
     return f", from {info['layout']} on {info['world_size']} ranks to {config.parallel.name} on {world.size}"
 
 
-def expected_bytes(module: nn.Module) -> int:
-    """Size of a checkpoint (all ranks): fp32 weight and two moments of each trained parameter, 12 bytes an element.
+def expected_bytes(module: nn.Module, config: Config) -> int:
+    """Size of a checkpoint (all ranks): fp32 weight and optimizer state of each trained parameter, with AdamW 12 bytes an element.
 
-    DeepSpeed parameters count with their whole size, also when they are partitioned.
+    Stages 1 and 2 of ZeRO also write the trained weights in the precision of training. DeepSpeed parameters count with their
+    whole size, also when they are partitioned.
     """
     trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    return 12 * sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
+    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
+    has_copy = config.parallel.backend is Backend.zero and config.parallel.zero_stage < 3
+    copy_bytes = (4 if config.train.precision is Precision.fp32 else 2) if has_copy else 0
+    return int(count * (4 + MOMENT_BYTES[config.train.optimizer] + copy_bytes))
 
 
 def fingerprint(weight: torch.Tensor) -> str:

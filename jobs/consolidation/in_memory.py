@@ -16,12 +16,15 @@ from conf.schema import Config
 from jobs.checkpoint import checkpointing
 from jobs.consolidation import live_check
 from jobs.consolidation.execute import move_aside
+from jobs.consolidation.multimodal import check_towers, write_config
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.updates import read_tensor
-from jobs.model import build
+from jobs.model import build, multimodal
+from jobs.tensor_io import safetensors
+from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.open_checkpoint import Checkpoint
 from jobs.tensor_io.reader import OpenFiles, Reader
-from jobs.tokenization.tokenizer import load_tokenizer
+from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +54,39 @@ def run(
     merged = model if config.adapter.kind is AdapterKind.none else _merged(model, target)
     if muster_json["dtype"] in build.DTYPES:
         merged = merged.to(build.DTYPES[muster_json["dtype"]])
+    whole, dtype = multimodal.whole_of(merged), next(merged.parameters()).dtype
+    if whole is not None:
+        merged = _inside(whole, merged, config)
     merged.config.use_cache = True
     if merged.generation_config is None:
         merged.generation_config = GenerationConfig.from_model_config(merged.config)
     move_aside(target)
     with new_folder(target) as folder:
         merged.save_pretrained(folder, max_shard_size=int(config.consolidate.shard_gib * 2**30))
+        if whole is not None:
+            _finish_whole(whole, folder, config, dtype)
         load_tokenizer(config).save_pretrained(folder)
         compare(folder)
         write_json(folder / "muster.json", muster_json | {"verified": True})
     log.info(f"model     {target}")
+
+
+@torch.no_grad()
+def _inside(whole: multimodal.WholeModel, text: Any, config: Config) -> Any:
+    """The multimodal model with this text, and everything else as it is stored."""
+    auto_class, source = multimodal.auto_class(whole.config), config.model.source
+    stored = auto_class.from_pretrained(source, revision=revision(config), dtype="auto")
+    for name, value in text.state_dict().items():
+        stored.get_parameter_or_buffer(whole.name(name)).data = value
+    return stored
+
+
+def _finish_whole(whole: multimodal.WholeModel, folder: Path, config: Config, dtype: torch.dtype) -> None:
+    """Check the towers of a written multimodal model, and write the base's config.json and processor."""
+    base = find_or_download(config.model.source, config.model.revision)
+    assert base is not None  # training has read its files
+    check_towers(whole, folder, safetensors.find_tensors(base))
+    write_config(folder, base, whole.config, str(dtype).removeprefix("torch."), untied=False)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def _candidates(merge: Merge) -> list[tuple[AdapterLayer, Output, dict[str, str]
     """Linear layers whose source is one whole weight: layer, output, kind -> name in the checkpoint."""
     layers = merge.adapter.layers if merge.adapter else {}
     names = split_names(key for key in merge.sources if not key.startswith((BASE, AGAIN)))
-    outputs = {output.name: output for output in merge.outputs}
+    outputs = {merge.live_names.get(output.name, output.name): output for output in merge.outputs}
     found = []
     for module, layer in layers.items():
         output = outputs.get(layer.weight)

@@ -16,6 +16,7 @@ from jobs.consolidation.updates import read_tensor
 from jobs.consolidation.weight_names import AGAIN, BASE, split_names
 from jobs.distributed import host_memory
 from jobs.evaluation.reference_logits import TOLERANCE, difference
+from jobs.model import multimodal
 from jobs.tensor_io.reader import OpenFiles, Reader
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,11 @@ MEMORY_SHARE = 0.5
 TOKENS = 16
 
 
-def compare_with_peft(folder: Path, merge: Merge, build_live: Callable[[], Any]) -> None:
+def compare_with_peft(
+    folder: Path, merge: Merge, build_live: Callable[[], Any], name: Callable[[str], str] = str
+) -> None:
     """Compare the model in `folder` with PEFT's model of the base and the adapter: `build_live` makes it, in fp32, without weights
-    of the adapter.
+    of the adapter. `name` gives the name in `merge` for one in that model.
 
     Where both models do not fit into memory, some layers are compared. Raises RunError if they differ by more than rounding.
     """
@@ -43,16 +46,18 @@ def compare_with_peft(folder: Path, merge: Merge, build_live: Callable[[], Any])
         return
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        live = _with_adapter(build_live(), merge)
+        live = _with_adapter(build_live(), merge, name)
         tokens = sample_tokens(live.config)
         expected = live(input_ids=tokens, use_cache=False).logits[0]
         del live
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        auto_class: Any = AutoModelForCausalLM
+        auto_class = multimodal.auto_class(AutoConfig.from_pretrained(folder))
         merged, problems = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         actual = merged.eval()(input_ids=tokens, use_cache=False).logits[0]
-    if found := {key: sorted(map(str, names))[:3] for key, names in problems.items() if names}:
+    wrong = {key: {str(item) for item in names} for key, names in problems.items()}
+    wrong["unexpected_keys"] = {item for item in wrong["unexpected_keys"] if item not in merge.copied}
+    if found := {key: sorted(names)[:3] for key, names in wrong.items() if names}:
         message = f"does not load as it was written: {found}; it is not published"
         raise RunError(Problem("model", folder, message))
     check_logits(actual, expected, folder, merge.main_dtype().torch)
@@ -82,14 +87,14 @@ def live_model(base: Path, settings: dict[str, Any]) -> Any:
     return get_peft_model(model, config)
 
 
-def _with_adapter(live: Any, merge: Merge) -> Any:
+def _with_adapter(live: Any, merge: Merge, name_in_merge: Callable[[str], str]) -> Any:
     """The model with everything that the checkpoint has of it."""
     own = {name: key for key, name in _names_in_peft(merge).items()}
     files = OpenFiles()
     try:
         reader = Reader(files)
         for name, parameter in live.named_parameters(remove_duplicate=False):
-            key = own.get(_canonical(name))
+            key = own.get(_canonical(name_in_merge(name)))
             if key is not None:
                 parameter.data.copy_(read_tensor(reader, merge.sources[key]).view(parameter.shape))
     finally:

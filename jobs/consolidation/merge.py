@@ -42,11 +42,17 @@ class Merge:
     """What the checkpoint has of adapters."""
     untied: bool = False
     """Whether a tied head was trained separately, so that the config of the result must untie it."""
+    copied: set[str] = field(default_factory=set)
+    """Outputs that are no weights of the trained model: the base's own tensors, as they are."""
+    live_names: dict[str, str] = field(default_factory=dict)
+    """Name of an output -> its live name, where the files of the base call it otherwise."""
 
     def main_dtype(self) -> Dtype:
-        """The dtype of most bytes."""
+        """The dtype of most bytes of the trained model."""
         sizes: dict[Dtype, int] = {}
         for output in self.outputs:
+            if output.name in self.copied:
+                continue
             sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 

@@ -63,10 +63,14 @@ class Blueprint:
         return next((name for name in candidates if name in base), None)
 
 
-def blueprint_of_model(model: Any) -> Blueprint:
-    """The blueprint of a transformers model on the meta device. Raises CannotStream."""
+def blueprint_of_model(model: Any, only: Collection[str] | None = None) -> Blueprint:
+    """The blueprint of a transformers model on the meta device, or of its weights in `only`. Raises CannotStream."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    if only is not None:
+        tied = {second: first for second, first in tied.items() if first in only}
+    state = {
+        name: value for name, value in model.state_dict().items() if name not in tied and (only is None or name in only)
+    }
     return Blueprint(
         {name: tuple(value.shape) for name, value in state.items()},
         tied,

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
+from jobs.model import multimodal
 from jobs.tokenization.tokenizer import revision
 
 
@@ -32,7 +33,7 @@ def load_base(config: Config) -> Any:
 def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_map: str | None = None) -> Any:
     """The model in a consolidated folder, or its adapter on top of `model.source`, ready for inference."""
     if not (folder / "adapter_config.json").exists():
-        return _load(folder, config, dtype, device_map).eval()
+        return _load(folder, config, dtype, device_map, revision="main").eval()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(_base(config, dtype, device_map), folder).eval()
@@ -42,11 +43,14 @@ def _base(config: Config, dtype: torch.dtype | str, device_map: str | None) -> A
     return _load(config.model.source, config, dtype, device_map, revision=revision(config))
 
 
-def _load(source: str | Path, config: Config, dtype: torch.dtype | str, device_map: str | None, **options: Any) -> Any:
-    trust = config.model.trust_remote_code
-    return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, device_map=device_map, trust_remote_code=trust, **options
-    )
+def _load(
+    source: str | Path, config: Config, dtype: torch.dtype | str, device_map: str | None, *, revision: str
+) -> Any:
+    """A model as it is stored, a multimodal one with its towers."""
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(source, **hub)
+    model_class = multimodal.auto_class(model_config)
+    return model_class.from_pretrained(source, dtype=dtype, device_map=device_map, **hub)
 
 
 def _device_map(config: Config) -> str | None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,16 +16,19 @@ from transformers import (
 )
 
 from conf.choices import AdapterKind, Frozen, Init, Precision
-from conf.errors import ConfigError, Problem, first_line
+from conf.errors import ConfigError, Problem
+from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import attention, embedding_resize, materialize, quantized_linear
+from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
-from jobs.tokenization.tokenizer import load_tokenizer, revision
+from jobs.tokenization.tokenizer import load_tokenizer, revision, why_not_loaded
 
 DTYPES = {name: dtype.torch for name, dtype in PRECISIONS.items()}
 """`train.precision` -> the dtype of compute."""
+UNFIT = (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError, StrictDataclassError)
+"""What transformers raises for a config.json with values that its classes do not take."""
 
 
 def build(config: Config) -> Any:
@@ -107,13 +111,10 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            model_config,
-            dtype=dtype,
-            attn_implementation=attention.select(config, model_config),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        model = _from_model_config(config, model_config, dtype)
+    except ConfigError:
+        raise
+    except UNFIT as error:
         raise _unloadable(config, error) from error
     _check_positions(config, model)
     if config.model.init is Init.pretrained:
@@ -123,32 +124,48 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _from_model_config(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if multimodal.is_multimodal(model_config):
+        return multimodal.build_text(
+            model_config, config, lambda text_config: attention.select(config, text_config), dtype
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model_config,
+        dtype=dtype,
+        attn_implementation=attention.select(config, model_config),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return model
+
+
 def _check_positions(config: Config, model: PreTrainedModel) -> None:
     """Compare `data.max_length` with the positions that the model knows.
 
-    Raises ConfigError if they are learned and there are fewer. Where they are computed (rotary embeddings), it only logs.
+    Raises ConfigError if it has something stored for each of them. Where they are computed (rotary embeddings), it only logs.
     """
     text_config, wanted = model.config.get_text_config(), config.data.max_length
-    known = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(known, int) or known >= wanted:
+    names = ("max_position_embeddings", "max_seq_len")  # of most families, of MPT
+    known = next((value for name in names if isinstance(value := getattr(text_config, name, None), int)), wanted)
+    if known >= wanted:
         return
-    learned = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and known <= module.num_embeddings <= known + 2
+    is_learned = any(
+        isinstance(module, nn.Embedding) and known <= module.num_embeddings <= known + 2
+        for module in model.modules()
         if module is not model.get_input_embeddings()
-    ]
-    if learned:
-        message = f"the model has {known} learned positions ({learned[0]}): set data.max_length={known}"
+    )
+    if is_learned or text_config.model_type in FIXED_POSITIONS:
+        message = f"the model has {known} positions, and none beyond them: set data.max_length={known}"
         raise ConfigError(Problem("data.max_length", wanted, message))
-    log_once(f"positions: data.max_length={wanted} is more than max_position_embeddings={known} of config.json")
+    log_once(f"positions: data.max_length={wanted} is more than {known}, for which the model was made (config.json)")
 
 
 def _new_model_config(config: Config) -> PreTrainedConfig:
     """The config of a model with random weights, from `model.architecture`."""
     architecture = config.model.architecture
     assert architecture is not None  # launcher.check.rules refuses model.init=random without it
-    fields = {name: value for name, value in vars(architecture).items() if name not in ("model_type", "extra")}
+    fields = {
+        name: value for name, value in vars(architecture).items() if name not in ("model_type", "tower_gib", "extra")
+    }
     tokenizer = load_tokenizer(config)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(architecture.model_type, **(fields | architecture.extra | ids))
@@ -160,9 +177,9 @@ def _pretrained_model_config(config: Config) -> PreTrainedConfig:
             config.model.source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
         )
         return model_config
-    except (OSError, ValueError) as error:
+    except UNFIT as error:
         raise _unloadable(config, error) from error
 
 
 def _unloadable(config: Config, error: Exception) -> ConfigError:
-    return ConfigError(Problem("model.source", config.model.source, f"cannot be loaded: {first_line(error)}"))
+    return ConfigError(Problem("model.source", config.model.source, why_not_loaded(error)))

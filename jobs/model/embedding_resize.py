@@ -23,17 +23,22 @@ def resize_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedToken
     if len(tokenizer) <= rows_before:
         return None
     if config.adapter.kind is not AdapterKind.none:
-        raise ConfigError(
-            Problem(
-                "data.special_tokens",
-                list(config.data.special_tokens),
-                f"the tokenizer has {len(tokenizer)} tokens but the embedding only {rows_before} rows, and an adapter does "
-                "not train the embedding. Use tokens that the model reserves, or adapter=none",
-            )
+        message = (
+            f"the tokenizer has {len(tokenizer)} tokens, but the embedding only {rows_before} rows, and an "
+            "adapter does not train the embedding. Use tokens that the model reserves, or adapter=none"
         )
+        raise ConfigError(problem_of_added_tokens(config, message))
     model_config.get_text_config().vocab_size = len(tokenizer)
     log_once(f"embedding grows from {rows_before} to {len(tokenizer)} rows, one for each token of the tokenizer")
     return int(rows_before)
+
+
+def problem_of_added_tokens(config: Config, message: str) -> Problem:
+    """The problem under the key that adds the tokens: `data.special_tokens`, or the tokenizer, if that has them itself."""
+    if config.data.special_tokens:
+        return Problem("data.special_tokens", f"[{','.join(config.data.special_tokens)}]", message)
+    key = "model.tokenizer" if config.model.tokenizer else "model.source"
+    return Problem(key, config.model.tokenizer or config.model.source, message)
 
 
 def stored_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,8 @@ from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import embedding_resize
+from jobs.model import embedding_resize, multimodal, text_equality
+from jobs.model.multimodal import WholeModel
 from jobs.model.quantized_linear import QuantizedLinear
 from jobs.tensor_io import slices
 from jobs.tensor_io.layout import StoredTensor
@@ -40,6 +41,8 @@ class LoadMethod(NamedTuple):
     """The tensors in the files, by name."""
     why_whole: str = ""
     """Why each rank must load the whole model; empty if it can read slices."""
+    untouched: str = ""
+    """A log line on the tensors of a multimodal model that are not loaded."""
 
 
 def load(
@@ -57,6 +60,8 @@ def load(
     folder = _folder(config, world)
     method = broadcast_from_rank0(lambda: _choose_method(base, folder, config))
     is_main = world is not None and world.is_main
+    if is_main and method.untouched:
+        log.info(method.untouched)
     if method.why_whole:
         if is_main:
             log.info(f"weights   the ranks of each node load the whole model one after another: {method.why_whole}")
@@ -100,27 +105,33 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
 
 def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
-    source = config.model.source
+    source, whole = config.model.source, multimodal.whole_of(base)
     if getattr(base.config, "quantization_config", None):
-        raise ConfigError(
-            Problem("model.source", source, "is stored quantized: set model.source to the original model")
-        )
+        message = "is stored quantized: set model.source to the original model"
+        raise ConfigError(Problem("model.source", source, message))
+    if whole is not None:
+        _check_multimodal(base, whole, folder, source)
     if folder is None:
         return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
-    stored = slices.find_tensors(folder, "model.source", source)
-    if converted := _converted(base, stored):
+    stored, untouched = _without_ignored(slices.find_tensors(folder, "model.source", source), config), ""
+    if whole is None:
+        converted = _converted(base, stored)
+    else:
+        problems, untouched = multimodal.check_towers(whole, stored, source, _is_ignored)
+        if problems:
+            raise ConfigError(*_problems(source, problems))
+        stored, converted = whole.text_tensors(base.state_dict(), stored)
+    if converted:
         if getattr(base, "rows_before", None) is not None:
-            raise ConfigError(
-                Problem(
-                    "data.special_tokens",
-                    list(config.data.special_tokens),
-                    f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
-                    "use tokens that the model reserves",
-                )
+            message = (
+                f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
+                "use tokens that the model reserves"
             )
-        return LoadMethod({}, f"transformers converts {converted} while loading a {base.config.model_type} model")
+            raise ConfigError(embedding_resize.problem_of_added_tokens(config, message))
+        reason = f"transformers converts {converted} while loading a {base.config.model_type} model"
+        return LoadMethod({}, reason, untouched)
     names = _stored_names(base)
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     known = {candidate for candidates in names.values() for candidate in candidates}
@@ -128,7 +139,34 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     problems = slices.mismatches(stored, names, shapes) or _differing_ties(folder, stored, names)
     if problems:
         raise ConfigError(*_problems(source, problems))
-    return LoadMethod(stored)
+    return LoadMethod(stored, untouched=untouched)
+
+
+def _check_multimodal(base: PreTrainedModel, whole: WholeModel, folder: Path | None, source: str) -> None:
+    """Raise ConfigError for a multimodal model whose text cannot be trained alone, or whose towers cannot be copied."""
+    reason = ""
+    if getattr(whole.config, "quantization_config", None):
+        reason = "is stored quantized: set model.source to the original model"
+    elif folder is None or getattr(whole.config, "transformers_weights", None):
+        reason = "has no plain safetensors files, of which a merge copies its towers: save it with save_pretrained"
+    if reason:
+        raise ConfigError(Problem("model.source", source, f"is a multimodal model that {reason}"))
+    text_equality.require(base, whole, source)
+
+
+def _without_ignored(stored: dict[str, StoredTensor], config: Config) -> dict[str, StoredTensor]:
+    """The stored tensors without those that `model.ignore_tensors` names. Raises ConfigError for a pattern that names none."""
+    for pattern in config.model.ignore_tensors:
+        if not any(re.search(pattern, name) for name in stored):
+            message = (
+                f"matches none of the {len(stored)} tensors of {config.model.source}, such as {min(stored)}: remove it"
+            )
+            raise ConfigError(Problem("model.ignore_tensors", pattern, message))
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if not any(re.search(pattern, name) for pattern in config.model.ignore_tensors)
+    }
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -215,7 +253,9 @@ def _load_with_transformers(
 ) -> None:
     source = config.model.source
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        whole_model = multimodal.whole_of(base)
+        auto_class: Any = AutoModelForCausalLM if whole_model is None else multimodal.auto_class(whole_model.config)
+        loaded: Any = auto_class.from_pretrained(
             source,
             revision=revision(config),
             trust_remote_code=config.model.trust_remote_code,
@@ -226,8 +266,14 @@ def _load_with_transformers(
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
     whole, info = loaded
     state = whole.state_dict()
+    if whole_model is not None:
+        state = {name: state[whole_model.name(name)] for name in base.state_dict()}
     problems = [f"{name} is in none of the files" for name in sorted(info["missing_keys"]) if name in parts]
-    problems += [f"{name} is in the files but not in the model" for name in sorted(info["unexpected_keys"])]
+    ignored = config.model.ignore_tensors
+    unexpected = [
+        name for name in sorted(info["unexpected_keys"]) if not any(re.search(item, name) for item in ignored)
+    ]
+    problems += [f"{name} is in the files but not in the model" for name in unexpected]
     if problems:
         raise ConfigError(*_problems(source, problems))
 
@@ -244,6 +290,8 @@ def _load_with_transformers(
 
 
 def _problems(source: str, sentences: list[str]) -> list[Problem]:
-    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] if len(sentences) > MAX_LISTED else []
+    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] * (len(sentences) > MAX_LISTED)
     remedy = "download the model again, or use the config.json that belongs to these files"
+    if any("not in the model" in text for text in sentences):
+        remedy += ". To leave out tensors that training does not need, name them in model.ignore_tensors"
     return [Problem("model.source", source, f"{text}: {remedy}") for text in sentences[:MAX_LISTED] + more]

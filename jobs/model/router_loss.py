@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from conf.errors import ConfigError, Problem
 from jobs.distributed.log_once import log_once
 from jobs.model.unwrap import causal_lm, stubbed_forwards
 
@@ -26,12 +28,21 @@ class RouterLoss:
     function: Callable[..., torch.Tensor]
     num_experts: int
     experts_per_token: int
+    model: str
+    """Name of the model's class."""
 
-    def mean(self, router_logits: tuple[torch.Tensor, ...], real_tokens: torch.Tensor | None) -> torch.Tensor:
+    def mean(self, router_logits: tuple[torch.Tensor, ...] | None, real_tokens: torch.Tensor | None) -> torch.Tensor:
         """The loss over the tokens of a micro batch, a scalar without the coefficient.
 
         router_logits: (tokens, experts) for each layer. real_tokens: (rows, length), 1 for tokens that are not padding.
+        Raises ConfigError if the model returns none, as GraniteMoe did in transformers 5.17: training would leave the loss out.
         """
+        if not router_logits:
+            message = (
+                f"of config.json asks for a router loss, but transformers {transformers.__version__} returns no router logits of "
+                f"{self.model}. Install a newer transformers, or set it to false in config.json"
+            )
+            raise ConfigError(Problem("output_router_logits", True, message))
         return self.function(router_logits, self.num_experts, self.experts_per_token, real_tokens)
 
 
@@ -68,7 +79,7 @@ def _find(inner: Any) -> RouterLoss | None:
         log_once(f"router loss: router_aux_loss_coef={coefficient} of config.json is off: {reason}")
         return None
     log_once(f"router loss: router_aux_loss_coef={coefficient} of config.json is trained")
-    return RouterLoss(float(coefficient), *arguments)
+    return RouterLoss(float(coefficient), *arguments, type(inner).__name__)
 
 
 def _arguments(inner: Any) -> tuple[Callable[..., torch.Tensor], int, int] | None:

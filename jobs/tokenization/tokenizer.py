@@ -14,10 +14,12 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     source = config.model.tokenizer or config.model.source
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision(config), trust_remote_code=config.model.trust_remote_code
+            source,
+            revision=revision(config) if source == config.model.source else "main",
+            trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise DataError(Problem("model.tokenizer", source, f"cannot be loaded: {first_line(error)}")) from error
+        raise DataError(Problem("model.tokenizer", source, why_not_loaded(error))) from error
     _add_tokens(tokenizer, config.data)
     if config.data.chat_template:
         try:
@@ -26,6 +28,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             raise DataError(Problem("data.chat_template", config.data.chat_template, str(error))) from error
     _check_variables(tokenizer, config.data)
     return tokenizer
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What transformers says of files that it cannot load. It explains in many lines that their Python code is not trusted."""
+    if "trust_remote_code" in str(error):
+        return "comes with Python code of its own. Read that code, then add model.trust_remote_code=true"
+    return f"cannot be loaded: {first_line(error)}"
 
 
 def _check_variables(tokenizer: PreTrainedTokenizerBase, data: Data) -> None:

@@ -1,6 +1,7 @@
 """Finds the folders that jobs in a container need for data and models, and adds them to `cluster.container.mounts`."""
 
 import os
+import re
 from collections.abc import Iterator
 from glob import glob
 from itertools import islice
@@ -9,6 +10,7 @@ from pathlib import Path
 from conf.datasets import held_out, training, training_paths
 from conf.errors import UserError
 from conf.schema import Config
+from launcher import secrets_file
 from launcher.containers import parsed
 
 HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE")
@@ -26,11 +28,17 @@ def localize(config: Config) -> None:
     cluster.hf_home = cluster.hf_home or os.path.abspath(Path(os.path.expandvars(home)).expanduser())
     for name in ("scratch", "hf_home", "secrets_file"):
         setattr(cluster, name, str(Path(getattr(cluster, name)).expanduser()))
+    secrets = [Path(cluster.secrets_file)] if secrets_file.names(config) and _may_exist(cluster.secrets_file) else []
     targets = {parsed(entry).target for entry in container.mounts}
-    for folder in dict.fromkeys(_folders(config)):
+    for folder in dict.fromkeys([*secrets, *_folders(config)]):
         if not any(folder.is_relative_to(target) for target in targets):
             container.mounts.append(str(folder))
             targets.add(str(folder))
+
+
+def _may_exist(path: str) -> bool:
+    """Without the file, all secrets are in the environment, and a container would not start."""
+    return "$" in path or Path(path).exists()
 
 
 def _folders(config: Config) -> Iterator[Path]:
@@ -43,6 +51,7 @@ def _folders(config: Config) -> Iterator[Path]:
         pass
     paths += [config.data.validation_path, config.data.chat_template, config.model.source, config.model.tokenizer]
     paths += [config.generate.prompts] if "generate" in config.jobs else []
+    paths += [re.sub("^(file|sqlite)://+", "/", config.tracker.uri or "")]
     for path in paths:
         if path and path.startswith("/"):
             yield from _folders_of(Path(path))

@@ -2,15 +2,17 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from conf import resolve
-from conf.choices import Executor, Init, Precision
-from conf.schema import Architecture, Config
-from launcher.check import container_paths, model_files
+from conf.choices import AdapterKind, Executor, Init, Precision
+from conf.schema import Adapter, Architecture, Config
+from launcher.check import container_paths, fetched_commits, model_files
 from launcher.check.local_gpus import local_memory_gib
-from launcher.check.observe import hub_cache, path_exists, without_part
-from launcher.estimate import config_json
+from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
+from launcher.estimate import config_json, parameters
 from launcher.paths import CLONE
 
 
@@ -24,24 +26,11 @@ def localize(config: Config, gpus: int) -> None:
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
+    - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
-    config.run_dir = os.path.abspath(config.run_dir)
-    if config.data.cache and not config.data.cache.startswith("$"):
-        config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
+    _make_paths_absolute(config)
     interpreter = sys.executable if config.cluster.container.image is None else "python3"
     config.cluster.python = config.cluster.python or interpreter
-    for section, name in (
-        (config.data, "path"),
-        *((data_set, "path") for data_set in config.data.sets.values()),
-        (config.data, "validation_path"),
-        (config.data, "chat_template"),
-        (config.generate, "prompts"),
-        (config.model, "source"),
-        (config.model, "tokenizer"),
-    ):
-        value = getattr(section, name)
-        if value:
-            setattr(section, name, _absolute(value))
     if config.cluster.container.image is not None:
         container_paths.localize(config)
     for resources in (config.cluster.train, config.cluster.inference):
@@ -54,6 +43,28 @@ def localize(config: Config, gpus: int) -> None:
         config.train.precision = Precision.bf16 if train.gpus_per_node else Precision.fp32
     if config.model.init is Init.pretrained and config.model.architecture is None:
         config.model.architecture = _architecture(config)
+    if config.cluster.offline:
+        fetched_commits.pin(config, hub_home(config))
+
+
+def _make_paths_absolute(config: Config) -> None:
+    config.run_dir = os.path.abspath(config.run_dir)
+    if config.data.cache and not config.data.cache.startswith("$"):
+        config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
+    for section, name in (
+        (config.data, "path"),
+        *((data_set, "path") for data_set in config.data.sets.values()),
+        (config.data, "validation_path"),
+        (config.data, "chat_template"),
+        (config.generate, "prompts"),
+        (config.model, "source"),
+        (config.model, "tokenizer"),
+    ):
+        value = getattr(section, name)
+        if value:
+            setattr(section, name, _absolute(value))
+    if config.tracker.uri and config.tracker.uri.startswith((".", "~")):
+        config.tracker.uri = os.path.abspath(Path(config.tracker.uri).expanduser())
 
 
 def _architecture(config: Config) -> Architecture | None:
@@ -66,7 +77,21 @@ def _architecture(config: Config) -> Architecture | None:
         return earlier.model.architecture
     folder = model_files.find(config.model.source, config.model.revision, hub_cache(config))
     fields, _ = model_files.read_json(folder / "config.json") if folder and folder.is_dir() else (None, None)
-    return config_json.architecture(fields) if fields else None
+    shape = config_json.architecture(fields) if fields else None
+    if folder and fields and shape and config_json.is_multimodal(fields):
+        shape.tower_gib = _tower_gib(folder, fields, shape)
+    return shape
+
+
+def _tower_gib(folder: Path, fields: Mapping[str, Any], shape: Architecture) -> float:
+    """GiB of the weights in a folder that are not of the model of text; 0 if the text cannot be counted."""
+    counts = parameters.count(shape, Adapter(kind=AdapterKind.none))
+    names = [
+        section.get(name) for section in (fields, config_json.text_fields(fields)) for name in ("dtype", "torch_dtype")
+    ]
+    width = 4 if next((name for name in names if name), "") == "float32" else 2
+    size = model_files.stored_bytes(folder) - width * counts.total if counts else 0
+    return round(max(0, size) / 2**30, 6)
 
 
 def _absolute(value: str) -> str:

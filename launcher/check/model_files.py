@@ -45,8 +45,8 @@ class Families:
 
     text: frozenset[str] = field(default_factory=frozenset)
     """Models of text, which Muster trains."""
-    image_text: frozenset[str] = field(default_factory=frozenset)
-    """Models of images and text, which are not among `text`."""
+    multimodal: frozenset[str] = field(default_factory=frozenset)
+    """Models of images or sound and text, which are not among `text`."""
 
 
 def find(source: str, revision: str | None, hub_cache: Path) -> Path | None:
@@ -102,6 +102,18 @@ def read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     return (content, None) if isinstance(content, dict) else (None, f"{path.name} is not a JSON object")
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all tensors in the safetensors files of a folder, from the headers of the files; 0 if they cannot be read."""
+    total = 0
+    try:
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    except OSError:
+        return 0
+    return total
+
+
 def tokenizer_sizes(path: Path) -> tuple[int | None, int | None]:
     """(all tokens, those of the vocabulary) of a tokenizer.json. Of a large file: what its last entry says, at least."""
     try:
@@ -138,9 +150,9 @@ def families() -> Families | None:
     except OSError:
         return None
     named = {}
-    for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"):
+    for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         _, _, rest = text.partition(f"\nMODEL_FOR_{mapping}_MAPPING_NAMES")
         named[mapping] = frozenset(re.findall(r'\(\s*"([\w.-]+)",\s*["(]', rest.partition("\n)")[0]))
     if "llama" not in named["CAUSAL_LM"]:  # another layout of the file: say nothing
         return None
-    return Families(named["CAUSAL_LM"], named["IMAGE_TEXT_TO_TEXT"] - named["CAUSAL_LM"])
+    return Families(named["CAUSAL_LM"], (named["IMAGE_TEXT_TO_TEXT"] | named["MULTIMODAL_LM"]) - named["CAUSAL_LM"])

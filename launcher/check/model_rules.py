@@ -1,13 +1,15 @@
 """Refuses a model that can never train, from its config.json and the names of its files; pure."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from conf.choices import AdapterKind, Init
 from conf.errors import Problem
+from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
-from launcher.estimate.config_json import positions, text_fields
+from launcher.estimate.config_json import TEXTS, is_multimodal, positions, text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 
 ENCODERS = frozenset({
@@ -23,10 +25,18 @@ ENCODER_DECODERS = frozenset({
     *("mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma"),
     *("t5gemma2", "umt5", "whisper", "xlm-prophetnet"),
 })  # fmt: skip
-LEARNED_POSITIONS = frozenset({
-    *("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "gpt-sw3", "openai-gpt", "opt"),
-})  # fmt: skip
-"""Families with a trained weight for each position: a longer row has no position."""
+NEEDS_IMAGE = "it reads no text without an image"
+NO_TEXT_ALONE = {
+    "mllama": "its decoder has layers that only images train",
+    "cohere2_vision": "it scales the scores of tokens otherwise than its model of text",
+    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"), NEEDS_IMAGE),
+    **dict.fromkeys(("florence2", "pix2struct", "udop", "vision-encoder-decoder", "pp_formulanet"), NEEDS_IMAGE),
+}
+"""Multimodal families whose text cannot be trained alone -> why.
+
+When training starts, `jobs.model.text_equality` tries every other family, and refuses it if its model of text computes
+something else.
+"""
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no tokens besides those of the files."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
@@ -36,6 +46,12 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
     """What makes it impossible to train `model.source`. Nothing is known of a model that is not on this machine."""
     if config.model.init is not Init.pretrained or "train" not in config.jobs:
         return
+    for pattern in config.model.ignore_tensors:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"is no regular expression ({error}). Put a backslash before signs that stand for themselves"
+            yield Problem("model.ignore_tensors", pattern, message)
     if files is not None:
         yield from _files(config, files)
         if files.fields is not None:
@@ -79,6 +95,12 @@ def _files(config: Config, files: ModelFiles) -> Iterator[Problem]:
                 "has no config.json, so it is not a model of transformers. Name a folder with config.json and weights"
             )
         yield _source(config, message)
+    elif files.local and files.fields is not None and weights and is_multimodal(files.fields):
+        if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+            message = (
+                "is a model of images or sound and text without *.safetensors, from which a merge copies what is not "
+            )
+            yield _source(config, message + "trained. Save it with save_pretrained, and name that folder")
     elif files.local and files.fields is not None and not weights:
         message = "has no weights (*.safetensors or *.bin). Name a folder with weights, or a model on the Hub"
         yield _source(config, message)
@@ -92,15 +114,20 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
             config, "its config.json has no model_type, so its family is not known. Add model_type to config.json"
         )
         return
-    built_in = family in (families.text | families.image_text if families else DEFAULTS)
-    if family in ENCODER_DECODERS or fields.get("is_encoder_decoder") is True:
+    built_in = family in (families.text | families.multimodal if families else {*DEFAULTS, *TEXTS})
+    text = text_fields(fields)
+    inside = text.get("model_type", family)
+    if {family, inside} & ENCODER_DECODERS or True in (
+        fields.get("is_encoder_decoder"),
+        text.get("is_encoder_decoder"),
+    ):
         message = (
             f"is an encoder with a decoder (model_type={family}). Muster trains models that continue a text. Name a "
         )
         yield _source(config, message + "decoder, for example model=qwen0_5b")
-    elif family in ENCODERS and fields.get("is_decoder") is not True:
+    elif {family, inside} & ENCODERS and True not in (fields.get("is_decoder"), text.get("is_decoder")):
         message = (
-            f"is an encoder (model_type={family}), which cannot write text. Name a decoder, for example model=qwen0_5b"
+            f"is an encoder (model_type={inside}), which cannot write text. Name a decoder, for example model=qwen0_5b"
         )
         yield _source(config, message)
     elif remote and not built_in:
@@ -110,12 +137,10 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
             )
             message += "does not have. Read that code, then add model.trust_remote_code=true"
             yield _source(config, message)
-    elif families and family in families.image_text:
-        message = (
-            f"is a model of images and text (model_type={family}), and transformers builds no model of text from it. "
-        )
-        yield _source(config, message + "Name a model of text")
-    elif families and family not in families.text:
+    elif family in NO_TEXT_ALONE:
+        message = f"is a model of images or sound and text (model_type={family}), whose text cannot be trained alone: "
+        yield _source(config, f"{message}{NO_TEXT_ALONE[family]}. Name a model of text")
+    elif families and not built_in:
         message = f"has model_type={family}, which the installed transformers cannot build as a model of text. Install a newer "
         yield _source(config, message + "transformers, or name a model of another family")
 
@@ -175,8 +200,8 @@ def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Pr
 
 
 def _positions(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rows that a model with learned positions cannot read. Of other models `auto_settings` says that rows are long."""
+    """Rows that a model with a fixed number of positions cannot read. Of other models `auto_settings` says that rows are long."""
     longest = positions(fields)
-    if fields.get("model_type") in LEARNED_POSITIONS and longest is not None and config.data.max_length > longest:
-        message = f"is more than the {longest} positions that the model has, and it learned each of them. "
+    if fields.get("model_type") in FIXED_POSITIONS and longest is not None and config.data.max_length > longest:
+        message = f"is more than the {longest} positions that the model has, and it has none beyond them. "
         yield Problem("data.max_length", config.data.max_length, f"{message}Use data.max_length={longest}")

@@ -4,13 +4,14 @@ It only reports: `launcher.check.rules` decides what is wrong.
 """
 
 import glob
+import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf import packages, resolve
@@ -22,7 +23,9 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from conf.text import texts
 from launcher import secrets_file
-from launcher.check import model_files
+from launcher.check import hub_access, hub_files, model_files, packing_rules
+from launcher.check.hub_access import HubFacts
+from launcher.check.hub_files import HubHome
 from launcher.check.local_gpus import local_gpus
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
@@ -79,10 +82,14 @@ class Facts:
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
     packages_missing: tuple[Problem, ...] = ()
     """Packages that the config needs, if jobs use this interpreter and it lacks them."""
+    kernels: frozenset[str] | None = None
+    """Packages with kernels for packed rows that jobs can import; None if jobs use another Python."""
     existing: Config | None = None
     """The config stored in `run_dir`, if there is a run."""
     run_dir_error: str | None = None
     """Why `run_dir` cannot be used, and what to do."""
+    hub: HubFacts = HubFacts()
+    """What the Hub answers about its repositories that the config names."""
     secrets_missing: tuple[str, ...] = ()
     """Names in `cluster.secrets` that are neither in the environment nor in `cluster.secrets_file`."""
     secrets_file_problems: tuple[Problem, ...] = ()
@@ -107,8 +114,10 @@ def observe(config: Config) -> Facts:
         model=model,
         families=_families(config, model),
         packages_missing=_missing_packages(config),
+        kernels=_kernels(config),
         existing=existing,
         run_dir_error=run_dir_error,
+        hub=_hub(config),
         secrets_missing=tuple(
             name for name in config.cluster.secrets if name not in os.environ and name not in in_file
         ),
@@ -117,13 +126,31 @@ def observe(config: Config) -> Facts:
     )
 
 
-def hub_cache(config: Config) -> Path:
-    """The Hub's cache, where jobs look for models: as huggingface_hub finds it."""
+def hub_home(config: Config) -> Path:
+    """HF_HOME of the jobs, as huggingface_hub finds it."""
     home = config.cluster.hf_home or os.environ.get("HF_HOME")
     if not home:
         home = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(os.path.expandvars(home)).expanduser()
+
+
+def hub_cache(config: Config) -> Path:
+    """The Hub's cache, where jobs look for models: as huggingface_hub finds it."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expandvars(cache or f"{home}/hub")).expanduser()
+    return Path(os.path.expandvars(cache)).expanduser() if cache else hub_home(config) / "hub"
+
+
+def _hub(config: Config) -> HubFacts:
+    """What the Hub answers, or what its cache holds; nothing for a dry run, which may be on a machine that only previews."""
+    if config.dry_run or not config.hub.check:
+        return HubFacts()
+    home = HubHome(hub_home(config), hub_cache(config), os.environ)
+    if config.cluster.offline:
+        asked = hub_access.push(config, home) if "push" in config.jobs else HubFacts()
+        return replace(asked, missing=tuple(hub_files.missing(config, home)), command=tuple(sys.argv))
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return HubFacts()
+    return hub_access.look(config, home)
 
 
 def _model(config: Config) -> ModelFiles | None:
@@ -143,6 +170,13 @@ def _families(config: Config, model: ModelFiles | None) -> Families | None:
 def _missing_packages(config: Config) -> tuple[Problem, ...]:
     """A dry run may be on a machine that only previews."""
     return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not config.dry_run else ()
+
+
+def _kernels(config: Config) -> frozenset[str] | None:
+    if not config.data.packing or not _jobs_use_this_python(config):
+        return None
+    named = frozenset().union(*packing_rules.LEAKING.values())
+    return frozenset(name for name in named if importlib.util.find_spec(name))
 
 
 def _jobs_use_this_python(config: Config) -> bool:
@@ -237,7 +271,7 @@ def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
 def _secrets_file(config: Config) -> tuple[dict[str, str], tuple[Problem, ...]]:
     """The secrets in `cluster.secrets_file`, and why it cannot be used. Not read if no job needs a secret."""
     path = Path(config.cluster.secrets_file).expanduser()
-    if not config.cluster.secrets:
+    if not secrets_file.names(config):
         return {}, ()
     try:
         text, warning = secrets_file.read(path)
@@ -254,7 +288,7 @@ def secrets_of_environment(*names: str) -> dict[str, str]:
 
 def _secrets_in_config(config: Config, in_file: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Values that came from a variable (`${oc.env:HF_TOKEN}`, `$HF_TOKEN` in the shell) and must stay there."""
-    known = secrets_of_environment(*config.cluster.secrets) | in_file
+    known = secrets_of_environment(*secrets_file.names(config)) | in_file
     for text in texts(config):
         for name, value in known.items():
             if not text.is_name and (

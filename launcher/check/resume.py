@@ -6,6 +6,7 @@ from typing import Any
 
 from conf import resolve
 from conf.errors import Problem, RunError, as_typed
+from conf.jobs import JOB_KINDS
 from conf.schema import Config
 from launcher.run_folder.attempts import last_verdict
 from launcher.run_folder.status import COMPLETED
@@ -17,6 +18,7 @@ CHANGEABLE = (
     "pipeline",
     "consolidate",
     "generate",
+    "hub",
     "tracker",
     "resume",
     "dry_run",
@@ -107,15 +109,24 @@ def require_same(stored: Config, requested: Config) -> None:
 
 
 def completed_jobs(config: Config) -> set[str]:
-    """Names of the jobs whose newest attempt completed with exactly this config. They need not run again."""
+    """Names of the jobs whose newest attempt completed with exactly this config. They need not run again.
+
+    Fetch and push ask the Hub what is there already.
+    """
     jobs = Path(config.run_dir) / "jobs"
-    verdicts = {name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir()}
+    verdicts = {
+        name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir() and not _asks_the_hub(name)
+    }
     digest = resolve.digest(config)
     return {
         name
         for name, verdict in verdicts.items()
         if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
     }
+
+
+def _asks_the_hub(name: str) -> bool:
+    return name in JOB_KINDS and JOB_KINDS[name].needs_hub
 
 
 def _copy(source: Any, target: Any, key: str) -> None:

@@ -1,8 +1,9 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
 Rules of a site are in `site_rules.py`, those of layout and batch size in `parallel_rules.py`, those of training data in
-`data_rules.py`, those of the model's files in `model_rules.py`, those of options that do not work together in
-`combinations.py`, those of texts in `text_rules.py`, those of secrets in `secret_rules.py`. All others are here.
+`data_rules.py`, those of the model's files in `model_rules.py`, those of packed rows in `packing_rules.py`, those of options that
+do not work together in `combinations.py`, those of texts in `text_rules.py`, those of secrets in `secret_rules.py`, those of the
+Hub in `hub_rules.py`. All others are here.
 """
 
 import math
@@ -16,10 +17,13 @@ from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
+from launcher import plan
 from launcher.check import (
     combinations,
     data_rules,
+    hub_rules,
     model_rules,
+    packing_rules,
     parallel_rules,
     secret_rules,
     site_rules,
@@ -43,6 +47,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
+    reported += packing_rules.problems(config, facts.model, facts.kernels)
+    reported += hub_rules.problems(config, facts.hub)
     reported += [*facts.packages_missing, *_site(config, facts), *site_rules.problems(config), *_signal(config)]
     reported += secret_rules.problems(config, facts)
     return [*reported, *_run_folder(config, facts)]
@@ -213,7 +219,7 @@ def _model(config: Config) -> Iterator[Problem]:
 
 def _site(config: Config, facts: Facts) -> Iterator[Problem]:
     cluster, submits = config.cluster, config.submit is Submit.submitit and not config.dry_run
-    if cluster.executor is Executor.slurm and submits and facts.slurm_missing:
+    if not plan.runs_here(config) and submits and facts.slurm_missing:
         message = (
             f"Slurm's {facts.slurm_missing[0]} is not on PATH. Run this on a login node, "
             "preview with dry_run=true, write scripts with submit=script, or use cluster=local"

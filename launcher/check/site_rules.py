@@ -7,7 +7,7 @@ from conf import node_paths
 from conf.choices import Executor, Runtime
 from conf.errors import Problem
 from conf.schema import Config, Resources
-from launcher import containers, sbatch_options
+from launcher import containers, plan, sbatch_options
 
 SHELL_NAMES = re.compile(
     r"BASH\w*|COMP_\w+|DIRSTACK|E?UID|FUNCNAME|GROUPS|IFS|LINENO|PIPESTATUS|POSIXLY_CORRECT|PPID|RANDOM|SECONDS|SHELLOPTS"
@@ -185,6 +185,20 @@ def _paths(config: Config) -> Iterator[Problem]:
             yield Problem(key, path, "is relative, and jobs start in another folder. Write it with a / at its start")
 
 
+def _container_here(config: Config, pyxis: bool) -> Iterator[Problem]:
+    """What a container needs of Slurm, where jobs run on this machine."""
+    is_local = config.cluster.executor is Executor.local
+    who = "cluster=local" if is_local else "hub.where=here"
+    if pyxis:
+        remedy = "an image for apptainer, or cluster=slurm" if is_local else "hub.where=job"
+        message = f"is started by srun, which {who} does not use. Use {remedy}"
+        yield Problem("cluster.container.runtime", "pyxis", message)
+    if found := containers.variables(config):
+        name, _, key = found[0].partition(":")
+        remedy = "Write the path itself" if is_local else "Use hub.where=job, or write the path itself"
+        yield Problem(key, f"${name}", f"is expanded by batch scripts, which {who} does not have. {remedy}")
+
+
 def _container(config: Config) -> Iterator[Problem]:
     container = config.cluster.container
     pyxis = containers.runtime(container) is Runtime.pyxis
@@ -192,14 +206,8 @@ def _container(config: Config) -> Iterator[Problem]:
         yield Problem(
             "cluster.container.program", container.program, "pyxis is a part of srun, and no program. Remove it"
         )
-    if pyxis and config.cluster.executor is Executor.local:
-        message = "is started by srun, which cluster=local does not use. Use an image for apptainer, or cluster=slurm"
-        yield Problem("cluster.container.runtime", "pyxis", message)
-    if config.cluster.executor is Executor.local and (found := containers.variables(config)):
-        name, _, key = found[0].partition(":")
-        yield Problem(
-            key, f"${name}", "is expanded by batch scripts, which cluster=local does not have. Write the path itself"
-        )
+    if plan.runs_here(config):
+        yield from _container_here(config, pyxis)
     for flag in container.flags:
         if not flag.startswith("-"):
             yield Problem("cluster.container.flags", flag, "would be taken for the image. Write --option=value")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.convert import axolotl_data, trainer_keys
+from launcher.convert import axolotl_data, hub_keys, trainer_keys
 from launcher.convert.common_rules import (
     ADAPTER_ONLY,
     EMBEDDING_RATE,
@@ -42,7 +42,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "eval_strategy", "save_strategy", "save_total_limit", "save_only_model", "save_safetensors", "output_dir",
         "resume_from_checkpoint", "deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "seed", "tf32", "bf16", "fp16",
         "torch_compile", "torch_compile_backend", "torch_compile_mode", "group_by_length",
-        "hub_model_id", "hub_strategy", "neftune_noise_alpha",
+        "hub_strategy", "hub_revision", "neftune_noise_alpha",
         "adam_beta1", "adam_beta2", "optim_args", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_drop_last", "load_best_model_at_end", "include_tokens_per_second", "auto_find_batch_size",
@@ -50,6 +50,7 @@ def rules(gpus: int) -> dict[str, Rule]:
     )  # fmt: skip
     return {
         **{name: trainer[name] for name in inherited},
+        "hub_model_id": hub_keys.repository(needs_switch=False),
         "base_model": SOURCE,
         "base_model_config": NO_EFFECT,
         "revision_of_model": kept("model.revision"),

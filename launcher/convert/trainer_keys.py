@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.convert import sharding_keys
+from launcher.convert import hub_keys, sharding_keys
 from launcher.convert.common_rules import FUSED, flag
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
 
@@ -166,7 +166,6 @@ def log_every(key: str, value: Any, _: Mapping[str, Any]) -> Row:
 def rules(gpus: int) -> dict[str, Rule]:
     """Rules for the arguments of a Trainer that runs on `gpus` GPUs."""
     of_muster = unneeded("Muster sets it")
-    pushes = refused("Muster does not upload: run `hf upload owner/name RUN/model` after the run")
     no_effect = unneeded("has no effect on what is trained")
     return {
         "per_device_train_batch_size": batch("per_device_train_batch_size", gpus),
@@ -256,11 +255,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "average_tokens_across_devices": unneeded("the loss is always the mean over all tokens of the batch"),
         "disable_tqdm": no_effect,
         "log_level": no_effect,
-        "push_to_hub": pushes,
-        "hub_model_id": pushes,
-        "hub_strategy": pushes,
-        "hub_private_repo": pushes,
-        "hub_token": refused("secrets are named, not written: cluster.secrets=[HF_TOKEN]"),
+        **hub_keys.RULES,
         "use_cpu": no_effect,
         "ignore_data_skip": unneeded("a resumed run takes exactly the rows that are left"),
     }

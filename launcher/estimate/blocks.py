@@ -70,7 +70,7 @@ class Block:
 
 def values_of(shape: Architecture) -> dict[str, Any]:
     """Every field of config.json that counting needs: of the shape, else the default of transformers, else None."""
-    given = {name: value for name, value in vars(shape).items() if name not in ("extra", "model_type")}
+    given = {name: value for name, value in vars(shape).items() if name not in ("extra", "model_type", "tower_gib")}
     extra = {ALIASES.get(name, name): value for name, value in shape.extra.items()}
     return dict.fromkeys(KEPT) | DEFAULTS.get(shape.model_type, {}) | given | extra
 

@@ -1,5 +1,6 @@
 """Bytes per weight: frozen in few bits, or trained by one of the optimizers; pure."""
 
+from conf.bytes_per_weight import MOMENT_BYTES
 from conf.choices import Frozen, Optimizer
 from conf.schema import Config
 from launcher.estimate.parameters import Counts
@@ -9,14 +10,6 @@ QUANTIZED_BYTES = {Frozen.nf4: 0.5, Frozen.int8: 1.0, Frozen.float8: 1.0}
 SCALE_BYTES = {Frozen.nf4: 1 / 64 + 4 / (64 * 256), Frozen.int8: 0.001, Frozen.float8: 0.001}
 """Bytes of scale per weight, which every rank holds whole. NF4: one byte per 64 weights plus fp32 per 16,384 (double
 quantization). int8 and float8: one fp32 per row of a weight, which has thousands of numbers."""
-MOMENT_BYTES = {
-    Optimizer.adamw: 8.0,
-    Optimizer.paged_adamw: 8.0,  # on the GPU while there is room
-    Optimizer.adamw_8bit: 2.0,
-    Optimizer.paged_adamw_8bit: 2.0,
-    Optimizer.adafactor: 0.1,  # one row and one column instead of a matrix
-}
-"""Bytes of optimizer state per trained weight."""
 
 
 def frozen_width(config: Config, width: int) -> float:
@@ -39,5 +32,5 @@ def moment_bytes(config: Config, counts: Counts) -> float:
     Muon keeps one fp32 moment for the matrices of blocks, and AdamW's two for all other weights.
     """
     if config.train.optimizer is Optimizer.muon:
-        return 4 + 4 * counts.trained_root / max(1, counts.trained)
+        return MOMENT_BYTES[Optimizer.muon] + 4 * counts.trained_root / max(1, counts.trained)
     return MOMENT_BYTES[config.train.optimizer]

@@ -24,6 +24,28 @@ UNREAD = {
 }
 """Fields that a family does not read, although others do."""
 
+TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8,
+    }),
+    "qwen3_vl_text": ("qwen3", {"max_position_embeddings": 128000}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {
+        "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "max_position_embeddings": 128000, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "num_experts": 60,
+    }),
+}  # fmt: skip
+"""Texts of multimodal models that have the layers of another family -> that family, and defaults that differ from it."""
+TEXT_FAMILIES["qwen2_5_vl_text"] = TEXT_FAMILIES["qwen2_vl_text"]
+TEXTS = {
+    **{family: f"{family}_text" for family in ("gemma3", "gemma3n", "gemma4", "llama4", "qwen3_5", "qwen3_5_moe")},
+    **{
+        family: f"{family}_text"
+        for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+    },
+}
+"""Families of multimodal models -> that of their text, which their config.json need not say."""
+
 
 def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the model of text: `text_config` of a multimodal model, else all of it."""
@@ -31,18 +53,29 @@ def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else fields
 
 
-def architecture(fields: Mapping[str, Any]) -> Architecture | None:
-    """The shape that config.json describes. None if it does not have the usual fields.
+def is_multimodal(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes more than a model of text."""
+    return fields.get("model_type") in TEXTS or text_fields(fields) is not fields
 
-    Its `model_type` is that of the whole model, so that the text of a multimodal model is not counted as if it were all.
-    """
-    text, outer = text_fields(fields), fields.get("model_type")
-    family = text.get("model_type", outer)
-    if not isinstance(outer, str) or not isinstance(family, str):
+
+def text_family(fields: Mapping[str, Any]) -> str | None:
+    """`model_type` of the model of text."""
+    outer = fields.get("model_type")
+    family = TEXTS.get(str(outer)) or text_fields(fields).get("model_type", outer)
+    return family if isinstance(family, str) else None
+
+
+def architecture(fields: Mapping[str, Any]) -> Architecture | None:
+    """The shape that config.json describes: of a multimodal model, that of its text. None if it lacks the usual fields."""
+    text, family = text_fields(fields), text_family(fields)
+    if family is None or not isinstance(fields.get("model_type"), str):
         return None
+    family, own_defaults = TEXT_FAMILIES.get(family, (family, {}))
     unread, defaults = UNREAD.get(family, ()), DEFAULTS.get(family, {})
     given = {name: value for name, value in text.items() if name in KEPT and name not in unread}
-    values: dict[str, Any] = defaults | {ALIASES.get(name, name): value for name, value in given.items()}
+    if "tie_word_embeddings" in fields:  # a multimodal model is tied as it says itself
+        given["tie_word_embeddings"] = fields["tie_word_embeddings"]
+    values: dict[str, Any] = defaults | own_defaults | {ALIASES.get(name, name): value for name, value in given.items()}
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = values.get("num_attention_heads")
     if family in ("gpt2", "falcon") and values.get("intermediate_size") is None:
@@ -54,7 +87,7 @@ def architecture(fields: Mapping[str, Any]) -> Architecture | None:
         return None
     tied = bool(values.pop("tie_word_embeddings", False))
     extra = {name: value for name, value in values.items() if defaults.get(name) != value}
-    return Architecture(model_type=outer, tie_word_embeddings=tied, extra=extra, **numbers)
+    return Architecture(model_type=family, tie_word_embeddings=tied, extra=extra, **numbers)
 
 
 def positions(fields: Mapping[str, Any]) -> int | None:

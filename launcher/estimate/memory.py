@@ -235,5 +235,6 @@ def _disk(config: Config, counts: Counts) -> Disk:
     checkpoint = (4.0 + moment_bytes(config, counts)) * counts.trained
     checkpoint += width_of(config) * counts.trained if whole_copy else 0
     bytes_out = {OutputDtype.auto: width_of(config), OutputDtype.fp32: 4}.get(config.consolidate.dtype, 2)
-    merged = bytes_out * counts.total if "consolidate" in config.jobs else 0
+    towers = GIB * config.model.architecture.tower_gib if config.model.architecture else 0
+    merged = bytes_out * counts.total + towers if "consolidate" in config.jobs else 0
     return Disk(checkpoint, checkpoint * (config.train.keep_checkpoints + 1), merged)

@@ -48,7 +48,7 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
             )
             text = (
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"resume    muster resume {config.run_dir}{note}"
+                f"resume    muster {'push' if job.name == 'push' else 'resume'} {config.run_dir}{note}"
             )
             print(visible(text), file=sys.stderr)
             return 2 if verdict["status"] == USER_ERROR else 1

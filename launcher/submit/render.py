@@ -16,7 +16,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from conf import node_paths
 from conf.choices import Runtime
 from conf.schema import Config
-from launcher import containers, sbatch_options
+from launcher import containers, sbatch_options, secrets_file
 from launcher.environment import job_variables, master_port
 from launcher.plan import Job
 
@@ -88,7 +88,7 @@ def python_command(config: Config, job: Job) -> str:
 def _names(config: Config, job: Job) -> list[str]:
     """Return the variables that reach a container, whatever its image sets."""
     from_paths = (need.split(":")[0] for need in containers.variables(config))
-    return list(dict.fromkeys([*job_variables(config, job), "PYTHONPATH", *config.cluster.secrets, *from_paths]))
+    return list(dict.fromkeys([*job_variables(config, job), "PYTHONPATH", *secrets_file.names(config), *from_paths]))
 
 
 def sbatch_text(config: Config, job: Job, dependency: Sequence[str] = ()) -> str:

@@ -11,7 +11,7 @@ from conf.errors import Problem, RunError, SiteError
 from conf.files import PROGRAM, write_json, write_text
 from conf.schema import Config
 from conf.visible import visible
-from launcher import slurm
+from launcher import plan, slurm
 from launcher.check import resume
 from launcher.paths import CLONE
 from launcher.plan import Job
@@ -51,7 +51,7 @@ def _start(config: Config, jobs: Sequence[Job], config_path: Path) -> int:
             f"\nscripts written; submit all with   bash {config.run_dir}/jobs/submit.sh   "
             f"or one with   sbatch {config.run_dir}/jobs/JOB.sbatch"
         )
-    elif config.cluster.executor is Executor.slurm:
+    elif not plan.runs_here(config):
         _submit_chain(config, jobs, config_path)
     else:
         return local.run(config, jobs, config_path, partial(record.add_job, Path(config.run_dir)))
@@ -84,7 +84,8 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             train = config.cluster.train
             write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, train.nodes * train.ranks_per_node))
         snapshot.copy_code(CLONE, run)
-        record.add_launch(run, command, config.cluster.executor.name, snapshot.provenance(CLONE, run))
+        where = "local" if plan.runs_here(config) else config.cluster.executor.name
+        record.add_launch(run, command, where, snapshot.provenance(CLONE, run))
     except OSError as error:
         remedy = f"cannot be written: {error.strerror} ({error.filename})"
         raise RunError(Problem("run_dir", config.run_dir, remedy)) from error

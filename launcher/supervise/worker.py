@@ -143,6 +143,8 @@ def _caches(config: Config) -> dict[str, str]:
 
 def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) -> None:
     """Set this rank's variables, and log them without secrets. A variable that is already set keeps its value."""
+    if JOB_KINDS[job].needs_hub and os.environ.get("SUBMITIT_EXECUTOR") == "local" and "$" in config.cluster.scratch:
+        config.cluster.scratch = tempfile.gettempdir()  # on a login node there is no job whose disk this could be
     environment.expand_paths(config)
     own = {name: value for name, value in config.cluster.environment.items() if name != "PYTHONPATH"}
     environment.set_variables(own)  # once more: srun, a container or the attempt may have changed them
@@ -156,13 +158,13 @@ def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) 
         interface = rendezvous.interface_to(os.environ["MASTER_ADDR"])
         network_values, reason = environment.network_variables(config, interface, os.environ)
         values |= network_values
-    if config.cluster.secrets:
+    if secrets_file.names(config):
         secrets_text, warning = secrets_file.read(Path(config.cluster.secrets_file))
         values |= environment.secret_values(config, os.environ, secrets_text)
         if warning:
             log.warning(warning)
     environment.set_variables(values)
-    hidden = {name for name in os.environ if name in config.cluster.secrets or secret_names.is_secret(name)}
+    hidden = {name for name in os.environ if name in secrets_file.names(config) or secret_names.is_secret(name)}
     shown = {
         name: secret_names.masked(value)
         for name, value in sorted(os.environ.items())

@@ -22,6 +22,7 @@ NEEDS = {
     "data=jsonl": ["data.path=owner/name"],
     "data=mix": ["+data.sets.a.path=owner/name", "+data.sets.b.path=owner/other", "+data.sets.b.weight=2"],
     "train=smoke": ["cluster.train.nodes=2"],
+    "pipeline=push": ["hub.push=owner/name"],
     "cluster=local": ["train.micro_batch=1"],
 }
 """Other overrides that an option needs."""

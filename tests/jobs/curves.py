@@ -1,12 +1,15 @@
 """Trains several configs on real ranks with the same tokenized rows, which runs through launch.py would make again each time."""
 
+import gc
 import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
 
 from conf.schema import Config
-from jobs import train
+from jobs import train, train_step
+from jobs.distributed import stop_signals
+from jobs.distributed.process_group import World
 from tests.conftest import put
 from tests.jobs.ranks import spawn
 
@@ -30,6 +33,31 @@ def train_each(configs: list[Config], world: int = 4) -> list[list[dict[str, flo
 
 def _rank(_: int, config: Config) -> None:
     train.run(config)
+
+
+def train_here(config: Config, world: World, steps: int) -> None:
+    """Train on a rank whose process group is there already, so that many configs take one start. Nothing is evaluated or saved."""
+    training, step = train._set_up(config, world, stop_signals.StopFlag())
+    while step < steps:
+        train_step.run(training, step)
+        step += 1
+    training.metrics.close()
+    del training
+    gc.collect()
+
+
+def points(run: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def differences(actual: list[tuple[float, float]], expected: list[tuple[float, float]]) -> list[float]:
+    """For each step, the larger relative difference of loss and gradient norm."""
+    return [
+        max(abs(value - right) / right for value, right in zip(step, right_step, strict=True))
+        for step, right_step in zip(actual, expected, strict=True)
+    ]
 
 
 def runs(config: Config, data: Path, folder: Path, cases: dict[str, dict[str, object]]) -> list[Config]:

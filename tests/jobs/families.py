@@ -1,8 +1,9 @@
 """Tiny random checkpoints of model families, trained on two ranks and compared with plain transformers and PEFT.
 
-`make families` writes docs/models.md: each family with a full fine-tune, a LoRA and packed rows, under FSDP.
+`make families` writes docs/models.md (families_page.py): each family with a full fine-tune, a LoRA and packed rows, under FSDP.
 """
 
+import argparse
 import gc
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ import torch.nn.functional as F
 
 from conf.errors import MusterError, first_line
 from conf.schema import Config
-from tests.jobs import reference
+from launcher.check import localize, model_files, packing_rules
+from tests.jobs import curves, families_page, reference
+from tests.jobs.families_page import Cell, merged, page, read_page, result
 from tests.jobs.ranks import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """Name of a family -> its model_type, and the fields of the config of a tiny model."""
-STEPS, RANKS, GROUP = 5, 2, 10
+STEPS, RANKS, GROUP = 5, 2, 30
 LIMIT = 2e-3
 """Largest relative difference that can come from another order of floating-point operations."""
 COMMON = [
@@ -46,27 +49,13 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What became of one family trained in one way."""
-
-    family: str
-    way: str
-    verdict: str
-    """right, refused, wrong or traceback."""
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.family:<20} {self.way:<7} {self.verdict:<9} {self.detail}"
-
-
-def make(folder: Path, family: str, std: float = 0.08) -> None:
+def make(folder: Path, family: str, std: float = 0.08, dtype: torch.dtype = torch.float32) -> None:
     """Write a random checkpoint with the tokenizer of the examples. The weights are large enough for errors to show."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     kind, values = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
+    model = auto_class(kind).from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
@@ -81,8 +70,16 @@ def make(folder: Path, family: str, std: float = 0.08) -> None:
                 "q_norm" in name or "k_norm" in name
             ):  # Gemma 4 does not scale its scores: they would be so large that rounding decides
                 weight.mul_(0.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "examples/tokenizer").save_pretrained(folder)
+
+
+def auto_class(kind: str) -> Any:
+    """The class of transformers that loads a model type whole: with the towers of a multimodal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_multimodal = any(kind == name and "text_config" in values for name, values in FAMILIES.values())
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> list[Cell]:
@@ -92,11 +89,19 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
     folder.mkdir(exist_ok=True)
 
     configs: dict[tuple[str, str], Config] = {}
+    refused: list[Cell] = []
     rows: Path | None = None
+    # composing takes longer than some trainings: once for each way
+    composed = {way: compose("model=hub", "model.source=unknown/unknown", *COMMON, *WAYS[way]) for way in ways}
     for family in families:
         make(folder / family, family)
         for way in ways:
-            config = compose("model=hub", f"model.source={folder / family}", *COMMON, *WAYS[way])
+            config = deepcopy(composed[way])
+            config.model.source = str(folder / family)
+            localize.localize(config, 0)
+            if said := _launch_problems(config, folder / family):
+                refused.append(Cell(family, way, "refused", said[0]))
+                continue
             config.run_dir = str(folder / f"{family}-{way}")
             Path(config.run_dir).mkdir()
             if rows is None:
@@ -105,13 +110,18 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
             else:
                 (Path(config.run_dir) / "data").symlink_to(rows)
             configs[family, way] = config
-    spawn(_train_all, RANKS, list(configs.values()))
-    return [_cell(family, way, config) for (family, way), config in configs.items()]
+    if configs:
+        spawn(_train_all, RANKS, list(configs.values()))
+    return [*refused, *(_cell(family, way, config) for (family, way), config in configs.items())]
+
+
+def _launch_problems(config: Config, source: Path) -> list[str]:
+    """What launch.py says of packed rows of this model, before a job is queued."""
+    files = model_files.read(source, source, local=True)
+    return [str(problem) for problem in packing_rules.problems(config, files, frozenset())]
 
 
 def _train_all(rank: int, configs: list[Config]) -> None:
-    from jobs import train, train_step
-    from jobs.distributed import stop_signals
     from jobs.distributed.process_group import process_group
 
     torch.set_num_threads(1)
@@ -119,14 +129,9 @@ def _train_all(rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         for config in configs:
             try:
-                training, step = train._set_up(config, world, stop_signals.StopFlag())
-                while step < STEPS:
-                    train_step.run(training, step)
-                    step += 1
-                training.metrics.close()
-                del training
+                curves.train_here(config, world, STEPS)
             except MusterError as error:
-                _write_error(config, rank, "refused", first_line(error))
+                _write_error(config, rank, "late", first_line(error))
             except Exception as error:  # the table says which family ends in a traceback
                 traceback.print_exc()
                 _write_error(config, rank, "traceback", f"{type(error).__name__}: {first_line(error)}")
@@ -142,13 +147,7 @@ def _cell(family: str, way: str, config: Config) -> Cell:
     error = Path(config.run_dir) / "error.json"
     if error.exists():
         return Cell(family, way, *json.loads(error.read_text()))
-    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-    expected = plain_curve(config, STEPS)
-    differences = [
-        max(abs(value - right) / right for value, right in zip(step, right_step, strict=True))
-        for step, right_step in zip(steps, expected, strict=True)
-    ]
+    differences = curves.differences(curves.points(Path(config.run_dir)), plain_curve(config, STEPS))
     worst, first = max(differences), differences[0]
     return Cell(family, way, "right" if worst <= LIMIT else "wrong", f"{worst:.1e} (step 1: {first:.1e})")
 
@@ -214,16 +213,18 @@ def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None
 def plain_model(config: Config) -> Any:
     """The model of transformers; an adapter is PEFT's, with the initial weights of a build by Muster."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from jobs.model import build
 
+    kind = AutoConfig.from_pretrained(config.model.source).model_type
     # eager attention of Falcon adds ALiBi twice (transformers 5.23): in the mask, and to the scores
-    is_falcon = AutoConfig.from_pretrained(config.model.source).model_type == "falcon"
-    attention = "sdpa" if is_falcon else "eager"
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    attention = "sdpa" if kind == "falcon" else "eager"
+    model: Any = auto_class(kind).from_pretrained(
         config.model.source, dtype=torch.float32, attn_implementation=attention
     )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not is_multimodal(model) or name.startswith(TEXT))
     if config.adapter.kind.name == "none":
         return model.train()
     targets = config.adapter.targets
@@ -235,12 +236,40 @@ def plain_model(config: Config) -> Any:
     )
     whole = build.build(config)
     lora.exclude_modules = whole.peft_config["default"].exclude_modules
-    model = get_peft_model(model, lora)
     built = {name: value for name, value in whole.state_dict().items() if "lora_" in name}
+    if is_multimodal(model):
+        built = {in_whole_model(name, model): value for name, value in built.items()}
+        modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in built}
+        lora.target_modules = {name for name in modules if "experts" not in name}
+        experts = sorted(
+            {name for name, _ in model.named_parameters() if name.startswith(TEXT) and ".experts." in name}
+        )
+        lora.target_parameters = experts if any("experts" in name for name in modules) else None
+        lora.exclude_modules = None
+    model = get_peft_model(model, lora)
     own = [name for name in model.state_dict() if "lora_" in name]
     assert built.keys() == set(own)
     model.load_state_dict(built, strict=False)
     return model.train()
+
+
+TEXT = ("model.language_model.", "language_model.", "lm_head.")
+"""Beginnings of the names of the weights of text in a multimodal model."""
+
+
+def is_multimodal(model: Any) -> bool:
+    return model.config.get_text_config() is not model.config
+
+
+def in_whole_model(name: str, whole: Any) -> str:
+    """The name in a multimodal model of a weight of its model of text."""
+    outer = "base_model.model." if name.startswith("base_model.model.") else ""
+    inner = name.removeprefix(outer)
+    if whole.config.model_type == "llama4":
+        return f"{outer}language_model.{inner}"
+    if inner.startswith("model."):
+        return f"{outer}model.language_model.{inner.removeprefix('model.')}"
+    return f"{outer}{inner}"
 
 
 def _sample_loss(model: Any, tokens: Any, trained: Any) -> torch.Tensor:
@@ -255,7 +284,6 @@ def compose(*words: str) -> Config:
     from hydra.core.config_store import ConfigStore
 
     from conf import resolve
-    from launcher.check import localize
 
     ConfigStore.instance().store(name="schema", node=Config)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -264,79 +292,35 @@ def compose(*words: str) -> Config:
     return config
 
 
-def table(cells: list[Cell]) -> str:
-    """A Markdown table: one line per family, one column per way, and the reasons of refusals below."""
-    ways = list(dict.fromkeys(cell.way for cell in cells))
-    found = {(cell.family, cell.way): cell for cell in cells}
-    lines = ["| family | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
-    for family in dict.fromkeys(cell.family for cell in cells):
-        row = [found.get((family, way)) for way in ways]
-        lines.append(f"| {family} | " + " | ".join(_short(cell) for cell in row) + " |")
-    return "\n".join(lines)
+def check_group(group: list[str], ways: list[str], folder: Path) -> list[Cell]:
+    """The cells of some families, which train in the same two processes."""
+    try:
+        return check(group, ways, folder, compose)
+    except Exception as error:  # the ranks of this group ended apart
+        text = f"{type(error).__name__}: {first_line(error)}"
+        return [Cell(family, way, "traceback", text) for family in group for way in ways]
 
 
-def _short(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    return cell.detail.partition(" ")[0] if cell.verdict == "right" else f"**{cell.verdict}**"
-
-
-def reasons(cells: list[Cell]) -> str:
-    """One line per cell that is not right, with the message that the user sees."""
-    return "\n".join(f"- {cell.family}, {cell.way}: {cell.detail}" for cell in cells if cell.verdict != "right")
-
-
-PAGE = """# Models: families compared with plain transformers and PEFT
-
-{ranks} ranks on CPUs (Gloo, float32) train a tiny random model of each family for {steps} steps of AdamW under FSDP: all weights,
-a LoRA on all linear layers (with the experts that PEFT finds), and all weights on packed rows. The reference is transformers and
-PEFT in one process, with every sample alone in its row. A cell is the largest relative difference of loss or gradient norm over
-all steps; above {limit:g} it is called wrong. `refused` means: a message before any weight is read, which names the key to change.
-`make families` writes this page. Names are those of tests/jobs/families.json.
-
-{table}
-
-## What is refused
-
-{reasons}
-"""
-
-
-def result(cells: list[Cell]) -> str:
-    """The line that a script can read."""
-    counts = {kind: sum(cell.verdict == kind for cell in cells) for kind in ("right", "refused", "wrong", "traceback")}
-    return (
-        f"RESULT families={len({cell.family for cell in cells})} right={counts['right']} refused={counts['refused']} "
-        f"wrong={counts['wrong']} tracebacks={counts['traceback']}"
-    )
-
-
-def page(cells: list[Cell]) -> str:
-    """The text of docs/models.md."""
-    return PAGE.format(ranks=RANKS, steps=STEPS, limit=LIMIT, table=table(cells), reasons=reasons(cells))
-
-
-def main() -> None:
-    """`python -m tests.jobs.families [family ...] [way ...]`: print the verdicts. Without names: all, and write docs/models.md."""
-    families = [word for word in sys.argv[1:] if word in FAMILIES] or list(FAMILIES)
-    ways = [word for word in sys.argv[1:] if word in WAYS] or ["full", "LoRA", "packed"]
+def main(words: list[str]) -> int:
+    """Check families, and write their lines of docs/models.md as they are found; other ways than the page's are only printed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.jobs.families", description=main.__doc__)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", help="check these families")
+    parser.add_argument("--from", dest="first", choices=FAMILIES, metavar="FAMILY", help="go on from this family")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=families_page.WAYS, help="how to train them")
+    options = parser.parse_args(words)
+    names = list(FAMILIES)
+    names = options.only or names[names.index(options.first) if options.first else 0 :]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    cells: list[Cell] = []
+    path, cells = ROOT / "docs/models.md", []
     with tempfile.TemporaryDirectory() as folder:
-        for start in range(0, len(families), GROUP):
-            group = families[start : start + GROUP]
-            try:
-                found = check(group, ways, Path(folder) / str(start), compose)
-            except Exception as error:  # the ranks of this group ended apart
-                text = f"{type(error).__name__}: {first_line(error)}"
-                found = [Cell(family, way, "traceback", text) for family in group for way in ways]
+        for start in range(0, len(names), GROUP):
+            found = check_group(names[start : start + GROUP], options.ways, Path(folder) / str(start))
             print("\n".join(map(str, found)), flush=True)
             cells += found
-    if not sys.argv[1:]:
-        (ROOT / "docs/models.md").write_text(page(cells))
+            path.write_text(page(merged(read_page(path.read_text()), found, FAMILIES)))
     print(result(cells))
-    sys.exit(any(cell.verdict in ("wrong", "traceback") for cell in cells))
+    return any(cell.verdict not in ("right", "refused") for cell in cells)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,6 @@
 All layouts train in the same four processes, one after the other, because starting ranks takes longer than twenty small steps.
 """
 
-import gc
-import json
 import os
 import sys
 import tempfile
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from conf import resolve
 from conf.schema import Config
-from tests.jobs import reference
+from tests.jobs import curves, reference
 from tests.jobs.ranks import spawn
 
 STEPS, RANKS, ROWS = 20, 4, 12
@@ -104,7 +102,7 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
     """For each case, the largest relative difference of loss or gradient norm over all steps. `compose` is the tests' fixture."""
     from jobs import preprocess
 
-    rows, curves = {}, {}
+    rows, expected = {}, {}
     for task in tqdm(dict.fromkeys(case.task for case in cases), desc="references", disable=not sys.stderr.isatty()):
         run = folder / f"rows-{task.packed}"
         config = compose(f"run_dir={run}", *COMMON, *task.words)
@@ -112,7 +110,7 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
             run.mkdir()
             preprocess.run(config)
             rows[task.packed] = run / "data"
-        curves[task] = reference.curve(config, run, STEPS)
+        expected[task] = reference.curve(config, run, STEPS)
     configs = []
     for number, case in enumerate(cases):
         config = compose(f"run_dir={folder}/{number}", *COMMON, *case.task.words, *LAYOUTS[case.layout])
@@ -124,13 +122,12 @@ def differences(cases: list[Case], folder: Path, compose) -> dict[Case, float]:
         configs.append(config)
     spawn(_train, RANKS, configs)
     return {
-        case: _difference(Path(config.run_dir), curves[case.task]) for case, config in zip(cases, configs, strict=True)
+        case: max(curves.differences(curves.points(Path(config.run_dir)), expected[case.task]))
+        for case, config in zip(cases, configs, strict=True)
     }
 
 
 def _train(rank: int, configs: list[Config]) -> None:
-    from jobs import train, train_step
-    from jobs.distributed import stop_signals
     from jobs.distributed.process_group import process_group
 
     torch.set_num_threads(1)
@@ -138,24 +135,7 @@ def _train(rank: int, configs: list[Config]) -> None:
         for config in tqdm(configs, desc="layouts", disable=rank > 0 or not sys.stderr.isatty()):
             parallel = config.parallel
             here = replace(world, context_ranks=parallel.context_ranks, tensor_ranks=parallel.tensor_ranks)
-            training, step = train._set_up(config, here, stop_signals.StopFlag())
-            while step < STEPS:
-                train_step.run(training, step)
-                step += 1
-            training.metrics.close()
-            del training
-            gc.collect()
-
-
-def _difference(run: Path, curve: list[tuple[float, float]]) -> float:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-    assert len(steps) == len(curve)
-    return max(
-        abs(value - expected) / expected
-        for step, reference_step in zip(steps, curve, strict=True)
-        for value, expected in zip(step, reference_step, strict=True)
-    )
+            curves.train_here(config, here, STEPS)
 
 
 def table(differences_of: dict[Case, float]) -> str:

@@ -15,13 +15,13 @@ CLONE = Path(__file__).resolve().parents[2]
 multiprocessing.set_forkserver_preload(["tests.jobs.preloaded"])
 
 
-def run(*words: str) -> str:
-    """Run `python launch.py words...` and return its output. If it fails, the test fails and shows the output."""
+def run(*words: str, code: int = 0) -> str:
+    """Run `python launch.py words...` and return its output. If it exits with another code, the test fails and shows the output."""
     done = subprocess.run(
         [sys.executable, CLONE / "launch.py", *words], capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + (done.stderr if code else "")
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> None:

@@ -16,12 +16,14 @@ ALL = list(JOB_KINDS)
             ALL,
             [],
             {
+                "fetch": (),
                 "preflight": (),
-                "preprocess": (),
-                "train": ("preflight", "preprocess"),
+                "preprocess": ("fetch",),
+                "train": ("fetch", "preflight", "preprocess"),
                 "consolidate": ("train",),
                 "evaluate": ("preprocess", "consolidate"),
                 "generate": ("consolidate",),
+                "push": ("consolidate",),
             },
         ),
         (["train", "preprocess"], [], {"preprocess": (), "train": ("preprocess",)}),
@@ -42,14 +44,14 @@ def test_a_job_waits_for_its_inputs_that_are_not_done(
 
 def test_jobs_are_planned_after_their_inputs(compose: Compose) -> None:
     names = [job.name for job in plan(put(compose(), {"jobs": ALL[::-1]}))]
-    assert names == ["preflight", "preprocess", "train", "consolidate", "evaluate", "generate"]
+    assert names == ["fetch", "preflight", "preprocess", "train", "consolidate", "evaluate", "generate", "push"]
 
 
 @pytest.mark.parametrize(
     ("section", "jobs"),
     [
         ("train", ["preflight", "train"]),
-        ("cpu", ["preprocess", "consolidate"]),
+        ("cpu", ["fetch", "preprocess", "consolidate", "push"]),
         ("inference", ["evaluate", "generate"]),
     ],
 )

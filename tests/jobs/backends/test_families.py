@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 from conf.schema import Config
 from jobs.backends import fsdp
 from jobs.data.packing import hidden_factor
@@ -17,8 +17,9 @@ from jobs.distributed.process_group import process_group
 from jobs.model import attention, block_sizes, build, fused_cross_entropy
 from jobs.monitoring import flops
 from jobs.tensor_io.wrapper_names import without_wrappers
+from jobs.tokenization.tokenizer import load_tokenizer
 from tests.conftest import Compose
-from tests.jobs import families
+from tests.jobs import families, families_page
 from tests.jobs.ranks import spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,11 +81,12 @@ def test_gpt2_keeps_the_bias_that_transformers_ignores_elsewhere(tmp_path, compo
     assert all(torch.equal(built[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_rows_longer_than_learned_positions_are_refused(family, tmp_path, compose: Compose) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "mpt"])
+def test_rows_longer_than_fixed_positions_are_refused(family, tmp_path, compose: Compose) -> None:
     families.make(tmp_path, family)
     with pytest.raises(
-        ConfigError, match=r"data\.max_length=600: the model has 512 learned positions .*max_length=512$"
+        ConfigError,
+        match=r"data\.max_length=600: the model has 512 positions, and none beyond them: set data\.max_length=512$",
     ):
         build.build_on_meta(on(tmp_path, compose, "data.max_length=600"))
     build.build_on_meta(on(tmp_path, compose, "data.max_length=512"))
@@ -98,7 +100,22 @@ def test_rows_longer_than_computed_positions_are_said(
     build.build_on_meta(on(tmp_path, compose, "data.max_length=512"))
     assert "positions" not in capsys.readouterr().out
     build.build_on_meta(on(tmp_path, compose, "data.max_length=600"))
-    assert "data.max_length=600 is more than max_position_embeddings=512 of config.json" in capsys.readouterr().out
+    assert "data.max_length=600 is more than 512, for which the model was made" in capsys.readouterr().out
+
+
+def test_python_code_of_a_model_is_not_run_unless_trusted(tmp_path, compose: Compose) -> None:
+    families.make(tmp_path, "llama")
+    for name, part in (("config", "AutoConfig"), ("tokenizer_config", "AutoTokenizer")):
+        path = tmp_path / f"{name}.json"
+        code = {part: "own.Class" if name == "config" else ["own.Class", None]}
+        changed = {"auto_map": code, "model_type": "new", "tokenizer_class": "New"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    (tmp_path / "own.py").write_text("raise SystemExit('this code ran')\n")
+    said = "comes with Python code of its own. Read that code, then add model.trust_remote_code=true$"
+    with pytest.raises(ConfigError, match=f"^model.source=.*: {said}"):
+        build.build_on_meta(on(tmp_path, compose))
+    with pytest.raises(DataError, match=f"^model.tokenizer=.*: {said}"):
+        load_tokenizer(on(tmp_path, compose))
 
 
 def test_a_router_gets_no_adapter(tmp_path, compose: Compose, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +189,9 @@ def test_weights_that_a_model_freezes_itself_are_saved(tmp_path, compose: Compos
 
 @pytest.mark.slow
 def test_odd_families_equal_transformers(compose: Compose, tmp_path) -> None:
-    cells = families.check(ODD, ["full"], tmp_path, compose)
-    assert [cell.verdict for cell in cells] == ["right"] * len(ODD), cells
+    names = [*ODD, "gemma3", "qwen2_5_vl"]
+    cells = families.check(names, ["full"], tmp_path, compose)
+    assert [cell.verdict for cell in cells] == ["right"] * len(names), cells
 
 
 @pytest.mark.slow
@@ -197,12 +215,22 @@ def test_a_tokenizer_without_padding_and_end_tokens_trains(
 
 def test_the_table_counts_every_verdict() -> None:
     cells = [
-        families.Cell("llama", "full", "right", "1.0e-07 (step 1: 1.0e-07)"),
-        families.Cell("llama", "packed", "refused", "data.packing=true: no"),
-        families.Cell("qwen2", "full", "wrong", "3.0e-01"),
-        families.Cell("qwen2", "packed", "traceback", "KeyError: 'a'"),
+        families_page.Cell("llama", "full", "right", "1.0e-07"),
+        families_page.Cell("llama", "packed", "refused", "data.packing=true: no"),
+        families_page.Cell("qwen2", "full", "wrong", "3.0e-01"),
+        families_page.Cell("qwen2", "packed", "traceback", "KeyError: 'a'"),
     ]
-    assert families.result(cells) == "RESULT families=2 right=1 refused=1 wrong=1 tracebacks=1"
-    text = families.page(cells)
+    assert families_page.result(cells) == "RESULT families=2 right=1 refused=1 late=0 wrong=1 tracebacks=1"
+    text = families_page.page(cells)
     assert "| llama | 1.0e-07 | **refused** |" in text
     assert "- llama, packed: data.packing=true: no" in text
+    assert families_page.read_page(text) == cells
+
+
+def test_new_cells_replace_those_of_the_page() -> None:
+    old = families_page.read_page((families.ROOT / "docs/models.md").read_text())
+    assert [*dict.fromkeys(cell.family for cell in old)] == list(families.FAMILIES)
+    new = families_page.Cell("bitnet", "full", "right", "9.9e-09")
+    after = families_page.merged(old, [new], families.FAMILIES)
+    assert len(after) == len(old)
+    assert [cell for cell in after if cell not in old] == [new]

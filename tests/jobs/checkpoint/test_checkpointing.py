@@ -217,10 +217,10 @@ def test_pruning_makes_room(config, saved, monkeypatch) -> None:
 def test_the_first_checkpoint_needs_space_for_all_parameters(config, monkeypatch) -> None:
     network = torch.nn.Linear(10, 10)
     network.bias.requires_grad_(False)
-    assert checkpointing.expected_bytes(network) == 1200
+    assert checkpointing.expected_bytes(network, config) == 1200
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1199))
     with pytest.raises(RunError, match="needs 1.12e-06 GiB"):
-        save(config, 2, expected_bytes=checkpointing.expected_bytes(network))
+        save(config, 2, expected_bytes=checkpointing.expected_bytes(network, config))
     save(config, 2, expected_bytes=1199)
 
 
@@ -274,7 +274,7 @@ def zero(rank: int, config: Config) -> None:
     with process_group(config) as world:
         backend = backends.import_backend(config)
         network = build.build(config)
-        expected = checkpointing.expected_bytes(network)
+        expected = checkpointing.expected_bytes(network, config)
         engine = backend.wrap(network, config, world)
 
         def write(folder):
@@ -285,7 +285,7 @@ def zero(rank: int, config: Config) -> None:
         assert checkpointing.resume(config, world, lambda folder: backend.load(engine, folder)) == 1
         assert not manifest.checksum_problems(path)
         assert (
-            expected == checkpointing.expected_bytes(engine.module) > 0
+            expected == checkpointing.expected_bytes(engine.module, config) > 0
         )  # of whole parameters, though they are sharded now
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

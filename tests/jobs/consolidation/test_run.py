@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.errors import RunError
@@ -149,6 +149,23 @@ def test_an_adapter(run, base, tmp_path, capsys) -> None:
     assert not torch.allclose(
         apart, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(tokens).logits, atol=0.1
     )
+
+
+@pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["whole", "lora"])
+def test_tensors_that_training_does_not_use_stay_as_they_are(words, run, base, tmp_path, capsys) -> None:
+    shutil.copytree(base, tmp_path / "more")
+    more = {
+        "mtp.layer.weight": torch.randn(3, 5),
+        "model.layers.99.eh_proj.weight": torch.ones(4, dtype=torch.bfloat16),
+    }
+    save_file(load_file(base / "model.safetensors") | more, tmp_path / "more/model.safetensors", {"format": "pt"})
+    ignored = r'model.ignore_tensors=["^mtp[.]","[.]99[.]"]'
+    config, _ = run("model=hub", f"model.source={tmp_path / 'more'}", "train.precision=bf16", ignored, *words)
+    found = merged(config, tmp_path)
+    assert f"2 tensors that training does not use stay as they are in {tmp_path / 'more'}" in capsys.readouterr().out
+    assert found.keys() == load_file(base / "model.safetensors").keys() | more.keys()
+    for name, value in more.items():
+        assert found[name].dtype is value.dtype and torch.equal(found[name], value)
 
 
 def test_original_and_damage(run, base, tmp_path) -> None:

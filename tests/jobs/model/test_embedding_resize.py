@@ -66,3 +66,14 @@ def test_new_rows_are_the_mean_of_those_before(tied, stored, compose: Compose) -
 def test_an_adapter_cannot_train_new_rows(stored, compose: Compose) -> None:
     with pytest.raises(ConfigError, match="data.special_tokens.*an adapter does not train the embedding"):
         build.build(compose(*stored(False), "adapter=lora", "data.special_tokens=['<one>','<two>']"))
+
+
+def test_tokens_that_the_tokenizer_adds_itself_are_not_called_special_tokens(
+    stored, compose: Compose, tmp_path
+) -> None:
+    overrides = stored(False)
+    grown = load_tokenizer(compose("data.special_tokens=['<one>']"))
+    grown.save_pretrained(tmp_path / "grown")
+    with pytest.raises(ConfigError, match=r"^model.tokenizer=.*/grown: .*an adapter does not train the embedding"):
+        build.build(compose(*overrides, "adapter=lora", f"model.tokenizer={tmp_path}/grown"))
+    build.build(compose(*overrides, "adapter=none", f"model.tokenizer={tmp_path}/grown"))  # what the message says

@@ -54,12 +54,8 @@ def test_listed_heads_are_what_the_list_says(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(known_architectures.GATED_MLPS))
 def test_listed_mlps_are_gated(name: str) -> None:
     family = name.removesuffix("MLP").removesuffix("Text")
-    without_weights(f"{family}ForCausalLM")  # imports the module of the MLP
-    (mlp_class,) = {
-        vars(module)[name]
-        for path, module in list(sys.modules.items())
-        if path.startswith("transformers.models.") and name in vars(module) and vars(module)[name].__module__ == path
-    }
+    model_class = type(without_weights(f"{family}ForCausalLM"))
+    mlp_class = getattr(sys.modules[model_class.__module__], name)  # other families have a class of this name too
     mlp = mlp_class.__new__(mlp_class)
     nn.Module.__init__(mlp)
     for projection in fused_ops.PROJECTIONS:

@@ -277,7 +277,7 @@ def _measured(_rank: int, config: Config, size: int) -> None:
             while not done.wait(0.002):
                 peak[0] = max(peak[0], _resident())
 
-        watcher = Thread(target=watch)
+        watcher = Thread(target=watch, daemon=True)  # if filling fails, the rank ends all the same
         watcher.start()
         if (
             config.parallel.backend.name == "zero"

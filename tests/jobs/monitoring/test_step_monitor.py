@@ -10,6 +10,7 @@ import string
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import loops
 from conf.errors import DivergedError
 from jobs.monitoring import stragglers
 from jobs.monitoring.flops import ModelFlops, count_weights, peak_flops
@@ -27,7 +30,7 @@ from jobs.monitoring.step_timer import StepTimer
 from jobs.training.divergence import PATIENCE, WINDOW, DivergenceDetector
 from launcher.run_folder.attempts import metrics
 from tests.jobs import ranks
-from tests.jobs.networks import adapted, network, rows, whole
+from tests.jobs.networks import SMALL, adapted, network, rows, whole
 
 CPU = torch.device("cpu")
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -53,6 +56,22 @@ def test_flops_are_those_that_torch_counts(kind: str, adapter: str, tied: bool) 
     # a full mask costs twice a causal one
     ours = counted.training(tokens=length, trained_tokens=length, squared_lengths=2 * length**2)
     assert counted.frozen == frozen
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_flops_of_the_benchmarks_loops_are_those_that_torch_counts(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/loops.py is compared with Muster, so both must count the same. torch counts attention without a mask."""
+    shape = LlamaConfig(
+        **SMALL | {"num_hidden_layers": 3, "tie_word_embeddings": tied}, attn_implementation="eager", pad_token_id=0
+    )
+    monkeypatch.setattr(loops, "shape", lambda name: shape)
+    counted = loops.count_flops(Namespace(loop="fsdp", shape="small"))
+    length, model = 64, LlamaForCausalLM(shape)
+    tokens = torch.randint(3, shape.vocab_size, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    ours = counted.training(tokens=length, trained_tokens=length, squared_lengths=2 * length**2)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers.models.granitemoe import modeling_granitemoe
 
+from conf.errors import ConfigError
 from jobs.data import batches
 from jobs.distributed.log_once import log_once
 from jobs.model import fused_cross_entropy, router_loss
@@ -13,13 +15,17 @@ from tests.jobs import families
 from tests.jobs.networks import check_equal, network, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+RECORDED = "router_logits" in modeling_granitemoe.GraniteMoePreTrainedModel._can_record_outputs
+"""Whether this transformers returns the router logits of GraniteMoe; 5.17 did not, and its own loss fails."""
 KINDS = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
-    "granitemoe",
+    pytest.param(
+        "granitemoe", marks=pytest.mark.skipif(not RECORDED, reason="this transformers returns no router logits of it")
+    ),
     "jamba",
     "phimoe",
     "ernie4_5_moe",
@@ -34,6 +40,19 @@ def moe(kind: str, **values):
         value.requires_grad_("correction_bias" not in name)
     router_loss.attach(model)
     return model
+
+
+def test_a_model_that_returns_no_router_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, all_rows = moe("granitemoe"), rows([30, 11])
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **inputs: forward(**inputs | {"output_router_logits": False}))
+    batch = batches.collate(all_rows, np.arange(2), pad=0)
+    with pytest.raises(
+        ConfigError, match="^output_router_logits=true: .* no router logits of GraniteMoeForCausalLM. Install"
+    ):
+        loss.training_losses(model, batch, all_rows.lengths)
+    model = moe("granitemoe", output_router_logits=False)  # what the message says
+    assert loss.training_losses(model, batch, all_rows.lengths)[1] is None
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -100,4 +119,5 @@ def test_a_model_without_experts_logs_nothing(capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_training_on_two_ranks_with_accumulation_equals_transformers(compose: Compose, tmp_path) -> None:
     cells = families.check(["qwen2_moe_aux", "granitemoe_aux"], ["full", "LoRA", "recomputed"], tmp_path, compose)
-    assert [cell.verdict for cell in cells] == ["right"] * 6, cells
+    granite = "right" if RECORDED else "late"
+    assert [cell.verdict for cell in cells] == ["right"] * 3 + [granite] * 3, cells

@@ -15,7 +15,7 @@ def messages(*words: str) -> list[str]:
     [
         ("modle=tiny", "modle", "did you mean 'model'"),
         ("experiments=llama8b_fsdp", "experiments", "did you mean 'experiment'"),
-        ("model=llama7b", "model=llama7b", "Choose from gemma2_2b, gemma2_9b, hub, llama1b"),
+        ("model=llama7b", "model=llama7b", "Choose from gemma2_2b, gemma2_9b, gemma3_12b"),
         ("parallel=zero4", "parallel=zero4", "did you mean 'zero"),
         ("adapter=loora", "adapter=loora", "did you mean 'lora'"),
         ("experiment=llama70b_zero", "experiment=llama70b_zero", "did you mean 'llama70b_zero3'"),
@@ -54,7 +54,7 @@ def messages(*words: str) -> list[str]:
         ("base_model=x", "base_model", "use model.source"),
         ("load_in_4bit=true", "load_in_4bit", "use adapter=qlora"),
         ("num_train_epochs=3", "num_train_epochs", "use train.epochs"),
-        ("hub_model_id=x", "hub_model_id", "hf upload"),
+        ("hub_model_id=x", "hub_model_id", "use hub.push"),
         ("cluster.time=3", "cluster.time", "cluster.train.time_min"),
         ("tracker=mlfow", "tracker=mlfow", "did you mean 'mlflow'"),
         ("tracker=[wandb,mlfow]", "tracker=mlfow", "did you mean 'mlflow'"),

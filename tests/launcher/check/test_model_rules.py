@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 
 from conf import resolve
-from conf.schema import Config
+from conf.schema import Adapter, Config
 from launcher.check import localize, model_files, observe, parallel_rules
 from launcher.check.model_rules import problems
 from launcher.estimate import auto_settings, memory
 from launcher.estimate.config_json import positions
-from tests.conftest import Compose, Launch, put
+from launcher.estimate.parameters import count
+from tests.conftest import ROOT, Compose, Launch, put
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads((ROOT / "tests/jobs/families.json").read_text())
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
+MULTIMODAL = sorted({kind for kind, values in FAMILIES.values() if "text_config" in values})
 GPTQ = {"quant_method": "gptq", "bits": 4}
 
 
@@ -87,7 +91,11 @@ REFUSED: list[tuple[dict[str, Any] | None, tuple[str, ...], str]] = [
     ({"model_type": "llama", "is_encoder_decoder": True}, (), "is an encoder with a decoder"),
     ({"model_type": "missing"}, (), "its config.json has no model_type"),
     ({"model_type": "no_such_family"}, (), "has model_type=no_such_family"),
-    ({"model_type": "qwen3_vl", "vision_config": {}, "text_config": LLAMA}, (), "is a model of images and text"),
+    ({"model_type": "mllama", "vision_config": {}, "text_config": LLAMA}, (), "whose text cannot be trained alone: its decoder"),
+    ({"model_type": "blip-2", "text_config": LLAMA}, (), "cannot be trained alone: it reads no text without an image"),
+    ({"model_type": "llava", "text_config": {"model_type": "bert"}}, (), "is an encoder (model_type=bert)"),
+    ({"model_type": "blip-2", "text_config": {"model_type": "t5"}}, (), "is an encoder with a decoder (model_type=blip-2)"),
+    ({"model_type": "gemma3", "vision_config": {}, "text_config": LLAMA}, ("pytorch_model.bin",), "without *.safetensors"),
     ({"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}, (), "Read that code, then add model.trust_remote_code=true"),
     (None, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
     ({}, ("model-Q4_K_M.gguf",), "has weights in GGUF only"),
@@ -118,6 +126,7 @@ def test_what_can_never_train(
         ({"model_type": "llama", "auto_map": {"AutoConfig": "a.B"}}, ()),  # transformers has this family itself
         ({"model_type": "bert", "is_decoder": True}, ()),
         ({"model_type": "mamba"}, ()),
+        *(({"model_type": family, "vision_config": {}, "text_config": LLAMA}, ()) for family in MULTIMODAL),
         ({"quantization_config": None}, ()),
     ],
 )
@@ -213,7 +222,7 @@ def test_a_run_keeps_the_shape_that_it_was_launched_with(compose: Compose, tmp_p
         ({"model_type": "bamba"}, "model_type=bamba is a family that Muster cannot count"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm=true of model_type=stablelm is not counted"),
         ({"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32}, "this form of OPT"),
-        ({"model_type": "gemma3", "text_config": LLAMA, "vision_config": {}}, "model_type=gemma3 is a family"),
+        ({"model_type": "gemma4", "text_config": LLAMA, "vision_config": {}}, "model_type=gemma4_text is a family"),
         ({"hidden_size": "64"}, "lacks the usual fields"),
     ],
 )
@@ -257,8 +266,21 @@ def test_positions_with_rope_scaling(fields: dict[str, Any], longest: int | None
     assert positions(fields) == longest
 
 
-def test_rows_longer_than_the_positions_of_a_model(compose: Compose, tmp_path: Path) -> None:
-    base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 1024, "max_position_embeddings": "missing"})
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "n_positions"),
+        ("gptj", "n_positions"),
+        ("codegen", "n_positions"),
+        ("mpt", "max_seq_len"),
+        ("opt", None),
+    ],
+)
+def test_rows_longer_than_the_positions_of_a_model(
+    compose: Compose, tmp_path: Path, family: str, name: str | None
+) -> None:
+    fields = {"max_position_embeddings": "missing"} | {name or "max_position_embeddings": 1024}
+    base = folder(tmp_path / "m", {"model_type": family, **fields})
     [message] = found(launched(compose, base, "data.max_length=2048"))
     assert (
         message.startswith("data.max_length=2048: is more than the 1024 positions")
@@ -294,10 +316,22 @@ def test_the_shape_is_read_from_config_json(compose: Compose, tmp_path: Path) ->
     shape = config.model.architecture
     assert shape and (shape.model_type, shape.tie_word_embeddings, shape.extra) == ("llama", True, {"head_dim": 32})
     assert memory.estimate(config)
-    vision = launched(
-        compose, folder(tmp_path / "v", {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {}})
-    )
-    assert vision.model.architecture and memory.estimate(vision) is None  # its text is not all of it
+
+
+def test_the_text_of_a_multimodal_model_is_counted_and_its_towers_are_written(compose: Compose, tmp_path: Path) -> None:
+    text = {"head_dim": 16, "dtype": "bfloat16"}
+    base = folder(tmp_path / "m", {"model_type": "gemma3", "text_config": LLAMA | text, "vision_config": {}})
+    (base / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + bytes(3 * 2**20))
+    config = launched(compose, base)
+    alone = launched(compose, folder(tmp_path / "t", {"model_type": "gemma3_text", **text}))
+    assert config.model.architecture and alone.model.architecture
+    assert config.model.architecture.model_type == "gemma3_text"
+    whole, only_text = memory.estimate(config), memory.estimate(alone)
+    counts = count(alone.model.architecture, Adapter())
+    assert whole and only_text and counts
+    assert whole.device == only_text.device and whole.disk.checkpoint == only_text.disk.checkpoint
+    towers = whole.disk.merged - only_text.disk.merged
+    assert towers == pytest.approx(3 * 2**20 - 2 * counts.total, abs=2**20)
 
 
 def test_jobs_that_do_not_train_need_no_model(compose: Compose, tmp_path: Path) -> None:

@@ -49,10 +49,11 @@ def test_existing_paths_become_absolute(compose: Compose, here: Path, given: str
 def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path) -> None:
     (here / "examples").mkdir()
     (here / "examples/sample.jsonl").touch()
-    config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
+    config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a", "tracker.uri": "./mlruns"})
     localize.localize(config, gpus=0)
     assert config.data.path == f"{here}/examples/sample.jsonl"
     assert config.run_dir == f"{here}/runs/a"
+    assert config.tracker.uri == f"{here}/mlruns"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
     [
         (LOCAL, {"name": "a b/c"}, "name=a b/c", "letters, digits"),
         (LOCAL, {"name": ""}, "name=", "must not be empty"),
-        (LOCAL, {"jobs": ["train", "trian"]}, "jobs=trian", "Choose from preflight, preprocess, train"),
+        (LOCAL, {"jobs": ["train", "trian"]}, "jobs=trian", "Choose from fetch, preflight, preprocess, train"),
         (LOCAL, {"jobs": []}, "jobs=[]", "pipeline=finetune"),
         ((*LOCAL, "data.packing=true", "model.attention=cudnn"), {}, "model.attention=cudnn", "Use model.attention=auto"),
         (LOCAL, {"train.steps": None, "train.epochs": None}, "train.steps=null", "train.epochs"),

@@ -156,6 +156,12 @@ def test_what_centres_ask_for_is_accepted(config: Config, options: dict[str, str
             "/path:/inside",
         ),
         ({"cluster.container.image": "a.sif", "run_dir": "/runs/a:b"}, "run_dir", "Choose another path"),
+        ({"cluster.container.image": "a.sqsh", "jobs": ["push"]}, "cluster.container.runtime", "Use hub.where=job"),
+        (
+            {"cluster.container.image": "a.sif", "cluster.scratch": "/x/$SLURM_JOB_ID", "jobs": ["push"]},
+            "cluster.scratch",
+            "Use hub.where=job",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

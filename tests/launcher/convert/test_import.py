@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.convert import convert, page
+from launcher.convert import convert, hub_keys, keys, page
 from launcher.convert.keys import Outcome, Row
 from tests.conftest import ROOT
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
 REFUSED = {
-    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "hub_model_id", "wandb_log_model",
+    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "wandb_log_model",
                         "some_new_key"},
     "axolotl-dora": {"lr_scheduler", "s2_attention"},
     "llamafactory-pt": {"use_badam", "streaming", "shift_attn"},
@@ -110,6 +110,7 @@ def value(name: str, key: str) -> object:
         ("ms_swift-qlora", "data.subset", "sub"),
         ("axolotl-two-sets", "tracker.mlflow", True),
         ("axolotl-full-fsdp", "/parallel", "fsdp"),
+        ("axolotl-refused", "hub.push", "me/model"),
     ],
 )  # fmt: skip
 def test_values_of_keys(name: str, key: str, expected: object) -> None:
@@ -186,7 +187,7 @@ def test_the_command_writes_an_experiment_and_says_how_to_run_it(tmp_path: Path)
     done = run("import", path, "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "some_new_key" in done.stdout and f"{out} cluster=slurm cluster.train.nodes=1" in done.stdout
-    assert re.search(r"7 refused", done.stdout)
+    assert re.search(r"6 refused", done.stdout)
     content = out.read_text()
     assert "# not imported: some_new_key" in content
     assert yaml.safe_load(content)["data"]["max_length"] == 512
@@ -224,3 +225,23 @@ def test_a_foreign_config_as_an_experiment_is_refused_with_the_command(tmp_path:
 
 def test_the_page_has_every_key() -> None:
     assert page.PAGE.read_text() == page.text(), "run python -m launcher.convert.page"
+
+
+@pytest.mark.parametrize(
+    ("content", "outcome", "ours"),
+    [
+        (
+            "push_to_hub: true\nhub_model_id: me/x\nhub_strategy: every_save\nhub_private_repo: false",
+            Outcome.changed,
+            "me/x",
+        ),
+        ("push_to_hub: true\nhub_model_id: x", Outcome.refused, None),
+        ("push_to_hub: false\nhub_model_id: me/x", Outcome.unneeded, None),
+    ],
+)
+def test_a_trainer_pushes_only_with_its_switch(content: str, outcome: Outcome, ours: str | None) -> None:
+    config = dict(yaml.safe_load(content))
+    rows = {row.key: row for row in keys.apply(hub_keys.RULES, config)}
+    assert (rows["hub_model_id"].outcome, rows["hub_model_id"].ours.get("hub.push")) == (outcome, ours)
+    if "hub_private_repo" in rows:
+        assert rows["hub_private_repo"].ours == {"hub.private": False}

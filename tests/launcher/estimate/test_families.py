@@ -1,5 +1,6 @@
 """launcher/estimate/blocks.py: parameters of many families, counted as transformers and PEFT build them."""
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from conf.schema import Adapter
 from launcher.estimate.config_json import architecture
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.estimate.parameters import count
+from tests.conftest import ROOT
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -122,6 +124,32 @@ def test_a_small_model_has_the_parameters_that_transformers_builds(family: str, 
     counts, model = count(shape, Adapter()), on_meta(config)
     assert counts
     assert (counts.total, counts.largest) == (sum(sizes(model)), max(sizes(model)))
+
+
+MULTIMODAL = {
+    name: (kind, values)
+    for name, (kind, values) in json.loads((ROOT / "tests/jobs/families.json").read_text()).items()
+    if "text_config" in values and kind not in ("gemma4", "glm4v", "lfm2_vl")  # these are not counted
+}
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_the_text_of_a_multimodal_model_has_the_parameters_that_transformers_builds(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    kind, values = MULTIMODAL[name]
+    config = transformers.AutoConfig.for_model(kind, **values)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    text = ("model.language_model.", "language_model.", "lm_head.")
+    expected = sum(item.numel() for name, item in model.named_parameters() if name.startswith(text))
+    shape = architecture(
+        config.to_diff_dict() | {"model_type": kind, "tie_word_embeddings": config.tie_word_embeddings}
+    )
+    assert shape
+    counts = count(shape, Adapter())
+    assert counts and counts.total == expected
 
 
 @pytest.mark.parametrize("family", DEFAULTS)

@@ -63,7 +63,7 @@ def run(name, path):
 def site(compose: Compose, tmp_path: Path, programs: Programs) -> Config:
     """A run in a container, on a site whose data, model, cache, secrets and scratch lie in different folders."""
     image = tmp_path / "image.sif"
-    for name in ("data", "blobs", "model", "hf", "fast/7", "runs/run/jobs/train", "home"):
+    for name in ("data", "blobs", "model", "hf", "fast/7", "runs/run/jobs/train", "home", "mlruns"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("image.sif", "data/rows.jsonl", "blobs/weights", "home/secrets", "prompts.jsonl"):
         (tmp_path / name).write_text("NODE_KEY=1\n")
@@ -75,6 +75,7 @@ def site(compose: Compose, tmp_path: Path, programs: Programs) -> Config:
     )
     put(config, {"data.path": f"{tmp_path}/data/rows.jsonl", "model.source": f"{tmp_path}/model"})
     put(config, {"cluster.hf_home": f"{tmp_path}/hf", "cluster.scratch": f"{tmp_path}/fast/$SLURM_JOB_ID"})
+    put(config, {"tracker.uri": f"file://{tmp_path}/mlruns/new"})  # MLflow makes it
     put(config, {"cluster.secrets": ["NODE_KEY"], "cluster.secrets_file": f"{tmp_path}/home/secrets"})
     code = Path(config.run_dir) / "code"
     code.mkdir()
@@ -97,7 +98,7 @@ def batch(config: Config) -> dict[str, object]:
     base = Path(config.run_dir).parents[1]
     looked_for = {
         name: f"{base}/{name}"
-        for name in ("data", "blobs", "model", "hf", "fast/7", "home/secrets", "image.sif", "prompts.jsonl")
+        for name in ("data", "blobs", "model", "hf", "fast/7", "home/secrets", "mlruns", "image.sif", "prompts.jsonl")
     }
     environ = {
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "SLURM_JOB_ID": "7", "SLURM_PROCID": "3",
@@ -158,6 +159,12 @@ def test_a_variable_that_the_node_lacks_is_named_in_the_verdict(site: Config) ->
     assert isinstance(verdict, dict)
     assert verdict["status"] == "user_error"
     assert "cluster.scratch" in verdict["reason"]
+
+
+def test_a_file_of_secrets_that_is_not_there_is_not_mounted(site: Config, tmp_path: Path) -> None:
+    (tmp_path / "home/secrets").unlink()
+    put(site, {"cluster.environment": {"NODE_KEY": "1"}})  # as if it were exported
+    assert batch(site)["home/secrets"] is False
 
 
 def test_a_node_without_the_program_says_so(site: Config) -> None:

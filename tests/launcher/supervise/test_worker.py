@@ -27,7 +27,7 @@ def run(name, config_path):
 
 @pytest.fixture
 def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank:
-    """`rank(body, values, **environ)` runs one rank of `train` as the batch script does, with `body` as the job."""
+    """`rank(body, values, **environ)` runs one rank of `train`, or of JOB, as the batch script does, with `body` as the job."""
 
     def run(body: str, values: dict[str, Any] | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
         for package in ("conf", "launcher"):
@@ -39,7 +39,8 @@ def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")
         given = {"PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "launcher.supervise.worker", "train", str(tmp_path / "config.yaml")]
+        job = environ.pop("JOB", "train")
+        command = [sys.executable, "-m", "launcher.supervise.worker", job, str(tmp_path / "config.yaml")]
         return subprocess.run(
             command, env=surroundings | given | environ, cwd="/", capture_output=True, text=True, timeout=30
         )
@@ -196,6 +197,14 @@ def test_paths_are_those_of_the_node(rank: Rank, tmp_path: Path) -> None:
     environ = job_environment(done)
     assert environ["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/1/muster-")
     assert (environ["HF_HOME"], environ["NODE_KEY"]) == (f"{tmp_path}/hf", "from the file")
+
+
+def test_a_push_from_a_login_node_needs_no_disk_of_a_job(rank: Rank) -> None:
+    local = {"SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_LOCALID": "0", "SUBMITIT_LOCAL_NTASKS": "1"}
+    done = rank(
+        "pass", {"cluster.scratch": "$SLURM_TMPDIR"}, JOB="push", SUBMITIT_EXECUTOR="local", MUSTER_ATTEMPT="1", **local
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("value", ["$NOT_SET/x", "${NOT_SET}", "/x/$EMPTY"])
