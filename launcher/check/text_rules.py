@@ -21,7 +21,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield Problem("name", config.name, message)
     for sign, reason in SIGNS_IN_RUN_DIR.items():
         if sign in config.run_dir:
-            yield Problem("run_dir", config.run_dir, f"must not contain {sign}: {reason}. Choose another run_dir")
+            yield Problem("run_dir", config.run_dir, f"must not contain '{sign}': {reason}. Choose another run_dir")
     for name in config.cluster.secrets:
         if not VARIABLE.fullmatch(name):
             message = (

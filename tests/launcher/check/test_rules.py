@@ -256,5 +256,5 @@ def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[s
 )
 def test_a_run_folder_with_a_colon_is_refused(compose: Compose) -> None:
     [message] = messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15:30:00"}))
-    assert message.startswith("run_dir=/runs/2026-11-28T15:30:00: must not contain a colon")
+    assert message.startswith("run_dir=/runs/2026-11-28T15:30:00: must not contain ':': PYTHONPATH is split there")
     assert messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15.30.00"})) == []

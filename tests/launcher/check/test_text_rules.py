@@ -163,7 +163,7 @@ def test_nothing_of_a_value_runs(
 def test_a_sign_that_splits_the_path_of_the_run_is_refused(config: Config, sign: str) -> None:
     config.run_dir = f"/runs/a{sign}b"
     [message] = [str(problem) for problem in rules.problems(config, Facts())]
-    assert message.startswith(f"run_dir=/runs/a{sign}b: must not contain {sign}: ")
+    assert message.startswith(f"run_dir=/runs/a{sign}b: must not contain '{sign}': ")
 
 
 @pytest.mark.parametrize(
