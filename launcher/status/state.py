@@ -135,14 +135,16 @@ def active_jobs(run: Path) -> str | None:
 def _unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob]:
     """Return the pending and running Slurm jobs that start in the run's folder and are not in `jobs`.
 
-    A script may have been submitted by hand, and launch.py may have been killed before it recorded a job. Raises SlurmError.
+    A script may have been submitted by hand, and launch.py may have been killed before it recorded a job. Raises BusyError.
     """
     if not any(run.glob("jobs/*.sbatch")):  # it was never launched on Slurm
         return []
     known = {job.job_id for job in jobs}
     try:
         own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
-    except slurm.NoSlurmError:
+    except slurm.BusyError:
+        raise
+    except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
         return []
     started = record.StartedJob("", "slurm")
     return [job for job in own if job.job_id not in known and ownership.is_of_run(job, run, started)]

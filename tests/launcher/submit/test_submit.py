@@ -134,6 +134,13 @@ def test_if_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Pa
     assert "Traceback" not in done.stderr
 
 
+def test_an_interrupted_launch_leaves_no_half_of_a_chain(launch: Launch, slurm: Path, programs: Programs) -> None:
+    programs(sbatch=f'case "$1" in */jobs/train/*) kill -INT $PPID; {tool("sleep")} 5;; esac\n{SBATCH}')
+    done = launch(*WORDS, "run_dir=run")
+    assert (done.returncode, done.stderr) == (130, "cancelled preflight, preprocess\nlaunch.py: stopped\n")
+    assert (slurm / "scancel.calls").read_text() == "101 102\n"
+
+
 def test_a_running_run_is_not_started_twice(launch: Launch, slurm: Path, programs: Programs) -> None:
     launch(*WORDS, "run_dir=run")
     programs(squeue="echo '103|RUNNING'")
