@@ -116,7 +116,7 @@ def _submit_job(config: Config, job: Job, config_path: Path, dependency: Sequenc
     run, parameters = Path(config.run_dir), render.parameters(config, job, dependency)
     name = str(parameters["job_name"])
     # relative to the run, so that a copy of the run folder does not take the job for its own
-    folder = str(parameters["additional_parameters"]["chdir"]).removeprefix(f"{run}/")
+    folder = str(parameters["additional_parameters"].get("chdir") or Path.cwd()).removeprefix(f"{run}/")
     started, earlier = record.StartedJob("", "slurm", name, folder), record.known_ids(run)
     executor = sbatch.Executor(
         render.job_folder(config, job),
