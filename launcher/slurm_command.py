@@ -60,8 +60,10 @@ TRANSIENT = (
 NOT_DELIVERED = ("connect failure", "standby mode", "Rate limit exceeded", "Connection refused")
 """Of these: the controller has not even received the request. After the others it may have done what was asked."""
 
-FINDS_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SACK_KEY")
-"""Variables that only say where the controller is. They stay."""
+FINDS_THE_CLUSTER = (
+    "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_JWKS", "SLURM_SACK_SOCKET"
+)  # fmt: skip
+"""Variables that only say where the controller is, and who asks. They stay. slurm_templates/chain.sh.j2 has the same list."""
 
 OF_A_JOB = (
     "SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SUBMITIT_",

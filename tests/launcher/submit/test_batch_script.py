@@ -11,6 +11,7 @@ from conf import resolve
 from conf.files import read_json
 from conf.schema import Config
 from launcher.plan import plan
+from launcher.slurm_command import FINDS_THE_CLUSTER
 from launcher.submit import render
 from launcher.supervise.rendezvous import reserve_port
 from tests.conftest import ROOT, Compose, Programs, put, tool
@@ -201,12 +202,12 @@ def test_the_chain_passes_on_nothing_of_a_surrounding_job(
     config: Config, programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = programs(sbatch='set > "$0.set"; echo 101')
-    for name in ("SLURM_MEM_PER_CPU", "SLURM_CPU_BIND_TYPE", "SBATCH_PARTITION", "PMIX_RANK", "SLURM_CONF"):
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_CPU_BIND_TYPE", "SBATCH_PARTITION", "PMIX_RANK", *FINDS_THE_CLUSTER):
         monkeypatch.setenv(name, "outer")
     script = render.chain_text(config, plan(config))
     subprocess.run([tool("bash"), "-s"], input=script, text=True, check=True, timeout=20, stdout=subprocess.DEVNULL)
     outer = {line.partition("=")[0] for line in (folder / "sbatch.set").read_text().splitlines() if "=" in line}
-    assert {name for name in outer if name.startswith(("SLURM", "SBATCH", "PMIX"))} == {"SLURM_CONF"}
+    assert {name for name in outer if name.startswith(("SLURM", "SBATCH", "PMIX"))} == set(FINDS_THE_CLUSTER)
 
 
 @pytest.mark.site(
