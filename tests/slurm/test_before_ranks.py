@@ -84,7 +84,7 @@ WITH_ATTEMPT = {
         ],
     ),
     "Unable to create step": pytest.param(
-        ["cluster.srun_args=[--ntasks=64]"],
+        ["cluster.srun_args=[--cpus-per-task=64]"],
         "cluster.srun_args",
         marks=[
             pytest.mark.proof,
