@@ -9,7 +9,7 @@ from typing import Any
 from conf import resolve
 from conf.choices import AdapterKind, Container, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
-from launcher.check import fetched_commits, model_files
+from launcher.check import deepspeed_file, fetched_commits, model_files
 from launcher.check.observe import hub_cache, hub_home, local_memory_gib, path_exists, without_part
 from launcher.estimate import config_json, parameters
 from launcher.paths import CLONE
@@ -23,9 +23,11 @@ def localize(config: Config, gpus: int) -> None:
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
+    parallel = config.parallel
     config.run_dir = os.path.abspath(config.run_dir)
     if config.data.cache:
         config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
@@ -39,10 +41,14 @@ def localize(config: Config, gpus: int) -> None:
         (config.generate, "prompts"),
         (config.model, "source"),
         (config.model, "tokenizer"),
+        (config.parallel, "deepspeed_config"),
     ):
         value = getattr(section, name)
         if value:
             setattr(section, name, _absolute(value))
+    if parallel.deepspeed_config:
+        parallel.deepspeed = deepspeed_file.merged(deepspeed_file.read(parallel.deepspeed_config), parallel.deepspeed)
+        parallel.deepspeed_config = None
     for resources in (config.cluster.train, config.cluster.inference):
         if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
