@@ -309,6 +309,9 @@ class Adapter:
     """Other values of alpha, written in the same way."""
     layers_to_transform: list[int] = field(default_factory=list)
     """Numbers of the decoder blocks that get adapters, from 0. Empty: all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Layers that are trained whole beside the adapters, by the end of their names: usually `[embed_tokens,lm_head]`, which new
+    tokens need. They take as much memory as in a full fine-tune."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski 2023)."""
     dora: bool = False

@@ -249,6 +249,7 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
                 "rank_pattern": dict(adapter.rank_pattern),
                 "alpha_pattern": dict(adapter.alpha_pattern),
                 "lora_dropout": adapter.dropout,
+                "modules_to_save": list(adapter.modules_to_save) or None,
                 "use_rslora": adapter.rslora,
                 "use_dora": adapter.dora,
             },

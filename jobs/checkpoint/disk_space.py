@@ -23,6 +23,7 @@ from jobs.checkpoint.checkpointing import expected_bytes
 from jobs.checkpoint.paths import checkpoints_folder, published_checkpoints, step_of
 from jobs.distributed.collectives import broadcast_from_rank0, gather
 from jobs.distributed.process_group import World
+from jobs.model import saved_modules
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _merged_bytes(config: Config, model: nn.Module) -> int:
     """Size of RUN/model: of all weights, or of the adapter alone. A quantized weight counts as the matrix that it stands for."""
     dtype = config.consolidate.dtype
     name = config.train.precision.name if dtype is OutputDtype.auto else dtype.name
-    adapter = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
+    adapter = {id(weight) for name, weight in model.named_parameters() if "lora_" in name or saved_modules.COPY in name}
     weights = {id(weight): weight.numel() for weight in model.parameters()}
     for module in model.modules():
         if isinstance(module, nn.Linear):

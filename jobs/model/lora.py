@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import adapter_limits
+from jobs.model import adapter_limits, saved_modules
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:
@@ -34,11 +34,13 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         exclude_modules=[*_not_adaptable(model, modules), *adapter_limits.outside_layers(model, adapter)] or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
+        modules_to_save=list(adapter.modules_to_save) or None,
         task_type="CAUSAL_LM",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
     )
     adapter_limits.require_layers(config, model)
+    saved_modules.check(config, model)
     try:
         with warnings.catch_warnings():
             # the merge writes tied weights apart, where PEFT's own adds one update to both
@@ -53,6 +55,7 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         message = f"DoRA adapts linear layers only, and {not_linear[0]} is not one: set adapter.dora=false"
         raise ConfigError(Problem("adapter.dora", True, message))
     adapter_limits.check(config, list(layers))
+    saved_modules.to_fp32(wrapped)
     _log_experts(wrapped)
     return wrapped
 

@@ -183,9 +183,13 @@ def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:
         yield Problem(
             key, value, message + "It is the tokenizer of another model. Set model.tokenizer to that of this model"
         )
-    elif files.tokens > rows and config.adapter.kind is not AdapterKind.none:
+    elif files.tokens > rows and config.adapter.kind is not AdapterKind.none and not config.adapter.modules_to_save:
         message = f"the tokenizer has {files.tokens} tokens, but the model has only {rows} (vocab_size), and an adapter does not "
-        yield Problem(key, value, message + "train new ones. Use adapter=none, or a tokenizer without the added tokens")
+        yield Problem(
+            key,
+            value,
+            message + "train new ones. Set adapter.modules_to_save=[embed_tokens,lm_head], or use adapter=none",
+        )
 
 
 def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -6,7 +6,6 @@ from typing import Any
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, refused, unneeded
 
 SOURCE = changed("model.source", "model=hub reads its config.json", also={"/model": "hub"})
-ADAPTER_ONLY = refused("Muster trains adapters alone. For embeddings and head: a full fine-tune with train.unfrozen")
 NEW_ADAPTER = refused("Muster starts a new adapter. Merge the old one into its base, and use that as model.source")
 EMBEDDING_RATE = refused("an adapter on embeddings learns with train.learning_rates={lora_embedding: RATE}")
 FUSED = unneeded("Muster has a fused loss and compiles blocks")
@@ -42,6 +41,15 @@ def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         return Row(key, value, Outcome.refused, why=why)
     every = names in (["all"], ["linear"], ["all-linear"])
     return Row(key, value, Outcome.kept, {"adapter.targets": ["all-linear"] if every else names})
+
+
+@described("`adapter.modules_to_save`")
+def saved_modules(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    """Names of layers as a list, or in one text with commas."""
+    names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",") if name.strip()]
+    return Row(
+        key, value, Outcome.kept if names else Outcome.unneeded, {"adapter.modules_to_save": names} if names else {}
+    )
 
 
 @described("`adapter.layers_to_transform`")

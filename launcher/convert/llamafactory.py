@@ -5,7 +5,6 @@ from typing import Any
 
 from launcher.convert import trainer_keys
 from launcher.convert.common_rules import (
-    ADAPTER_ONLY,
     EMBEDDING_RATE,
     FUSED,
     NEW_ADAPTER,
@@ -16,6 +15,7 @@ from launcher.convert.common_rules import (
     attention,
     flag,
     held_out,
+    saved_modules,
     targets,
     template,
     tokens,
@@ -52,7 +52,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "use_rslora": flag({"adapter.rslora": True}),
         "use_dora": flag({"adapter.dora": True}),
         "pissa_init": refused("Muster starts adapters at zero"),
-        "additional_target": ADAPTER_ONLY,
+        "additional_target": saved_modules,
         "create_new_adapter": NO_EFFECT,
         "quantization_bit": choice(
             {"4": {"adapter.base": "nf4"}, "8": {"adapter.base": "int8"}}, "Muster stores a base in 4 or 8 bits"

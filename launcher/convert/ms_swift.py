@@ -5,7 +5,6 @@ from typing import Any
 
 from launcher.convert import trainer_keys
 from launcher.convert.common_rules import (
-    ADAPTER_ONLY,
     NEW_ADAPTER,
     SOURCE,
     STREAMING,
@@ -13,6 +12,7 @@ from launcher.convert.common_rules import (
     attention,
     flag,
     held_out,
+    saved_modules,
     targets,
     template,
     tokens,
@@ -63,7 +63,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "use_dora": flag({"adapter.dora": True}),
         "target_modules": targets,
         "target_parameters": targets,
-        "modules_to_save": ADAPTER_ONLY,
+        "modules_to_save": saved_modules,
         "freeze_vit": unneeded("only text is trained"),
         "freeze_parameters": refused("name what is trained in train.unfrozen"),
         "trainable_parameters": kept("train.unfrozen"),

@@ -44,7 +44,7 @@ def count(shape: Architecture, adapter: Adapter) -> Counts | None:
     largest = max(embedding, *(each.largest for each, _ in kinds))
     trained, trained_block, trained_root, frozen = total, block, root, 0
     if adapter.kind is not AdapterKind.none:
-        trained_root, frozen = _adapter_on_head(shape, adapter), total
+        trained_root, frozen = _adapter_on_head(shape, adapter) + _saved_root(shape, adapter), total
         sizes = _adapter_sizes(shape, adapter)
         trained_block = max(size for size, _ in sizes)
         trained = sum(size * number for size, number in sizes) + trained_root
@@ -94,6 +94,32 @@ def _adapter_sizes(shape: Architecture, adapter: Adapter) -> list[tuple[int, int
     ]
 
 
+def _saved_root(shape: Architecture, adapter: Adapter) -> int:
+    """Weights outside of the blocks that are trained whole. An unknown name counts as a matrix of the vocabulary."""
+    sizes = {_is_norm: shape.hidden_size, _is_of_block: 0}
+    embedding = shape.vocab_size * shape.hidden_size
+    return sum(
+        next((size for kind, size in sizes.items() if kind(name)), embedding) for name in adapter.modules_to_save
+    )
+
+
+def _saved_in_block(block: Block, adapter: Adapter) -> int:
+    """Weights of a block that are trained whole. A norm counts as all norms of the block."""
+    layers = [
+        linear for path, linear in block.linears.items() for name in adapter.modules_to_save if path.endswith(name)
+    ]
+    size = sum(layer.outputs * (layer.inputs + layer.bias) for layer in layers)
+    return size + (block.norms if any(_is_norm(name) for name in adapter.modules_to_save) else 0)
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or "ln_" in name
+
+
+def _is_of_block(name: str) -> bool:
+    return name.endswith(("_proj", "c_attn", "c_fc", "dense", "fc1", "fc2"))
+
+
 def rank(adapter: Adapter, path: str) -> int:
     """The rank of the adapter on a layer. `path` is its whole name, of which PEFT compares the end with the patterns."""
     found = (value for pattern, value in adapter.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", path))
@@ -108,6 +134,7 @@ def _adapter(block: Block, hidden: int, adapter: Adapter, layer: int) -> int:
         for name in names
     )
     size += sum(block.linears[name].outputs for name in names) if adapter.dora else 0
+    size += _saved_in_block(block, adapter)
     if adapter.targets != ["all-linear"] or not block.experts:
         return size
     if block.router_is_linear:

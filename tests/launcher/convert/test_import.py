@@ -15,13 +15,13 @@ from tests.conftest import ROOT
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
 REFUSED = {
-    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "wandb_log_model",
+    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "wandb_log_model",
                         "some_new_key"},
     "axolotl-dora": {"lr_scheduler", "s2_attention"},
     "llamafactory-pt": {"use_badam", "streaming", "shift_attn"},
     "llamafactory-dpo": {"stage", "pref_beta", "finetuning_type"},
     "trl-full": {"push_to_hub"},
-    "trl-refused": {"loss_type", "model_init_kwargs", "lora_modules_to_save", "hub_token"},
+    "trl-refused": {"loss_type", "model_init_kwargs", "hub_token"},
     "ms_swift-refused": {"tuner_type", "rlhf_type", "dataset", "loss_scale", "system", "streaming"},
 }  # fmt: skip
 """The refused keys of each config; none in the others."""
@@ -119,6 +119,15 @@ def test_values_of_keys(name: str, key: str, expected: object) -> None:
     assert value(name, key) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("axolotl-refused", ["embed_tokens", "lm_head"]), ("trl-refused", ["lm_head"])]
+)
+def test_layers_that_are_trained_whole_are_kept(name: str, expected: list[str]) -> None:
+    _, _, rows, _ = imported(next(path for path in CONFIGS if path.stem == name))
+    [row] = [row for row in rows if row.key == "lora_modules_to_save"]
+    assert row.ours == {"adapter.modules_to_save": expected} or row.why == "there is no adapter"
+
+
 @pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("[0, 1]", [0, 1])])
 def test_blocks_with_adapters_are_kept(tmp_path: Path, text: str, expected: list[int]) -> None:
     _, ours = rows_of(tmp_path, f"adapter: lora\npeft_layers_to_transform: {text}")
@@ -210,7 +219,7 @@ def test_the_command_writes_an_experiment_and_says_how_to_run_it(tmp_path: Path)
     done = run("import", path, "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "some_new_key" in done.stdout and f"{out} cluster=slurm cluster.train.nodes=1" in done.stdout
-    assert re.search(r"6 refused", done.stdout)
+    assert re.search(r"5 refused", done.stdout)
     content = out.read_text()
     assert "# not imported: some_new_key" in content
     assert yaml.safe_load(content)["data"]["max_length"] == 512
