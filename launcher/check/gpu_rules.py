@@ -1,9 +1,9 @@
-"""Refuses number formats that the GPU type of the site does not have; pure."""
+"""Refuses number formats and attention kernels that the GPUs of the site do not have, or that need a GPU; pure."""
 
 import re
 from collections.abc import Iterator
 
-from conf.choices import Float8, Frozen, Precision
+from conf.choices import Attention, Float8, Frozen, Precision
 from conf.errors import Problem
 from conf.schema import Config
 
@@ -15,11 +15,34 @@ AMPERE = r"a100.*|a800.*|a40|a30x?|a16|a10g?|a2|a6000|rtx_?a\d000|rtx_?30\d\d.*|
 """GPUs without 8-bit floating point: compute capability below 8.9."""
 
 
+EVERYWHERE = (Attention.auto, Attention.sdpa, Attention.eager, Attention.varlen)
+"""Attention kernels that also run on CPUs, and in fp32."""
+
+
 def problems(config: Config) -> Iterator[Problem]:
-    """What cannot be computed on the GPUs that `cluster.train.gpu_type` names, or `sbatch: {gres: gpu:TYPE:8}`."""
-    part = config.cluster.train
-    if not part.gpus_per_node or "train" not in config.jobs:
+    """What training cannot compute on the GPUs of `cluster.train`, or without one."""
+    if "train" not in config.jobs:
         return
+    yield from _attention(config)
+    if config.cluster.train.gpus_per_node:
+        yield from _formats(config)
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    kernel = config.model.attention
+    if kernel in EVERYWHERE:
+        return
+    if config.cluster.train.gpus_per_node == 0:
+        message = "runs on GPUs only, but cluster.train.gpus_per_node=0. Use model.attention=auto"
+        yield Problem("model.attention", kernel.name, message)
+    elif config.train.precision is Precision.fp32 and kernel is not Attention.flex:
+        message = "computes in 16 bits only, but train.precision=fp32. Use train.precision=bf16 or model.attention=auto"
+        yield Problem("model.attention", kernel.name, message)
+
+
+def _formats(config: Config) -> Iterator[Problem]:
+    """Number formats, by the GPUs that `cluster.train.gpu_type` names, or `sbatch: {gres: gpu:TYPE:8}`."""
+    part = config.cluster.train
     gres = re.search(r"gpu:([A-Za-z]\w*)", str(part.sbatch.get("gres") or part.sbatch.get("gpus-per-node") or ""))
     gpu = part.gpu_type or (gres[1] if gres else "")
     name = re.sub(r"^(nvidia|tesla|geforce)[_-]", "", gpu.lower()).replace("-", "_")

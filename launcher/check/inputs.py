@@ -182,8 +182,11 @@ def _most_rows(config: Config) -> float | None:
     return total
 
 
-def _run_folder(folder: Path) -> RunFolder:
-    names = [path.name for path in folder.glob("checkpoints/step-*")]
+def _run_folder(folder: Path) -> RunFolder | None:
+    try:
+        names = [path.name for path in folder.glob("checkpoints/step-*")]
+        has_data, has_model = (folder / "data/data.json").exists(), (folder / "model/muster.json").exists()
+    except OSError:  # `observe` reports why the folder cannot be used
+        return None
     steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
-    has_data, has_model = (folder / "data/data.json").exists(), (folder / "model/muster.json").exists()
     return RunFolder(tuple(steps), has_data, has_model)
