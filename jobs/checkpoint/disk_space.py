@@ -131,16 +131,20 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _merged_bytes(config: Config, model: nn.Module) -> int:
-    """Size of RUN/model: of all weights, or of the adapter alone. A quantized weight counts as the matrix that it stands for."""
-    dtype = config.consolidate.dtype
-    name = config.train.precision.name if dtype is OutputDtype.auto else dtype.name
+    """Size of RUN/model: of all weights with the towers of a multimodal model, or of the adapter alone.
+
+    A quantized weight counts as the matrix that it stands for.
+    """
+    dtype, shape = config.consolidate.dtype, config.model.architecture
+    precision = config.train.precision.name if dtype is OutputDtype.auto else dtype.name
     adapter = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
     weights = {id(weight): weight.numel() for weight in model.parameters()}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             weights[id(module.weight)] = module.in_features * module.out_features
     chosen = [count for key, count in weights.items() if (key in adapter) is config.consolidate.adapter_only]
-    return (4 if name == "fp32" else 2) * sum(chosen)
+    towers = int(shape.tower_gib * GIB) if shape and not config.consolidate.adapter_only else 0
+    return (4 if precision == "fp32" else 2) * sum(chosen) + towers
 
 
 def _try_to_reserve(config: Config, to_reserve: int, world: World) -> None:

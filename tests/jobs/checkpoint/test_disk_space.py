@@ -98,6 +98,14 @@ def test_the_merged_model_is_counted(model, disk: Path, compose: Compose) -> Non
     check(model, config)
 
 
+def test_the_towers_of_a_multimodal_model_are_counted(model, disk: Path, compose: Compose) -> None:
+    words = (f"run_dir={disk}/run", *STEPS, "train.save_every=0", "train.precision=fp32")
+    config = compose(*words, "model.architecture.tower_gib=0.002")
+    resize(disk, 1.34 * checkpointing.expected_bytes(model, config))
+    assert "then 1 beside the merged model of 0.00524 GiB. Set pipeline=train. " in refusal(model, config)
+    check(model, compose(*words, "model.architecture.tower_gib=0.002", "pipeline=train"))
+
+
 def test_a_disk_for_fewer_checkpoints_is_only_said(model, disk: Path, compose: Compose, caplog) -> None:
     words = (f"run_dir={disk}/run", *STEPS, "jobs=[train]")
     config = compose(*words, "train.keep_checkpoints=5")
