@@ -17,6 +17,12 @@ def training(data: Data) -> dict[str, DataSet]:
     return {name: _with_defaults(data_set, data, f"data.sets.{name}.path") for name, data_set in data.sets.items()}
 
 
+def training_by_key(data: Data) -> list[tuple[str, DataSet]]:
+    """(config key of its path, set) of each set in `training`."""
+    is_one = data.path is not None
+    return [("data.path" if is_one else f"data.sets.{name}.path", item) for name, item in training(data).items()]
+
+
 def training_paths(data: Data) -> list[tuple[str, str]]:
     """(config key, path) of each training set, as given."""
     paths = [(f"data.sets.{name}.path", data_set.path) for name, data_set in data.sets.items()]
@@ -39,6 +45,12 @@ def held_out(data: Data) -> DataSet | None:
             found = replace(found, subset=trained.subset, revision=trained.revision, files=files)
             break
     return _with_defaults(found, data, "data.validation_path")
+
+
+def all_sets(data: Data) -> list[tuple[str, DataSet]]:
+    """(config key, set) of each training set and of the validation set."""
+    validation = held_out(data)
+    return [*training_by_key(data), *([("data.validation_path", validation)] if validation else [])]
 
 
 def _without_split(path: str) -> str:

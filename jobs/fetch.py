@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conf import fetched
 from conf.choices import Init
-from conf.datasets import held_out, training
+from conf.datasets import all_sets
 from conf.errors import Problem, RunError, first_line
 from conf.schema import Config, DataSet
 from jobs.data import data_files, hub
@@ -91,8 +91,7 @@ def _rows(config: Config) -> fetched.Commits:
 
 
 def _hub_sets(config: Config) -> Iterator[DataSet]:
-    validation = held_out(config.data)
-    for data_set in [*training(config.data).values(), *([validation] if validation else [])]:
+    for _, data_set in all_sets(config.data):
         if "://" in data_set.path:
             log.warning(f"{data_set.path} is not fetched: preprocess reads it over the network")
         elif data_files.find_files(data_set) is None and not Path(data_set.path.partition(":")[0]).exists():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.choices import Init
-from conf.datasets import held_out, training, training_paths
+from conf.datasets import all_sets
 from conf.schema import Config, DataSet
 from launcher.check import model_files
 
@@ -56,17 +56,9 @@ def repositories(config: Config) -> Iterator[Repository]:
         if model.tokenizer and is_hub_id(model.tokenizer):
             yield Repository("model.tokenizer", "model", model.tokenizer)
     if READS_ROWS & set(config.jobs):
-        for key, data_set in data_sets(config):
+        for key, data_set in all_sets(config.data):
             if name := hub_name(data_set):
                 yield Repository(key, "dataset", name, data_set.revision)
-
-
-def data_sets(config: Config) -> list[tuple[str, DataSet]]:
-    """(config key, set) of each training set and of the validation set."""
-    keys = [key for key, _ in training_paths(config.data)]
-    sets = list(zip(keys, training(config.data).values(), strict=True))
-    validation = held_out(config.data)
-    return [*sets, ("data.validation_path", validation)] if validation else sets
 
 
 def hub_name(data_set: DataSet) -> str | None:
@@ -86,7 +78,7 @@ def missing(config: Config, hub: HubHome) -> Iterator[tuple[str, str, str]]:
                 yield item.key, item.name, what
         elif not has_rows(item.name, hub):
             yield item.key, item.name, "the rows"
-    for key, data_set in data_sets(config) if READS_ROWS & set(config.jobs) else ():
+    for key, data_set in all_sets(config.data) if READS_ROWS & set(config.jobs) else ():
         if data_set.path.startswith("hf://"):
             yield key, data_set.path, ""
 

@@ -20,7 +20,7 @@ from conf import packages, resolve
 from conf.choices import Container, Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
-from conf.datasets import held_out, training, training_paths
+from conf.datasets import all_sets, training_by_key
 from conf.errors import Problem
 from conf.schema import Config
 from launcher.check import hub_access, hub_files, model_files, packing_rules
@@ -73,7 +73,7 @@ class Facts:
     files_missing: tuple[tuple[str, str], ...] = ()
     """(key, value) of each path in the config that does not exist."""
     first_rows: tuple[FirstRow, ...] = ()
-    """One for each training set, in the order of `conf.datasets.training_paths`."""
+    """One for each training set, in the order of `conf.datasets.training`."""
     model: ModelFiles | None = None
     """What lies in the folder of `model.source`, if it is on this machine."""
     families: Families | None = None
@@ -103,7 +103,7 @@ def observe(config: Config) -> Facts:
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         files_missing=tuple(_missing_files(config)),
-        first_rows=tuple(_first_row(key, Path(path)) for key, path in _data_paths(config)),
+        first_rows=tuple(_first_row(key, Path(item.path)) for key, item in training_by_key(config.data)),
         model=model,
         families=_families(config, model),
         packages_missing=_missing_packages(config),
@@ -198,17 +198,9 @@ def looks_like_file(value: str) -> bool:
     return value.startswith(("/", ".", "~")) or bool(set(Path(value).suffixes) & DATA_SUFFIXES)
 
 
-def _data_paths(config: Config) -> list[tuple[str, str]]:
-    """(config key, path of the rows) of each training set; LLaMA-Factory's dataset_info.json names another path than itself."""
-    keys = [key for key, _ in training_paths(config.data)]
-    return [(key, data_set.path) for key, data_set in zip(keys, training(config.data).values(), strict=False)]
-
-
 def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
-    validation = held_out(config.data)
     paths = {
-        **dict(_data_paths(config)),
-        "data.validation_path": validation.path if validation else None,
+        **{key: data_set.path for key, data_set in all_sets(config.data)},
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,
     }

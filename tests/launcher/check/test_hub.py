@@ -32,6 +32,13 @@ def ask(compose: Compose, hub: Hub, tmp_path: Path) -> Ask:
     return found
 
 
+def test_a_path_beside_sets_is_left_to_the_rules_of_data(ask: Ask, hub: Hub) -> None:
+    hub.add("model", "owner/model", MODEL)
+    hub.add("dataset", "owner/rows", ROWS)
+    assert ask(words=(*WORDS, "+data.sets.chats.path=owner/missing")) == []
+    assert "owner/missing" in ask(words=(*WORDS, "data.path=null", "+data.sets.chats.path=owner/missing"))[0]
+
+
 @pytest.mark.parametrize("token", [None, "hf_r"])
 def test_public_repositories_need_no_token(ask: Ask, hub: Hub, token: str | None) -> None:
     hub.add("model", "owner/model", MODEL)
