@@ -1,10 +1,12 @@
-"""Makes a tiny config of the same model family from any model's config, for trials before the real weights are loaded."""
+"""Makes tiny models of the same family from any model's config, for trials before the real weights are loaded."""
 
 import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 VOCABULARY = 64
@@ -62,6 +64,17 @@ def configs(original: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         except (ValueError, TypeError, KeyError):  # this class checks how its fields fit together
             continue
         yield config
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Give a tiny model random weights that keep activations near 1, so that a difference in what is computed is not small."""
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2:
+            fan_in = weight[0].numel() if weight.ndim == 2 or "conv" in name else weight.shape[-1]
+            weight.normal_(0, 1.0 if "embed" in name else fan_in**-0.5)
+        else:
+            weight.add_(torch.randn_like(weight) * 0.05)
 
 
 def _number(value: Any) -> int:

@@ -53,7 +53,7 @@ def _difference(small_config: Any, whole: WholeModel) -> str:
     if _weights(text) > MAX_WEIGHTS:
         raise ValueError(f"it has {_weights(text):,} weights")
     text = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    _fill(text)
+    shrink.fill(text)
     shell = _shell(small_config, text, whole)
     ids = torch.randint(3, shrink.VOCABULARY, (1, TOKENS))
     with torch.no_grad():
@@ -83,16 +83,6 @@ def _equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return actual.shape == expected.shape and bool(
         (actual - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-6)
     )
-
-
-@torch.no_grad()
-def _fill(model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
-        if weight.ndim >= 2:
-            fan_in = weight[0].numel() if weight.ndim == 2 or "conv" in name else weight.shape[-1]
-            weight.normal_(0, 1.0 if "embed" in name else fan_in**-0.5)
-        else:
-            weight.add_(torch.randn_like(weight) * 0.05)
 
 
 def _shell(small_config: Any, text: Any, whole: WholeModel) -> Any:

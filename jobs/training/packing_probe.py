@@ -83,22 +83,11 @@ def _small_model(
                 reason = f"{weights:,} weights"
                 break
             small = type(inner)._from_config(config, attn_implementation=attention, dtype=dtype).to(device).train()
-            _fill(small)
+            shrink.fill(small)
             return small, _alone(small, device)
         except Exception as error:  # any code of a model: widths of this config do not match
             reason = f"{type(error).__name__}: {first_line(error)}"
     raise _CannotTry(reason)
-
-
-@torch.no_grad()
-def _fill(model: Any) -> None:
-    """Random weights that keep activations near 1, so that what leaks from another sample is not small."""
-    for name, weight in model.named_parameters():
-        if weight.ndim >= 2:
-            fan_in = weight[0].numel() if weight.ndim == 2 or "conv" in name else weight.shape[-1]
-            weight.normal_(0, 1.0 if "embed" in name else fan_in**-0.5)
-        else:
-            weight.add_(torch.randn_like(weight) * 0.05)
 
 
 def _samples() -> batches.Rows:
