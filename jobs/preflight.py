@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median_high
 from typing import TypedDict
@@ -66,6 +67,7 @@ def _check_model(config: Config, world: World) -> None:
     from jobs.model.build import build_on_meta
     from jobs.training.loss import separate_samples
 
+    @cache  # rank 0 needs it twice
     def as_trained() -> torch.nn.Module:
         model: torch.nn.Module = build_on_meta(config)
         trained_weights.freeze_others(model, config.train.unfrozen)
@@ -74,7 +76,7 @@ def _check_model(config: Config, world: World) -> None:
     if "train" in config.jobs:
         disk_space.check(config, as_trained, world, config.train.steps)
     if config.data.packing:
-        separate_samples(raise_on_all_ranks(lambda: build_on_meta(config)), world)
+        separate_samples(raise_on_all_ranks(as_trained), world)
 
 
 def measure(config: Config, world: World) -> RankReport:
