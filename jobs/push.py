@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import Problem, RunError
+from conf.errors import Problem, RunError, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 
@@ -138,6 +138,5 @@ def _explained(config: Config) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The Hub's reason in one line, without addresses that the client adds."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = getattr(error, "server_message", None)
-    return " ".join([lines[0] if lines else type(error).__name__, *([said] if said else [])]).rstrip(".")
+    from_server = getattr(error, "server_message", None) or ""
+    return f"{first_line(error)} {from_server}".rstrip(". ")

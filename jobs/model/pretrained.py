@@ -6,7 +6,7 @@ that transformers converts while loading), the ranks of a node load the whole mo
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -157,16 +157,16 @@ def _check_multimodal(base: PreTrainedModel, whole: WholeModel, folder: Path | N
 def _without_ignored(stored: dict[str, StoredTensor], config: Config) -> dict[str, StoredTensor]:
     """The stored tensors without those that `model.ignore_tensors` names. Raises ConfigError for a pattern that names none."""
     for pattern in config.model.ignore_tensors:
-        if not any(re.search(pattern, name) for name in stored):
+        if not any(_matches(name, [pattern]) for name in stored):
             message = (
                 f"matches none of the {len(stored)} tensors of {config.model.source}, such as {min(stored)}: remove it"
             )
             raise ConfigError(Problem("model.ignore_tensors", pattern, message))
-    return {
-        name: tensor
-        for name, tensor in stored.items()
-        if not any(re.search(pattern, name) for pattern in config.model.ignore_tensors)
-    }
+    return {name: tensor for name, tensor in stored.items() if not _matches(name, config.model.ignore_tensors)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _expected(base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -206,7 +206,7 @@ def _converted(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> str
 def _is_ignored(base: PreTrainedModel, name: str) -> bool:
     """Whether transformers skips this stored tensor too: from an older version, or not needed by this model class."""
     patterns = [*(base._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    return any(re.search(pattern, name) for pattern in patterns)
+    return _matches(name, patterns)
 
 
 def _differing_ties(folder: Path, stored: Mapping[str, StoredTensor], names: Mapping[str, list[str]]) -> list[str]:
@@ -270,9 +270,7 @@ def _load_with_transformers(
         state = {name: state[whole_model.name(name)] for name in base.state_dict()}
     problems = [f"{name} is in none of the files" for name in sorted(info["missing_keys"]) if name in parts]
     ignored = config.model.ignore_tensors
-    unexpected = [
-        name for name in sorted(info["unexpected_keys"]) if not any(re.search(item, name) for item in ignored)
-    ]
+    unexpected = [name for name in sorted(info["unexpected_keys"]) if not _matches(name, ignored)]
     problems += [f"{name} is in the files but not in the model" for name in unexpected]
     if problems:
         raise ConfigError(*_problems(source, problems))
@@ -290,7 +288,7 @@ def _load_with_transformers(
 
 
 def _problems(source: str, sentences: list[str]) -> list[Problem]:
-    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] * (len(sentences) > MAX_LISTED)
+    more = [f"{len(sentences) - MAX_LISTED} more tensors do not match"] if len(sentences) > MAX_LISTED else []
     remedy = "download the model again, or use the config.json that belongs to these files"
     if any("not in the model" in text for text in sentences):
         remedy += ". To leave out tensors that training does not need, name them in model.ignore_tensors"

@@ -1,9 +1,10 @@
 """Pins an offline run to the commits that `pipeline=fetch` has downloaded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from conf import fetched, resolve
-from conf.schema import Config
+from conf.schema import Config, Data, DataSet
 from launcher.check.hub_files import hub_name, is_hub_id
 
 
@@ -16,10 +17,9 @@ def pin(config: Config, home: Path) -> None:
     if is_hub_id(config.model.source):
         name = fetched.key("model", config.model.source, config.model.revision)
         config.model.revision = commits.get(name, config.model.revision)
-    for item in (config.data, *config.data.sets.values()):
-        if item.path and (repository := hub_name(item)):
-            name = fetched.key("dataset", repository, item.revision)
-            item.revision = commits.get(name, item.revision)
+    for repository, data in _on_hub(config.data):
+        name = fetched.key("dataset", repository, data.revision)
+        data.revision = commits.get(name, data.revision)
 
 
 def _of_run(stored: Path) -> fetched.Commits:
@@ -29,7 +29,14 @@ def _of_run(stored: Path) -> fetched.Commits:
     config, found = resolve.load(stored), {}
     if config.model.revision:
         found[fetched.key("model", config.model.source, None)] = config.model.revision
-    for item in (config.data, *config.data.sets.values()):
-        if item.path and item.revision and (repository := hub_name(item)):
-            found[fetched.key("dataset", repository, None)] = item.revision
+    for repository, data in _on_hub(config.data):
+        if data.revision:
+            found[fetched.key("dataset", repository, None)] = data.revision
     return found
+
+
+def _on_hub(data: Data) -> Iterator[tuple[str, Data | DataSet]]:
+    """(repository, the section that names it) of the training sets on the Hub."""
+    for section in (data, *data.sets.values()):
+        if section.path and (repository := hub_name(section)):
+            yield repository, section
