@@ -9,7 +9,7 @@ TRL ?= 1.16.0
 CLUSTER ?= local
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test test-oldest proof numerics families foreign chaos test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,8 +35,15 @@ test-oldest: .oldest/.installed ## the tests of layouts, models and checkpoints 
 proof: setup test-system ## the slower tests: every kill, layout and number of ranks (one to two hours)
 	$(V)/python -m pytest -m proof $(ARGS)
 
-chaos: setup test-system ## inject 60 faults into trainings on a real Slurm, and write docs/resilience.md (one hour)
+chaos: setup test-system ## inject 80 faults into trainings on a real Slurm, and write docs/resilience.md (one hour)
 	$(V)/python -m tests.slurm.chaos $(ARGS)
+
+slurm-versions: setup ## test chain, requeue and crash under this machine's Slurm and two newer ones (20 minutes)
+	@tests/install_slurm.sh debootstrap
+	$(V)/python -m tests.slurm.versions $(ARGS)
+
+sites: setup test-system ## run the tests of what sites do differently, and write docs/sites.md
+	$(V)/python -m tests.sites $(ARGS)
 
 numerics: setup ## compare every layout with one process, and write docs/numerics.md (15 minutes)
 	$(V)/python -m tests.jobs.numerics

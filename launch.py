@@ -6,6 +6,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,17 +17,21 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
-from launcher import plan
-from launcher.check import command_line, localize, observe, quoting, resume, rules
+from conf.visible import visible
+from launcher import plan, slurm
+from launcher.check import command_line, local_gpus, localize, observe, quoting, resume, rules
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
+from launcher.run_folder import record
 from launcher.submit import preview, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 
 CONF = str(CLONE / "conf")
+WAIT_S = 300.0
+"""How long a launch waits in all for a Slurm that is busy."""
 
 _composed: list[DictConfig] = []
 
@@ -58,9 +63,11 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = resolve(composed)
     config.run_dir += suffix
-    localize.localize(config, observe.local_gpus())
+    localize.localize(config, local_gpus.local_gpus())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
+    else:
+        config.run_dir = resume.stored_path(Path(config.run_dir))
     plan.add_push(config)
     facts = observe.observe(config)
     if problems := rules.problems(config, facts):
@@ -70,9 +77,11 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
         resume.require_same(facts.existing, config)
     for line in (*facts.hub.notes, *(chosen if "train" in config.jobs else ())):
         print(line, flush=True)
+    if not plan.runs_here(config):
+        print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
-        print(preview.text(config, jobs), flush=True)
+        print(visible(preview.text(config, jobs)), flush=True)
         return 0
     return submit.submit(config, jobs, command=sys.argv)
 
@@ -96,13 +105,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         for config in configs:
             quoting.apply(config, entries)
         suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
-        return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+        with slurm.retrying(WAIT_S):
+            return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
-        print(f"{prog}: {': '.join(causes)}", file=sys.stderr)
+        print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... dry_run=true | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

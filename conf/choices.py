@@ -160,9 +160,10 @@ class Executor(Enum):
     slurm = "slurm"
 
 
-class Container(Enum):
-    none = "none"
+class Runtime(Enum):
+    auto = "auto"
     apptainer = "apptainer"
+    singularity = "singularity"
     pyxis = "pyxis"
 
 

@@ -10,9 +10,13 @@ MusterError
     └── SiteError      this machine or cluster lacks what the config asks for (Slurm, GPUs, ports)
 """
 
+from __future__ import annotations  # the node's own Python outside a container may be 3.9
+
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
+
+from conf.visible import visible
 
 
 def as_typed(value: object) -> str:
@@ -56,7 +60,7 @@ class UserError(MusterError):
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = problems
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__("\n".join(visible(str(problem)) for problem in problems))
 
 
 class ConfigError(UserError):

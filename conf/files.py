@@ -4,8 +4,8 @@ from __future__ import annotations  # the node's own Python 3.9 runs this too, o
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,19 +29,24 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def write_text(path: Path, text: str, mode: int = 0o600) -> None:
+SECRET, EVERYONE, PROGRAM = 0o600, 0o666, 0o777
+"""Modes of new files. The umask is taken from the last two, so a group can share a run with `umask 007` or `umask 027`."""
+
+
+def write_text(path: Path, text: str, mode: int = EVERYONE) -> None:
     """Write `text` to `path`. A reader sees the old content or the new, never part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    # Not tempfile: its files are closed to the group, and chmod cannot know the umask, nor a folder's default ACL.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, mode)
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 

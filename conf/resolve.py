@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import text
 from conf.errors import ConfigError, Problem
 from conf.files import write_text
 from conf.schema import Config
@@ -19,8 +20,8 @@ from conf.schema import Config
 def resolve(composed: DictConfig) -> Config:
     """Convert a composed config to a typed Config.
 
-    Raises ConfigError naming every value that is missing, every key that the schema does not have, and the first value of a
-    wrong type.
+    Raises ConfigError naming every value that is missing, every key that the schema does not have, every text with a control
+    character, and the first value of a wrong type.
     """
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -28,11 +29,16 @@ def resolve(composed: DictConfig) -> Config:
         plain = OmegaConf.to_container(composed, resolve=True)
         if problems := _schema_problems(plain, Config):
             raise ConfigError(*problems)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _escaped(plain)))
     except OmegaConfBaseException as error:
-        raise ConfigError(Problem(str(error.full_key or "config"), None, str(error.msg).splitlines()[0])) from error
+        message = str(error.msg).splitlines()[0]
+        if "Interpolation key" in message:
+            message += ". For a variable that the node expands write $NAME, without braces"
+        raise ConfigError(Problem(str(error.full_key or "config"), None, message)) from error
     assert isinstance(config, Config)
     _type_named_sections(config)
+    if problems := list(text.problems(config)):
+        raise ConfigError(*problems)
     return config
 
 
@@ -53,18 +59,20 @@ def digest(config: Config) -> str:
 def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, Any]:
     """The config as nested dictionaries of YAML's own types. Done by hand, because OmegaConf's conversion takes 30 ms."""
 
-    def convert(value: Any) -> Any:
-        if is_dataclass(value):
-            return {name: convert(item) for name, item in vars(value).items()}
-        if isinstance(value, dict):
-            return {name: convert(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [convert(item) for item in value]
-        if isinstance(value, str):
-            return value.replace("${", "\\${")  # already resolved: must not be read as an interpolation again
-        return value.name if isinstance(value, Enum) else value
+    return {name: _escaped(value) for name, value in vars(config).items() if name not in without}
 
-    return {name: convert(value) for name, value in vars(config).items() if name not in without}
+
+def _escaped(value: Any) -> Any:
+    """A resolved value in YAML's own types, in which no text is read as an interpolation again."""
+    if is_dataclass(value):
+        return {name: _escaped(item) for name, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return value.name if isinstance(value, Enum) else value
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,18 +87,38 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the config as YAML. Only the user can read the file."""
+    """Write the config as YAML."""
     write_text(path, dump(config))
 
 
 def load(path: Path) -> Config:
-    """Read a config that `save` wrote. Raises ConfigError if the file is missing or does not match the schema."""
+    """Read a config that `save` wrote. Raises ConfigError if the file is missing, damaged or does not match the schema."""
     try:
         stored = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
-    assert isinstance(stored, DictConfig)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a YAML parser raises for a file that somebody else may have written
+        reason = (
+            f"is not the config of a run ({type(error).__name__}). Use the folder of a run that Muster has launched"
+        )
+        raise ConfigError(Problem(str(path), None, reason)) from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(Problem(str(path), None, "is not the config of a run: it has no keys"))
+    _rename_old_keys(stored)
     return resolve(stored)
+
+
+def _rename_old_keys(stored: DictConfig) -> None:
+    """Give the container of a run that an earlier version started the keys of today, in place."""
+    cluster = stored.get("cluster")
+    if not isinstance(cluster, DictConfig) or not isinstance(cluster.get("container"), str):
+        return
+    runtime, image = cluster.pop("container"), cluster.pop("container_image", None)
+    cluster.container = {"image": image, "mounts": cluster.pop("container_mounts", [])}
+    if runtime != "none":
+        cluster.container.runtime = runtime
 
 
 def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,6 @@ from conf.choices import (
     Attention,
     Backend,
     Checkpointing,
-    Container,
     Executor,
     Fault,
     Float8,
@@ -32,6 +31,7 @@ from conf.choices import (
     Overlong,
     Precision,
     Role,
+    Runtime,
     Schedule,
     Submit,
     TrainOnEnd,
@@ -48,6 +48,12 @@ def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) ->
 def entries(section: type) -> Any:
     """A dictionary of sections under names that the user chooses. `conf.resolve` converts each entry to `section`."""
     return field(default_factory=dict, metadata={"section": section})
+
+
+def free_text(default: Any = MISSING, *, factory: Any = None) -> Any:
+    """A text for the model, tokenizer or trackers, which may have any characters. `conf.text` refuses some in all other texts."""
+    metadata = {"text": "free"}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Architecture:
     """Whether the output head uses the weights of the embedding."""
     tower_gib: float = at_least(0, 0.0)
     """GiB of the weights that a multimodal model has beside its text. They are not loaded; a merge copies them."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = free_text(factory=dict)
     """Any other fields of config.json, passed on unchanged (rope parameters, head_dim, biases)."""
 
 
@@ -116,11 +122,11 @@ class DataSet:
     """Like `data.split`."""
     format: Format | None = None
     """Like `data.format`. Null: the value of `data.format`."""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = free_text(factory=dict)
     """Like `data.fields`. Empty: the value of `data.fields`."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = free_text(factory=dict)
     """Like `data.roles`. Empty: the value of `data.roles`."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[str] = free_text(factory=list)
     """Like `data.ignore`. Empty: the value of `data.ignore`."""
     weight: float = at_least(0.0001, 1.0)
     """How often each row is used in an epoch. 2: twice. 0.5: a random half of the rows, chosen by `data.seed`."""
@@ -185,20 +191,20 @@ class Data:
     """Several training sets instead of `path`. Each has a name, a path and a weight."""
     format: Format = Format.auto
     """Format of the rows. `auto` recognizes it from the columns and logs which one it is."""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = free_text(factory=dict)
     """Maps columns with other names: the format's column to your column, or to a Jinja template of the row
     ("{{ title }}: {{ body }}"). `role`, `content` and the other keys of a message map in the same way. "name?": rows may lack
     it."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = free_text(factory=dict)
     """Maps speakers with other names: your name to system, user, assistant or tool."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[str] = free_text(factory=list)
     """Columns, and keys of messages, to read as if the rows did not have them."""
     split_thinking: bool = False
     """Take `<think>...</think>` out of the answers, and give it to the chat template as the thought (`reasoning_content`)."""
     chat_template: str | None = None
     """chatml, gemma, llama3, mistral, qwen, or the path of a Jinja file. Null: the tokenizer's own. It is saved with the
     consolidated model."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = free_text(factory=dict)
     """Values for variables of the chat template, for example `{enable_thinking: false}`. A row's own `chat_template_kwargs` win."""
     mask: Mask = Mask.assistant
     """Which part of a chat is trained. `assistant`: every turn of the roles in `train_on`. `last`: the last of these turns.
@@ -208,13 +214,13 @@ class Data:
     train_on_end: TrainOnEnd = TrainOnEnd.turn
     """Which tokens that end a turn are trained. `turn`: those of trained turns. `all`: those of every turn. `last`: the last one
     of the chat. `none`: none of them."""
-    end_of_turn: list[str] = field(default_factory=list)
+    end_of_turn: list[str] = free_text(factory=list)
     """Tokens that end a turn of this chat template. Empty: those of the known model families and the end-of-text token."""
-    eos_token: str | None = None
+    eos_token: str | None = free_text(None)
     """Token that ends a text, and at which generation stops. Null: the tokenizer's own."""
-    pad_token: str | None = None
+    pad_token: str | None = free_text(None)
     """Token that pads rows. Null: the tokenizer's own, or its end-of-text token if it has none."""
-    special_tokens: list[str] = field(default_factory=list)
+    special_tokens: list[str] = free_text(factory=list)
     """Additional tokens that are never split, for example `<|im_start|>`. The embedding grows if the model has no rows for
     them."""
     validation_path: str | None = None
@@ -250,7 +256,7 @@ class Data:
     """Processes that tokenize. Null: one for each CPU core of the preprocess job (`cluster.cpu.cpus_per_rank`)."""
     cache: str | None = None
     """Folder for tokenized sets. Runs share them; they are named by a hash of their content. Null: `.data` next to the
-    run folder."""
+    run folder. `$NAME` is expanded on the node."""
     seed: int = at_least(0, 0)
     """Seed for the choice of validation rows, for subsets of sets, and for the order of training rows."""
     gates: Gates = field(default_factory=Gates)
@@ -452,7 +458,7 @@ class Consolidate:
 class Generate:
     prompts: str = MISSING
     """JSONL file with a `prompt`, or `messages` of several turns, in each row, and maybe a `reference` answer."""
-    system: str | None = None
+    system: str | None = free_text(None)
     """System prompt of rows that have none."""
     max_new_tokens: int = at_least(1, 128)
     """Longest answer, in tokens."""
@@ -500,14 +506,20 @@ class Resources:
     exclusive: bool = False
     """Do not share nodes with other jobs."""
     sbatch: dict[str, str | None] = field(default_factory=dict)
-    """Any other sbatch options by their long name, for example `{reservation: night}`. Null removes an option that Muster sets:
-    `{gpus-per-node: null, gres: "gpu:8"}`."""
+    """Any other sbatch options, for example `{reservation: night, overcommit: true}`. True: a flag without a value. Null: leave
+    out an option that Muster sets. An option that asks for the same in another way replaces Muster's: `{gres: "gpu:8"}`,
+    `{mem-per-cpu: 4G}`. `dependency` is added to the dependencies of the job. Put times into quotes."""
 
 
 @dataclass
 class Network:
     interface: str = "auto"
     """Network interface for sockets. `auto`: on each node, the interface that routes to MASTER_ADDR."""
+    master_suffix: str | None = None
+    """Added to the name of the first node to get MASTER_ADDR, where ranks must meet at another name than Slurm's: with `i`,
+    jwb0001 becomes jwb0001i."""
+    master_address: str | None = None
+    """MASTER_ADDR itself, used instead of the first node's name. `{host}` stands for that name: `ib-{host}`."""
     master_port: int | None = at_least(1024, None, at_most=65535)
     """Null: a free port below the ephemeral range, derived from the job id and reserved while the job runs."""
     nccl_timeout_s: int = at_least(1, 1800)
@@ -518,6 +530,24 @@ class Network:
     """The same for a training step or a batch of evaluation. Shorter, because a hanging step wastes every GPU."""
     save_timeout_s: int = at_least(1, 1800)
     """The same for a checkpoint. Long enough for the slowest disk."""
+
+
+@dataclass
+class Container:
+    """The container that every rank runs in. Everything that the jobs read and write is mounted at its own path."""
+
+    image: str | None = None
+    """Image, for example `/images/muster.sif` or `nvcr.io#nvidia/pytorch:25.09-py3`. Null: no container."""
+    runtime: Runtime = Runtime.auto
+    """Program that starts the container. `auto`: `pyxis` for an image of enroot (a .sqsh file, or `registry#image`), else
+    `apptainer` or `singularity`, whichever the node has."""
+    program: str | None = None
+    """Path of the program, where it is not on PATH or has another name. Not for `pyxis`, which is a part of srun."""
+    flags: list[str] = field(default_factory=list)
+    """Additional arguments of `apptainer exec` or `singularity exec`, for example `--cleanenv`; with `pyxis`, of srun. `--nv` or
+    `--rocm` is added for the GPUs of the node."""
+    mounts: list[str] = field(default_factory=list)
+    """More paths to mount, as `/path`, `/path:/inside` or `/path:/inside:ro`. `$NAME` is expanded on the node."""
 
 
 @dataclass
@@ -539,19 +569,22 @@ class Cluster:
     """Python interpreter on the compute nodes. Null: the one that runs launch.py; in a container, `python3`."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load first, with `module load`."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list, metadata={"text": "shell"})
     """Shell lines to run on the first node before the ranks start. End a line that must succeed with `|| exit 2`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables for every rank. They override those that Muster sets. Put secrets into `secrets` instead."""
+    """Environment variables for every rank, exactly as written. They win over all others, also over those of Muster and srun.
+    Put secrets into `secrets` instead, and values that the node must expand into `setup`: `export TMPDIR=/x/$SLURM_JOB_ID`."""
     secrets: list[str] = field(default_factory=list)
     """Names of the secret variables that jobs need, for example HF_TOKEN. Only names are stored. The job reads the values from
     the environment of `launch.py` or from `secrets_file`."""
     secrets_file: str = "~/.config/muster/secrets"
-    """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job."""
+    """File with `NAME=value` lines that only you can read, for secrets that are not in the environment of the job. `$NAME` is
+    expanded on the node."""
     scratch: str = "/tmp"
-    """Folder on the local disk of each node for compiler caches and heartbeats. Shared file systems corrupt compiler caches."""
+    """Folder on the local disk of each node for compiler caches and heartbeats. Shared file systems corrupt compiler caches.
+    `$NAME` is expanded on the node: `$SLURM_TMPDIR`, `/lscratch/$SLURM_JOB_ID`."""
     hf_home: str | None = None
-    """HF_HOME of the jobs. Null: not changed."""
+    """HF_HOME of the jobs. Null: not changed. `$NAME` is expanded on the node."""
     offline: bool = False
     """Set if compute nodes cannot reach the Hub. Sets HF_HUB_OFFLINE=1, so that nothing waits for a timeout. `pipeline=fetch`
     downloads what the run needs before."""
@@ -564,12 +597,7 @@ class Cluster:
     max_restarts: int = at_least(0, 3)
     """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
     network: Network = field(default_factory=Network)
-    container: Container = Container.none
-    """Container runtime that runs every rank. `container_image` is its image."""
-    container_image: str | None = None
-    """Image that the runtime starts, for example `/images/muster.sif`."""
-    container_mounts: list[str] = field(default_factory=list)
-    """Paths to mount into the container. The run folder is always mounted."""
+    container: Container = field(default_factory=Container)
     srun_args: list[str] = field(default_factory=list)
     """Additional arguments for srun, for example `--mpi=none`."""
 
@@ -595,7 +623,7 @@ class Tracker:
     group: str | None = None
     """Group of runs in W&B, a tag `group` elsewhere."""
     tags: list[str] = field(default_factory=list)
-    notes: str | None = None
+    notes: str | None = free_text(None)
     """A text about the run."""
     uri: str | None = None
     """Address of the MLflow server, or a folder for it. Null: MLFLOW_TRACKING_URI, else the folder RUN/mlruns."""

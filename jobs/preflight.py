@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from conf.errors import Problem, SiteError
 from conf.files import write_json
+from conf.node_paths import expanded
 from conf.schema import Config
 from jobs.distributed.collectives import raise_on_all_ranks
 from jobs.distributed.process_group import World, process_group
@@ -98,7 +99,7 @@ def measure(config: Config, world: World) -> RankReport:
         "torch": torch.__version__,
         "interface": world.interface,
         "run_free_gib": _free_gib(config.run_dir),
-        "scratch_free_gib": _free_gib(config.cluster.scratch),
+        "scratch_free_gib": _free_gib(expanded(config.cluster.scratch, "cluster.scratch")),
         "matmul_tflops": 2 * size**3 / matmul_s / 1e12,
         "bus_gb_s": 2 * (world.size - 1) / world.size * payload.nbytes / all_reduce_s / 1e9,
         "sum_is_right": sum_is_right,

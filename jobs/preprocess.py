@@ -24,6 +24,7 @@ from jobs.data.chosen_samples import Chosen
 from jobs.data.quality_gates import ROWS_PER_REASON, Findings
 from jobs.data.splits import SampleNumbers
 from jobs.data.tokenized_set import TokenizedSet
+from jobs.distributed.logs import SHOWN
 from jobs.report import data_preview, sample_records, terminal
 from jobs.report.sample_records import FoundRow, SetSamples
 from jobs.report.token_view import Decoder
@@ -255,5 +256,5 @@ def _write(
         samples = data_preview.render_terminal(
             rows[TRAIN], tokenizer, locate[TRAIN], count=config.data.preview, color=color
         )
-        log.info(samples)
+        log.info(samples, extra=SHOWN)
     log.info(f"data      {folder}; see preview.html and preview.jsonl in it")

@@ -8,16 +8,21 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.plural import plural
+from conf.visible import visible
 from launcher import slurm, version
 from launcher.paths import CLONE
-from launcher.status import state, tables
+from launcher.run_folder import record
+from launcher.status import pending, state, tables
+
+WAIT_S = 120.0
+"""How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
 
 
 def status(options: argparse.Namespace) -> int:
     """Show every job of a run: state, step, verdict and last error. Exits with 1 when a job has failed."""
     jobs = state.job_states(options.run)
-    tables.status(jobs)
-    return 1 if any(job.failed for job in jobs) else 0
+    tables.status(jobs, pending.reasons(jobs))
+    return _exit_code(options, jobs) or (1 if any(job.failed for job in jobs) else 0)
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -26,7 +31,7 @@ def logs(options: argparse.Namespace) -> int:
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            print(file.read(), end="", flush=True)
+            print(visible(file.read()), end="", flush=True)
             if not options.follow:
                 return 0
             time.sleep(0.5)
@@ -34,14 +39,15 @@ def logs(options: argparse.Namespace) -> int:
 
 def why(options: argparse.Namespace) -> int:
     """Show why each job waits or how it failed: the first error, the remedy, and what happens next."""
-    for job in state.job_states(options.run):
+    jobs = state.job_states(options.run)
+    waits = pending.reasons(jobs)
+    for job in jobs:
         if job.state == "PENDING":
-            reason, start = slurm.pending_reason(job.job_id)
-            print(f"{job.name} {job.job_id} waits: {reason}; may start {start}")
+            print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
         elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
         tables.attempts(job)
-    return 0
+    return _exit_code(options, jobs)
 
 
 def stop(options: argparse.Namespace) -> int:
@@ -55,6 +61,14 @@ def cancel(options: argparse.Namespace) -> int:
     """End every pending and running job of the run, without saving."""
     print(f"cancelled {plural(len(state.cancel(options.run)), 'job')}")
     return 0
+
+
+def _exit_code(options: argparse.Namespace, jobs: Sequence[state.JobState]) -> int:
+    """Print why the state of a job is unknown. Returns 2 if Slurm did not answer, else 0."""
+    notes = {job.note: job for job in jobs if job.note}
+    for note, job in notes.items():
+        print(f"{options.prog}: {job.name}: state unknown: {note}", file=sys.stderr)
+    return 2 if any("does not answer" in note for note in notes) else 0
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -156,9 +170,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     if "run" in options:
         options.run = options.run.resolve()
     try:
-        return int(options.command(options))
+        with slurm.retrying(WAIT_S):
+            return int(options.command(options))
+    except slurm.BusyError as error:
+        print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)
+        return 2
     except (UserError, slurm.SlurmError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {visible(str(error))}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141

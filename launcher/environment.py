@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf import node_paths
 from conf.batch import ranks_per_row, split
 from conf.choices import Backend, Precision
 from conf.jobs import JOB_KINDS
 from conf.resolve import digest
 from conf.schema import Config
+from launcher import containers, sbatch_options, secrets_file
 from launcher.decoder_blocks import DECODER_BLOCKS
-from launcher.plan import Job
+from launcher.plan import Job, resources
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,14 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(job.resources.cpus_per_rank),
-        "SRUN_CPUS_PER_TASK": str(job.resources.cpus_per_rank),
         "SLURM_EXPORT_ENV": "ALL",  # with a site's --export=NONE the ranks would get none of these variables
     }
+    if cpus := sbatch_options.cpus_per_rank(job.resources):  # otherwise each rank counts the CPUs that it got
+        values |= {"OMP_NUM_THREADS": str(cpus), "SRUN_CPUS_PER_TASK": str(cpus)}
+    if job.distributed and (form := master_form(config)):
+        values["MUSTER_MASTER_HOST"] = form
+    if needs := containers.variables(config):
+        values["MUSTER_NEEDS"] = " ".join(needs)
     if config.cluster.hf_home:
         values["HF_HOME"] = config.cluster.hf_home
     if config.cluster.offline or JOB_KINDS[job.name].needs_hub:
@@ -107,6 +113,33 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
     if job.resources.gpus_per_node:
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
+
+
+def master_form(config: Config) -> str | None:
+    """Return the form of MASTER_ADDR, in which `{host}` stands for the first node. None for the name of that node."""
+    network = config.cluster.network
+    suffix = f"{{host}}{network.master_suffix}" if network.master_suffix else None
+    return config.cluster.environment.get("MASTER_ADDR") or network.master_address or suffix
+
+
+def master_port(config: Config) -> int | None:
+    """Return the port that the config asks for; None for any free one."""
+    own = config.cluster.environment.get("MASTER_PORT")
+    return int(own) if own else config.cluster.network.master_port
+
+
+def thread_variables(config: Config, job: str, environ: Mapping[str, str], cpus: int, local: int) -> dict[str, str]:
+    """Return OMP_NUM_THREADS of a rank that may use `cpus` CPUs, on a node with `local` ranks.
+
+    Never more threads than that: with `--cpus-per-gpu`, whole cores or a binding, Slurm grants another number than was asked for.
+    """
+    if "OMP_NUM_THREADS" in config.cluster.environment:
+        return {}
+    on_node = int(environ.get("SLURM_CPUS_ON_NODE") or cpus)
+    is_bound = cpus < on_node  # to its own CPUs; otherwise the ranks of the node share them
+    asked = sbatch_options.cpus_per_rank(resources(config, job))
+    granted = cpus if is_bound else max(1, min(cpus, on_node) // local)
+    return {"OMP_NUM_THREADS": str(min(cpus, asked) if asked else granted)}
 
 
 def python_path(config: Config, environ: Mapping[str, str]) -> str:
@@ -190,6 +223,13 @@ def network_variables(
     return {key: value for key, value in values.items() if key not in environ}, f"{name}: {reason}"
 
 
+def expand_paths(config: Config) -> None:
+    """Replace variables and `~` in the paths of `config.cluster` by their values on this node. Raises ConfigError."""
+    for name in ("scratch", "hf_home", "secrets_file"):
+        if value := getattr(config.cluster, name):
+            setattr(config.cluster, name, node_paths.expanded(value, f"cluster.{name}"))
+
+
 def cache_variables(config: Config, user_id: int) -> dict[str, str]:
     """Return the folders of compiler caches, on the node's own disk and one per user.
 
@@ -216,12 +256,10 @@ def watchdog_variables(config: Config, pipe: str) -> dict[str, str]:
 def secret_values(config: Config, environ: Mapping[str, str], text: str) -> dict[str, str]:
     """Return the values of `cluster.secrets` and `hub.token` that the environment lacks.
 
-    `text` is the content of the secrets file, with lines NAME=value.
+    `text` is the content of the secrets file, with lines NAME=value. A line of another form is left out; the launch refuses it.
     """
-    lines = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    in_file = {name.strip(): value.strip() for name, value in lines}
-    names = [*config.cluster.secrets, *([config.hub.token] if config.hub.token else [])]
-    return {name: in_file[name] for name in names if name not in environ and name in in_file}
+    in_file, _ = secrets_file.parse(Path(config.cluster.secrets_file), text)
+    return {name: in_file[name] for name in secrets_file.names(config) if name not in environ and name in in_file}
 
 
 def set_variables(values: Mapping[str, str]) -> None:

@@ -1,13 +1,20 @@
-"""Runs Slurm's commands and parses their output; no other module of the launcher calls Slurm.
+"""Asks Slurm about jobs and changes them, and parses what its commands print; no other module of the launcher calls Slurm.
 
 Standard library only: this file also runs on the compute node, outside the container, before any environment is set up.
 """
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
+import os
+import pwd
 import re
-import subprocess
+import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
+
+__all__ = ["BusyError", "NoSlurmError", "SlurmError", "call", "retrying"]
 
 LIVE_STATES = {
     "PENDING",
@@ -22,27 +29,24 @@ LIVE_STATES = {
 }
 """States of a job that has not ended yet."""
 
-
-class SlurmError(Exception):
-    """Raised when a Slurm command fails or is not installed. The message is the command's first error line."""
-
-
-class NoSlurmError(SlurmError):
-    """Raised when a Slurm command is not installed on this machine."""
+FIELDS = "%i|%T|%u|%j|%Z"
+"""squeue's format of what `_parse` reads."""
 
 
-def call(*words: str, timeout_s: float = 60) -> str:
-    """Run a Slurm command and return what it prints. Raises SlurmError with its first error line."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except FileNotFoundError:
-        raise NoSlurmError(f"{words[0]} is not on PATH") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]} did not answer within {timeout_s:.0f} s") from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise SlurmError(lines[0] if lines else f"{words[0]} exited with {done.returncode}")
-    return done.stdout
+@dataclass(frozen=True)
+class SlurmJob:
+    """What Slurm says about a job id. Empty text: the command does not say it."""
+
+    job_id: str
+    state: str
+    user: str = ""
+    name: str = ""
+    folder: str = ""
+    """The folder in which the job starts."""
+    script: str = ""
+    """The path that was given to sbatch. Only `own_jobs` knows it."""
+    silence: str = ""
+    """Why Slurm gave no answer about the id; its state is UNKNOWN then."""
 
 
 def hostnames(nodelist: str) -> list[str]:
@@ -56,26 +60,41 @@ def node_address(node: str) -> str | None:
     return match.group(1) if match else None
 
 
-def states(job_ids: Iterable[str], strict: bool = False) -> dict[str, str]:
-    """Return the state of each job by id. Jobs that Slurm no longer knows are left out.
+def jobs(job_ids: Iterable[str], user: str | None = None, strict: bool = False) -> dict[str, SlurmJob]:
+    """Return what Slurm knows about each id. Ids that it no longer knows are left out.
 
-    Asks squeue for live jobs, then sacct for ended ones. Without accounting, scontrol still remembers an ended job for
-    MinJobAge (5 min).
+    Slurm may give an id again (to another user too), so compare the job's folder before changing anything.
+    Asks squeue for live jobs of this user and of `user`, then sacct for ended ones. Without accounting, scontrol still
+    remembers an ended job for MinJobAge (5 min). If squeue fails, ids that sacct does not know have a `silence`.
 
     With `strict`, raises SlurmError when squeue is installed but fails: a live job must not be taken for an ended one.
     """
     wanted = list(job_ids)
-    known: dict[str, str] = {}
-    for command in (_squeue, _sacct, _scontrol):
+    known: dict[str, SlurmJob] = {}
+    silence, busy = "", False
+    for name in ("squeue", "sacct", "scontrol"):
         unknown = [job_id for job_id in wanted if job_id not in known]
-        if unknown:
-            try:
-                known |= command(unknown)
-            except NoSlurmError:
-                continue
-            except SlurmError:
-                if strict and command is _squeue:
+        if not unknown or (busy and name == "scontrol"):  # it asks the controller, as squeue did
+            continue
+        try:
+            found = (
+                _squeue(unknown, user)
+                if name == "squeue"
+                else _sacct(unknown)
+                if name == "sacct"
+                else _scontrol(unknown)
+            )
+        except NoSlurmError:
+            continue
+        except SlurmError as error:
+            if name == "squeue":
+                if strict:
                     raise
+                silence, busy = f"Slurm does not answer ({error})", isinstance(error, BusyError)
+            continue
+        known |= {job.job_id: job for job in found}
+    if silence:
+        known |= {name: SlurmJob(name, "UNKNOWN", silence=silence) for name in wanted if name not in known}
     return known
 
 
@@ -97,6 +116,41 @@ def seconds_left(job_id: str) -> float | None:
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
+def requeues_by_itself(job: dict[str, str]) -> bool:
+    """Return whether Slurm requeues this running job by itself as soon as its batch script ends. `job`: see `show_job`.
+
+    From 24.05 on it does so with a job that it preempts with REQUEUE, within the grace time too. It would do so a second time
+    if `scontrol requeue` came before: a job that has completed would start again (seen with 24.11).
+    """
+    if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1" or version() < (24, 5):
+        return False
+    try:
+        mode = _preempt_mode(job)
+    except SlurmError:  # Slurm does not tell, or this node has no sacctmgr
+        return False
+    return "REQUEUE" in mode.upper()
+
+
+def _preempt_mode(job: dict[str, str]) -> str:
+    """Return what preemption does to a job: the mode of its partition or QOS, else that of the cluster. Raises SlurmError."""
+    settings = call("scontrol", "show", "config")
+    if re.search(r"^PreemptType\s*=\s*preempt/partition_prio", settings, re.MULTILINE):
+        settings = call("scontrol", "show", "partition", job.get("Partition", ""))
+    elif job.get("QOS", "(null)") != "(null)":  # a QOS may have a mode of its own, and only the database knows it
+        words = ("--noheader", "--parsable2", "show", "qos", job["QOS"], "format=PreemptMode")
+        mode = call("sacctmgr", *words).strip()
+        if mode not in ("", "cluster"):
+            return mode
+    match = re.search(r"\bPreemptMode\s*=\s*(\S+)", settings)
+    return match[1] if match else ""
+
+
+def version() -> tuple[int, int]:
+    """Return the version of Slurm on this machine, e.g. (24, 11)."""
+    match = re.search(r"(\d+)\.(\d+)", call("scontrol", "--version"))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def requeue(job_id: str) -> None:
     """Put a job back into the queue. Slurm ends its batch script at once."""
     call("scontrol", "requeue", job_id)
@@ -107,42 +161,92 @@ def exclude(job_id: str, nodes: Iterable[str]) -> None:
     call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
 
 
+def cancelled_by(job_id: str) -> str:
+    """Return the name of the user who cancelled a job, as accounting knows it; empty if nobody has cancelled it."""
+    words = ("--noheader", "--allocations", "--allusers", "--parsable2", "--format=State", "--jobs", job_id)
+    match = re.search(r"CANCELLED by (\d+)", call("sacct", *words))
+    if match is None:
+        return ""
+    try:
+        return pwd.getpwuid(int(match.group(1))).pw_name
+    except KeyError:
+        return match.group(1)
+
+
 def pending_reason(job_id: str) -> tuple[str, str]:
     """Return why a job is pending, and when Slurm expects to start it (`N/A` if Slurm does not know)."""
-    out = call("squeue", "--noheader", "--jobs", job_id, "--format", "%r|%S").strip()
-    reason, _, start = out.partition("|")
+    lines = call("squeue", "--noheader", "--jobs", job_id, "--format", "%r|%S").strip().splitlines()
+    reason, _, start = (lines[-1] if lines else "").partition("|")  # with SLURM_CLUSTERS, `CLUSTER: name` comes first
     return reason or "none", start or "N/A"
 
 
+def partition_limit(name: str) -> str | None:
+    """Return the longest time limit that a partition allows, as Slurm writes it."""
+    match = re.search(r"MaxTime=(\S+)", call("scontrol", "show", "partition", name))
+    return match.group(1) if match else None
+
+
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancel jobs with one call of scancel."""
-    call("scancel", *job_ids)
+    """Cancel jobs with one call of scancel. A job that has just ended is no error."""
+    try:
+        call("scancel", *job_ids)
+    except BusyError:
+        raise
+    except SlurmError as error:
+        if not re.search("Invalid job id|already complet", str(error)):
+            raise
 
 
-def _squeue(job_ids: list[str]) -> dict[str, str]:
+def installed() -> bool:
+    """Return whether this machine has Slurm's commands."""
+    return shutil.which("squeue") is not None
+
+
+def own_jobs() -> list[SlurmJob]:
+    """Return all jobs of this user, also those that have just ended. Raises SlurmError."""
+    printed = call("squeue", "--noheader", "--me", "--states=all", "--format", f"%o|{FIELDS}")
+    rows = (line.partition("|") for line in printed.splitlines())
+    found = [(_parse(line), script.strip()) for script, _, line in rows]
+    return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
+
+
+def _parse(line: str) -> SlurmJob | None:
+    """Read a line `id|state|user|name|folder`, of which the end may be missing. Returns None for any other line."""
+    job_id, _, rest = line.strip().partition("|")
+    state, _, rest = rest.partition("|")
+    if not job_id or not state:  # `CLUSTER: name`, which several clusters print
+        return None
+    user, _, rest = rest.partition("|")
+    name, slash, folder = rest.partition("|/")  # a name may have a bar too
+    return SlurmJob(job_id, state.split()[0], user, name, slash[1:] + folder)  # "CANCELLED by 1000"
+
+
+def _squeue(job_ids: list[str], user: str | None) -> list[SlurmJob]:
     # On old versions one unknown id makes a whole --jobs list fail, so list all jobs of the user and pick ours.
-    rows = (
-        line.split("|")
-        for line in call("squeue", "--noheader", "--me", "--states=all", "--format", "%i|%T").splitlines()
-    )
-    return {row[0]: row[1] for row in rows if row[0] in job_ids}
+    whose = "--me" if user is None else f"--user={user},{os.getuid()}"
+    lines = call("squeue", "--noheader", whose, "--states=all", "--format", FIELDS).splitlines()
+    return [job for line in lines if (job := _parse(line)) and job.job_id in job_ids]
 
 
-def _sacct(job_ids: list[str]) -> dict[str, str]:
-    out = call(
-        "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", "--jobs", ",".join(job_ids)
-    )
-    rows = (line.split("|") for line in out.splitlines() if "|" in line)
-    return {job_id: state.split()[0] for job_id, state in rows if job_id in job_ids}  # "CANCELLED by 1000"
+def _sacct(job_ids: list[str]) -> list[SlurmJob]:
+    fields, ids = "--format=JobID,State,User,JobName,WorkDir", ",".join(job_ids)
+    words = ("--noheader", "--allocations", "--allusers", "--parsable2", fields, "--jobs", ids)
+    return [job for line in call("sacct", *words).splitlines() if (job := _parse(line)) and job.job_id in job_ids]
 
 
-def _scontrol(job_ids: list[str]) -> dict[str, str]:
-    known = {}
+def _scontrol(job_ids: list[str]) -> list[SlurmJob]:
+    known = []
     for job_id in job_ids:
         try:
-            match = re.search(r"JobState=(\S+)", call("scontrol", "show", "job", job_id))
+            text = call("scontrol", "show", "job", job_id)
+        except (NoSlurmError, BusyError):
+            raise
         except SlurmError:
             continue
-        if match:
-            known[job_id] = match.group(1)
+        if match := re.search(r"JobState=(\S+)", text):
+            user, name, folder = (
+                found[1].strip() if (found := re.search(pattern, text, re.MULTILINE)) else ""
+                for pattern in (r"UserId=([^\s(]+)", r"JobName=(.*)$", r"^\s*WorkDir=(.*)$")
+            )
+            known.append(SlurmJob(job_id, match[1], user, name, folder))
     return known

@@ -10,7 +10,12 @@ def git(clone: Path, *words: str) -> str | None:
     """What a git command prints in the clone; None where there is no git, no clone, or the command fails."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(clone), *words], capture_output=True, text=True, timeout=30, check=False
+            ["git", "-C", str(clone), *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # a file may have another encoding
+            timeout=30,
+            check=False,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None

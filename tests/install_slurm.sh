@@ -1,8 +1,8 @@
 #!/bin/bash
-# Installs the Debian packages of the tests' Slurm, where this is root on Debian or Ubuntu and they are missing.
+# Installs the Debian packages of the tests' Slurm, and those named as arguments, where this is root on Debian or Ubuntu and they are missing.
 # Elsewhere it says why not and succeeds: pytest skips those tests, with the reason.
 set -euo pipefail
-packages=(slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core slurm-wlm-mysql-plugin iproute2)
+packages=(slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core slurm-wlm-mysql-plugin iproute2 "$@")
 if ! command -v apt-get dpkg >/dev/null; then
   echo "no apt-get: the tests on a real Slurm will be skipped" >&2
   exit 0

@@ -61,6 +61,7 @@ PURE = (
     "launcher.submit.preview",
     "launcher.supervise.error_classes",
     "launcher.supervise.hang_diagnosis",
+    "launcher.supervise.start_failures",
 )
 """Modules that decide and do nothing, besides those of launcher.estimate."""
 
@@ -201,10 +202,10 @@ def test_only_the_worker_starts_a_job() -> None:
 def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     users = {name for name in FILES if name.startswith("launcher.") and "subprocess" in imports(FILES[name])}
     assert users == {
-        "launcher.slurm",
+        "launcher.slurm_command",
         "launcher.sync",  # the commands of trackers
         "launcher.version",  # git
-        "launcher.check.observe",  # nvidia-smi
+        "launcher.check.local_gpus",  # nvidia-smi
     }
 
 

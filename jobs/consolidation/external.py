@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from conf.choices import OutputDtype
 from conf.errors import DataError, Problem
-from conf.files import read_json
 from jobs.consolidation import estimate, model_card
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, adapter_weights_from_base, merge_model, merge_without_base
@@ -28,6 +27,7 @@ from jobs.tensor_io import safetensors
 from jobs.tensor_io.dtypes import PRECISIONS, Dtype
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.open_checkpoint import Checkpoint, adapter_settings, file_versions, open_checkpoint
+from jobs.tensor_io.untrusted import read_object
 
 if TYPE_CHECKING:
     from jobs.consolidation.adapter_layers import AdapterPlan
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = open_checkpoint(options.checkpoint)
     log.info(f"reading {checkpoint.folder}: {checkpoint.kind}, {len(checkpoint.tensors)} tensors")
     settings = adapter_settings(checkpoint.folder) or {}
-    base = Base(options.base or settings.get("base_model_name_or_path"))
+    base = Base(options.base or _named_base(settings))
     dtype = PRECISIONS.get(options.dtype)  # None for `original`
     merge = _merge(checkpoint, base, dtype, settings, options.prefix)
     muster_json = {
@@ -115,7 +115,7 @@ class Base:
         Raises DataError for a model that cannot be streamed.
         """
         if self.folder and not adapted:
-            config = read_json(self.folder / "config.json") or {}
+            config = read_object(self.folder / "config.json") or {}
             blueprint = blueprint_of_files(config, {name: stored.shape for name, stored in self.tensors.items()})
             if blueprint is not None:
                 names = split_names(strip_prefixes(tensors, blueprint.names, prefix))
@@ -134,6 +134,18 @@ class Base:
                 return blueprint_of_names(shapes)
             message = f"{type(self.empty_model).__name__} cannot be streamed ({error}): merge it with the program that trained it"
             raise DataError(Problem("--base", source, message)) from error
+
+
+def _named_base(settings: dict[str, Any]) -> str | None:
+    """The model that adapter_config.json names. It is logged: whoever wrote the adapter chose which files are read here."""
+    name = settings.get("base_model_name_or_path")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.isprintable():
+        message = "must be the name of a model: mend it, or give --base"
+        raise DataError(Problem("base_model_name_or_path in adapter_config.json", repr(name)[:200], message))
+    log.info(f"base      {name}, as adapter_config.json says; --base gives another")
+    return name
 
 
 def _merge(

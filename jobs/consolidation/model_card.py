@@ -14,6 +14,7 @@ from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
 from jobs.consolidation.merge import Merge
+from jobs.tensor_io.untrusted import stays_inside
 
 MODEL_CARD = "README.md"
 
@@ -32,12 +33,13 @@ def empty_model(source: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        # `False`, because without it transformers asks on the terminal whether to run the code of the model
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model_class: Any = getattr(transformers, (config.architectures or [""])[0], None)
         auto_class: Any = AutoModelForCausalLM
         with torch.device("meta"):
             model = model_class._from_config(config) if model_class else auto_class.from_config(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # config.json may be anybody's, and transformers does not check its types
         raise ConfigError(Problem("--base", source, f"cannot be loaded: {first_line(error)}")) from error
     try:
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -88,6 +90,7 @@ def copy_tokenizer(folder: Path, candidates: list[Path]) -> None:
     """Copy the tokenizer of the first candidate folder that has one."""
     for candidate in candidates:
         paths = [path for pattern in TOKENIZER_FILES for path in candidate.glob(pattern) if path.is_file()]
+        paths = [path for path in paths if stays_inside(path, candidate)]  # a link could lead to any file of yours
         if any(path.name.startswith("tokenizer") for path in paths):
             for path in paths:
                 shutil.copyfile(path, folder / path.name)

@@ -95,7 +95,7 @@ def build(
 
     Raises what `read_blocks` and `check_unchanged` raise, and SiteError if a worker was killed or locks do not work.
     """
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cache.mkdir(parents=True, exist_ok=True)
     with _build_lock(cache / f".{key}.lock", key) as locked:
         if find(cache, key):
             return cache / key
@@ -123,7 +123,7 @@ def _build_lock(path: Path, key: str) -> Iterator[bool]:
 
     Without locks, two runs may build the same set at the same time, each in its own folder. The first to finish publishes.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +145,7 @@ def _build_folder(cache: Path, key: str, *, adopt: bool) -> Path:
     abandoned = _abandoned_builds(cache, key) if adopt else []
     if abandoned:
         os.rename(max(abandoned, key=_count_parts), folder)
-    folder.mkdir(exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True)
     return folder
 
 

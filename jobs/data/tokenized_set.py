@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from conf.choices import Executor, Format
 from conf.errors import DataError, Problem
 from conf.files import read_json
+from conf.node_paths import expanded
 from conf.schema import Config, DataSet
-from jobs.data import cache, cache_key, formats, sources
+from jobs.data import cache, cache_key, cache_trust, formats, sources
 from jobs.data.file_readers import Unreadable
 from jobs.data.tokenize import TokenizeSettings
 from jobs.tokenization import encoder
@@ -49,7 +50,8 @@ class TokenizedSet:
 def find_or_build(name: str, dataset: DataSet, config: Config, tokenizer: PreTrainedTokenizerBase) -> TokenizedSet:
     """The tokenized set of a data source, from the cache or built now. Raises DataError if the source cannot be read."""
     data = config.data
-    folder = Path(data.cache) if data.cache else Path(config.run_dir).parent / ".data"
+    folder = Path(expanded(data.cache, "data.cache")) if data.cache else Path(config.run_dir).parent / ".data"
+    cache_trust.check(folder)
     read_blocks = partial(sources.read_blocks, dataset, data.max_rows)
     first_rows = _first_rows(read_blocks())
     if not first_rows and not any(True for block in read_blocks() for _ in block.parsed()):

@@ -16,7 +16,7 @@ from typing import Any
 
 BYTES = 256
 """Length of a heartbeat. It is always written with one call at offset 0, so that a reader hardly ever sees half of one."""
-FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 STACKS_SIGNAL = signal.SIGQUIT
 """The signal that makes a rank write its Python stacks, even while it is stuck in C code. Neither Slurm nor
 `jobs.distributed.stop_signals` uses it."""

@@ -5,6 +5,11 @@ import sys
 import time
 from typing import TextIO
 
+from conf.visible import visible
+
+SHOWN = {"shown": True}
+"""`log.info(text, extra=SHOWN)`: the text has signs for control characters already, and may have colors."""
+
 
 class RankFormatter(logging.Formatter):
     """Puts time (local), rank and level before every line, so that lines of many ranks can be sorted and searched."""
@@ -16,6 +21,8 @@ class RankFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
+        if not hasattr(record, "shown"):
+            text = visible(text)
         if self.rank is None:
             return f"warning   {text}" if record.levelno >= logging.WARNING else text
         now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))

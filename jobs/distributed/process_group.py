@@ -101,8 +101,11 @@ def process_group(config: Config) -> Iterator[World]:
 
 
 def _device(config: Config, local_rank: int) -> torch.device:
+    """The device of this rank: the GPU of its local rank, or the only one that it sees (`--gpus-per-task`, `--gpu-bind`)."""
     if not config.cluster.train.gpus_per_node:
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1:  # if several ranks see the same one, NCCL says so
+        return torch.device("cuda", 0)
     if torch.cuda.device_count() <= local_rank:
         raise SiteError(
             Problem(
@@ -110,7 +113,8 @@ def _device(config: Config, local_rank: int) -> torch.device:
                 config.cluster.train.gpus_per_node,
                 f"local rank {local_rank} on {socket.gethostname()} sees only {torch.cuda.device_count()} GPUs "
                 f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, torch {torch.__version__}): "
-                "request fewer GPUs, run nvidia-smi on that node, or exclude the node with cluster.train.exclude",
+                "request fewer GPUs, let each rank see all GPUs of its node (cluster.srun_args=[--gpu-bind=none]), run "
+                "nvidia-smi or rocm-smi on that node, or exclude the node with cluster.train.exclude",
             )
         )
     return torch.device("cuda", local_rank)

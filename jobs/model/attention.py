@@ -34,6 +34,11 @@ KNOWN_ARGUMENTS = {
 """Arguments of attention functions that `attention_kernels.attend` takes, or that change nothing in a causal model."""
 
 
+NO_ATTENTION = "no heads"
+AMD = (0, 0)
+"""Stands for AMD's GPUs: their numbers (9.0 is an MI200) say nothing about NVIDIA's kernels."""
+
+
 def select(config: Config, model_config: PreTrainedConfig) -> str:
     """Return transformers' name of the attention implementation for this model, and log the choice once with its reason.
 
@@ -53,9 +58,7 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
             )
             raise ConfigError(Problem("parallel.context_ranks", config.parallel.context_ranks, message))
     elif choice is Attention.auto:
-        choice, reason = best_implementation(
-            config, model_config, torch.cuda.get_device_capability() if on_gpu else None
-        )
+        choice, reason = best_implementation(config, model_config, _capability() if on_gpu else None)
     else:
         reason = "set in the config"
         why_not = _why_wrong(choice, model_config) or _why_unavailable(
@@ -66,6 +69,10 @@ def select(config: Config, model_config: PreTrainedConfig) -> str:
             raise ConfigError(Problem("model.attention", choice.name, f"{why_not}; {remedy}"))
     log_once(f"attention {choice.name}: {reason}")
     return NAMES.get(choice, choice.name)
+
+
+def _capability() -> tuple[int, int]:
+    return AMD if torch.version.hip else torch.cuda.get_device_capability()
 
 
 def best_implementation(
@@ -90,7 +97,8 @@ def best_implementation(
     if packed:
         return Attention.varlen, "packed rows, torch's kernel without a mask"
     if capability < (9, 0):
-        return Attention.sdpa, f"torch's flash kernel on compute capability {capability[0]}.{capability[1]}"
+        gpu = "AMD's GPUs" if capability == AMD else f"compute capability {capability[0]}.{capability[1]}"
+        return Attention.sdpa, f"torch's flash kernel on {gpu}"
     return Attention.cudnn, "the fastest on Hopper and later when each row holds one sample"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from conf.visible import visible
 from jobs.data.batches import Rows
 from jobs.data.quality_gates import Verdict
 from jobs.report import charts
@@ -79,7 +80,9 @@ def render_terminal(
     texts = []
     for number in random_samples(rows, count, seed):
         sample = view_sample(number, rows, decoder, location_of, TERMINAL_TOKENS)
-        header = f"sample    {sample.location}: {sample.tokens:,} tokens, {sample.trained:,} trained ({legend})"
+        header = (
+            f"sample    {visible(sample.location)}: {sample.tokens:,} tokens, {sample.trained:,} trained ({legend})"
+        )
         texts.append(f"{header}\n{_terminal_sample(sample, color)}")
     return "\n\n".join(texts)
 

@@ -16,6 +16,7 @@ from jobs.tensor_io import deepspeed_files
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.safe_pickle import SavedTensor
+from jobs.tensor_io.untrusted import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ def find_weights(folder: Path) -> Weights:
     else:
         weights |= _frozen_whole(str(model_paths[0]), model_state)
         weights |= _zero12_parameters(folder, parts, shapes, states[0].get("param_alignment_paddings"))
-    for name, stored_name in dict(model_state.get("shared_params") or {}).items():
-        if stored_name in weights:
-            weights[name] = weights[stored_name]
+    weights |= _shared(weights, model_state)
     if stage < 3:  # ZeRO-1 writes frozen parameters among the module's only, which has every parameter whole
         weights = _whole_module(str(model_paths[0]), model_state) | weights
     excludes_frozen = stage < 2 or model_state.get("frozen_param_shapes") is None
@@ -92,30 +91,33 @@ def _universal(folder: Path, model_paths: list[Path], model_state: dict[str, Any
     weights = {name: stored for name, stored in weights.items() if stored.numel} | _frozen_sharded_or_whole(
         model_paths, model_state
     )
-    for name, shape in (
-        (name, tuple(shape)) for group in _shapes(model_paths[0], model_state) for name, shape in group.items()
-    ):
+    shapes = {name: tuple(shape) for group in _shapes(model_paths[0], model_state) for name, shape in group.items()}
+    for name, shape in shapes.items():
         path = folder / "zero" / name / "fp32.pt"
+        if not is_plain_name(name):
+            raise RunError(Problem("checkpoint", model_paths[0], f"names a weight {name:.200}, which is a path"))
         if not path.is_file():
-            raise RunError(
-                Problem("checkpoint", path, "is missing: convert the checkpoint again, or copy this file too")
-            )
+            message = "is missing: convert the checkpoint again, or copy this file too"
+            raise RunError(Problem("checkpoint", path, message))
         content = deepspeed_files.load(path)
         saved = content["param"] if isinstance(content, dict) else content
         if not isinstance(saved, SavedTensor) or not saved.contiguous or saved.numel < prod(shape):
             raise RunError(Problem("checkpoint", path, f"does not hold the {list(shape)} numbers of {name}"))
         weights[name] = _whole(str(path), saved, shape)
-    for name, stored_name in dict(model_state.get("shared_params") or {}).items():
-        if stored_name in weights:
-            weights[name] = weights[stored_name]
+    weights |= _shared(weights, model_state)
     return Weights(weights, True, _compute_dtype(model_state))
+
+
+def _shared(weights: dict[str, StoredTensor], model_state: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Second names of weights."""
+    names = dict(model_state.get("shared_params") or {})
+    return {name: weights[stored_name] for name, stored_name in names.items() if stored_name in weights}
 
 
 def _shapes(path: Path, model_state: dict[str, Any]) -> Shapes:
     if not (shapes := model_state.get("param_shapes")):
-        raise RunError(
-            Problem("checkpoint", path, "does not list its parameters (param_shapes): save it with ZeRO 1, 2 or 3")
-        )
+        message = "does not list its parameters (param_shapes): save it with ZeRO 1, 2 or 3"
+        raise RunError(Problem("checkpoint", path, message))
     return list(shapes)
 
 
@@ -207,7 +209,13 @@ def _whole(path: str, saved: SavedTensor, shape: Any = None) -> StoredTensor:
 
 
 def _extent(part: FlatPart, first: int, row: int, count: int) -> Extent:
-    """`count` elements of a part from `first` on; in the tensor they are the flat elements from `row` on."""
+    """`count` elements of a part from `first` on; in the tensor they are the flat elements from `row` on.
+
+    Raises RunError for elements that the part does not have, or that do not follow each other in the file.
+    """
+    if not part.saved.contiguous or not 0 <= first <= first + count <= part.saved.numel:
+        message = f"stores {list(part.saved.shape)} with strides or for another shape: save it again, contiguous"
+        raise RunError(Problem("checkpoint", part.path, message))
     return Extent(part.path, part.saved.offset + first * part.saved.dtype.itemsize, row, count)
 
 
@@ -226,10 +234,8 @@ def _frozen_sharded(model_paths: list[Path], model_state: dict[str, Any]) -> dic
     fragments_of_ranks = [deepspeed_files.load(path, "frozen_param_fragments") for path in model_paths]
     parameters = {}
     for name, shape in shapes.items():
-        parts = [
-            FlatPart(str(path), fragments[name])
-            for path, fragments in zip(model_paths, fragments_of_ranks, strict=True)
-        ]
+        pairs = zip(model_paths, fragments_of_ranks, strict=True)
+        parts = [FlatPart(str(path), fragments[name]) for path, fragments in pairs]
         ranges = [ElementRange(part, 0, part.saved.numel) for part in parts]
         parameters[name] = _joined(ranges, tuple(shape), parts[0].saved.dtype)
     return parameters

@@ -7,6 +7,9 @@ from typing import Any
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
+from jobs.tensor_io.untrusted import check_inside
+
+MAX_RANKS = 10**6
 
 
 def stage_of_config(model_state: dict[str, Any]) -> int | None:
@@ -42,11 +45,15 @@ def files(folder: Path, pattern: str) -> list[Path]:
 
 
 def load(path: Path, key: str | None = None) -> Any:
+    """The object in a file, or one entry of it. Raises RunError if it is damaged, or a link that leads out of the folder."""
+    check_inside(path, path.parent)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         content = safe_pickle.load_archive(descriptor, str(path))
     finally:
         os.close(descriptor)
+    if key is not None and (not isinstance(content, dict) or key not in content):
+        raise RunError(Problem("checkpoint", path, f"has no {key}: it was not written by DeepSpeed, or is damaged"))
     return content if key is None else content[key]
 
 
@@ -54,6 +61,8 @@ def check_ranks(folder: Path, paths: list[Path], state: dict[str, Any]) -> None:
     """Raise RunError unless there is a file of each rank. DeepSpeed numbers files by rank; `partition_count` says how many."""
     count = state["partition_count"]
     count = max(count) if isinstance(count, list) else count
+    if count > MAX_RANKS:
+        raise RunError(Problem("checkpoint", paths[0], f"says that {count:.0e} ranks wrote it: it is damaged"))
     names = {path.name for path in paths}
     example = paths[0].name
     expected = [re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank}", example) for rank in range(count)]

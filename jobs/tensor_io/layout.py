@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from conf.errors import Problem, RunError
 from jobs.tensor_io.dtypes import Dtype
+
+MAX_RECTANGLES = 10**6
+"""Most rectangles that one chunk may be cut into: each takes memory."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Chunk(NamedTuple):
 
 
 def rectangles(shape: tuple[int, ...], chunks: list[Chunk]) -> tuple[int, list[list[Rectangle]]]:
-    """Elements per row, and the rectangles of each chunk.
+    """Elements per row, and the rectangles of each chunk. Raises RunError for a chunk of more than MAX_RECTANGLES.
 
     Chunks that are cut in the first dimension only are runs of the flat tensor: the width is 1. Otherwise a row has the
     elements from the last dimension that is cut in any chunk. Example: a 4 x 6 tensor cut into two halves of 4 x 3 gives width 6
@@ -141,7 +145,10 @@ def _rectangles_of_chunk(shape: tuple[int, ...], chunk: Chunk, split: int) -> li
     cut = _last_cut_dimension(shape[:split], sizes[:split])
     rows = prod(sizes[cut:split])  # rows that follow each other in the tensor
     rectangles = []
-    for number in range(prod(sizes[:cut])):
+    if (count := prod(sizes[:cut])) > MAX_RECTANGLES:
+        message = f"has a tensor of shape {list(shape)} in {count} runs: save it with fewer dimensions cut"
+        raise RunError(Problem("checkpoint", None, message))
+    for number in range(count):
         # `number` as an index of the dimensions before `cut`, inside the chunk
         reversed_index, rest = [], number
         for size in reversed(sizes[:cut]):

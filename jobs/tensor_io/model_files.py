@@ -1,9 +1,9 @@
 """Finds (and downloads, if need be) the safetensors files of a model, and says in what chunks they are read. Imports no torch."""
 
-import json
 from pathlib import Path
 
 from jobs.tensor_io.safetensors import files_of_index
+from jobs.tensor_io.untrusted import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK_BYTES = 16 * 2**20
@@ -37,8 +37,8 @@ def find_or_download(source: str, revision: str | None, *, cached: bool = False)
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold the weights, chosen as transformers chooses them.
 
-    Raises DataError if the index names a file outside the folder.
+    Raises DataError if the index is damaged or names a file outside the folder.
     """
     if (folder / SINGLE).exists():
         return [SINGLE]
-    return files_of_index(folder / INDEX, json.loads((folder / INDEX).read_text()))
+    return files_of_index(folder / INDEX, read_object(folder / INDEX))

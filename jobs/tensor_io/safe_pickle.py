@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
+from jobs.tensor_io import pickle_opcodes
 from jobs.tensor_io.dtypes import STORAGES, TORCH, Dtype
+from jobs.tensor_io.untrusted import refused_if_damaged
 
 
 class Inert:
@@ -72,13 +74,31 @@ class Metadata(Record):
     """MetadataIndex (`fqn`, `offset`) -> _StorageInfo (`relative_path`, `offset`, `length`)."""
 
 
+class Storage(NamedTuple):
+    """The numbers of one or more tensors in a torch.save archive."""
+
+    dtype: Any
+    """A Dtype, or Inert for one that is not known."""
+    offset: int
+    nbytes: int
+
+
+class Callback(NamedTuple):
+    """A function that a pickle may call. It is a tuple because a pickle may also set the attributes of a function."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
 _ARCHIVE_CLASSES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
     ("builtins", "set"): set,
     ("builtins", "slice"): slice,
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda build, _, arguments, __: build(*arguments),
+    ("torch._tensor", "_rebuild_from_type_v2"): Callback(lambda build, _, arguments, __: build(*arguments)),
 }
 _DCP_CLASSES: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): Metadata,
@@ -98,13 +118,22 @@ _DCP_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-def _rebuild_tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> SavedTensor:
-    """Does the work of torch._utils._rebuild_tensor and its newer versions; `storage` comes from `persistent_load`."""
-    dtype, start = storage
+def _rebuild_tensor(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> SavedTensor:
+    """Does the work of torch._utils._rebuild_tensor and its newer versions; `storage` comes from `persistent_load`.
+
+    Raises UnpicklingError for a tensor that is not inside its storage: the numbers of others follow there.
+    """
+    dtype, start, nbytes = storage
     if len(rest) > 2 and isinstance(rest[2], Dtype):  # version 3 passes the dtype: newer dtypes have untyped storages
         dtype = rest[2]
     itemsize = dtype.itemsize if isinstance(dtype, Dtype) else 0
-    return SavedTensor(start + offset * itemsize, dtype, tuple(shape), _is_contiguous(tuple(shape), tuple(stride)))
+    shape, stride = tuple(shape), tuple(stride)
+    if any(type(number) is not int or number < 0 for number in (offset, *shape, *stride)) or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor has a shape that cannot be")
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else -1
+    if (offset + last + 1) * itemsize > nbytes:
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
+    return SavedTensor(start + offset * itemsize, dtype, shape, _is_contiguous(shape, stride))
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -116,12 +145,12 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-_REBUILD_FUNCTIONS: dict[str, Any] = {
-    "_rebuild_tensor": _rebuild_tensor,
-    "_rebuild_tensor_v2": _rebuild_tensor,
-    "_rebuild_tensor_v3": _rebuild_tensor,
-    "_rebuild_parameter": lambda data, *_: data,
-    "_rebuild_parameter_with_state": lambda data, *_: data,
+_REBUILD_FUNCTIONS = {
+    "_rebuild_tensor": Callback(_rebuild_tensor),
+    "_rebuild_tensor_v2": Callback(_rebuild_tensor),
+    "_rebuild_tensor_v3": Callback(_rebuild_tensor),
+    "_rebuild_parameter": Callback(lambda data, *_: data),
+    "_rebuild_parameter_with_state": Callback(lambda data, *_: data),
 }
 
 
@@ -129,10 +158,12 @@ class SafeUnpickler(pickle.Unpickler):
     """Builds only the classes listed in this file, and `Inert` for all others: a pickle cannot call anything else."""
 
     def __init__(
-        self, file: io.BytesIO, classes: dict[tuple[str, str], Any], storage_offset: Callable[[str], int]
+        self, data: bytes, classes: dict[tuple[str, str], Any], find_storage: Callable[[str], tuple[int, int]]
     ) -> None:
-        super().__init__(file)
-        self.classes, self.storage_offset = classes, storage_offset
+        """`find_storage` gives the offset and the bytes of a storage by its key. Raises UnpicklingError for a harmful pickle."""
+        pickle_opcodes.check(data)
+        super().__init__(io.BytesIO(data))
+        self.classes, self.find_storage = classes, find_storage
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.classes:
@@ -143,23 +174,22 @@ class SafeUnpickler(pickle.Unpickler):
             return STORAGES[name]
         if module == "torch._utils" and name in _REBUILD_FUNCTIONS:
             return _REBUILD_FUNCTIONS[name]
-        return type(name, (Inert,), {})
+        return Inert
 
-    def persistent_load(self, pid: Any) -> Any:
-        """torch.save refers to a storage by ("storage", class, key, device, numel). Returns its dtype and offset in the file."""
+    def persistent_load(self, pid: Any) -> Storage:
+        """torch.save refers to a storage by ("storage", class, key, device, numel)."""
         _, dtype, key, _, _ = pid
-        return dtype, self.storage_offset(key)
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage has no name")
+        return Storage(dtype, *self.find_storage(key))
 
 
 def load_dcp_metadata(path: Path) -> Metadata:
     """The `.metadata` file of a DCP folder. Raises RunError if it is missing, damaged or something else."""
-    try:
-        unpickler = SafeUnpickler(io.BytesIO(path.read_bytes()), _ARCHIVE_CLASSES | _DCP_CLASSES, lambda _: 0)
-        metadata = unpickler.load()
-    except FileNotFoundError:
-        raise RunError(Problem("checkpoint", path, "is missing: the checkpoint was not written completely")) from None
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise RunError(Problem("checkpoint", path, f"cannot be read, it is damaged: {error}")) from error
+    if not path.is_file():
+        raise RunError(Problem("checkpoint", path, "is missing: the checkpoint was not written completely"))
+    with refused_if_damaged(path):
+        metadata = SafeUnpickler(path.read_bytes(), _ARCHIVE_CLASSES | _DCP_CLASSES, lambda _: (0, 0)).load()
     if not isinstance(metadata, Metadata):
         raise RunError(Problem("checkpoint", path, "is not the metadata of a distributed checkpoint"))
     return metadata
@@ -198,30 +228,34 @@ def load_archive(descriptor: int, path: str, offset: int = 0, length: int | None
     Raises RunError if it is cut short or damaged.
     """
     length = os.fstat(descriptor).st_size if length is None else length
-    try:
-        # a small buffer: only the pickle is read, which is a few KB among gigabytes of numbers
-        with zipfile.ZipFile(io.BufferedReader(_FileWindow(descriptor, offset, length), 4096)) as files:
-            records = {name.partition("/")[2]: name for name in files.namelist()}
+    # a small buffer: only the pickle is read, which is a few KB among gigabytes of numbers
+    with (
+        refused_if_damaged(path, "is cut short or damaged"),
+        zipfile.ZipFile(io.BufferedReader(_FileWindow(descriptor, offset, length), 4096)) as files,
+    ):
+        records = {name.partition("/")[2]: name for name in files.namelist()}
+        if len(records) < len(files.namelist()):
+            raise zipfile.BadZipFile("a record is there twice")
 
-            def storage_offset(key: str) -> int:
-                info = files.getinfo(records[f"data/{key}"])
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise zipfile.BadZipFile("a storage is compressed")
-                # the data follows the local header, whose two variable lengths are at byte 26
-                header = os.pread(descriptor, 30, offset + info.header_offset)
-                name_length, extra_length = struct.unpack("<HH", header[26:30])
-                return int(offset + info.header_offset + 30 + name_length + extra_length)
+        def find_storage(key: str) -> tuple[int, int]:
+            info = _stored(files, records.get(f"data/{key}"), length)
+            # the data follows the local header, whose two variable lengths are at byte 26
+            header = os.pread(descriptor, 30, offset + info.header_offset)
+            name_length, extra_length = struct.unpack("<HH", header[26:30])
+            begin = info.header_offset + 30 + name_length + extra_length
+            if begin + info.file_size > length:
+                raise zipfile.BadZipFile("a storage is longer than the file")
+            return offset + begin, info.file_size
 
-            pickled = io.BytesIO(files.read(records["data.pkl"]))
-            return SafeUnpickler(pickled, _ARCHIVE_CLASSES, storage_offset).load()
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        IndexError,
-        struct.error,
-        TypeError,
-    ) as error:
-        message = f"is cut short or damaged ({error}): go back to the checkpoint before"
-        raise RunError(Problem("checkpoint", path, message)) from error
+        pickled = files.read(_stored(files, records.get("data.pkl"), length))
+        return SafeUnpickler(pickled, _ARCHIVE_CLASSES, find_storage).load()
+
+
+def _stored(files: zipfile.ZipFile, name: str | None, length: int) -> zipfile.ZipInfo:
+    """The entry of a record. torch.save compresses none, so what is larger than the archive is not from there."""
+    if name is None:
+        raise zipfile.BadZipFile("a record is missing")
+    info = files.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > length:
+        raise zipfile.BadZipFile("a record is compressed")
+    return info

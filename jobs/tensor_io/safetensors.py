@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import DataError, Problem
-from conf.files import read_json
 from jobs.tensor_io.dtypes import SAFETENSORS, SAFETENSORS_NAMES, Dtype
 from jobs.tensor_io.layout import Extent, StoredTensor
+from jobs.tensor_io.untrusted import is_plain_name, read_object
 
 ALIGNMENT = 4096
 """The data of files made here begins on a page of memory."""
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the library safetensors reads."""
 
 
 class Header(NamedTuple):
@@ -49,7 +51,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safeten
 
 def _files(folder: Path, stem: str) -> list[str]:
     """Names of the files of a model: those of its index, STEM.safetensors, or the only ones in the folder."""
-    index = read_json(folder / f"{stem}.safetensors.index.json")
+    index = read_object(folder / f"{stem}.safetensors.index.json")
     if index is not None:
         return files_of_index(folder / f"{stem}.safetensors.index.json", index)
     if (folder / f"{stem}.safetensors").exists():
@@ -78,17 +80,16 @@ def _files(folder: Path, stem: str) -> list[str]:
 
 def files_of_index(path: Path, index: Any) -> list[str]:
     """The files that an index names. Raises DataError if one is not in the folder of the index."""
-    files = sorted(set(index["weight_map"].values()))
-    for name in files:
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(Problem("model", path, "has no weight_map: copy or download it again"))
+    for name in weight_map.values():
         if not is_plain_name(name):
-            message = f"names {name}, which is not in the folder of the model: write plain file names into the index"
+            message = (
+                f"names {name!s:.200}, which is not in the folder of the model: write plain file names into the index"
+            )
             raise DataError(Problem("model", path, message))
-    return files
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file, not a path: an index must not point to files outside its folder."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+    return sorted(set(weight_map.values()))
 
 
 def _tensors_to_merge(path: Path) -> dict[str, StoredTensor]:
@@ -100,7 +101,9 @@ def _tensors_to_merge(path: Path) -> dict[str, StoredTensor]:
         raise DataError(Problem("model", path, f"{error}; copy or download it again")) from error
     for name, stored in tensors.items():
         if stored.dtype.itemsize == 0:
-            raise DataError(Problem("model", path, f"{name} has dtype {stored.dtype.name}, which cannot be merged"))
+            raise DataError(
+                Problem("model", path, f"{name:.200} has dtype {stored.dtype.name:.40}, which cannot be merged")
+            )
     return tensors
 
 
@@ -129,16 +132,39 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         if not 0 < length <= size - 8:
             raise ValueError(f"is not a safetensors file, or is cut off at {size} bytes")
+        if length > MAX_HEADER:
+            raise ValueError(f"is not a safetensors file: its header of {length} bytes is longer than {MAX_HEADER}")
         text = file.read(length)
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_without_doubles)
         entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"is not a safetensors file: its header is wrong ({error})") from error
+        end = 8 + length + _end_of_data(entries)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is not a safetensors file: its header is wrong ({error!s:.200})") from error
     if size < end:
         raise ValueError(f"is cut off: {size} of {end} bytes")
     return Header(entries, 8 + length)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _end_of_data(entries: dict[str, Any]) -> int:
+    """Bytes of the data. Raises ValueError unless every entry is well formed and the tensors follow each other without overlap."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        numbers = [begin, stop, *entry["shape"]]
+        if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(entry["dtype"], str):
+            raise ValueError(f"the entry of {name:.200} is damaged")
+        if begin < end or stop < begin:
+            raise ValueError(f"{name:.200} overlaps another tensor")
+        end = stop
+    return end
 
 
 def make_header(tensors: list[tuple[str, tuple[int, ...], Dtype]]) -> tuple[bytes, list[int], int]:

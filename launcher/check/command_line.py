@@ -19,6 +19,7 @@ from conf import resolve
 from conf.errors import Problem
 from conf.schema import Architecture, Config
 from launcher.check import quoting
+from launcher.secret_names import MASK, found
 
 FLAGS_WITH_VALUE = (
     "--cfg",
@@ -57,8 +58,12 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
         Architecture  # optional, so None in the schema; without this its keys could not be checked
     )
     valid: list[Override] = []
+    is_sweep = bool({"-m", "--multirun"} & set(words))
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
+            continue
+        if (is_sweep or word.lstrip("+~").startswith("hydra")) and (problem := _secret(word)):
+            reported.append(problem)
             continue
         try:
             override = OverridesParser.create().parse_override(word)
@@ -68,12 +73,20 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
-        elif override.is_sweep_override() and not {"-m", "--multirun"} & set(words):
+        elif override.is_sweep_override() and not is_sweep:
             key, _, value = word.partition("=")
             reported.append(Problem(key, value, _several_values(key, value)))
         else:
             valid.append(override)
     return reported + _shape_of_a_model_without_one(valid, folder, options)
+
+
+def _secret(word: str) -> Problem | None:
+    """A word that would write a secret to a file before the config is checked: Hydra stores those of a sweep and its own."""
+    key, _, value = word.partition("=")
+    if any(kind != "a key of W&B" for kind, _ in found(value)):  # that one has the form of a commit
+        return Problem(key, MASK, "is or holds a secret, and would be written to files. Remove it")
+    return None
 
 
 def _not_parsed(word: str) -> str:
@@ -179,8 +192,14 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, _as_typed(value), f"must be {_describe(known[key])}")
+        return Problem(key, _as_typed(value), _not_of_type(key, known))
     return None
+
+
+def _not_of_type(key: str, known: dict[str, Any]) -> str:
+    """The message for a value of a wrong type; a section has keys instead of a value."""
+    inner = [name for name in known if name.startswith(f"{key}.")]
+    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {_describe(known[key])}"
 
 
 def _as_typed(value: Any) -> Any:

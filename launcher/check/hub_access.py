@@ -10,8 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from conf.choices import Init
+from conf.errors import SiteError
 from conf.schema import Config
-from launcher import environment
+from launcher import environment, secrets_file
 from launcher.check.hub_files import HubHome, Repository, is_cached, repositories
 from launcher.hub_client import HubClient, Reply, Unreachable, endpoint, stored_token
 
@@ -109,8 +110,8 @@ def _token(config: Config, hub: HubHome, name: str | None) -> str | None:
     """The value of the variable `name`, or, without a name, the token that the jobs find."""
     path = Path(config.cluster.secrets_file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError):
+        text, _ = secrets_file.read(path)
+    except SiteError:  # the checks report it
         text = ""
     known = {**environment.secret_values(config, hub.environ, text), **hub.environ}
     if name is not None:

@@ -68,8 +68,11 @@ def hub_name(data_set: DataSet) -> str | None:
 
 
 def missing(config: Config, hub: HubHome) -> Iterator[tuple[str, str, str]]:
-    """(key, value, what is not in the cache) of what an offline run could not read. A container's own cache is not seen here."""
-    if "fetch" in config.jobs or (config.cluster.container_image and not hub.home.exists()):
+    """(key, value, what is not in the cache) of what an offline run could not read.
+
+    The cache of a container, or one whose path has a variable that only the node knows, is not seen here.
+    """
+    if "fetch" in config.jobs or (config.cluster.container.image and not hub.home.exists()) or "$" in str(hub.home):
         return
     for item in repositories(config):
         if item.kind == "model":

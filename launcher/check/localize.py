@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from conf import resolve
-from conf.choices import AdapterKind, Container, Executor, Init, Precision
+from conf.choices import AdapterKind, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
-from launcher.check import fetched_commits, model_files
-from launcher.check.observe import hub_cache, hub_home, local_memory_gib, path_exists, without_part
+from launcher.check import container_paths, fetched_commits, model_files
+from launcher.check.local_gpus import local_memory_gib
+from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
 from launcher.estimate import config_json, parameters
 from launcher.paths import CLONE
 
@@ -21,28 +22,17 @@ def localize(config: Config, gpus: int) -> None:
     - Paths become absolute, because jobs start in another folder. A relative path is tried in the current folder, then in
       the clone of Muster. A value that is neither (a Hub id) stays as it is.
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
+    - In a container, `container.mounts` gets the folders of data and models, and `hf_home` the Hub's cache.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
-    config.run_dir = os.path.abspath(config.run_dir)
-    if config.data.cache:
-        config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
-    interpreter = sys.executable if config.cluster.container is Container.none else "python3"
+    _make_paths_absolute(config)
+    interpreter = sys.executable if config.cluster.container.image is None else "python3"
     config.cluster.python = config.cluster.python or interpreter
-    for section, name in (
-        (config.data, "path"),
-        *((data_set, "path") for data_set in config.data.sets.values()),
-        (config.data, "validation_path"),
-        (config.data, "chat_template"),
-        (config.generate, "prompts"),
-        (config.model, "source"),
-        (config.model, "tokenizer"),
-    ):
-        value = getattr(section, name)
-        if value:
-            setattr(section, name, _absolute(value))
+    if config.cluster.container.image is not None:
+        container_paths.localize(config)
     for resources in (config.cluster.train, config.cluster.inference):
         if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
@@ -55,6 +45,26 @@ def localize(config: Config, gpus: int) -> None:
         config.model.architecture = _architecture(config)
     if config.cluster.offline:
         fetched_commits.pin(config, hub_home(config))
+
+
+def _make_paths_absolute(config: Config) -> None:
+    config.run_dir = os.path.abspath(config.run_dir)
+    if config.data.cache and not config.data.cache.startswith("$"):
+        config.data.cache = os.path.abspath(Path(config.data.cache).expanduser())
+    for section, name in (
+        (config.data, "path"),
+        *((data_set, "path") for data_set in config.data.sets.values()),
+        (config.data, "validation_path"),
+        (config.data, "chat_template"),
+        (config.generate, "prompts"),
+        (config.model, "source"),
+        (config.model, "tokenizer"),
+    ):
+        value = getattr(section, name)
+        if value:
+            setattr(section, name, _absolute(value))
+    if config.tracker.uri and config.tracker.uri.startswith((".", "~")):
+        config.tracker.uri = os.path.abspath(Path(config.tracker.uri).expanduser())
 
 
 def _architecture(config: Config) -> Architecture | None:

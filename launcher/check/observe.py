@@ -6,28 +6,30 @@ It only reports: `launcher.check.rules` decides what is wrong.
 import glob
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf import packages, resolve
-from conf.choices import Container, Init
+from conf.choices import Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import all_sets, training_by_key
-from conf.errors import Problem
+from conf.errors import Problem, SiteError
 from conf.schema import Config
+from conf.text import texts
+from launcher import secrets_file
 from launcher.check import hub_access, hub_files, model_files, packing_rules
 from launcher.check.hub_access import HubFacts
 from launcher.check.hub_files import HubHome
+from launcher.check.local_gpus import local_gpus
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.family_defaults import DEFAULTS
+from launcher.secret_names import known_values
 
 FIRST_ROW_CHARACTERS = 2**20
 """Characters that are read of a file to see its columns: the file may be huge, and this runs on a login node."""
@@ -67,7 +69,7 @@ class Facts:
     """What was seen on the machine where launch.py runs."""
 
     gpus: int = 0
-    """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES names."""
+    """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES or AMD's variables name."""
     slurm_missing: tuple[str, ...] = ()
     """Slurm commands that are not on PATH."""
     files_missing: tuple[tuple[str, str], ...] = ()
@@ -90,6 +92,10 @@ class Facts:
     """What the Hub answers about its repositories that the config names."""
     secrets_missing: tuple[str, ...] = ()
     """Names in `cluster.secrets` that are neither in the environment nor in `cluster.secrets_file`."""
+    secrets_file_problems: tuple[Problem, ...] = ()
+    """Why `cluster.secrets_file` cannot be used."""
+    secrets_in_config: tuple[tuple[str, str], ...] = ()
+    """(key, which secret) of each value that holds a secret of the environment or of `cluster.secrets_file`."""
 
 
 def observe(config: Config) -> Facts:
@@ -99,6 +105,7 @@ def observe(config: Config) -> Facts:
     except OSError as error:
         existing, run_dir_error = None, f"cannot be used: {error.strerror}. Choose another run_dir"
     model = _model(config)
+    in_file, file_problems = _secrets_file(config)
     return Facts(
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
@@ -111,7 +118,11 @@ def observe(config: Config) -> Facts:
         existing=existing,
         run_dir_error=run_dir_error,
         hub=_hub(config),
-        secrets_missing=tuple(_missing_secrets(config)),
+        secrets_missing=tuple(
+            name for name in config.cluster.secrets if name not in os.environ and name not in in_file
+        ),
+        secrets_file_problems=file_problems,
+        secrets_in_config=tuple(_secrets_in_config(config, in_file)),
     )
 
 
@@ -169,26 +180,7 @@ def _kernels(config: Config) -> frozenset[str] | None:
 
 
 def _jobs_use_this_python(config: Config) -> bool:
-    return config.cluster.container is Container.none and config.cluster.python in (None, sys.executable)
-
-
-def local_gpus() -> int:
-    """GPUs that a process started here would see. Counted from device files, because launcher/ never imports torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
-    # device files without the kernel's driver are of no use
-    count = len(devices) if Path("/proc/driver/nvidia/version").exists() else 0
-    return count if visible is None else min(count, len([item for item in visible.split(",") if item.strip()]))
-
-
-def local_memory_gib() -> float | None:
-    """Memory of the smallest GPU here, in whole GiB, less 0.5 % that the driver keeps. None if nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(math.floor(0.995 * int(line) / 1024) for line in output.split())  # lines are MiB
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+    return config.cluster.container.image is None and config.cluster.python in (None, sys.executable)
 
 
 def looks_like_file(value: str) -> bool:
@@ -206,6 +198,9 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
     }
     if "generate" in config.jobs:
         paths["generate.prompts"] = config.generate.prompts
+    image = config.cluster.container.image or ""
+    if image.endswith((".sif", ".sqsh")) and "$" not in image and "://" not in image:
+        paths["cluster.container.image"] = os.path.abspath(image)
     for key, value in paths.items():
         if value and (looks_like_file(value) or key == "generate.prompts") and not path_exists(value):
             yield key, value
@@ -265,8 +260,30 @@ def _run_dir(folder: Path) -> tuple[Config | None, str | None]:
     return None, None
 
 
-def _missing_secrets(config: Config) -> Iterator[str]:
+def _secrets_file(config: Config) -> tuple[dict[str, str], tuple[Problem, ...]]:
+    """The secrets in `cluster.secrets_file`, and why it cannot be used. Not read if no job needs a secret."""
     path = Path(config.cluster.secrets_file).expanduser()
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    names = {line.split("=", 1)[0].strip() for line in text.splitlines()}
-    yield from (name for name in config.cluster.secrets if name not in os.environ and name not in names)
+    if not secrets_file.names(config):
+        return {}, ()
+    try:
+        text, warning = secrets_file.read(path)
+    except SiteError as error:
+        return {}, tuple(item for item in error.problems if isinstance(item, Problem))
+    values, problems = secrets_file.parse(path, text)
+    return values, (*((Problem(secrets_file.KEY, path, warning),) if warning else ()), *problems)
+
+
+def secrets_of_environment(*names: str) -> dict[str, str]:
+    """The variables of this process that hold secrets: those in `names`, and those that look like it."""
+    return known_values(os.environ, frozenset(names))
+
+
+def _secrets_in_config(config: Config, in_file: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Values that came from a variable (`${oc.env:HF_TOKEN}`, `$HF_TOKEN` in the shell) and must stay there."""
+    known = secrets_of_environment(*secrets_file.names(config)) | in_file
+    for text in texts(config):
+        for name, value in known.items():
+            if not text.is_name and (
+                (value == text.value and len(value) >= 4) or (len(value) >= 8 and value in text.value)
+            ):
+                yield text.key, f"the value of {name}"

@@ -52,7 +52,7 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     `words` are the command line; `composed` holds the values they have. Raises RunError for a folder that is not a run,
     and for every override that may not change in a run.
     """
-    folder = Path(str(composed.resume)).resolve()
+    folder = Path(stored_path(Path(str(composed.resume)).resolve()))
     if not (folder / "config.yaml").exists():
         message = "is not a run folder: it has no config.yaml. Use the run_dir of an earlier run"
         raise RunError(Problem("resume", composed.resume, message))
@@ -71,6 +71,21 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
         _copy(composed, config, "jobs" if key == "pipeline" else key)
     config.run_dir, config.resume = str(folder), str(folder)
     return config
+
+
+def stored_path(run: Path) -> str:
+    """Return the path of a run folder as its first launch wrote it, if it is still the same folder; else `run`.
+
+    A project that is reached through a symbolic link has two paths. With the other one, the run would have another config,
+    so its jobs would run again, and its running jobs would not be found.
+    """
+    try:
+        if not (run / "config.yaml").exists():
+            return str(run)
+        stored = resolve.load(run / "config.yaml").run_dir
+        return stored if run.samefile(stored) else str(run)
+    except OSError:  # the folder was moved, is closed to this user, or can have no such name
+        return str(run)
 
 
 def require_same(stored: Config, requested: Config) -> None:

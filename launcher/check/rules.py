@@ -1,26 +1,36 @@
 """Checks a whole config against every rule and reports all problems at once; pure.
 
-Rules of layout and batch size are in `parallel_rules.py`, those of training data in `data_rules.py`, those of the model's files in
-`model_rules.py`, those of packed rows in `packing_rules.py`, those of options that do not work together in `combinations.py`.
-All others are here.
+Rules of a site are in `site_rules.py`, those of layout and batch size in `parallel_rules.py`, those of training data in
+`data_rules.py`, those of the model's files in `model_rules.py`, those of packed rows in `packing_rules.py`, those of options that
+do not work together in `combinations.py`, those of texts in `text_rules.py`, those of secrets in `secret_rules.py`, those of the
+Hub in `hub_rules.py`. All others are here.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from conf.choices import AdapterKind, Attention, Container, Executor, Init, Schedule, Submit
+from conf import text
+from conf.choices import AdapterKind, Attention, Executor, Init, Schedule, Submit
 from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Train
 from launcher import plan
-from launcher.check import combinations, data_rules, hub_rules, model_rules, packing_rules, parallel_rules
+from launcher.check import (
+    combinations,
+    data_rules,
+    hub_rules,
+    model_rules,
+    packing_rules,
+    parallel_rules,
+    secret_rules,
+    site_rules,
+    text_rules,
+)
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
-from launcher.secret_names import is_secret
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -29,7 +39,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
     out_of_bounds = list(_values(config))
-    reported = [*out_of_bounds, *_names(config), *_steps(config), *_schedule(config), *_held_out(config)]
+    reported = [*out_of_bounds, *text.problems(config), *text_rules.problems(config)]
+    reported += [*_jobs(config), *_steps(config), *_schedule(config), *_held_out(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
@@ -38,13 +49,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)
     reported += hub_rules.problems(config, facts.hub)
-    reported += [
-        *facts.packages_missing,
-        *_site(config, facts),
-        *_signal(config),
-        *_variables(config),
-        *_secrets(config, facts),
-    ]
+    reported += [*facts.packages_missing, *_site(config, facts), *site_rules.problems(config), *_signal(config)]
+    reported += secret_rules.problems(config, facts)
     return [*reported, *_run_folder(config, facts)]
 
 
@@ -66,20 +72,17 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
             and (choices := getattr(get_args(hints[item.name])[0], "__members__", None))
         ):
             yield Problem(key, "[]", f"must not be empty. Name at least one of {', '.join(choices)}")
-        elif item.metadata and value is not None and not item.metadata["minimum"] <= value <= item.metadata["maximum"]:
-            bounds = f"at least {item.metadata['minimum']:g}"
-            if item.metadata["maximum"] < math.inf:
-                bounds += f" and at most {item.metadata['maximum']:g}"
-            yield Problem(key, value, f"must be {bounds}")
+        elif "minimum" in item.metadata and value is not None:
+            yield from _bounds(key, value, item.metadata["minimum"], item.metadata["maximum"])
 
 
-def _names(config: Config) -> Iterator[Problem]:
-    if not re.fullmatch(r"[\w.+-]*", config.name):
-        message = "may contain only letters, digits, '.', '_', '+' and '-', because jobs and folders are named after it"
-        yield Problem("name", config.name, message)
-    if not config.run_dir.isprintable() or "%" in config.run_dir:
-        message = "must not contain control characters, nor %, which Slurm would expand. Choose another run_dir"
-        yield Problem("run_dir", repr(config.run_dir), message)
+def _bounds(key: str, value: float, minimum: float, maximum: float) -> Iterator[Problem]:
+    if not minimum <= value <= maximum:
+        bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
+        yield Problem(key, value, f"must be {bounds}")
+
+
+def _jobs(config: Config) -> Iterator[Problem]:
     for job in config.jobs:
         if job not in JOB_KINDS:
             yield Problem("jobs", job, f"no such job. Choose from {', '.join(JOB_KINDS)}")
@@ -224,12 +227,6 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("cluster", cluster.name, message)
     if cluster.executor is Executor.local and config.submit is Submit.script:
         yield Problem("submit", "script", "writes sbatch scripts, which cluster=local does not use. Use cluster=slurm")
-    if cluster.container is Container.none and cluster.container_image is not None:
-        message = "needs a container runtime, but cluster.container=none. Add cluster.container=apptainer or =pyxis"
-        yield Problem("cluster.container_image", cluster.container_image, message)
-    if cluster.container is not Container.none and cluster.container_image is None:
-        message = f"cluster.container={cluster.container.name} needs an image. Set cluster.container_image=..."
-        yield Problem("cluster.container_image", None, message)
 
 
 def _signal(config: Config) -> Iterator[Problem]:
@@ -241,22 +238,6 @@ def _signal(config: Config) -> Iterator[Problem]:
             "Raise cluster.train.time_min, or lower cluster.signal_s to the time that a checkpoint takes"
         )
         yield Problem("cluster.signal_s", warning_s, message)
-
-
-def _variables(config: Config) -> Iterator[Problem]:
-    for name, value in config.cluster.environment.items():
-        key = f"cluster.environment.{name}"
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            yield Problem(key, None, "is not a valid variable name. Use only letters, digits and _")
-        if is_secret(name) and value:
-            message = f"would be written to files. Remove it, add cluster.secrets=[{name}] and export {name} instead"
-            yield Problem(key, "(hidden)", message)
-
-
-def _secrets(config: Config, facts: Facts) -> Iterator[Problem]:
-    for name in () if config.dry_run else facts.secrets_missing:
-        message = f"{name} has no value. Export it, or add {name}=... to {config.cluster.secrets_file}"
-        yield Problem("cluster.secrets", name, message)
 
 
 def _run_folder(config: Config, facts: Facts) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from conf.errors import ConfigError, Problem
 from conf.files import write_text
+from conf.visible import visible
 from launcher.convert import convert
 from launcher.convert.keys import Outcome, Row
 from launcher.paths import CLONE
@@ -54,7 +55,8 @@ def _print(rows: list[Row]) -> None:
     for row in rows:
         ours = " ".join(f"{key.lstrip('/')}={_shown(value)}" for key, value in row.ours.items())
         said = ours + (f"  ({row.why})" if ours and row.why else row.why)
-        table.add_row(Text(row.key), Text(_shown(row.value)), Text(row.outcome.value, STYLES[row.outcome]), Text(said))
+        outcome = Text(row.outcome.value, STYLES[row.outcome])
+        table.add_row(Text(visible(row.key)), Text(visible(_shown(row.value))), outcome, Text(visible(said)))
     Console(soft_wrap=False).print(table)
 
 

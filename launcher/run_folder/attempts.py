@@ -1,41 +1,80 @@
 """Reads what the attempts of a job left behind: verdicts, heartbeats, the newest checkpoint, and the metrics.
 
-Every function that takes `folder` means the job's folder, RUN/jobs/JOB.
+Every function that takes `folder` means the job's folder, RUN/jobs/JOB. A run may be somebody else's, so a file may hold anything:
+what is not as Muster writes it counts as damaged, or as not there.
 """
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import json
-from contextlib import suppress
+import re
 from pathlib import Path
 from typing import Any
 
-from conf.files import read_json
 from conf.jobs import RESUMABLE
+from launcher.run_folder.status import FAILED
+
+NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
+MAX_BYTES = 64 * 2**20
+"""Bytes of the largest record that is read: no record of Muster comes near."""
+TEXTS = ("reason", "remedy", "next", "error", "log", "host", "status")
+"""Fields of a verdict that are texts."""
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if there is no such file, or if it holds something else."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _verdict(path: Path) -> dict[str, Any] | None:
+    """Return a verdict with fields of the right types; one that says so if the file is damaged; None if there is no file."""
+    if not path.exists():
+        return None
+    verdict = read_record(path) or {}
+    if not isinstance(verdict.get("status"), str):
+        return {"status": FAILED, "reason": f"{path.name} is damaged", "rank": None, "host": None}
+    if "rank" in verdict:
+        verdict.setdefault("host", None)
+    wrong = [name for name in TEXTS if not isinstance(verdict.get(name) or "", str)]
+    verdict |= {name: str(verdict[name])[:200] for name in wrong}
+    numbers = ("rank", "step", "saved", "exit")
+    return verdict | {name: None for name in numbers if name in verdict and not isinstance(verdict[name], int)}
 
 
 def last_verdict(folder: Path) -> dict[str, Any] | None:
     """Return the verdict of the newest attempt; None if there is no attempt, or the newest has no verdict (yet)."""
     number = newest_attempt(folder)
-    verdict = read_json(folder / f"attempt-{number}.json") if number else None
-    return verdict if isinstance(verdict, dict) else None
+    return _verdict(folder / f"attempt-{number}.json") if number else None
 
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
     """Return the verdicts of all attempts of a job, oldest first."""
-    by_number = {int(path.stem.removeprefix("attempt-")): read_json(path) for path in folder.glob("attempt-*.json")}
-    return [verdict | {"attempt": number} for number, verdict in sorted(by_number.items()) if isinstance(verdict, dict)]
+    by_number = {number: _verdict(path) for path in folder.glob("attempt-*.json") if (number := _number(path))}
+    return [verdict | {"attempt": number} for number, verdict in sorted(by_number.items()) if verdict]
 
 
 def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
     """Return what `attempt.begin` wrote when an attempt began (host, job id, time); empty if it has not begun."""
-    return read_json(folder / f"attempt-{number}" / "begin.json") or {}
+    return read_record(folder / f"attempt-{number}" / "begin.json") or {}
 
 
 def newest_attempt(folder: Path) -> int | None:
     """Return the number of the newest attempt of a job; None before the first."""
-    numbers = (int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*") if path.is_dir())
+    numbers = (number for path in folder.glob("attempt-*") if path.is_dir() and (number := _number(path)))
     return max(numbers, default=None)
+
+
+def _number(path: Path) -> int | None:
+    match = NUMBER.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def newest_checkpoint(folder: Path) -> int | None:
@@ -49,11 +88,13 @@ def newest_checkpoint(folder: Path) -> int | None:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of RUN/metrics.jsonl. Skips a line that is being written."""
     lines, path = [], run / "metrics.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            lines.append(line)
     return lines
 
 
@@ -67,6 +108,18 @@ def published_ranks(attempt: Path) -> dict[int, dict[str, Any]]:
     """Return, by rank, the last heartbeat that the watchdogs of all nodes have published in the attempt's folder."""
     ranks: dict[int, dict[str, Any]] = {}
     for path in attempt.glob("node-*.json"):
-        with suppress(OSError, ValueError):  # skip a node whose file cannot be read: its ranks count as unknown
-            ranks |= {int(rank): heartbeat for rank, heartbeat in (read_json(path) or {"ranks": {}})["ranks"].items()}
+        try:
+            found = (read_record(path) or {}).get("ranks")
+        except OSError:  # skip a node whose file cannot be read: its ranks count as unknown
+            continue
+        for rank, heartbeat in found.items() if isinstance(found, dict) else ():
+            if rank.isdecimal() and _is_heartbeat(heartbeat):
+                ranks[int(rank)] = heartbeat
     return ranks
+
+
+def _is_heartbeat(value: Any) -> bool:
+    """Whether this has what is shown of a heartbeat. The watchdog, which reads all of it, reads only what it has written."""
+    if not isinstance(value, dict) or not isinstance(value.get("phase"), str):
+        return False
+    return all(isinstance(value.get(name, 0), (int, float)) for name in ("count", "time"))

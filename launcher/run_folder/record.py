@@ -1,5 +1,8 @@
 """Reads and writes RUN/run.json: each launch of a run with its command, code version and job ids."""
 
+import os
+import pwd
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -7,7 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import Problem, RunError
-from conf.files import read_json, write_json
+from conf.files import write_json
+from launcher.run_folder.attempts import read_record
+
+JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
+"""A job id of Slurm, also of a part of an array or a heterogeneous job."""
+ANY = re.compile(r".*", re.DOTALL)
 
 
 class StartedJob(NamedTuple):
@@ -17,15 +25,28 @@ class StartedJob(NamedTuple):
     """Slurm's job id, or the process id of submitit's local controller."""
     cluster: str
     """Name of the executor: `slurm` or `local`."""
+    slurm_name: str = ""
+    """Slurm's name of the job; empty if it was not recorded."""
+    folder: str = "code"
+    """The folder in which the job starts, relative to the run."""
 
 
 def read_launches(run: Path) -> list[dict[str, Any]]:
     """Return the launches of a run, oldest first. Raises RunError if `run` is not a run folder."""
-    content = read_json(run / "run.json")
-    if not isinstance(content, dict):
+    if not (run / "run.json").exists():
         raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
-    launches: list[dict[str, Any]] = content["launches"]
+    launches = (read_record(run / "run.json") or {}).get("launches")
+    if not isinstance(launches, list) or not all(_is_launch(item) for item in launches):
+        raise RunError(Problem("RUN", run, "has a run.json that is damaged, or that Muster did not write"))
     return launches
+
+
+def _is_launch(item: Any) -> bool:
+    """Whether this is a launch as `add_launch` writes it. Slurm's job ids become arguments of scancel, so they must be numbers."""
+    if not isinstance(item, dict) or not isinstance(item.get("cluster"), str) or not isinstance(item.get("jobs"), dict):
+        return False
+    pattern = JOB_ID if item["cluster"] == "slurm" else ANY
+    return all(isinstance(job_id, str) and pattern.fullmatch(job_id) for job_id in item["jobs"].values())
 
 
 def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, Any]) -> None:
@@ -42,10 +63,12 @@ def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, 
     write_json(run / "run.json", {"launches": [*launches, launch]})
 
 
-def add_job(run: Path, name: str, job_id: str) -> None:
-    """Record the id of a job that the newest launch has just started."""
+def add_job(run: Path, name: str, job_id: str, slurm_name: str = "", folder: str = "") -> None:
+    """Record a job that the newest launch has just started: its id, and on Slurm its name and the folder where it starts."""
     launches = read_launches(run)
     launches[-1]["jobs"][name] = job_id
+    if slurm_name:
+        launches[-1].setdefault("slurm", {})[name] = {"slurm_name": slurm_name, "folder": folder}
     write_json(run / "run.json", {"launches": launches})
 
 
@@ -56,9 +79,48 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
     """
     by_hand: dict[str, StartedJob] = {}
     for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
-        by_hand[path.parent.parent.name] = StartedJob(str((read_json(path) or {}).get("job_id")), "slurm")
+        job_id = str((read_record(path) or {}).get("job_id"))
+        if JOB_ID.fullmatch(job_id):
+            by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm")
     return by_hand | {  # later launches, and run.json, come last and win
-        name: StartedJob(job_id, launch["cluster"])
+        name: StartedJob(job_id, launch["cluster"], **launch.get("slurm", {}).get(name, {}))
         for launch in read_launches(run)
         for name, job_id in launch["jobs"].items()
     }
+
+
+def known_ids(run: Path) -> set[str]:
+    """Return the id of every job that the run has ever started, also by hand."""
+    begun = (read_record(path) or {} for path in run.glob("jobs/*/attempt-*/begin.json"))
+    return {str(item.get("job_id")) for item in begun} | {
+        str(job_id) for launch in read_launches(run) for job_id in launch["jobs"].values()
+    }
+
+
+def other_owner(path: Path) -> str | None:
+    """Return the name of the user who owns a file or folder; None if it is this user, or if there is no such file."""
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return None
+    return None if owner == os.getuid() else user_name(owner)
+
+
+def user_name(number: int) -> str:
+    """Return the name of a user; the number itself if this machine does not know it, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def closed_file(error: PermissionError) -> str:
+    """Return one line about a file that this user may not read or write: whose it is, and what to do."""
+    path = Path(str(error.filename))
+    owner = next((name for place in (path, *path.parents) if (name := other_owner(place))), None)
+    if owner in (None, "root"):  # `root` owns the folders above everyone's
+        return f"{path}: {error.strerror}. Look at its owner and permissions with ls -l"
+    return (
+        f"{path}: belongs to {owner}, and is closed to you. {owner} can open a run to the group: "
+        "chmod -R g+rX RUN to look at it, g+rwX to resume and merge it"
+    )

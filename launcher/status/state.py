@@ -2,7 +2,9 @@
 
 import os
 import signal
-from dataclasses import dataclass, field
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from conf.errors import Problem, RunError, SiteError
 from conf.files import write_text
 from conf.jobs import JOB_KINDS
 from launcher import slurm
-from launcher.run_folder import attempts, record
+from launcher.run_folder import attempts, lock, record
 from launcher.run_folder.status import COMPLETED
+from launcher.status import missing_verdict, ownership
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,17 @@ class JobState:
     state: str
     """Slurm's state, or UNKNOWN; RUNNING or ENDED for a job on this machine."""
     verdict: dict[str, Any] | None
-    """The verdict of the newest attempt; None while that attempt runs."""
+    """The verdict of the newest attempt, or why the job ended without one; None while it waits or runs."""
     attempt: int | None = None
     """Number of the newest attempt; None before the first."""
     before: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts of the earlier attempts, oldest first."""
     beat: dict[str, Any] | None = None
     """While the job runs: the last heartbeat of the rank that is furthest behind."""
+    user: str = ""
+    """Whose job it is in Slurm; empty if Slurm did not say so."""
+    note: str = ""
+    """Why the state is UNKNOWN, if that is known."""
 
     @property
     def failed(self) -> bool:
@@ -52,26 +59,34 @@ class AttemptHistory:
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
-    """Return the newest start of each job, in the order of the pipeline. `strict`: see `slurm.states`.
+    """Return the newest start of each job, in the order of the pipeline. `strict`: see `slurm.jobs`.
 
     Raises RunError if `run` is not a run folder.
     """
-    jobs = record.newest_jobs(run)
-    slurm_states = slurm.states((job.job_id for job in jobs.values() if job.cluster == "slurm"), strict)
-    return [_job_state(run, name, jobs[name], slurm_states) for name in JOB_KINDS if name in jobs]
+    started = record.newest_jobs(run)
+    ids = (job.job_id for job in started.values() if job.cluster == "slurm")
+    in_slurm = slurm.jobs(ids, record.other_owner(run), strict)
+    return [_job_state(run, name, started[name], in_slurm) for name in JOB_KINDS if name in started]
 
 
-def _job_state(run: Path, name: str, job: record.StartedJob, slurm_states: dict[str, str]) -> JobState:
-    folder = run / "jobs" / name
+def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: dict[str, slurm.SlurmJob]) -> JobState:
+    folder, user, note = run / "jobs" / name, "", ""
     if job.cluster == "slurm":
-        state = slurm_states.get(job.job_id, "UNKNOWN")
+        seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
+        state, user, note = seen.state, seen.user, seen.silence
+        if not ownership.is_of_run(seen, run, job):
+            state, note = "UNKNOWN", ownership.describe(seen)
         history = _attempts_of_slurm_job(folder, job.job_id)
+        if history.verdict is None and not note:
+            verdict = missing_verdict.explain(folder, job.job_id, state, history.number)
+            history = replace(history, verdict=verdict)
     else:
-        state = "RUNNING" if _is_alive(job.job_id, run) else "ENDED"
         history = _all_attempts(folder)
+        is_running = _is_alive(job.job_id, run) or (history.verdict is None and _is_elsewhere(lock.holder(run)))
+        state = "RUNNING" if is_running else "ENDED"
     running = state == "RUNNING" and history.number is not None and history.verdict is None
     heartbeat = _slowest_heartbeat(folder, history.number) if running else None
-    return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat)
+    return JobState(name, job.job_id, state, history.verdict, history.number, history.before, heartbeat, user, note)
 
 
 def _all_attempts(folder: Path) -> AttemptHistory:
@@ -95,7 +110,7 @@ def _slowest_heartbeat(folder: Path, number: int | None) -> dict[str, Any] | Non
     """Return the published heartbeat of the rank that is furthest behind in an attempt; None if there is none."""
     heartbeats = attempts.published_ranks(folder / f"attempt-{number}").values()
     running = (heartbeat for heartbeat in heartbeats if heartbeat["phase"] != "ended")
-    return min(running, key=lambda heartbeat: heartbeat["count"], default=None)
+    return min(running, key=lambda heartbeat: heartbeat.get("count", 0), default=None)
 
 
 def active_jobs(run: Path) -> str | None:
@@ -107,33 +122,70 @@ def active_jobs(run: Path) -> str | None:
         return None
     try:
         jobs = job_states(run, strict=True)
+        others = _unrecorded_jobs(run, jobs)
     except slurm.SlurmError as error:
         raise SiteError(
             Problem("run_dir", run, f"may be running already, and Slurm does not answer ({error}); try again later")
         ) from error
     names = [f"{job.name} {job.job_id} is {job.state}" for job in jobs if job.state in slurm.LIVE_STATES]
+    names += [f"{job.name} {job.job_id} is {job.state}" for job in others]
     return ", ".join(names) or None
 
 
+def _unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob]:
+    """Return the pending and running Slurm jobs that start in the run's folder and are not in `jobs`.
+
+    A script may have been submitted by hand, and launch.py may have been killed before it recorded a job. Raises BusyError.
+    """
+    if not any(run.glob("jobs/*.sbatch")):  # it was never launched on Slurm
+        return []
+    known = {job.job_id for job in jobs}
+    try:
+        own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+    except slurm.BusyError:
+        raise
+    except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
+        return []
+    started = record.StartedJob("", "slurm")
+    return [job for job in own if job.job_id not in known and ownership.is_of_run(job, run, started)]
+
+
 def cancel(run: Path) -> list[str]:
-    """End the pending and running jobs of a run, on Slurm and on this machine. Returns their names."""
-    live = [job for job in job_states(run) if job.state in slurm.LIVE_STATES]
-    jobs = record.newest_jobs(run)
-    slurm_ids = [job.job_id for job in live if jobs[job.name].cluster == "slurm"]
+    """End the pending and running jobs of a run, on Slurm and on this machine. Returns their names.
+
+    Raises RunError if they are another user's or on another host, and SlurmError if Slurm does not say which jobs still run.
+    """
+    started = record.newest_jobs(run)
+    on_slurm = {name for name, job in started.items() if job.cluster == "slurm"}
+    if on_slurm and not slurm.installed():
+        raise SiteError(Problem("RUN", run, "is a run on Slurm, and squeue is not on PATH. Type this on a login node"))
+    holder = lock.holder(run)
+    if _is_elsewhere(holder):
+        raise RunError(Problem("RUN", run, f"is used by {holder}. Type this there"))
+    jobs = job_states(run, strict=True)
+    live = [job for job in jobs if job.state in slurm.LIVE_STATES]
+    for job in live:
+        owner = job.user if job.name in on_slurm else record.other_owner(run)
+        if owner and os.getuid() != 0 and owner != record.user_name(os.getuid()):
+            raise RunError(
+                Problem("RUN", run, f"{job.name} {job.job_id} is a job of {owner}: only {owner} can cancel it")
+            )
+    others = _unrecorded_jobs(run, jobs)
+    slurm_ids = [job.job_id for job in live if job.name in on_slurm] + [job.job_id for job in others]
     if slurm_ids:
         slurm.cancel(slurm_ids)
     for job in live:
         if job.job_id not in slurm_ids:
             os.kill(int(job.job_id), signal.SIGINT)  # submitit's local controller then ends its ranks
-    return [job.name for job in live]
+    return [job.name for job in live] + [job.name for job in others]
 
 
 def stop(run: Path) -> Path:
     """Ask the run's training to save and end, by a file that it looks for; works without Slurm. Returns the file.
 
-    Raises RunError if no training is running.
+    Raises RunError if no training is running, and SlurmError if Slurm does not say so.
     """
-    job = next((job for job in job_states(run) if job.name == "train"), None)
+    job = next((job for job in job_states(run, strict=True) if job.name == "train"), None)
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(
@@ -177,10 +229,18 @@ def _rank_of_log(log: Path) -> int:
     return int(log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.split("_")[1])
 
 
+def _is_elsewhere(holder: lock.Holder | None) -> bool:
+    """Return whether the process that runs the jobs is on another host, where its ids mean nothing here."""
+    return holder is not None and holder.host != socket.gethostname()
+
+
 def _is_alive(process_id: str, run: Path) -> bool:
     """Return whether a local job's controller is running. The id may belong to another process by now, so check its words."""
     try:
         words = Path(f"/proc/{int(process_id)}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return False
-    return any(os.fsencode(str(run)) in word for word in words)
+    real = os.fsencode(os.path.realpath(run))  # the process may have got a path through a symbolic link
+    return any(
+        os.path.realpath(word) == real or os.path.realpath(word).startswith(real + b"/") for word in words if word
+    )

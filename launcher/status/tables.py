@@ -1,11 +1,12 @@
 """Prints tables about a run: the states of its jobs, how its attempts ended, and the result at the end."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.files import read_json
+from conf.visible import visible
 from launcher.run_folder.attempts import metrics
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
@@ -15,8 +16,11 @@ LOG_LINES = 5
 """Number of lines of a failed rank's log that are shown under the table."""
 
 
-def status(jobs: Iterable[JobState]) -> None:
-    """Print one row per job: its state, the newest attempt's verdict with rank and host, the reason and what comes next."""
+def status(jobs: Iterable[JobState], waits: Mapping[str, str] | None = None) -> None:
+    """Print one row per job: its state, the newest attempt's verdict with rank and host, the reason and what comes next.
+
+    `waits`: why each pending job waits, by name.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -27,7 +31,7 @@ def status(jobs: Iterable[JobState]) -> None:
         verdict = job.verdict or {}
         has_failed_rank = verdict.get("rank") is not None and verdict.get("reason")
         step = (job.beat or verdict).get("step")
-        table.add_row(
+        cells = (
             job.name,
             job.job_id,
             job.state.lower(),
@@ -35,8 +39,9 @@ def status(jobs: Iterable[JobState]) -> None:
             verdict.get("status", ""),
             "" if step is None else str(step),
             f"rank {verdict['rank']} on {verdict['host']}" if has_failed_rank else "",
-            _reason_and_next(verdict) or _activity(job.beat),
+            "; ".join(filter(None, [_reason_and_next(verdict) or _activity(job.beat), (waits or {}).get(job.name)])),
         )
+        table.add_row(*map(_cell, cells))
     _console().print(table)
     for job in jobs:
         if job.failed and job.verdict:
@@ -45,7 +50,7 @@ def status(jobs: Iterable[JobState]) -> None:
 
 def _activity(heartbeat: dict[str, Any] | None) -> str:
     """Say what a running job is doing: phase and age of the last heartbeat of the rank that is furthest behind."""
-    if heartbeat is None:
+    if heartbeat is None or "time" not in heartbeat:
         return ""
     return f"{heartbeat['phase']}, last heartbeat {max(0, time.time() - heartbeat['time']):.0f} s ago"
 
@@ -53,10 +58,10 @@ def _activity(heartbeat: dict[str, Any] | None) -> str:
 def _print_failure(name: str, verdict: dict[str, Any]) -> None:
     """Print the remedy and the last lines of the log of the rank that failed first. `why` shows more."""
     if verdict.get("remedy"):
-        print(f"{name}: {verdict['remedy']}")
+        _print(f"{name}: {verdict['remedy']}")
     lines = _log_lines(verdict)[-LOG_LINES:]
     if lines:
-        print("\n".join([f"{name}, last lines of its log:", *(f"  {line}" for line in lines)]))
+        _print("\n".join([f"{name}, last lines of its log:", *(f"  {line}" for line in lines)]))
 
 
 def _log_lines(verdict: dict[str, Any]) -> list[str]:
@@ -69,18 +74,18 @@ def _log_lines(verdict: dict[str, Any]) -> list[str]:
 def attempts(job: JobState) -> None:
     """Print how each attempt of a job ended: one line for each earlier attempt, and all details of the newest."""
     for verdict in job.before:
-        print(f"  attempt {verdict['attempt']} {verdict['status']}: {_reason_and_next(verdict)}")
+        _print(f"  attempt {verdict['attempt']} {verdict['status']}: {_reason_and_next(verdict)}")
     newest = job.verdict
     if newest is None or newest["status"] == COMPLETED:
         return
     where = "" if newest.get("rank") is None else f" (rank {newest['rank']} on {newest['host']})"
-    print(f"{job.name} {job.job_id} {newest['status']}{where}: {_reason_and_next(newest)}")
+    _print(f"{job.name} {job.job_id} {newest['status']}{where}: {_reason_and_next(newest)}")
     if newest.get("remedy"):
-        print(f"remedy: {newest['remedy']}")
+        _print(f"remedy: {newest['remedy']}")
     if newest.get("error"):
-        print(newest["error"])
+        _print(newest["error"])
     if lines := _log_lines(newest):
-        print("\n".join(["last lines of its log:", *lines]))
+        _print("\n".join(["last lines of its log:", *lines]))
 
 
 def _reason_and_next(verdict: dict[str, Any]) -> str:
@@ -91,11 +96,11 @@ def show_result(run: Path) -> None:
     """Print the result of a run: losses, speed, sizes, the folder of the model, and a sample of its answers."""
     from rich.table import Table
 
-    table = Table(title=f"{run.name}", title_justify="left", box=None, show_header=False, pad_edge=False)
+    table = Table(title=_cell(run.name), title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in result_rows(run):
-        table.add_row(name, value)
+        table.add_row(_cell(name), _cell(value))
     _console().print("", table)
 
 
@@ -127,6 +132,17 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
     if answers:
         rows.append(("sample", f"{answers[0]['prompt']}\n{answers[0]['answer']}"))
     return rows
+
+
+def _print(text: str) -> None:
+    print(visible(text))
+
+
+def _cell(text: str) -> Any:
+    """Return a cell with exactly this text: rich would take the brackets in a plain string for markup."""
+    from rich.text import Text
+
+    return Text(visible(text))
 
 
 def _console() -> Any:

@@ -14,6 +14,7 @@ from submitit import LocalExecutor
 
 from conf.errors import Problem, SiteError
 from conf.schema import Config
+from conf.visible import visible
 from launcher import environment
 from launcher.plan import Job
 from launcher.run_folder.log_lines import LOG_PREFIX
@@ -45,11 +46,11 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
                 if verdict["status"] == USER_ERROR
                 else ""
             )
-            print(
+            text = (
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
-                f"resume    muster {'push' if job.name == 'push' else 'resume'} {config.run_dir}{note}",
-                file=sys.stderr,
+                f"resume    muster {'push' if job.name == 'push' else 'resume'} {config.run_dir}{note}"
             )
+            print(visible(text), file=sys.stderr)
             return 2 if verdict["status"] == USER_ERROR else 1
     tables.show_result(Path(config.run_dir))
     return 0
@@ -69,7 +70,7 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
                 raise SiteError(Problem("run_dir", config.run_dir, f"{job.name} cannot start: {error}")) from error
             remedy = f"{error.strerror}; set cluster.network.master_port=null to get a free port"
             raise SiteError(Problem("cluster.network.master_port", port, remedy)) from error
-        executor = LocalExecutor(folder, python=render.python_command(config))
+        executor = LocalExecutor(folder, python=render.python_command(config, job))
         executor.update_parameters(
             tasks_per_node=part.ranks_per_node,
             timeout_min=part.time_min,
@@ -91,7 +92,7 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
         verdict = attempt.finish(folder, number, code, job.world_size)
         for line in errors:
             if line not in verdict["reason"].splitlines():  # `run` prints the reason
-                print(f"error     {line}", flush=True)
+                print(visible(f"error     {line}"), flush=True)
         return verdict
 
 
@@ -155,7 +156,7 @@ def _print_lines(lines: Sequence[str], output: IO[str], errors: list[str]) -> No
             continue
         message = LOG_PREFIX.sub(_level_prefix, line, count=1)
         if not message.startswith(("submitit ", "environment {")):
-            print(message, file=output, flush=True)
+            print(visible(message), file=output, flush=True)
 
 
 def _level_prefix(match: re.Match[str]) -> str:

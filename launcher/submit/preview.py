@@ -1,6 +1,6 @@
 """Builds the text of dry_run=true: a summary of the run, then the sbatch text and the environment of each job. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from conf import mesh, resolve
 from conf.choices import Executor, Frozen
@@ -13,9 +13,17 @@ from launcher.plan import Job
 from launcher.submit import render
 
 ON_EACH_RANK = """\
-MASTER_ADDR=<first host of the allocation>  MASTER_PORT=<{port}>
+MASTER_ADDR={address}  MASTER_PORT={port}
 RANK LOCAL_RANK WORLD_SIZE={world} LOCAL_WORLD_SIZE={local} NODE_RANK NODE_WORLD_SIZE={local}
 NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=<{interface}>"""
+
+KEYS_OF_SBATCH = {
+    "SBATCH_ACCOUNT": "cluster.account",
+    "SBATCH_PARTITION": "cluster.train.partition",
+    "SBATCH_QOS": "cluster.train.qos",
+    "SBATCH_CONSTRAINT": "cluster.train.constraint",
+}
+"""Variables of sbatch whose value has a key of its own."""
 
 
 def text(config: Config, jobs: Sequence[Job]) -> str:
@@ -40,7 +48,8 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
                 ON_EACH_RANK.format(
                     world=job.world_size,
                     local=job.resources.ranks_per_node,
-                    port=network.master_port or "a free port, reserved on that host",
+                    address=environment.master_form(config) or "<first host of the allocation>",
+                    port=environment.master_port(config) or "<a free port, reserved on that host>",
                     interface="found on each node" if network.interface == "auto" else network.interface,
                 )
             )
@@ -76,6 +85,20 @@ def _job_line(job: Job) -> str:
     after = f"  after {', '.join(job.after)}" if job.after else ""
     ranks = plural(job.world_size, "rank")
     return f"job       {job.name:<12} {plural(part.nodes, 'node')}{gpus}, {ranks}, {part.time_min} min{after}"
+
+
+def ignored_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable of a profile that sbatch would obey, and that is kept from it, with the key to set."""
+    keys = {name: key for name, key in KEYS_OF_SBATCH.items() if environ.get(name)}
+    others = sorted(name for name in environ if name.startswith("SBATCH_") and environ[name] and name not in keys)
+    options = {name: name.removeprefix("SBATCH_").lower().replace("_", "-") for name in others}
+    return [
+        *(f"ignored   {name}={environ[name]}. To use it: {key}={environ[name]}" for name, key in keys.items()),
+        *(
+            f"ignored   {name}={environ[name]}. To use it: cluster.train.sbatch={{{option}: {environ[name]}}}"
+            for name, option in options.items()
+        ),
+    ]
 
 
 def _heading(title: str) -> str:

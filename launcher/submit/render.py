@@ -1,5 +1,6 @@
 """Renders a job as parameters of submitit and as sbatch text, from the fragments in slurm_templates/. Pure."""
 
+import inspect
 import shlex
 from collections.abc import Sequence
 from functools import cache
@@ -12,11 +13,15 @@ from submitit.core.utils import JobPaths
 # Private, but SlurmExecutor.submit itself calls it; tests/launcher/submit/test_render.py compares the texts.
 from submitit.slurm.slurm import _make_sbatch_string
 
-from conf.choices import Container
+from conf import node_paths
+from conf.choices import Runtime
 from conf.schema import Config
-from launcher.environment import job_variables
+from launcher import containers, sbatch_options, secrets_file
+from launcher.environment import job_variables, master_port
 from launcher.plan import Job
 
+SUBMITIT_NAMES = frozenset(inspect.signature(_make_sbatch_string).parameters) - {"cpus_per_gpu"}
+"""Names of sbatch's options, with `_`, and of submitit's own. Submitit warns about cpus_per_gpu, for its own use of it."""
 TEMPLATES = Path(__file__).resolve().parent.parent.parent / "slurm_templates"
 
 
@@ -27,14 +32,14 @@ def job_folder(config: Config, job: Job) -> Path:
 
 def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict[str, Any]:
     """Return the arguments of SlurmExecutor.update_parameters. `dependency`: ids of the jobs that must complete before."""
-    part = job.resources
+    part, user = job.resources, sbatch_options.given(job.resources)
     gpus = f"{part.gpu_type}:{part.gpus_per_node}" if part.gpu_type else part.gpus_per_node
-    known: dict[str, Any] = {  # names of submitit's own parameters
-        "job_name": f"{config.name}/{job.name}",
+    own: dict[str, Any] = {  # names of sbatch's options
+        "job-name": f"{config.name}/{job.name}",
         "nodes": part.nodes,
-        "ntasks_per_node": part.ranks_per_node,
-        "cpus_per_task": part.cpus_per_rank,
-        "gpus_per_node": gpus if part.gpus_per_node else None,
+        "ntasks-per-node": part.ranks_per_node,
+        "cpus-per-task": part.cpus_per_rank,
+        "gpus-per-node": gpus if part.gpus_per_node else None,
         "time": part.time_min,
         "mem": _memory(part.memory_gib),
         "partition": part.partition,
@@ -43,29 +48,24 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
         "constraint": part.constraint,
         "exclude": part.exclude,
         "exclusive": part.exclusive or None,
-        "dependency": "afterok:" + ":".join(dependency) if dependency else None,
-    }
-    additional: dict[str, Any] = {  # names of sbatch's options
         "chdir": str(Path(config.run_dir) / "code"),
         "kill-on-invalid-dep": "yes",  # otherwise the jobs after a failed one stay pending for ever
         "requeue" if config.cluster.requeue else "no-requeue": True,
     }
-    for option, value in part.sbatch.items():
-        # submitit writes its own options with `_`. With both spellings in the script, the last line would win.
-        name = option.replace("-", "_")
-        if name in known:
-            known[name] = value
-        else:
-            additional[option] = value
+    options = {**own, **dict.fromkeys(sbatch_options.removed(user)), **user}
+    options["dependency"] = sbatch_options.dependency(list(dependency), user.get("dependency"))
+    given = {name: value for name, value in options.items() if value is not None}
+    # submitit writes its own options with `_`. With both spellings in the script, the last line would win.
+    submitits = {name for name in given if name.replace("-", "_") in SUBMITIT_NAMES}
     return {
-        **{name: value for name, value in known.items() if value is not None},
+        **{name.replace("-", "_"): given[name] for name in given if name in submitits},
         "wckey": None,  # clusters that track workload keys refuse submitit's default
         "signal_delay_s": config.cluster.signal_s,
         "stderr_to_stdout": True,
         "setup": _fragment("setup", config, job).splitlines(),
         "teardown": _fragment("teardown", config, job).splitlines(),
         "srun_args": _srun_args(config),
-        "additional_parameters": {option: value for option, value in additional.items() if value is not None},
+        "additional_parameters": {name: given[name] for name in given if name not in submitits},
     }
 
 
@@ -76,19 +76,25 @@ def _memory(memory_gib: int | None) -> str | None:
     return f"{memory_gib}G" if memory_gib else "0"
 
 
-def python_command(config: Config) -> str:
+def python_command(config: Config, job: Job) -> str:
     """Return the shell command of the ranks' Python, inside the container if there is one."""
-    python = shlex.quote(config.cluster.python or "python3")
-    if config.cluster.container is Container.apptainer:
-        binds = ",".join([config.run_dir, *config.cluster.container_mounts])
-        return f"apptainer exec --nv --bind {shlex.quote(binds)} {shlex.quote(str(config.cluster.container_image))} {python}"
-    return python
+    python, container = shlex.quote(config.cluster.python or "python3"), config.cluster.container
+    if container.image is None or containers.runtime(container) is Runtime.pyxis:
+        return python
+    words = containers.command(config, _names(config, job), gpus=bool(job.resources.gpus_per_node))
+    return " ".join([*words, python])
+
+
+def _names(config: Config, job: Job) -> list[str]:
+    """Return the variables that reach a container, whatever its image sets."""
+    from_paths = (need.split(":")[0] for need in containers.variables(config))
+    return list(dict.fromkeys([*job_variables(config, job), "PYTHONPATH", *secrets_file.names(config), *from_paths]))
 
 
 def sbatch_text(config: Config, job: Job, dependency: Sequence[str] = ()) -> str:
     """Return exactly the text that submitit gives to sbatch for this job."""
     folder = job_folder(config, job)
-    command = f"{python_command(config)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{python_command(config, job)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return str(_make_sbatch_string(command=command, folder=folder, **parameters(config, job, dependency)))
 
 
@@ -97,9 +103,7 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
     directives = [line for line in sbatch_text(config, job).splitlines() if line.startswith("#SBATCH")]
     stdout = str(JobPaths(job_folder(config, job)).stdout)
     srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config)])
-    command = (
-        f"{srun} {python_command(config)} -u -m launcher.supervise.worker {job.name} {shlex.quote(str(config_path))}"
-    )
+    command = f"{srun} {python_command(config, job)} -u -m launcher.supervise.worker {job.name} {shlex.quote(str(config_path))}"
     return (
         _template("job.sbatch.j2").render(
             name=job.name, run=config.run_dir, directives=directives, command=command, **_values(config, job)
@@ -110,35 +114,30 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
 
 def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     """Return a script that submits the scripts of all jobs with their dependencies."""
-    return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs) + "\n"
+    own = {job.name: sbatch_options.given(job.resources).get("dependency") for job in jobs}
+    return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs, own=own) + "\n"
 
 
 def _srun_args(config: Config) -> list[str]:
-    arguments = ["--kill-on-bad-exit=1", "--wait=60"]  # if one rank fails, srun ends the others: they would wait for it
-    if config.cluster.container is Container.pyxis:
-        mounts = ",".join(
-            f"{path}:{path}" if ":" not in path else path for path in [config.run_dir, *config.cluster.container_mounts]
-        )
-        arguments += [
-            f"--container-image={config.cluster.container_image}",
-            f"--container-mounts={mounts}",
-            f"--container-workdir={config.run_dir}/code",
-        ]
-    return [*arguments, *config.cluster.srun_args]
+    # if one rank fails, srun ends the others: they would wait for it
+    return ["--kill-on-bad-exit=1", "--wait=60", *config.cluster.srun_args]
 
 
 def _values(config: Config, job: Job) -> dict[str, Any]:
     """Return the variables of the templates."""
-    in_container = config.cluster.container is not Container.none
+    container = config.cluster.container
     return {
         "modules": config.cluster.modules,
         "setup": config.cluster.setup,
         "variables": job_variables(config, job),
         # launcher.supervise.attempt runs outside the container, where only the node's own Python exists
-        "python": "python3" if in_container else config.cluster.python or "python3",
+        "python": "python3" if container.image else config.cluster.python or "python3",
         "folder": str(job_folder(config, job)),
         "code": f"{config.run_dir}/code",
-        "port": (config.cluster.network.master_port or 0) if job.distributed else None,  # 0: any free port
+        "hf_home": config.cluster.hf_home,
+        "made_folders": [containers.cache(config), *filter(None, [config.cluster.hf_home])] if container.image else [],
+        "container": containers.srun_words(config, _names(config, job)),
+        "port": (master_port(config) or 0) if job.distributed else None,  # 0: any free port
         "world_size": job.world_size,
         "signal_s": config.cluster.signal_s,
         "max_restarts": config.cluster.max_restarts if config.cluster.requeue else None,
@@ -159,4 +158,5 @@ def _template(name: str) -> Template:
         autoescape=False,
     )
     environment.filters["q"] = shlex.quote  # every value goes through it: paths may contain spaces and quotes
+    environment.filters["path"] = node_paths.in_shell  # the same for paths whose variables the node expands
     return environment.get_template(name)

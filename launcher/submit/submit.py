@@ -1,23 +1,23 @@
 """Starts the jobs of a run: writes the run folder, then submits a chain of Slurm jobs, or runs the jobs on this machine."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from conf import deepspeed, resolve
 from conf.choices import Backend, Executor, Submit
 from conf.errors import Problem, RunError, SiteError
-from conf.files import write_json, write_text
+from conf.files import PROGRAM, write_json, write_text
 from conf.schema import Config
+from conf.visible import visible
 from launcher import plan, slurm
+from launcher.check import resume
 from launcher.paths import CLONE
 from launcher.plan import Job
-from launcher.run_folder import record
-from launcher.status import state
-from launcher.submit import local, preview, render, snapshot
+from launcher.run_folder import lock, record
+from launcher.status import ownership, state
+from launcher.submit import local, preview, render, sbatch, snapshot
 from launcher.supervise import worker
 
 
@@ -34,11 +34,18 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
             f"nothing to do: {', '.join(config.jobs)} completed with this configuration before"
         )
         return 0
-    if active := state.active_jobs(Path(config.run_dir)):
-        remedy = f"is already running: {active}. Wait until it ends, or type muster cancel {config.run_dir}"
-        raise RunError(Problem("run_dir", config.run_dir, remedy))
-    print(preview.summary(config, jobs), flush=True)
-    config_path = write_run_folder(config, jobs, command)
+    run = Path(config.run_dir)
+    with lock.held(run):
+        if (run / "config.yaml").exists():  # another launch may have written it since the checks
+            resume.require_same(resolve.load(run / "config.yaml"), config)
+        if active := state.active_jobs(run):
+            remedy = f"is already running: {active}. Wait until it ends, or type muster cancel {run}"
+            raise RunError(Problem("run_dir", run, remedy))
+        print(visible(preview.summary(config, jobs)), flush=True)
+        return _start(config, jobs, write_run_folder(config, jobs, command))
+
+
+def _start(config: Config, jobs: Sequence[Job], config_path: Path) -> int:
     if config.submit is Submit.script:
         print(
             f"\nscripts written; submit all with   bash {config.run_dir}/jobs/submit.sh   "
@@ -69,10 +76,10 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             render.job_folder(config, job).mkdir(parents=True, exist_ok=True)
             if config.cluster.executor is Executor.slurm:
                 write_text(
-                    run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=0o700
+                    run / "jobs" / f"{job.name}.sbatch", render.script_text(config, job, config_path), mode=PROGRAM
                 )
         if config.cluster.executor is Executor.slurm:
-            write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=0o700)
+            write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=PROGRAM)
         if config.parallel.backend is Backend.zero:
             train = config.cluster.train
             write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, train.nodes * train.ranks_per_node))
@@ -90,18 +97,38 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
     ids: dict[str, str] = {}
     try:
         for job in jobs:
-            executor = SlurmExecutor(render.job_folder(config, job), python=render.python_command(config))
-            executor.update_parameters(**render.parameters(config, job, [ids[name] for name in job.after]))
-            ids[job.name] = executor.submit(worker.run, job.name, str(config_path)).job_id
-            record.add_job(Path(config.run_dir), job.name, ids[job.name])
+            ids[job.name] = _submit_job(config, job, config_path, [ids[name] for name in job.after])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
-    except (FailedJobError, FailedSubmissionError) as error:
+    except slurm.SlurmError as error:
         cancelled = _cancel_submitted(ids)
-        lines = str(error).splitlines()
-        message = next((line.strip() for line in lines if "error:" in line), lines[0])
-        remedy = f"Slurm refused {job.name}: {message}{cancelled}"
+        why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
+        remedy = f"Slurm {why} {job.name}: {error}{cancelled}"
         raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
+    except KeyboardInterrupt:  # half a chain would be of no use
+        if cancelled := _cancel_submitted(ids):
+            print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
+        raise
     print(f"\nwatch with   muster status {config.run_dir}   muster logs {config.run_dir} --follow")
+
+
+def _submit_job(config: Config, job: Job, config_path: Path, dependency: Sequence[str]) -> str:
+    """Submit one job and record it. Returns its id. Raises SlurmError."""
+    run, parameters = Path(config.run_dir), render.parameters(config, job, dependency)
+    name = str(parameters["job_name"])
+    # relative to the run, so that a copy of the run folder does not take the job for its own
+    folder = str(parameters["additional_parameters"].get("chdir") or Path.cwd()).removeprefix(f"{run}/")
+    started, earlier = record.StartedJob("", "slurm", name, folder), record.known_ids(run)
+    executor = sbatch.Executor(
+        render.job_folder(config, job),
+        render.python_command(config, job),
+        is_ours=lambda seen: (
+            bool(seen.name and seen.folder) and seen.job_id not in earlier and ownership.is_of_run(seen, run, started)
+        ),
+    )
+    executor.update_parameters(**parameters)
+    job_id = str(executor.submit(worker.run, job.name, str(config_path)).job_id)
+    record.add_job(run, job.name, job_id, name, folder)
+    return job_id
 
 
 def _cancel_submitted(ids: dict[str, str]) -> str:

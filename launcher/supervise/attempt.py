@@ -15,11 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf import node_paths
+from conf.errors import ConfigError
 from conf.files import write_json
+from conf.visible import visible
 from launcher import slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
-from launcher.supervise import rendezvous, requeue
+from launcher.supervise import allocation, rendezvous, requeue
+from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
 COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
@@ -30,7 +34,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
     """Open the next attempt of the job in `folder`. With `port`, also reserve MASTER_PORT (0: any free port).
 
     Returns the variables to export, and the socket that reserves the port until it is closed.
-    Raises OSError if a port that was asked for by number is in use.
+    Raises OSError if a port that was asked for by number is in use, and ConfigError if this node lacks a variable or a name.
     """
     number = 1
     while True:
@@ -40,7 +44,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         except FileExistsError:
             number += 1
     begin_record = {
-        "host": host(),
+        "host": allocation.host(),
         "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
@@ -50,10 +54,16 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
     _remove_leftovers(folder)
     close_unfinished_attempt(folder, number - 1, begin_record)
     values = {"MUSTER_ATTEMPT": str(number)}
+    for need in os.environ.get("MUSTER_NEEDS", "").split():  # NAME:KEY of variables that the batch script will expand
+        name, _, key = need.partition(":")
+        node_paths.expanded(f"${name}", key)
     if port is None:
         return values, None
-    reservation = rendezvous.reserve_port(port or _first_port(), only=port != 0)
-    return values | {"MASTER_ADDR": _master_address(), "MASTER_PORT": str(reservation.getsockname()[1])}, reservation
+    reservation = rendezvous.reserve_port(port or allocation.first_port(), only=port != 0)
+    return values | {
+        "MASTER_ADDR": allocation.master_address(),
+        "MASTER_PORT": str(reservation.getsockname()[1]),
+    }, reservation
 
 
 def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
     begin_record = attempts.begin_record(folder, number)
     verdict = diagnose_exit(folder / f"attempt-{number}", code, world_size)
     verdict |= {
-        "host": verdict["host"] or host(),
+        "host": verdict["host"] or allocation.host(),
         "step": attempts.last_step(folder),
         "saved": attempts.newest_checkpoint(folder),
         "exit": code,
@@ -79,10 +89,13 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
+        return
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
-        if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
-            return
+        with slurm.retrying():
+            if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
+                return
     except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container without Slurm's commands
         return
     verdict = finish(folder, number, 137, world_size)  # 137: as if the script had seen SIGKILL
@@ -100,7 +113,7 @@ def record_end(
             "reason": reason,
             "error": error,
             "rank": rank,
-            "host": host(),
+            "host": allocation.host(),
             "time": time.time(),
             **more,
         },
@@ -146,26 +159,6 @@ def close_unfinished_attempt(folder: Path, number: int, next_begin: dict[str, An
     write_json(folder / f"attempt-{number}.json", verdict)
 
 
-def host() -> str:
-    """Return this node's name as Slurm knows it, so that the node can be excluded by that name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _first_port() -> int:
-    return rendezvous.first_port(
-        int(os.environ.get("SLURM_JOB_ID", os.getpid())), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    )
-
-
-def _master_address() -> str:
-    """Return the first host of the allocation, or its NodeAddr if the name does not resolve; 127.0.0.1 outside Slurm."""
-    nodelist = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodelist or os.environ.get("SUBMITIT_EXECUTOR") == "local":
-        return "127.0.0.1"
-    first_host = slurm.hostnames(nodelist)[0]
-    return first_host if rendezvous.resolves(first_host) else slurm.node_address(first_host) or first_host
-
-
 def _hold_port(reservation: socket.socket) -> None:
     """Keep the port reserved until the batch script has ended, in whatever way.
 
@@ -175,19 +168,6 @@ def _hold_port(reservation: socket.socket) -> None:
     poll.register(sys.stdout.fileno(), 0)  # 0: report errors and hang-ups only
     poll.poll()
     reservation.close()
-
-
-def _stop_time(before_s: float) -> dict[str, str]:
-    """Return MUSTER_STOP_AT: the Unix time at which the ranks save and stop, even if Slurm's signal does not reach them.
-
-    It is `before_s` before the time limit, but never in the first half of the time: with a limit shorter than
-    `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
-    """
-    try:
-        left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
-    except (KeyError, slurm.SlurmError):
-        return {}
-    return {} if left_s is None else {"MUSTER_STOP_AT": str(round(time.time() + max(left_s - before_s, left_s / 2)))}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,43 +183,74 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.action == "finish":
         return _finish_and_requeue(options)
+    if _has_completed(options.folder):
+        print(
+            f"muster: {options.folder.name} has completed, and Slurm started it again: nothing to do", file=sys.stderr
+        )
+        print("completed", flush=True)
+        return 0
     try:
-        values, reservation = begin(options.folder, options.port)
-    except (OSError, slurm.SlurmError) as error:
+        with slurm.retrying():
+            values, reservation = begin(options.folder, options.port)
+    except (OSError, ValueError, ConfigError, slurm.SlurmError) as error:
         return _record_failed_begin(options, error)
     if options.stop_before is not None:
-        values |= _stop_time(options.stop_before)
-    # The batch script reads these lines until `ready`; see slurm_templates/setup.sh.j2.
+        values |= allocation.stop_time(options.stop_before)
+    # The batch script reads these lines until `ready` or `completed`; see slurm_templates/setup.sh.j2.
     print("\n".join([*(f"{key}={value}" for key, value in values.items()), "ready"]), flush=True)
     if reservation:
         _hold_port(reservation)
     return 0
 
 
+def _has_completed(folder: Path) -> bool:
+    """Return whether an earlier start of this Slurm job has completed: Slurm requeues some jobs twice, and admins do so."""
+    verdict = attempts.last_verdict(folder)
+    if verdict is None or verdict["status"] != COMPLETED or "SLURM_JOB_ID" not in os.environ:
+        return False
+    same_job = str(verdict.get("job_id")) == os.environ["SLURM_JOB_ID"] and "SLURM_RESTART_COUNT" in os.environ
+    return same_job and verdict.get("config") == os.environ.get("MUSTER_CONFIG")
+
+
 def _finish_and_requeue(options: argparse.Namespace) -> int:
+    if not options.folder.exists():
+        print(f"muster: {options.folder} was deleted while the job ran: the job has ended", file=sys.stderr, flush=True)
+        return 1
     verdict = finish(options.folder, int(os.environ["MUSTER_ATTEMPT"]), options.code, options.world_size)
     if verdict["status"] != COMPLETED and "SLURM_JOB_ID" in os.environ:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         verdict = requeue.decide_and_requeue(options.folder, verdict, options.max_restarts, restarts)
     next_step = f"; {verdict['next']}" if verdict.get("next") else ""
-    print(f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step, flush=True)
+    line = f"muster: {options.folder.name} {verdict['status']} {verdict['reason']}".rstrip() + next_step
+    print(visible(line), flush=True)
     return 0 if verdict["status"] == COMPLETED else 1
 
 
 def _record_failed_begin(options: argparse.Namespace, error: Exception) -> int:
     """Write a verdict for a job that cannot start, as for any other failure. Returns the exit code."""
     folder, port, number = options.folder, options.port, attempts.newest_attempt(options.folder)
-    if number is None:
-        print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
-        return 2
+    if number is None or (folder / f"attempt-{number}.json").exists():  # the newest is an earlier one
+        return _say_unwritable(folder, error)
+    status, remedy = classify(error)
     problem = f"{getattr(error, 'strerror', None) or error} on {socket.gethostname()}"
-    if port:
+    if isinstance(error, ConfigError):
+        status, remedy, problem = USER_ERROR, "", str(error)
+    elif port:
+        status, remedy = USER_ERROR, ""
         problem = (
             f"cluster.network.master_port={port}: {problem}; set cluster.network.master_port=null to get a free port"
         )
-    record_end(folder, number, 0, USER_ERROR if port else FAILED, problem)
-    verdict = finish(folder, number, 2, 1)
-    print(f"muster: {verdict['reason']}", file=sys.stderr, flush=True)
+    try:
+        record_end(folder, number, 0, status, problem, remedy=remedy)
+        verdict = finish(folder, number, 2, 1)
+    except OSError as second:  # a full disk, most often
+        return _say_unwritable(folder, second)
+    print(visible(f"muster: {verdict['reason']}"), file=sys.stderr, flush=True)
+    return 2
+
+
+def _say_unwritable(folder: Path, error: Exception) -> int:
+    print(f"muster: {folder}: cannot be written: {error}", file=sys.stderr, flush=True)
     return 2
 
 

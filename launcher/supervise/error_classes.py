@@ -3,6 +3,7 @@
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import errno
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ ERROR_CLASSES = (
         ("FileNotFoundError", "NotADirectoryError", "IsADirectoryError", "PermissionError"),
         (),
         "every node must be able to reach this path, with the rights it needs: check the path on the node, and "
-        "cluster.container_mounts",
+        "cluster.container.mounts",
     ),
     ErrorClass(
         USER_ERROR,
@@ -103,6 +104,9 @@ ERROR_CLASSES = (
 )
 """In order of precedence: the first class that fits wins. A full /dev/shm, for example, must come before a full disk."""
 
+EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception)): |\((\w+Error): |^\S*python[\d.]*: No module named ")
+"""How a line names an exception: `json.JSONDecodeError: ...`. `python -m NAME` prints only the other forms."""
+
 ERRNO_TEXTS = {
     errno.ENOSPC: "no space left on device",
     errno.EDQUOT: "disk quota exceeded",
@@ -118,11 +122,26 @@ def classify(error: BaseException) -> tuple[str, str]:
     """
     for cause in _causes(error):
         type_names = {base.__name__ for base in type(cause).__mro__}
-        text = f"{cause} {ERRNO_TEXTS.get(getattr(cause, 'errno', None) or 0, '')}".lower()
-        for item in ERROR_CLASSES:
-            if type_names.intersection(item.types) or any(phrase.lower() in text for phrase in item.phrases):
-                return item.status, item.remedy
+        text = f"{cause} {ERRNO_TEXTS.get(getattr(cause, 'errno', None) or 0, '')}"
+        if found := _find_class(type_names, text):
+            return found.status, found.remedy
     return FAILED, ""
+
+
+def classify_line(line: str) -> tuple[str, str] | None:
+    """Return status and remedy for the last line of a traceback that Python has printed; None for any other line."""
+    match = EXCEPTION.search(line)
+    if not match:
+        return None
+    found = _find_class({match[1] or match[2] or "ModuleNotFoundError"}, line)
+    return (found.status, found.remedy) if found else (FAILED, "")
+
+
+def _find_class(type_names: set[str], text: str) -> ErrorClass | None:
+    for item in ERROR_CLASSES:
+        if type_names.intersection(item.types) or any(phrase.lower() in text.lower() for phrase in item.phrases):
+            return item
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.files import read_json
 from launcher.run_folder.status import BAD_NODE, COMPLETED, FAILED, NCCL, OUT_OF_MEMORY, PLANNED, PREEMPTED
+from launcher.supervise import start_failures
 from launcher.supervise.error_classes import HOST_MEMORY
 
 CONNECTION_LOST = (
@@ -37,6 +38,8 @@ REMEDY = {
     FAILED: "if nobody killed it by hand, read its log: muster logs RUN",
 }
 TAIL_LINES, TAIL_BYTES = 20, 16_384
+MAX_LOGS = 32
+"""How many logs of ranks without a record are searched for a failure at the start."""
 
 
 def diagnose_exit(attempt: Path, code: int, world_size: int) -> dict[str, Any]:
@@ -47,9 +50,10 @@ def diagnose_exit(attempt: Path, code: int, world_size: int) -> dict[str, Any]:
     1. the watchdog's verdict about a hang, unless a rank had failed before the hang;
     2. the first rank that recorded an error other than a lost connection;
     3. a lost node, or a rank that was killed by a signal, as srun reports it;
-    4. a planned stop (preemption, time limit, `stop`);
-    5. the first rank that lost its connection;
-    6. the exit code alone.
+    4. what srun and the ranks without a record have printed, if that names a failure at the start;
+    5. a planned stop (preemption, time limit, `stop`);
+    6. the first rank that lost its connection;
+    7. the exit code alone.
     """
     records = [record for path in sorted(attempt.glob("rank-*.json")) if (record := read_json(path))]
     errors = sorted((item for item in records if _is_failure(item)), key=lambda item: item["time"])
@@ -59,9 +63,10 @@ def diagnose_exit(attempt: Path, code: int, world_size: int) -> dict[str, Any]:
         _hang(attempt, causes)
         or next(iter(causes), None)
         or _from_srun(attempt, recorded_ranks={item["rank"] for item in records})
+        or _from_logs(attempt, records, world_size)
         or _lowest_rank(planned)
         or next(iter(errors), None)
-        or _from_exit_code(records, code, world_size)
+        or _from_exit_code(attempt, records, code, world_size)
     )
     verdict = {key: cause.get(key, "") for key in ("status", "reason", "remedy", "host", "rank", "error")}
     return verdict | {"log": log_tail(attempt, verdict["rank"]) if _is_failure(verdict) else ""}
@@ -91,7 +96,7 @@ def _from_srun(attempt: Path, *, recorded_ranks: set[int]) -> dict[str, Any] | N
 
     Uses only the first task that srun reports: with --kill-on-bad-exit, srun itself kills the other ranks after that.
     """
-    text = _file_tail(attempt / "srun.log")
+    text = file_tail(attempt / "srun.log")
     if lost := LOST_NODE.search(text):
         return _cause(
             BAD_NODE, f"node failure: {lost.group(0).removeprefix('srun: error: ')}", lost[1] or lost[2], None
@@ -108,11 +113,24 @@ def _from_srun(attempt: Path, *, recorded_ranks: set[int]) -> dict[str, Any] | N
     return _cause(FAILED, f"rank {rank} was killed by a signal ({ending}) before it could record why", node, rank)
 
 
+def _from_logs(attempt: Path, records: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, Any] | None:
+    """Return the failure of a rank that could not record it: it ended before Muster's own code, or was never started."""
+    if any(item["status"] == COMPLETED for item in records):  # then only rank 0 has a record
+        return None
+    recorded = {item["rank"] for item in records}
+    silent = [rank for rank in range(world_size) if rank not in recorded][:MAX_LOGS]
+    for rank in silent:
+        if found := start_failures.find(log_tail(attempt, rank)):
+            return {**found, "rank": rank, "host": ""}
+    found = start_failures.find(file_tail(attempt / "srun.log")) if silent else None
+    return {**found, "rank": None, "host": ""} if found else None
+
+
 def _cause(status: str, reason: str, node: str, rank: int | None) -> dict[str, Any]:
     return {"status": status, "reason": reason, "remedy": REMEDY.get(status, ""), "host": node, "rank": rank}
 
 
-def _from_exit_code(records: Sequence[dict[str, Any]], code: int, world_size: int) -> dict[str, Any]:
+def _from_exit_code(attempt: Path, records: Sequence[dict[str, Any]], code: int, world_size: int) -> dict[str, Any]:
     """Decide when no rank failed and srun named none: either rank 0 completed, or no rank recorded anything."""
     rank_0 = next((item for item in records if item["rank"] == 0), None)
     if rank_0 and code == 0:
@@ -123,6 +141,8 @@ def _from_exit_code(records: Sequence[dict[str, Any]], code: int, world_size: in
         reason = (
             f"srun exited with 0, but none of {world_size} ranks finished: check that srun could open its log files"
         )
+    elif error := start_failures.last_error(file_tail(attempt / "srun.log")):
+        reason = f"srun exited with {code} before the ranks could record why: {error}"
     else:
         reason = (
             f"the ranks were killed before they could record why (exit code {code}): out of host memory, or cancelled"
@@ -136,11 +156,11 @@ def log_tail(attempt: Path, rank: int | None) -> str:
     if rank is not None and not path.exists():
         # The local executor writes its logs beside the attempts; the newest log belongs to this attempt.
         path = max(attempt.parent.glob(f"*_{rank}_log.out"), key=lambda item: item.stat().st_mtime, default=path)
-    lines = _file_tail(path).splitlines()
+    lines = file_tail(path).splitlines()
     return "\n".join([line for line in lines if " INFO environment {" not in line][-TAIL_LINES:])
 
 
-def _file_tail(path: Path) -> str:
+def file_tail(path: Path) -> str:
     """Return the last TAIL_BYTES of a file as text; empty if it cannot be read."""
     try:
         with path.open("rb") as file:

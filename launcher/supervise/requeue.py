@@ -2,12 +2,11 @@
 
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
-import time
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from conf.files import write_json
 from conf.jobs import RESUMABLE
@@ -27,11 +26,9 @@ from launcher.run_folder.status import (
 )
 
 RESUME = "to continue: muster resume RUN"
-WAIT_S, PAUSE_S = 600.0, 5.0
-"""How long to retry while the controller does not answer, and the pause between tries."""
+WAIT_S = 120.0
+"""How long a job that does not start again waits for a Slurm that is busy."""
 BY_SLURM = "Slurm itself has requeued the job"
-
-Answer = TypeVar("Answer")
 
 
 class SlurmView(Enum):
@@ -65,21 +62,32 @@ def decide_and_requeue(
     `folder` is the job's folder, `restarts` is Slurm's restart count of this start (SLURM_RESTART_COUNT), and
     `max_restarts` is None if nothing may be requeued. Returns the changed verdict. After the requeue, Slurm ends the
     batch script.
+
+    While Slurm is busy, waits for as long as the job lives if it should start again: the work is saved, and without the
+    requeue the run would end.
     """
-    path, job_id = folder / f"attempt-{verdict['attempt']}.json", str(verdict["job_id"])
-    view: SlurmView | None = None
-    problem = ""
-    try:
-        view = retry_while_unreachable(lambda: view_of_job(job_id, restarts))
-    except slurm.SlurmError as error:
-        problem = f"Slurm does not give the job's state: {error}"
-    _correct_status(verdict, view)
     # Only attempts of this submission: a resume by hand starts the count of restarts anew.
     earlier = [
         item
         for item in attempts.verdicts(folder)
-        if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == job_id
+        if item["attempt"] < verdict["attempt"] and str(item.get("job_id")) == str(verdict["job_id"])
     ]
+    may_restart = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE).again
+    with slurm.retrying(math.inf if may_restart else WAIT_S):
+        return _decide_with_slurm(folder, verdict, earlier, max_restarts, restarts)
+
+
+def _decide_with_slurm(
+    folder: Path, verdict: dict[str, Any], earlier: list[dict[str, Any]], max_restarts: int | None, restarts: int
+) -> dict[str, Any]:
+    path, job_id = folder / f"attempt-{verdict['attempt']}.json", str(verdict["job_id"])
+    view: SlurmView | None = None
+    problem = ""
+    try:
+        view = view_of_job(job_id, restarts)
+    except slurm.SlurmError as error:
+        problem = f"Slurm does not give the job's state: {error}"
+    _correct_status(verdict, view)
     decision = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE)
     verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
     if view is SlurmView.REQUEUED:
@@ -89,7 +97,7 @@ def decide_and_requeue(
     write_json(path, verdict)  # before the requeue, because Slurm may leave no time afterwards
     if verdict["requeued"] and view is not SlurmView.REQUEUED:
         try:
-            verdict["next"] += retry_while_unreachable(lambda: requeue_job(job_id, verdict))
+            verdict["next"] += requeue_job(job_id, verdict, restarts)
         except slurm.SlurmError as error:
             verdict |= {"requeued": False, "next": f"Slurm refused to requeue the job ({error}); {RESUME}"}
         write_json(path, verdict)
@@ -165,21 +173,6 @@ def _reason_never_to_restart(last: dict[str, Any], max_restarts: int | None, sav
     return ""
 
 
-def retry_while_unreachable(ask: Callable[[], Answer]) -> Answer:
-    """Return the result of `ask`. Retries for WAIT_S while Slurm's controller cannot be contacted.
-
-    The controller may be restarting, and the work is saved already, so waiting costs little. Raises SlurmError.
-    """
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            return ask()
-        except slurm.SlurmError as error:
-            if "contact" not in str(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(PAUSE_S)
-
-
 def view_of_job(job_id: str, restarts: int) -> SlurmView:
     """Ask Slurm how it sees the job whose restart count was `restarts` when this script started. Raises SlurmError."""
     job = slurm.show_job(job_id)
@@ -191,14 +184,21 @@ def view_of_job(job_id: str, restarts: int) -> SlurmView:
     return by_reason.get(job.get("Reason", ""), SlurmView.CANCELLED)
 
 
-def requeue_job(job_id: str, verdict: dict[str, Any]) -> str:
+def requeue_job(job_id: str, verdict: dict[str, Any], restarts: int) -> str:
     """Requeue the job, and exclude the node if it is bad. Returns what to add to the verdict's `next`.
 
     Slurm sends SIGTERM to the batch script at once, and SIGKILL after KillWait, so this must be the script's last act.
     The exclusion comes second, because Slurm changes the nodes of a pending job only. Raises SlurmError.
     """
-    excluded = slurm.show_job(job_id).get("ExcNodeList", "(null)")
-    slurm.requeue(job_id)
+    job = slurm.show_job(job_id)
+    if slurm.requeues_by_itself(job):
+        return "; Slurm requeues the job that it preempts"
+    excluded = job.get("ExcNodeList", "(null)")
+    try:
+        slurm.requeue(job_id)
+    except slurm.SlurmError:  # an earlier try, which got no answer, may have requeued it
+        if view_of_job(job_id, restarts) is not SlurmView.REQUEUED:
+            raise
     if verdict["status"] != BAD_NODE:
         return ""
     node = str(verdict["host"])

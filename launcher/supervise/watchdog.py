@@ -1,7 +1,7 @@
-"""The watchdog process, one per node: watches the heartbeats of its ranks, and diagnoses and ends a job that hangs.
+"""The watchdog process, one per node: ends its ranks, with a diagnosis, when a job hangs, and when the run was deleted.
 
-The node's first rank starts it, and it exits when its ranks have ended. It is a separate process, so that it still works
-when the ranks are stuck in C, hold the GIL or are stopped. Standard library only.
+It watches the heartbeats of the ranks. The node's first rank starts it, and it exits when its ranks have ended. It is a
+separate process, so that it still works when the ranks are stuck in C, hold the GIL or are stopped. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.files import read_json, write_json
 from launcher.run_folder.attempts import published_ranks
-from launcher.supervise import hang_diagnosis, process_inspection
+from launcher.supervise import hang_diagnosis, private_folder, process_inspection
 
 if TYPE_CHECKING:  # the process itself does not need omegaconf, and should not spend time on importing it
     from conf.schema import Config
@@ -32,6 +32,8 @@ PUBLISH_S = 10.0
 GATHER_S = 20.0
 """How long the node that notices a hang first waits for the other nodes' evidence.
 jobs.distributed.process_group.MARGIN_S leaves time for it."""
+GONE_S = 5.0
+"""How long the attempt's folder must be missing until its ranks are ended."""
 MARK = "hang.begun"
 """File in the attempt's folder that tells all nodes that one of them has noticed a hang."""
 
@@ -51,6 +53,8 @@ class Watchdog:
         self.heartbeats: dict[int, dict[str, Any]] = {}
         """Last heartbeat by rank, plus `silent_s`, the seconds since then, and `born`, the start time of the process."""
         self.last_poll, self.age_s, self.published = time.monotonic(), 0.0, -PUBLISH_S
+        self.last_seen = time.monotonic()
+        """When the attempt's folder was last there."""
 
     def run(self) -> None:
         """Watch until every rank of the node has ended, by itself or because this killed it."""
@@ -62,10 +66,14 @@ class Watchdog:
             ):
                 for heartbeat in self.heartbeats.values():
                     heartbeat["phase"] = "ended"
-                self._publish(answered=True)  # so that no other node waits for this one
+                if self._folder_exists():
+                    self._publish(answered=True)  # so that no other node waits for this one
                 # A rank that never wrote a heartbeat ends with the first rank, which wrote one before it started this.
                 break
-            due = time.monotonic() - self.published >= PUBLISH_S
+            if self._folder_is_gone():
+                self._kill_ranks()
+                break
+            due = time.monotonic() - self.published >= PUBLISH_S and self._folder_exists()
             if silent_s is not None or (due and (self.attempt / MARK).exists()):
                 self._end_hang()
                 break
@@ -131,9 +139,27 @@ class Watchdog:
                 verdict = hang_diagnosis.diagnose(evidence, self.world_size, code)
                 write_json(verdict_path, verdict | {"time": time.time()})
             break
+        self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
         for heartbeat in self.heartbeats.values():
             if heartbeat["phase"] != "ended":
                 process_inspection.send_signal(heartbeat, signal.SIGKILL)
+
+    def _folder_is_gone(self) -> bool:
+        """Return whether somebody has deleted the run: its ranks would compute for days what they can save nowhere."""
+        if self._folder_exists():
+            self.last_seen = time.monotonic()
+        return time.monotonic() - self.last_seen > GONE_S
+
+    def _folder_exists(self) -> bool:
+        try:
+            self.attempt.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a file system that does not answer is another matter
+            return True
+        return True
 
     def _is_first(self) -> bool:
         """Return whether this node is the first to notice the hang, and mark the hang for all nodes."""
@@ -153,9 +179,12 @@ def _read_heartbeat(path: Path) -> dict[str, Any] | None:
 
 
 def heartbeat_folder(scratch: str, attempt: Path, node: int) -> Path:
-    """Return the folder for the heartbeats of a node's ranks: on the node's own disk, with a name that no other job has."""
+    """Return the folder for the heartbeats of a node's ranks: on the node's own disk, with a name that no other job has.
+
+    It is in this user's private folder, which this makes. Raises SiteError or OSError if there can be none.
+    """
     name = hashlib.sha256(str(attempt).encode()).hexdigest()[:16]
-    return Path(scratch) / f"muster-{os.getuid()}" / f"watch-{name}-{node}"
+    return private_folder.make(scratch, os.getuid()) / f"watch-{name}-{node}"
 
 
 def start(config: Config, attempt: Path, rank_info: RankInfo) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ from conf import resolve
 from conf.errors import Stopped, UserError
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher import environment, secret_names
+from launcher import environment, secret_names, secrets_file
 from launcher.run_folder.status import COMPLETED, USER_ERROR
-from launcher.supervise import attempt, rendezvous, watchdog
+from launcher.supervise import allocation, attempt, private_folder, rendezvous, watchdog
 from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
 
@@ -42,7 +43,6 @@ def run(job: str, config_path: str) -> None:
     config = _load_config(Path(config_path))
     rank_info = environment.read_rank_info(os.environ)
     logs.set_up(rank_info.rank)
-    _set_environment(config, job, rank_info)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
     record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     started = time.time()
@@ -50,6 +50,7 @@ def run(job: str, config_path: str) -> None:
         stop_signals.exit_on_signal(record_end)
     watched = JOB_KINDS[job].distributed
     try:
+        _set_environment(config, job, rank_info)
         with _heartbeats(config, folder / f"attempt-{number}", rank_info) if watched else nullcontext():
             run_job(job, config_path)
     except Stopped as error:
@@ -90,10 +91,10 @@ def _heartbeats(config: Config, folder: Path, rank_info: environment.RankInfo) -
     """
     from jobs.distributed import heartbeat
 
-    local = watchdog.heartbeat_folder(config.cluster.scratch, folder, rank_info.node_rank)
     try:
-        local.mkdir(parents=True, exist_ok=True)
-        heartbeat.start(local, rank_info.rank, attempt.host())
+        local = watchdog.heartbeat_folder(config.cluster.scratch, folder, rank_info.node_rank)
+        local.mkdir(mode=0o700, exist_ok=True)
+        heartbeat.start(local, rank_info.rank, allocation.host())
         values = environment.watchdog_variables(config, str(local / PIPE))
         environment.set_variables({key: value for key, value in values.items() if key not in os.environ})
         if rank_info.local_rank == 0:
@@ -118,26 +119,56 @@ def _exit_at_once() -> None:
     os._exit(0)
 
 
+def _caches(config: Config) -> dict[str, str]:
+    """The folders of compiler caches, in a folder that only this user can write to: ranks run what lies in them.
+
+    A variable that is set already keeps its value, unless others can write to the folder that it names. Raises SiteError if
+    there is no private folder on `cluster.scratch`.
+    """
+    values = {}
+    try:
+        base = private_folder.make(config.cluster.scratch, os.getuid())
+    except OSError:  # a full or read-only disk; the watchdog warns of it
+        base = Path(tempfile.mkdtemp(prefix="muster-"))
+    for name, path in environment.cache_variables(config, os.getuid()).items():
+        given = os.environ.get(name)
+        if given is None or not private_folder.is_private(Path(given), os.getuid()):
+            values[name] = str(base / Path(path).name)
+        if given is not None and name in values:
+            log.warning(
+                f"{name}={given} is not used: others can write to that folder, and could change what the ranks run"
+            )
+    return values
+
+
 def _set_environment(config: Config, job: str, rank_info: environment.RankInfo) -> None:
     """Set this rank's variables, and log them without secrets. A variable that is already set keeps its value."""
-    caches = environment.cache_variables(config, os.getuid())
-    values = rank_info.variables() | {key: value for key, value in caches.items() if key not in os.environ}
+    if JOB_KINDS[job].needs_hub and os.environ.get("SUBMITIT_EXECUTOR") == "local" and "$" in config.cluster.scratch:
+        config.cluster.scratch = tempfile.gettempdir()  # on a login node there is no job whose disk this could be
+    environment.expand_paths(config)
+    own = {name: value for name, value in config.cluster.environment.items() if name != "PYTHONPATH"}
+    environment.set_variables(own)  # once more: srun, a container or the attempt may have changed them
+    values = rank_info.variables() | _caches(config)
+    if config.cluster.hf_home and "HF_HOME" not in own:
+        values["HF_HOME"] = config.cluster.hf_home
+    cpus = len(os.sched_getaffinity(0))
+    values |= environment.thread_variables(config, job, os.environ, cpus, rank_info.local_world_size)
     reason = "not needed"
     if rank_info.world_size > 1 and JOB_KINDS[job].distributed:
         interface = rendezvous.interface_to(os.environ["MASTER_ADDR"])
         network_values, reason = environment.network_variables(config, interface, os.environ)
         values |= network_values
-    secrets_path = Path(config.cluster.secrets_file).expanduser()
-    secrets_text = secrets_path.read_text(encoding="utf-8") if secrets_path.is_file() else ""
-    values |= environment.secret_values(config, os.environ, secrets_text)
+    if secrets_file.names(config):
+        secrets_text, warning = secrets_file.read(Path(config.cluster.secrets_file))
+        values |= environment.secret_values(config, os.environ, secrets_text)
+        if warning:
+            log.warning(warning)
     environment.set_variables(values)
-    hidden = {
-        name
-        for name in os.environ
-        if name in (*config.cluster.secrets, config.hub.token) or secret_names.is_secret(name)
-    }
+    hidden = {name for name in os.environ if name in secrets_file.names(config) or secret_names.is_secret(name)}
     shown = {
-        name: value for name, value in sorted(os.environ.items()) if LOGGED_VARIABLES.match(name) and name not in hidden
+        name: secret_names.masked(value)
+        for name, value in sorted(os.environ.items())
+        if LOGGED_VARIABLES.match(name) and name not in hidden
     }
     log.info(f"network interface {reason}\nenvironment {json.dumps(shown)}")
 

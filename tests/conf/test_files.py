@@ -1,5 +1,6 @@
 """conf/files.py: files and folders are complete or absent, also if the writer is killed."""
 
+import os
 import random
 import signal
 import subprocess
@@ -74,10 +75,20 @@ def test_a_new_text_replaces_the_old_and_no_temporary_file_is_left(tmp_path: Pat
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["text"]
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o700, 0o644], ids=oct)
-def test_a_file_gets_the_requested_mode(tmp_path: Path, mode: int) -> None:
-    files.write_text(tmp_path / "text", "", mode=mode)
-    assert (tmp_path / "text").stat().st_mode & 0o777 == mode
+@pytest.mark.site(
+    case="A group shares runs, with umask 002 or 027",
+    before="every file of a run was closed to the group, whatever the umask",
+    after="files follow the umask; only secrets are closed",
+)
+@pytest.mark.parametrize("umask", [0o002, 0o027, 0o077], ids=oct)
+@pytest.mark.parametrize("mode", [files.SECRET, files.EVERYONE, files.PROGRAM], ids=oct)
+def test_a_file_follows_the_umask(tmp_path: Path, mode: int, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "text", "", mode=mode)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text").stat().st_mode & 0o777 == mode & ~umask
 
 
 def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:

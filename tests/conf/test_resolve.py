@@ -82,11 +82,6 @@ def test_a_stored_config_is_read_back_the_same(compose: Compose, tmp_path: Path,
     assert resolve.load(tmp_path / "config.yaml") == config
 
 
-def test_only_the_user_can_read_a_stored_config(compose: Compose, tmp_path: Path) -> None:
-    resolve.save(compose(), tmp_path / "config.yaml")
-    assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == 0o600
-
-
 @pytest.mark.parametrize(
     ("values", "same"),
     [

@@ -10,6 +10,7 @@ from conf.schema import Config
 from launcher import environment
 from launcher.environment import RankInfo
 from launcher.plan import plan
+from launcher.submit import preview
 from tests.conftest import RUN_DIR, Compose, put
 
 LLAMA = ("cluster=slurm", "model=llama8b", "pipeline=checked")
@@ -292,3 +293,73 @@ def test_variables_are_restored_after_the_block(monkeypatch: pytest.MonkeyPatch)
         assert (os.environ["MUSTER_TEST"], os.environ["MUSTER_TEST_NEW"]) == ("in", "in")
         raise ZeroDivisionError
     assert dict(os.environ) == before
+
+
+@pytest.mark.site(
+    case="`cpus-per-gpu`, an own `cpus-per-task`, ranks bound to few CPUs",
+    before="srun failed, or too many threads",
+    after="as granted",
+)
+@pytest.mark.parametrize(
+    ("options", "environ", "cpus", "expected"),
+    [
+        ({}, {"SLURM_CPUS_ON_NODE": "96"}, 96, "12"),
+        ({}, {"SLURM_CPUS_ON_NODE": "96"}, 4, "4"),
+        ({}, {}, 1, "1"),
+        ({"cpus-per-task": "6"}, {"SLURM_CPUS_ON_NODE": "96"}, 96, "6"),
+        ({"cpus-per-gpu": "5"}, {"SLURM_CPUS_ON_NODE": "40"}, 40, "5"),
+        ({"cpus-per-gpu": "5"}, {"SLURM_CPUS_ON_NODE": "40"}, 96, "5"),
+        ({"cpus-per-gpu": "5"}, {"SLURM_CPUS_ON_NODE": "40"}, 5, "5"),
+        ({"cpus-per-task": None}, {"SLURM_CPUS_ON_NODE": "4"}, 4, "1"),
+    ],
+    ids=[
+        "asked",
+        "bound to fewer",
+        "one CPU",
+        "own",
+        "shared",
+        "shared, not confined",
+        "bound",
+        "less than one for each",
+    ],
+)
+def test_a_rank_has_as_many_threads_as_it_was_granted(
+    compose: Compose, options: dict[str, str | None], environ: dict[str, str], cpus: int, expected: str
+) -> None:
+    config = put(compose(*LLAMA), {"cluster.train.sbatch": options})
+    assert environment.thread_variables(config, "train", environ, cpus, 8) == {"OMP_NUM_THREADS": expected}
+    own = put(config, {"cluster.environment": {"OMP_NUM_THREADS": "3"}})
+    assert environment.thread_variables(own, "train", environ, cpus, 8) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, "12"), ({"c": "6"}, "6"), ({"cpus-per-gpu": "8"}, None), ({"cpus_per_task": None}, None)],
+    ids=["asked", "own", "per GPU", "left out"],
+)
+def test_srun_asks_for_the_cpus_of_the_job(
+    compose: Compose, options: dict[str, str | None], expected: str | None
+) -> None:
+    values = variables(put(compose(*LLAMA), {"cluster.train.sbatch": options}))
+    assert (values.get("SRUN_CPUS_PER_TASK"), values.get("OMP_NUM_THREADS")) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "port"),
+    [
+        ({}, None, None),
+        ({"cluster.network.master_suffix": "i"}, "{host}i", None),
+        ({"cluster.network.master_address": "ib-{host}"}, "ib-{host}", None),
+        ({"cluster.network.master_suffix": "i", "cluster.environment": {"MASTER_ADDR": "10.0.0.1"}}, "10.0.0.1", None),
+        ({"cluster.network.master_port": 2000, "cluster.environment": {"MASTER_PORT": "3000"}}, None, 3000),
+    ],
+    ids=["default", "suffix", "address", "environment wins", "port"],
+)
+def test_the_plan_shows_where_ranks_meet(
+    compose: Compose, values: dict[str, object], form: str | None, port: int | None
+) -> None:
+    config = put(compose(*LLAMA), values)
+    assert (environment.master_form(config), environment.master_port(config)) == (form, port)
+    text = preview.text(config, plan(config))
+    assert f"MASTER_ADDR={form or '<first host of the allocation>'}  MASTER_PORT={port or '<a free port, '}" in text
+    assert variables(config).get("MUSTER_MASTER_HOST") == form

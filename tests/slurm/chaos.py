@@ -1,5 +1,7 @@
 """The chaos suite: `python -m tests.slurm.chaos` injects faults into trainings and writes docs/resilience.md.
 
+With `--kinds`, the page of the chosen faults goes into the work folder instead.
+
 Kind of fault, layout, step and number of faults of each run are drawn from the seed. A run must end by itself with the metrics
 and weights of the reference run, which has the same layout and no fault. If continuing would be wrong, it must end with the
 right verdict, and reach these metrics and weights after it is resumed. Each result is written at once, so that `--resume` can
@@ -24,13 +26,15 @@ from random import Random
 from typing import Any
 
 from launcher.run_folder import attempts
-from tests.slurm import chaos_page, cluster, faults, runs
-from tests.slurm.kinds import KINDS, LAYOUTS, SAVE_EVERY, STEPS, PlannedRun, draw, environment, overrides
+from tests.slurm import chaos_page, cluster, faults, launch_faults, runs
+from tests.slurm.kinds import KINDS, LAYOUTS, SAVE_EVERY, STEPS, Kind, PlannedRun, draw, environment, overrides
 
 EXCLUDED_NODES = ("n3,n4", "n1,n2")
 """Two runs are under way at the same time. Each excludes the nodes of the other one."""
 END_S = 300.0
 """A run that has not ended by itself this long after its last fault is wrong."""
+BEGIN = "cluster.train.sbatch={begin: now+20}"
+"""A job whose launch takes longer must not start before the suite has copied its data."""
 RECOVERED, STOPPED, WRONG = "recovered", "stopped correctly", "wrong"
 
 
@@ -124,11 +128,15 @@ class Suite:
         with ExitStack() as stack:
             more = [f"cluster.train.exclude='{excluded}'"] if excluded else []
             hook = environment(kind, self.hook)
-            runs.start(run, *overrides(planned.layout), *kind.overrides, hook, "jobs=[train]", *more)
+            words = [*overrides(planned.layout), *kind.overrides, hook, "jobs=[train]", *more]
+            if kind.launch:
+                self._launch(kind, run, words, result)
+            else:
+                runs.start(run, *words)
             shutil.copytree(reference / "data", run / "data")
             if planned.kind == "disk_full":
                 stack.enter_context(faults.small_disk(run))
-            unsaved = sum(self._inject(scene, planned, step, result) for step in planned.steps)
+            unsaved = sum(self._inject(scene, planned, step, result) for step in planned.steps if kind.inject)
             if kind.final_verdict:
                 verdict = runs.final_verdict(run, "train", END_S)
                 assert verdict["status"] == kind.final_verdict, f"it ended as {verdict['status']}: {verdict['reason']}"
@@ -143,6 +151,15 @@ class Suite:
             allowed = kind.lost_intervals * SAVE_EVERY * len(planned.steps) + unsaved
             assert result.lost <= allowed, f"{result.lost} steps lost, {allowed} are allowed"
             result.outcome = STOPPED if kind.final_verdict else RECOVERED
+
+    def _launch(self, kind: Kind, run: Path, words: list[str], result: Result) -> None:
+        """Launch a run in the presence of a fault. Exactly one job may be queued afterwards."""
+        assert kind.launch is not None
+        result.faults, result.struck = 1, [0]
+        done = kind.launch(self.cluster, [*runs.TWO_BY_TWO, f"run_dir={run}", *words, BEGIN])
+        assert done.returncode == 0, done.stdout + done.stderr
+        ids = launch_faults.jobs_in(run)
+        assert ids == [runs.job_id(run, "train")], f"jobs {ids} are queued"
 
     def _inject(self, scene: faults.Scene, planned: PlannedRun, step: int, result: Result) -> int:
         """Inject one fault and wait until training goes on.
@@ -166,6 +183,7 @@ class Suite:
         attempt, began = scene.attempt, time.time()
         result.struck.append(runs.step(run))
         result.faults += 1
+        assert kind.inject is not None
         result.what.append(kind.inject(scene))
         if planned.kind == "time_limit":  # this one waits for the limit: the fault happens when it returns
             began = time.time()
@@ -201,14 +219,14 @@ def pause(run: Path, attempt: int, began: float, ends_attempt: bool) -> float | 
 def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.chaos", description=__doc__)
-    parser.add_argument("--faults", type=int, default=60, help="minimum number of faults (60)")
+    parser.add_argument("--faults", type=int, default=80, help="minimum number of faults (80)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="kinds of faults (all)"
     )
     parser.add_argument("--work", type=Path, default=runs.CLONE / "runs/chaos", help="folder for the runs (runs/chaos)")
     parser.add_argument("--resume", action="store_true", help="continue the interrupted suite in the work folder")
-    parser.add_argument("--page", action="store_true", help="only write docs/resilience.md from the results so far")
+    parser.add_argument("--page", action="store_true", help="only write the page from the results so far")
     options = parser.parse_args()
     work = options.work.absolute()
     if not (options.resume or options.page):
@@ -222,7 +240,10 @@ def main() -> int:
         finally:
             running.down()
     results = [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
-    chaos_page.write(runs.CLONE / "docs/resilience.md", results)
+    whole = set(options.kinds) == set(KINDS)
+    page = (runs.CLONE / "docs" if whole else work) / "resilience.md"
+    chaos_page.write(page, results)
+    print(f"page      {page}")
     count, wrong = sum(result["faults"] for result in results), sum(result["outcome"] == WRONG for result in results)
     good = sum(result["faults"] for result in results if result["outcome"] != WRONG)
     print(f"RESULT faults={count} recovered={good} wrong={wrong}")
@@ -236,7 +257,8 @@ def _execute_all(suite: Suite, planned: list[PlannedRun]) -> None:
         f"{len(planned)} runs with {sum(len(run.steps) for run in planned)} faults, {len(left)} runs to do", flush=True
     )
     for layout in LAYOUTS:
-        suite.reference(layout)
+        if layout == LAYOUTS[0] or layout in {run.layout for run in left}:  # the first one has the data of all
+            suite.reference(layout)
     with ThreadPoolExecutor(len(EXCLUDED_NODES)) as pool:
         list(pool.map(suite.execute, (run for run in left if not KINDS[run.kind].alone)))
     for run in left:

@@ -39,10 +39,10 @@ another run. If a node is out of reach, they also include Slurm's timeout (30 s 
 
 ## Run it
 
-`make chaos` takes about an hour. `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` selects faults, and
-`ARGS=--resume` continues a suite that was interrupted. runs/chaos/results.jsonl has one line per run, with its faults and its
-outcome. The folder of each wrong run is kept beside it. The last line of output is RESULT, with the number of faults and the
-number of wrong runs. If a run is wrong, the exit status is 1.
+`make chaos` takes about an hour. `make chaos ARGS="--faults 5 --kinds kill_rank cable --seed 7"` selects faults, and writes its
+page beside the results. `ARGS=--resume` continues a suite that was interrupted. runs/chaos/results.jsonl has one line per run, with
+its faults and its outcome. The folder of each wrong run is kept beside it. The last line of output is RESULT, with the number of
+faults and the number of wrong runs. If a run is wrong, the exit status is 1.
 
 ## Which test covers what
 
@@ -50,18 +50,22 @@ number of wrong runs. If a run is wrong, the exit status is 1.
 
 - tests/slurm/test_chaos.py: one run with a restarted controller, a killed slurmd and a pulled cable at once, then a slow rank,
   then a killed rank with a damaged checkpoint and without `latest`, then a killed batch script;
-- tests/slurm/test_requeue.py: a hang, a preemption, a user's error;
+- tests/slurm/test_requeue.py: a hang, a preemption;
+- tests/slurm/test_chain.py: a user's error, a killed rank;
+- tests/slurm/test_before_ranks.py: a script that dies before its ranks start, a step that srun refuses, a cancelled job;
 - tests/slurm/test_resume.py: a signal;
 - without Slurm, tests/jobs/checkpoint/test_checkpointing.py and test_async_save.py: full disks, and every kind of damage to a
   checkpoint.
 
 `make proof` adds:
 
-- tests/slurm/test_requeue.py: the time limit, `scontrol requeue`, a lost node, a bad node;
+- tests/slurm/test_requeue.py: the time limit, `scontrol requeue`, a lost node, a bad node, a deleted run;
 - tests/slurm/test_hang.py: hangs during start-up and during a checkpoint;
 - tests/jobs/checkpoint/test_async_save.py: kills while a checkpoint is written.
 
-`make chaos` has all of them.
+`make chaos` has all faults of the table. `make slurm-versions` runs the chain of jobs, a crash, a preemption, a time limit and
+requeues under this machine's Slurm and two newer ones. [What differs between sites](sites.md) has a test for each way in which
+sites are set up.
 """
 
 
@@ -73,7 +77,7 @@ def write(path: Path, results: list[Result]) -> None:
     """Write the page from the lines of results.jsonl, in any order."""
     results = sorted(results, key=lambda result: result["number"])
     rows = [_row(kind.label, [result for result in results if result["kind"] == name]) for name, kind in KINDS.items()]
-    write_text(path, _top(results) + "".join(rows) + _wrong(results) + _bottom(results), mode=0o644)
+    write_text(path, _top(results) + "".join(rows) + _wrong(results) + _bottom(results))
 
 
 def _top(results: list[Result]) -> str:

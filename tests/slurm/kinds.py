@@ -1,12 +1,13 @@
 """The faults that the chaos suite can inject, what each may cost, and the random choice of runs and faults from a seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from launcher.run_folder.status import USER_ERROR
-from tests.slurm import faults
+from tests.slurm import faults, launch_faults
+from tests.slurm.cluster import Cluster
 
 LAYOUTS = ("fsdp", "zero1", "zero2", "zero3", "hsdp")
 STEPS, SAVE_EVERY = 40, 5
@@ -23,8 +24,8 @@ class Kind:
 
     label: str
     """Its name in the table of docs/resilience.md."""
-    inject: Callable[[faults.Scene], str]
-    """Makes the fault happen. Returns a text with the random choices, for example which rank."""
+    inject: Callable[[faults.Scene], str] | None
+    """Makes the fault happen while the run trains. Returns a text with the random choices, for example which rank."""
     overrides: tuple[str, ...] = ()
     """More overrides of the run."""
     step_s: float = 0.1
@@ -43,6 +44,8 @@ class Kind:
     """It ends the attempt in which it happens."""
     max_times: int = 2
     """How often in a row one run may get it."""
+    launch: Callable[[Cluster, Sequence[str]], launch_faults.Launched] | None = None
+    """Launches the run in the presence of the fault. `inject` is None then."""
 
 
 HANGS = ("cluster.network.step_timeout_s=15", "cluster.network.save_timeout_s=15")
@@ -74,6 +77,23 @@ KINDS: dict[str, Kind] = {
     "power": Kind("a node's power cut, and back", faults.power, HANGS),
     "cable": Kind("a node's cable pulled, and put back", faults.cable, HANGS, ends_attempt=False),
     "controller": Kind("Slurm's controller restarted", faults.controller, step_s=0.5, alone=True, ends_attempt=False),
+    "silent_requeue": Kind(
+        "controller silent for 90 s when a run asks to be requeued", launch_faults.at_requeue, alone=True, lost_intervals=0,
+        max_times=1,
+    ),
+    "silent_status": Kind(
+        "controller silent for 90 s, and `muster status` meanwhile", launch_faults.at_status, step_s=4.0, alone=True,
+        lost_intervals=0, ends_attempt=False, max_times=1,
+    ),
+    "silent_launch": Kind(
+        "controller silent for 90 s at submission", None, alone=True, lost_intervals=0, launch=launch_faults.launch_in_silence
+    ),
+    "lost_answer": Kind(
+        "sbatch that gives up after the job is queued", None, lost_intervals=0, launch=launch_faults.launch_with_a_lost_answer
+    ),
+    "inside_a_job": Kind(
+        "launch from inside another job", None, lost_intervals=0, launch=launch_faults.launch_inside_a_job, alone=True
+    ),
 }  # fmt: skip
 """By the name that `--kinds` takes."""
 
@@ -99,8 +119,9 @@ def draw(min_faults: int, seed: int, kinds: list[str]) -> list[PlannedRun]:
             times = 2 if kind.max_times > 1 and random.random() < 0.5 else 1
             first = random.randint(2 if not kind.min_checkpoints else SAVE_EVERY + 1, STEPS - 15)
             steps = [first, random.randint(0, 6)]
-            at = [1] if name == "time_limit" else steps[:times]
-            planned.append(PlannedRun(len(planned) + 1, name, random.choice(LAYOUTS), at))
+            if kind.launch or name == "time_limit":  # the fault comes with the launch, or with the limit
+                times, steps = 1, [int(kind.launch is None)]
+            planned.append(PlannedRun(len(planned) + 1, name, random.choice(LAYOUTS), steps[:times]))
             count += times
             if count >= min_faults:
                 break

@@ -96,10 +96,13 @@ def release() -> None:
     """Kill every process in our namespaces and remove all that `borrow` made, in whatever state it is."""
     hosts = [line.split()[1].decode() for line in _our_lines()]
     kill(hosts)
-    for link in Path("/sys/class/net").glob(
-        f"{PREFIX}*"
-    ):  # before the namespaces: the kernel deletes those in the background
-        _ip("link", "delete", link.name)
+    # Before the namespaces: the kernel deletes those, and with them links, in the background.
+    for link in Path("/sys/class/net").glob(f"{PREFIX}*"):
+        try:
+            _ip("link", "delete", link.name)
+        except OSError:
+            if link.exists():
+                raise
     for host in hosts:
         if (NAMESPACES / host).exists():
             _ip("netns", "delete", host)

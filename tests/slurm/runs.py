@@ -37,13 +37,13 @@ def damaged_model(folder: Path) -> Path:
     return folder
 
 
-def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+def launch(*overrides: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """Run launch.py for the test cluster."""
     return subprocess.run(
         [sys.executable, CLONE / "launch.py", *TWO_BY_TWO, *overrides],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
         check=False,
     )
 

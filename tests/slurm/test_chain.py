@@ -1,10 +1,7 @@
 """All jobs of a run on two nodes of a real Slurm, for every layout; and what happens when a job fails."""
 
-import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -53,14 +50,9 @@ def test_two_nodes_share_a_consolidation(curve: list[tuple[float, float]], slurm
     assert {item["NODE_RANK"] for item in runs.environments(run, "consolidate")} == {"0", "1"}
 
 
-def test_traffic_goes_over_eth0(slurm: Cluster, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    runs.start(
-        run, *TRAINING, "train.steps=200", "cluster.train.sbatch={nodelist: 'n[1-2]'}", "jobs=[preprocess,train]"
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
+def test_traffic_goes_over_eth0(slurm: Cluster, start: runs.Start) -> None:
+    run = start("train.steps=200", "cluster.train.sbatch={nodelist: 'n[1-2]'}")
+    runs.wait_until((run / "metrics.jsonl").exists)
     own = f"{slurm.addresses['n1']}:"
     seen = subprocess.run(
         ["nsenter", "--net=/var/run/netns/n1", "ss", "-Htn", "state", "established"],
@@ -68,20 +60,23 @@ def test_traffic_goes_over_eth0(slurm: Cluster, tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert runs.command("cancel", run).returncode == 0
     ends = [line.split()[-2:] for line in seen.splitlines()]
     assert ends
     assert not [end for end in ends if any(side.startswith("127.") for side in end)], seen
     assert [end for end in ends if end[0].startswith(own) and end[1].startswith(f"{slurm.addresses['n2']}:")], seen
 
 
-def test_a_failed_training_leaves_no_job_in_the_queue_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
-    run, model = tmp_path / "run", runs.damaged_model(tmp_path / "model")
-    runs.start(run, *TRAINING, f"model.source={model}", "model.init=pretrained", "model.architecture=null")
+def test_a_users_error_is_not_repeated_leaves_no_job_in_the_queue_and_says_why(
+    start: runs.Start, tmp_path: Path
+) -> None:
+    model = runs.damaged_model(tmp_path / "model")
+    overrides = [f"model.source={model}", "model.init=pretrained", "model.architecture=null"]
+    run = start(*overrides, "jobs=[train,consolidate]")
     verdict = runs.final_verdict(run, "train")
     assert not runs.queue()
-    assert verdict["status"] == "user_error"
+    assert (verdict["status"], verdict["attempt"], verdict["requeued"]) == ("user_error", 1, False)
     assert "model.source" in verdict["reason"]
+    assert "would fail again" in verdict["next"]
     shown = runs.command("status", run)
     assert shown.returncode == 1
     assert re.search(r"train .*user_error .*rank \d on n\d .*model\.source", shown.stdout)
@@ -96,16 +91,10 @@ def test_gpus_that_torch_cannot_see_are_a_users_error(slurm: Cluster, tmp_path: 
     assert {item["CUDA_VISIBLE_DEVICES"] for item in runs.environments(run, "preflight")} == {"0,1"}
 
 
-def test_a_killed_rank_fails_the_job(slurm: Cluster, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    runs.start(run, *TRAINING, "train.steps=2000", "cluster.max_restarts=0")
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    victims = subprocess.run(
-        ["pgrep", "-f", f"submitit.core._submit {run}/jobs/train$"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
+def test_a_killed_rank_fails_the_job(start: runs.Start) -> None:
+    run = start("train.steps=2000", "cluster.max_restarts=0", "jobs=[train,consolidate]")
+    runs.wait_until((run / "metrics.jsonl").exists)
+    runs.kill_a_rank(run)
     verdict = runs.final_verdict(run, "train")
     assert verdict["status"] in ("failed", "nccl")
     assert verdict["exit"] != 0

@@ -3,14 +3,21 @@
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from conf.schema import Config
+from launcher.plan import plan
+from launcher.submit import render
+from tests.conftest import Compose
+from tests.launcher.test_site_files import site
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
+__all__ = ["site"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +113,60 @@ def test_a_fixed_port_that_is_taken_is_named(slurm: Cluster, tmp_path: Path) -> 
             blocker.kill()
     assert verdict["status"] == "user_error"
     assert re.search(r"cluster.network.master_port=21999: .*in use.* on n1", verdict["reason"])
+
+
+@pytest.mark.site(
+    case="ranks must meet at another name", before="could not be said", after="`network: {master_suffix: ...}`"
+)
+def test_ranks_meet_at_the_name_of_the_site(slurm: Cluster, tmp_path: Path) -> None:
+    hosts, ours = Path("/etc/hosts"), b"198.18.77.1 n1x\n198.18.77.2 n2x\n198.18.77.3 n3x\n198.18.77.4 n4x\n"
+    hosts.write_bytes(ours + hosts.read_bytes())
+    try:
+        run = tmp_path / "run"
+        options = "{nodelist: 'n[1-2]', gpus-per-task: '1', dependency: singleton, overcommit: true}"
+        site = [
+            "cluster.network.master_suffix=x",
+            f"cluster.train.sbatch={options}",
+            "cluster.environment={NCCL_DEBUG: INFO}",
+        ]
+        runs.complete(run, "pipeline=preflight", *site)
+    finally:
+        hosts.write_bytes(hosts.read_bytes().replace(ours, b""))
+    for rank, variables in enumerate(runs.environments(run, "preflight")):
+        assert (variables["MASTER_ADDR"], variables["NCCL_DEBUG"]) == ("n1x", "INFO")
+        assert variables["CUDA_VISIBLE_DEVICES"] == str(rank % 2)
+
+
+@pytest.mark.parametrize("name", ["slurm", "mine", "slingshot", "booster", "campus"])
+def test_sbatch_understands_every_option_of_the_documented_sites(
+    slurm: Cluster, site: Callable[..., Config], name: str, compose: Compose
+) -> None:
+    config = compose("cluster=slurm", "model=llama8b") if name == "slurm" else site(name, "model=llama8b")
+    config.jobs = ["preflight", "preprocess", "train", "consolidate", "evaluate"]
+    for job in plan(config):
+        command = ["sbatch", "--test-only"]
+        done = subprocess.run(
+            command, input=render.sbatch_text(config, job), capture_output=True, text=True, check=False
+        )
+        # The test cluster lacks these partitions, sizes and types, and says so only after it has read all options.
+        known = "invalid partition|Requested node configuration|Invalid feature|Invalid account|generic resource|Invalid qos"
+        assert done.returncode == 0 or re.search(known, done.stderr), done.stderr
+
+
+def test_a_job_that_can_never_start_says_so(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.run("scontrol", "create", "PartitionName=short", "Nodes=ALL", "MaxTime=10", "State=UP")
+    try:
+        run = tmp_path / "run"
+        runs.start(run, "pipeline=preflight", "cluster.train.partition=short")
+        held = tmp_path / "held"
+        runs.start(held, "pipeline=preflight", "cluster.train.sbatch={hold: true}")
+        shown = [runs.command("why", folder).stdout for folder in (run, held)]
+        for folder in (run, held):
+            runs.command("cancel", folder)
+    finally:
+        slurm.run("scontrol", "delete", "PartitionName=short")
+    assert (
+        "will never start: partition short allows 10 min, and the job asks for 20 min. Set cluster.train.time_min=10"
+        in shown[0]
+    )
+    assert f"Type scontrol release {runs.job_id(held, 'preflight')}" in shown[1]

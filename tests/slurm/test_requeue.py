@@ -1,5 +1,6 @@
 """An interrupted training restarts by itself and reaches the weights of one that was not interrupted. Or it ends and says why."""
 
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_a_signalled_training_restarts_and_the_next_job_waits_for_its_end(
     commands.call("scancel", *options, runs.job_id(run, "train"))
     runs.wait_until(lambda: (run / "jobs/train/attempt-1.json").exists())
     states = runs.job_states(run)
-    assert (states["train"].state in commands.LIVE, states["train"].failed) == (True, False)
+    assert (states["train"].state in commands.LIVE_STATES, states["train"].failed) == (True, False)
     assert states["consolidate"].state == "PENDING"
     ends_as(run, whole)
     assert verdicts(run) == [("preempted", True), ("completed", False)]
@@ -126,14 +127,6 @@ def test_a_training_that_keeps_failing_ends(start: runs.Start) -> None:
     assert "attempt 1 failed" in shown
 
 
-def test_a_users_error_is_not_repeated(start: runs.Start, tmp_path: Path) -> None:
-    model = runs.damaged_model(tmp_path / "model")
-    run = start(f"model.source={model}", "model.init=pretrained", "model.architecture=null")
-    verdict = runs.final_verdict(run, "train")
-    assert verdicts(run) == [("user_error", False)]
-    assert "would fail again" in verdict["next"]
-
-
 @pytest.mark.proof
 @pytest.mark.parametrize("how", ["stop", "cancel"])
 def test_a_training_stopped_by_the_user_is_saved_and_does_not_restart(start: runs.Start, how: str) -> None:
@@ -183,7 +176,7 @@ builtins.__import__ = fails
 def test_a_training_excludes_a_bad_node(whole: Path, start: runs.Start, tmp_path: Path) -> None:
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
     runs.wait_until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
-    job = commands.job(runs.job_id(run, "train"))
+    job = commands.show_job(runs.job_id(run, "train"))
     assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
@@ -234,6 +227,18 @@ def test_an_attempt_that_slurm_ends_without_a_signal_has_a_verdict(whole: Path, 
     commands.call("scontrol", "requeue", runs.job_id(run, "train"))
     ends_as(run, whole)
     assert verdicts(run)[0] == ("preempted", True)
+
+
+@pytest.mark.proof
+def test_a_run_that_was_deleted_ends_and_does_not_come_back(start: runs.Start) -> None:
+    run = start("train.steps=4000")
+    wait_for_step(run, 3)
+    job_id = runs.job_id(run, "train")
+    run.rename(run.with_name("moved"))
+    shutil.rmtree(run.with_name("moved"))
+    runs.wait_until(lambda: commands.show_job(job_id)["JobState"] == "FAILED")
+    assert commands.show_job(job_id)["Restarts"] == "0"
+    assert not run.exists()
 
 
 @pytest.mark.proof

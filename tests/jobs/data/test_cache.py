@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.errors import DataError
+from conf.errors import DataError, SiteError
 from conf.files import read_json
 from jobs import preprocess
-from jobs.data import batches, cache, cache_key, sources, token_dataset
+from jobs.data import batches, cache, cache_key, cache_trust, sources, token_dataset
 from tests.jobs.ranks import CLONE
 
 ROWS = [
@@ -248,3 +248,30 @@ def test_the_key_does_not_depend_on_the_last_call_of_the_tokenizer(config) -> No
     assert tokenizer.backend_tokenizer.truncation is not None
     tokenizer.add_tokens(["<extra>"])
     assert cache_key._hash_tokenizer(tokenizer) != first
+
+
+@pytest.mark.site(
+    case="everyone may write to the cache of tokens",
+    before="training used whatever lay in it",
+    after="refused, with the mode and a remedy",
+)
+@pytest.mark.parametrize("bits", [0o777, 0o1777, 0o757, 0o702])
+def test_a_cache_that_everyone_can_write_to_is_refused(tmp_path, bits) -> None:
+    folder = tmp_path / "cache"
+    cache_trust.check(folder)  # not there yet
+    folder.mkdir()
+    folder.chmod(bits)
+    with pytest.raises(SiteError, match=f"data.cache={folder}: everyone may write to it .mode {bits:o}."):
+        cache_trust.check(folder)
+    folder.chmod(0o770)
+    cache_trust.check(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_cache_that_somebody_made_in_a_shared_folder_is_refused(tmp_path) -> None:
+    (tmp_path / "shared/.data").mkdir(parents=True)
+    os.chown(tmp_path / "shared/.data", 65534, 65534)
+    cache_trust.check(tmp_path / "shared/.data")  # a colleague's, in the folder of a group
+    (tmp_path / "shared").chmod(0o1777)
+    with pytest.raises(SiteError, match="belongs to another user"):
+        cache_trust.check(tmp_path / "shared/.data")

@@ -8,7 +8,7 @@ import pytest
 
 from conf import resolve
 from conf.choices import Precision
-from launcher.check import localize, observe
+from launcher.check import local_gpus, localize, observe
 from tests.conftest import ROOT, Compose, Programs, put
 
 ROW = {"instruction": "a", "output": "b"}
@@ -49,10 +49,11 @@ def test_existing_paths_become_absolute(compose: Compose, here: Path, given: str
 def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path) -> None:
     (here / "examples").mkdir()
     (here / "examples/sample.jsonl").touch()
-    config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a"})
+    config = put(compose(), {"data.path": "examples/sample.jsonl", "run_dir": "runs/a", "tracker.uri": "./mlruns"})
     localize.localize(config, gpus=0)
     assert config.data.path == f"{here}/examples/sample.jsonl"
     assert config.run_dir == f"{here}/runs/a"
+    assert config.tracker.uri == f"{here}/mlruns"
 
 
 @pytest.mark.parametrize(
@@ -215,11 +216,12 @@ def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
     if text is not None:
         (here.parent / "home").mkdir()
         (here.parent / "home/secrets").write_text(text)
+        (here.parent / "home/secrets").chmod(0o600)
     assert observe.observe(config).secrets_missing == missing
 
 
 def test_no_gpu_is_counted_if_none_is_visible() -> None:
-    assert observe.local_gpus() == 0
+    assert local_gpus.local_gpus() == 0
 
 
 @pytest.mark.parametrize(
@@ -255,3 +257,31 @@ def test_the_file_of_llama_factorys_entry_is_looked_at(compose: Compose, here: P
         facts = observe.observe(put(compose(), {"data.path": str(here / "dataset_info.json"), "data.subset": name}))
         assert facts.first_rows == (observe.FirstRow("data.path", columns),)
         assert facts.files_missing == missing
+
+
+@pytest.mark.site(case="AMD GPUs", before="not counted: the machine had none", after="counted, with their memory")
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 2),
+        ({"ROCR_VISIBLE_DEVICES": "1"}, 1),
+        ({"HIP_VISIBLE_DEVICES": "0,1"}, 2),
+        ({"HIP_VISIBLE_DEVICES": ""}, 0),
+    ],
+    ids=["all", "ROCR", "HIP", "none"],
+)
+def test_amds_gpus_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: int
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    for node, version in enumerate((0, 90402, 90402)):  # the first is a CPU
+        bank = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{node}/mem_banks/0"
+        bank.mkdir(parents=True)
+        (bank / "properties").write_text(f"heap_type 1\nsize_in_bytes {192 * 2**30}\nflags 0\n")
+        (bank.parents[1] / "properties").write_text(f"cpu_cores_count 0\ngfx_target_version {version}\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    assert local_gpus.local_gpus(tmp_path) == expected
+    assert local_gpus.local_memory_gib(tmp_path) == 191

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import AdapterKind, Container, Format, Submit
+from conf.choices import AdapterKind, Format, Submit
 from conf.schema import Config
 from launcher.check.observe import Facts, FirstRow
 from launcher.check.rules import problems
@@ -77,8 +77,6 @@ def test_the_defaults_have_no_problem(compose: Compose, words: tuple[str, ...]) 
         (LOCAL, {"data.validation_fraction": 0.6}, "data.validation_fraction=0.6", "at most 0.5"),
         (LOCAL, {"submit": Submit.script}, "submit=script", "cluster=slurm"),
         (SLURM, {"cluster.train.time_min": 2}, "cluster.signal_s=120", "must be below cluster.train.time_min=2 (120 s)"),
-        (SLURM, {"cluster.container": Container.apptainer}, "cluster.container_image", "cluster.container"),
-        (SLURM, {"cluster.container_image": "/a.sif"}, "cluster.container_image=/a.sif", "cluster.container=apptainer"),
         (SLURM, {"cluster.network.master_port": 65536}, "cluster.network.master_port=65536", "at most 65535"),
         ((*SLURM, "train.activation_checkpointing=none"), {"cluster.train.gpu_memory_gib": 17.5},
          "cluster.train.gpu_memory_gib=17.5", "Use cluster.train.nodes=8 ("),
@@ -154,7 +152,7 @@ def test_rows_must_have_the_columns_of_their_format(compose: Compose, format: Fo
         (LOCAL, {"cluster.train.gpus_per_node": 2}, Facts(gpus=8)),
         (SLURM, {"cluster.cpu.ranks_per_node": 2, "jobs": ["train"]}, Facts()),
         (SLURM, {"cluster.environment": {"HF_TOKEN": ""}}, Facts()),
-        (SLURM, {"cluster.container": Container.pyxis, "cluster.container_image": "a.sqsh"}, Facts()),
+        (SLURM, {"cluster.container.image": "a.sqsh"}, Facts()),
         (("model=tiny",), {"adapter.kind": AdapterKind.lora, "jobs": ["train"]}, Facts()),
         (SLURM, {"parallel.shard_ranks": 32}, Facts()),
         (SLURM, {"train.global_batch": 32, "train.micro_batch": 7}, Facts()),
@@ -249,3 +247,14 @@ def test_a_variable_that_is_no_secret_can_be_set(compose: Compose, name: str) ->
 )
 def test_a_value_that_no_job_can_use_is_refused(compose: Compose, values: dict[str, Any]) -> None:
     assert [message for message in messages(put(compose(*SLURM), values)) if message.startswith(next(iter(values)))]
+
+
+@pytest.mark.site(
+    "A run folder with a colon in its name (`2026-11-28T15:30:00`)",
+    "the jobs ran the installed code instead of the run's own, without a word",
+    "refused before submission, because PYTHONPATH is split at colons",
+)
+def test_a_run_folder_with_a_colon_is_refused(compose: Compose) -> None:
+    [message] = messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15:30:00"}))
+    assert message.startswith("run_dir=/runs/2026-11-28T15:30:00: must not contain ':': PYTHONPATH is split there")
+    assert messages(put(compose(*SLURM), {"run_dir": "/runs/2026-11-28T15.30.00"})) == []

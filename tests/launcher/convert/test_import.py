@@ -197,6 +197,13 @@ def test_the_command_writes_an_experiment_and_says_how_to_run_it(tmp_path: Path)
     assert run("import", path, "--out", out, "--gpus", 4, "--force", cwd=tmp_path).returncode == 0
 
 
+def test_the_command_shows_escape_sequences(tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text('base_model: "a\\e]0;title\\a"\n"other\\e[2J": 1\n')
+    done = run("import", tmp_path / "x.yml", "--as", "axolotl", "--out", tmp_path / "out.yaml", cwd=tmp_path)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"a\x1b]0;title\x07" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -166,7 +166,7 @@ def test_status_shows_every_job(run: Path, programs: Programs, surroundings: dic
     assert rows[1:] == [
         ["preprocess", "101", "completed", "1", "completed"],
         ["train", "102", "running"],
-        ["consolidate", "103", "pending"],
+        ["consolidate", "103", "pending", "waits", "for", "another", "job", "[Dependency]"],
     ]
 
 
@@ -187,7 +187,7 @@ def test_why_shows_why_a_job_waits_or_failed(run: Path, programs: Programs, surr
         "preprocess 101 completed",
         f"train 102 failed (rank 0 on {socket.gethostname()}): loss is nan",
         "Traceback of loss is nan",
-        "consolidate 103 waits: Dependency; may start N/A",
+        "consolidate 103 pending: waits for another job [Dependency]",
         "evaluate 104 unknown",
     ]
 

@@ -105,3 +105,51 @@ def test_the_slowest_running_rank_is_shown(tmp_path: Path) -> None:
         write_json(tmp_path / f"attempt-2/node-{node}.json", {"ranks": ranks})
     assert state_module._slowest_heartbeat(tmp_path, 2) == {"count": 7, "phase": "train"}
     assert state_module._slowest_heartbeat(tmp_path, 3) is None
+
+
+BRACKETS = [
+    "RuntimeError: Gloo connectFullMesh failed with [/__w/pytorch/gloo/pair.cc:152] timed out",
+    "[rank1]: NCCL error",
+    "KeyError: '[/INST]'",
+    "rows [bold]3 to 5[/bold] :smile: [link=http://a.example]",
+]
+
+
+@pytest.mark.site(
+    case="An error's text has brackets, as those of Gloo and of chat templates do",
+    before="`muster status` left them out, or ended with a traceback",
+    after="they are shown as they are",
+)
+@pytest.mark.parametrize("text", BRACKETS)
+def test_brackets_are_shown_as_they_are(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = {"status": "failed", "reason": text, "rank": 1, "host": text, "remedy": text, "log": f"log {text}"}
+    job = state(name="train", state="FAILED", verdict=verdict, before=[verdict | {"attempt": 1}])
+    tables.status([job])
+    tables.attempts(job)
+    assert capsys.readouterr().out.count(text) == 9
+    answers = [{"prompt": f"{text}?", "answer": text}]
+    run = tmp_path / "[bold]"
+    write_json(run / "generations.json", {"answers": answers})
+    tables.show_result(run)
+    shown = capsys.readouterr().out
+    assert f"{text}?" in shown
+    assert shown.count(text) == 2
+    assert shown.count("[bold]") == text.count("[bold]") * 2 + 2  # title and folder
+
+
+@pytest.mark.site(
+    case="A log, a row or an answer has terminal escapes (title, clipboard, links, reversed text)",
+    before="they were sent to the terminal",
+    after="they are shown, as `\\x1b]52;...`",
+)
+def test_escape_sequences_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\x1b]52;c;cm0=\x07 \u202eabc"
+    verdict = {"status": "failed", "reason": text, "rank": 1, "host": "n1", "remedy": text, "log": text, "error": text}
+    job = state(name="train", state="FAILED", verdict=verdict)
+    tables.status([job])
+    tables.attempts(job)
+    write_json(tmp_path / "generations.json", {"answers": [{"prompt": text, "answer": text}]})
+    tables.show_result(tmp_path)
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\x07\u202e")
+    assert shown.count(r"\x1b]52;c;cm0=\x07 \u202eabc") >= 6

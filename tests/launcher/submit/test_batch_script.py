@@ -11,6 +11,7 @@ from conf import resolve
 from conf.files import read_json
 from conf.schema import Config
 from launcher.plan import plan
+from launcher.slurm_command import FINDS_THE_CLUSTER
 from launcher.submit import render
 from launcher.supervise.rendezvous import reserve_port
 from tests.conftest import ROOT, Compose, Programs, put, tool
@@ -183,3 +184,44 @@ def test_the_chain_stops_if_sbatch_refuses_a_job(config: Config, programs: Progr
     done = subprocess.run([tool("bash"), "-s"], input=script, text=True, timeout=20, capture_output=True)
     assert done.returncode == 1
     assert len((folder / "sbatch.calls").read_text().splitlines()) == 1
+
+
+BANNER = "echo 'Welcome to the cluster'; echo '--> job 3 of at most 50...OK'; echo '101;big'; echo '--> Good luck'"
+
+
+def test_the_chain_finds_the_id_among_the_lines_of_a_site(config: Config, programs: Programs) -> None:
+    folder = programs(sbatch=BANNER)
+    put(config, {"jobs": ["preprocess", "train"]})
+    script = render.chain_text(config, plan(config))
+    done = subprocess.run([tool("bash"), "-s"], input=script, text=True, check=True, timeout=20, capture_output=True)
+    assert done.stdout == "preprocess 101\ntrain 101\n"
+    assert "--dependency=afterok:101 " in (folder / "sbatch.calls").read_text()
+
+
+def test_the_chain_passes_on_nothing_of_a_surrounding_job(
+    config: Config, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = programs(sbatch='set > "$0.set"; echo 101')
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_CPU_BIND_TYPE", "SBATCH_PARTITION", "PMIX_RANK", *FINDS_THE_CLUSTER):
+        monkeypatch.setenv(name, "outer")
+    script = render.chain_text(config, plan(config))
+    subprocess.run([tool("bash"), "-s"], input=script, text=True, check=True, timeout=20, stdout=subprocess.DEVNULL)
+    outer = {line.partition("=")[0] for line in (folder / "sbatch.set").read_text().splitlines() if "=" in line}
+    assert {name for name in outer if name.startswith(("SLURM", "SBATCH", "PMIX"))} == set(FINDS_THE_CLUSTER)
+
+
+@pytest.mark.site(
+    case="Slurm starts a job again that has completed (24.11 after preemption, or an admin)",
+    before="the completed training ran once more",
+    after="the job ends at once with success, so the jobs after it start",
+)
+def test_a_completed_job_that_is_started_again_ends_at_once(config: Config, programs: Programs) -> None:
+    folder = programs(srun=SAY_COMPLETED)
+    environ = {"SLURM_JOB_ID": "7"}
+    assert batch(config, "preprocess", environ=environ)[0] == 0
+    (folder / "srun.calls").unlink()
+    code, output = batch(config, "preprocess", environ=environ | {"SLURM_RESTART_COUNT": "1"})
+    assert (code, "has completed, and Slurm started it again" in output) == (0, True)
+    assert not (folder / "srun.calls").exists()
+    batch(config, "preprocess", environ={"SLURM_JOB_ID": "8"})
+    assert (folder / "srun.calls").exists()  # another submission runs

@@ -3,6 +3,7 @@
 `pytest --update-golden` writes the golden files.
 """
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from submitit import SlurmExecutor
 
 from conf import resolve
-from conf.choices import Container
+from conf.choices import Runtime
 from conf.schema import Config
 from launcher.environment import job_variables
 from launcher.plan import Job, plan
@@ -85,7 +86,7 @@ def test_every_golden_file_belongs_to_a_test() -> None:
 def test_the_text_equals_submitits_own(sample: Config, programs: Programs, job: str) -> None:
     programs(srun="exit 1")  # submitit checks that srun exists
     planned = job_of(sample, job)
-    executor = SlurmExecutor(render.job_folder(sample, planned), python=render.python_command(sample))
+    executor = SlurmExecutor(render.job_folder(sample, planned), python=render.python_command(sample, planned))
     executor.update_parameters(**render.parameters(sample, planned, ["7"]))
     written = executor._make_submission_file_text(executor._submitit_command_str, "any")
     assert render.sbatch_text(sample, planned, ["7"]) == written
@@ -125,6 +126,13 @@ def test_a_job_starts_after_its_inputs_completed(sample: Config, job: str, expec
         ({"cluster.signal_s": 300}, "signal=USR2@300"),
         ({"cluster.train.sbatch": {"reservation": "night shift"}}, "reservation='night shift'"),
         ({"cluster.train.sbatch": {"gpus-per-node": None, "gres": "gpu:8"}}, "gres=gpu:8"),
+        ({"cluster.train.sbatch": {"gres": "gpu:a100:8"}}, "gres=gpu:a100:8"),
+        ({"cluster.train.sbatch": {"overcommit": "True"}}, "overcommit"),
+        ({"cluster.train.sbatch": {"contiguous": ""}}, "contiguous"),
+        ({"cluster.train.sbatch": {"exclusive": "user"}}, "exclusive=user"),
+        ({"cluster.train.sbatch": {"-w": "n1"}}, "nodelist=n1"),
+        ({"cluster.train.sbatch": {"GRES_FLAGS": "enforce-binding"}}, "gres-flags=enforce-binding"),
+        ({"cluster.train.sbatch": {"ear-policy": "monitoring"}}, "ear-policy=monitoring"),
         ({"cluster.train.sbatch": {"time": "2-0"}}, "time=2-0"),
         ({"cluster.train.sbatch": {"mem": "500G"}}, "mem=500G"),
         ({"name": "it's"}, """job-name='it'"'"'s/train'"""),
@@ -139,7 +147,7 @@ def test_sbatch_gets_an_option_once(sample: Config, values: dict[str, object], e
 
 @pytest.mark.parametrize(
     "option",
-    ["cpus-per-task", "gpus-per-node", "ntasks-per-node", "job-name"],
+    ["cpus-per-task", "gpus-per-node", "mem", "account"],
 )
 def test_an_option_of_two_words_can_be_overridden(sample: Config, option: str) -> None:
     options = directives(put(sample, {"cluster.train.sbatch": {option: "7"}}), "train")
@@ -157,12 +165,34 @@ def test_an_option_of_two_words_can_be_overridden(sample: Config, option: str) -
         ({"cluster.train.exclusive": False}, "exclusive"),
         ({"cluster.train.sbatch": {"gpus-per-node": None}}, "gpus-per-node"),
         ({"cluster.train.sbatch": {"requeue": None}}, "requeue"),
+        ({"cluster.train.sbatch": {"exclusive": "false"}}, "exclusive"),
+        ({"cluster.train.sbatch": {"overcommit": "False"}}, "overcommit"),
+        ({"cluster.train.sbatch": {"oversubscribe": "True"}}, "exclusive"),
+        ({"cluster.train.sbatch": {"gres": "gpu:8"}}, "gpus-per-node"),
+        ({"cluster.train.sbatch": {"tres-per-task": "gres/gpu:1"}}, "gpus-per-node"),
+        ({"cluster.train.sbatch": {"gpus-per-task": "1"}}, "gpus-per-node"),
+        ({"cluster.train.sbatch": {"-G": "32"}}, "gpus-per-node"),
+        ({"cluster.train.sbatch": {"mem-per-cpu": "4G"}}, "mem"),
+        ({"cluster.train.sbatch": {"cpus-per-gpu": "8"}}, "cpus-per-task"),
         ({"cluster.train.sbatch": {"cpus-per-task": None}}, "cpus-per-task"),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_an_option_is_left_out(sample: Config, values: dict[str, object], option: str) -> None:
     assert option not in [line.split("=")[0] for line in directives(put(sample, values), "train")]
+
+
+@pytest.mark.site(
+    case="`sbatch: {dependency: singleton}`",
+    before="replaced `afterok`; training began without data",
+    after="both hold",
+)
+@pytest.mark.parametrize("user", ["singleton", "afterok:7:8,singleton"])
+def test_the_users_dependency_is_added_to_those_of_the_job(sample: Config, user: str) -> None:
+    put(sample, {"cluster.train.sbatch": {"dependency": user}, "cluster.cpu.sbatch": {"-d": user}})
+    assert f"dependency=afterok:1000:1001,{user}" in [line.replace("'", "") for line in directives(sample, "train")]
+    assert f"dependency={user}" in [line.replace("'", "") for line in directives(sample, "preprocess")]
+    assert f'--dependency=afterok:"$train",{user} ' in render.chain_text(sample, plan(sample)).replace("'", "")
 
 
 def exported_variables(config: Config, environ: dict[str, str]) -> dict[str, str]:
@@ -183,10 +213,22 @@ def test_values_reach_the_job_unchanged(sample: Config, value: str) -> None:
 
 def test_module_names_and_folders_reach_the_job_unchanged(sample: Config) -> None:
     put(sample, {"cluster.modules": ["gcc/12", HOSTILE], "run_dir": f"/runs/{HOSTILE}", "cluster.hf_home": HOSTILE})
-    variables = exported_variables(sample, {})
+    variables = exported_variables(sample, {"HOME": "/home/me"})
     assert variables["LOADED"] == f"<gcc/12><{HOSTILE}>"
     assert variables["MUSTER_RUN"] == f"/runs/{HOSTILE}"
-    assert variables["HF_HOME"] == HOSTILE
+    assert variables["HF_HOME"] == HOSTILE.replace("$HOME", "/home/me")
+
+
+@pytest.mark.site(
+    case="`hf_home: $SCRATCH/hf`",
+    before="a folder named `$SCRATCH`",
+    after="expanded by the node; commands are never run",
+)
+@pytest.mark.parametrize(
+    ("value", "expected"), [("$A/hf", "/x y/hf"), ("${A}b", "/x yb"), ("$(id)$A", "$(id)/x y"), ("$AB", "")]
+)
+def test_only_variables_are_expanded_in_paths(sample: Config, value: str, expected: str) -> None:
+    assert exported_variables(put(sample, {"cluster.hf_home": value}), {"A": "/x y"})["HF_HOME"] == expected
 
 
 @pytest.mark.parametrize("given", ["", "/mine:/our code"])
@@ -210,31 +252,77 @@ def srun_words(config: Config) -> list[str]:
     return shlex.split(line)
 
 
+def container_words(config: Config, environ: dict[str, str]) -> list[str]:
+    """Return the words that bash gives to the container: those of apptainer, or those that pyxis adds to srun."""
+    script = text(config, "train")
+    [array] = re.findall(r"^muster_container=\((.*)\)$", script, re.MULTILINE) or [""]
+    [command] = [line for line in script.splitlines() if line.startswith("srun ")]
+    words = array or command[command.index(" bash ") :]
+    done = subprocess.run(
+        [tool("bash"), "-c", f"set -u; printf '%s\\0' {words}"], env=environ, capture_output=True, text=True, timeout=20
+    )
+    return done.stdout.split("\0")[:-1]
+
+
 def test_srun_starts_the_pyxis_container(sample: Config) -> None:
-    mounts = [HOSTILE, "/data:/mnt/data"]
-    put(sample, {"cluster.container": Container.pyxis, "cluster.container_image": "nvcr.io#nvidia/pytorch"})
-    put(sample, {"cluster.container_mounts": mounts, "cluster.python": "python3"})
-    words = srun_words(sample)
-    assert "--container-image=nvcr.io#nvidia/pytorch" in words
-    assert f"--container-mounts=/runs/golden:/runs/golden,{HOSTILE}:{HOSTILE},/data:/mnt/data" in words
+    put(
+        sample,
+        {"cluster.container.image": "nvcr.io#nvidia/pytorch", "cluster.container.mounts": ["/data:/mnt/data:ro"]},
+    )
+    put(
+        sample,
+        {
+            "cluster.python": "python3",
+            "cluster.hf_home": "$SCRATCH/hf",
+            "cluster.container.flags": ["--container-writable"],
+        },
+    )
+    words = container_words(sample, {"SCRATCH": "/fast/`id` me"})
+    assert words[0] == "--container-image=nvcr.io#nvidia/pytorch"
+    mounts = set(words[1].removeprefix("--container-mounts=").split(","))
+    own = {f"{path}:{path}" for path in ("/tmp", "/runs/.data", "/runs/golden", "/fast/`id` me/hf")}
+    assert mounts == own | {"/data:/mnt/data:ro"}
     assert "--container-workdir=/runs/golden/code" in words
+    assert {"MUSTER_RUN", "PYTHONPATH", "HF_HOME", "SCRATCH"} <= set(
+        words[3].removeprefix("--container-env=").split(",")
+    )
+    assert words[-1] == "--container-writable"
 
 
-def test_apptainer_runs_the_python_of_every_rank(sample: Config) -> None:
-    put(sample, {"cluster.container": Container.apptainer, "cluster.container_image": "/images/it's.sif"})
-    put(sample, {"cluster.container_mounts": [HOSTILE], "cluster.python": "/usr/bin/python3.12"})
-    words = srun_words(sample)
-    start = words.index("apptainer")
-    assert words[start : start + 8] == [
-        *("apptainer", "exec", "--nv", "--bind", f"/runs/golden,{HOSTILE}"),
-        *("/images/it's.sif", "/usr/bin/python3.12", "-u"),
-    ]
+@pytest.mark.parametrize(("gpus", "expected"), [(8, "gpus"), (0, "no-gpus")])
+def test_apptainer_runs_the_python_of_every_rank(sample: Config, gpus: int, expected: str) -> None:
+    put(sample, {"cluster.container.image": "/images/it's $X.sif", "cluster.python": "/usr/bin/python3.12"})
+    put(sample, {"cluster.container.flags": ["--cleanenv"], "cluster.train.gpus_per_node": gpus})
+    words = container_words(sample, {"X": "7"})
+    assert words[:3] == ["bash", "/runs/golden/code/slurm_templates/container.sh", "auto"]
+    assert words[4] == expected
+    binds = {words[index + 1] for index, word in enumerate(words) if word == "--bind"}
+    assert binds == {f"{path}:{path}" for path in ("/tmp", "/runs/.data", "/runs/golden")}
+    assert words[words.index("--cleanenv") :][:4] == ["--cleanenv", "/images/it's 7.sif", "/usr/bin/python3.12", "-u"]
 
 
-@pytest.mark.parametrize("container", ["apptainer", "pyxis"])
-def test_the_nodes_own_python_runs_attempt_outside_the_container(sample: Config, container: str) -> None:
-    put(sample, {"cluster.container": Container[container], "cluster.container_image": "image"})
-    put(sample, {"cluster.python": "/only/inside/python"})
+@pytest.mark.parametrize("flag", ["--nv", "--nvccli", "--rocm"])
+def test_the_users_flag_for_gpus_is_the_only_one(sample: Config, flag: str) -> None:
+    put(sample, {"cluster.container.image": "/a.sif", "cluster.container.flags": [flag]})
+    assert container_words(sample, {})[4] == "no-gpus"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"cluster.container.runtime": Runtime.singularity}, "singularity"),
+        ({"cluster.container.program": "/opt/apptainer 2/bin/apptainer"}, "/opt/apptainer 2/bin/apptainer"),
+    ],
+    ids=["singularity", "a program"],
+)
+def test_the_program_of_a_container_can_be_chosen(sample: Config, values: dict[str, object], expected: str) -> None:
+    put(sample, {"cluster.container.image": "/a.sif"} | values)
+    assert container_words(sample, {})[2] == expected
+
+
+@pytest.mark.parametrize("image", ["/a.sif", "/a.sqsh"])
+def test_the_nodes_own_python_runs_attempt_outside_the_container(sample: Config, image: str) -> None:
+    put(sample, {"cluster.container.image": image, "cluster.python": "/only/inside/python"})
     outside = [line for line in text(sample, "train").splitlines() if "launcher.supervise.attempt" in line]
     assert len(outside) == 2
     assert all("python3 -m launcher.supervise.attempt" in line and "/only/inside" not in line for line in outside)
@@ -247,15 +335,25 @@ def test_arguments_of_srun_come_last(sample: Config) -> None:
 
 def test_every_rendered_script_passes_shellcheck(compose: Compose, tmp_path: Path) -> None:
     words: dict[str, tuple[str, ...]] = {name: (*CASES[name], *PATHS) for name in CASES}
-    words["odd"] = (*words["llama8b_fsdp"], "cluster.modules=[gcc]", "cluster.container=pyxis")
+    words["odd"] = (
+        *words["llama8b_fsdp"],
+        "cluster.modules=[gcc]",
+        "cluster.container.image=a.sqsh",
+        "cluster.hf_home=$A/b c",
+    )
+    words["sif"] = (*words["llama8b_fsdp"], "cluster.container.image=$A/a.sif")
     for name, given in words.items():
         config = put(compose(*given), {"run_dir": '/runs/it\'s "ü" & more'} if name == "odd" else {})
+        put(config, {"cluster.train.sbatch": {"dependency": "singleton"}} if name == "sif" else {})
         (tmp_path / f"{name}.submit.sh").write_text(render.chain_text(config, plan(config)))
         for job in plan(config):
             (tmp_path / f"{name}.{job.name}.sbatch").write_text(text(config, job.name))
             script = render.script_text(config, job, Path(config.run_dir) / "config.yaml")
             (tmp_path / f"{name}.{job.name}.by_hand.sbatch").write_text(script)
     checked = subprocess.run(
-        [tool("shellcheck"), "--shell=bash", *sorted(tmp_path.iterdir())], capture_output=True, text=True, timeout=60
+        [tool("shellcheck"), "--shell=bash", *sorted(tmp_path.iterdir()), render.TEMPLATES / "container.sh"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (checked.stdout, checked.returncode) == ("", 0)

@@ -63,3 +63,42 @@ def test_the_commit_and_the_diff_are_recorded(clone: Path, tmp_path: Path, progr
 def test_without_git_nothing_is_recorded(clone: Path, tmp_path: Path, programs: Programs) -> None:
     programs()
     assert snapshot.provenance(clone, tmp_path) == {}
+
+
+TOKEN = "hf_" + "aB3" * 10
+KEY = "-----BEGIN PRIVATE KEY-----\nMIIsecretbody\n-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.site(
+    case="a changed file of the clone holds a token",
+    before="it went into code.diff of the run",
+    after="it is hidden there, and a message names file and line",
+)
+def test_secrets_of_a_diff_are_hidden_and_named(
+    clone: Path, tmp_path: Path, programs: Programs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (programs() / "git").symlink_to(tool("git"))
+    monkeypatch.setenv("MY_TOKEN", "plain words 1")
+    (clone / ".git").rmdir()
+    (clone / "conf/key.pem").write_text("none\n")
+
+    def git(*words: str) -> None:
+        command = [tool("git"), "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(clone), *words]
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    (clone / "conf/a.py").write_text(
+        f"first\nsecond\nlogin('{TOKEN}')\nsay('plain words 1')\nrevision = '{'ab' * 20}'\n"
+    )
+    (clone / "conf/key.pem").write_text(KEY)
+    (clone / "docs/b.md").write_bytes(b"caf\xe9\n")
+    snapshot.copy_code(clone, tmp_path)
+    assert snapshot.provenance(clone, tmp_path)["modified"] is True
+    diff = (tmp_path / "code.diff").read_text()
+    assert "+second" in diff
+    assert "ab" * 20 in diff, "a commit is no secret"
+    assert not [secret for secret in (TOKEN, "plain words 1", "MIIsecretbody") if secret in diff]
+    assert "conf/a.py line 3, conf/a.py line 4, conf/key.pem line 1" in capsys.readouterr().err
+    assert (tmp_path / "code/conf/a.py").stat().st_mode & 0o777 == 0o600

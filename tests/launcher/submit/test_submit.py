@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,14 @@ def test_if_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Pa
     assert "Traceback" not in done.stderr
 
 
+def test_an_interrupted_launch_leaves_no_half_of_a_chain(launch: Launch, slurm: Path, programs: Programs) -> None:
+    programs(sbatch=f'case "$1" in */jobs/train/*) kill -INT $PPID; exit 1;; esac\n{SBATCH}')
+    done = launch(*WORDS, "run_dir=run")
+    assert done.returncode == 130
+    assert done.stderr.startswith("cancelled preflight, preprocess\nlaunch.py: stopped\n")
+    assert (slurm / "scancel.calls").read_text() == "101 102\n"
+
+
 def test_a_running_run_is_not_started_twice(launch: Launch, slurm: Path, programs: Programs) -> None:
     launch(*WORDS, "run_dir=run")
     programs(squeue="echo '103|RUNNING'")
@@ -167,6 +176,89 @@ def test_a_launch_that_does_not_train_keeps_the_runs_config(launch: Launch, slur
     assert (tmp_path / "run/config.yaml").read_text() == before
     assert resolve.load(tmp_path / "run/jobs/consolidate/config.yaml").cluster.cpu.memory_gib == 7
     assert "#SBATCH --mem=7G" in (slurm / "script.107").read_text()
+
+
+@pytest.mark.site(
+    case="launch.py runs inside a job: salloc, a step, a tmux that was started in one",
+    before="variables of that job went into the new one: srun refused, or bound all ranks to one core",
+    after="sbatch gets an environment without them",
+)
+def test_sbatch_gets_nothing_of_a_surrounding_job(launch: Launch, slurm: Path, programs: Programs) -> None:
+    programs(sbatch=f'set > "$0.set"\n{SBATCH}')
+    outer = {"SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "500", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "PMIX_RANK": "0"}
+    done = launch(*WORDS, "run_dir=run", env=outer | {"SLURM_CONF": "/etc/slurm.conf"})
+    assert done.returncode == 0, done.stderr
+    seen = {line.partition("=")[0] for line in (slurm / "sbatch.set").read_text().splitlines()}
+    assert {name for name in seen if name.startswith(("SLURM", "PMI"))} == {"SLURM_CONF"}
+
+
+@pytest.mark.site(
+    case="A profile sets SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_EXPORT, ...",
+    before="they won over the script that the dry run had shown",
+    after="sbatch does not get them; the launch names each with the key that does the same",
+)
+def test_variables_of_a_profile_are_named_and_their_remedy_works(
+    launch: Launch, slurm: Path, programs: Programs
+) -> None:
+    profile = {"SBATCH_ACCOUNT": "proj1", "SBATCH_PARTITION": "debug", "SBATCH_RESERVATION": "monday"}
+    programs(sbatch=f'set > "$0.set"\n{SBATCH}')
+    for words in (("dry_run=true",), ()):
+        done = launch(*WORDS, "run_dir=run", *words, env=profile)
+        named = [line for line in done.stdout.splitlines() if line.startswith("ignored")]
+        assert len(named) == 3, done.stdout
+    assert "SBATCH_" not in (slurm / "sbatch.set").read_text()
+    remedies = [line.partition("To use it: ")[2] for line in named]
+    done = launch(*WORDS, "run_dir=other", "dry_run=true", *remedies)
+    for directive in ("account=proj1", "partition=debug", "reservation=monday"):
+        assert f"#SBATCH --{directive}\n" in done.stdout
+
+
+def test_a_banner_of_sbatch_is_not_taken_for_an_id(
+    launch: Launch, slurm: Path, programs: Programs, tmp_path: Path
+) -> None:
+    programs(sbatch=f"echo '--> This is job 3 of at most 50 in the queue...OK'\n{SBATCH}")
+    assert launch(*WORDS, "run_dir=run").returncode == 0
+    [recorded] = read_json(tmp_path / "run/run.json")["launches"]
+    assert list(recorded["jobs"].values()) == [str(number) for number in range(101, 107)]
+    assert recorded["slurm"]["train"]["folder"] == "code"
+
+
+@pytest.mark.site(
+    case="Two launches of the same run at the same time",
+    before="both wrote the folder and started a training in it",
+    after="the second one says which process on which host holds the run",
+)
+def test_two_launches_at_once_start_one_run(launch: Launch, slurm: Path, programs: Programs, tmp_path: Path) -> None:
+    programs(sbatch=f"{SBATCH}\n{tool('sleep')} 0.3")
+    with ThreadPoolExecutor(4) as pool:
+        done = [*pool.map(lambda _: launch(*WORDS, "run_dir=run"), range(4))]
+    first = [item for item in done if item.returncode == 0]
+    assert len(first) == 1, [item.stderr for item in done]
+    for item in done:
+        if item.returncode:
+            assert item.returncode == 2
+            assert "Traceback" not in item.stderr
+            assert "is used by process" in item.stderr or "is already running" in item.stderr
+    assert (slurm / "last").read_text() == "106\n"
+
+
+@pytest.mark.site(
+    case="A project is reached through a symbolic link",
+    before="resume through the link started a second training",
+    after="both paths are the same run",
+)
+def test_a_run_has_one_name_through_a_symbolic_link(
+    launch: Launch, slurm: Path, programs: Programs, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    launch(*WORDS, f"run_dir={tmp_path}/link/run")
+    for path in ("link", "real"):
+        programs(squeue=f"echo '103|RUNNING|me|llama8b-sample-zero3/train|{tmp_path}/link/run/code'")
+        for words in ([f"resume={tmp_path}/{path}/run"], [*WORDS, f"run_dir={tmp_path}/{path}/run"]):
+            done = launch(*words)
+            assert (done.returncode, "already running: train 103" in done.stderr) == (2, True), done.stderr
+    assert (slurm / "last").read_text() == "106\n"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """launcher/supervise/attempt.py: every attempt gets its own number, MASTER_PORT is reserved, and the verdict is right."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from conf.files import read_json, write_json
 from launcher.run_folder import attempts
 from launcher.supervise import attempt
-from launcher.supervise.rendezvous import first_port, reserve_port
+from launcher.supervise.rendezvous import first_port, own_address, reserve_port
 from tests.conftest import ROOT, Programs, module
 
 BEGIN = [sys.executable, "-m", "launcher.supervise.attempt", "begin"]
@@ -249,6 +250,20 @@ def test_begin_releases_the_port_when_the_batch_script_is_killed(tmp_path: Path,
             time.sleep(0.05)
 
 
+def test_a_disk_that_is_full_at_the_start_is_named(tmp_path: Path, surroundings: dict[str, str]) -> None:
+    """No byte can be written, as on a full disk: neither the beginning of an attempt nor its verdict."""
+
+    def no_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    command = [sys.executable, "-m", "launcher.supervise.attempt", "begin", tmp_path / "train"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=surroundings, capture_output=True, text=True, preexec_fn=no_bytes, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"muster: {tmp_path}/train: cannot be written: [Errno 27] File too large\n"
+
+
 def test_a_port_in_use_gives_a_verdict(tmp_path: Path, surroundings: dict[str, str]) -> None:
     with reserve_port(21_000) as reservation:
         port = reservation.getsockname()[1]
@@ -272,11 +287,12 @@ def test_begin_in_a_folder_that_cannot_be_created_prints_no_traceback(surroundin
 @pytest.mark.parametrize(
     ("nodes", "scontrol", "address"),
     [
-        ("n[1-2]", 'case "$2" in hostnames) echo 192.0.2.7; echo 192.0.2.8;; esac', "192.0.2.7"),
-        ("n[1-2]", 'case "$2" in hostnames) echo a.invalid; echo b.invalid;; *) echo "NodeAddr=10.9.8.7 x";; esac', "10.9.8.7"),
-        ("n[1-2]", 'case "$2" in hostnames) echo a.invalid; echo b.invalid;; *) echo no address;; esac', "a.invalid"),
+        ("192.0.2.[7-8]", "exit 1", "192.0.2.7"),
+        ("a.invalid", 'echo "NodeAddr=10.9.8.7 x"', "10.9.8.7"),
+        ("a.invalid", "echo no address", own_address("192.0.2.1") or "a.invalid"),
+        ("a.invalid", "exit 1", own_address("192.0.2.1") or "a.invalid"),
     ],
-    ids=["the first host", "its NodeAddr if the name does not resolve", "its name if there is nothing better"],
+    ids=["the first host", "its NodeAddr if the name does not resolve", "its own if there is nothing better", "no answer"],
 )  # fmt: skip
 def test_master_addr_is_the_first_host(
     tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, nodes: str, scontrol: str, address: str
@@ -290,13 +306,13 @@ def test_master_addr_is_the_first_host(
 
 
 def test_an_invalid_nodelist_gives_a_verdict(tmp_path: Path, programs: Programs) -> None:
-    path = programs(scontrol="echo 'scontrol: error: bad nodelist' >&2; exit 1")
+    path = programs()
     env = {"PATH": str(path), "SLURM_JOB_NODELIST": "n[1-"}
     done = module("launcher.supervise.attempt", "begin", tmp_path / "train", "--port", 0, env=env)
     verdict = attempts.last_verdict(tmp_path / "train")
     assert done.returncode == 2
     assert verdict
-    assert (verdict["status"], "bad nodelist" in verdict["reason"]) == ("failed", True)
+    assert (verdict["status"], "not a list of nodes" in verdict["reason"]) == ("failed", True)
 
 
 @pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1), ("preempted", 1)])

@@ -147,3 +147,34 @@ def test_a_completed_attempt_has_no_log(folder: Path) -> None:
     record_rank(folder, 0, "completed")
     (folder / "attempt-1/rank-0.log").write_text("all good\n")
     assert diagnose_exit(folder / "attempt-1", 0, 4)["log"] == ""
+
+
+IMAGE = "FATAL:   could not open image /images/none.sif: failed to retrieve path\n"
+
+
+def test_a_rank_that_never_started_is_the_cause_and_those_told_to_stop_are_not(folder: Path) -> None:
+    """srun ends the ranks of the other node with SIGTERM, which they take for a request to stop."""
+    record_rank(folder, 0, "preempted", "told to stop by SIGTERM")
+    (folder / "attempt-1/rank-2.log").write_text(IMAGE)
+    srun(folder, "srun: error: n2: tasks 2-3: Exited with exit code 255\n")
+    assert diagnosis(folder) == ("user_error", 2, IMAGE.strip())
+
+
+def test_a_step_that_was_refused_is_the_cause(folder: Path) -> None:
+    line = "srun: error: Unable to create step for job 7: More processors requested than permitted"
+    srun(folder, f"{line}\n")
+    assert diagnosis(folder) == ("user_error", None, line)
+
+
+def test_an_error_of_srun_that_may_pass_is_named_but_not_the_users(folder: Path) -> None:
+    srun(folder, "srun: error: Unable to confirm allocation for job 7: Socket timed out on send/recv operation\n")
+    status, _, reason = diagnosis(folder)
+    assert status == "failed"
+    assert "before the ranks could record why: srun: error: Unable to confirm allocation" in reason
+
+
+def test_the_logs_of_a_planned_stop_are_not_searched(folder: Path) -> None:
+    for rank in range(4):
+        record_rank(folder, rank, "time_limit", "saved")
+        (folder / f"attempt-1/rank-{rank}.log").write_text("OSError: [Errno 28] No space left on device\n")
+    assert diagnosis(folder) == ("time_limit", 0, "saved")

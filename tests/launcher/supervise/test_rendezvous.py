@@ -9,8 +9,18 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from launcher.supervise.rendezvous import PORTS, STRIDE, first_port, interface_to, reserve_port, resolves
-from tests.conftest import ROOT
+from launcher.supervise.rendezvous import (
+    PORTS,
+    STRIDE,
+    first_port,
+    interface_to,
+    master_address,
+    own_address,
+    reachable,
+    reserve_port,
+    with_suffix,
+)
+from tests.conftest import ROOT, tool
 
 RESERVE = """
 import sys
@@ -133,8 +143,92 @@ def test_neighboring_jobs_and_restarts_start_apart(job_id: int, restarts: int) -
     ("host", "expected"),
     [("192.0.2.7", True), ("127.0.0.1", False), ("localhost", False), ("no-such-host.invalid", False)],
 )
-def test_a_name_resolves_if_other_hosts_can_reach_it(host: str, expected: bool) -> None:
-    assert resolves(host) is expected
+def test_only_an_address_of_its_own_is_reachable(host: str, expected: bool) -> None:
+    assert reachable(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("jwb0001", "jwb0001i"), ("jwb0001.juwels", "jwb0001i.juwels"), ("a-1.b.c", "a-1i.b.c")]
+)
+@pytest.mark.site(
+    case="ranks must meet at `jwb0001i`", before="could not be said", after="`network: {master_suffix: i}`"
+)
+def test_a_suffix_goes_to_the_short_name(host: str, expected: str) -> None:
+    assert with_suffix(host, "i") == expected
+
+
+def test_what_the_user_wants_must_resolve() -> None:
+    assert master_address(["n1"], "192.0.2.9", lambda _: None) == "192.0.2.9"
+    assert master_address(["192.0.2.9"], "{host}", lambda _: None) == "192.0.2.9"
+    with pytest.raises(OSError, match="not known|resolution"):
+        master_address(["n1"], "ib-{host}.invalid", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("host", "controllers", "expected"),
+    [
+        ("192.0.2.7", None, "192.0.2.7"),
+        ("no-such-host.invalid", "192.0.2.8", "192.0.2.8"),
+        ("no-such-host.invalid", "127.0.0.1", None),
+        ("localhost", "localhost", None),
+        ("localhost", None, None),
+    ],
+    ids=["its name", "NodeAddr", "a loopback NodeAddr", "NodeAddr is the name", "no scontrol"],
+)
+def test_the_master_is_at_an_address_of_its_own(host: str, controllers: str | None, expected: str | None) -> None:
+    found = master_address([host, "192.0.2.9"], None, lambda _: controllers)
+    assert found in ([expected] if expected else [own_address("192.0.2.9") or host])
+
+
+SITE = """
+import sys
+from launcher.supervise.rendezvous import interface_to, master_address, reserve_port
+address = master_address(["head", "other"], None, lambda node: node)
+with reserve_port(20000) as reserved:
+    print(address, interface_to(address), interface_to("other"), reserved.getsockname()[1])
+"""
+
+
+def in_a_network(hosts: str, *addresses: str) -> str:
+    """Run SITE in a network of its own with an interface `ib0` that has these addresses, and with this /etc/hosts."""
+    ip = tool("ip")
+    lines = [
+        f"{ip} link add ib0 type veth peer name ib1",
+        f"{ip} link set ib0 up",
+        f"{ip} link set ib1 up",
+        f"{ip} link set lo up",
+    ]
+    lines += [f"{ip} address add {address} dev ib0 {'nodad' if ':' in address else ''}" for address in addresses]
+    lines += [
+        f"printf '%s' '{hosts}' > /tmp/hosts && mount --bind /tmp/hosts /etc/hosts",
+        f"exec \"{sys.executable}\" -c '{SITE}'",
+    ]
+    script = " && ".join(["mount -t tmpfs none /tmp", *lines])
+    command = [tool("unshare"), "--net", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    if "not permitted" in done.stderr:
+        pytest.skip("needs root, to make a network")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.site(
+    case="`127.0.1.1 HOST` in /etc/hosts, no NodeAddr",
+    before="ranks on the first node used lo and hung",
+    after="its own address",
+)
+def test_debians_loopback_name_is_not_given_to_other_hosts() -> None:
+    hosts = "127.0.0.1 localhost\n127.0.1.1 head\n198.18.77.2 other\n"
+    assert in_a_network(hosts, "198.18.77.1/24") == "198.18.77.1 ib0 ib0 20000"
+
+
+@pytest.mark.site(
+    case="hosts have IPv6 addresses only", before="no interface was found", after="the one that has the route"
+)
+def test_ipv6_alone_is_enough() -> None:
+    hosts = "::1 localhost\nfd77::1 head\nfd77::2 other\n"
+    assert in_a_network(hosts, "fd77::1/64") == "head ib0 ib0 20000"
+    assert in_a_network(hosts.replace("fd77::1 head", "::1 head"), "fd77::1/64") == "fd77::1 ib0 ib0 20000"
 
 
 def test_the_interface_to_this_host_is_the_loopback() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from conf.files import read_json, write_json
+from launcher import slurm_command
 from launcher.supervise import attempt, requeue
 from tests.conftest import Programs
 
@@ -234,21 +235,51 @@ def test_rank_0_does_nothing_outside_slurm(folder: Path, programs: Programs, mon
     assert not folder.exists()
 
 
-def test_requeue_waits_for_a_controller_that_restarts(
+@pytest.mark.site(
+    case="The controller does not answer when a preempted training asks to be requeued",
+    before="the training ended for good after the first error, although it had saved its work",
+    after="it asks again for as long as the job lives",
+)
+@pytest.mark.parametrize(
+    "text", ["Unable to contact slurm controller (connect failure)", "Socket timed out on send/recv operation"]
+)
+def test_requeue_waits_for_a_busy_controller(
+    folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    monkeypatch.setattr(slurm_command, "LONGEST_PAUSE_S", 0.01)
+    away = f'read -r n < "{tmp_path}/n"; [ "$n" -gt 9 ] || {{ echo $((n + 1)) > "{tmp_path}/n"; echo "{text}" >&2; exit 1; }}'
+    (tmp_path / "n").write_text("0\n")
+    path = programs(scontrol=f"{away}\n{scontrol()}")
+    assert requeue_first_attempt(folder, progressed("preempted"))["requeued"]
+    assert changes_asked(path) == ["requeue 7"]
+
+
+def test_a_job_that_does_not_start_again_waits_less(
+    folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeue, "WAIT_S", 0.2)
+    programs(scontrol='echo "Socket timed out on send/recv operation" >&2; exit 1')
+    verdict = requeue_first_attempt(folder, ended("user_error"))
+    assert (verdict["status"], verdict["requeued"]) == ("user_error", False)
+
+
+def test_a_requeue_without_an_answer_may_have_been_done(
     folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(requeue, "PAUSE_S", 0.01)
-    away = 'echo "Unable to contact slurm controller (connect failure)" >&2; exit 1'
-    programs(scontrol=f'[ -e "{tmp_path}/back" ] || {{ : > "{tmp_path}/back"; {away}; }}\n{scontrol()}')
+    monkeypatch.setattr(slurm_command, "LONGEST_PAUSE_S", 0.01)
+    done = tmp_path / "done"
+    programs(
+        scontrol=f"""case "$1" in requeue) if [ -e "{done}" ]; then echo "Job is pending execution" >&2; exit 1; fi
+        : > "{done}"; echo "Socket timed out on send/recv operation" >&2; exit 1;; esac
+        if [ -e "{done}" ]; then {scontrol("PENDING", restarts=1)}; else {scontrol()}; fi"""
+    )
     assert requeue_first_attempt(folder, progressed("preempted"))["requeued"]
 
 
-def test_a_controller_that_stays_away_is_reported(
-    folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(requeue, "PAUSE_S", 0.01)
-    monkeypatch.setattr(requeue, "WAIT_S", 0.05)
-    programs(scontrol='echo "Unable to contact slurm controller (connect failure)" >&2; exit 1')
+def test_slurm_requeues_a_preempted_job_itself_where_it_does(folder: Path, programs: Programs) -> None:
+    job = scontrol() + '; case "$*" in *"show job"*) echo "PreemptTime=2026-11-29T10:00:00 Requeue=1 Partition=gpu";; '
+    job += '--version) echo "slurm 24.11.5";; *config) echo "PreemptType = preempt/partition_prio";; '
+    path = programs(scontrol=job + '*partition*) echo "PreemptMode=REQUEUE";; esac')
     verdict = requeue_first_attempt(folder, progressed("preempted"))
-    assert not verdict["requeued"]
-    assert "Unable to contact slurm controller" in verdict["next"]
+    assert (verdict["requeued"], "Slurm requeues the job that it preempts" in verdict["next"]) == (True, True)
+    assert not [call for call in changes_asked(path) if call.startswith("requeue")]

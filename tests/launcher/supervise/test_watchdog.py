@@ -193,3 +193,17 @@ def test_a_suspended_job_does_not_count_as_a_hang(attempt: Path, start_node: Sta
         time.sleep(5 if number == signal.SIGSTOP else 1.5)
     assert [process.poll() for process in processes] == [None, None]
     assert not (attempt / watchdog.MARK).exists()
+
+
+@pytest.mark.site(
+    "A run's folder is deleted while it trains",
+    "its ranks went on until the time limit, and put parts of the folder back",
+    "they end within seconds, and nothing is restarted",
+)
+def test_the_ranks_of_a_run_that_was_deleted_are_ended(attempt: Path, start_node: StartNode) -> None:
+    processes = start_node(0, "works", "works", world=2)
+    until((attempt / "node-0.json").exists)
+    (attempt / "node-0.json").unlink()
+    attempt.rmdir()
+    assert [process.wait(40) for process in processes] == [0, -signal.SIGKILL, -signal.SIGKILL]
+    assert not attempt.exists()

@@ -27,7 +27,7 @@ def run(name, config_path):
 
 @pytest.fixture
 def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank:
-    """`rank(body, values, **environ)` runs one rank of `train` as the batch script does, with `body` as the job."""
+    """`rank(body, values, **environ)` runs one rank of `train`, or of JOB, as the batch script does, with `body` as the job."""
 
     def run(body: str, values: dict[str, Any] | None = None, **environ: str) -> "subprocess.CompletedProcess[str]":
         for package in ("conf", "launcher"):
@@ -39,7 +39,8 @@ def rank(compose: Compose, tmp_path: Path, surroundings: dict[str, str]) -> Rank
         config = put(compose("cluster=slurm", "model=llama8b"), {"run_dir": str(tmp_path)} | (values or {}))
         resolve.save(config, tmp_path / "config.yaml")
         given = {"PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "launcher.supervise.worker", "train", str(tmp_path / "config.yaml")]
+        job = environ.pop("JOB", "train")
+        command = [sys.executable, "-m", "launcher.supervise.worker", job, str(tmp_path / "config.yaml")]
         return subprocess.run(
             command, env=surroundings | given | environ, cwd="/", capture_output=True, text=True, timeout=30
         )
@@ -122,6 +123,7 @@ def test_a_rank_records_how_it_ended(
 
 def test_secrets_reach_the_job_but_not_the_log(rank: Rank, tmp_path: Path, surroundings: dict[str, str]) -> None:
     (tmp_path / "secrets").write_text("NODE_KEY=from the file\n")
+    (tmp_path / "secrets").chmod(0o600)
     values = {"cluster.secrets": ["NODE_KEY", "RANK_KEY"], "cluster.secrets_file": str(tmp_path / "secrets")}
     done = rank("pass", values, **TASK, RANK_KEY="from outside")
     assert (job_environment(done)["NODE_KEY"], job_environment(done)["RANK_KEY"]) == ("from the file", "from outside")
@@ -165,3 +167,88 @@ def test_without_a_writable_scratch_the_job_runs_and_warns(rank: Rank, tmp_path:
     done = rank("pass", {"cluster.scratch": f"{tmp_path}/full"}, **TASK)
     assert done.returncode == 0
     assert f"cluster.scratch={tmp_path}/full: no watchdog, so hangs are not detected" in done.stdout
+
+
+@pytest.mark.site(
+    case="`environment: {MASTER_ADDR: ...}`",
+    before="overwritten by the batch script",
+    after="wins over Muster, srun and the container",
+)
+@pytest.mark.parametrize(
+    "name", ["MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_CACHE_DIR", "GLOO_SOCKET_IFNAME"]
+)
+def test_what_the_cluster_file_sets_wins_on_every_rank(rank: Rank, name: str) -> None:
+    value = {"MASTER_ADDR": "127.0.0.1", "TRITON_CACHE_DIR": str(Path.home() / "caches")}.get(name, "7")
+    done = rank("pass", {"cluster.environment": {name: value}}, **TASK | {name: "198.51.100.9"})
+    assert (job_environment(done)[name], logged_environment(done).get(name, value)) == (value, value)
+
+
+@pytest.mark.site(
+    case="`scratch: $SLURM_TMPDIR`", before="a folder named `$SLURM_TMPDIR`", after="the node's own folder"
+)
+def test_paths_are_those_of_the_node(rank: Rank, tmp_path: Path) -> None:
+    values = {
+        "cluster.scratch": "$FAST/${SLURM_NODEID}",
+        "cluster.hf_home": "$FAST/hf",
+        "cluster.secrets": ["NODE_KEY"],
+    }
+    (tmp_path / "secrets").write_text("NODE_KEY=from the file\n")
+    done = rank("pass", values | {"cluster.secrets_file": "$FAST/secrets"}, **TASK, FAST=str(tmp_path))
+    environ = job_environment(done)
+    assert environ["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/1/muster-")
+    assert (environ["HF_HOME"], environ["NODE_KEY"]) == (f"{tmp_path}/hf", "from the file")
+
+
+def test_a_push_from_a_login_node_needs_no_disk_of_a_job(rank: Rank) -> None:
+    local = {"SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_LOCALID": "0", "SUBMITIT_LOCAL_NTASKS": "1"}
+    done = rank(
+        "pass", {"cluster.scratch": "$SLURM_TMPDIR"}, JOB="push", SUBMITIT_EXECUTOR="local", MUSTER_ATTEMPT="1", **local
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("value", ["$NOT_SET/x", "${NOT_SET}", "/x/$EMPTY"])
+def test_a_variable_that_is_not_set_ends_the_rank_in_words(rank: Rank, tmp_path: Path, value: str) -> None:
+    done = rank("pass", {"cluster.scratch": value}, **TASK, EMPTY="")
+    record = rank_record(tmp_path, 3)
+    assert (done.returncode, record["status"]) == (2, "user_error")
+    assert f"cluster.scratch={value}: " in record["reason"]
+    assert "cluster.setup" in record["reason"]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.site(
+    case="a folder for compiler caches is open to other users",
+    before="ranks ran the programs that lay in it",
+    after="a folder that only you own is used instead",
+)
+def test_caches_lie_in_a_private_folder(rank: Rank, tmp_path: Path) -> None:
+    scratch, open_folder = tmp_path / "scratch", tmp_path / "open"
+    for folder in (scratch, open_folder):
+        folder.mkdir()
+        folder.chmod(0o1777)
+    (scratch / f"muster-{os.getuid()}").symlink_to(open_folder)
+    done = rank("pass", {"cluster.scratch": str(scratch)}, **TASK, TRITON_CACHE_DIR=str(open_folder))
+    values, base = job_environment(done), scratch / f"muster-{os.getuid()}-1"
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
+        assert Path(values[name]).parent == base
+    assert base.stat().st_mode & 0o777 == 0o700
+    assert f"TRITON_CACHE_DIR={open_folder} is not used" in done.stdout
+    assert list(open_folder.iterdir()) == []
+    assert values["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"].startswith(f"{base}/watch-")
+
+
+def test_a_scratch_in_which_others_can_rename_ends_the_rank(rank: Rank, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    scratch.chmod(0o777)
+    done = rank("pass", {"cluster.scratch": str(scratch)}, **TASK)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert rank_record(tmp_path, 3)["status"] == "user_error"
+    assert "without the sticky bit" in rank_record(tmp_path, 3)["reason"]
+
+
+def test_a_log_shows_no_password_of_a_url(rank: Rank) -> None:
+    done = rank("pass", **TASK, TORCH_PROXY="http://me:pw5@proxy:1")
+    assert "pw5" not in str(logged_environment(done))
+    assert job_environment(done)["TORCH_PROXY"] == "http://me:pw5@proxy:1"
