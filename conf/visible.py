@@ -10,7 +10,7 @@ separators that not every reader takes for the end of a line, and halves of char
 
 
 def visible(text: str) -> str:
-    """Return `text` with escape sequences as they are written in Python: `\\x1b]52;c;...\\x07`, `\\u202e`.
+    """Return `text` with such characters as they are written in Python, for example `\\u202e`.
 
     Texts of users, models, logs and Slurm go through this before they are printed. Otherwise, an answer or a row could
     set the clipboard or the title, hide lines, or make a link. A carriage return without a line feed starts a new line, because
