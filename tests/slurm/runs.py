@@ -54,7 +54,7 @@ def start(run: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def finish(run: Path, timeout_s: float = 240) -> dict[str, state.JobState]:
+def finish(run: Path, timeout_s: float = 600) -> dict[str, state.JobState]:
     """Wait until no job of the run is pending or running. Returns the state of each job by name."""
     deadline = time.monotonic() + timeout_s
     while state.active_jobs(run) and time.monotonic() < deadline:
