@@ -40,7 +40,10 @@ class Turn:
     """Further keys of the message, which a template may read."""
 
     def message(self) -> dict[str, Any]:
-        """The turn as `apply_chat_template` takes it: without the keys that have no value."""
+        """The turn as `apply_chat_template` takes it: without the keys that have no value.
+
+        A thought is also there as `thinking`, which gpt-oss templates read. Newer versions of transformers add it themselves.
+        """
         message: dict[str, Any] = {"role": self.role}
         if not self.is_absent:
             message["content"] = None if self.is_null else self.content
@@ -54,7 +57,9 @@ class Turn:
             message["tool_call_id"] = self.tool_call_id
         if self.reasoning_content is not None:
             message["reasoning_content"] = self.reasoning_content
-        return message if self.extra is None else {**self.extra, **message}
+        if self.extra is not None:
+            message = {**self.extra, **message}
+        return message if self.reasoning_content is None else {"thinking": self.reasoning_content, **message}
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ class CompiledRenderer:
 
 
 def _message(turn: Turn) -> dict[str, Any]:
-    """A turn as transformers passes it to a template: without empty keys, and with the reasoning under both of its names."""
-    content, reasoning = turn.content, turn.reasoning_content
+    """A turn as transformers passes it to a template: without empty keys."""
+    content = turn.content
     if type(content) is not str or START in content or END in content:
         raise Unsupported("a turn contains control characters reserved for marks")
     message = turn.message()
@@ -94,7 +94,7 @@ def _message(turn: Turn) -> dict[str, Any]:
         return message
     if not _is_plain_json(message):
         raise Unsupported("a turn is not plain JSON")
-    return message if reasoning is None else {"thinking": reasoning, **message}
+    return message
 
 
 def _is_plain_json(value: Any) -> bool:
