@@ -7,6 +7,8 @@ JOB ?= train
 RANK ?= 0
 TRL ?= 1.16.0
 CLUSTER ?= local
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
 .PHONY: help setup demo test test-oldest proof numerics families foreign chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
@@ -27,7 +29,8 @@ demo: setup ## fine-tune a tiny model on this machine, from rows to a merged mod
 	$(V)/python launch.py $(ARGS)
 
 test: setup test-system ## all tests; as root on Debian or Ubuntu also on a real Slurm
-	$(V)/python -m pytest -m 'not proof' $(ARGS)
+	$(V)/python -m pytest -m 'not proof and not slurm' -n $(WORKERS) --dist worksteal $(ARGS) $(or_none)
+	$(V)/python -m pytest -m 'not proof and slurm' $(ARGS) $(or_none)
 
 test-oldest: .oldest/.installed ## the tests of layouts, models and checkpoints with the oldest libraries allowed (15 minutes)
 	.oldest/bin/python -m tests.oldest $(ARGS)
@@ -68,7 +71,7 @@ format: setup ## format the code and sort imports with ruff
 	$(V)/ruff check --fix .
 
 check: lint ## lint, then the fast tests that need no Slurm
-	$(V)/python -m pytest -m 'not slurm and not slow and not proof'
+	$(V)/python -m pytest -m 'not slurm and not slow and not proof' -n $(WORKERS) --dist worksteal
 
 bench-data: .bench/.installed ## measure preprocess against TRL, which is installed beside in .bench (ten minutes)
 	.bench/bin/python benchmarks/preprocess.py $(ARGS)
