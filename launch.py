@@ -19,7 +19,7 @@ from conf.resolve import resolve
 from conf.schema import Config
 from conf.visible import visible
 from launcher import plan, slurm
-from launcher.check import command_line, local_gpus, localize, observe, quoting, resume, rules
+from launcher.check import command_line, local_gpus, localize, model_rules, observe, quoting, resume, rules
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
@@ -75,7 +75,8 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    for line in (*facts.hub.notes, *(chosen if "train" in config.jobs else ())):
+    notes = [*model_rules.notes(config, facts.model), *chosen] if "train" in config.jobs else []
+    for line in (*facts.hub.notes, *notes):
         print(line, flush=True)
     if not plan.runs_here(config):
         print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)

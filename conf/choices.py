@@ -138,6 +138,7 @@ class OutputDtype(Enum):
 
 
 class Verify(Enum):
+    auto = "auto"
     weights = "weights"
     logits = "logits"
 

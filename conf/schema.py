@@ -448,10 +448,11 @@ class Consolidate:
     base: MergeBase = MergeBase.original
     """Weights that an adapter with a quantized base is merged into. `original`: the stored weights. `dequantised`: the
     quantized weights that it was trained on, converted back."""
-    verify: Verify = Verify.weights
+    verify: Verify = Verify.auto
     """Check before the model folder counts as complete. `weights`: read every byte back. `logits`: also load the model, and
     compare its logits with those of training, for a validation row, or a training row if nothing is held out. Set it before
-    training, which then stores them with its last checkpoint. Needs memory for the whole model."""
+    training, which then stores them with its last checkpoint. Needs memory for the whole model. `auto`: a full fine-tune
+    stores them too, and they are compared if the model takes at most 8 GiB; of a larger model, its first blocks are compared."""
 
 
 @dataclass

@@ -16,14 +16,14 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder
-from jobs.consolidation import external, model_card, multimodal, weight_names
+from jobs.consolidation import external, model_card, multimodal, quantized, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.rank_coordinator import RankCoordinator
-from jobs.consolidation.weight_names import CannotStream
-from jobs.tensor_io import dtypes, safetensors
+from jobs.model.saved_names import CannotStream
+from jobs.tensor_io import dtypes
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.open_checkpoint import Checkpoint, file_versions, open_checkpoint
@@ -190,7 +190,7 @@ def _base_tensors(config: Config, *, needed: bool, has_adapter: bool) -> dict[st
     folder = find_or_download(config.model.source, config.model.revision)
     if folder is None and has_adapter:
         raise CannotStream(f"{config.model.source} has no safetensors files")
-    return safetensors.find_tensors(folder) if folder else {}
+    return quantized.find_dequantized(folder) if folder else {}
 
 
 def _compare_with_adapter(config: Config, folder: Path, merge: Merge, empty_model: Any) -> None:
@@ -220,7 +220,7 @@ def _adapter_plan(config: Config) -> "AdapterPlan":
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:
-    if config.consolidate.verify is Verify.logits:
+    if config.consolidate.verify is not Verify.weights:
         from jobs.evaluation import reference_logits  # imports transformers
 
         reference_logits.compare(config, path, folder)

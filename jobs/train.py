@@ -191,7 +191,8 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
         fingerprints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}
         if world.is_main:
             write_json(path / "fingerprint.json", fingerprints)
-    if is_last and config.consolidate.verify is Verify.logits:
+    if is_last and reference_logits.are_recorded(config):
         rows = training.validation_rows if len(training.validation_rows) else batches.unpacked(training.train_rows)
-        reference_logits.record(path, engine.module, rows, training.pad_token, world)
+        required = config.consolidate.verify is Verify.logits
+        reference_logits.record(path, engine.module, rows, training.pad_token, world, required=required)
     set_timeout(config.cluster.network.step_timeout_s)

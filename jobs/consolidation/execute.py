@@ -102,7 +102,9 @@ class _RankWriter:
         """Run the tasks of files that are not in `skip`; adds to `checksums`, and returns the bytes that had to be read."""
         lock = threading.Lock()
         read_bytes = sum(
-            task.stored.nbytes for task in plan.tasks if not task.placed or {item.file for item in task.placed} - skip
+            task.stored.file_bytes
+            for task in plan.tasks
+            if not task.placed or {item.file for item in task.placed} - skip
         )
         with tqdm(
             total=read_bytes, desc="weights", unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10

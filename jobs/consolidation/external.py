@@ -2,20 +2,20 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.choices import OutputDtype
 from conf.errors import DataError, Problem
-from jobs.consolidation import estimate, model_card
+from jobs.consolidation import estimate, model_card, quantized
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, adapter_weights_from_base, merge_model, merge_without_base
 from jobs.consolidation.plan import make_plan
 from jobs.consolidation.prefixes import strip_prefixes
 from jobs.consolidation.weight_names import (
     Blueprint,
-    CannotStream,
     blueprint_of_files,
     blueprint_of_model,
     blueprint_of_names,
@@ -23,7 +23,7 @@ from jobs.consolidation.weight_names import (
     split_names,
 )
 from jobs.distributed import logs
-from jobs.tensor_io import safetensors
+from jobs.model.saved_names import CannotStream
 from jobs.tensor_io.dtypes import PRECISIONS, Dtype
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.open_checkpoint import Checkpoint, adapter_settings, file_versions, open_checkpoint
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = adapter_settings(checkpoint.folder) or {}
     base = Base(options.base or _named_base(settings))
     dtype = PRECISIONS.get(options.dtype)  # None for `original`
+    if checkpoint.kind == "safetensors" and (dtype is not None or base.source is not None):
+        checkpoint = replace(checkpoint, tensors=quantized.dequantized(checkpoint.tensors, checkpoint.folder))
     merge = _merge(checkpoint, base, dtype, settings, options.prefix)
     muster_json = {
         "checkpoint": checkpoint.folder.name, "dtype": options.dtype, "digest": None, "adapter_only": False,
@@ -100,14 +102,14 @@ class Base:
         self.adapter: AdapterPlan | None = None
         """The adapters of the checkpoint, if it has any."""
         if self.folder and any(self.folder.glob("*.safetensors")):
-            self.tensors = safetensors.find_tensors(self.folder)
+            self.tensors = quantized.find_dequantized(self.folder)
 
     def fetch_weights(self) -> None:
         """Find or download the weights of a Hub id."""
         from jobs.tensor_io.model_files import find_or_download
 
         if self.source and self.folder is None and (folder := find_or_download(self.source, None)):
-            self.folder, self.tensors = folder, safetensors.find_tensors(folder)
+            self.folder, self.tensors = folder, quantized.find_dequantized(folder)
 
     def blueprint(self, source: str, tensors: dict[str, StoredTensor], prefix: str | None, adapted: bool) -> Blueprint:
         """From the base's files if they name all weights of a checkpoint without adapters, else from its model class.

@@ -15,16 +15,12 @@ from jobs.consolidation.merge import Merge
 from jobs.consolidation.updates import read_tensor
 from jobs.consolidation.weight_names import AGAIN, BASE, split_names
 from jobs.distributed import host_memory
-from jobs.evaluation.reference_logits import TOLERANCE, difference
-from jobs.model import multimodal
+from jobs.evaluation.reference_logits import MAX_BYTES, MEMORY_SHARE, TOLERANCE, difference
+from jobs.model import multimodal, stored_quantization
 from jobs.tensor_io.reader import OpenFiles, Reader
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 8 * 2**30
-"""Both models together, in fp32. Loading and running larger ones takes longer than the merge."""
-MEMORY_SHARE = 0.5
-"""Of the memory that this process may still take, for both models."""
 TOKENS = 16
 
 
@@ -80,9 +76,8 @@ def check_logits(actual: torch.Tensor, expected: torch.Tensor, folder: Path, dty
 def live_model(base: Path, settings: dict[str, Any]) -> Any:
     """PEFT's model of a base in a folder and adapter_config.json; `init_lora_weights` changes the base as in training."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = stored_quantization.from_pretrained(str(base), None, torch.float32)
     config = LoraConfig.from_peft_type(**{**settings, "inference_mode": True})  # type: ignore[no-untyped-call] # PEFT's
     return get_peft_model(model, config)
 

@@ -14,10 +14,10 @@ from jobs.consolidation.weight_names import (
     BASE,
     Blueprint,
     CheckpointNames,
-    SavedName,
     split_names,
 )
-from jobs.tensor_io.dtypes import Dtype
+from jobs.model.saved_names import SavedName
+from jobs.tensor_io.dtypes import BF16, Dtype
 from jobs.tensor_io.layout import StoredTensor
 
 if TYPE_CHECKING:  # both import torch, which a merge without an adapter does not need
@@ -184,7 +184,9 @@ _ADAPTER_NAME = re.compile(
 
 
 def _output_dtype(stored: StoredTensor, dtype: Dtype | None) -> Dtype:
-    """Integers and booleans keep their dtype."""
+    """Integers and booleans keep their dtype. Dequantized weights, which have no dtype of their own, are written in bf16."""
+    if stored.is_quantized:
+        return dtype or BF16
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
 

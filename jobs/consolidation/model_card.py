@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from conf import stored_quantization
 from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
 from conf.schema import Config
@@ -32,9 +33,12 @@ def empty_model(source: str) -> Any:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from jobs.model.stored_quantization import remove as remove_quantization
+
     try:
         # `False`, because without it transformers asks on the terminal whether to run the code of the model
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        remove_quantization(config)
         model_class: Any = getattr(transformers, (config.architectures or [""])[0], None)
         auto_class: Any = AutoModelForCausalLM
         with torch.device("meta"):
@@ -99,7 +103,7 @@ def copy_tokenizer(folder: Path, candidates: list[Path]) -> None:
 
 def copy_model(folder: Path, base: Path, merge: Merge) -> None:
     """Copy config.json of the base, with the dtype of the result, and its generation config."""
-    config = read_json(base / "config.json")
+    config = stored_quantization.without(read_json(base / "config.json"))
     config.pop("torch_dtype", None)
     if merge.untied:
         config["tie_word_embeddings"] = False

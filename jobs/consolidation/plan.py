@@ -83,7 +83,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes of all source tensors."""
-        return sum(task.stored.nbytes for task in self.tasks)
+        return sum(task.stored.file_bytes for task in self.tasks)
 
     @property
     def written_bytes(self) -> int:

@@ -1,11 +1,15 @@
-"""Refuses to write quantized weights without the scales that belong to them."""
+"""Dequantizes the weights of a base; refuses to write quantized weights without the scales that belong to them."""
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from conf import stored_quantization
 from conf.errors import DataError, Problem
+from conf.files import read_json
 from jobs.consolidation.plan import Output
 from jobs.consolidation.weight_names import is_from_base
+from jobs.tensor_io import dequantize, safetensors
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
 
@@ -14,6 +18,23 @@ _SCALES = re.compile(
     r"|qweight|qzeros|g_idx|weight_packed|weight_shape|weight_format)([._]|$)"
 )
 """Parts of names that go with weights in fp8, 8 or 4 bits: DeepSeek, compressed-tensors, bitsandbytes, GPTQ, AWQ, gpt-oss."""
+
+
+def find_dequantized(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder. Weights that are stored in fp8 or mxfp4 are among them as numbers in fp32.
+
+    Raises DataError if a file is damaged, or if scales are missing. Other quantized weights stay as they are stored.
+    """
+    return dequantized(safetensors.find_tensors(folder), folder)
+
+
+def dequantized(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The same for tensors of this folder: its config.json says how they are stored."""
+    section = stored_quantization.find(read_json(folder / "config.json") or {})
+    try:
+        return dequantize.dequantized(tensors, section)
+    except dequantize.NotDequantized as error:
+        raise DataError(Problem("model", folder, f"{error}: copy or download it again")) from error
 
 
 def check_no_cast(outputs: Iterable[Output], sources: Mapping[str, StoredTensor]) -> None:
@@ -28,10 +49,11 @@ def check_no_cast(outputs: Iterable[Output], sources: Mapping[str, StoredTensor]
             )
             raise DataError(Problem("--dtype", "original", message))
         if _is_fp8(stored.dtype) or _SCALES.search(output.name):
+            fp8 = "copy the config.json beside it that says how it is quantized, or " if _is_fp8(stored.dtype) else ""
             message = (
                 f"{output.name} is stored in {stored.dtype.name} and belongs to quantized weights, whose numbers mean nothing "
-                f"without their scales, so it is not cast to {output.dtype.name}: keep it as it is with --dtype original and no "
-                "--base, or load and dequantize the model with the library that quantized it"
+                f"without their scales, so it is not cast to {output.dtype.name}: {fp8}keep it as it is with --dtype original and "
+                "no --base, or load and dequantize the model with the library that quantized it"
             )
             raise DataError(Problem("checkpoint", None, message))
 

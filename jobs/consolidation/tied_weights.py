@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs.consolidation.weight_names import Blueprint, CheckpointNames, SavedName
+from jobs.consolidation.weight_names import Blueprint, CheckpointNames
+from jobs.model.saved_names import SavedName
 from jobs.tensor_io.layout import StoredTensor, blocks
 from jobs.tensor_io.reader import CHUNK, OpenFiles, Reader
 

@@ -9,7 +9,8 @@ import torch
 from conf.errors import DataError, Problem
 from jobs.consolidation.adapter_layers import AdapterLayer, AdapterPlan, first_update
 from jobs.consolidation.lora import LoraUpdate, expert_update
-from jobs.consolidation.weight_names import Blueprint, CheckpointNames, SavedName, is_from_base
+from jobs.consolidation.weight_names import Blueprint, CheckpointNames, is_from_base
+from jobs.model.saved_names import SavedName
 from jobs.tensor_io.dtypes import as_tensor
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.reader import OpenFiles, Reader

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.errors import DataError, Problem
+from jobs.model.saved_names import SavedName, live_state, saved_names
 
 BASE = "base:"
 """Put before the names of the base's weights, because the checkpoint may have a weight of the same name."""
@@ -19,20 +20,6 @@ AGAIN = "again:"
 def is_from_base(source: str) -> bool:
     """Whether a source is a weight of the base."""
     return source.removeprefix(AGAIN).startswith(BASE)
-
-
-class CannotStream(Exception):
-    """Raised for a model of which a saved weight is not a run of elements of a live one, so that it cannot be streamed."""
-
-
-@dataclass(frozen=True)
-class SavedName:
-    """A tensor that `save_pretrained` would write: the elements of a live weight from `start` on."""
-
-    name: str
-    shape: tuple[int, ...]
-    live: str
-    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,16 +52,11 @@ class Blueprint:
 
 def blueprint_of_model(model: Any, only: Collection[str] | None = None) -> Blueprint:
     """The blueprint of a transformers model on the meta device, or of its weights in `only`. Raises CannotStream."""
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    if only is not None:
-        tied = {second: first for second, first in tied.items() if first in only}
-    state = {
-        name: value for name, value in model.state_dict().items() if name not in tied and (only is None or name in only)
-    }
+    state, tied = live_state(model, only)
     return Blueprint(
         {name: tuple(value.shape) for name, value in state.items()},
         tied,
-        tuple(_saved_names(model, state)),
+        tuple(saved_names(model, only)),
         frozenset(f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"),
         f"{model.base_model_prefix}." if model.base_model_prefix else "",
     )
@@ -104,53 +86,6 @@ def blueprint_of_names(shapes: dict[str, tuple[int, ...]], tied: dict[str, str] 
     """The blueprint of weights that have the same names and shapes in files and in the checkpoint."""
     saved = tuple(SavedName(name, shape, name) for name, shape in shapes.items())
     return Blueprint(dict(shapes), tied or {}, saved, frozenset())
-
-
-def _saved_names(model: Any, state: dict[str, Any]) -> Iterable[SavedName]:
-    """Which elements of which live weight each saved tensor is.
-
-    transformers renames, fuses and splits weights on loading, and can revert that. It is reverted here with weights that are
-    views of one large empty tensor (the arena). The offset of a result in the arena then says which elements it is made of.
-
-    Example: Mixtral fuses the matrices w1 and w3 of its 4 experts into `gate_up_proj` of shape (4, 2 x 96, 64), which has
-    49,152 elements. Say that this weight begins at element 8,192 of the arena. The reverted `experts.1.w3.weight`, of shape
-    (96, 64), then lies at 8,192 + 12,288 (expert 0) + 6,144 (w1 of expert 1) = 26,624. So it is
-    SavedName("...experts.1.w3.weight", (96, 64), "...gate_up_proj", start=18,432).
-    """
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    class ArenaView(torch.Tensor):
-        """A view of the arena that stays a view where transformers would copy it."""
-
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in (torch.Tensor.contiguous, torch.Tensor.clone):
-                return args[0]
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-    arena = torch.empty(sum(value.numel() for value in state.values()), device="meta").as_subclass(ArenaView)
-    ranges, views, end = [], {}, 0
-    for name, value in state.items():
-        begin, end = end, end + value.numel()
-        views[name] = arena[begin:end].view(value.shape)
-        ranges.append((begin, end, name))
-    try:
-        reverted = revert_weight_conversion(model, dict(views))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise CannotStream(str(error)) from error
-    saved = []
-    for name, view in reverted.items():
-        # a result elsewhere was copied, and one with strides was transposed: neither is a run of a live weight
-        if view.untyped_storage()._cdata != arena.untyped_storage()._cdata or not view.is_contiguous():
-            raise CannotStream(name)
-        saved.append((view.storage_offset(), name, tuple(view.shape)))
-    number = 0
-    for offset, name, shape in sorted(saved, key=lambda item: item[0]):
-        while offset >= ranges[number][1] and number + 1 < len(ranges):
-            number += 1
-        begin, _, live = ranges[number]
-        yield SavedName(name, shape, live, offset - begin)
 
 
 _ADAPTER_WEIGHT = re.compile(

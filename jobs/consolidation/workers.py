@@ -126,7 +126,7 @@ class Worker:
                 checksum.update(view)
                 offset = placed.offset + (start - begin) * placed.output.dtype.itemsize
                 write(self.files.open(str(self.folder / placed.file), os.O_RDWR), offset, view)
-            self.moved((stop - start) * stored.dtype.itemsize)
+            self.moved((stop - start) * stored.file_bytes // stored.numel)
         return str(checksum.hexdigest())
 
     def _output_bytes(
@@ -226,6 +226,8 @@ def run_tasks(
     casts = {(task.dtype_before_cast, item.output.dtype) for task in plan.tasks for item in task.placed}
     casts |= {(task.stored.dtype, FP32) for task in plan.tasks if task.sha256}
     casts |= {(task.stored.dtype, task.rounded) for task in plan.tasks if task.rounded}
+    if any(task.stored.is_quantized for task in plan.tasks):
+        import torch  # noqa: F401 -- `dequantize` needs it, and casts are then faster with it
 
     def run_task(task: Task) -> None:
         if not hasattr(of_thread, "worker"):

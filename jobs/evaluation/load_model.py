@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
-from jobs.model import multimodal
+from jobs.model import stored_quantization
 from jobs.tokenization.tokenizer import revision
 
 
@@ -46,11 +45,11 @@ def _base(config: Config, dtype: torch.dtype | str, device_map: str | None) -> A
 def _load(
     source: str | Path, config: Config, dtype: torch.dtype | str, device_map: str | None, *, revision: str
 ) -> Any:
-    """A model as it is stored, a multimodal one with its towers."""
-    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(source, **hub)
-    model_class = multimodal.auto_class(model_config)
-    return model_class.from_pretrained(source, dtype=dtype, device_map=device_map, **hub)
+    """A model as it is stored, a multimodal one with its towers, a quantized one dequantized."""
+    trust = config.model.trust_remote_code
+    return stored_quantization.from_pretrained(
+        str(source), revision, dtype, device_map=device_map, trust_remote_code=trust
+    )
 
 
 def _device_map(config: Config) -> str | None:

@@ -20,7 +20,7 @@ from conf.errors import ConfigError, Problem
 from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear
+from jobs.model import attention, embedding_resize, materialize, multimodal, quantized_linear, stored_quantization
 from jobs.model.lora import add_lora
 from jobs.tensor_io.dtypes import PRECISIONS
 from jobs.tokenization.tokenizer import load_tokenizer, revision, why_not_loaded
@@ -68,7 +68,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Raises ConfigError for a model that does not name them.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    decoder_blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # FSDP2 puts its name before that of a class
+    decoder_blocks = [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
     if not decoder_blocks:
         raise ConfigError(
             Problem(
@@ -109,6 +110,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     is_random = config.model.init is Init.random
     model_config = _new_model_config(config) if is_random else _pretrained_model_config(config)
+    quantization = stored_quantization.take_from(model_config, config)
     rows_before = embedding_resize.resize_vocabulary(model_config, load_tokenizer(config), config)
     try:
         model = _from_model_config(config, model_config, dtype)
@@ -119,6 +121,7 @@ def _from_config(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     _check_positions(config, model)
     if config.model.init is Init.pretrained:
         model.rows_before = rows_before  # type: ignore[assignment] # embedding_resize reads it
+        stored_quantization.attach(model, quantization)
         with suppress(OSError):  # most models have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(config.model.source, revision=revision(config))
     return model

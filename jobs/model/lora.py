@@ -1,6 +1,7 @@
 """Adds LoRA adapters (PEFT) to a model."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
     if adapter.dora and not_linear:
         message = f"DoRA adapts linear layers only, and {not_linear[0]} is not one: set adapter.dora=false"
         raise ConfigError(Problem("adapter.dora", True, message))
-    _log_experts(wrapped)
+    _log_experts(wrapped, len(layers), adapter.targets)
+    if modules == ["all-linear"]:
+        _log_left_out(wrapped, lora_config.exclude_modules or ())
     return wrapped
 
 
@@ -116,7 +119,28 @@ def _problem(config: Config, reason: str) -> Problem:
     return Problem("adapter.dora", adapter.dora, f"DoRA cannot adapt experts: set adapter.dora=false, or {remedy}")
 
 
-def _log_experts(wrapped: Any) -> None:
+def _log_left_out(wrapped: Any, known: Collection[str]) -> None:
+    """Say which linear layers PEFT's `all-linear` leaves out, besides the head and those that are `known`: shared experts."""
+    from peft.tuners.lora import LoraLayer
+
+    model = wrapped.get_base_model()
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    inside = {id(module) for layer in adapted for module in layer.modules()}
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside and module is not model.get_output_embeddings()
+        if name not in known
+    ]
+    if left_out:
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
+        log_once(
+            f"adapter: all-linear leaves out {len(left_out)} linear layers, {', '.join(kinds)}; name layers in adapter.targets to "
+            "train these too"
+        )
+
+
+def _log_experts(wrapped: Any, layers: int, targets: list[str]) -> None:
     """Say which matrices of experts stay frozen: PEFT's `all-linear` finds those of some model families only."""
     from peft.tuners.lora import ParamWrapper
 
@@ -125,16 +149,26 @@ def _log_experts(wrapped: Any) -> None:
         for name, layer in wrapped.named_modules()
         if isinstance(layer, ParamWrapper)
     }
-    frozen = set()
+    frozen, adapts_experts = set(), any("expert" in name for name, _ in adapted)
     for name, weight in wrapped.named_parameters():
         module, _, parameter = name.rpartition(".")
         module = _without_base_layer(module)
-        if weight.ndim == 3 and "lora_" not in name and (module, parameter) not in adapted:
+        if _is_of_experts(wrapped, name, weight) and "lora_" not in name and (module, parameter) not in adapted:
             frozen.add(".".join([*module.split(".")[-2:], parameter]))
     if frozen:
+        none = "" if adapts_experts else ", none of the experts"
         log_once(
-            f"adapter: no adapter on the experts in {', '.join(sorted(frozen))}; name them in adapter.targets to train them"
+            f"adapter: adapter.targets={','.join(targets)} adapts {layers} layers{none}. No adapter on the experts in "
+            f"{', '.join(sorted(frozen))}; name them in adapter.targets to train them"
         )
+
+
+def _is_of_experts(model: nn.Module, name: str, weight: torch.Tensor) -> bool:
+    """Whether a weight is that of all experts of a block: one with three dimensions, or one matrix below the other (DBRX)."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
+        return False
+    return weight.ndim == 3 or (weight.ndim == 2 and ".experts." in name and not name.endswith("bias"))
 
 
 def _without_base_layer(name: str) -> str:

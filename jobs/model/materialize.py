@@ -16,7 +16,7 @@ from conf.errors import ConfigError, Problem, RunError
 from conf.schema import Config
 from jobs.distributed.collectives import gather
 from jobs.distributed.process_group import World
-from jobs.model import pretrained, quantized_linear, random_init
+from jobs.model import pretrained, quantized_linear, random_init, stored_tensors
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -158,7 +158,9 @@ def _nan_problem(name: str, config: Config, from_checkpoint: bool) -> Problem:
         return Problem("checkpoint", name, "is not in the checkpoint, or NaN in it: resume from an earlier checkpoint")
     if "lora_" in name or config.model.init is Init.random:
         return Problem("model", name, "was never filled: set adapter.targets to other layers, or adapter=none")
-    message = f"{name} has values that are not numbers (NaN): download the model again, or use another model"
+    file = stored_tensors.file_of(name, config)
+    where = f" in {file}" if file else ""
+    message = f"{name} has values that are not numbers (NaN){where}: download the model again, or use another model"
     return Problem("model.source", config.model.source, message)
 
 

@@ -1,7 +1,8 @@
 """Loads the base weights of `model.source`.
 
-Normally each rank reads only its own slices of the safetensors files. Where that is impossible (other file formats, or weights
-that transformers converts while loading), the ranks of a node load the whole model one after another.
+Normally each rank reads only its own slices of the safetensors files, also of weights that are stored in parts or quantized.
+Where that is impossible (other file formats, or weights that transformers transposes while loading), the ranks of a node load the
+whole model one after another.
 """
 
 import logging
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from conf.stored_quantization import label
 from jobs.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import embedding_resize, multimodal, text_equality
+from jobs.model import embedding_resize, multimodal, stored_quantization, stored_tensors, text_equality
 from jobs.model.multimodal import WholeModel
 from jobs.model.quantized_linear import QuantizedLinear
-from jobs.tensor_io import slices
+from jobs.tensor_io import dequantize, slices
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.slices import TensorPart
@@ -70,6 +72,9 @@ def load(
     if is_main:
         count = len({extent.path for tensor in method.stored.values() for extent in tensor.extents})
         log.info(f"weights   {folder}: {count} safetensors files, each rank reads its own slices")
+        if (section := stored_quantization.section(base)) is not None:
+            dequantized_count = sum(tensor.is_quantized for tensor in method.stored.values())
+            log.info(f"weights   {dequantized_count} of them are stored in {label(section)} and dequantized")
     names = _stored_names(base)
     stored = {key: next(method.stored[name] for name in names[key] if name in method.stored) for key in parts}
 
@@ -106,34 +111,28 @@ def _folder(config: Config, world: World | None) -> Path | None:
 
 def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -> LoadMethod:
     source, whole = config.model.source, multimodal.whole_of(base)
-    if getattr(base.config, "quantization_config", None):
-        message = "is stored quantized: set model.source to the original model"
-        raise ConfigError(Problem("model.source", source, message))
     if whole is not None:
         _check_multimodal(base, whole, folder, source)
     if folder is None:
         return LoadMethod({}, f"{source} has no safetensors files")
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
-    stored, untouched = _without_ignored(slices.find_tensors(folder, "model.source", source), config), ""
+    shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
+    stored, untouched = _without_ignored(stored_tensors.find(folder, base, source), config), ""
     if whole is None:
-        converted = _converted(base, stored)
+        stored, why_whole = stored_tensors.joined(base, stored, shapes, source)
     else:
         problems, untouched = multimodal.check_towers(whole, stored, source, _is_ignored)
         if problems:
             raise ConfigError(*_problems(source, problems))
         stored, converted = whole.text_tensors(base.state_dict(), stored)
-    if converted:
+        why_whole = stored_tensors.conversion(base, converted)
+    if why_whole:
         if getattr(base, "rows_before", None) is not None:
-            message = (
-                f"tokens cannot be added to this model, because transformers converts {converted} while loading it: "
-                "use tokens that the model reserves"
-            )
+            message = f"tokens cannot be added to this model, because {why_whole}: use tokens that the model reserves"
             raise ConfigError(embedding_resize.problem_of_added_tokens(config, message))
-        reason = f"transformers converts {converted} while loading a {base.config.model_type} model"
-        return LoadMethod({}, reason, untouched)
+        return LoadMethod({}, why_whole, untouched)
     names = _stored_names(base)
-    shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
     known = {candidate for candidates in names.values() for candidate in candidates}
     stored = {name: tensor for name, tensor in stored.items() if name in known or not _is_ignored(base, name)}
     problems = slices.mismatches(stored, names, shapes) or _differing_ties(folder, stored, names)
@@ -145,7 +144,7 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
 def _check_multimodal(base: PreTrainedModel, whole: WholeModel, folder: Path | None, source: str) -> None:
     """Raise ConfigError for a multimodal model whose text cannot be trained alone, or whose towers cannot be copied."""
     reason = ""
-    if getattr(whole.config, "quantization_config", None):
+    if stored_quantization.section(base) is not None:
         reason = "is stored quantized: set model.source to the original model"
     elif folder is None or getattr(whole.config, "transformers_weights", None):
         reason = "has no plain safetensors files, of which a merge copies its towers: save it with save_pretrained"
@@ -189,18 +188,6 @@ def _stored_names(base: PreTrainedModel) -> dict[str, list[str]]:
     for name, value in base.state_dict(keep_vars=True).items():
         names[key[id(value)]] += [name, name.removeprefix(f"{base.base_model_prefix}.")]
     return {name: list(dict.fromkeys(candidates)) for name, candidates in names.items()}
-
-
-def _converted(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> str:
-    """The first stored tensor that transformers would rename, fuse or transpose while loading; empty if there is none."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    for transform in get_model_conversion_mapping(base, add_legacy=False):
-        for name in stored:
-            renamed, pattern = transform.rename_source_key(name)
-            if renamed != name or (pattern is not None and hasattr(transform, "operations")):
-                return name
-    return ""
 
 
 def _is_ignored(base: PreTrainedModel, name: str) -> bool:
@@ -254,15 +241,14 @@ def _load_with_transformers(
     source = config.model.source
     try:
         whole_model = multimodal.whole_of(base)
-        auto_class: Any = AutoModelForCausalLM if whole_model is None else multimodal.auto_class(whole_model.config)
-        loaded: Any = auto_class.from_pretrained(
+        loaded: Any = stored_quantization.from_pretrained(
             source,
-            revision=revision(config),
+            revision(config),
+            base.dtype,
             trust_remote_code=config.model.trust_remote_code,
-            dtype=base.dtype,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, dequantize.NotDequantized) as error:
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
     whole, info = loaded
     state = whole.state_dict()

@@ -14,6 +14,33 @@ MAX_RECTANGLES = 10**6
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What makes numbers of the codes in an extent; `jobs.tensor_io.dequantize` does it.
+
+    The codes are matrices of (rows, columns), one after another, with one scale for each block. Blocks at the edges may be
+    smaller than the others.
+    """
+
+    rows: int
+    columns: int
+    block: tuple[int, int]
+    """Rows and columns that share a scale."""
+    codes: Dtype
+    """float8_e4m3fn: one number in a byte. uint8: two numbers of 4 bits (mxfp4), and each matrix is stored transposed."""
+    scales: "StoredTensor"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 if self.codes.name == "uint8" else 8
+
+    @property
+    def scale_grid(self) -> tuple[int, int]:
+        """Scales of one matrix: their rows and columns."""
+        return -(-self.rows // self.block[0]), -(-self.columns // self.block[1])
+
+
+@dataclass(frozen=True)
 class Extent:
     """A rectangle of a tensor whose elements are contiguous in a file, row by row.
 
@@ -32,6 +59,8 @@ class Extent:
     """Length in bytes of the torch.save archive that holds the elements; 0 if they are not in an archive."""
     skip: int = 0
     """Elements in the archive before the first element of this extent."""
+    quantized: Quantized | None = None
+    """How its numbers are stored, if they are not stored as they are used."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,18 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its elements in files; fewer than `nbytes` if they are quantized."""
+        if all(extent.quantized is None for extent in self.extents):
+            return self.nbytes
+        bits = [extent.quantized.bits if extent.quantized else 8 * self.dtype.itemsize for extent in self.extents]
+        return sum(extent.rows * extent.columns * size // 8 for extent, size in zip(self.extents, bits, strict=True))
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(extent.quantized is not None for extent in self.extents)
 
 
 @dataclass(frozen=True)

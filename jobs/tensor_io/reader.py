@@ -8,7 +8,8 @@ import numpy as np
 
 from conf.errors import Problem, RunError
 from jobs.tensor_io import safe_pickle
-from jobs.tensor_io.dtypes import Bytes
+from jobs.tensor_io.dequantize import Dequantizer
+from jobs.tensor_io.dtypes import Bytes, as_bytes
 from jobs.tensor_io.layout import Extent, Piece, StoredTensor, pieces
 
 CHUNK = 4 * 2**20
@@ -57,6 +58,7 @@ class Reader:
         the model, and a page that is new costs more than the copy into it."""
         self._scratch = np.empty(0, np.uint8)
         self._element_offsets: dict[tuple[str, int], int] = {}
+        self._dequantizer = Dequantizer(self._fetch)
 
     def fill(self, stored: StoredTensor, start: int, block: Bytes) -> None:
         """Read the flat elements from `start` on into `block`, in the dtype in which they are stored.
@@ -76,11 +78,18 @@ class Reader:
 
     def _read(self, stored: StoredTensor, piece: Piece, target: Bytes) -> None:
         extent = piece.extent
+        if extent.quantized is not None:
+            count = target.size // stored.dtype.itemsize
+            target[:] = as_bytes(self._dequantizer.read(extent, piece.element, piece.element + count).contiguous())
+            return
         begin = self._offset_in_archive(stored, extent) if extent.archive else extent.offset
-        descriptor, offset = self.files.open(extent.path), begin + piece.element * stored.dtype.itemsize
+        self._fetch(extent.path, begin + piece.element * stored.dtype.itemsize, target)
+
+    def _fetch(self, path: str, offset: int, target: Bytes) -> None:
+        descriptor = self.files.open(path)
         if self.files.check:
-            self.files.check(extent.path, offset, target.nbytes)
-        read(descriptor, extent.path, offset, target.data)
+            self.files.check(path, offset, target.nbytes)
+        read(descriptor, path, offset, target.data)
         if self.drop_cache:
             os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -1,6 +1,5 @@
 """Loads base weights: finds each tensor in the safetensors files, checks it against the model, and reads a rank's part of it."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,7 +13,8 @@ from tqdm import tqdm
 from conf.errors import ConfigError, Problem
 from jobs.distributed import heartbeat
 from jobs.tensor_io import safetensors
-from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.dequantize import Dequantizer, steps
+from jobs.tensor_io.layout import Extent, StoredTensor, pieces
 from jobs.tensor_io.model_files import CHUNK_BYTES, READERS, weight_files
 from jobs.tensor_io.reader import read_range
 
@@ -40,16 +40,35 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class _FileRange:
-    """At most CHUNK_BYTES of a file, and where they go."""
+    """At most CHUNK_BYTES of a file, or the codes of at most an expert, and where they go."""
 
-    file: str
-    offset: int
+    extent: Extent
+    element: int
+    """First element in the extent."""
     dtype: torch.dtype
     destination: torch.Tensor
 
     @property
+    def file(self) -> str:
+        return self.extent.path
+
+    @property
+    def files(self) -> set[str]:
+        """The file, and that of the scales."""
+        scales = self.extent.quantized.scales.extents if self.extent.quantized else ()
+        return {self.extent.path, *(extent.path for extent in scales)}
+
+    @property
+    def offset(self) -> int:
+        return self.extent.offset + self.element * self._bits // 8
+
+    @property
     def nbytes(self) -> int:
-        return self.destination.numel() * self.dtype.itemsize
+        return self.destination.numel() * self._bits // 8
+
+    @property
+    def _bits(self) -> int:
+        return self.extent.quantized.bits if self.extent.quantized else 8 * self.dtype.itemsize
 
 
 def find_tensors(folder: Path, key: str, source: str) -> dict[str, StoredTensor]:
@@ -105,7 +124,7 @@ def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: 
     for _ in range(READERS):
         buffers.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned))
     with ExitStack() as stack:
-        names = {item.file for item in file_ranges}
+        names = {name for item in file_ranges for name in item.files}
         opened = {name: stack.enter_context((folder / name).open("rb", 0)) for name in names}
         bar = stack.enter_context(
             tqdm(
@@ -119,7 +138,8 @@ def read(folder: Path, wanted: Iterable[tuple[StoredTensor, TensorPart]], show: 
         )
         pool = stack.enter_context(ThreadPoolExecutor(READERS))
         try:
-            for count in pool.map(lambda item: _fill(opened[item.file].fileno(), item, buffers), file_ranges):
+            descriptors = {name: file.fileno() for name, file in opened.items()}
+            for count in pool.map(lambda item: _fill(descriptors, item, buffers), file_ranges):
                 bar.update(count)
                 heartbeat.refresh()
         except BaseException:
@@ -132,36 +152,62 @@ def probably_equal(folder: Path, one: StoredTensor, other: StoredTensor) -> bool
     """Whether two stored tensors are equal, judged by both ends: weights that were trained apart differ everywhere."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    size = min(one.nbytes, COMPARED_BYTES)
+    count = min(one.numel, COMPARED_BYTES // one.dtype.itemsize)
     ends = []
     for tensor in (one, other):
-        offset = tensor.extents[0].offset
-        with (folder / _file(tensor)).open("rb", 0) as file:
-            ends.append([os.pread(file.fileno(), size, offset + skip) for skip in (0, tensor.nbytes - size)])
-    return ends[0] == ends[1]
+        parts = [torch.empty(count, dtype=one.dtype.torch) for _ in range(2)]
+        begins = (0, tensor.numel - count)
+        wanted = [(tensor, TensorPart(one.shape, *pair, False)) for pair in zip(begins, parts, strict=True)]
+        read(folder, wanted, show=False)
+        ends.append(torch.cat(parts).view(torch.uint8))
+    return torch.equal(*ends)
 
 
 def _file(stored: StoredTensor) -> str:
-    """A tensor of a safetensors file has one extent."""
+    """The file of a tensor, or of the first part of one that is stored in parts."""
     return stored.extents[0].path
 
 
 def _file_ranges(stored: StoredTensor, part: TensorPart) -> Iterator[_FileRange]:
-    (extent,), size = stored.extents, stored.dtype.itemsize
-    step = CHUNK_BYTES // size
-    for begin in range(0, part.destination.numel(), step):
-        offset = extent.offset + (part.begin + begin) * size
-        yield _FileRange(extent.path, offset, stored.dtype.torch, part.destination[begin : begin + step])
+    """The ranges of the files that hold a part. Each extent is one run of the flat tensor, as in safetensors files."""
+    dtype = stored.dtype.torch
+    for piece in pieces(stored, part.begin, part.begin + part.destination.numel()):
+        stop, element = piece.element + piece.rows, piece.element
+        step = _range_elements(piece.extent, stored.dtype.itemsize)
+        while element < stop:
+            end = min(stop, (element // step + 1) * step)
+            begin = piece.start + element - piece.element
+            yield _FileRange(piece.extent, element, dtype, part.destination[begin : begin + end - element])
+            element = end
 
 
-def _fill(descriptor: int, file_range: _FileRange, buffers: "SimpleQueue[torch.Tensor]") -> int:
+def _range_elements(extent: Extent, itemsize: int) -> int:
+    """Elements that are read at once: a chunk; of mxfp4 an expert, the codes of which are in another order."""
+    if extent.quantized and extent.quantized.bits == 4:
+        return extent.quantized.rows * extent.quantized.columns
+    return CHUNK_BYTES // itemsize
+
+
+def _fill(descriptors: Mapping[str, int], file_range: _FileRange, buffers: "SimpleQueue[torch.Tensor]") -> int:
+    if file_range.extent.quantized:
+        return _fill_dequantized(descriptors, file_range)
     buffer = buffers.get()
     try:
-        read_range(descriptor, file_range.file, file_range.offset, buffer.numpy()[: file_range.nbytes].data)
+        descriptor, view = descriptors[file_range.file], buffer.numpy()[: file_range.nbytes].data
+        read_range(descriptor, file_range.file, file_range.offset, view)
         # first to the device, then to the dtype: the cast is faster there
         file_range.destination.copy_(
             buffer[: file_range.nbytes].view(file_range.dtype).to(file_range.destination.device)
         )
     finally:
         buffers.put(buffer)
+    return file_range.nbytes
+
+
+def _fill_dequantized(descriptors: Mapping[str, int], file_range: _FileRange) -> int:
+    dequantizer = Dequantizer(lambda path, offset, target: read_range(descriptors[path], path, offset, target.data))
+    first = file_range.element
+    for start, stop in steps(file_range.extent, first, first + file_range.destination.numel()):
+        numbers = dequantizer.read(file_range.extent, start, stop)
+        file_range.destination[start - first : stop - first].copy_(numbers)
     return file_range.nbytes

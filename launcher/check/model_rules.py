@@ -4,13 +4,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from conf.choices import AdapterKind, Init
+from conf import stored_quantization
+from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import Problem
 from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.config_json import TEXTS, is_multimodal, positions, text_fields
 from launcher.estimate.family_defaults import DEFAULTS
+from launcher.estimate.parameters import count
 
 ENCODERS = frozenset({
     *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
@@ -37,6 +39,8 @@ NO_TEXT_ALONE = {
 When training starts, `jobs.model.text_equality` tries every other family, and refuses it if its model of text computes
 something else.
 """
+CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
+"""Families with layers that are not nn.Linear where other families have linear layers."""
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no tokens besides those of the files."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
@@ -60,6 +64,7 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
             yield from _vocabulary(config, files)
             yield from _padding(config, files.tokenizer)
             yield from _positions(config, files.fields)
+            yield from _dora(config, files.fields)
 
 
 def _source(config: Config, message: str) -> Problem:
@@ -146,29 +151,61 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
 
 
 def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str, Any] | None) -> Iterator[Problem]:
-    """Weights that are stored quantized cannot be trained. `older`: the file that GPTQ models had before transformers knew them."""
-    names = ("quantization_config", "compression_config")
-    sections = (fields, text_fields(fields))
-    found = next((section[name] for section in sections for name in names if section.get(name)), None)
+    """Stored quantization that cannot be undone. `older`: the file that GPTQ models had before transformers knew them."""
+    found = stored_quantization.find(fields)
     if found is None and older is not None:
         found = {"quant_method": "gptq", **older}
     if found is None:
         return
-    method = _method(found) if isinstance(found, Mapping) else "of an unknown kind"
+    if stored_quantization.can_dequantize(found):
+        if is_multimodal(fields):
+            message = f"is a model of images or sound and text that is stored quantized ({stored_quantization.label(found)}), "
+            yield _source(
+                config, message + "and a merge could not copy its towers. Set model.source to the original model"
+            )
+        return
     message = (
-        f"is stored quantized ({method}), and such weights cannot be trained. Set model.source to the original model. "
+        f"is stored quantized ({stored_quantization.label(found)}), and such weights cannot be trained. Set model.source to the "
+        "original model. "
     )
     yield _source(
         config, message + "To train on a quantized base, add adapter=qlora: Muster quantizes it while it loads"
     )
 
 
-def _method(found: Mapping[str, Any]) -> str:
-    bits = f", {found['bits']} bits" if found.get("bits") else ""
-    four, eight = (found.get(f"load_in_{size}bit") or found.get(f"_load_in_{size}bit") for size in (4, 8))
-    default = "bitsandbytes" if four or eight else "of an unknown kind"
-    bits = bits or (", 4 bits" if four else ", 8 bits" if eight else "")
-    return f"{found.get('quant_method') or default}{bits}"
+def notes(config: Config, files: ModelFiles | None) -> list[str]:
+    """Lines about what training changes of the stored weights: that it dequantizes them, that it adds rows for tokens."""
+    if files is None or files.fields is None or "train" not in config.jobs or config.model.init is not Init.pretrained:
+        return []
+    rows, tokens = text_fields(files.fields).get("vocab_size"), files.tokens
+    grows = type(rows) is int and tokens is not None and tokens > rows
+    added = [f"base      the embedding grows from {rows} to {tokens} rows, one for each token"] if grows else []
+    found = stored_quantization.find(files.fields)
+    return [*added, *([] if found is None else [_dequantization(config, found)])]
+
+
+def _dequantization(config: Config, found: Mapping[str, Any]) -> str:
+    """To which dtype stored weights are dequantized, and how large they are then."""
+    has_adapter, base = config.adapter.kind is not AdapterKind.none, config.adapter.base
+    dtype = config.train.precision.name if has_adapter else Precision.fp32.name
+    counts = count(config.model.architecture, config.adapter) if config.model.architecture else None
+    size = f", {counts.total * (4 if dtype == 'fp32' else 2) / 2**30:.1f} GiB in all" if counts else ""
+    then = f", and then quantized to {base.name}" if base is not Frozen.full else ""
+    return (
+        f"base      {config.model.source} is stored quantized ({stored_quantization.label(found)}): each rank dequantizes the "
+        f"part that it reads to {dtype}{size}{then}"
+    )
+
+
+def _dora(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """DoRA on layers whose weights are stored transposed (Conv1D)."""
+    layers = CONV1D.get(str(fields.get("model_type")), ())
+    named = [item for item in config.adapter.targets if item == "all-linear" or item.rpartition(".")[2] in layers]
+    if layers and named and config.adapter.dora and config.adapter.kind is not AdapterKind.none:
+        message = (
+            f"adapts linear layers only, but {', '.join(layers)} of a {fields['model_type']} model are Conv1D layers. "
+        )
+        yield Problem("adapter.dora", True, message + "Use adapter.dora=false, for example with adapter=lora")
 
 
 def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:

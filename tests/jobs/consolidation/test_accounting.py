@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conf.errors import UserError
 from conf.files import read_json, write_json
-from jobs.consolidation import external, prefixes, weight_names
+from jobs.consolidation import external, prefixes
+from jobs.model import saved_names
 from jobs.tensor_io import model_files, safetensors
 from tests.jobs import shards
 
@@ -165,7 +166,7 @@ def test_the_names_of_files_are_known_in_a_checkpoint(tmp_path) -> None:
 
 def test_names_of_files_need_no_model_that_can_be_streamed(tmp_path, monkeypatch) -> None:
     def refuse(_):
-        raise weight_names.CannotStream("turned")
+        raise saved_names.CannotStream("turned")
 
     base = shards.base("mixtral", tmp_path)
     saved = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}

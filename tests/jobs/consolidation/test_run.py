@@ -16,7 +16,7 @@ from jobs import backends, consolidate
 from jobs.checkpoint import checkpointing, manifest
 from jobs.consolidation import weight_names
 from jobs.distributed.process_group import process_group
-from jobs.model import build
+from jobs.model import build, saved_names
 from jobs.tensor_io.open_checkpoint import open_checkpoint
 from jobs.tokenization.tokenizer import load_tokenizer
 from tests.jobs.checkpoints import save
@@ -186,7 +186,7 @@ def test_original_and_damage(run, base, tmp_path) -> None:
 @pytest.mark.parametrize("words", [[], ["adapter=lora"]], ids=["whole", "lora"])
 def test_a_model_that_cannot_be_streamed_is_merged_in_memory(words, run, base, tmp_path, capsys, monkeypatch) -> None:
     def refuse(_):
-        raise weight_names.CannotStream("turned")
+        raise saved_names.CannotStream("turned")
 
     config, _ = run("model=hub", f"model.source={base}", "train.precision=fp32", *words)
     streamed = merged(config, tmp_path)

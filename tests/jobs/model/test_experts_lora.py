@@ -93,7 +93,7 @@ def test_a_nan_in_the_files_is_blamed_on_the_files(tmp_path, compose: Compose) -
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, file, {"format": "pt"})
     config = compose("model=hub", f"model.source={tmp_path}", *families.COMMON)
-    message = r"model\.source=.*: model\.layers\.1\.mlp\.up_proj\.weight has values that are not numbers"
+    message = r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not numbers \(NaN\) in model\.safetensors: download"
     with pytest.raises(ConfigError, match=message):
         materialize.require_filled(build.build(config), config, resumed=False)
 
@@ -130,7 +130,12 @@ def test_experts_that_stay_frozen_are_named_and_can_be_targets(
     families.make(tmp_path, "gpt_oss")
     log_once.cache_clear()
     build.build_on_meta(on(tmp_path, compose))
-    assert "no adapter on the experts in mlp.experts.down_proj, mlp.experts.gate_up_proj;" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "adapter: adapter.targets=all-linear adapts 8 layers, none of the experts. No adapter on the experts in "
+        in said
+    )
+    assert "mlp.experts.down_proj, mlp.experts.gate_up_proj; name them in adapter.targets" in said
     log_once.cache_clear()
     targets = "adapter.targets=[q_proj,mlp.experts.down_proj,mlp.experts.gate_up_proj]"
     model = build.build_on_meta(on(tmp_path, compose, targets))
@@ -141,6 +146,27 @@ def test_experts_that_stay_frozen_are_named_and_can_be_targets(
         "mlp.experts.base_layer",
     }
     assert "no adapter" not in capsys.readouterr().out
+
+
+LEFT_OUT = {
+    "dbrx": "adapts 6 layers, none of the experts. No adapter on the experts in experts.mlp.v1, experts.mlp.w1, experts.mlp.w2;",
+    "granitemoe": "No adapter on the experts in block_sparse_moe.experts.down_proj, block_sparse_moe.experts.gate_up_proj;",
+    "deepseek_v3": "all-linear leaves out 6 linear layers, mlp.down_proj, mlp.gate_proj, mlp.up_proj, shared_experts.down_proj, ",
+    "jamba": "No adapter on the experts in feed_forward.experts.down_proj, feed_forward.experts.gate_up_proj;",
+    "llama": "",
+}
+
+
+@pytest.mark.parametrize("family", LEFT_OUT)
+def test_what_all_linear_leaves_out_is_said(family, tmp_path, compose: Compose, capsys) -> None:
+    families.make(tmp_path, family)
+    log_once.cache_clear()
+    build.build_on_meta(on(tmp_path, compose, "adapter.dropout=0"))
+    said = capsys.readouterr().out
+    assert LEFT_OUT[family] in said if LEFT_OUT[family] else "all-linear" not in said
+    if family == "deepseek_v3":  # what the message says
+        build.build_on_meta(on(tmp_path, compose, "adapter.targets=[q_a_proj,gate_proj,up_proj,down_proj]"))
+        assert "leaves out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

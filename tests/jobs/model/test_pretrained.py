@@ -18,11 +18,12 @@ from jobs import backends
 from jobs.backends import zero
 from jobs.distributed.process_group import World, process_group
 from jobs.model import build as model
-from jobs.model import materialize
+from jobs.model import materialize, pretrained, stored_tensors
 from jobs.tensor_io import model_files, slices
 from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.training import optimizer
 from tests.conftest import Compose
+from tests.jobs import families
 from tests.jobs.ranks import spawn
 
 LAYOUTS = {
@@ -339,6 +340,61 @@ def test_fused_experts_are_converted_by_transformers(compose: Compose, tmp_path:
     _equal(
         built.state_dict(), MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict(), "mixtral"
     )
+
+
+def test_each_rank_reads_its_part_of_fused_experts(compose: Compose, tmp_path: Path) -> None:
+    shape = MixtralConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=6,
+    )  # fmt: skip
+    MixtralForCausalLM(shape).save_pretrained(tmp_path, max_shard_size="90KB")
+    configs = {
+        name: compose(*HUB, f"model.source={tmp_path}", *COMMON, f"parallel={name}") for name in ("fsdp", "zero3")
+    }
+    spawn(_as_stored, 2, configs)
+
+
+FAMILIES = ["qwen3_moe", "granitemoe", "deepseek_v3", "nemotron_h", "minimax_m2"]
+MORE = [
+    *(
+        "qwen2_moe",
+        "qwen3_next",
+        "qwen3_5_moe_text",
+        "phimoe",
+        "olmoe",
+        "olmo_hybrid",
+        "granitemoehybrid",
+        "deepseek_v2",
+    ),
+    *("glm4_moe", "jamba", "lfm2_moe", "gpt_neox", "ernie4_5_moe", "minimax", "kimi_linear", "dots1", "mimo_v2_flash"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.proof) for name in MORE)])
+def test_renamed_and_fused_weights_are_those_of_transformers(family, compose: Compose, tmp_path: Path) -> None:
+    """Each is read from the parts in the files, which transformers renames, fuses or splits."""
+    families.make(tmp_path, family)
+    config = compose("model=hub", f"model.source={tmp_path}", *families.COMMON)
+    base = model.build_on_meta(config)
+    stored = slices.find_tensors(tmp_path, "model.source", str(tmp_path))
+    assert (
+        stored_tensors.first_converted(base, stored) and not pretrained._choose_method(base, tmp_path, config).why_whole
+    )
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    _equal(model.build(config).state_dict(), expected.state_dict(), family)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_missing_expert_is_named(compose: Compose, tmp_path: Path) -> None:
+    families.make(tmp_path, "qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"in none of the files, first model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight:"
+    ):
+        model.build(compose("model=hub", f"model.source={tmp_path}", *families.COMMON))
 
 
 def test_a_model_of_the_hub_is_found_in_the_cache(stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from conf import resolve
 from conf.schema import Adapter, Config
 from launcher.check import localize, model_files, observe, parallel_rules
-from launcher.check.model_rules import problems
+from launcher.check.model_rules import notes, problems
 from launcher.estimate import auto_settings, memory
 from launcher.estimate.config_json import positions
 from launcher.estimate.parameters import count
@@ -54,14 +54,23 @@ def found(config: Config) -> list[str]:
     return [str(problem) for problem in problems(config, facts.model, facts.families)]
 
 
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 QUANTIZED = [
     (GPTQ, "gptq, 4 bits"),
     ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}}},
+        "compressed-tensors",
+    ),
+    (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": FLOAT8}, "b": {"weights": NVFP4}}},
+        "compressed-tensors",
+    ),
+    ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
     ({"_load_in_8bit": True}, "bitsandbytes, 8 bits"),
-    ({"quant_method": "mxfp4"}, "mxfp4"),
     ({"bits": 3}, "of an unknown kind, 3 bits"),
 ]
 
@@ -75,6 +84,52 @@ def test_quantized_weights(compose: Compose, tmp_path: Path, section: dict[str, 
     [message] = found(launched(compose, folder(tmp_path / "m", fields)))
     assert message.startswith(f"model.source={tmp_path / 'm'}: is stored quantized ({named})"), message
     assert found(launched(compose, folder(tmp_path / "original", {}), "adapter=qlora")) == []  # what the message says
+
+
+DEQUANTIZED = [
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ({"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, "fp8"),
+    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": FLOAT8}}}, "compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("section", "named"), DEQUANTIZED, ids=lambda item: item if isinstance(item, str) else "")
+def test_a_base_that_is_dequantized_is_said(
+    compose: Compose, tmp_path: Path, section: dict[str, Any], named: str
+) -> None:
+    base = folder(tmp_path / "m", {"quantization_config": section, "vocab_size": 2**20, "hidden_size": 2**10})
+    start = f"base      {base} is stored quantized ({named}): each rank dequantizes the part that it reads to "
+    for words, end in (
+        ((), "fp32, 8.0 GiB in all"),
+        (("adapter=lora", "train.precision=bf16"), "bf16, 4.0 GiB in all"),
+        (("adapter=qlora", "train.precision=bf16"), "bf16, 4.0 GiB in all, and then quantized to nf4"),
+    ):
+        config = launched(compose, base, *words)
+        assert found(config) == [] and notes(config, observe.observe(config).model) == [start + end]
+        plain = folder(tmp_path / f"plain{len(words)}{end[-3:]}", {"vocab_size": 2**20, "hidden_size": 2**10})
+        same = launched(compose, plain, *words)
+        assert memory.estimate(config) == memory.estimate(same) and notes(same, observe.observe(same).model) == []
+
+
+def test_an_embedding_that_grows_is_said(compose: Compose, tmp_path: Path) -> None:
+    config = launched(compose, folder(tmp_path / "m", {}, tokens=128, added=3))
+    assert found(config) == []
+    assert notes(config, observe.observe(config).model) == [
+        "base      the embedding grows from 128 to 131 rows, one for each token"
+    ]
+
+
+def test_dora_on_conv1d_layers(compose: Compose, tmp_path: Path) -> None:
+    base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 4096})
+    start = "adapter.dora=true: adapts linear layers only, but c_attn, c_proj, c_fc of a gpt2 model are Conv1D layers. Use adapter."
+    for words in (["adapter=dora"], ["adapter=dora", "adapter.targets=[attn.c_attn]"]):
+        [message] = found(launched(compose, base, *words))
+        assert message.startswith(start)
+        assert found(launched(compose, base, *words, "adapter.dora=false")) == []  # what the message says
+    assert found(launched(compose, base, "adapter=lora")) == []
+    assert found(launched(compose, base, "adapter=dora", "adapter.targets=[lm_head]")) == []
+    assert found(launched(compose, folder(tmp_path / "llama", {}), "adapter=dora")) == []
 
 
 def test_quantized_weights_of_older_files(compose: Compose, tmp_path: Path) -> None:
