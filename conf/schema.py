@@ -289,6 +289,11 @@ class Parallel:
     bucket_elements: int = at_least(1, 200_000_000)
     """ZeRO: elements in each bucket for reduction and prefetch. On H200s, 2e8 reached the speed of a training loop without
     Muster; DeepSpeed's default did not."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """ZeRO: settings of DeepSpeed under its own names, for example `zero_optimization.stage3_max_live_parameters`. They replace
+    those that Muster sets; docs/memory.md says which. What a key of Muster decides (stage, batch, precision) must be the same."""
+    deepspeed_config: str | None = None
+    """ZeRO: a DeepSpeed JSON file. launch.py reads it into `deepspeed`; values given in `deepspeed` itself win."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from conf import resolve
 from conf.choices import AdapterKind, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
-from launcher.check import container_paths, fetched_commits, model_files
+from launcher.check import container_paths, deepspeed_file, fetched_commits, model_files
 from launcher.check.local_gpus import local_memory_gib
 from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
 from launcher.estimate import config_json, parameters
@@ -25,14 +25,19 @@ def localize(config: Config, gpus: int) -> None:
     - In a container, `container.mounts` gets the folders of data and models, and `hf_home` the Hub's cache.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
+    parallel = config.parallel
     _make_paths_absolute(config)
     interpreter = sys.executable if config.cluster.container.image is None else "python3"
     config.cluster.python = config.cluster.python or interpreter
     if config.cluster.container.image is not None:
         container_paths.localize(config)
+    if parallel.deepspeed_config:
+        parallel.deepspeed = deepspeed_file.merged(deepspeed_file.read(parallel.deepspeed_config), parallel.deepspeed)
+        parallel.deepspeed_config = None
     for resources in (config.cluster.train, config.cluster.inference):
         if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
             resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
@@ -59,6 +64,7 @@ def _make_paths_absolute(config: Config) -> None:
         (config.generate, "prompts"),
         (config.model, "source"),
         (config.model, "tokenizer"),
+        (config.parallel, "deepspeed_config"),
     ):
         value = getattr(section, name)
         if value:

@@ -44,6 +44,8 @@ CHANGEABLE = (
     "train.profile_ranks",
 )
 """Keys that may change when a run is resumed: where it runs and how long, never what it computes."""
+STORED_AS = {"pipeline": "jobs", "parallel.deepspeed_config": "parallel.deepspeed"}
+"""Keys whose meaning is stored under another one."""
 
 
 def resumed_config(composed: Config, words: list[str]) -> Config:
@@ -68,7 +70,7 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
         )
         raise RunError(*(Problem(key, None, message) for key in fixed))
     for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
-        _copy(composed, config, "jobs" if key == "pipeline" else key)
+        _copy(composed, config, STORED_AS.get(key, key))
     config.run_dir, config.resume = str(folder), str(folder)
     return config
 

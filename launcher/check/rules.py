@@ -21,6 +21,7 @@ from launcher import plan
 from launcher.check import (
     combinations,
     data_rules,
+    deepspeed_rules,
     hub_rules,
     model_rules,
     packing_rules,
@@ -44,7 +45,11 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     if not out_of_bounds:  # these divide by numbers that could be 0
         bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
-        reported += [] if bad_layout else _memory(config)  # an estimate of a wrong layout says nothing
+        if not bad_layout:
+            world_size = config.cluster.train.nodes * config.cluster.train.ranks_per_node
+            bad_settings = list(deepspeed_rules.problems(config, world_size))
+            # an estimate of a wrong layout says nothing
+            reported += bad_settings or _memory(config)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)

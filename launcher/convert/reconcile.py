@@ -10,6 +10,13 @@ def reconcile(rows: Sequence[Row]) -> list[Row]:
     """The same rows, changed where another one decides."""
     if _has(rows, "parallel.offload_optimizer", True) or _has(rows, "/parallel", "fsdp_offload", "zero3_offload"):
         rows = [_optimizer_on_host(row) for row in rows]
+    zero = any(str(row.ours.get("/parallel", "")).startswith("zero") for row in rows)
+    offloads = _has(rows, "/parallel", "zero3_offload")
+    idle = [] if zero else ["parallel.deepspeed."]
+    for section, ours in (("offload_param", "offload_parameters"), ("offload_optimizer", "offload_optimizer")):
+        if not (offloads or _has(rows, f"parallel.{ours}", True)):
+            idle.append(f"parallel.deepspeed.zero_optimization.{section}.")
+    rows = [_idle(row, idle) for row in rows]
     if not _has(rows, "/adapter", "lora", "qlora"):
         rows = [_without_adapter(row) for row in rows]
     return _with_the_last_value(rows)
@@ -25,6 +32,13 @@ def _optimizer_on_host(row: Row) -> Row:
         return row
     why = "the optimizer state is in host memory, where Muster runs DeepSpeed's or torch's AdamW in fp32"
     return replace(row, outcome=Outcome.changed, ours={"train.optimizer": "adamw"}, why=why)
+
+
+def _idle(row: Row, prefixes: Sequence[str]) -> Row:
+    """Settings of DeepSpeed for what is not used: ZeRO itself, or an offload."""
+    if not any(key.startswith(tuple(prefixes)) for key in row.ours):
+        return row
+    return replace(row, outcome=Outcome.unneeded, ours={}, why="belongs to ZeRO or an offload that is not used")
 
 
 def _without_adapter(row: Row) -> Row:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from conf import resolve
-from launcher.convert.keys import Outcome, Row, Rule, apply, changed, choice, described, number, refused, unneeded
+from conf.deepspeed import TUNABLE
+from launcher.convert.keys import Outcome, Row, Rule, apply, changed, choice, described, kept, number, refused, unneeded
 
 OF_MUSTER = unneeded("Muster sets it; it does not change what is trained")
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
@@ -25,7 +26,8 @@ def _auto(rule: Rule) -> Rule:
 
 def _device(ours: str) -> Rule:
     return choice(
-        {"cpu": {ours: True}, "none": {}}, "Muster offloads to host memory only. Use device: cpu, or more GPUs"
+        {"cpu": {ours: True}, "none": {ours: False}},
+        "Muster offloads to host memory only. Use device: cpu, or more GPUs",
     )
 
 
@@ -40,9 +42,11 @@ DEEPSPEED: dict[str, Rule] = {
     ),
     "zero_optimization.offload_optimizer.device": _device("parallel.offload_optimizer"),
     "zero_optimization.offload_param.device": _device("parallel.offload_parameters"),
-    "zero_optimization.reduce_bucket_size": _auto(
-        changed("parallel.bucket_elements", "one size for all buckets", make=lambda value: int(float(value)))
-    ),
+    **{
+        key: _auto(kept(f"parallel.deepspeed.{key}"))
+        for key in TUNABLE
+        if key.startswith(("zero_optimization.", "fp16.", "communication_"))
+    },
     "zero_optimization.zero_hpz_partition_size": refused(
         "Muster has no ZeRO++. Use parallel=hsdp to shard inside nodes"
     ),
@@ -74,7 +78,6 @@ DEEPSPEED: dict[str, Rule] = {
     "scheduler.params.warmup_max_lr": _auto(number("train.learning_rate")),
     "scheduler.params.warmup_min_lr": _auto(unneeded("the warmup of Muster begins at 1/warmup_steps of the peak")),
     "scheduler.params.total_num_steps": _auto(changed("train.steps", "steps of the training", make=int)),
-    "communication_data_type": refused("Muster reduces gradients in fp32"),
     **dict.fromkeys(
         ("zero_optimization.*", "activation_checkpointing.*", "aio.*", "fp16.*", "bf16.*", "flops_profiler.*", "comms_logger.*",
          "zero_allow_*", "zero_force_*", "steps_per_print*", "wall_clock_breakdown*", "dump_state*", "prescale_gradients*",

@@ -4,10 +4,13 @@ The formulas follow what jobs/backends does. tests/launcher/estimate/test_memory
 measured runs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from conf.batch import split
 from conf.choices import AdapterKind, Backend, Frozen, OutputDtype
+from conf.deepspeed import zero_section
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from launcher.estimate.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
@@ -27,8 +30,10 @@ SLACK = 0.05
 DEQUANTIZED_BYTES = {Frozen.full: 0, Frozen.float8: 1}
 """Bytes per weight of the copy of a frozen weight made for its matrix product. Bases that are not in here (nf4, int8) are
 dequantized to the compute precision."""
-SUB_GROUP, LIVE = 10**9, 10**9
-"""ZeRO-3's sub_group_size and stage3_max_live_parameters from conf/deepspeed.py, in elements."""
+PERSISTENT = 40_960
+"""ZeRO-3's stage3_param_persistence_threshold in conf/deepspeed.py. Weights below it, norms and biases, are not counted."""
+MATRICES = 10
+"""Most matrices of a dense block: with a larger threshold, each counts as whole on every rank up to that size."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +163,11 @@ def _zero(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
     Source: deepspeed/runtime/zero/{stage_1_and_2,stage3}.py, 0.19.8, with the settings of conf/deepspeed.py.
     """
     parallel, width, (_, shard) = config.parallel, width_of(config), _ranks(config)
-    trained, bucket = counts.trained / shard, parallel.bucket_elements
+    trained, settings = counts.trained / shard, zero_section(config)
+    bucket, fetched = settings["reduce_bucket_size"], settings.get("stage3_prefetch_bucket_size", 0)
     reduced = max(min(bucket, counts.trained), 0 if counts.frozen else counts.largest)
     on_device = 0 if parallel.offload_optimizer else 1
-    group = min(SUB_GROUP, trained) if parallel.zero_stage == 3 else trained
+    group = min(settings["sub_group_size"], trained) if parallel.zero_stage == 3 else trained
     optimizer = on_device * (moment_bytes(config, counts) * trained + (0 if loop.fused_optimizer else 4 * group))
     base = frozen_bytes(config, counts, width, shard if parallel.zero_stage == 3 else 1)
     if parallel.zero_stage < 3:
@@ -171,19 +177,29 @@ def _zero(config: Config, counts: Counts, loop: Loop) -> dict[str, float]:
             "gathered": 0,
             "gradients": gradients + on_device * 4 * trained,
             "optimizer": optimizer,
-            "communication": 2 * width * bucket,
+            "communication": width * (bucket + settings["allgather_bucket_size"]),
             "root_reduction": (width + 4) * reduced,  # gradients, and their fp32 copy for NCCL
         }
     own = 0 if parallel.offload_parameters else width * trained + base
     return {
         "parameters": own + on_device * (4 * trained if width < 4 else 0),
-        "gathered": width * min(counts.trained + counts.frozen, LIVE + 2 * bucket),
+        "gathered": width * min(counts.trained + counts.frozen, settings["stage3_max_live_parameters"] + 2 * fetched)
+        + width * _persistent(counts, settings),
         "gradients": on_device * 4 * (trained + group),
         "optimizer": optimizer,
         "communication": 4 * bucket,
         "root_reduction": (width + 2 * 4)
         * reduced,  # gradients, their fp32 copy, and that flattened for reduce-scatter
     }
+
+
+def _persistent(counts: Counts, settings: Mapping[str, Any]) -> float:
+    """Elements that ZeRO-3 keeps whole on every rank, because a user has raised the threshold above that of Muster."""
+    threshold = settings["stage3_param_persistence_threshold"]
+    if threshold <= PERSISTENT:
+        return 0
+    whole = counts.total if threshold > counts.largest else MATRICES * threshold * (counts.total // counts.block)
+    return float(min(whole, counts.total, settings.get("stage3_model_persistence_threshold", counts.total)))
 
 
 def _host(config: Config, counts: Counts, loop: Loop) -> Host:
