@@ -105,7 +105,8 @@ def _zero(config: Config) -> dict[str, Any]:
 def _settings(config: Config, world_size: int) -> dict[str, Any]:
     parallel, train = config.parallel, config.train
     micro, accumulated = split(config, world_size)
-    bf16 = train.precision is Precision.bf16
+    # `auto` is replaced before training; what stays is for programs that read RUN/deepspeed.json on GPUs
+    bf16 = train.precision in (Precision.bf16, Precision.auto)
     fp16 = {"enabled": train.precision is Precision.fp16, "initial_scale_power": 16, "loss_scale_window": 1000}
     return {
         "train_batch_size": micro * accumulated * world_size,  # DeepSpeed does not know ranks that share rows

@@ -387,7 +387,11 @@ class Train:
     """Clip gradients to this global norm. 0: no clipping."""
     precision: Precision = Precision.auto
     """Compute precision. `bf16`: bfloat16, with fp32 master weights. `fp32`: to study numerics, and for CPUs. `fp16`: with loss
-    scaling, for GPUs before Ampere, which have no bfloat16. `auto`: `bf16` on GPUs, `fp32` on CPUs."""
+    scaling, for GPUs before Ampere, which have no bfloat16. `auto`: `bf16` if the GPUs of all ranks have it, else `fp16`; `fp32`
+    on CPUs. Preflight or train decides it on the nodes, logs it, and RUN/precision.json keeps it."""
+    tf32: bool = False
+    """Round the factors of fp32 matrix products to TF32 (10 bits of mantissa), on Ampere or later. With bf16 or fp16 it matters
+    only for the few products that stay in fp32."""
     float8: Float8 = Float8.none
     """Matrix products in 8 bits, by torchao, with FSDP on Ada, Hopper or later. `tensorwise`: one scale per weight, and weights
     are also gathered in 8 bits (13,563 tok/s per H200). `rowwise`: one scale per row, closer to bf16 (12,003 tok/s). `none`:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf import precision
 from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
@@ -49,6 +50,7 @@ def run(config: Config) -> None:
     if selected is None:
         raise RunError(Problem("checkpoints", checkpoints_folder(config), "has no whole checkpoint: train first"))
     path, checkpoint_info = selected
+    config.train.precision = precision.settled(config)
     target = Path(config.run_dir) / "model"
     muster_json = _muster_json(config, path, checkpoint_info)
     existing = read_json(target / "muster.json")

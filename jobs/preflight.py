@@ -17,6 +17,7 @@ from conf.errors import Problem, SiteError
 from conf.files import write_json
 from conf.node_paths import expanded
 from conf.schema import Config
+from jobs.distributed import precision
 from jobs.distributed.collectives import raise_on_all_ranks
 from jobs.distributed.process_group import World, process_group
 
@@ -50,6 +51,7 @@ def run(config: Config) -> None:
     or packed rows of which the model cannot keep the samples apart.
     """
     with process_group(config) as world:
+        precision.settle(config, world)
         reports: list[RankReport] = [None] * world.size  # type: ignore[list-item]  # filled by the next line
         dist.all_gather_object(reports, measure(config, world))
         if world.is_main:
@@ -81,11 +83,12 @@ def _check_model(config: Config, world: World) -> None:
 
 
 def measure(config: Config, world: World) -> RankReport:
-    """Measure this rank: matrix products (bf16 on GPUs, fp32 on CPUs), all-reduce and free disk space. All ranks call this.
+    """Measure this rank: matrix products (in 16 bits on GPUs, fp32 on CPUs), all-reduce and free disk space. All ranks call this.
 
     `bus_gb_s` is the bus bandwidth of all-reduce as nccl-tests defines it.
     """
-    size, dtype = (8192, torch.bfloat16) if world.device.type == "cuda" else (256, torch.float32)
+    half = torch.bfloat16 if precision.this_device(world).has("bf16") else torch.float16
+    size, dtype = (8192, half) if world.device.type == "cuda" else (256, torch.float32)
     values = torch.randn(size, size, device=world.device, dtype=dtype)
     matmul_s = _median_seconds(lambda: values @ values, world)
     payload = torch.full((PAYLOAD_BYTES[world.device.type] // 4,), float(world.rank + 1), device=world.device)

@@ -18,7 +18,7 @@ from jobs.checkpoint import checkpointing, disk_space, reshard
 from jobs.checkpoint.async_save import Saver
 from jobs.data import batches
 from jobs.data.packing import hidden_factor
-from jobs.distributed import heartbeat, stop_signals
+from jobs.distributed import heartbeat, precision, stop_signals
 from jobs.distributed.collectives import broadcast_from_rank0
 from jobs.distributed.process_group import World, all_reduce_sum, process_group, set_timeout
 from jobs.evaluation import reference_logits
@@ -53,6 +53,7 @@ def run(config: Config) -> None:
 def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[Training, int]:
     """Build the model and all that trains it, and load the newest checkpoint. Also returns the step to continue from."""
     heartbeat.beat("load")
+    precision.settle(config, world)
 
     # Data: the rows of tokens that preprocess has written
     data_folder = Path(config.run_dir) / "data"

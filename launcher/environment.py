@@ -281,7 +281,8 @@ def temporary_variables(values: Mapping[str, str]) -> Iterator[None]:
 
 def _mixed_precision(precision: Precision) -> str:
     """Return Accelerate's name for a precision."""
-    return precision.name if precision in (Precision.bf16, Precision.fp16) else "no"
+    names = {Precision.auto: "bf16", Precision.bf16: "bf16", Precision.fp16: "fp16"}  # `auto` is left on GPUs only
+    return names.get(precision, "no")
 
 
 def _flag(value: bool) -> str:

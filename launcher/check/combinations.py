@@ -161,6 +161,9 @@ def _precision(config: Config) -> Iterator[Problem]:
     if config.train.precision is Precision.fp16 and zero and config.cluster.train.gpus_per_node == 0:
         message = "DeepSpeed does not support fp16 on CPUs. Use train.precision=fp32 or parallel=fsdp"
         yield Problem("train.precision", "fp16", message)
+    if config.train.tf32 and not config.cluster.train.gpus_per_node:
+        message = "is arithmetic of GPUs, but cluster.train.gpus_per_node=0. Set train.tf32=false"
+        yield Problem("train.tf32", True, message)
 
 
 def _float8(config: Config) -> Iterator[Problem]:
@@ -169,7 +172,7 @@ def _float8(config: Config) -> Iterator[Problem]:
     key, value = "train.float8", train.float8.name
     if parallel.backend is Backend.zero:
         yield Problem(key, value, "works with FSDP only. Use parallel=fsdp or train.float8=none")
-    if train.precision is not Precision.bf16:
+    if train.precision not in (Precision.bf16, Precision.auto):  # GPUs with float8 have bf16
         message = f"needs train.precision=bf16 for all other operations, but train.precision={train.precision.name}. "
         yield Problem(key, value, message + "Set train.precision=bf16")
     if config.adapter.kind is not AdapterKind.none:

@@ -24,7 +24,7 @@ def localize(config: Config, gpus: int) -> None:
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
     - In a container, `container.mounts` gets the folders of data and models, and `hf_home` the Hub's cache.
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
-    - `train.precision=auto` becomes bf16 on GPUs, else fp32.
+    - `train.precision=auto` becomes fp32 on CPUs. On GPUs it stays, until a rank sees its GPU (jobs/distributed/precision.py).
     - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
@@ -38,14 +38,9 @@ def localize(config: Config, gpus: int) -> None:
     if parallel.deepspeed_config:
         parallel.deepspeed = deepspeed_file.merged(deepspeed_file.read(parallel.deepspeed_config), parallel.deepspeed)
         parallel.deepspeed_config = None
-    for resources in (config.cluster.train, config.cluster.inference):
-        if resources.gpus_per_node is None and config.cluster.executor is Executor.local:
-            resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
-    train = config.cluster.train
-    if config.cluster.executor is Executor.local and train.gpus_per_node and train.gpu_memory_gib is None:
-        train.gpu_memory_gib = local_memory_gib()
-    if config.train.precision is Precision.auto:
-        config.train.precision = Precision.bf16 if train.gpus_per_node else Precision.fp32
+    _fit_to_gpus(config, gpus)
+    if config.train.precision is Precision.auto and not config.cluster.train.gpus_per_node:
+        config.train.precision = Precision.fp32
     if config.model.init is Init.pretrained and config.model.architecture is None:
         config.model.architecture = _architecture(config)
     if config.cluster.offline:
@@ -71,6 +66,18 @@ def _make_paths_absolute(config: Config) -> None:
             setattr(section, name, _absolute(value))
     if config.tracker.uri and config.tracker.uri.startswith((".", "~")):
         config.tracker.uri = os.path.abspath(Path(config.tracker.uri).expanduser())
+
+
+def _fit_to_gpus(config: Config, gpus: int) -> None:
+    """With `cluster=local`: one GPU for each rank if there are enough, and the memory that they have."""
+    if config.cluster.executor is not Executor.local:
+        return
+    for resources in (config.cluster.train, config.cluster.inference):
+        if resources.gpus_per_node is None:
+            resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
+    train = config.cluster.train
+    if train.gpus_per_node and train.gpu_memory_gib is None:
+        train.gpu_memory_gib = local_memory_gib()
 
 
 def _architecture(config: Config) -> Architecture | None:

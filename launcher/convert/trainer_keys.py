@@ -193,7 +193,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "full_determinism": refused("Muster resumes bit for bit, but does not choose slower kernels"),
         "bf16": precision("bf16"),
         "fp16": precision("fp16"),
-        "tf32": unneeded("matters for fp32 products only; Muster computes in bf16 or fp16 on GPUs"),
+        "tf32": choice({"true": {"train.tf32": True}, "false": {}, "auto": {}}, "is true, false or auto"),
         "bf16_full_eval": no_effect,
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": unneeded("Muster never uses the reentrant form; the gradients are the same"),

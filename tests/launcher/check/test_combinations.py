@@ -58,6 +58,7 @@ def test_options_that_do_not_work_together_are_refused_with_a_remedy(
         (("parallel=zero2",), {"train.optimizer": Optimizer.paged_adamw}, "train.optimizer=paged_adamw"),
         ((), BF16 | {"train.float8": Float8.tensorwise}, "train.float8=tensorwise"),
         (("parallel=zero2",), {"train.precision": Precision.fp16}, "train.precision=fp16"),
+        ((), {"train.tf32": True}, "train.tf32=true"),
     ],
 )
 def test_options_that_need_a_gpu_are_refused_on_cpus(

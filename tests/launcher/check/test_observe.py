@@ -61,11 +61,11 @@ def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path)
     [
         (["cluster=local"], 0, (0, Precision.fp32)),
         (["cluster=local"], 1, (0, Precision.fp32)),
-        (["cluster=local"], 2, (2, Precision.bf16)),
-        (["cluster=local"], 8, (2, Precision.bf16)),
-        (["cluster=local", "cluster.train.ranks_per_node=1"], 1, (1, Precision.bf16)),
+        (["cluster=local"], 2, (2, Precision.auto)),
+        (["cluster=local"], 8, (2, Precision.auto)),
+        (["cluster=local", "cluster.train.ranks_per_node=1"], 1, (1, Precision.auto)),
         (["cluster=local", "cluster.train.gpus_per_node=0"], 8, (0, Precision.fp32)),
-        (["cluster=slurm"], 0, (8, Precision.bf16)),
+        (["cluster=slurm"], 0, (8, Precision.auto)),
         (["cluster=slurm", "cluster.train.gpus_per_node=null"], 8, (None, Precision.fp32)),  # rules.py refuses it
         (["cluster=slurm", "train.precision=fp32"], 0, (8, Precision.fp32)),
     ],

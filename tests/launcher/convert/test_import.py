@@ -81,6 +81,7 @@ def value(name: str, key: str) -> object:
         ("axolotl-qlora-zero3", "/adapter", "qlora"),
         ("axolotl-qlora-zero3", "/parallel", "zero3"),
         ("axolotl-qlora-zero3", "parallel.offload_parameters", True),
+        ("axolotl-qlora-zero3", "train.tf32", True),
         ("axolotl-qlora-zero3", "parallel.deepspeed.zero_optimization.stage3_max_live_parameters", 1e9),
         ("axolotl-qlora-zero3", "train.optimizer", "adamw"),  # the state is in host memory
         ("axolotl-qlora-zero3", "train.learning_rate", 2e-4),  # YAML reads it as text

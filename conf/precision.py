@@ -1,0 +1,31 @@
+"""The compute precision that a run has settled on: `train.precision`, or what training made of `auto` on its GPUs."""
+
+from pathlib import Path
+
+from conf.choices import Precision
+from conf.errors import Problem, RunError
+from conf.files import read_json
+from conf.schema import Config
+
+
+def record(config: Config) -> Path:
+    """RUN/precision.json, which preflight or train writes for `auto`."""
+    return Path(config.run_dir) / "precision.json"
+
+
+def recorded(config: Config) -> Precision | None:
+    """What `auto` became in this run; None if no rank has seen its GPU yet."""
+    stored = read_json(record(config))
+    return Precision[stored["precision"]] if stored else None
+
+
+def settled(config: Config) -> Precision:
+    """The precision that training computed in. Raises RunError if `auto` was never replaced."""
+    if config.train.precision is not Precision.auto:
+        return config.train.precision
+    if (found := recorded(config)) is None:
+        message = (
+            f'{record(config)} is missing, which says what training made of it. Write {{"precision": "bf16"}} into it'
+        )
+        raise RunError(Problem("train.precision", "auto", f"{message}, or fp16 or fp32"))
+    return found
