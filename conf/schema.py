@@ -401,6 +401,9 @@ class Train:
     keeps attention and every second matrix product (8 % slower than `none` on H200). `full`: keeps only the input of the block
     (a quarter slower). `offload`: like `full`, with these inputs in host memory. `auto`: the first of these that is estimated
     to fit into `cluster.train.gpu_memory_gib`, chosen before the job is queued; `full` if that is not set; `none` on CPUs."""
+    reentrant_checkpointing: bool = False
+    """Recompute in torch's older way, with `activation_checkpointing=full`: a backward inside of backward. The gradients are the
+    same. It computes a little more; use it only if a model fails without."""
     compile: bool | None = None
     """Compile each block with torch.compile. Null: yes on GPUs if triton is installed, except for adapters with ZeRO-3, whose
     hooks inside a block would break its graph into small parts."""

@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from conf.errors import ConfigError, Problem
+
 MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "muster::quantized_matmul")
 """Operators that count as matrix products. Selective checkpointing saves the output of every second one."""
 
@@ -33,11 +35,7 @@ def with_activation_checkpointing(block: nn.Module, forward: Forward, offload: b
 
     `offload` keeps the inputs of the block in host memory until backward. Without gradients, `forward` is called directly.
     """
-    # Saving and restoring the random state takes time, so it is done only for blocks that use dropout.
-    random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(
-        getattr(module, "attention_dropout", 0) for module in block.modules()
-    )
-    checkpointed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random, **options)
+    checkpointed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=_is_random(block), **options)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -48,6 +46,56 @@ def with_activation_checkpointing(block: nn.Module, forward: Forward, offload: b
             return checkpointed(*args, **kwargs)
 
     return recomputed
+
+
+def with_reentrant_checkpointing(block: nn.Module, forward: Forward) -> Forward:
+    """The same in torch's older, reentrant way: backward runs the whole forward again, then a backward of its own inside.
+
+    That gives gradients only to the function's own arguments that are tensors, and none at all if no argument needs one.
+    """
+    preserve_rng_state = _is_random(block)
+    trains = any(parameter.requires_grad for parameter in block.parameters())
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        values, names = [*args, *kwargs.values()], list(kwargs)
+        if any(
+            _needs_gradient(item) for value in values if not isinstance(value, torch.Tensor) for item in _inside(value)
+        ):
+            message = "this model passes tensors with gradients inside of lists, and would lose these gradients. Set it to false"
+            raise ConfigError(Problem("train.reentrant_checkpointing", True, message))
+        if trains and not any(_needs_gradient(value) for value in values):  # the first block above a frozen embedding
+            first = next(index for index, value in enumerate(values) if _is_float(value))
+            values[first] = values[first].detach().requires_grad_()
+
+        def call(*flat: Any) -> Any:
+            return forward(*flat[: len(args)], **dict(zip(names, flat[len(args) :], strict=True)))
+
+        return checkpoint(call, *values, use_reentrant=True, preserve_rng_state=preserve_rng_state)
+
+    return recomputed
+
+
+def _is_random(block: nn.Module) -> bool:
+    """Whether the block uses dropout. Saving and restoring the random state takes time, so it is done only then."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in block.modules()) or any(
+        getattr(module, "attention_dropout", 0) for module in block.modules()
+    )
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _inside(value: Any) -> list[Any]:
+    """The items of a list, a tuple or a dictionary, at any depth."""
+    items = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else []
+    return [*items, *(deeper for item in items for deeper in _inside(item))]
 
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -21,7 +21,12 @@ from jobs.distributed import context_parallel
 from jobs.distributed.log_once import log_once
 from jobs.distributed.process_group import World
 from jobs.model import fused_cross_entropy, fused_ops, kernel_barriers, unwrap
-from jobs.model.activation_checkpointing import Forward, selective_contexts, with_activation_checkpointing
+from jobs.model.activation_checkpointing import (
+    Forward,
+    selective_contexts,
+    with_activation_checkpointing,
+    with_reentrant_checkpointing,
+)
 from jobs.model.build import blocks
 from jobs.model.compile import compiled_for_training, compiles_blocks, compiles_fused_ops, parts, why_not_compiled
 
@@ -47,7 +52,11 @@ def prepare_model(model: Any, config: Config, world: World) -> None:
             part.forward = _part_forward(part, checkpointing, is_compiled, part is block)
         if checkpointing in (Checkpointing.full, Checkpointing.offload):
             offload = checkpointing is Checkpointing.offload
-            block.forward = with_activation_checkpointing(block, block.forward, offload=offload)
+            block.forward = (
+                with_reentrant_checkpointing(block, block.forward)
+                if config.train.reentrant_checkpointing
+                else with_activation_checkpointing(block, block.forward, offload=offload)
+            )
 
 
 def _part_forward(part: nn.Module, checkpointing: Checkpointing, is_compiled: bool, is_block: bool) -> Forward:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from conf.choices import (
     AdapterKind,
     Backend,
+    Checkpointing,
     Float8,
     Frozen,
     Init,
@@ -36,6 +37,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _answers(config)
     yield from _rows_and_noise(config)
     yield from _precision(config)
+    yield from _reentrant(config)
     if config.train.float8 is not Float8.none:
         yield from _float8(config)
 
@@ -164,6 +166,13 @@ def _precision(config: Config) -> Iterator[Problem]:
     if config.train.tf32 and not config.cluster.train.gpus_per_node:
         message = "is arithmetic of GPUs, but cluster.train.gpus_per_node=0. Set train.tf32=false"
         yield Problem("train.tf32", True, message)
+
+
+def _reentrant(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.reentrant_checkpointing and train.activation_checkpointing is not Checkpointing.full:
+        message = f"recomputes whole blocks, but train.activation_checkpointing={train.activation_checkpointing.name}. "
+        yield Problem("train.reentrant_checkpointing", True, message + "Set train.activation_checkpointing=full")
 
 
 def _float8(config: Config) -> Iterator[Problem]:

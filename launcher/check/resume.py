@@ -37,6 +37,7 @@ CHANGEABLE = (
     "train.async_save",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.reentrant_checkpointing",
     "train.compile",
     "train.fingerprint",
     "train.max_loss_rise",

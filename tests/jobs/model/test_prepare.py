@@ -12,6 +12,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.choices import AdapterKind, Checkpointing
+from conf.errors import ConfigError
 from jobs import backends
 from jobs.distributed.process_group import World, process_group
 from jobs.model import build, compile, fused_ops, kernel_barriers, prepare
@@ -58,6 +59,26 @@ def test_recomputation_changes_no_gradient(compose: Compose, kind, wrap, pack_in
     check_same(compose, wrap, pack_into, f"train.activation_checkpointing={kind}")
 
 
+REENTRANT = ["train.activation_checkpointing=full", "train.reentrant_checkpointing=true"]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("pack_into", [None, 40])
+def test_reentrant_recomputation_changes_no_gradient(compose: Compose, wrap, pack_into) -> None:
+    check_same(compose, wrap, pack_into, *REENTRANT)
+
+
+def test_reentrant_recomputation_says_which_gradients_it_would_lose(compose: Compose) -> None:
+    model = network()
+    block, gate = blocks(model)[1], torch.nn.Parameter(torch.ones(64))
+    plain = block.forward
+    block.forward = lambda hidden, gates=None, **others: plain(hidden * (gates[0] if gates else 1), **others)
+    prepare.prepare_model(model, compose(*REENTRANT), CPU)
+    hidden = torch.ones(1, 3, 64, requires_grad=True)
+    with pytest.raises(ConfigError, match="train.reentrant_checkpointing=true: .*Set it to false"):
+        block.forward(hidden, gates=[gate])
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("wrap", "pack_into"), [("whole", None), ("lora", 40)])
@@ -82,11 +103,13 @@ def test_norms_and_gated_activations_are_fused() -> None:
     assert fused_ops.fuse(llama, lambda forward: forward) == 2
 
 
-@pytest.mark.parametrize("kind", ["selective", "full", "offload"])
+@pytest.mark.parametrize("kind", ["selective", "full", "offload", "full reentrant"])
 def test_recomputation_repeats_the_same_dropout(compose: Compose, kind) -> None:
     first, second = (adapted(network(), dropout=0.5) for _ in range(2))
     expected, expected_gradients = loss_and_gradients(first, rows(LENGTHS))
-    prepare.prepare_model(second, compose(f"train.activation_checkpointing={kind}"), CPU)
+    mode, *reentrant = kind.split()
+    words = [f"train.activation_checkpointing={mode}", f"train.reentrant_checkpointing={bool(reentrant)}"]
+    prepare.prepare_model(second, compose(*words), CPU)
     value, actual = loss_and_gradients(second, rows(LENGTHS))
     assert value == pytest.approx(expected, rel=1e-6)
     check_equal(actual, expected_gradients, 1e-5)
@@ -182,6 +205,11 @@ COMBINED = [
     ["parallel=zero2", "train.activation_checkpointing=full", "adapter=lora"],
     ["parallel=zero3", "train.activation_checkpointing=selective"],
     ["parallel=zero3", "train.activation_checkpointing=full", *HEAD],
+    *(
+        [layout, *REENTRANT, adapter]
+        for layout in ("parallel=fsdp", "parallel=zero3")
+        for adapter in ("adapter=none", "adapter=lora")
+    ),
 ]
 
 

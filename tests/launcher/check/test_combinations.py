@@ -25,6 +25,7 @@ def messages(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -
         ((), {"adapter.base": Frozen.nf4}, "adapter.base=nf4", "adapter=lora"),
         (("adapter=dora", "parallel=zero3"), {}, "adapter.dora=true", "parallel=zero2"),
         (("adapter=dora",), {"adapter.base": Frozen.int8}, "adapter.dora=true", "adapter.base=int8"),
+        ((), {"train.reentrant_checkpointing": True}, "train.reentrant_checkpointing=true", "train.activation_checkpointing=full"),
         (("adapter=lora",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
         (("adapter=qlora8",), {"consolidate.base": MergeBase.dequantised}, "consolidate.base=dequantised", "base=original"),
         (("adapter=qlora",), {"consolidate.verify": Verify.logits}, "consolidate.verify=logits", "base=dequantised"),

@@ -119,6 +119,21 @@ def test_values_of_keys(name: str, key: str, expected: object) -> None:
     assert value(name, key) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "outcome", "expected"),
+    [
+        ("gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: true}", Outcome.kept, True),
+        ("gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: false}", Outcome.unneeded, None),
+        ("gradient_checkpointing_kwargs: {use_reentrant: true}", Outcome.unneeded, None),
+        ("gradient_checkpointing: true\ngradient_checkpointing_kwargs: {debug: true}", Outcome.refused, None),
+    ],
+)
+def test_the_form_of_recomputation_is_kept(tmp_path: Path, text: str, outcome: Outcome, expected: object) -> None:
+    rows, ours = rows_of(tmp_path, text)
+    assert rows["gradient_checkpointing_kwargs"].outcome is outcome
+    assert ours.get("train.reentrant_checkpointing") == expected
+
+
 def rows_of(tmp_path: Path, content: str) -> tuple[dict[str, Row], dict[str, object]]:
     (tmp_path / "x.yml").write_text("base_model: a\nmicro_batch_size: 1\nsequence_len: 8\n" + content)
     _, _, rows, ours = imported(tmp_path / "x.yml")
