@@ -308,6 +308,13 @@ class Adapter:
     """Dropout on the input of the adapter, as a probability."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an adapter. `all-linear`: all except the output head."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers, as in PEFT: the end of a layer's name, or a regular expression for it, and its rank, for example
+    `{down_proj: 32, "layers.0.self_attn.q_proj": 8}`. The first that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other values of alpha, written in the same way."""
+    layers_to_transform: list[int] = field(default_factory=list)
+    """Numbers of the decoder blocks that get adapters, from 0. Empty: all."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski 2023)."""
     dora: bool = False

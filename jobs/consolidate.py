@@ -244,7 +244,10 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
         model_card.write_adapter(
             folder,
             {
+                "r": adapter.r,
                 "lora_alpha": adapter.alpha,
+                "rank_pattern": dict(adapter.rank_pattern),
+                "alpha_pattern": dict(adapter.alpha_pattern),
                 "lora_dropout": adapter.dropout,
                 "use_rslora": adapter.rslora,
                 "use_dora": adapter.dora,

@@ -1,6 +1,7 @@
 """Adds LoRA adapters (PEFT) to a model."""
 
 import re
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
+from jobs.model import adapter_limits
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:
@@ -30,13 +32,20 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         target_parameters=parameters or None,
-        exclude_modules=_not_adaptable(model, modules) or None,
+        exclude_modules=[*_not_adaptable(model, modules), *adapter_limits.outside_layers(model, adapter)] or None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
         task_type="CAUSAL_LM",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
     )
+    adapter_limits.require_layers(config, model)
     try:
-        wrapped = get_peft_model(model, lora_config)
+        with warnings.catch_warnings():
+            # the merge writes tied weights apart, where PEFT's own adds one update to both
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys")  # an error, see adapter_limits
+            wrapped = get_peft_model(model, lora_config)
     except ValueError as error:
         raise ConfigError(_problem(config, first_line(error))) from error
     layers = {name: layer for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)}
@@ -44,6 +53,7 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
     if adapter.dora and not_linear:
         message = f"DoRA adapts linear layers only, and {not_linear[0]} is not one: set adapter.dora=false"
         raise ConfigError(Problem("adapter.dora", True, message))
+    adapter_limits.check(config, list(layers))
     _log_experts(wrapped, len(layers), adapter.targets)
     if modules == ["all-linear"]:
         _log_left_out(wrapped, lora_config.exclude_modules or ())

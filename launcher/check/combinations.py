@@ -23,6 +23,7 @@ from conf.choices import (
 from conf.errors import Problem, as_typed
 from conf.schema import Config
 
+NEED_AN_ADAPTER = ("dora", "rslora", "lora_plus_ratio", "base", "rank_pattern", "alpha_pattern", "layers_to_transform")
 PAGED_OPTIMIZERS = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
 MATRIX_OPTIMIZERS = (Optimizer.adafactor, Optimizer.muon)
 """Optimizers that need each weight as a 2-D matrix. ZeRO gives its optimizer flattened 1-D parts."""
@@ -45,12 +46,14 @@ def problems(config: Config) -> Iterator[Problem]:
 def _adapter(config: Config) -> Iterator[Problem]:
     adapter, parallel = config.adapter, config.parallel
     if adapter.kind is AdapterKind.none:
-        for key, default in (("dora", False), ("rslora", False), ("lora_plus_ratio", None), ("base", Frozen.full)):
+        for key in NEED_AN_ADAPTER:
             value = getattr(adapter, key)
-            if value is not default:
-                shown = value.name if isinstance(value, Frozen) else value
-                yield Problem(f"adapter.{key}", shown, "needs an adapter, but adapter.kind=none. Add adapter=lora")
+            if value not in (False, None, Frozen.full, {}, []):
+                yield Problem(
+                    f"adapter.{key}", as_typed(value), "needs an adapter, but adapter.kind=none. Add adapter=lora"
+                )
         return
+    yield from _adapter_patterns(config)
     quantized = adapter.base is not Frozen.full
     if adapter.dora and parallel.backend is Backend.zero and parallel.zero_stage == 3:
         message = "reads base weights after ZeRO-3 has freed them. Use parallel=fsdp or parallel=zero2"
@@ -62,6 +65,30 @@ def _adapter(config: Config) -> Iterator[Problem]:
         message = "quantizes weights that are read from files, but model.init=random reads none. "
         message += "Use adapter=lora, or a model with model.init=pretrained"
         yield Problem("adapter.base", adapter.base.name, message)
+
+
+def _adapter_patterns(config: Config) -> Iterator[Problem]:
+    """Ranks and alphas by pattern, and the numbers of the blocks that get adapters."""
+    adapter, shape = config.adapter, config.model.architecture
+    for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        for pattern, value in getattr(adapter, key).items():
+            yield from _regular_expression(f"adapter.{key}", pattern)
+            if not least <= value < math.inf:
+                yield Problem(f"adapter.{key}.{pattern}", value, f"must be at least {least} and finite")
+    for number in adapter.layers_to_transform:
+        if number < 0 or (shape and number >= shape.num_hidden_layers):
+            there = f"0 to {shape.num_hidden_layers - 1}" if shape else "from 0"
+            yield Problem(
+                "adapter.layers_to_transform", number, f"the blocks of the model are {there}. Use these numbers"
+            )
+
+
+def _regular_expression(key: str, pattern: str) -> Iterator[Problem]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        message = f"is no regular expression ({error}). Put \\ before a character that has a meaning in one"
+        yield Problem(key, pattern, message)
 
 
 def _merge_of_quantized_base(config: Config) -> Iterator[Problem]:
@@ -114,11 +141,7 @@ def _weights_by_name(config: Config) -> Iterator[Problem]:
     train = config.train
     for key, patterns in (("unfrozen", train.unfrozen), ("learning_rates", list(train.learning_rates))):
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                message = f"is no regular expression ({error}). Put \\ before a character that has a meaning in one"
-                yield Problem(f"train.{key}", pattern, message)
+            yield from _regular_expression(f"train.{key}", pattern)
     if train.unfrozen and config.adapter.kind is not AdapterKind.none:
         message = (
             "names weights of the base, which an adapter freezes. Use adapter=none, or name layers in adapter.targets"

@@ -16,6 +16,7 @@ from launcher.convert.common_rules import (
     attention,
     flag,
     held_out,
+    layers,
     targets,
 )
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
@@ -78,7 +79,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), of_muster),
         "peft_use_dora": flag({"adapter.dora": True}),
         "peft_use_rslora": flag({"adapter.rslora": True}),
-        "peft_layers_to_transform": refused("name layers in adapter.targets"),
+        "peft_layers_to_transform": layers,
         "peft_layers_pattern": refused("name layers in adapter.targets"),
         "loraplus_lr_ratio": kept("adapter.lora_plus_ratio"),
         "loraplus_lr_embedding": EMBEDDING_RATE,

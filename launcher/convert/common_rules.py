@@ -44,6 +44,13 @@ def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"adapter.targets": ["all-linear"] if every else names})
 
 
+@described("`adapter.layers_to_transform`")
+def layers(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    """The number of a block, or a list of them."""
+    numbers = value if isinstance(value, list) else [value]
+    return Row(key, value, Outcome.kept, {"adapter.layers_to_transform": [int(number) for number in numbers]})
+
+
 @described("`data.validation_fraction`")
 def held_out(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """A share of the rows; a number of rows has no counterpart."""

@@ -82,17 +82,22 @@ def head_dim(shape: Architecture) -> int:
 
 def kinds(shape: Architecture) -> list[tuple[Block, int]]:
     """The different blocks of a model, and how many there are of each. Empty for a family that cannot be counted."""
+    return [(block, len(layers)) for block, layers in layers_of_kinds(shape)]
+
+
+def layers_of_kinds(shape: Architecture) -> list[tuple[Block, list[int]]]:
+    """The different blocks of a model, and the numbers of the layers of each. Empty for a family that cannot be counted."""
     values = values_of(shape)
     if layer_kinds.why_not_counted(shape.model_type, values):
         return []
-    found: dict[tuple[bool, bool], int] = {}
+    found: dict[tuple[bool, bool], list[int]] = {}
     for layer in range(shape.num_hidden_layers):
         kind = (
             layer_kinds.has_experts(shape.model_type, values, layer),
             layer_kinds.is_recurrent(shape.model_type, values, layer),
         )
-        found[kind] = found.get(kind, 0) + 1
-    return [(_block(shape, values, sparse, recurrent), number) for (sparse, recurrent), number in found.items()]
+        found.setdefault(kind, []).append(layer)
+    return [(_block(shape, values, sparse, recurrent), layers) for (sparse, recurrent), layers in found.items()]
 
 
 def largest(shape: Architecture) -> Block:

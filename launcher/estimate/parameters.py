@@ -1,5 +1,6 @@
 """Counts the parameters of a model and of its adapters from the model's shape, without building it; pure."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ def count(shape: Architecture, adapter: Adapter) -> Counts | None:
     trained, trained_block, trained_root, frozen = total, block, root, 0
     if adapter.kind is not AdapterKind.none:
         trained_root, frozen = _adapter_on_head(shape, adapter), total
-        sizes = [(_adapter(each, shape.hidden_size, adapter), number) for each, number in kinds]
+        sizes = _adapter_sizes(shape, adapter)
         trained_block = max(size for size, _ in sizes)
         trained = sum(size * number for size, number in sizes) + trained_root
     return Counts(total, block, root, embedding, largest, trained, trained_block, trained_root, frozen)
@@ -81,25 +82,48 @@ def _is_target(path: str, target: str) -> bool:
     return f".{path}".endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def _adapter(block: Block, hidden: int, adapter: Adapter) -> int:
+def _adapter_sizes(shape: Architecture, adapter: Adapter) -> list[tuple[int, int]]:
+    """(adapter parameters in a block, number of such blocks). Layers differ with `rank_pattern` and `layers_to_transform`."""
+    hidden, chosen = shape.hidden_size, adapter.layers_to_transform
+    if not adapter.rank_pattern and not chosen:
+        return [(_adapter(each, hidden, adapter, 0), number) for each, number in blocks.kinds(shape)]
+    return [
+        (_adapter(each, hidden, adapter, layer) if not chosen or layer in chosen else 0, 1)
+        for each, layers in blocks.layers_of_kinds(shape)
+        for layer in layers
+    ]
+
+
+def rank(adapter: Adapter, path: str) -> int:
+    """The rank of the adapter on a layer. `path` is its whole name, of which PEFT compares the end with the patterns."""
+    found = (value for pattern, value in adapter.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    return next(found, adapter.r)
+
+
+def _adapter(block: Block, hidden: int, adapter: Adapter, layer: int) -> int:
     """Adapter parameters in one block: A and B for each target, with DoRA also one norm per row."""
-    rank, names = adapter.r, targets(block, adapter)
-    size = sum(rank * (block.linears[name].outputs + block.linears[name].inputs) for name in names)
+    names = targets(block, adapter)
+    size = sum(
+        rank(adapter, f"model.layers.{layer}.{name}") * (block.linears[name].outputs + block.linears[name].inputs)
+        for name in names
+    )
     size += sum(block.linears[name].outputs for name in names) if adapter.dora else 0
     if adapter.targets != ["all-linear"] or not block.experts:
         return size
     if block.router_is_linear:
-        size += rank * (hidden + block.experts)
+        size += adapter.r * (hidden + block.experts)
     if block.adapted_experts:  # PEFT (0.21): gate and up share one adapter of rank 2r
         inner = block.expert_inner
-        size += rank * block.experts * (2 * (hidden + 2 * inner) + inner + hidden)
+        size += adapter.r * block.experts * (2 * (hidden + 2 * inner) + inner + hidden)
     return size
 
 
 def _adapter_on_head(shape: Architecture, adapter: Adapter) -> int:
     if "lm_head" not in adapter.targets:
         return 0
-    return adapter.r * (shape.hidden_size + shape.vocab_size) + shape.vocab_size * adapter.dora
+    if adapter.layers_to_transform:
+        return 0
+    return rank(adapter, "lm_head") * (shape.hidden_size + shape.vocab_size) + shape.vocab_size * adapter.dora
 
 
 def on_experts(block: Block, adapter: Adapter) -> bool:

@@ -119,6 +119,12 @@ def test_values_of_keys(name: str, key: str, expected: object) -> None:
     assert value(name, key) == expected
 
 
+@pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("[0, 1]", [0, 1])])
+def test_blocks_with_adapters_are_kept(tmp_path: Path, text: str, expected: list[int]) -> None:
+    _, ours = rows_of(tmp_path, f"adapter: lora\npeft_layers_to_transform: {text}")
+    assert ours["adapter.layers_to_transform"] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "outcome", "expected"),
     [
