@@ -82,7 +82,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """The dtype of forward and backward. `train.precision=auto` is fp32 here: training never sees it, the launcher replaces it."""
+    """The dtype of forward and backward. `auto` is fp32, as on CPUs; on GPUs `precision.settle` has replaced it."""
     return torch.float32 if config.train.precision is Precision.auto else DTYPES[config.train.precision.name]
 
 

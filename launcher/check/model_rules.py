@@ -187,7 +187,8 @@ def notes(config: Config, files: ModelFiles | None) -> list[str]:
 def _dequantization(config: Config, found: Mapping[str, Any]) -> str:
     """To which dtype stored weights are dequantized, and how large they are then."""
     has_adapter, base = config.adapter.kind is not AdapterKind.none, config.adapter.base
-    dtype = config.train.precision.name if has_adapter else Precision.fp32.name
+    precision = config.train.precision if has_adapter else Precision.fp32
+    dtype = "bf16 or fp16" if precision is Precision.auto else precision.name  # the GPUs decide it
     counts = count(config.model.architecture, config.adapter) if config.model.architecture else None
     size = f", {counts.total * (4 if dtype == 'fp32' else 2) / 2**30:.1f} GiB in all" if counts else ""
     then = f", and then quantized to {base.name}" if base is not Frozen.full else ""

@@ -93,6 +93,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "disable_gradient_checkpointing": flag(
             {"train.activation_checkpointing": "none"}, {"train.activation_checkpointing": "full"}
         ),
+        "use_reentrant_gc": _reentrant,
         "resize_vocab": unneeded("the embedding gets the rows that the tokenizer needs"),
         "new_special_tokens": tokens,
         "add_tokens": tokens,
@@ -105,6 +106,14 @@ def rules(gpus: int) -> dict[str, Rule]:
         "infer_backend": NO_EFFECT,
         "hf_hub_token": refused("secrets are named, not written: cluster.secrets=[HF_TOKEN]"),
     }  # fmt: skip
+
+
+@described("`train.reentrant_checkpointing`")
+def _reentrant(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    if not value or config.get("disable_gradient_checkpointing"):
+        return Row(key, value, Outcome.unneeded, why="the form that is not reentrant is Muster's own")
+    ours = {"train.activation_checkpointing": "full", "train.reentrant_checkpointing": True}
+    return Row(key, value, Outcome.kept, ours)
 
 
 def _names(value: Any) -> list[str]:

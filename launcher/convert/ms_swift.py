@@ -45,6 +45,7 @@ def rules(gpus: int) -> dict[str, Rule]:
     )
     return {
         **trainer_keys.rules(gpus),
+        "gradient_checkpointing_kwargs": trainer_keys.reentrant(by_default=True),
         "model": SOURCE,
         "model_type": unneeded("config.json says it"),
         "model_revision": kept("model.revision"),

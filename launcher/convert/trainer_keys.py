@@ -134,17 +134,22 @@ def checkpointing(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.activation_checkpointing": "full" if value else "none"})
 
 
-@described("`train.reentrant_checkpointing`")
-def reentrant(key: str, value: Any, config: Mapping[str, Any]) -> Row:
-    """`gradient_checkpointing_kwargs`: the form of recomputation, where there is any."""
-    options = dict(value) if isinstance(value, dict) else {}
-    is_reentrant = options.pop("use_reentrant", False)
-    if options:
-        why = f"{', '.join(options)} has no counterpart. Muster saves random states where a block has dropout"
-        return Row(key, value, Outcome.refused, why=why)
-    if not is_reentrant or config.get("gradient_checkpointing") in (None, False, "offload", "offload_disk"):
-        return Row(key, value, Outcome.unneeded, why="the form that is not reentrant is Muster's own")
-    return Row(key, value, Outcome.kept, {"train.reentrant_checkpointing": True})
+def reentrant(by_default: bool) -> Rule:
+    """`gradient_checkpointing_kwargs`: the form of recomputation. `by_default`: whether the program recomputes unasked."""
+
+    @described("`train.reentrant_checkpointing`")
+    def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        options = dict(value) if isinstance(value, dict) else {}
+        is_reentrant = options.pop("use_reentrant", False)
+        if options:
+            why = f"{', '.join(options)} has no counterpart. Muster saves random states where a block has dropout"
+            return Row(key, value, Outcome.refused, why=why)
+        recomputes = config.get("gradient_checkpointing", by_default) not in (None, False, "offload", "offload_disk")
+        if not (is_reentrant and recomputes):
+            return Row(key, value, Outcome.unneeded, why="the form that is not reentrant is Muster's own")
+        return Row(key, value, Outcome.kept, {"train.reentrant_checkpointing": True})
+
+    return rule
 
 
 @described("`train.steps`")
@@ -209,7 +214,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "tf32": choice({"true": {"train.tf32": True}, "false": {}, "auto": {}}, "is true, false or auto"),
         "bf16_full_eval": no_effect,
         "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": reentrant,
+        "gradient_checkpointing_kwargs": reentrant(by_default=False),
         "group_by_length": changed(
             "data.order", "one key for the order of rows", make=lambda value: "length" if value else "random"
         ),

@@ -32,6 +32,7 @@ def rules(gpus: int) -> dict[str, Rule]:
     """Rules for a training on `gpus` GPUs."""
     return {
         **trainer_keys.rules(gpus),
+        "gradient_checkpointing_kwargs": trainer_keys.reentrant(by_default=True),
         "model_name_or_path": SOURCE,
         "model_revision": kept("model.revision"),
         "trust_remote_code": kept("model.trust_remote_code"),

@@ -104,6 +104,7 @@ def test_a_base_that_is_dequantized_is_said(
         ((), "fp32, 8.0 GiB in all"),
         (("adapter=lora", "train.precision=bf16"), "bf16, 4.0 GiB in all"),
         (("adapter=qlora", "train.precision=bf16"), "bf16, 4.0 GiB in all, and then quantized to nf4"),
+        (("adapter=lora", "cluster=slurm", "cluster.train.gpus_per_node=8"), "bf16 or fp16, 4.0 GiB in all"),
     ):
         config = launched(compose, base, *words)
         assert found(config) == [] and notes(config, observe.observe(config).model) == [start + end]

@@ -140,6 +140,27 @@ def test_the_form_of_recomputation_is_kept(tmp_path: Path, text: str, outcome: O
     assert ours.get("train.reentrant_checkpointing") == expected
 
 
+@pytest.mark.parametrize(
+    ("program", "text", "expected"),
+    [
+        ("trl", "gradient_checkpointing_kwargs: {use_reentrant: true}", True),
+        ("trl", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", None),
+        ("ms_swift", "gradient_checkpointing_kwargs: {use_reentrant: true}", True),
+        ("llamafactory", "use_reentrant_gc: true", True),
+        ("llamafactory", "use_reentrant_gc: false", None),
+        ("llamafactory", "disable_gradient_checkpointing: true\nuse_reentrant_gc: true", None),
+    ],
+)
+def test_programs_that_recompute_by_default_keep_its_form(
+    tmp_path: Path, program: str, text: str, expected: bool | None
+) -> None:
+    path = next(path for path in CONFIGS if path.stem == f"{program}-lora")
+    (tmp_path / path.name).write_text(f"{path.read_text().replace('gradient_checkpointing: true', '')}\n{text}\n")
+    *_, ours = imported(tmp_path / path.name)
+    assert ours.get("train.reentrant_checkpointing") == expected
+    assert expected is None or ours["train.activation_checkpointing"] == "full"
+
+
 def rows_of(tmp_path: Path, content: str) -> tuple[dict[str, Row], dict[str, object]]:
     (tmp_path / "x.yml").write_text("base_model: a\nmicro_batch_size: 1\nsequence_len: 8\n" + content)
     _, _, rows, ours = imported(tmp_path / "x.yml")
