@@ -221,7 +221,8 @@ def _register_causal_class(config_class: type[PreTrainedConfig], decoder: nn.Mod
     }
     name = f"{type(decoder).__name__.removesuffix('Model')}ForCausalLM"
     made = type(name, (_HeadOnDecoder, parents[0], GenerationMixin), fields)
-    AutoModelForCausalLM.register(config_class, made, exist_ok=True)
+    # not `AutoModelForCausalLM.register`, which ignores transformers' own configs without a word in 5.17
+    AutoModelForCausalLM._model_mapping._extra_content[config_class] = made
 
 
 def towers(whole: WholeModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
