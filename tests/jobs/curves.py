@@ -35,12 +35,14 @@ def _rank(_: int, config: Config) -> None:
     train.run(config)
 
 
-def train_here(config: Config, world: World, steps: int) -> None:
-    """Train on a rank whose process group is there already, so that many configs take one start. Nothing is evaluated or saved."""
+def train_here(config: Config, world: World, steps: int, *, save: bool = False) -> None:
+    """Train on a rank whose process group is there already, so that many configs take one start. Nothing is evaluated."""
     training, step = train._set_up(config, world, stop_signals.StopFlag())
     while step < steps:
         train_step.run(training, step)
         step += 1
+    if save:
+        train._save_checkpoint(training, step, wait=True)
     training.metrics.close()
     del training
     gc.collect()

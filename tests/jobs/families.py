@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -29,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 """Name of a family -> its model_type, and the fields of the config of a tiny model."""
 STEPS, RANKS, GROUP = 5, 2, 30
+HELD_OUT = 8
+"""Samples whose loss is compared after a merge."""
+WRITTEN_ANEW = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 LIMIT = 2e-3
 """Largest relative difference that can come from another order of floating-point operations."""
 COMMON = [
@@ -112,7 +116,7 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
             configs[family, way] = config
     if configs:
         spawn(_train_all, RANKS, list(configs.values()))
-    return [*refused, *(_cell(family, way, config) for (family, way), config in configs.items())]
+    return [*refused, *(cell for (family, way), config in configs.items() for cell in _cells(family, way, config))]
 
 
 def _launch_problems(config: Config, source: Path) -> list[str]:
@@ -129,7 +133,7 @@ def _train_all(rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         for config in configs:
             try:
-                curves.train_here(config, world, STEPS)
+                curves.train_here(config, world, STEPS, save=_is_merged(config))
             except MusterError as error:
                 _write_error(config, rank, "late", first_line(error))
             except Exception as error:  # the table says which family ends in a traceback
@@ -143,17 +147,73 @@ def _write_error(config: Config, rank: int, verdict: str, text: str) -> None:
         (Path(config.run_dir) / "error.json").write_text(json.dumps([verdict, text]))
 
 
-def _cell(family: str, way: str, config: Config) -> Cell:
+def _is_merged(config: Config) -> bool:
+    """Whether the model of a run is merged and compared too: packed rows give no other weights to merge."""
+    return not config.data.packing
+
+
+def _cells(family: str, way: str, config: Config) -> list[Cell]:
+    """One cell for the training, and one for its merge if the training is right."""
     error = Path(config.run_dir) / "error.json"
     if error.exists():
-        return Cell(family, way, *json.loads(error.read_text()))
-    differences = curves.differences(curves.points(Path(config.run_dir)), plain_curve(config, STEPS))
+        return [Cell(family, way, *json.loads(error.read_text()))]
+    points, trained = plain_training(config, STEPS)
+    differences = curves.differences(curves.points(Path(config.run_dir)), points)
     worst, first = max(differences), differences[0]
-    return Cell(family, way, "right" if worst <= LIMIT else "wrong", f"{worst:.1e} (step 1: {first:.1e})")
+    cells = [Cell(family, way, "right" if worst <= LIMIT else "wrong", f"{worst:.1e} (step 1: {first:.1e})")]
+    if _is_merged(config) and cells[0].verdict == "right":
+        cells.append(Cell(family, f"{way} merged", *_merge(config, trained)))
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
+    return cells
 
 
-def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step, by transformers and PEFT in one process, with every sample alone in its row."""
+def _merge(config: Config, trained: Any) -> tuple[str, str]:
+    """(verdict, detail) of the merged folder of a run: transformers loads it, and it is the model `trained` of the reference."""
+    from jobs import consolidate
+    from jobs.data import batches
+
+    run = Path(config.run_dir)
+    try:
+        consolidate.run(config)
+    except MusterError as error:
+        return "late", first_line(error)
+    except Exception as error:  # the table says which family ends in a traceback
+        traceback.print_exc()
+        return "traceback", f"{type(error).__name__}: {first_line(error)}"
+    model, loading = auto_class(trained.config.model_type).from_pretrained(
+        run / "model", dtype=torch.float32, attn_implementation=_attention(trained.config), output_loading_info=True
+    )
+    if odd := [f"{kind}: {sorted(names)[0]}" for kind, names in loading.items() if names]:
+        return "wrong", ", ".join(odd)
+    if fields := _changed_fields(Path(config.model.source), run / "model"):
+        return "wrong", f"config.json: {', '.join(fields)}"
+    rows = batches.load_split(run / "data", "train", None)
+    samples = [rows.samples[sample] for sample in range(HELD_OUT)]
+    model.eval()
+    trained.eval()
+    with torch.no_grad():
+        losses = [sum(_sample_loss(item, *sample).item() for sample in samples) for item in (model, trained)]
+    difference = abs(losses[0] - losses[1]) / losses[1]
+    prompt = torch.tensor(samples[0][0][:8].astype("int64"))[None]
+    longer = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    if longer.shape[1] != prompt.shape[1] + 3:
+        return "wrong", f"generates {longer.shape[1] - prompt.shape[1]} tokens instead of 3"
+    return "right" if difference <= LIMIT else "wrong", f"{difference:.1e}"
+
+
+def _changed_fields(source: Path, merged_folder: Path) -> list[str]:
+    """Fields of config.json that differ, except those that say who wrote it and in which precision."""
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, merged_folder))
+    return sorted(
+        name
+        for name in before.keys() | after.keys()
+        if name not in WRITTEN_ANEW and before.get(name) != after.get(name)
+    )
+
+
+def plain_training(config: Config, steps: int) -> tuple[list[tuple[float, float]], Any]:
+    """((loss, gradient norm) of each step, the trained model), by transformers and PEFT in one process, with each sample alone."""
     from jobs.data import batches
     from jobs.data.packing import hidden_factor
     from jobs.model import block_sizes
@@ -183,7 +243,7 @@ def plain_curve(config: Config, steps: int) -> list[tuple[float, float]]:
         optimizer.step()
         optimizer.zero_grad()
         points.append((total, norm.item()))
-    return points
+    return points, model
 
 
 def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None:
@@ -210,6 +270,11 @@ def _add_router_loss(model: Any, config: Config, rows: Any, chosen: Any) -> None
         (text_config.router_aux_loss_coef * router_loss / len(parts)).backward()
 
 
+def _attention(model_config: Any) -> str:
+    # eager attention of Falcon adds ALiBi twice (transformers 5.23): in the mask, and to the scores
+    return "sdpa" if model_config.model_type == "falcon" else "eager"
+
+
 def plain_model(config: Config) -> Any:
     """The model of transformers; an adapter is PEFT's, with the initial weights of a build by Muster."""
     from peft import LoraConfig, get_peft_model
@@ -217,11 +282,9 @@ def plain_model(config: Config) -> Any:
 
     from jobs.model import build
 
-    kind = AutoConfig.from_pretrained(config.model.source).model_type
-    # eager attention of Falcon adds ALiBi twice (transformers 5.23): in the mask, and to the scores
-    attention = "sdpa" if kind == "falcon" else "eager"
-    model: Any = auto_class(kind).from_pretrained(
-        config.model.source, dtype=torch.float32, attn_implementation=attention
+    model_config = AutoConfig.from_pretrained(config.model.source)
+    model: Any = auto_class(model_config.model_type).from_pretrained(
+        config.model.source, dtype=torch.float32, attn_implementation=_attention(model_config)
     )
     for name, weight in model.named_parameters():
         weight.requires_grad_(not is_multimodal(model) or name.startswith(TEXT))

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-WAYS = ("full", "LoRA", "packed")
+WAYS = ("full", "LoRA", "packed", "zero3")
+COLUMNS = ("full", "full merged", "LoRA", "LoRA merged", "packed", "zero3", "zero3 merged")
 HEADING = "## What is refused"
 
 
@@ -24,7 +25,7 @@ class Cell:
 
 def table(cells: list[Cell]) -> str:
     """A Markdown table: one line per family, one column per way, and the reasons of refusals below."""
-    ways = list(dict.fromkeys(cell.way for cell in cells))
+    ways = [way for way in COLUMNS if any(cell.way == way for cell in cells)]
     found = {(cell.family, cell.way): cell for cell in cells}
     lines = ["| family | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
     for family in dict.fromkeys(cell.family for cell in cells):
@@ -34,8 +35,8 @@ def table(cells: list[Cell]) -> str:
 
 
 def _short(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
+    if cell is None:  # refused before there was anything to merge
+        return "-"
     return cell.detail.partition(" ")[0] if cell.verdict == "right" else f"**{cell.verdict}**"
 
 
@@ -111,6 +112,8 @@ def read_page(text: str) -> list[Cell]:
     cells = []
     for family, *shown in lines[1:]:
         for way, cell in zip(ways, shown, strict=True):
+            if cell == "-":
+                continue
             is_right = not cell.startswith("**")
             detail = cell if is_right else said.get(f"{family}, {way}", "")
             cells.append(Cell(family, way, "right" if is_right else cell.strip("*"), detail))
@@ -120,4 +123,4 @@ def read_page(text: str) -> list[Cell]:
 def merged(old: list[Cell], new: list[Cell], families: Iterable[str]) -> list[Cell]:
     """The cells of both, the new one where both have it, in the order of `families`."""
     found = {(cell.family, cell.way): cell for cell in [*old, *new]}
-    return [found[family, way] for family in families for way in WAYS if (family, way) in found]
+    return [found[family, way] for family in families for way in COLUMNS if (family, way) in found]
