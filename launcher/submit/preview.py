@@ -65,7 +65,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         f"run       {config.run_dir}",
         f"model     {config.model.name} ({config.model.source}), adapter {adapter.kind.name}{base}",
         f"data      {', '.join(path for _, path in training_paths(config.data))}",
-        f"training  {length} of {train.global_batch} rows, {train.precision.name}, {config.parallel.name}",
+        f"training  {length} of {train.global_batch} rows, precision {train.precision.name}, {config.parallel.name}",
         f"config    {resolve.digest(config)}",
     ]
     lines += [_job_line(job) for job in jobs]

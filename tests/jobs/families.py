@@ -86,8 +86,8 @@ def auto_class(kind: str) -> Any:
     return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
-def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> list[Cell]:
-    """Train each family in each way, and compare it. `compose` is the tests' fixture."""
+def check(families: list[str], ways: list[str], folder: Path, compose: Any, *, merge: bool = False) -> list[Cell]:
+    """Train each family in each way, and compare it, and with `merge` the merged model too. `compose` is the tests' fixture."""
     from jobs import preprocess
 
     folder.mkdir(exist_ok=True)
@@ -115,8 +115,9 @@ def check(families: list[str], ways: list[str], folder: Path, compose: Any) -> l
                 (Path(config.run_dir) / "data").symlink_to(rows)
             configs[family, way] = config
     if configs:
-        spawn(_train_all, RANKS, list(configs.values()))
-    return [*refused, *(cell for (family, way), config in configs.items() for cell in _cells(family, way, config))]
+        spawn(_train_all, RANKS, list(configs.values()), merge)
+    trained = [cell for (family, way), config in configs.items() for cell in _cells(family, way, config, merge)]
+    return [*refused, *trained]
 
 
 def _launch_problems(config: Config, source: Path) -> list[str]:
@@ -125,7 +126,7 @@ def _launch_problems(config: Config, source: Path) -> list[str]:
     return [str(problem) for problem in packing_rules.problems(config, files, frozenset())]
 
 
-def _train_all(rank: int, configs: list[Config]) -> None:
+def _train_all(rank: int, configs: list[Config], merge: bool) -> None:
     from jobs.distributed.process_group import process_group
 
     torch.set_num_threads(1)
@@ -133,7 +134,7 @@ def _train_all(rank: int, configs: list[Config]) -> None:
     with process_group(configs[0]) as world:
         for config in configs:
             try:
-                curves.train_here(config, world, STEPS, save=_is_merged(config))
+                curves.train_here(config, world, STEPS, save=merge and _is_merged(config))
             except MusterError as error:
                 _write_error(config, rank, "late", first_line(error))
             except Exception as error:  # the table says which family ends in a traceback
@@ -152,8 +153,8 @@ def _is_merged(config: Config) -> bool:
     return not config.data.packing
 
 
-def _cells(family: str, way: str, config: Config) -> list[Cell]:
-    """One cell for the training, and one for its merge if the training is right."""
+def _cells(family: str, way: str, config: Config, merge: bool) -> list[Cell]:
+    """One cell for the training, and with `merge` one for its merge if the training is right."""
     error = Path(config.run_dir) / "error.json"
     if error.exists():
         return [Cell(family, way, *json.loads(error.read_text()))]
@@ -161,14 +162,14 @@ def _cells(family: str, way: str, config: Config) -> list[Cell]:
     differences = curves.differences(curves.points(Path(config.run_dir)), points)
     worst, first = max(differences), differences[0]
     cells = [Cell(family, way, "right" if worst <= LIMIT else "wrong", f"{worst:.1e} (step 1: {first:.1e})")]
-    if _is_merged(config) and cells[0].verdict == "right":
-        cells.append(Cell(family, f"{way} merged", *_merge(config, trained)))
+    if merge and _is_merged(config) and cells[0].verdict == "right":
+        cells.append(Cell(family, f"{way} merged", *_compare_merged(config, trained)))
     for name in ("checkpoints", "model"):
         shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
     return cells
 
 
-def _merge(config: Config, trained: Any) -> tuple[str, str]:
+def _compare_merged(config: Config, trained: Any) -> tuple[str, str]:
     """(verdict, detail) of the merged folder of a run: transformers loads it, and it is the model `trained` of the reference."""
     from jobs import consolidate
     from jobs.data import batches
@@ -195,11 +196,18 @@ def _merge(config: Config, trained: Any) -> tuple[str, str]:
     with torch.no_grad():
         losses = [sum(_sample_loss(item, *sample).item() for sample in samples) for item in (model, trained)]
     difference = abs(losses[0] - losses[1]) / losses[1]
-    prompt = torch.tensor(samples[0][0][:8].astype("int64"))[None]
-    longer = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    if longer.shape[1] != prompt.shape[1] + 3:
-        return "wrong", f"generates {longer.shape[1] - prompt.shape[1]} tokens instead of 3"
+    if _generates(trained, samples[0][0]) and not _generates(model, samples[0][0]):
+        return "wrong", "does not generate"
     return "right" if difference <= LIMIT else "wrong", f"{difference:.1e}"
+
+
+def _generates(model: Any, tokens: Any) -> bool:
+    """Whether the model writes three tokens. Kimi Linear cannot: transformers asks a layer without attention for a length."""
+    prompt = torch.tensor(tokens[:8].astype("int64"))[None]
+    try:
+        return int(model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1]) == 11
+    except ValueError:
+        return False
 
 
 def _changed_fields(source: Path, merged_folder: Path) -> list[str]:
@@ -358,7 +366,7 @@ def compose(*words: str) -> Config:
 def check_group(group: list[str], ways: list[str], folder: Path) -> list[Cell]:
     """The cells of some families, which train in the same two processes."""
     try:
-        return check(group, ways, folder, compose)
+        return check(group, ways, folder, compose, merge=True)
     except Exception as error:  # the ranks of this group ended apart
         text = f"{type(error).__name__}: {first_line(error)}"
         return [Cell(family, way, "traceback", text) for family in group for way in ways]

@@ -177,7 +177,7 @@ def test_a_preview_begins_with_the_run_in_short(preview: "subprocess.CompletedPr
     summary = preview.stdout.partition("\n\n")[0]
     for words in (
         "llama70b (meta-llama/Llama-3.1-70B-Instruct)",
-        "bf16, zero3",
+        "precision auto, zero3",
         "4 nodes x 8 GPUs, 32 ranks, 1440 min",
     ):
         assert words in summary
