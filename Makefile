@@ -11,7 +11,7 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test test-oldest proof numerics families foreign chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign chaos slurm-versions sites wrong-configs test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ families: setup ## compare families of models with transformers and PEFT, and wr
 
 foreign: setup ## merge real checkpoints of other programs, compare, and write the table of docs/merge.md (20 minutes)
 	$(V)/python -m tests.jobs.foreign --ranks 2 --write docs/merge.md
+
+wrong-configs: setup ## launch wrong and right configs as dry runs, and print which are refused (two minutes)
+	$(V)/python -m tests.launcher.check.wrong_configs
 
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh
