@@ -168,6 +168,11 @@ class Runtime(Enum):
     pyxis = "pyxis"
 
 
+class ProgramLauncher(Enum):
+    srun = "srun"
+    torchrun = "torchrun"
+
+
 class Submit(Enum):
     submitit = "submitit"
     script = "script"

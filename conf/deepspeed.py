@@ -42,8 +42,21 @@ def is_tunable(key: str) -> bool:
     return key in TUNABLE or f"{key.partition('.')[0]}.*" in TUNABLE
 
 
+def exported_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The config that is written to RUN/deepspeed.json, for Accelerate and Trainer programs in a job.
+
+    Such a program tells DeepSpeed which ranks share their rows, so the batch counts groups of ranks. A program of the user
+    (`custom.command`) has a batch of its own.
+    """
+    settings = deepspeed_config(config, world_size)
+    if config.custom.command is None:
+        return settings | {"train_batch_size": settings["train_batch_size"] // config.parallel.context_ranks}
+    own = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return settings | dict.fromkeys(own, "auto")
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The config for `deepspeed.initialize`. It is also written to RUN/deepspeed.json for Accelerate programs in the job.
+    """The config for `deepspeed.initialize`.
 
     The values of `parallel.deepspeed` replace those of Muster.
 

@@ -2,6 +2,7 @@
 
 MusterError
 ├── Stopped            a job was asked to stop early and has saved its work; nothing went wrong
+├── ProgramFailed      the user's own program, which the job `custom` runs, failed
 └── UserError          something that the user can change; carries every Problem that was found; exit code 2
     ├── ConfigError    a key or a value of the configuration
     ├── DataError      the rows, files or tokenizer given to preprocess
@@ -51,6 +52,18 @@ class Stopped(MusterError):
     def __init__(self, status: str, message: str) -> None:
         self.status = status
         super().__init__(message)
+
+
+class ProgramFailed(MusterError):
+    """Raised when the user's own program failed. `str()` is its last exception, as far as its output shows one."""
+
+    def __init__(self, rank: int, message: str, exception: str = "", trace: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exception = exception
+        """Name of the exception's class, without its module; empty if the output shows none."""
+        self.trace = trace
+        """The traceback."""
 
 
 class UserError(MusterError):

@@ -24,6 +24,8 @@ TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", 
 
 def missing(config: Config) -> Iterator[Problem]:
     """A problem for each package that the config needs and that this interpreter cannot import."""
+    if config.custom.command is not None:  # a program of the user may have an interpreter and packages of its own
+        return
     for key, value, module, pip_name, instead in _needed(config):
         if find_spec(module) is None:
             message = f"needs the package {pip_name}, which is not installed: pip install {pip_name}, or {instead}"

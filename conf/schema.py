@@ -30,6 +30,7 @@ from conf.choices import (
     OutputDtype,
     Overlong,
     Precision,
+    ProgramLauncher,
     Role,
     Runtime,
     Schedule,
@@ -678,6 +679,20 @@ class Hub:
 
 
 @dataclass
+class Custom:
+    """A training program of your own: `pipeline=custom custom.command="python train.py"`. See docs/own-trainer.md."""
+
+    command: str | None = None
+    """The program and its arguments, as one line, not run by a shell. Variables such as `$MUSTER_CHECKPOINTS` are replaced on the
+    compute node. `python` is `cluster.python`."""
+    launcher: ProgramLauncher = ProgramLauncher.srun
+    """What starts the ranks. `srun`: Slurm starts the program once for each rank. `torchrun`: Slurm starts one torchrun on each
+    node."""
+    folder: str | None = None
+    """Folder in which the program starts. Null: the one in which launch.py was started."""
+
+
+@dataclass
 class Config:
     """The whole config of a run, as stored in RUN/config.yaml."""
 
@@ -702,4 +717,5 @@ class Config:
     generate: Generate = field(default_factory=Generate)
     tracker: Tracker = field(default_factory=Tracker)
     hub: Hub = field(default_factory=Hub)
+    custom: Custom = field(default_factory=Custom)
     cluster: Cluster = field(default_factory=Cluster)

@@ -17,7 +17,7 @@ from conf.files import read_json
 from conf.schema import Config
 from jobs.checkpoint import manifest
 from jobs.checkpoint.paths import checkpoints_folder
-from jobs.consolidation import external, model_card, multimodal, quantized, weight_names
+from jobs.consolidation import external, model_card, multimodal, of_program, quantized, weight_names
 from jobs.consolidation.execute import execute, worker_count
 from jobs.consolidation.merge import Merge, merge_adapter_only, merge_model, use_dequantized_base
 from jobs.consolidation.plan import make_plan
@@ -43,6 +43,9 @@ def run(config: Config) -> None:
     (or, with `consolidate.verify=logits`, the model's output) is not what training recorded, or if the disk is too full;
     DataError if the checkpoint does not fit the model.
     """
+    if config.custom.command is not None:
+        of_program.run(config)
+        return
     # imports torch, which merging a checkpoint of another program may not need
     from jobs.checkpoint import checkpointing
 

@@ -27,7 +27,7 @@ def status(options: argparse.Namespace) -> int:
 
 def logs(options: argparse.Namespace) -> int:
     """Print the log of one rank. With --follow, also print new lines until interrupted."""
-    path = state.logs(options.run, options.job, options.rank)
+    path = state.logs(options.run, options.job or state.training_job(options.run), options.rank)
     print(f"==> {path}", flush=True)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
@@ -150,7 +150,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
         sub.set_defaults(command=command, prog=prog)
         if command is logs:
-            sub.add_argument("--job", default="train", help="default: train")
+            sub.add_argument("--job", help="default: train, or custom in a run of your own program")
             sub.add_argument("--rank", type=int, default=0, help="default: 0")
             sub.add_argument("--follow", "-f", action="store_true", help="print new lines until interrupted")
         if command in (resume, merge, push):

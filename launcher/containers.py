@@ -48,6 +48,8 @@ def needed(config: Config) -> Iterator[tuple[str, str]]:
     yield "cluster.scratch", cluster.scratch
     if cluster.hf_home:
         yield "cluster.hf_home", cluster.hf_home
+    if config.custom.command is not None and config.custom.folder:
+        yield "custom.folder", config.custom.folder
 
 
 def cache(config: Config) -> str:

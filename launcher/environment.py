@@ -18,7 +18,7 @@ from conf.resolve import digest
 from conf.schema import Config
 from launcher import containers, sbatch_options, secrets_file
 from launcher.decoder_blocks import DECODER_BLOCKS
-from launcher.plan import Job, resources
+from launcher.plan import Job, ranks_per_task, resources
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         "SLURM_EXPORT_ENV": "ALL",  # with a site's --export=NONE the ranks would get none of these variables
     }
     if cpus := sbatch_options.cpus_per_rank(job.resources):  # otherwise each rank counts the CPUs that it got
-        values |= {"OMP_NUM_THREADS": str(cpus), "SRUN_CPUS_PER_TASK": str(cpus)}
+        threads = max(1, cpus // ranks_per_task(config, job.name))
+        values |= {"OMP_NUM_THREADS": str(threads), "SRUN_CPUS_PER_TASK": str(cpus)}
     if job.distributed and (form := master_form(config)):
         values["MUSTER_MASTER_HOST"] = form
     if needs := containers.variables(config):
@@ -109,7 +110,7 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
             "TORCH_FR_DUMP_TEMP_FILE": flight_record,  # torch appends the rank
             "NCCL_DEBUG": "WARN",
         }
-        values |= _accelerate(config, job)
+        values |= _accelerate(config)
     if job.resources.gpus_per_node:
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
@@ -139,7 +140,8 @@ def thread_variables(config: Config, job: str, environ: Mapping[str, str], cpus:
     is_bound = cpus < on_node  # to its own CPUs; otherwise the ranks of the node share them
     asked = sbatch_options.cpus_per_rank(resources(config, job))
     granted = cpus if is_bound else max(1, min(cpus, on_node) // local)
-    return {"OMP_NUM_THREADS": str(min(cpus, asked) if asked else granted)}
+    threads = (min(cpus, asked) if asked else granted) // ranks_per_task(config, job)
+    return {"OMP_NUM_THREADS": str(max(1, threads))}
 
 
 def python_path(config: Config, environ: Mapping[str, str]) -> str:
@@ -150,21 +152,28 @@ def python_path(config: Config, environ: Mapping[str, str]) -> str:
     return ":".join(entry for entry in (f"{config.run_dir}/code", environ.get("PYTHONPATH")) if entry)
 
 
-def _accelerate(config: Config, job: Job) -> dict[str, str]:
+def _accelerate(config: Config) -> dict[str, str]:
     """Return the parallelism in Accelerate's variables, so that any Accelerate or Trainer program in the job uses the same."""
     parallel = config.parallel
-    values = {
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(split(config, job.world_size)[1]),
-        "ACCELERATE_MIXED_PRECISION": _mixed_precision(config.train.precision),
-    }
+    world_size = config.cluster.train.nodes * config.cluster.train.ranks_per_node  # a task may start many ranks
+    values = {}
+    if config.custom.command is None:  # a program of the user has a batch of its own, and this would win over its code
+        values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(split(config, world_size)[1])
+    values["ACCELERATE_MIXED_PRECISION"] = _mixed_precision(config.train.precision)
     if parallel.backend is Backend.zero:
+        if parallel.context_ranks > 1:  # Accelerate's name for it; otherwise each rank would read rows of its own
+            values |= {
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_SP_SIZE": str(parallel.context_ranks),
+                "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+            }
         return values | {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(config.run_dir) / "deepspeed.json"),
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(parallel.zero_stage),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _flag(parallel.zero_stage == 3),
         }
-    data_ranks = job.world_size // parallel.tensor_ranks  # data and context parallel together
+    data_ranks = world_size // parallel.tensor_ranks  # data and context parallel together
     shard_ranks = parallel.shard_ranks or data_ranks
     if shard_ranks > 1:
         values |= _fsdp(config)

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from conf.choices import Executor, Where
+from conf.choices import Executor, ProgramLauncher, Where
 from conf.jobs import JOB_KINDS
 from conf.schema import Config, Resources
 
@@ -27,12 +27,24 @@ class Job:
 
 
 def resources(config: Config, name: str) -> Resources:
-    """Return the job's section of `cluster`, reduced to one rank for kinds that are a single process."""
+    """Return the job's section of `cluster`, with as many ranks as Slurm starts: one for kinds that are a single process."""
     kind = JOB_KINDS[name]
     section: Resources = getattr(config.cluster, kind.section)
     if kind.single_rank and section.nodes * section.ranks_per_node > 1:
         return replace(section, nodes=1, ranks_per_node=1)
+    if starts_whole_nodes(config, name):
+        return replace(section, ranks_per_node=1, cpus_per_rank=section.ranks_per_node * section.cpus_per_rank)
     return section
+
+
+def starts_whole_nodes(config: Config, name: str) -> bool:
+    """Whether Slurm starts one task on each node, which starts the ranks of that node itself, as torchrun does."""
+    return name == "custom" and config.custom.launcher is not ProgramLauncher.srun
+
+
+def ranks_per_task(config: Config, name: str) -> int:
+    """Return how many ranks share what Slurm gives to one task."""
+    return config.cluster.train.ranks_per_node if starts_whole_nodes(config, name) else 1
 
 
 def add_push(config: Config) -> None:

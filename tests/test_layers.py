@@ -30,6 +30,7 @@ JOBS_FOLDERS = (
     "jobs.checkpoint",
     "jobs.evaluation",
     "jobs.consolidation",
+    "jobs.programs",
     "jobs",
 )
 """A folder of jobs imports only folders that stand before it; the jobs themselves import all of them."""
@@ -56,6 +57,7 @@ PURE = (
     "launcher.check.deepspeed_rules",
     "launcher.check.packing_rules",
     "launcher.check.parallel_rules",
+    "launcher.check.program_rules",
     "launcher.check.command_line",
     "launcher.check.synonyms",
     "launcher.submit.render",

@@ -101,7 +101,7 @@ def install_handlers() -> StopFlag:
 
 
 @contextmanager
-def watch(config: Config) -> Iterator[StopFlag]:
+def watch(config: Config, job: str = "train") -> Iterator[StopFlag]:
     """Yield the flag that training reads inside this context, and restore the earlier signal handlers afterwards.
 
     The flag is set by a signal (also by one since `install_handlers`), by the clock, or by the file RUN/jobs/train/stop.
@@ -110,7 +110,7 @@ def watch(config: Config) -> Iterator[StopFlag]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     stop = install_handlers()
     rank = os.environ.get("RANK", "0")  # noqa: TID251 (same reason)
-    stop.file = Path(config.run_dir) / "jobs" / "train" / "stop" if rank == "0" else None
+    stop.file = Path(config.run_dir) / "jobs" / job / "stop" if rank == "0" else None
     try:
         yield stop
     finally:

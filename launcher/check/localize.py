@@ -64,6 +64,8 @@ def _make_paths_absolute(config: Config) -> None:
         value = getattr(section, name)
         if value:
             setattr(section, name, _absolute(value))
+    if config.custom.command is not None:
+        config.custom.folder = os.path.abspath(Path(config.custom.folder or ".").expanduser())
     if config.tracker.uri and config.tracker.uri.startswith((".", "~")):
         config.tracker.uri = os.path.abspath(Path(config.tracker.uri).expanduser())
 

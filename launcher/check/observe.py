@@ -212,7 +212,13 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
         **{key: data_set.path for key, data_set in all_sets(config.data)},
         "model.source": config.model.source,
         "model.tokenizer": config.model.tokenizer,
+        "custom.folder": config.custom.folder,
     }
+    if config.custom.command is not None and config.custom.folder:
+        scripts = [
+            word for word in config.custom.command.split()[:4] if word.endswith((".py", ".sh")) and "$" not in word
+        ]
+        paths["custom.command"] = os.path.join(config.custom.folder, scripts[0]) if scripts else None
     if "generate" in config.jobs:
         paths["generate.prompts"] = config.generate.prompts
     if config.cluster.executor is Executor.local and (config.cluster.python or "").startswith(("/", ".", "~")):

@@ -17,6 +17,7 @@ CHANGEABLE = (
     "jobs",
     "pipeline",
     "consolidate",
+    "custom",
     "generate",
     "hub",
     "tracker",

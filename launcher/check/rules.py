@@ -15,7 +15,7 @@ from conf import text
 from conf.choices import AdapterKind, Attention, Executor, Init, Schedule, Submit
 from conf.errors import Problem
 from conf.held_out import BEST
-from conf.jobs import JOB_KINDS
+from conf.jobs import JOB_KINDS, RESUMABLE
 from conf.schema import Config, Train
 from launcher import plan
 from launcher.check import (
@@ -27,6 +27,7 @@ from launcher.check import (
     model_rules,
     packing_rules,
     parallel_rules,
+    program_rules,
     secret_rules,
     site_rules,
     text_rules,
@@ -48,7 +49,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     reported = [*out_of_bounds, *text.problems(config), *text_rules.problems(config)]
     reported += [*_jobs(config), *_steps(config), *_schedule(config), *_held_out(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0
-        bad_layout = [*parallel_rules.batch(config), *parallel_rules.layout(config)]
+        own_batch = config.custom.command is not None
+        bad_layout = [*(() if own_batch else parallel_rules.batch(config)), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
         if not bad_layout:
             world_size = config.cluster.train.nodes * config.cluster.train.ranks_per_node
@@ -56,6 +58,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
             # an estimate of a wrong layout says nothing
             reported += bad_settings or _memory(config)
         reported += later_failures.problems(config, facts)
+    reported += program_rules.problems(config)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)
@@ -246,7 +249,7 @@ def _site(config: Config, facts: Facts) -> Iterator[Problem]:
 
 def _signal(config: Config) -> Iterator[Problem]:
     warning_s, limit_min = config.cluster.signal_s, config.cluster.train.time_min
-    if "train" in config.jobs and warning_s >= limit_min * 60:
+    if RESUMABLE.intersection(config.jobs) and warning_s >= limit_min * 60:
         message = (
             f"must be below cluster.train.time_min={limit_min} ({limit_min * 60} s), "
             "else training is told to stop before its first step. "

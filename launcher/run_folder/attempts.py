@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.jobs import RESUMABLE
+from conf.program_checkpoints import numbered
 from launcher.run_folder.status import FAILED
 
 NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
@@ -81,6 +82,8 @@ def newest_checkpoint(folder: Path) -> int | None:
     """Return the step of the run's newest checkpoint; None if there is none, or if this job writes no checkpoints."""
     if folder.name not in RESUMABLE:
         return None
+    if folder.name == "custom":
+        return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
     names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
     return max((int(name) for name in names if name.isdigit()), default=None)
 
@@ -99,7 +102,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_step(folder: Path) -> int | None:
-    """Return the last training step in metrics.jsonl; None if there is none, or if this job does not train."""
+    """Return the last training step in metrics.jsonl; None if there is none, or if this job does not train.
+
+    That of a program of the user is the one that it gave to `muster.beat`, or else the number of its newest checkpoint.
+    """
+    if folder.name == "custom":
+        beats = published_ranks(folder / f"attempt-{newest_attempt(folder)}").values()
+        return max((int(beat["step"]) for beat in beats if beat.get("step")), default=newest_checkpoint(folder))
     lines = metrics(folder.parent.parent) if folder.name in RESUMABLE else []
     return next((int(line["step"]) for line in reversed(lines) if "step" in line), None)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from conf.errors import Problem, RunError, SiteError
 from conf.files import write_text
-from conf.jobs import JOB_KINDS
+from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts, lock, record
 from launcher.run_folder.status import COMPLETED
@@ -185,13 +185,13 @@ def stop(run: Path) -> Path:
 
     Raises RunError if no training is running, and SlurmError if Slurm does not say so.
     """
-    job = next((job for job in job_states(run, strict=True) if job.name == "train"), None)
+    job = next((job for job in job_states(run, strict=True) if job.name in RESUMABLE), None)
     if job is None or job.state != "RUNNING":
         state = "no job" if job is None else job.state.lower()
         raise RunError(
             Problem("RUN", run, f"training is not running ({state}). To end pending jobs: muster cancel {run}")
         )
-    path = run / "jobs" / "train" / "stop"
+    path = run / "jobs" / job.name / "stop"
     write_text(path, "")
     return path
 
@@ -208,6 +208,11 @@ def logs(run: Path, job: str, rank: int) -> Path:
     else:
         available = f"the job has not written any yet. Its state: muster status {run}"
     raise RunError(Problem("RANK", rank, f"no log of {job}: {available}"))
+
+
+def training_job(run: Path) -> str:
+    """Return the name of the run's job that trains: `train`, or `custom` for a program of the user."""
+    return next((name for name in RESUMABLE if (run / "jobs" / name).is_dir()), "train")
 
 
 def _log_files(folder: Path, rank: str) -> list[Path]:

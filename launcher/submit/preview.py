@@ -58,6 +58,15 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
 
 def summary(config: Config, jobs: Sequence[Job]) -> str:
     """Return the run in a few lines: what is trained and how, the jobs with their resources, and the memory estimate."""
+    if config.custom.command is not None:
+        return "\n".join(
+            [
+                f"run       {config.run_dir}",
+                f"program   {config.custom.command}, started by {config.custom.launcher.name} in {config.custom.folder}",
+                f"config    {resolve.digest(config)}",
+                *(_job_line(job) for job in jobs),
+            ]
+        )
     train, adapter = config.train, config.adapter
     base = "" if adapter.base is Frozen.full else f" on a base in {adapter.base.name}"
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"

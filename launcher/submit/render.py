@@ -18,7 +18,7 @@ from conf.choices import Runtime
 from conf.schema import Config
 from launcher import containers, sbatch_options, secrets_file
 from launcher.environment import job_variables, master_port
-from launcher.plan import Job
+from launcher.plan import Job, starts_whole_nodes
 
 SUBMITIT_NAMES = frozenset(inspect.signature(_make_sbatch_string).parameters) - {"cpus_per_gpu"}
 """Names of sbatch's options, with `_`, and of submitit's own. Submitit warns about cpus_per_gpu, for its own use of it."""
@@ -64,7 +64,7 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
         "stderr_to_stdout": True,
         "setup": _fragment("setup", config, job).splitlines(),
         "teardown": _fragment("teardown", config, job).splitlines(),
-        "srun_args": _srun_args(config),
+        "srun_args": _srun_args(config, job),
         "additional_parameters": {name: given[name] for name in given if name not in submitits},
     }
 
@@ -102,7 +102,7 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
     """Return a script to submit by hand with `sbatch`: the same directives, fragments and ranks, without submitit."""
     directives = [line for line in sbatch_text(config, job).splitlines() if line.startswith("#SBATCH")]
     stdout = str(JobPaths(job_folder(config, job)).stdout)
-    srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config)])
+    srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config, job)])
     command = f"{srun} {python_command(config, job)} -u -m launcher.supervise.worker {job.name} {shlex.quote(str(config_path))}"
     return (
         _template("job.sbatch.j2").render(
@@ -118,9 +118,10 @@ def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs, own=own) + "\n"
 
 
-def _srun_args(config: Config) -> list[str]:
-    # if one rank fails, srun ends the others: they would wait for it
-    return ["--kill-on-bad-exit=1", "--wait=60", *config.cluster.srun_args]
+def _srun_args(config: Config, job: Job) -> list[str]:
+    # If one rank fails, srun ends the others: they would wait for it. A program of the user may end on some ranks long
+    # before rank 0 has saved the model.
+    return ["--kill-on-bad-exit=1", "--wait=0" if job.name == "custom" else "--wait=60", *config.cluster.srun_args]
 
 
 def _values(config: Config, job: Job) -> dict[str, Any]:
@@ -139,6 +140,8 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
         "container": containers.srun_words(config, _names(config, job)),
         "port": (master_port(config) or 0) if job.distributed else None,  # 0: any free port
         "world_size": job.world_size,
+        # torchrun's ranks have logs of their own, beside those of the nodes
+        "log": "node" if starts_whole_nodes(config, job.name) else "rank",
         "signal_s": config.cluster.signal_s,
         "max_restarts": config.cluster.max_restarts if config.cluster.requeue else None,
     }

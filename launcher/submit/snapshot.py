@@ -19,12 +19,20 @@ BEGIN_KEY, END_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"
 
 
 def copy_code(clone: Path, run: Path) -> None:
-    """Copy the clone's code to RUN/code. An older copy is replaced as a whole."""
+    """Copy the clone's code to RUN/code. An older copy is replaced as a whole.
+
+    RUN/code/for_programs holds what a program of the user can import: `muster` alone, because the program may have a package
+    `conf` or `jobs` of its own.
+    """
     target = run / "code"
     new = partial(target)
     shutil.rmtree(new, ignore_errors=True)
     for name in COPIED_FOLDERS:
         shutil.copytree(clone / name, new / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    package = clone.parent if clone.name == "_bundle" else clone / "muster"  # in a wheel, the package holds the code
+    shutil.copytree(
+        package, new / "for_programs" / "muster", ignore=lambda _, names: [n for n in names if not n.endswith(".py")]
+    )
     sync_tree(new)
     if target.exists():  # a folder cannot be renamed onto one that has files
         old = target.with_name(".code.old")

@@ -9,6 +9,7 @@ from conf import deepspeed, resolve
 from conf.choices import Backend, Executor, Submit
 from conf.errors import Problem, RunError, SiteError
 from conf.files import PROGRAM, write_json, write_text
+from conf.jobs import RESUMABLE
 from conf.schema import Config
 from conf.visible import visible
 from launcher import plan, slurm
@@ -62,12 +63,12 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
     """Write everything that the jobs read, and return the path of the config.
 
     Every file is complete or absent, and the config comes first: after an interruption, the same command writes the rest.
-    A launch without `train` does not change RUN/config.yaml. Its own config goes into the folder of its first job.
+    A launch without training does not change RUN/config.yaml. Its own config goes into the folder of its first job.
     Raises RunError if the folder cannot be written.
     """
     run = Path(config.run_dir)
     run_config = run / "config.yaml"
-    replaces_config = "train" in config.jobs or not run_config.exists()
+    replaces_config = bool(RESUMABLE.intersection(config.jobs)) or not run_config.exists()
     config_path = run_config if replaces_config else run / "jobs" / jobs[0].name / "config.yaml"
     try:
         resolve.save(config, config_path)
@@ -82,7 +83,7 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=PROGRAM)
         if config.parallel.backend is Backend.zero:
             train = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.deepspeed_config(config, train.nodes * train.ranks_per_node))
+            write_json(run / "deepspeed.json", deepspeed.exported_config(config, train.nodes * train.ranks_per_node))
         snapshot.copy_code(CLONE, run)
         where = "local" if plan.runs_here(config) else config.cluster.executor.name
         record.add_launch(run, command, where, snapshot.provenance(CLONE, run))

@@ -89,7 +89,8 @@ def _decide_with_slurm(
         problem = f"Slurm does not give the job's state: {error}"
     _correct_status(verdict, view)
     decision = decide([*earlier, verdict], max_restarts, saves=folder.name in RESUMABLE)
-    verdict |= {"status": decision.status, "requeued": decision.again, "next": decision.why}
+    why = decision.why.replace(" (train.save_every)", "") if folder.name == "custom" else decision.why
+    verdict |= {"status": decision.status, "requeued": decision.again, "next": why}
     if view is SlurmView.REQUEUED:
         verdict |= {"requeued": True, "next": BY_SLURM}
     elif decision.again and view in (None, SlurmView.CANCELLED):  # scontrol would requeue even a cancelled job

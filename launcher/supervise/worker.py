@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from conf import resolve
-from conf.errors import Stopped, UserError
+from conf.errors import ProgramFailed, Stopped, UserError
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
 from launcher import environment, secret_names, secrets_file
@@ -23,6 +23,7 @@ from launcher.run_folder.status import COMPLETED, USER_ERROR
 from launcher.supervise import allocation, attempt, private_folder, rendezvous, watchdog
 from launcher.supervise.error_classes import classify
 from launcher.supervise.process_inspection import PIPE
+from launcher.supervise.program_failure import status_and_remedy
 
 log = logging.getLogger("launcher.supervise.worker")  # not __name__, which is __main__ in a script submitted by hand
 
@@ -44,8 +45,8 @@ def run(job: str, config_path: str) -> None:
     rank_info = environment.read_rank_info(os.environ)
     logs.set_up(rank_info.rank)
     folder, number = Path(config.run_dir) / "jobs" / job, int(os.environ.get("MUSTER_ATTEMPT", "1"))
-    record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     started = time.time()
+    record_end = partial(attempt.record_end, folder, number, rank_info.rank)
     if not JOB_KINDS[job].resumable:
         stop_signals.exit_on_signal(record_end)
     watched = JOB_KINDS[job].distributed
@@ -64,6 +65,9 @@ def run(job: str, config_path: str) -> None:
         record_end(USER_ERROR, str(error))
         log.error(str(error))
         sys.exit(error.exit_code)
+    except ProgramFailed as error:
+        _record_failed_program(error, folder, number)
+        sys.exit(1)
     except BaseException as error:
         status, remedy = classify(error)
         record_end(status, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc(), remedy=remedy)
@@ -72,6 +76,13 @@ def run(job: str, config_path: str) -> None:
         record_end(COMPLETED, seconds=round(time.time() - started, 2))
     if rank_info.world_size > 1:
         atexit.register(_exit_at_once)
+
+
+def _record_failed_program(error: ProgramFailed, folder: Path, number: int) -> None:
+    """Record the failure of the user's own program, whose traceback is in its log."""
+    status, remedy = status_and_remedy(error.exception, str(error))
+    attempt.record_end(folder, number, error.rank, status, str(error), error.trace, remedy=remedy)
+    log.error(str(error))
 
 
 def _load_config(path: Path) -> Config:

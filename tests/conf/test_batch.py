@@ -46,3 +46,21 @@ def test_the_deepspeed_config_matches_the_training_loop(compose: Compose, words:
 def test_deepspeed_computes_in_the_precision_of_training(compose: Compose, precision: Precision, enabled: bool) -> None:
     settings = deepspeed.deepspeed_config(put(compose("parallel=zero3"), {"train.precision": precision}), 2)
     assert settings["bf16"]["enabled"] is enabled
+
+
+@pytest.mark.parametrize("context_ranks", [1, 2, 4])
+def test_the_exported_deepspeed_config_counts_each_row_once(compose: Compose, context_ranks: int) -> None:
+    words = ["cluster=slurm", "model=llama8b", "parallel=zero3", "train.micro_batch=3", "train.global_batch=192"]
+    config = put(compose(*words), {"parallel.context_ranks": context_ranks})
+    settings = deepspeed.exported_config(config, 32)
+    assert settings["train_batch_size"] == 192
+    groups = 32 // context_ranks
+    per_group = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
+    assert per_group * groups == 192
+
+
+def test_a_program_of_the_user_has_a_batch_of_its_own(compose: Compose) -> None:
+    config = put(compose("cluster=slurm", "parallel=zero3", "pipeline=custom"), {"custom.command": "python a.py"})
+    settings = deepspeed.exported_config(config, 32)
+    assert settings["train_batch_size"] == settings["train_micro_batch_size_per_gpu"] == "auto"
+    assert settings["zero_optimization"]["stage"] == 3

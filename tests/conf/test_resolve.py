@@ -17,6 +17,7 @@ OPTIONS = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob(
 BASE = {"model": "model=llama8b", "cluster": "cluster=slurm"}
 """A model and a cluster that work with every option of the other groups."""
 NEEDS = {
+    "pipeline=custom": ['custom.command="python train.py"'],
     "model=hub": ["model.source=owner/name"],
     "model=tiny": ["train.global_batch=512"],
     "data=jsonl": ["data.path=owner/name"],

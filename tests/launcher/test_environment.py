@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from conf import resolve
+from conf.choices import ProgramLauncher
 from conf.schema import Config
 from launcher import environment
 from launcher.environment import RankInfo
@@ -65,6 +66,16 @@ DDP = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_MIXED_PRECISIO
         (["parallel=ddp"], DDP),
         (["parallel=zero2"], ZERO2),
         (["parallel=zero3"], ZERO3),
+        (
+            ["parallel=zero3", "parallel.context_ranks=2"],
+            ZERO3
+            | {
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(2 * int(ZERO3["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])),
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_SP_SIZE": "2",
+                "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+            },
+        ),
         (["parallel=fsdp_offload"], FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}),
         (["parallel=fsdp", "parallel.reshard_after_forward=false"], FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
         (["train.activation_checkpointing=full"], FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
@@ -363,3 +374,23 @@ def test_the_plan_shows_where_ranks_meet(
     text = preview.text(config, plan(config))
     assert f"MASTER_ADDR={form or '<first host of the allocation>'}  MASTER_PORT={port or '<a free port, '}" in text
     assert variables(config).get("MUSTER_MASTER_HOST") == form
+
+
+def test_a_program_of_the_user_keeps_its_own_accumulation(compose: Compose) -> None:
+    config = put(
+        compose(*LLAMA, "pipeline=custom"),
+        {"custom.command": "python a.py", "custom.launcher": ProgramLauncher.torchrun},
+    )
+    values = variables(config, "custom")
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in values
+    assert (values["OMP_NUM_THREADS"], values["SRUN_CPUS_PER_TASK"]) == ("12", "96")
+    assert values["ACCELERATE_USE_FSDP"] == "true"
+
+
+@pytest.mark.parametrize(("launcher", "threads"), [("srun", "12"), ("torchrun", "12")])
+def test_ranks_that_one_task_starts_share_its_threads(compose: Compose, launcher: str, threads: str) -> None:
+    config = compose(*LLAMA, "pipeline=custom", f"custom.launcher={launcher}", 'custom.command="python a.py"')
+    ranks = 8 if launcher == "srun" else 1
+    granted = 96 // ranks
+    found = environment.thread_variables(config, "custom", {"SLURM_CPUS_ON_NODE": "96"}, granted, ranks)
+    assert found == {"OMP_NUM_THREADS": threads}

@@ -8,13 +8,24 @@ import pytest
 from launcher.submit import snapshot
 from tests.conftest import Programs, tool
 
+PROGRAMS = {"for_programs/muster/a.py": "first\n"}
+"""What a program of the user can import."""
+
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A small clone with the folders that are copied, caches, and other files."""
-    for part in (*snapshot.COPIED_FOLDERS, "conf/__pycache__", "docs", ".git"):
+    for part in (*snapshot.COPIED_FOLDERS, "conf/__pycache__", "docs", ".git", "muster/_bundle"):
         (tmp_path / "clone" / part).mkdir(parents=True)
-    for name in ("conf/a.py", "conf/__pycache__/a.pyc", "conf/.a.py.swp", "docs/b.md", "launch.py"):
+    for name in (
+        "conf/a.py",
+        "conf/__pycache__/a.pyc",
+        "conf/.a.py.swp",
+        "docs/b.md",
+        "launch.py",
+        "muster/a.py",
+        "muster/py.typed",
+    ):
         (tmp_path / "clone" / name).write_text("first\n")
     return tmp_path / "clone"
 
@@ -25,21 +36,21 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_the_folders_that_jobs_need_are_copied(clone: Path, tmp_path: Path) -> None:
     snapshot.copy_code(clone, tmp_path)
-    assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
-    assert {path.name for path in (tmp_path / "code").iterdir()} == set(snapshot.COPIED_FOLDERS)
+    assert files(tmp_path / "code") == {"conf/a.py": "first\n"} | PROGRAMS
+    assert {path.name for path in (tmp_path / "code").iterdir()} == {*snapshot.COPIED_FOLDERS, "for_programs"}
 
 
 def test_a_copy_does_not_change_with_the_clone(clone: Path, tmp_path: Path) -> None:
     snapshot.copy_code(clone, tmp_path)
     (clone / "conf/a.py").write_text("second\n")
-    assert files(tmp_path / "code") == {"conf/a.py": "first\n"}
+    assert files(tmp_path / "code") == {"conf/a.py": "first\n"} | PROGRAMS
 
 
 def test_a_new_copy_replaces_the_old_one(clone: Path, tmp_path: Path) -> None:
     snapshot.copy_code(clone, tmp_path)
     (clone / "conf/a.py").rename(clone / "conf/b.py")
     snapshot.copy_code(clone, tmp_path)
-    assert files(tmp_path / "code") == {"conf/b.py": "first\n"}
+    assert files(tmp_path / "code") == {"conf/b.py": "first\n"} | PROGRAMS
     assert {path.name for path in tmp_path.iterdir()} == {"clone", "code"}
 
 

@@ -80,7 +80,13 @@ def test_sbatch_gets_the_previewed_text(submitted: Submitted, name: str) -> None
 def test_the_run_folder_has_all_inputs_of_the_jobs(submitted: Submitted) -> None:
     run = submitted.run
     assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= {path.name for path in run.iterdir()}
-    assert {path.name for path in (run / "code").iterdir()} == {"conf", "launcher", "jobs", "slurm_templates"}
+    assert {path.name for path in (run / "code").iterdir()} == {
+        "conf",
+        "launcher",
+        "jobs",
+        "slurm_templates",
+        "for_programs",
+    }
     assert all((run / "jobs" / job).is_dir() for job in JOBS)
     assert submitted.config.run_dir == str(run)
 
@@ -91,7 +97,15 @@ def test_the_code_is_copied_without_caches(submitted: Submitted) -> None:
     }
     assert Path("jobs/backends/zero.py") in copied
     assert not [path for path in copied if "__pycache__" in path.parts or path.name.startswith(".")]
-    assert all((submitted.run / "code" / path).read_bytes() == (ROOT / path).read_bytes() for path in copied)
+    program = Path("for_programs/muster")  # the one package that a program of the user can import
+    assert {path for path in copied if path.is_relative_to(program.parent)} >= {program / "program.py"}
+    originals = {
+        path: ROOT / (path.relative_to("for_programs") if path.is_relative_to("for_programs") else path)
+        for path in copied
+    }
+    assert all(
+        (submitted.run / "code" / path).read_bytes() == original.read_bytes() for path, original in originals.items()
+    )
 
 
 def test_the_command_and_the_commit_are_recorded(submitted: Submitted) -> None:

@@ -1,0 +1,40 @@
+"""A transformers.Trainer program, for custom.launcher=torchrun or srun. parallel=zero3 or parallel=fsdp says how it shards.
+
+python launch.py cluster=slurm pipeline=custom parallel=zero3 custom.launcher=torchrun \
+    custom.command="examples/custom/trainer_train.py --model NAME"
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from muster import trainer_callback
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
+parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--save-every", type=int, default=20)
+options = parser.parse_args()
+output = os.environ.get("MUSTER_CHECKPOINTS", "checkpoints")
+
+arguments = TrainingArguments(
+    output_dir=output,
+    max_steps=options.steps,
+    save_steps=options.save_every,
+    per_device_train_batch_size=4,
+    learning_rate=1e-3,
+    logging_steps=1,
+    report_to="none",
+    ddp_timeout=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")),
+)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+generator = torch.Generator().manual_seed(0)
+rows = [
+    {"input_ids": row, "labels": row} for row in torch.randint(model.config.vocab_size, (512, 64), generator=generator)
+]
+trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[trainer_callback()])
+trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if Path(output).is_dir() else None)

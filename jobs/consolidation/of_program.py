@@ -1,0 +1,68 @@
+"""Merges the newest checkpoint that a program of the user has left in RUN/checkpoints."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from conf.choices import Init, OutputDtype, Precision
+from conf.errors import Problem, RunError
+from conf.program_checkpoints import numbered
+from conf.schema import Config
+from jobs.consolidation import external
+from jobs.consolidation.execute import worker_count
+from jobs.tensor_io.open_checkpoint import open_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Write RUN/model from the newest checkpoint, or from the one with the number `consolidate.step`.
+
+    Raises RunError if there is none or it cannot be read, DataError if it does not fit the model.
+    """
+    folder = _select(config)
+    target = Path(config.run_dir) / "model"
+    checkpoint = _weights(folder)
+    dtype = config.consolidate.dtype
+    precision = config.train.precision if config.train.precision is not Precision.auto else Precision.fp32
+    words = [
+        str(checkpoint),
+        "--out",
+        str(target),
+        "--dtype",
+        precision.name if dtype is OutputDtype.auto else dtype.name,
+    ]
+    words += ["--shard-gib", str(config.consolidate.shard_gib)]
+    words += ["--workers", str(worker_count(config.cluster.cpu.cpus_per_rank))]
+    if config.model.init is Init.pretrained:
+        words += ["--base", config.model.source]
+    else:
+        log.info(
+            "nothing is compared without the model that the program trains: name it with model=hub model.source=NAME"
+        )
+    external.main(words)
+
+
+def _select(config: Config) -> Path:
+    folder, step = Path(config.run_dir) / "checkpoints", config.consolidate.step
+    checkpoints = numbered(folder)
+    if step is not None:
+        checkpoints = [item for item in checkpoints if item[0] == step]
+    if not checkpoints:
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+        which = "no checkpoint" if step is None else f"no checkpoint {step}"
+        message = (
+            f"has {which}, but {there}. The program must save to the folder $MUSTER_CHECKPOINTS, as NAME-NUMBER; to merge another "
+            "folder: python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL"
+        )
+        raise RunError(Problem("checkpoints", folder, message))
+    return checkpoints[-1][1]
+
+
+def _weights(folder: Path) -> Path:
+    """Return the folder with the weights: the checkpoint itself, or one inside it."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    for candidate in (folder, *inside):
+        with suppress(RunError):
+            return open_checkpoint(candidate).folder
+    return folder  # the merge says what it lacks

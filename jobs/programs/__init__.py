@@ -1,0 +1,1 @@
+"""Starts and supervises the user's own training program: its command, environment, output, stop and checkpoints."""

@@ -1,0 +1,58 @@
+"""Builds the command line that starts the user's program on one node or rank. Pure."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from string import Template
+
+from conf.choices import ProgramLauncher
+from conf.schema import Config
+
+PYTHONS = ("python", "python3")
+LOG_PREFIX = "muster-rank-"
+"""torchrun writes it and the rank before every line, so that `output.Output` can sort the lines into one log per rank."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of one task of Slurm in its job, as torch.distributed would say it."""
+
+    task: int
+    """Number of the task: the rank with `custom.launcher=srun`, the node otherwise."""
+    tasks: int
+    address: str
+    """MASTER_ADDR."""
+    port: str
+    """MASTER_PORT."""
+
+
+def words(config: Config, place: Place, python: str, variables: Mapping[str, str]) -> list[str]:
+    """Return the words of the command that this task runs. `python` stands for `python` in the user's command.
+
+    Variables in a word become their values; a variable that is not set stays as it is.
+    """
+    given = [Template(word).safe_substitute(variables) for word in shlex.split(str(config.custom.command))]
+    if config.custom.launcher is ProgramLauncher.srun:
+        if given[0] in PYTHONS:
+            return [python, *given[1:]]
+        return [python, *given] if given[0].endswith(".py") else given
+    interpreter, rest = split_python(given, python)
+    ranks = config.cluster.train.ranks_per_node
+    return [
+        interpreter, "-m", "torch.distributed.run", f"--nnodes={place.tasks}", f"--node-rank={place.task}",
+        f"--nproc-per-node={ranks}", f"--master-addr={place.address}", f"--master-port={place.port}", "--tee=3",
+        f"--log-dir={variables['MUSTER_LOCAL']}/torchrun", *rest,
+    ]  # fmt: skip
+
+
+def split_python(given: list[str], python: str) -> tuple[str, list[str]]:
+    """Return the interpreter that a command names, or `python`, and the script or `-m module` with its arguments."""
+    first = PurePath(given[0]).name
+    if not first.startswith("python"):
+        return python, given
+    interpreter = python if given[0] in PYTHONS else given[0]
+    rest = given[1:]
+    while rest and rest[0] in ("-u", "-B"):
+        rest = rest[1:]
+    return interpreter, rest

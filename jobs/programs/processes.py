@@ -1,0 +1,44 @@
+"""Finds the processes that the user's program consists of, and sends them signals."""
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+
+def descendants(root: int) -> list[int]:
+    """Return `root` and all processes below it, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found = [root]
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def handles(process: int, number: signal.Signals) -> bool:
+    """Return whether a process has a handler of its own for a signal. Without one, USR1 would end it."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text(errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def tell(root: int, number: signal.Signals) -> None:
+    """Send a signal to every process of the program that handles it."""
+    for process in descendants(root):
+        if handles(process, number):
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+
+def end(root: int) -> None:
+    """Kill every process of the program."""
+    for process in descendants(root):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)

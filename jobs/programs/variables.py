@@ -1,0 +1,32 @@
+"""The environment of the user's program: that of the job, without what belongs to Muster's own ranks. Pure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from conf.choices import ProgramLauncher
+from conf.schema import Config
+from jobs.programs.command import LOG_PREFIX
+
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "NODE_WORLD_SIZE")
+"""torchrun sets them for each of its ranks."""
+
+
+def program_variables(config: Config, environ: Mapping[str, str], attempt: Path, local: Path) -> dict[str, str]:
+    """Return the environment of the program. `attempt` is the attempt's folder, `local` a folder on the node's own disk.
+
+    Without PYTHONSAFEPATH, a script can import the files beside it. Of Muster's code it sees the package `muster` alone.
+    """
+    code = f"{config.run_dir}/code"
+    entries = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", code)]
+    values = {name: value for name, value in environ.items() if name != "PYTHONSAFEPATH"}
+    values |= {
+        "PYTHONPATH": ":".join([f"{code}/for_programs", *entries]),
+        "MUSTER_CHECKPOINTS": f"{config.run_dir}/checkpoints",
+        "MUSTER_STOP_FILE": str(attempt / "stop"),
+        "MUSTER_BEATS": str(local / "beats"),
+        "MUSTER_LOCAL": str(local),
+    }
+    if config.custom.launcher is not ProgramLauncher.srun:
+        values = {name: value for name, value in values.items() if name not in OF_A_RANK}
+        values["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"[{LOG_PREFIX}${{rank}}]:"
+    return values

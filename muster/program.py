@@ -1,0 +1,58 @@
+"""What a training program under `pipeline=custom` may call: `beat` and `stop_requested`. Standard library; torch if it is in use.
+
+Outside of Muster both do nothing, so that a program runs unchanged by hand.
+"""
+
+from __future__ import annotations  # the program's own Python may be 3.9
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_group: Any = None
+
+
+def beat(step: int | None = None, phase: str = "train") -> None:
+    """Say that the program makes progress. After the first call, `cluster.network.step_timeout_s` limits its silence.
+
+    `phase`: train, evaluate or save. A save may take `cluster.network.save_timeout_s`.
+    """
+    folder = os.environ.get("MUSTER_BEATS")
+    if folder:
+        path = Path(folder) / os.environ.get("RANK", "0")
+        try:
+            path.with_suffix(".new").write_text(f"{phase} {'' if step is None else step}", encoding="utf-8")
+            path.with_suffix(".new").replace(path)
+        except OSError:  # a full disk must not end a training
+            return
+
+
+def stop_requested() -> bool:
+    """Whether the program should save and end. With torch.distributed, all ranks call this equally often and get one answer."""
+    stop = os.environ.get("MUSTER_STOP_FILE")
+    here = bool(stop) and Path(str(stop)).exists()
+    torch: Any = sys.modules.get("torch")
+    distributed = torch.distributed if torch else None
+    if not stop or distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return here
+    global _group
+    if _group is None:  # Gloo needs no GPU, so a step need not wait for the last one
+        _group = distributed.new_group(backend="gloo")
+    answer = torch.tensor(int(here))
+    distributed.all_reduce(answer, op=distributed.ReduceOp.MAX, group=_group)
+    return bool(answer.item())
+
+
+def trainer_callback() -> Any:
+    """A callback for transformers' and TRL's Trainers: beats at each step; saves and ends when the program should stop."""
+    from transformers import TrainerCallback
+
+    class MusterCallback(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+            if stop_requested():
+                control.should_save = control.should_training_stop = True
+            beat(state.global_step, "save" if control.should_save else "train")
+            return control
+
+    return MusterCallback()

@@ -1,0 +1,112 @@
+"""jobs/programs: the command line of a task, its environment, and what the output of a failed program says."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conf.program_checkpoints import numbered
+from jobs.programs import failure
+from jobs.programs.command import Place, words
+from jobs.programs.peer_access import all_peers
+from jobs.programs.variables import program_variables
+from launcher.supervise.program_failure import status_and_remedy
+from tests.conftest import Compose
+
+PLACE = Place(task=1, tasks=2, address="n1", port="20000")
+TORCHRUN = (
+    "-m torch.distributed.run --nnodes=2 --node-rank=1 --nproc-per-node=8 --master-addr=n1 --master-port=20000 --tee=3"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "launcher", "expected"),
+    [
+        ("python train.py --a 'b c'", "srun", ["PY", "train.py", "--a", "b c"]),
+        ("/x/python train.py", "srun", ["/x/python", "train.py"]),
+        ("train.py --x", "srun", ["PY", "train.py", "--x"]),
+        ("bash train.sh $MUSTER_CHECKPOINTS/x $UNSET", "srun", ["bash", "train.sh", "/c/x", "$UNSET"]),
+        ("python -u train.py --x", "torchrun", ["PY", *TORCHRUN.split(), "--log-dir=/l/torchrun", "train.py", "--x"]),
+        (
+            "/x/python3.12 -m a.b",
+            "torchrun",
+            ["/x/python3.12", *TORCHRUN.split(), "--log-dir=/l/torchrun", "-m", "a.b"],
+        ),
+        ("train.py", "torchrun", ["PY", *TORCHRUN.split(), "--log-dir=/l/torchrun", "train.py"]),
+    ],
+)
+def test_the_command_of_a_task(compose: Compose, command: str, launcher: str, expected: list[str]) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
+    config.custom.command = command
+    assert words(config, PLACE, "PY", {"MUSTER_CHECKPOINTS": "/c", "MUSTER_LOCAL": "/l"}) == expected
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_program_sees_only_the_package_muster(compose: Compose, launcher: str) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
+    environ = {"PYTHONPATH": f"{config.run_dir}/code:/mine", "PYTHONSAFEPATH": "1", "RANK": "1", "A": "b"}
+    values = program_variables(config, environ, Path("/attempt"), Path("/local"))
+    assert values["PYTHONPATH"] == f"{config.run_dir}/code/for_programs:/mine"
+    assert "PYTHONSAFEPATH" not in values
+    assert ("RANK" in values) is (launcher == "srun")
+    assert (values["A"], values["MUSTER_STOP_FILE"]) == ("b", "/attempt/stop")
+
+
+OUT_OF_MEMORY = """\
+step 3
+Traceback (most recent call last):
+  File "train.py", line 5, in <module>
+    main()
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
+"""
+OF_TORCHRUN = """\
+Traceback (most recent call last):
+  File "run.py", line 1, in main
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: train.py FAILED
+"""
+LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection closed by peer\n"
+
+
+@pytest.mark.parametrize(
+    ("last", "rank", "status", "text"),
+    [
+        ({0: OF_TORCHRUN, 5: OUT_OF_MEMORY, 2: LOST}, 5, "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
+        ({0: OF_TORCHRUN, 2: LOST}, 2, "failed", "RuntimeError: Connection closed"),
+        ({4: "done"}, 4, "failed", "the program ended with exit code 1; its log has no traceback"),
+        ({0: "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'"}, 0, "user_error", "Mod"),
+    ],
+)
+def test_the_first_rank_that_failed_is_found_in_the_output(
+    last: dict[int, str], rank: int, status: str, text: str
+) -> None:
+    found = failure.find({key: value.splitlines() for key, value in last.items()}, "ended with exit code 1", 4)
+    assert found.rank == rank
+    assert str(found).startswith(text)
+    assert status_and_remedy(found.exception, str(found))[0] == status
+    assert "train." not in status_and_remedy(found.exception, str(found))[1]
+
+
+def test_checkpoints_of_every_program_are_found(tmp_path: Path) -> None:
+    for name in ("checkpoint-500", "step_20", "global_step3", "checkpoints/checkpoint_7", "logs", "tmp-checkpoint-900"):
+        (tmp_path / name).mkdir(parents=True)
+    found = [(number, str(path.relative_to(tmp_path))) for number, path in numbered(tmp_path)]
+    assert found == [(3, "global_step3"), (7, "checkpoints/checkpoint_7"), (20, "step_20"), (500, "checkpoint-500")]
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 3; return 0; }
+int cuDeviceCanAccessPeer(int *answer, int device, int other) { *answer = ANSWER; return 0; }
+"""
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("1", True), ("device != 2", False)])
+def test_gpus_without_peer_access_are_noticed(tmp_path: Path, answer: str, expected: bool) -> None:
+    (tmp_path / "cuda.c").write_text(DRIVER.replace("ANSWER", answer))
+    library = tmp_path / "cuda.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "cuda.c"], check=True)
+    assert all_peers(str(library)) is expected
+
+
+def test_without_a_driver_nothing_is_disabled() -> None:
+    assert all_peers("libcuda-that-does-not-exist.so")

@@ -1,0 +1,49 @@
+"""launcher/check/program_rules.py: commands that are refused, and that each remedy is accepted."""
+
+import pytest
+
+from conf.choices import ProgramLauncher
+from launcher.check import program_rules
+from tests.conftest import Compose
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "part"),
+    [
+        ([], None, "names no program"),
+        (["jobs=[preprocess,train]"], "python a.py", "takes the place of preprocess, train. Use pipeline=custom"),
+        ([], "python 'a.py", "Close the quotes"),
+        ([], "cd x && python a.py", "Put these commands into a script: bash train.sh"),
+        ([], "A=1 python a.py", "Set the variable with +cluster.environment.A=1"),
+        ([], "torchrun a.py", "choose custom.launcher=torchrun"),
+        ([], "/x/bin/accelerate launch a.py", "choose custom.launcher=torchrun"),
+        (["custom.launcher=torchrun"], "bash a.sh", "Use custom.launcher=srun"),
+        ([], "", "names no program"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(
+    compose: Compose, words: list[str], command: str | None, part: str
+) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", *words)
+    config.custom.command = command
+    assert [part in str(problem) for problem in program_rules.problems(config)] == [True]
+
+
+@pytest.mark.parametrize(("name", "value"), [("cpus-per-task", "4"), ("gpus-per-task", "1"), ("c", "4")])
+def test_what_sbatch_counts_per_task_is_refused_where_a_task_is_a_node(compose: Compose, name: str, value: str) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", "custom.launcher=torchrun")
+    config.custom.command, config.cluster.train.sbatch = "a.py", {name: value}
+    assert ["has one task on each node" in str(problem) for problem in program_rules.problems(config)] == [True]
+    config.custom.launcher = ProgramLauncher.srun
+    config.custom.command = "python a.py"
+    assert not list(program_rules.problems(config))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [("srun", "bash train.sh"), ("srun", "python a.py"), ("torchrun", "a.py"), ("torchrun", "python -m a.b --x y")],
+)
+def test_a_command_that_works_is_accepted(compose: Compose, launcher: str, command: str) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
+    config.custom.command = command
+    assert not list(program_rules.problems(config))
