@@ -171,6 +171,7 @@ class Runtime(Enum):
 class ProgramLauncher(Enum):
     srun = "srun"
     torchrun = "torchrun"
+    accelerate = "accelerate"
 
 
 class Submit(Enum):

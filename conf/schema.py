@@ -686,8 +686,8 @@ class Custom:
     """The program and its arguments, as one line, not run by a shell. Variables such as `$MUSTER_CHECKPOINTS` are replaced on the
     compute node. `python` is `cluster.python`."""
     launcher: ProgramLauncher = ProgramLauncher.srun
-    """What starts the ranks. `srun`: Slurm starts the program once for each rank. `torchrun`: Slurm starts one torchrun on each
-    node."""
+    """What starts the ranks. `srun`: Slurm starts the program once for each rank. `torchrun`, `accelerate`: Slurm starts one
+    torchrun or `accelerate launch` on each node, which starts the ranks of the node."""
     folder: str | None = None
     """Folder in which the program starts. Null: the one in which launch.py was started."""
 

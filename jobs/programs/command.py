@@ -10,6 +10,7 @@ from conf.choices import ProgramLauncher
 from conf.schema import Config
 
 PYTHONS = ("python", "python3")
+ACCELERATE_FILE = "accelerate.json"
 LOG_PREFIX = "muster-rank-"
 """torchrun writes it and the rank before every line, so that `output.Output` can sort the lines into one log per rank."""
 
@@ -38,12 +39,34 @@ def words(config: Config, place: Place, python: str, variables: Mapping[str, str
             return [python, *given[1:]]
         return [python, *given] if given[0].endswith(".py") else given
     interpreter, rest = split_python(given, python)
-    ranks = config.cluster.train.ranks_per_node
+    ranks, local = config.cluster.train.ranks_per_node, variables["MUSTER_LOCAL"]
+    if config.custom.launcher is ProgramLauncher.accelerate:
+        return [
+            interpreter, "-m", "accelerate.commands.launch", f"--config_file={local}/{ACCELERATE_FILE}",
+            f"--num_machines={place.tasks}", f"--machine_rank={place.task}", f"--num_processes={place.tasks * ranks}",
+            f"--main_process_ip={place.address}", f"--main_process_port={place.port}", "--same_network",
+            "--rdzv_backend=static", "--deepspeed_multinode_launcher=standard", "--tee=3", f"--log_dir={local}/torchrun", *rest,
+        ]  # fmt: skip
     return [
         interpreter, "-m", "torch.distributed.run", f"--nnodes={place.tasks}", f"--node-rank={place.task}",
         f"--nproc-per-node={ranks}", f"--master-addr={place.address}", f"--master-port={place.port}", "--tee=3",
-        f"--log-dir={variables['MUSTER_LOCAL']}/torchrun", *rest,
+        f"--log-dir={local}/torchrun", *rest,
     ]  # fmt: skip
+
+
+def accelerate_settings(variables: Mapping[str, str]) -> dict[str, object]:
+    """Return the config file of `accelerate launch`. Without one it would read that of the user's home.
+
+    MULTI_GPU makes it start torchrun and leave the variables ACCELERATE_* and FSDP_* of the job as they are, with and without
+    GPUs. As FSDP or DEEPSPEED it would set them again from options and defaults of its own.
+    """
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "mixed_precision": variables["ACCELERATE_MIXED_PRECISION"],
+        "use_cpu": False,
+        "debug": False,
+    }
 
 
 def split_python(given: list[str], python: str) -> tuple[str, list[str]]:

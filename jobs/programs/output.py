@@ -12,7 +12,8 @@ from jobs.programs.command import LOG_PREFIX
 
 KEPT = 200
 """Last lines of each rank that are kept for the verdict."""
-PREFIX = re.compile(rf"^\[{LOG_PREFIX}(\d+)\]:".encode())
+MARK = re.compile(rf"\[{LOG_PREFIX}(\d+)\]:".encode())
+"""Also in the middle of a line: a progress bar does not end its lines, and the mark of the next rank follows."""
 
 
 class Output:
@@ -31,14 +32,21 @@ class Output:
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
             self.lines += 1
-            mark = PREFIX.match(line)
-            rank = int(mark[1]) if mark else self.rank
-            text = line[mark.end() :] if mark else line
-            for log in self._logs_of(rank, is_marked=mark is not None):
-                log.write(text)
-            kept = self.last[rank]
-            kept.append(text.decode(errors="replace").rstrip("\n"))
-            del kept[:-KEPT]
+            unmarked, *marked = MARK.split(line)
+            if unmarked:
+                self._write(None, unmarked)
+            for rank, text in zip(marked[::2], marked[1::2], strict=True):
+                self._write(int(rank), text)
+
+    def _write(self, mark: int | None, text: bytes) -> None:
+        """Write a line, or the part of one that belongs to the rank `mark`."""
+        rank = self.rank if mark is None else mark
+        text = text if text.endswith(b"\n") else text + b"\n"
+        for log in self._logs_of(rank, is_marked=mark is not None):
+            log.write(text)
+        kept = self.last[rank]
+        kept.append(text.decode(errors="replace").rstrip("\n"))
+        del kept[:-KEPT]
 
     def _logs_of(self, rank: int, is_marked: bool) -> Iterator[IO[bytes]]:
         """The logs that a line goes to. That of this task is its stdout, which also shows the first of its ranks."""
@@ -53,3 +61,6 @@ class Output:
     def finish(self) -> None:
         """Wait a moment for the last lines. A process that the program left behind may keep the stream open."""
         self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            for log in self._logs.values():
+                log.close()

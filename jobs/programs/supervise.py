@@ -13,7 +13,7 @@ from pathlib import Path
 from conf import node_paths
 from conf.choices import ProgramLauncher
 from conf.errors import ConfigError, Problem, Stopped
-from conf.files import write_text
+from conf.files import write_json, write_text
 from conf.schema import Config
 from jobs.distributed import heartbeat
 from jobs.distributed.stop_signals import Request, StopFlag
@@ -74,6 +74,8 @@ class Supervisor:
         if self.config.cluster.train.gpus_per_node and "NCCL_P2P_DISABLE" not in variables and not all_peers():
             variables["NCCL_P2P_DISABLE"] = "1"  # consumer cards hang in NCCL's first collective
             log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")
+        if self.config.custom.launcher is ProgramLauncher.accelerate:
+            write_json(self.local / command.ACCELERATE_FILE, command.accelerate_settings(variables))
         place = command.Place(self.task, self.tasks, variables["MASTER_ADDR"], variables["MASTER_PORT"])
         words = command.words(self.config, place, sys.executable, variables)
         folder = str(self.config.custom.folder)

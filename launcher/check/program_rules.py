@@ -3,9 +3,10 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import PurePath
 
-from conf.choices import ProgramLauncher
+from conf.choices import Backend, ProgramLauncher
 from conf.errors import Problem
 from conf.schema import Config
 from launcher import sbatch_options
@@ -13,8 +14,16 @@ from launcher.plan import starts_whole_nodes
 
 AROUND = ("fetch", "preflight", "custom", "consolidate", "generate", "push")
 """Jobs that a run with a program of its own may have."""
-STARTERS = ("torchrun", "accelerate", "deepspeed", "srun", "mpirun")
-"""Programs that start ranks themselves. Slurm would start each of them once for each rank."""
+STARTERS = {
+    "torchrun": "torchrun",
+    "accelerate": "accelerate",
+    "deepspeed": "torchrun",
+    "srun": "srun",
+    "mpirun": "srun",
+}
+"""Programs that start ranks themselves, with the launcher to choose instead. Slurm would start them once for each rank or node."""
+OWN_LAYOUT = ("--config_file", "--use_deepspeed", "--use_fsdp", "--use_parallelism_config", "--mixed_precision")
+"""Options of `accelerate launch` that say what `parallel` and `train.precision` have said already."""
 PER_TASK = {
     "cpus-per-task": "cpus_per_rank=...",
     "gpus-per-task": "gpus_per_node=...",
@@ -59,7 +68,8 @@ def _options_per_task(config: Config) -> Iterator[Problem]:
 
 def _words(config: Config, command: str, words: list[str]) -> Iterator[Problem]:
     first = PurePath(words[0]).name if words else ""
-    srun = config.custom.launcher is ProgramLauncher.srun
+    launcher = config.custom.launcher
+    srun = launcher is ProgramLauncher.srun
     if not words:
         yield Problem("custom.command", command, "names no program")
     elif sign := next((word for word in words if word in OF_A_SHELL), None):
@@ -72,8 +82,26 @@ def _words(config: Config, command: str, words: list[str]) -> Iterator[Problem]:
         message = f"is not run by a shell. Set the variable with +cluster.environment.{name}={value}"
         yield Problem("custom.command", command, message)
     elif first in STARTERS:
-        message = f"{first} would start ranks again. Name the script alone, and choose custom.launcher=torchrun"
-        yield Problem("custom.command", command, f"{message} or custom.launcher=srun")
+        message = (
+            f"{first} would start ranks again. Name the script alone, and choose custom.launcher={STARTERS[first]}"
+        )
+        yield Problem("custom.command", command, message)
+    elif first.startswith("-") and words[0] != "-m" and launcher is ProgramLauncher.accelerate:
+        yield from _options_of_accelerate(config, command, words)
     elif not srun and not (first.startswith("python") or words[0].endswith(".py") or words[0] == "-m"):
         message = f"custom.launcher={config.custom.launcher.name} starts Python scripts only. Use custom.launcher=srun"
+        yield Problem("custom.command", command, message)
+
+
+def _options_of_accelerate(config: Config, command: str, words: list[str]) -> Iterator[Problem]:
+    """An own config of Accelerate, where it would contradict ours."""
+    own = takewhile(lambda word: word != "-m" and not word.endswith(".py"), words)
+    names = ["--" + word.removeprefix("--").partition("=")[0].replace("-", "_") for word in own]
+    found = next((name for name in names if name in OWN_LAYOUT), None)
+    is_ddp = config.parallel.backend is Backend.fsdp and config.parallel.shard_ranks == 1
+    if found and not is_ddp:
+        message = (
+            f"{found} says what parallel={config.parallel.name} and train.precision say already. Remove it, or leave the layout "
+            "to your own file with parallel=ddp"
+        )
         yield Problem("custom.command", command, message)

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from conf.program_checkpoints import numbered
 from jobs.programs import failure
@@ -39,6 +40,18 @@ def test_the_command_of_a_task(compose: Compose, command: str, launcher: str, ex
     config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
     config.custom.command = command
     assert words(config, PLACE, "PY", {"MUSTER_CHECKPOINTS": "/c", "MUSTER_LOCAL": "/l"}) == expected
+
+
+def test_accelerate_is_told_where_it_runs(compose: Compose) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", "custom.launcher=accelerate")
+    config.custom.command = "--config_file mine.yaml train.py --x"
+    found = words(config, PLACE, "PY", {"MUSTER_LOCAL": "/l"})
+    assert found[:3] == ["PY", "-m", "accelerate.commands.launch"]
+    assert found[-4:] == ["--config_file", "mine.yaml", "train.py", "--x"]  # the last of two wins
+    options = launch_command_parser().parse_args([*found[3:-4], "train.py"])
+    place = (options.num_machines, options.machine_rank, options.num_processes, options.main_process_ip)
+    assert place == (2, 1, 16, "n1")
+    assert (options.main_process_port, options.config_file) == (20000, "/l/accelerate.json")
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])

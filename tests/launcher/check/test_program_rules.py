@@ -16,7 +16,10 @@ from tests.conftest import Compose
         ([], "cd x && python a.py", "Put these commands into a script: bash train.sh"),
         ([], "A=1 python a.py", "Set the variable with +cluster.environment.A=1"),
         ([], "torchrun a.py", "choose custom.launcher=torchrun"),
-        ([], "/x/bin/accelerate launch a.py", "choose custom.launcher=torchrun"),
+        ([], "/x/bin/accelerate launch a.py", "choose custom.launcher=accelerate"),
+        (["custom.launcher=accelerate"], "bash a.sh", "Use custom.launcher=srun"),
+        (["custom.launcher=accelerate"], "--config_file a.yaml a.py", "your own file with parallel=ddp"),
+        (["custom.launcher=accelerate"], "--mixed-precision=fp16 -m a", "your own file with parallel=ddp"),
         (["custom.launcher=torchrun"], "bash a.sh", "Use custom.launcher=srun"),
         ([], "", "names no program"),
     ],
@@ -40,10 +43,18 @@ def test_what_sbatch_counts_per_task_is_refused_where_a_task_is_a_node(compose: 
 
 
 @pytest.mark.parametrize(
-    ("launcher", "command"),
-    [("srun", "bash train.sh"), ("srun", "python a.py"), ("torchrun", "a.py"), ("torchrun", "python -m a.b --x y")],
+    ("words", "command"),
+    [
+        (["custom.launcher=srun"], "bash train.sh"),
+        (["custom.launcher=srun"], "python a.py"),
+        (["custom.launcher=torchrun"], "a.py"),
+        (["custom.launcher=torchrun"], "python -m a.b --x y"),
+        (["custom.launcher=accelerate"], "a.py --mixed_precision bf16"),
+        (["custom.launcher=accelerate"], "--dynamo_backend=inductor -m a"),
+        (["custom.launcher=accelerate", "parallel=ddp"], "--config_file a.yaml a.py"),
+    ],
 )
-def test_a_command_that_works_is_accepted(compose: Compose, launcher: str, command: str) -> None:
-    config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
+def test_a_command_that_works_is_accepted(compose: Compose, words: list[str], command: str) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", *words)
     config.custom.command = command
     assert not list(program_rules.problems(config))

@@ -1,0 +1,175 @@
+"""Runs every program of examples/custom on a real Slurm, stops each once, and writes the table of docs/own-trainer.md.
+
+`python -m tests.slurm.own_trainers`, which needs TRL: `make custom` installs it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.files import write_text
+from launcher import slurm
+from launcher.run_folder import attempts
+from launcher.status import state
+from tests.slurm import cluster, runs
+
+STEPS, SAVE_EVERY = 100, 10
+PAGE = runs.CLONE / "docs/own-trainer.md"
+MARKS = "<!-- table of make custom -->", "<!-- end -->"
+HEADER = """
+| program | started by | layout | checkpoint before the stop | resumed at step | merged |
+|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One program of examples/custom and how it is started."""
+
+    title: str
+    script: str
+    launcher: str
+    layout: str
+    data: str = ""
+    """Name of the file with its rows, for programs that read some."""
+
+
+EXAMPLES = (
+    Example("torch.distributed with FSDP2", "torch_train.py", "torchrun", "fsdp"),
+    Example("torch.distributed with FSDP2", "torch_train.py", "srun", "fsdp"),
+    Example("Accelerate", "accelerate_train.py", "accelerate", "zero3"),
+    Example("transformers.Trainer with DeepSpeed", "trainer_train.py", "torchrun", "zero3"),
+    Example("TRL SFTTrainer", "sft_train.py", "accelerate", "zero2", data="rows.jsonl"),
+    Example("TRL DPOTrainer", "dpo_train.py", "torchrun", "ddp", data="pairs.jsonl"),
+)
+
+
+def make_inputs(folder: Path) -> Path:
+    """Write a tiny model, rows of chat and pairs of answers to a new folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = runs.damaged_model(folder / "tiny")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(model)).save_pretrained(model)
+    rows = [json.loads(line) for line in (runs.CLONE / "examples/sample.jsonl").read_text().splitlines()]
+    asked = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    answers = [[{"role": "assistant", "content": row["output"]}] for row in rows]
+    chats = [{"messages": [*prompt, *answer]} for prompt, answer in zip(asked, answers, strict=True)]
+    others = answers[1:] + answers[:1]
+    pairs = [
+        {"prompt": prompt, "chosen": answer, "rejected": other}
+        for prompt, answer, other in zip(asked, answers, others, strict=True)
+    ]
+    for name, items in (("rows.jsonl", chats), ("pairs.jsonl", pairs)):
+        write_text(folder / name, "".join(f"{json.dumps(item)}\n" for item in items))
+    return folder
+
+
+def build_extension(folder: Path) -> Path:
+    """Compile what DeepSpeed would compile in the ranks on CPUs: a rank that is stopped meanwhile leaves a lock behind."""
+    os.environ |= {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ShareMemCommBuilder().load(verbose=False)
+    return folder
+
+
+def saved(run: Path) -> int:
+    """The number of the newest checkpoint; 0 if there is none."""
+    return attempts.newest_checkpoint(run / "jobs/custom") or 0
+
+
+def start(run: Path, inputs: Path, example: Example, *overrides: str, steps: int = STEPS) -> None:
+    """Submit the run of an example."""
+    words = (
+        f"{runs.CLONE}/examples/custom/{example.script} --model {inputs}/tiny --steps {steps} --save-every {SAVE_EVERY}"
+    )
+    data = f" --data {inputs}/{example.data}" if example.data else ""
+    runs.start(
+        run, "pipeline=custom", "model=hub", f"model.source={inputs}/tiny", f"parallel={example.layout}",
+        f"custom.launcher={example.launcher}", f'custom.command="python {words}{data}"', f"cluster.python={sys.executable}",
+        "cluster.signal_s=120", *overrides,
+    )  # fmt: skip
+
+
+def check(run: Path, inputs: Path, example: Example, *overrides: str, timeout_s: float = 600) -> dict[str, object]:
+    """Run an example, tell it to stop after its first checkpoint, and check that it was restarted, resumed and merged."""
+    from transformers import AutoModelForCausalLM
+
+    start(run, inputs, example, *overrides)
+    runs.wait_until(lambda: saved(run) >= SAVE_EVERY or not runs.is_active(run), timeout_s)
+    before = saved(run)
+    slurm.call("scancel", "--signal=USR2", runs.job_id(run, "custom"))
+    states = runs.finish(run, timeout_s)
+    first, second = attempts.verdicts(run / "jobs/custom")
+    assert (first["status"], first["requeued"]) == ("preempted", True), first
+    assert first["saved"] >= before, first
+    assert second["status"] == "completed", second
+    assert (second["resumed"], second["saved"]) == (first["saved"], STEPS), second
+    assert sorted(runs.logs(run, "custom")) == [0, 1, 2, 3]
+    verdict = states["consolidate"].verdict
+    assert verdict, states
+    assert verdict["status"] == "completed", verdict
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    assert '"verified": true' in (run / "model/muster.json").read_text()
+    return {"before": before, "resumed": first["saved"]}
+
+
+def line(example: Example, result: dict[str, object] | str) -> str:
+    """A line of the table. `result` is what `check` returned, or what failed."""
+    if isinstance(result, str):
+        return f"| {example.title} | {example.launcher} | {example.layout} | | | failed: {result} |"
+    numbers = f"{result['before']} | {result['resumed']} of {STEPS}"
+    return f"| {example.title} | {example.launcher} | {example.layout} | {numbers} | equal |"
+
+
+def write_table(page: Path, lines: list[str]) -> None:
+    """Replace the table in the page."""
+    before, _, rest = page.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    write_text(page, before + MARKS[0] + HEADER + "\n".join(lines) + "\n\n" + MARKS[1] + after)
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.slurm.own_trainers", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="SCRIPT", help="names of scripts; the page stays")
+    parser.add_argument("--work", type=Path, default=runs.CLONE / "runs/own-trainers", help="folder for the runs")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    inputs, extensions = make_inputs(work), build_extension(work / "extensions")
+    already_up = cluster.running()
+    running = already_up or cluster.up()
+    os.environ["SLURM_CONF"] = str(running.conf)
+    lines: list[str] = []
+    chosen = [example for example in EXAMPLES if not options.only or example.script in options.only]
+    for example in chosen:
+        begun, name = time.monotonic(), f"{example.script.partition('.')[0]}-{example.launcher}"
+        try:
+            result = check(work / name, inputs, example, f"cluster.environment.TORCH_EXTENSIONS_DIR={extensions}")
+            lines.append(line(example, result))
+        except AssertionError as error:
+            lines.append(line(example, re.sub(r"\s+", " ", str(error))[:100]))
+            state.cancel(work / name)
+        print(f"{lines[-1]} {time.monotonic() - begun:.0f} s", flush=True)
+    failed = sum("failed:" in item for item in lines)
+    if chosen == list(EXAMPLES):
+        write_table(PAGE, lines)
+    if already_up is None:
+        running.down()
+    print(f"RESULT own_trainers={len(lines)} passed={len(lines) - failed} failed={failed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
