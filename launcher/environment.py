@@ -173,9 +173,7 @@ def _accelerate(config: Config) -> dict[str, str]:
             "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(parallel.zero_stage),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": _flag(parallel.zero_stage == 3),
         }
-    if (
-        not config.cluster.train.gpus_per_node
-    ):  # otherwise each rank trains alone; it knows DeepSpeed without GPUs by itself
+    if not config.cluster.train.gpus_per_node:  # otherwise each rank trains alone
         values["ACCELERATE_USE_CPU"] = "true"
     data_ranks = world_size // parallel.tensor_ranks  # data and context parallel together
     shard_ranks = parallel.shard_ranks or data_ranks

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,31 @@ def _write() -> None:
         os.pwrite(_file, json.dumps(heartbeat).encode().ljust(BYTES), 0)
 
 
+def answer_stacks_with(stacks: Callable[[], str]) -> None:
+    """From now on, write what `stacks` returns when STACKS_SIGNAL comes: those of a program that this rank has started.
+
+    Call it in the main thread, which must go on running Python.
+    """
+    if _stacks is None:
+        return
+    faulthandler.unregister(STACKS_SIGNAL)
+    descriptor = _stacks
+
+    def answer(*_: object) -> None:
+        text = stacks().encode()
+        with suppress(OSError):
+            os.pwrite(descriptor, text, 0)
+
+    signal.signal(STACKS_SIGNAL, answer)
+
+
 def close() -> None:
     """Delete this rank's files: it is done, and the watchdog no longer waits for it."""
     global _file, _stacks
     if _file is None or _stacks is None:
         return
     faulthandler.unregister(STACKS_SIGNAL)
+    signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
     os.close(_file)
     os.close(_stacks)
     _file = _stacks = None

@@ -1,6 +1,7 @@
 """Finds the processes that the user's program consists of, and sends them signals."""
 
 import os
+import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,25 @@ def tell(root: int, number: signal.Signals) -> None:
         if handles(process, number):
             with suppress(ProcessLookupError):
                 os.kill(process, number)
+
+
+def abort_ranks(root: int) -> None:
+    """Abort the ranks of the program: with PYTHONFAULTHANDLER, Python then writes the stacks of all threads to stderr.
+
+    Processes that a rank has started, such as those that load data, are left alone, and so is torchrun, which has no RANK.
+    """
+    ranks = {process for process in descendants(root) if _is_rank(process) and handles(process, signal.SIGABRT)}
+    below = {process for rank in ranks for process in descendants(rank)[1:]}
+    for process in ranks - below:
+        with suppress(OSError):
+            resource.prlimit(process, resource.RLIMIT_CORE, (0, 0))  # no file with all the memory of the rank
+            os.kill(process, signal.SIGABRT)
+
+
+def _is_rank(process: int) -> bool:
+    with suppress(OSError):
+        return any(item.startswith(b"RANK=") for item in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"))
+    return False
 
 
 def end(root: int) -> None:

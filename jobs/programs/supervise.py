@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from conf import node_paths
@@ -17,7 +18,7 @@ from conf.files import write_json, write_text
 from conf.schema import Config
 from jobs.distributed import heartbeat
 from jobs.distributed.stop_signals import Request, StopFlag
-from jobs.programs import command, failure, processes
+from jobs.programs import command, failure, hang_stacks, processes
 from jobs.programs.output import Output
 from jobs.programs.peer_access import all_peers
 from jobs.programs.variables import program_variables
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_SHARE = 0.8
 """Share of `cluster.signal_s` that the program may use to save and end. The rest is for the verdict."""
+STACKS_S = 2.0
+"""Seconds that the ranks get to write their Python stacks. The watchdog waits for 6 s."""
+KILLED_S = 120.0
+"""Seconds within which the watchdogs of all nodes kill the tasks of a job that hangs."""
 PDEATHSIG = 1
 """prctl's request for a signal when the parent ends."""
 
@@ -44,7 +49,7 @@ class Supervisor:
         self.stop_file = self.attempt / "stop"
         self.request: Request | None = None
         self.kill_at = float("inf")
-        self.killed = False
+        self.killed = self.hangs = False
 
     @property
     def first_rank(self) -> int:
@@ -58,6 +63,7 @@ class Supervisor:
         self.attempt.mkdir(parents=True, exist_ok=True)
         (Path(self.config.run_dir) / "checkpoints").mkdir(exist_ok=True)
         program, output = self._start()
+        heartbeat.answer_stacks_with(partial(self._stacks, program.pid, output))
         seen: tuple[int, float] = (0, 0.0)
         try:
             while program.poll() is None:
@@ -67,7 +73,16 @@ class Supervisor:
         finally:
             processes.end(program.pid)
             output.finish()
+        if self.hangs:
+            time.sleep(KILLED_S)  # the watchdog has found a hang, and its verdict counts
         self._judge(program.returncode, output)
+
+    def _stacks(self, pid: int, output: Output) -> str:
+        """End the ranks of a program that hangs with their Python stacks, as text. The watchdog kills this task afterwards."""
+        self.hangs = True
+        processes.abort_ranks(pid)
+        time.sleep(STACKS_S)
+        return hang_stacks.text(output.last)
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", Output]:
         variables = program_variables(self.config, os.environ, self.attempt, self.local)

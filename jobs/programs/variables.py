@@ -25,6 +25,7 @@ def program_variables(config: Config, environ: Mapping[str, str], attempt: Path,
         "MUSTER_STOP_FILE": str(attempt / "stop"),
         "MUSTER_BEATS": str(local / "beats"),
         "MUSTER_LOCAL": str(local),
+        "PYTHONFAULTHANDLER": "1",  # see processes.abort_ranks
     }
     if config.custom.launcher is not ProgramLauncher.srun:
         values = {name: value for name, value in values.items() if name not in OF_A_RANK}

@@ -48,6 +48,7 @@ class Watchdog:
     def __init__(self, options: argparse.Namespace) -> None:
         self.local, self.attempt, self.node = options.local, options.attempt, options.node
         self.local_world_size, self.world_size = options.here, options.world
+        self.code: str | None = options.code
         self.limits_s = {"start": options.start, "train": options.step, "evaluate": options.step, "save": options.save}
         """Longest silence allowed by phase; all other phases use that of `start`."""
         self.heartbeats: dict[int, dict[str, Any]] = {}
@@ -136,7 +137,7 @@ class Watchdog:
                 continue
             code = str(Path(__file__).resolve().parent.parent.parent)
             with suppress(OSError):
-                verdict = hang_diagnosis.diagnose(evidence, self.world_size, code)
+                verdict = hang_diagnosis.diagnose(evidence, self.world_size, self.code or code)
                 write_json(verdict_path, verdict | {"time": time.time()})
             break
         self._kill_ranks()
@@ -194,6 +195,8 @@ def start(config: Config, attempt: Path, rank_info: RankInfo) -> None:
     words += [heartbeat_folder(config.cluster.scratch, attempt, rank_info.node_rank), attempt]
     words += ["--node", rank_info.node_rank, "--here", rank_info.local_world_size, "--world", rank_info.world_size]
     words += ["--start", network.nccl_timeout_s, "--step", network.step_timeout_s, "--save", network.save_timeout_s]
+    if config.custom.command is not None and config.custom.folder:
+        words += ["--code", config.custom.folder]
     # srun waits until the rank's stdout and stderr are closed, so the watchdog must not inherit them.
     dev_null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
     os.posix_spawn(sys.executable, [str(word) for word in words], os.environ, file_actions=dev_null, setsid=True)
@@ -206,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("attempt", type=Path, help="folder of the attempt in the run")
     parser.add_argument("--node", type=int, required=True, help="number of this node")
     parser.add_argument("--here", type=int, required=True, help="ranks on this node")
+    parser.add_argument("--code", help="folder of the program that trains, if it is not Muster")
     parser.add_argument("--world", type=int, required=True, help="ranks of the job")
     for name in ("start", "step", "save"):
         parser.add_argument(f"--{name}", type=float, required=True, help="longest silence in this phase, in seconds")

@@ -31,8 +31,7 @@ def test_every_example_is_preempted_resumed_and_merged(
 ) -> None:
     if example.data and importlib.util.find_spec("trl") is None:
         pytest.skip("needs TRL: make custom")
-    extensions = own_trainers.build_extension(tmp_path / "extensions")
-    own_trainers.check(tmp_path / "run", inputs, example, f"cluster.environment.TORCH_EXTENSIONS_DIR={extensions}")
+    own_trainers.check(tmp_path / "run", inputs, example)
 
 
 def test_a_program_that_fails_on_one_rank_is_named(slurm: Cluster, tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ from tests.conftest import Compose
         (["custom.launcher=accelerate"], "--mixed-precision=fp16 -m a", "your own file with parallel=ddp"),
         (["custom.launcher=torchrun"], "bash a.sh", "Use custom.launcher=srun"),
         ([], "", "names no program"),
+        (
+            ["parallel=zero3", "cluster.train.gpus_per_node=0"],
+            "python a.py",
+            "Set cluster.train.gpus_per_node, or parallel=ddp",
+        ),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(
