@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Supervisor:
         (Path(self.config.run_dir) / "checkpoints").mkdir(exist_ok=True)
         program, output = self._start()
         heartbeat.answer_stacks_with(partial(self._stacks, program.pid, output))
-        seen: tuple[int, float] = (0, 0.0)
+        seen = (0, 0)
         try:
             while program.poll() is None:
                 seen = self._report_progress(output, seen)
@@ -116,13 +117,12 @@ class Supervisor:
         assert program.stdout is not None
         return program, Output(program.stdout, self.attempt, self.first_rank)
 
-    def _report_progress(self, output: Output, seen: tuple[int, float]) -> tuple[int, float]:
+    def _report_progress(self, output: Output, seen: tuple[int, int]) -> tuple[int, int]:
         """Write a heartbeat if the program has called `muster.beat` or written a line since the last look."""
-        beats = list((self.local / "beats").glob("*"))
-        newest = max(beats, key=lambda path: path.stat().st_mtime_ns, default=None)
-        now = (output.lines, newest.stat().st_mtime if newest else 0.0)
-        if newest and now[1] != seen[1]:
-            phase, _, step = newest.read_text().partition(" ")
+        newest_ns, beat = newest_beat(self.local / "beats")
+        now = (output.lines, newest_ns)
+        if newest_ns != seen[1]:
+            phase, _, step = beat.partition(" ")
             heartbeat.beat(phase or "train", int(step) if step else None)
         elif now != seen:
             heartbeat.refresh()
@@ -166,6 +166,19 @@ class Supervisor:
             raise Stopped(status, f"{reason}; the program {how}")
         if code != 0:
             raise failure.find(output.last, _ending(code), self.first_rank)
+
+
+def newest_beat(folder: Path) -> tuple[int, str]:
+    """Return when the newest beat of the ranks was written, in ns, and its text; (0, "") before the first.
+
+    The ranks replace these files all the time, so any of them may be gone when it is read.
+    """
+    newest = (0, "")
+    for path in folder.glob("*"):
+        if path.name.isdigit():
+            with suppress(OSError):
+                newest = max(newest, (path.stat().st_mtime_ns, path.read_text(encoding="utf-8")))
+    return newest
 
 
 def _ending(code: int) -> str:
