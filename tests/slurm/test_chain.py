@@ -39,6 +39,7 @@ def test_chain_equals_the_reference(
     check(run, curve)
 
 
+@pytest.mark.proof
 def test_two_nodes_share_a_consolidation(curve: list[tuple[float, float]], slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shared = ["cluster.cpu.nodes=2", "cluster.cpu.ranks_per_node=2", "consolidate.shard_gib=0.001"]

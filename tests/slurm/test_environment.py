@@ -68,6 +68,7 @@ def test_a_script_by_hand_gives_the_same_environment(preflight: Path, slurm: Clu
         assert differing - own <= changing, differing
 
 
+@pytest.mark.proof
 def test_two_runs_on_the_same_nodes_do_not_collide(slurm: Cluster, tmp_path: Path) -> None:
     overrides = ["pipeline=preflight", "cluster.train.sbatch={nodelist: 'n[1-2]'}"]
     both = [tmp_path / "one", tmp_path / "two"]
@@ -80,6 +81,7 @@ def test_two_runs_on_the_same_nodes_do_not_collide(slurm: Cluster, tmp_path: Pat
     assert ends[0]["MASTER_PORT"] != ends[1]["MASTER_PORT"]
 
 
+@pytest.mark.proof
 def test_export_none_does_not_empty_the_ranks(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     runs.complete(run, "pipeline=preflight", "cluster.train.sbatch={export: NONE}")

@@ -115,6 +115,7 @@ def test_an_interrupted_build_gives_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_a_build_that_is_killed_at_random_moments_gives_the_same_bytes(program, log_of, tmp_path: Path) -> None:
     began = time.monotonic()
     assert program("whole", "data.workers=2", f"data.cache={tmp_path}/whole").wait(120) == 0, log_of("whole")

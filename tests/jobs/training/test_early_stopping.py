@@ -49,6 +49,7 @@ def test_losses_of_earlier_attempts_count_and_the_one_before_training_does_not()
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_a_training_ends_early_and_its_best_checkpoint_is_merged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [

@@ -9,7 +9,7 @@ from conf.files import read_json
 from launcher.status import tables
 from tests.jobs import curves, ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 
 
 def test_one_row_trains_to_a_verified_model_without_a_held_out_loss(tmp_path: Path) -> None:
