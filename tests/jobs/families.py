@@ -32,7 +32,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads(Path(__file__).with
 STEPS, RANKS, GROUP = 5, 2, 30
 HELD_OUT = 8
 """Samples whose loss is compared after a merge."""
-WRITTEN_ANEW = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+WRITTEN_ANEW = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+"""Fields of config.json that a merge sets: `use_cache` is true in every merged model."""
 LIMIT = 2e-3
 """Largest relative difference that can come from another order of floating-point operations."""
 COMMON = [
