@@ -212,13 +212,20 @@ def _generates(model: Any, tokens: Any) -> bool:
 
 
 def _changed_fields(source: Path, merged_folder: Path) -> list[str]:
-    """Fields of config.json that differ, except those that say who wrote it and in which precision."""
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, merged_folder))
-    return sorted(
-        name
-        for name in before.keys() | after.keys()
-        if name not in WRITTEN_ANEW and before.get(name) != after.get(name)
-    )
+    """Fields of config.json that differ, except those that a merge sets."""
+    before, after = (_flat(json.loads((folder / "config.json").read_text())) for folder in (source, merged_folder))
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    if before.get("tie_word_embeddings") is False:  # the field of the text has no effect then, and a merge corrects it
+        changed.discard("text_config.tie_word_embeddings")
+    return sorted(name for name in changed if name.rpartition(".")[2] not in WRITTEN_ANEW)
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under names such as `text_config.dtype`."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def plain_training(config: Config, steps: int) -> tuple[list[tuple[float, float]], Any]:
