@@ -11,7 +11,7 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ foreign: setup ## merge real checkpoints of other programs, compare, and write t
 
 custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
 	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
+
+wrong-configs: setup ## launch wrong and right configs as dry runs, and print which are refused (two minutes)
+	$(V)/python -m tests.launcher.check.wrong_configs
 
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh

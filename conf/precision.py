@@ -7,6 +7,9 @@ from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
 
+LOWEST_CAPABILITY = {"bf16": (8, 0), "fp16": (5, 3), "tf32": (8, 0), "float8": (8, 9)}
+"""Lowest CUDA compute capability with such arithmetic: Ampere; the second Maxwell; Ampere; Ada."""
+
 
 def record(config: Config) -> Path:
     """RUN/precision.json, which preflight or train writes for `auto`."""

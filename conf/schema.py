@@ -46,6 +46,10 @@ def at_least(minimum: float, default: Any = MISSING, *, at_most: float = inf) ->
     return field(default=default, metadata={"minimum": minimum, "maximum": at_most})
 
 
+SEEDS = 2**32 - 1
+"""The largest seed that numpy takes."""
+
+
 def entries(section: type) -> Any:
     """A dictionary of sections under names that the user chooses. `conf.resolve` converts each entry to `section`."""
     return field(default_factory=dict, metadata={"section": section})
@@ -232,7 +236,7 @@ class Data:
     """Share of the rows that is used for validation if there is no `validation_path`. At least one row is held out; 0 holds
     out nothing, and there is then no held-out loss. Rows are chosen by their content and
     `seed`, so that equal rows are never in both parts, and adding rows to the file does not move the others."""
-    max_length: int = at_least(2, 2048)
+    max_length: int = at_least(2, 2048, at_most=100_000_000)
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate
     """What to do with a sample longer than `max_length`. `truncate`: cut it. `split`: continue it in further samples. `drop`:
@@ -258,7 +262,7 @@ class Data:
     cache: str | None = None
     """Folder for tokenized sets. Runs share them; they are named by a hash of their content. Null: `.data` next to the
     run folder. `$NAME` is expanded on the node."""
-    seed: int = at_least(0, 0)
+    seed: int = at_least(0, 0, at_most=SEEDS)
     """Seed for the choice of validation rows, for subsets of sets, and for the order of training rows."""
     gates: Gates = field(default_factory=Gates)
 
@@ -301,10 +305,10 @@ class Parallel:
 class Adapter:
     kind: AdapterKind = AdapterKind.none
     """`none`: train all weights. `lora`: freeze the base and train a low-rank update."""
-    r: int = at_least(1, 16)
+    r: int = at_least(1, 16, at_most=65_536)
     """Rank of the update B @ A."""
-    alpha: float = at_least(0, 32.0)
-    """The update is scaled by alpha / r."""
+    alpha: float = at_least(1e-6, 32.0, at_most=1e6)
+    """The update is scaled by alpha / r. With 0 nothing would be trained."""
     dropout: float = at_least(0, 0.0, at_most=0.99)
     """Dropout on the input of the adapter, as a probability."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
@@ -321,7 +325,7 @@ class Adapter:
     dora: bool = False
     """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
     fine-tune, and takes about a third more time."""
-    lora_plus_ratio: float | None = at_least(0, None)
+    lora_plus_ratio: float | None = at_least(0, None, at_most=10_000)
     """Learning rate of the matrices B as a multiple of `train.learning_rate` (LoRA+, Hayou 2024; 16 is usual there). Null: 1."""
     base: Frozen = Frozen.full
     """Precision of the frozen linear layers in blocks. `full`: the compute precision. `nf4`: 4 bits with double quantization
@@ -340,18 +344,18 @@ class EarlyStopping:
 
 @dataclass
 class Train:
-    steps: int | None = at_least(1, None)
+    steps: int | None = at_least(1, None, at_most=1_000_000_000)
     """Optimizer steps. Null: as many as `epochs` takes."""
-    epochs: float | None = at_least(0.001, None)
+    epochs: float | None = at_least(0.001, None, at_most=100_000)
     """Passes over the training rows. Used if `steps` is null."""
-    global_batch: int = at_least(1, 64)
+    global_batch: int = at_least(1, 64, at_most=10_000_000)
     """Rows per optimizer step over all ranks. It does not depend on the number of GPUs, so neither does the loss curve."""
-    micro_batch: int | None = at_least(1, None)
+    micro_batch: int | None = at_least(1, None, at_most=1_000_000)
     """Most rows in one forward pass of a rank. Gradients are accumulated until `global_batch` is reached. Null: as many as are
     estimated to fit into `cluster.train.gpu_memory_gib`, up to 16,384 tokens, because more do not make a GPU faster; 1 on CPUs
     and if `gpu_memory_gib` is not set."""
-    learning_rate: float = at_least(0)
-    """Peak learning rate, after warmup."""
+    learning_rate: float = at_least(1e-20, at_most=100)
+    """Peak learning rate, after warmup. With 0 nothing would be trained."""
     lr_schedule: Schedule = Schedule.cosine
     """How the learning rate falls after the warmup. `cosine`, `linear`, `polynomial`: over all steps. `cosine_restarts`: in
     `lr_cycles` cosines, each from the peak. `wsd`: the peak, then a cosine over the last `decay_ratio` of the steps.
@@ -362,9 +366,9 @@ class Train:
     """Steps of linear warmup. Null: as `warmup_ratio` says."""
     warmup_ratio: float | None = at_least(0, None, at_most=0.99)
     """Linear warmup as a share of all steps. If it and `warmup_steps` are null: 10 steps, but at most a tenth of the training."""
-    lr_cycles: int = at_least(1, 2)
+    lr_cycles: int = at_least(1, 2, at_most=1_000_000)
     """Cosines of `lr_schedule=cosine_restarts`."""
-    lr_power: float = at_least(0, 1.0)
+    lr_power: float = at_least(0, 1.0, at_most=1000)
     """Exponent of `lr_schedule=polynomial`. 1 is linear."""
     decay_ratio: float = at_least(0, 0.1, at_most=1)
     """Share of all steps in which the learning rate of `lr_schedule=wsd` falls."""
@@ -377,9 +381,9 @@ class Train:
     label_smoothing: float = at_least(0, 0.0, at_most=0.99)
     """Share of the target that is spread over the whole vocabulary (Szegedy 2016). The logged loss contains it, the held-out
     loss does not."""
-    neftune_alpha: float | None = at_least(0, None)
+    neftune_alpha: float | None = at_least(0, None, at_most=10_000)
     """Noise on the embeddings while training, as a Trainer adds it (NEFTune, Jain 2023). 5 is usual. Null: none."""
-    weight_decay: float = at_least(0, 0.0)
+    weight_decay: float = at_least(0, 0.0, at_most=100)
     """Weight decay of AdamW. Applied to matrices only."""
     optimizer: Optimizer = Optimizer.adamw
     """`adamw_8bit`: from bitsandbytes with ZeRO, from torchao with FSDP. `paged_*`: from bitsandbytes, with ZeRO only.
@@ -389,9 +393,9 @@ class Train:
     """Decay of AdamW's first moment."""
     beta2: float = at_least(0, 0.95, at_most=0.99999)
     """Decay of AdamW's second moment."""
-    eps: float = at_least(0, 1e-8)
-    """AdamW's epsilon."""
-    max_grad_norm: float = at_least(0, 1.0)
+    eps: float = at_least(1e-30, 1e-8, at_most=1)
+    """AdamW's epsilon. With 0, a weight whose gradient has always been 0 would become NaN."""
+    max_grad_norm: float = at_least(0, 1.0, at_most=1e9)
     """Clip gradients to this global norm. 0: no clipping."""
     precision: Precision = Precision.auto
     """Compute precision. `bf16`: bfloat16, with fp32 master weights. `fp32`: to study numerics, and for CPUs. `fp16`: with loss
@@ -415,7 +419,7 @@ class Train:
     compile: bool | None = None
     """Compile each block with torch.compile. Null: yes on GPUs if triton is installed, except for adapters with ZeRO-3, whose
     hooks inside a block would break its graph into small parts."""
-    seed: int = at_least(0, 0)
+    seed: int = at_least(0, 0, at_most=SEEDS)
     """Seed for random initial weights and dropout."""
     max_loss_rise: float | None = at_least(0, 2.0)
     """In nats. Training has diverged, and ends, if the loss (median of 21 steps) stays this far above its best for 50 steps in a
@@ -461,7 +465,7 @@ class Consolidate:
     dtype: OutputDtype = OutputDtype.auto
     """Precision of the consolidated weights. `auto`: the compute precision of training. `original`: that of each weight in
     `model.source`."""
-    shard_gib: float = at_least(0.001, 5.0)
+    shard_gib: float = at_least(0.001, 5.0, at_most=100_000)
     """Largest safetensors file, in GiB."""
     adapter_only: bool = False
     """Write only the adapter, as a PEFT folder, instead of merging it into the base."""
@@ -481,13 +485,13 @@ class Generate:
     """JSONL file with a `prompt`, or `messages` of several turns, in each row, and maybe a `reference` answer."""
     system: str | None = free_text(None)
     """System prompt of rows that have none."""
-    max_new_tokens: int = at_least(1, 128)
+    max_new_tokens: int = at_least(1, 128, at_most=10_000_000)
     """Longest answer, in tokens."""
-    temperature: float = at_least(0, 0.0)
+    temperature: float = at_least(0, 0.0, at_most=100)
     """0: always the most likely token, so that two runs can be compared."""
     top_p: float = at_least(0.001, 1.0, at_most=1)
     """With a temperature above 0: choose among the most likely tokens whose probabilities reach this sum. 1: among all."""
-    seed: int = at_least(0, 0)
+    seed: int = at_least(0, 0, at_most=SEEDS)
     """Seed of the choice, with a temperature above 0."""
     compare_base: bool = False
     """Also write the answers of `model.source`, beside those of the trained model."""
@@ -514,7 +518,7 @@ class Resources:
     cpus_per_rank: int = at_least(1, 1)
     memory_gib: int | None = at_least(0, None)
     """Host memory per node, in GiB. 0: all of it. Null: the partition's default."""
-    time_min: int = at_least(1, 60)
+    time_min: int = at_least(1, 60, at_most=527_040)
     """Time limit, in minutes."""
     partition: str | None = None
     """Null: the cluster's default partition."""

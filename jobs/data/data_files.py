@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from conf.data_endings import ENDINGS
 from conf.errors import DataError, Problem, first_line
 from conf.schema import DataSet
 from jobs.data import remote_files, split_names
-from jobs.data.file_trees import ENDINGS, DataFile, LocalTree, RemoteTree, Tree
+from jobs.data.file_trees import DataFile, LocalTree, RemoteTree, Tree
 from jobs.distributed.log_once import log_once
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")

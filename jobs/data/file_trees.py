@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-ENDINGS = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv", ".parquet", ".arrow")
+from conf.data_endings import COMPRESSIONS
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from conf.columns import SPLIT
+from conf.data_endings import ENDINGS
 from conf.errors import DataError, Problem, UserError, first_line
 from conf.schema import DataSet
 from jobs.data import hub
@@ -34,7 +35,7 @@ from jobs.data.file_readers import (
     json_objects,
     wrapped_rows,
 )
-from jobs.data.file_trees import ENDINGS, DataFile
+from jobs.data.file_trees import DataFile
 from jobs.data.json_layout import BOM, Kind, find_layout
 
 Row = dict[str, Any]

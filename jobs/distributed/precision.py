@@ -10,14 +10,12 @@ from conf import precision
 from conf.choices import Precision
 from conf.errors import Problem, SiteError
 from conf.files import write_json
+from conf.precision import LOWEST_CAPABILITY
 from conf.schema import Config
 from jobs.distributed.collectives import broadcast_from_rank0, gather
 from jobs.distributed.process_group import World
 
 log = logging.getLogger(__name__)
-
-NEEDS = {"bf16": (8, 0), "fp16": (5, 3), "tf32": (8, 0)}
-"""Lowest CUDA compute capability with such arithmetic: Ampere; the second Maxwell."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Device:
     """CUDA compute capability; None for a CPU or a GPU of another kind, which compute in every precision."""
 
     def has(self, kind: str) -> bool:
-        return self.capability is None or self.capability >= NEEDS.get(kind, (0, 0))
+        return self.capability is None or self.capability >= LOWEST_CAPABILITY.get(kind, (0, 0))
 
 
 def settle(config: Config, world: World) -> None:
@@ -73,7 +71,7 @@ def lacking(config: Config, devices: list[Device], begun: bool = False) -> list[
         hosts = ", ".join(sorted({device.host for device in without}))
         major, minor = without[0].capability or (0, 0)
         message = f"{without[0].name} (compute capability {major}.{minor}, on {hosts}) has no {kind}: {remedy}use "
-        message += f"GPUs of capability {'.'.join(map(str, NEEDS[kind]))} or higher"
+        message += f"GPUs of capability {'.'.join(map(str, LOWEST_CAPABILITY[kind]))} or higher"
         problems.append(Problem(key, True if kind == "tf32" else kind, message))
     return problems
 

@@ -7,18 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from conf.chat_templates import BUNDLED
 from jobs.tokenization.turn_spans import Tokens
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
-BUNDLED = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "mistral": ("[INST]", "[/INST]"),
-    "qwen": ("<|im_start|>", "<|im_end|>"),
-}
-"""The templates that come with Muster, and the tokens that a tokenizer must have for each."""
-
 END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
     *("</s>", "<eos>", "<|eot|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),

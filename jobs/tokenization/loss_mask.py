@@ -3,9 +3,9 @@
 import re
 from typing import NamedTuple
 
+from conf.chat_templates import BUNDLED
 from jobs.tokenization import template_inputs
 from jobs.tokenization.chat_settings import ChatSettings
-from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample
 from jobs.tokenization.offsets import Span
 from jobs.tokenization.template_inputs import RenderedChat, Renderer

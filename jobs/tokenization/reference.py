@@ -28,7 +28,7 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Returns (token ids, 1 for each token to train on). Raises ValueError with the cause and the remedy.
 
-    template: None is the tokenizer's own, else a name of `chat_template.BUNDLED` or a file. A sample of token ids keeps its
+    template: None is the tokenizer's own, else a name of `conf.chat_templates.BUNDLED` or a file. A sample of token ids keeps its
     labels.
     """
     if sample.ids is not None:

@@ -150,11 +150,6 @@ def _weights_by_name(config: Config) -> Iterator[Problem]:
     for pattern, rate in train.learning_rates.items():
         if not 0 <= rate < math.inf:
             yield Problem(f"train.learning_rates.{pattern}", rate, "must be at least 0 and finite")
-    if train.learning_rates and train.learning_rate == 0:
-        message = (
-            "must be above 0, because the schedule of train.learning_rates follows it. To train only some weights: "
-        )
-        yield Problem("train.learning_rate", 0, message + "train.unfrozen")
 
 
 def _answers(config: Config) -> Iterator[Problem]:

@@ -189,6 +189,10 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     value = override.value()
     if isinstance(value, str) and "${" in value:  # an interpolation: Hydra resolves it later
         return None
+    if (
+        isinstance(value, str) and value != value.strip() and not quoting.is_text(key)
+    ):  # "64 " would be taken for a number
+        return Problem(key, repr(value), f"must be {_describe(known[key])}, without blanks")
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:

@@ -7,10 +7,9 @@ from typing import Any
 from conf import stored_quantization
 from conf.choices import AdapterKind, Frozen, Init, Precision
 from conf.errors import Problem
-from conf.families import FIXED_POSITIONS
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
-from launcher.estimate.config_json import TEXTS, is_multimodal, positions, text_fields
+from launcher.estimate.config_json import TEXTS, is_multimodal, text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.estimate.parameters import count
 
@@ -63,7 +62,6 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
             yield from _quantization(config, files.fields, files.quantization)
             yield from _vocabulary(config, files)
             yield from _padding(config, files.tokenizer)
-            yield from _positions(config, files.fields)
             yield from _dora(config, files.fields)
 
 
@@ -235,11 +233,3 @@ def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Pr
         message = "its tokenizer names neither a pad_token nor an eos_token, so that rows cannot be padded. "
         message += "Set data.eos_token to the token that ends a text"
         yield Problem(key, config.model.tokenizer or config.model.source, message)
-
-
-def _positions(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """Rows that a model with a fixed number of positions cannot read. Of other models `auto_settings` says that rows are long."""
-    longest = positions(fields)
-    if fields.get("model_type") in FIXED_POSITIONS and longest is not None and config.data.max_length > longest:
-        message = f"is more than the {longest} positions that the model has, and it has none beyond them. "
-        yield Problem("data.max_length", config.data.max_length, f"{message}Use data.max_length={longest}")

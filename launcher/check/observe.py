@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf import packages, resolve
@@ -23,11 +23,14 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from conf.text import texts
 from launcher import secrets_file
-from launcher.check import hub_access, hub_files, model_files, packing_rules
+from launcher.check import hub_access, hub_files, inputs, layer_names, model_files, packing_rules
 from launcher.check.hub_access import HubFacts
 from launcher.check.hub_files import HubHome
+from launcher.check.inputs import Inputs
+from launcher.check.layer_names import LayerNames
 from launcher.check.local_gpus import local_gpus
 from launcher.check.model_files import Families, ModelFiles
+from launcher.estimate.config_json import text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.secret_names import known_values
 
@@ -55,7 +58,7 @@ SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 class FirstRow:
     """The columns of a training set's first row, or why they could not be read.
 
-    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON and JSONL.
+    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON, JSONL, CSV and TSV.
     """
 
     key: str
@@ -80,6 +83,10 @@ class Facts:
     """What lies in the folder of `model.source`, if it is on this machine."""
     families: Families | None = None
     """What the installed transformers can build; None if jobs use another one, or if it does not matter."""
+    layers: LayerNames | None = None
+    """Names of the model's layers; None if jobs use another transformers, or if they are not known."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """What was seen of the files that jobs will read."""
     packages_missing: tuple[Problem, ...] = ()
     """Packages that the config needs, if jobs use this interpreter and it lacks them."""
     kernels: frozenset[str] | None = None
@@ -113,6 +120,8 @@ def observe(config: Config) -> Facts:
         first_rows=tuple(_first_row(key, Path(item.path)) for key, item in training_by_key(config.data)),
         model=model,
         families=_families(config, model),
+        layers=_layers(config, model),
+        inputs=inputs.look(config, hub_cache(config)),
         packages_missing=_missing_packages(config),
         kernels=_kernels(config),
         existing=existing,
@@ -167,9 +176,17 @@ def _families(config: Config, model: ModelFiles | None) -> Families | None:
     return model_files.families() if is_other and _jobs_use_this_python(config) else None
 
 
+def _layers(config: Config, model: ModelFiles | None) -> LayerNames | None:
+    family = text_fields((model.fields if model else None) or {}).get("model_type")
+    return layer_names.read(config, family) if _jobs_use_this_python(config) else None
+
+
 def _missing_packages(config: Config) -> tuple[Problem, ...]:
-    """A dry run may be on a machine that only previews."""
-    return tuple(packages.missing(config)) if _jobs_use_this_python(config) and not config.dry_run else ()
+    """A dry run may be on a machine that only previews: it has no torch, or not what is built for GPU nodes."""
+    if not _jobs_use_this_python(config) or (config.dry_run and importlib.util.find_spec("torch") is None):
+        return ()
+    found = packages.missing(config)
+    return tuple(item for item in found if not (config.dry_run and item.key.startswith(("model.", "tracker."))))
 
 
 def _kernels(config: Config) -> frozenset[str] | None:
@@ -228,7 +245,9 @@ def without_part(value: str) -> str:
 
 
 def _first_row(key: str, path: Path) -> FirstRow:
-    """Read the columns of the first row of a JSON or JSONL file. Other files are left to the preprocess job."""
+    """Read the columns of the first row of a JSON, JSONL, CSV or TSV file. Other files are left to the preprocess job."""
+    if columns := inputs.csv_columns(path):
+        return FirstRow(key, columns)
     if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
         return FirstRow(key)
     text = ""

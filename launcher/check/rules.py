@@ -3,7 +3,7 @@
 Rules of a site are in `site_rules.py`, those of layout and batch size in `parallel_rules.py`, those of training data in
 `data_rules.py`, those of the model's files in `model_rules.py`, those of packed rows in `packing_rules.py`, those of options that
 do not work together in `combinations.py`, those of texts in `text_rules.py`, those of secrets in `secret_rules.py`, those of the
-Hub in `hub_rules.py`. All others are here.
+Hub in `hub_rules.py`, those of what would fail or be ignored later in `later_failures.py`. All others are here.
 """
 
 import math
@@ -23,6 +23,7 @@ from launcher.check import (
     data_rules,
     deepspeed_rules,
     hub_rules,
+    later_failures,
     model_rules,
     packing_rules,
     parallel_rules,
@@ -33,6 +34,9 @@ from launcher.check import (
 )
 from launcher.check.observe import Facts
 from launcher.estimate import auto_settings, memory, suggest, table
+
+LEAST_SHOWN = 1e-4
+"""A lower bound below this only keeps 0 out, so a message says `above 0`."""
 
 
 def problems(config: Config, facts: Facts) -> list[Problem]:
@@ -53,6 +57,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
             # an estimate of a wrong layout says nothing
             reported += bad_settings or _memory(config)
     reported += program_rules.problems(config)
+        reported += later_failures.problems(config, facts)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)
@@ -85,9 +90,11 @@ def _values(section: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _bounds(key: str, value: float, minimum: float, maximum: float) -> Iterator[Problem]:
-    if not minimum <= value <= maximum:
-        bounds = f"at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < math.inf else "")
-        yield Problem(key, value, f"must be {bounds}")
+    if minimum <= value <= maximum and value != math.inf:
+        return
+    lower = f"at least {minimum:g}" if minimum == 0 or minimum >= LEAST_SHOWN else "above 0"
+    upper = f" and at most {maximum:.15g}" if maximum < math.inf else ""
+    yield Problem(key, value, f"must be {lower}{upper}" + (" and finite" if value == math.inf else ""))
 
 
 def _jobs(config: Config) -> Iterator[Problem]:

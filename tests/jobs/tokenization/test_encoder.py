@@ -13,9 +13,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from conf.chat_templates import BUNDLED
 from jobs.tokenization import bpe_ranks, byte_bpe, encoder, reference, split_patterns
 from jobs.tokenization.chat_settings import MASKS, ChatSettings
-from jobs.tokenization.chat_template import BUNDLED
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.encoder import Encoder, TokenizersBackend, first_difference
 from jobs.tokenization.offsets import MaskedText, TokenizedText, Unsupported

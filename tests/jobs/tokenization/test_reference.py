@@ -8,8 +8,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from conf.chat_templates import BUNDLED
 from jobs.tokenization.chat_settings import ChatSettings
-from jobs.tokenization.chat_template import BUNDLED, template_source
+from jobs.tokenization.chat_template import template_source
 from jobs.tokenization.conversation import Sample, Turn
 from jobs.tokenization.reference import chat_messages, encode, ends_with_end_token
 from tests.jobs.ranks import CLONE

@@ -46,7 +46,7 @@ def messages(compose: Compose, words: tuple[str, ...], values: dict[str, Any]) -
         ((), {"train.float8": Float8.rowwise, "train.precision": Precision.fp32}, "train.float8=rowwise", "train.precision=bf16"),
         (("adapter=lora",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "adapter=lora_float8"),
         (("parallel=fsdp_offload",), BF16 | {"train.float8": Float8.rowwise}, "train.float8=rowwise", "parallel=fsdp"),
-        ((), BF16 | {"train.float8": Float8.rowwise, "model.architecture.hidden_size": 4100}, "train.float8=rowwise", "16"),
+        ((), BF16 | {"train.float8": Float8.rowwise, "model.architecture.intermediate_size": 14340}, "train.float8=rowwise", "16"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_work_together_are_refused_with_a_remedy(

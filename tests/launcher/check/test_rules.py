@@ -203,7 +203,7 @@ def test_all_numbers_below_their_minimum_are_reported(compose: Compose) -> None:
     reported = problems(put(config, {key: minimum - 1 for key, minimum in lowest.items()}), Facts())
     for problem, (key, minimum) in zip(reported, lowest.items(), strict=False):
         assert (problem.key, problem.value) == (key, minimum - 1)
-        assert problem.message.startswith(f"must be at least {minimum:g}")
+        assert problem.message.startswith((f"must be at least {minimum:g}", "must be above 0"))
     assert {"train.steps", "cluster.train.nodes", "cluster.cpu.time_min", "model.architecture.hidden_size"} <= set(
         lowest
     )

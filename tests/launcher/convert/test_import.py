@@ -50,7 +50,8 @@ def test_the_experiment_passes_the_checks(path: Path, tmp_path: Path) -> None:
     _, program, found, ours = imported(path)
     written = tmp_path / f"{path.stem}.yaml"
     written.write_text(convert.text(ours, path, program, found))
-    for name in ("rows.jsonl", "second.jsonl", "held.jsonl", "a.parquet"):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for name in ("rows.jsonl", "second.jsonl", "held.jsonl"):
         (tmp_path / name).write_text(
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
         )

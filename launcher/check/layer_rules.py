@@ -1,0 +1,68 @@
+"""Refuses names of layers and weights that the model does not have; pure."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from conf.choices import AdapterKind
+from conf.errors import Problem
+from conf.schema import Config
+from launcher.check.layer_names import LayerNames
+
+ALL = "all-linear"
+BLOCKS = ("layers", "h", "blocks")
+"""Attributes that hold the numbered decoder blocks."""
+
+
+def problems(config: Config, names: LayerNames | None) -> Iterator[Problem]:
+    """Targets and patterns in which nothing can be found. Only plain names are judged, no other regular expressions."""
+    if "train" not in config.jobs:
+        return
+    if config.adapter.kind is not AdapterKind.none:
+        yield from _targets(config, names)
+    patterns = {"unfrozen": config.train.unfrozen, "learning_rates": list(config.train.learning_rates)}
+    for key, pattern in ((key, pattern) for key, listed in patterns.items() for pattern in listed if names):
+        plain = pattern.replace("\\.", ".")
+        if names and re.fullmatch(r"[\w.]+", plain) and (part := _unknown(plain, names, config, whole=False)):
+            yield Problem(f"train.{key}", pattern, _message(part, names))
+
+
+def _targets(config: Config, names: LayerNames | None) -> Iterator[Problem]:
+    targets = config.adapter.targets
+    if not targets:
+        yield Problem("adapter.targets", "[]", f"names no layer. Use adapter.targets=[{ALL}]")
+    elif ALL in targets and len(targets) > 1:
+        message = (
+            f"{ALL} stands for all linear layers, and must be alone. Use adapter.targets=[{ALL}], or name each layer"
+        )
+        yield Problem("adapter.targets", f"[{','.join(targets)}]", message)
+    for target in targets if names and ALL not in targets else ():
+        if names and (part := _unknown(target, names, config, whole=True)):
+            yield Problem("adapter.targets", target, _message(part, names))
+
+
+def _unknown(name: str, names: LayerNames, config: Config, *, whole: bool) -> str | None:
+    """The first part of a dotted name that no weight's name has. Of a pattern, a part may be only a piece of it."""
+    before = ""
+    for part in name.split("."):
+        if part.isdigit():
+            if before in BLOCKS and not _is_block(part, config, whole=whole):
+                return f"{before}.{part}"
+        elif part and not (part in names.words or (not whole and any(part in word for word in names.words))):
+            return part
+        before = part
+    return None
+
+
+def _is_block(number: str, config: Config, *, whole: bool) -> bool:
+    shape = config.model.architecture
+    if shape is None:
+        return True
+    blocks = [str(index) for index in range(shape.num_hidden_layers)]
+    return number in blocks or (not whole and any(block.startswith(number) for block in blocks))
+
+
+def _message(part: str, names: LayerNames) -> str:
+    near = difflib.get_close_matches(part, names.linear, n=1, cutoff=0.6)
+    hint = f": did you mean '{near[0]}'?" if near else "."
+    return f"the model has no layer {part}{hint} Its linear layers are {', '.join(names.linear)}"
