@@ -63,6 +63,9 @@ custom: .bench/.installed test-system ## run the programs of examples/custom on 
 wrong-configs: setup ## launch wrong and right configs as dry runs, and print which are refused (two minutes)
 	$(V)/python -m tests.launcher.check.wrong_configs
 
+wrong-configs: setup ## launch wrong and right configs as dry runs, and write docs/wrong-configs.md (two minutes)
+	$(V)/python -m tests.launcher.check.wrong_configs $(ARGS)
+
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh
 

@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
             raise ConfigError(*problems)
         sys.argv[1:] = command_line.allow_new_entries(words)
         configs = compose(sys.argv[1:])
+        for line in command_line.notes(given) if configs else ():
+            print(line, flush=True)
         sys.argv[1:] = command_line.allow_new_entries(
             given
         )  # recorded in run.json, with the entries that Hydra cannot take

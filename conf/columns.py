@@ -1,4 +1,4 @@
-"""Names the columns of each data format, and the notation for a range of rows. The launcher's checks and the jobs both use them."""
+"""Names columns of data formats, speakers of chats, and the notation for ranges of rows. Launcher and jobs both use them."""
 
 import re
 
@@ -42,6 +42,27 @@ MESSAGE_KEYS = (
 )
 """The keys of a message, in groups as above."""
 KEYS = frozenset(name for group in MESSAGE_KEYS for name in group)
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+"""Known speaker names and their roles."""
 
 SPLIT = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
 """A range of rows: `[:1000]`, `[10%:20%]`, `[-100:]`."""

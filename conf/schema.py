@@ -325,7 +325,7 @@ class Adapter:
     dora: bool = False
     """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
     fine-tune, and takes about a third more time."""
-    lora_plus_ratio: float | None = at_least(0, None, at_most=10_000)
+    lora_plus_ratio: float | None = at_least(1e-6, None, at_most=10_000)
     """Learning rate of the matrices B as a multiple of `train.learning_rate` (LoRA+, Hayou 2024; 16 is usual there). Null: 1."""
     base: Frozen = Frozen.full
     """Precision of the frozen linear layers in blocks. `full`: the compute precision. `nf4`: 4 bits with double quantization

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from conf.columns import CALL_KEYS, CONTENT_KEYS, KEYS, ROLE_KEYS
+from conf.columns import CALL_KEYS, CONTENT_KEYS, KEYS, ROLE_KEYS, ROLES
 from jobs.data.column_mapping import rename_keys
 from jobs.data.content_parts import Content, parse_content
 from jobs.data.refused_rows import media_column
@@ -14,26 +14,6 @@ from jobs.data.tool_calls import parse_calls
 from jobs.data.train_marks import check_train_detail, read_train, read_train_detail, refuse_other_marks, without_gaps
 from jobs.tokenization.conversation import EmptyText, Turn, UnknownRole
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
-}
-"""Known speaker names and their roles."""
 CALL_SPEAKERS = ("function_call", "tool_call")
 """The content of a turn of these speakers is one call, or a list of calls, as JSON."""
 THOUGHT_SPEAKERS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "think")

@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import resolve
 from conf.errors import Problem
 from conf.schema import Architecture, Config
+from conf.visible import visible
 from launcher.check import quoting
-from launcher.secret_names import MASK, found
+from launcher.secret_names import MASK, found, masked
 
 FLAGS_WITH_VALUE = (
     "--cfg",
@@ -78,7 +79,25 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
             reported.append(Problem(key, value, _several_values(key, value)))
         else:
             valid.append(override)
-    return reported + _shape_of_a_model_without_one(valid, folder, options)
+    return [*reported, *_shape_of_a_model_without_one(valid, folder, options), *_two_lengths(valid)]
+
+
+def notes(words: Sequence[str]) -> list[str]:
+    """A line for each `key=value` that another value of the same key comes after. Hydra takes the last one without a word."""
+    pairs = [word.lstrip("+").partition("=") for word in words if "=" in word and not word.startswith(("-", "~"))]
+    last = {key: value for key, _, value in pairs}
+    earlier = dict.fromkeys((key, value) for key, _, value in pairs if value != last[key])
+    lines = (f"warning   {key}={value} is not used: {key}={last[key]} comes after it" for key, value in earlier)
+    return [visible(masked(line)) for line in lines]
+
+
+def _two_lengths(overrides: list[Override]) -> list[Problem]:
+    """`train.epochs` beside `train.steps`, which is used instead."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    steps, epochs = values.get("train.steps"), values.get("train.epochs")
+    if steps is None or epochs is None:
+        return []
+    return [Problem("train.epochs", epochs, f"has no effect, because train.steps={steps} is used. Remove one of them")]
 
 
 def _secret(word: str) -> Problem | None:

@@ -1,11 +1,13 @@
 """Checks the training data that a config names: its files exist and its first rows have the columns of their format; pure."""
 
+import difflib
 import re
 from collections.abc import Iterator
 
 from conf.choices import Format
-from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT, SPLIT
-from conf.datasets import training
+from conf.columns import COLUMNS as ALL_COLUMNS
+from conf.columns import INPUT, INSTRUCTION, KEYS, MESSAGES, OUTPUT, ROLES, SPLIT
+from conf.datasets import training, training_by_key
 from conf.errors import Problem
 from conf.schema import Config, DataSet
 from launcher.check.observe import Facts, FirstRow
@@ -37,9 +39,12 @@ def problems(config: Config, facts: Facts) -> Iterator[Problem]:
         yield from _names(config)
         yield from _splits(config)
         yield from _keys_of_one_path(config)
+        for key, data_set in training_by_key(config.data):
+            yield from _names_of_columns_and_speakers(config, key.removesuffix(".path"), data_set)
         # `facts` has no rows where nothing was observed
         for first_row, data_set in zip(facts.first_rows, training(config.data).values(), strict=False):
             yield from _first_row(first_row, data_set)
+            yield from _mapped_columns(config, first_row, data_set)
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -70,6 +75,50 @@ def _splits(config: Config) -> Iterator[Problem]:
     for key, split in splits.items():
         if split is not None and not SPLIT.fullmatch(split):
             yield Problem(key, split, "is not a range of rows. Write [:1000], [10%:] or [-100:]")
+        elif split is not None and _is_empty(split):
+            yield Problem(key, split, "holds no rows, because it ends before it begins. Write for example [:1000]")
+
+
+def _is_empty(split: str) -> bool:
+    """Whether a range ends where it begins, or before. Only bounds that are counted in the same way are compared."""
+    start, _, end = split.strip("[]").partition(":")
+    same = bool(end) and start.endswith("%") == end.endswith("%") and start.startswith("-") == end.startswith("-")
+    return end in ("0", "0%") or (same and bool(start) and int(start.rstrip("%")) >= int(end.rstrip("%")))
+
+
+def _names_of_columns_and_speakers(config: Config, section: str, data_set: DataSet) -> Iterator[Problem]:
+    """Keys of `fields` that no format has, and values of `roles` that are no role."""
+    for name in data_set.fields:
+        if name not in ALL_COLUMNS | KEYS:
+            near = difflib.get_close_matches(name, ALL_COLUMNS | KEYS, n=1, cutoff=0.6)
+            hint = f": did you mean '{near[0]}'?" if near else "."
+            message = f"no format has such a column{hint} Write {{column of the format: your column}}, as in {{output: answer}}"
+            yield Problem(_key_of(config, section, data_set, "fields"), name, message)
+    for speaker, role in data_set.roles.items():
+        if role not in ROLES:
+            message = "is no role. Use system, user, assistant or tool"
+            yield Problem(f"{_key_of(config, section, data_set, 'roles')}.{speaker}", role, message)
+
+
+def _mapped_columns(config: Config, first_row: FirstRow, data_set: DataSet) -> Iterator[Problem]:
+    """Columns that `fields` names and the first row lacks, where such a row ends preprocess. A name with ? may be missing."""
+    if first_row.columns is None or config.data.gates.unusable > 0:
+        return
+    for name, source in data_set.fields.items():
+        is_column = name in ALL_COLUMNS and re.fullmatch(r"\w+", source)
+        if is_column and source not in first_row.columns:
+            message = (
+                f"names the column {source}, but the first row of {data_set.path} has {', '.join(first_row.columns)}. "
+            )
+            message += f"Name one of these, or write '{source}?' if rows may lack it"
+            key = _key_of(config, first_row.key.removesuffix(".path"), data_set, "fields")
+            yield Problem(f"{key}.{name}", source, message)
+
+
+def _key_of(config: Config, section: str, data_set: DataSet, name: str) -> str:
+    """The key that a value of a set comes from: its own, or that of `data`."""
+    inherited = getattr(data_set, name) == getattr(config.data, name)
+    return f"data.{name}" if inherited else f"{section}.{name}"
 
 
 def _first_row(first_row: FirstRow, data_set: DataSet) -> Iterator[Problem]:

@@ -88,6 +88,8 @@ def csv_columns(path: Path) -> tuple[str, ...] | None:
 
 
 def _unreadable(config: Config) -> Iterator[tuple[str, str, str]]:
+    if config.data.cache and Path(config.data.cache).is_file():
+        yield "data.cache", config.data.cache, "is a file. Name a folder"
     sets = dict(zip([key for key, _ in training_paths(config.data)], training(config.data).values(), strict=False))
     if validation := held_out(config.data):
         sets["data.validation_path"] = validation

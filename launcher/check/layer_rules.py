@@ -20,11 +20,21 @@ def problems(config: Config, names: LayerNames | None) -> Iterator[Problem]:
         return
     if config.adapter.kind is not AdapterKind.none:
         yield from _targets(config, names)
-    patterns = {"unfrozen": config.train.unfrozen, "learning_rates": list(config.train.learning_rates)}
-    for key, pattern in ((key, pattern) for key, listed in patterns.items() for pattern in listed if names):
+    for key, pattern in _patterns(config):
         plain = pattern.replace("\\.", ".")
         if names and re.fullmatch(r"[\w.]+", plain) and (part := _unknown(plain, names, config, whole=False)):
-            yield Problem(f"train.{key}", pattern, _message(part, names))
+            yield Problem(key, pattern, _message(part, names))
+
+
+def _patterns(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, regular expression of a name) of all that name layers or weights."""
+    patterns = {"train.unfrozen": config.train.unfrozen, "train.learning_rates": list(config.train.learning_rates)}
+    if config.adapter.kind is not AdapterKind.none:
+        patterns |= {
+            "adapter.rank_pattern": list(config.adapter.rank_pattern),
+            "adapter.alpha_pattern": list(config.adapter.alpha_pattern),
+        }
+    return ((key, pattern) for key, listed in patterns.items() for pattern in listed)
 
 
 def _targets(config: Config, names: LayerNames | None) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf import packages, resolve
-from conf.choices import Init
+from conf.choices import Executor, Init
 from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import all_sets, training_by_key
@@ -221,6 +221,8 @@ def _missing_files(config: Config) -> Iterator[tuple[str, str]]:
         paths["custom.command"] = os.path.join(config.custom.folder, scripts[0]) if scripts else None
     if "generate" in config.jobs:
         paths["generate.prompts"] = config.generate.prompts
+    if config.cluster.executor is Executor.local and (config.cluster.python or "").startswith(("/", ".", "~")):
+        paths["cluster.python"] = config.cluster.python
     image = config.cluster.container.image or ""
     if image.endswith((".sif", ".sqsh")) and "$" not in image and "://" not in image:
         paths["cluster.container.image"] = os.path.abspath(image)

@@ -101,6 +101,8 @@ def _jobs(config: Config) -> Iterator[Problem]:
     for job in config.jobs:
         if job not in JOB_KINDS:
             yield Problem("jobs", job, f"no such job. Choose from {', '.join(JOB_KINDS)}")
+    for job in {job for job in config.jobs if config.jobs.count(job) > 1}:
+        yield Problem("jobs", job, "is named more than once. Name each job once: it runs once")
     if not config.jobs:
         yield Problem("jobs", "[]", "must name at least one job. Use a pipeline, for example pipeline=finetune")
 

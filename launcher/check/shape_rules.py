@@ -50,6 +50,9 @@ def _heads(shape: Architecture) -> Iterator[Problem]:
     elif heads % shared:
         message = f"must divide {KEY}.num_attention_heads={heads}. Use {_divisor_near(heads, shared)}"
         yield Problem(f"{KEY}.num_key_value_heads", shared, message)
+    elif "head_dim" not in shape.extra and hidden // heads % 2 and shape.model_type not in FIXED_POSITIONS:
+        message = f"makes heads of {hidden // heads} numbers, but rotary positions turn pairs of them. Use another divisor of "
+        yield Problem(f"{KEY}.num_attention_heads", heads, f"{message}{KEY}.hidden_size={hidden}, or an even head_dim")
 
 
 def _divisor_near(number: int, wanted: int) -> int:

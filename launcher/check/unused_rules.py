@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.choices import AdapterKind, Backend, Executor, Init, Mask, MergeBase, Optimizer, Role
 from conf.errors import Problem, as_typed
-from conf.schema import Adapter, Config, Container, EarlyStopping, Generate, Parallel, Resources, Tracker, Train
+from conf.schema import Adapter, Config, Container, Data, EarlyStopping, Generate, Parallel, Resources, Tracker, Train
 
 SLURM_ONLY = ("gpu_type", "partition", "qos", "constraint", "exclude", "exclusive", "sbatch")
 CONTAINER_KEYS = ("runtime", "program", "flags", "mounts")
@@ -24,10 +24,7 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.model.init is Init.random and config.model.revision is not None:
         message = "has no effect, because model.init=random reads no weights. Remove it"
         yield Problem("model.revision", config.model.revision, message)
-    if not any((config.tracker.wandb, config.tracker.tensorboard, config.tracker.mlflow, config.tracker.comet)):
-        yield from _set(
-            config.tracker, Tracker, "tracker", TRACKER_KEYS, "no tracker is on. Add tracker=wandb, or remove it"
-        )
+    yield from _tracker(config)
 
 
 def _set(section: Any, schema: type, name: str, keys: tuple[str, ...], why: str) -> Iterator[Problem]:
@@ -51,6 +48,20 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(as_typed(item) for item in value)}]"
     return str(value) if isinstance(value, dict) else as_typed(value)
+
+
+def _tracker(config: Config) -> Iterator[Problem]:
+    tracker = config.tracker
+    if not any((tracker.wandb, tracker.tensorboard, tracker.mlflow, tracker.comet)):
+        why = "no tracker is on. Add tracker=wandb, or remove it"
+        yield from _set(tracker, Tracker, "tracker", TRACKER_KEYS, why)
+        return
+    if not tracker.mlflow:
+        why = "it is the address of MLflow. Add tracker.mlflow=true, or remove it"
+        yield from _set(tracker, Tracker, "tracker", ("uri",), why)
+    if not (tracker.wandb or tracker.comet):
+        why = "only W&B and Comet have it. Add tracker.wandb=true or tracker.comet=true, or remove it"
+        yield from _set(tracker, Tracker, "tracker", ("entity",), why)
 
 
 def _adapter(config: Config) -> Iterator[Problem]:
@@ -80,6 +91,9 @@ def _layout(config: Config) -> Iterator[Problem]:
     remedy = f"Use parallel=zero{stage}" if stage in (1, 2, 3) else "Use parallel=zero1, zero2 or zero3"
     why = f"parallel={parallel.name} shards with FSDP. {remedy}, or remove it"
     yield from _set(parallel, Parallel, "parallel", ("zero_stage", "bucket_elements"), why)
+    if parallel.shard_ranks == 1:
+        why = "parallel.shard_ranks=1 keeps all parameters on each rank. Use parallel=fsdp, or remove it"
+        yield from _set(parallel, Parallel, "parallel", ("reshard_after_forward",), why)
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
@@ -115,6 +129,12 @@ def _data(config: Config) -> Iterator[Problem]:
     if data.mask is Mask.all and data.train_on != [Role.assistant]:
         message = "has no effect, because data.mask=all trains every turn. Use data.mask=assistant, or remove it"
         yield Problem("data.train_on", _shown(data.train_on), message)
+    if data.packing and data.pad_to_max:
+        message = "has no effect, because packed rows are full. Set data.packing=false, or remove it"
+        yield Problem("data.pad_to_max", True, message)
+    if data.validation_path is not None and data.validation_fraction:
+        why = "data.validation_path has the validation rows. Remove one of them"
+        yield from _set(data, Data, "data", ("validation_fraction",), why)
     for name, data_set in data.sets.items():
         if data_set.num_samples is not None and data_set.weight != 1:
             message = f"has no effect, because data.sets.{name}.num_samples={data_set.num_samples} is used instead. Set one of them"
@@ -129,6 +149,8 @@ def _cluster(config: Config) -> Iterator[Problem]:
             yield from _set(getattr(cluster, section), Resources, f"cluster.{section}", SLURM_ONLY, why)
         if cluster.account is not None:
             yield Problem("cluster.account", cluster.account, f"has no effect, because {why}")
+        if cluster.srun_args:
+            yield Problem("cluster.srun_args", _shown(cluster.srun_args), f"has no effect, because {why}")
     if cluster.container.image is None:
         why = "cluster.container.image=null runs jobs without a container. Set the image, or remove it"
         yield from _set(cluster.container, Container, "cluster.container", CONTAINER_KEYS, why)

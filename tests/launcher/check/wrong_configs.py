@@ -1,22 +1,54 @@
-"""Launches wrong and right configs as dry runs, and prints which of them are refused: `make wrong-configs`.
+"""Launches wrong and right configs as dry runs, and writes docs/wrong-configs.md: `make wrong-configs`.
 
 wrong_configs.txt and right_configs.txt hold the command lines. A wrong config must be refused with a message that begins with its
 key; a right one must not be refused. FILES stands for a folder with the files that they name.
 """
 
+import argparse
 import contextlib
+import functools
 import io
 import json
+import multiprocessing
 import os
 import shlex
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import launch
+from conf.files import write_text
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+VERDICTS = ("caught", "let through", "traceback", "misleading")
+PAGE = """\
+# Configs that are refused
+
+A wrong value should be refused when it is typed, not after a night in the queue. `make wrong-configs` launches the command lines
+of `tests/launcher/check/wrong_configs.txt` and `right_configs.txt` as dry runs, in one process for each core, and writes this
+page.
+
+- A wrong config is **caught** if the launch ends with exit code 2 and a message that begins with the key that is wrong. It is
+  **misleading** if the message names another key, and **let through** if the launch goes on.
+- A right config must pass. Each is close to a wrong one, so that a rule which refuses too much is seen.
+
+| | configs |
+|---|---|
+{counts}
+
+{result}
+
+## One message for each key
+
+`FILES` is a folder with the files that the tests write.
+
+| key | configs | for example | message |
+|---|---|---|---|
+{rows}
+"""
 SLURM_SCRIPT = ("cluster=slurm", "cluster.train.nodes=1", "submit=script")
 
 
@@ -108,28 +140,85 @@ def judge(key: str, words: str, folder: Path) -> tuple[str, str]:
     return ("caught" if is_clear else "misleading"), message
 
 
-def main() -> int:
-    """Print a line for each config that is judged wrongly, and the table. Returns 1 if there is one."""
+Judged = tuple[str, str, str, str]
+"""Key, command line, verdict and message of a wrong config."""
+
+
+def judge_all(folder: Path, processes: int) -> tuple[list[Judged], list[tuple[str, str]]]:
+    """(every wrong config with its verdict, each right config that was refused with the message)."""
+    with multiprocessing.get_context("fork").Pool(processes) as pool:  # the imports take longer than a launch
+        verdicts = pool.starmap(functools.partial(judge, folder=folder), wrong(), chunksize=4)
+        outcomes = pool.map(functools.partial(outcome, folder=folder), right(), chunksize=4)
+    judged = [(*each, *verdict) for each, verdict in zip(wrong(), verdicts, strict=True)]
+    refused = [(words, message) for words, (code, message) in zip(right(), outcomes, strict=True) if code != 0]
+    return judged, refused
+
+
+def result(judged: Sequence[Judged], refused: int, passed: int) -> str:
+    """The last line of the output."""
+    count = Counter(verdict for *_, verdict, _ in judged)
+    counts = " ".join(f"{verdict.replace(' ', '_')}={count[verdict]}" for verdict in VERDICTS)
+    return f"RESULT wrong={len(judged)} {counts} right={passed + refused} passed={passed} refused={refused}"
+
+
+def page(judged: Sequence[Judged], refused: int, passed: int) -> str:
+    """The text of docs/wrong-configs.md: the counts, and the first command line of each key with its message."""
+    count = Counter(verdict for *_, verdict, _ in judged)
+    counts = [("wrong", len(judged)), *((f"... {verdict}", count[verdict]) for verdict in VERDICTS)]
+    counts += [("right", passed + refused), ("... passed", passed), ("... refused", refused)]
+    by_key: dict[str, list[Judged]] = {}
+    for each in judged:
+        by_key.setdefault(each[0], []).append(each)
+    rows = [
+        f"| `{key}` | {len(group)} | {_code(group[0][1])} | {_cell(_line_of(key, group[0][3]))} |"
+        for key, group in by_key.items()
+    ]
+    return PAGE.format(
+        counts="\n".join(f"| {name} | {number} |" for name, number in counts),
+        rows="\n".join(rows),
+        result=result(judged, refused, passed),
+    )
+
+
+def _line_of(key: str, message: str) -> str:
+    """The line of a message that begins with the key; the first one if none does."""
+    lines = [line.removeprefix("launch.py: ") for line in message.splitlines()]
+    return next((line for line in lines if line.startswith(key)), lines[0] if lines else "")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(words: str) -> str:
+    return f"`{words}`".replace("|", "\\|")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print each config that is judged wrongly, and the counts; write the page. Returns 1 if one is judged wrongly."""
+    parser = argparse.ArgumentParser(prog="python -m tests.launcher.check.wrong_configs", description=__doc__)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/wrong-configs.md", help="page to write")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    target = options.page.resolve()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary).resolve()
         os.chdir(folder)
         write_files(folder)
-        verdicts = Counter[str]()
-        for key, words in wrong():
-            verdict, message = judge(key, words, folder)
-            verdicts[verdict] += 1
+        judged, refused = judge_all(folder, options.processes)
+        for _, words, verdict, message in judged:
             if verdict != "caught":
-                print(f"{verdict}: {words}\n    {message.strip()}", flush=True)
-        refused = {words: message for words in right() for code, message in [outcome(words, folder)] if code != 0}
-        for words, message in refused.items():
+                print(f"{verdict}: {words}\n    {message.strip()}")
+        for words, message in refused:
             print(f"refused, though right: {words}\n    {message.strip()}")
-    print(f"{verdicts.total()} wrong configs")
-    for verdict in ("caught", "let through", "traceback", "misleading"):
-        print(f"  {verdict:<12} {verdicts[verdict]}")
-    count = len(right())
-    print(f"{count} right configs\n  {'passed':<12} {count - len(refused)}\n  {'refused':<12} {len(refused)}")
-    return 1 if refused or verdicts.total() != verdicts["caught"] else 0
+        passed = len(right()) - len(refused)
+        write_text(
+            target, page(judged, len(refused), passed).replace(str(folder), "FILES").replace(str(ROOT) + "/", "")
+        )
+        os.chdir(ROOT)
+    print(result(judged, len(refused), passed))
+    return 1 if refused or any(verdict != "caught" for *_, verdict, _ in judged) else 0
 
 
 if __name__ == "__main__":
