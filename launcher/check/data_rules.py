@@ -39,12 +39,13 @@ def problems(config: Config, facts: Facts) -> Iterator[Problem]:
         yield from _names(config)
         yield from _splits(config)
         yield from _keys_of_one_path(config)
-        for key, data_set in training_by_key(config.data):
+        has_data = facts.inputs.run is not None and facts.inputs.run.has_data
+        for key, data_set in training_by_key(config.data) if not has_data else ():
             yield from _names_of_columns_and_speakers(config, key.removesuffix(".path"), data_set)
         # `facts` has no rows where nothing was observed
         for first_row, data_set in zip(facts.first_rows, training(config.data).values(), strict=False):
             yield from _first_row(first_row, data_set)
-            yield from _mapped_columns(config, first_row, data_set)
+            yield from _mapped_columns(config, first_row, data_set) if not has_data else ()
 
 
 def _names(config: Config) -> Iterator[Problem]:

@@ -40,7 +40,9 @@ def read(config: Config, text_family: str | None) -> LayerNames | None:
         source = path.read_text(encoding="utf-8")
     except OSError:
         return None
-    if "AutoModel" in source:  # its parts are models of other families
+    if "AutoModel" in source or re.search(
+        r"^from \.\.\w+\.modeling_", source, re.MULTILINE
+    ):  # parts are of other families
         return None
     linear = re.findall(r"self\.(\w+)\s*=\s*(?:nn\.Linear|Conv1D)\(", source)
     return LayerNames(frozenset(re.findall(r"\w+", source)) | WRAPPERS, tuple(dict.fromkeys(linear)))

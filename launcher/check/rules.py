@@ -44,7 +44,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
 
     The config must have been localized (`launcher.check.localize`); `facts` are what `launcher.check.observe` saw.
     """
-    out_of_bounds = list(_values(config))
+    stored = set(_values(facts.existing)) if facts.existing else set()  # a started run keeps what it has
+    out_of_bounds = [problem for problem in _values(config) if problem not in stored]
     reported = [*out_of_bounds, *text.problems(config), *text_rules.problems(config)]
     reported += [*_jobs(config), *_steps(config), *_schedule(config), *_held_out(config)]
     if not out_of_bounds:  # these divide by numbers that could be 0

@@ -91,9 +91,9 @@ def _layout(config: Config) -> Iterator[Problem]:
     remedy = f"Use parallel=zero{stage}" if stage in (1, 2, 3) else "Use parallel=zero1, zero2 or zero3"
     why = f"parallel={parallel.name} shards with FSDP. {remedy}, or remove it"
     yield from _set(parallel, Parallel, "parallel", ("zero_stage", "bucket_elements"), why)
-    if parallel.shard_ranks == 1:
-        why = "parallel.shard_ranks=1 keeps all parameters on each rank. Use parallel=fsdp, or remove it"
-        yield from _set(parallel, Parallel, "parallel", ("reshard_after_forward",), why)
+    if parallel.shard_ranks == 1 and parallel.reshard_after_forward:
+        message = "has no effect, because parallel.shard_ranks=1 keeps all parameters on each rank. Use parallel=fsdp, or remove it"
+        yield Problem("parallel.reshard_after_forward", True, message)
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import launch
@@ -53,12 +54,15 @@ SLURM_SCRIPT = ("cluster=slurm", "cluster.train.nodes=1", "submit=script")
 
 
 def wrong() -> list[tuple[str, str]]:
-    """(key that the message must name, command line) of each wrong config. The key stands above its lines, after a #."""
-    found, key = [], ""
+    """(key that the message must name, command line) of each wrong config.
+
+    The key stands above its lines, after a #. Those below `# KEY without PACKAGE` are wrong only where that is not installed.
+    """
+    found, key, package = [], "", ""
     for line in (HERE / "wrong_configs.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
-            key = line.removeprefix("# ")
-        elif line:
+            key, _, package = line.removeprefix("# ").partition(" without ")
+        elif not package or find_spec(package) is None:
             found.append((key, line))
     return found
 
