@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launcher.check import command_line
+from tests.launcher.check import wrong_configs
 
 CLONE = Path(__file__).resolve().parents[1]
 README = (CLONE / "README.md").read_text(encoding="utf-8")
@@ -57,3 +60,27 @@ def test_links_lead_somewhere():
         if not (page.parent / link).exists()
     ]
     assert not dead
+
+
+def documented_commands() -> list[str]:
+    """The words of each command line of the README and the docs that launches, without those that name a file of one's own."""
+    pages = [CLONE / "README.md", *sorted(CLONE.glob("docs/*.md"))]
+    lines = [line.split(" #")[0].split(" | ")[0].strip() for page in pages for line in page.read_text().splitlines()]
+    found = [
+        match[1] for line in lines if (match := re.fullmatch(r"(?:\$ )?(?:python launch\.py|muster run) (.*)", line))
+    ]
+    return [
+        words.replace("cluster=mine", "cluster=slurm") for words in found if not re.search(r"\.\.\.|their|FILE", words)
+    ]
+
+
+@pytest.mark.parametrize("words", documented_commands())
+def test_no_documented_command_is_refused(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("sys.argv", ["launch.py"])  # launch.main changes it
+    wrong_configs.write_files(tmp_path)
+    (tmp_path / "my.jsonl").write_bytes((tmp_path / "chats.jsonl").read_bytes())
+    (tmp_path / "code.parquet").write_bytes(b"PAR1")
+    (tmp_path / "ds_config.json").write_text("{}")
+    assert wrong_configs.outcome(words, tmp_path) == (0, "")
