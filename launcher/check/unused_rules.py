@@ -129,9 +129,6 @@ def _data(config: Config) -> Iterator[Problem]:
     if data.mask is Mask.all and data.train_on != [Role.assistant]:
         message = "has no effect, because data.mask=all trains every turn. Use data.mask=assistant, or remove it"
         yield Problem("data.train_on", _shown(data.train_on), message)
-    if data.packing and data.pad_to_max:
-        message = "has no effect, because packed rows are full. Set data.packing=false, or remove it"
-        yield Problem("data.pad_to_max", True, message)
     if data.validation_path is not None and data.validation_fraction:
         why = "data.validation_path has the validation rows. Remove one of them"
         yield from _set(data, Data, "data", ("validation_fraction",), why)

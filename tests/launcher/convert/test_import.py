@@ -1,5 +1,6 @@
 """`muster import`: configs in the shape of each program's documented ones become experiments that pass the checks."""
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,10 @@ def test_no_key_is_dropped(path: Path) -> None:
     assert all(row.why for row in found if row.outcome is not Outcome.kept)
 
 
+MAPPED = ("question", "answer", "instruction", "input", "output", "system", "prompt", "completion", "text")
+"""Columns that the configs map besides those of chats."""
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "refused" not in path.stem], ids=lambda path: path.stem)
 def test_the_experiment_passes_the_checks(path: Path, tmp_path: Path) -> None:
     """On a cluster: as far as a login node sees, which has neither the model nor the rows of the Hub."""
@@ -51,10 +56,10 @@ def test_the_experiment_passes_the_checks(path: Path, tmp_path: Path) -> None:
     written = tmp_path / f"{path.stem}.yaml"
     written.write_text(convert.text(ours, path, program, found))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": turns, "conversations": turns} | dict.fromkeys(MAPPED, "a")
     for name in ("rows.jsonl", "second.jsonl", "held.jsonl"):
-        (tmp_path / name).write_text(
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-        )
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
     (tmp_path / "data").mkdir()
     entry = '{"file_name": "../rows.jsonl", "formatting": "sharegpt"}'
     names = ("identity", "alpaca_en_demo", "mine", "held", "wiki_demo", "dpo_en_demo")
