@@ -31,7 +31,7 @@ def problems(config: Config) -> Iterator[Problem]:
 
 def _attention(config: Config) -> Iterator[Problem]:
     kernel = config.model.attention
-    if kernel in EVERYWHERE:
+    if kernel in EVERYWHERE or (kernel is Attention.cudnn and config.data.packing):  # the second is refused anyway
         return
     if config.cluster.train.gpus_per_node == 0:
         message = "runs on GPUs only, but cluster.train.gpus_per_node=0. Use model.attention=auto"
