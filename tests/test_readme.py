@@ -65,7 +65,8 @@ def test_links_lead_somewhere():
 def documented_commands() -> list[str]:
     """The words of each command line of the README and the docs that launches, without those that name a file of one's own."""
     pages = [CLONE / "README.md", *sorted(CLONE.glob("docs/*.md"))]
-    lines = [line.split(" #")[0].split(" | ")[0].strip() for page in pages for line in page.read_text().splitlines()]
+    texts = [page.read_text().replace("\\\n", " ") for page in pages]
+    lines = [line.split(" #")[0].split(" | ")[0].strip() for text in texts for line in text.splitlines()]
     found = [
         match[1] for line in lines if (match := re.fullmatch(r"(?:\$ )?(?:python launch\.py|muster run) (.*)", line))
     ]

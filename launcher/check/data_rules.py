@@ -10,7 +10,8 @@ from conf.columns import INPUT, INSTRUCTION, KEYS, MESSAGES, OUTPUT, ROLES, SPLI
 from conf.datasets import training, training_by_key
 from conf.errors import Problem
 from conf.schema import Config, DataSet
-from launcher.check.observe import Facts, FirstRow
+from launcher.check.first_row import FirstRow
+from launcher.check.observe import Facts
 
 COLUMNS = {
     Format.alpaca: [{question, answer} for question in (*INSTRUCTION, *INPUT) for answer in OUTPUT],

@@ -5,7 +5,6 @@ It only reports: `launcher.check.rules` decides what is wrong.
 
 import glob
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -16,14 +15,14 @@ from pathlib import Path
 
 from conf import packages, resolve
 from conf.choices import Executor, Init
-from conf.columns import INPUT, INSTRUCTION, MESSAGES, OUTPUT
 from conf.dataset_info import FILE_NAME
 from conf.datasets import all_sets, training_by_key
 from conf.errors import Problem, SiteError
 from conf.schema import Config
 from conf.text import texts
 from launcher import secrets_file
-from launcher.check import hub_access, hub_files, inputs, layer_names, model_files, packing_rules
+from launcher.check import first_row, hub_access, hub_files, inputs, layer_names, model_files, packing_rules
+from launcher.check.first_row import FirstRow
 from launcher.check.hub_access import HubFacts
 from launcher.check.hub_files import HubHome
 from launcher.check.inputs import Inputs
@@ -34,8 +33,6 @@ from launcher.estimate.config_json import text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.secret_names import known_values
 
-FIRST_ROW_CHARACTERS = 2**20
-"""Characters that are read of a file to see its columns: the file may be huge, and this runs on a login node."""
 DATA_SUFFIXES = {
     ".json",
     ".jsonl",
@@ -50,21 +47,7 @@ DATA_SUFFIXES = {
     ".xz",
     ".zst",
 }
-ROW_COLUMNS = {*MESSAGES, *INSTRUCTION, *INPUT, *OUTPUT}
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
-
-
-@dataclass(frozen=True)
-class FirstRow:
-    """The columns of a training set's first row, or why they could not be read.
-
-    Both are None for what is not read here: a Hub id, a folder, or a file other than JSON, JSONL, CSV and TSV.
-    """
-
-    key: str
-    """Config key of the set's path, for example `data.path`."""
-    columns: tuple[str, ...] | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +100,7 @@ def observe(config: Config) -> Facts:
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         files_missing=tuple(_missing_files(config)),
-        first_rows=tuple(_first_row(key, Path(item.path)) for key, item in training_by_key(config.data)),
+        first_rows=tuple(first_row.read(key, Path(item.path)) for key, item in training_by_key(config.data)),
         model=model,
         families=_families(config, model),
         layers=_layers(config, model),
@@ -244,34 +227,6 @@ def without_part(value: str) -> str:
         return value
     found = Path(match[1]).expanduser()
     return match[1] if found.is_dir() or found.name == FILE_NAME else value
-
-
-def _first_row(key: str, path: Path) -> FirstRow:
-    """Read the columns of the first row of a JSON, JSONL, CSV or TSV file. Other files are left to the preprocess job."""
-    if columns := inputs.csv_columns(path):
-        return FirstRow(key, columns)
-    if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
-        return FirstRow(key)
-    text = ""
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:  # preprocess reports bytes that are not UTF-8
-            text = file.read(FIRST_ROW_CHARACTERS).lstrip().removeprefix("[").lstrip()
-        row = json.JSONDecoder().raw_decode(text)[0] if text and text != "]" else None
-    except (json.JSONDecodeError, RecursionError) as error:
-        if len(text) > FIRST_ROW_CHARACTERS // 2:  # the row may be longer than what was read
-            return FirstRow(key)
-        return FirstRow(key, error=f"the first row is not valid JSON ({error}). Write one JSON object per line")
-    except OSError as error:
-        return FirstRow(key, error=f"cannot be read ({error.strerror}). Check its permissions")
-    if row is None:
-        return FirstRow(key, error="has no rows. Write one JSON object per line")
-    if not isinstance(row, dict):
-        return FirstRow(key, error='the first row is not an object with named columns. Write rows like {"text": "..."}')
-    if not ROW_COLUMNS & set(row) and any(
-        isinstance(item, list) and item and isinstance(item[0], dict) for item in row.values()
-    ):
-        return FirstRow(key)  # the rows may lie in a list inside this object
-    return FirstRow(key, columns=tuple(row))
 
 
 def _run_dir(folder: Path) -> tuple[Config | None, str | None]:

@@ -9,6 +9,7 @@ import pytest
 from conf import resolve
 from conf.choices import Precision
 from launcher.check import local_gpus, localize, observe
+from launcher.check.first_row import FirstRow
 from tests.conftest import ROOT, Compose, Programs, put
 
 ROW = {"instruction": "a", "output": "b"}
@@ -115,7 +116,7 @@ def test_the_columns_are_those_of_the_first_row(
 def test_other_files_than_json_are_left_to_the_job(compose: Compose, here: Path, value: str) -> None:
     (here / "folder").mkdir()
     facts = observe.observe(put(compose(), {"data.path": value}))
-    assert facts.first_rows == (observe.FirstRow("data.path"),)
+    assert facts.first_rows == (FirstRow("data.path"),)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_the_file_of_llama_factorys_entry_is_looked_at(compose: Compose, here: P
         ("b", None, (("data.path", f"{here}/nowhere.json"),)),
     ):
         facts = observe.observe(put(compose(), {"data.path": str(here / "dataset_info.json"), "data.subset": name}))
-        assert facts.first_rows == (observe.FirstRow("data.path", columns),)
+        assert facts.first_rows == (FirstRow("data.path", columns),)
         assert facts.files_missing == missing
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from conf.choices import AdapterKind, Format, Submit
 from conf.schema import Config
-from launcher.check.observe import Facts, FirstRow
+from launcher.check.first_row import FirstRow
+from launcher.check.observe import Facts
 from launcher.check.rules import problems
 from tests.conftest import Compose, put
 
