@@ -84,4 +84,5 @@ def test_no_documented_command_is_refused(words: str, tmp_path: Path, monkeypatc
     (tmp_path / "my.jsonl").write_bytes((tmp_path / "chats.jsonl").read_bytes())
     (tmp_path / "code.parquet").write_bytes(b"PAR1")
     (tmp_path / "ds_config.json").write_text("{}")
+    (tmp_path / "train.py").write_text("")
     assert wrong_configs.outcome(words, tmp_path) == (0, "")
