@@ -82,7 +82,7 @@ def _earlier_jobs(config: Config, run: RunFolder) -> Iterator[Problem]:
     if "train" in jobs and "preprocess" not in jobs and not run.has_data:
         message = f"train reads the rows that preprocess writes, and there are none in {where}. Use pipeline=train"
         yield Problem("jobs", "train", message)
-    if "consolidate" in jobs and "train" not in jobs:
+    if "consolidate" in jobs and "train" not in jobs and config.custom.command is None:
         if not run.steps:
             message = f"there is no checkpoint to merge in {where}. Name the run: muster merge RUN"
             yield Problem("jobs", "consolidate", message)
