@@ -185,6 +185,7 @@ def test_resume_submits_the_jobs_that_are_left(launch: Launch, slurm: Path, tmp_
 def test_a_launch_that_does_not_train_keeps_the_runs_config(launch: Launch, slurm: Path, tmp_path: Path) -> None:
     launch(*WORDS, "run_dir=run")
     before = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/checkpoints/step-00000005").mkdir(parents=True)
     done = launch("resume=run", "pipeline=consolidate", "cluster.cpu.memory_gib=7")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/config.yaml").read_text() == before
