@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from conf.chat_templates import BUNDLED
-from conf.choices import Format
+from conf.choices import Executor, Format
 from conf.columns import MESSAGES
 from conf.datasets import training
 from conf.errors import Problem
@@ -79,7 +79,10 @@ def _earlier_jobs(config: Config, run: RunFolder) -> Iterator[Problem]:
     """Jobs that read what a job wrote that is neither asked for nor done in this run folder."""
     jobs, where = set(config.jobs), f"run_dir={config.run_dir}"
     remedy = "Name a run that has it: muster resume RUN, or resume=RUN"
-    if "train" in jobs and "preprocess" not in jobs and not run.has_data:
+    is_started_now = (
+        config.cluster.executor is Executor.local
+    )  # on a cluster, rows may be put there while the job waits
+    if "train" in jobs and "preprocess" not in jobs and not run.has_data and is_started_now:
         message = f"train reads the rows that preprocess writes, and there are none in {where}. Use pipeline=train"
         yield Problem("jobs", "train", message)
     if "consolidate" in jobs and "train" not in jobs and config.custom.command is None:
