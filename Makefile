@@ -57,14 +57,11 @@ families: setup ## compare families of models with transformers and PEFT, and wr
 foreign: setup ## merge real checkpoints of other programs, compare, and write the table of docs/merge.md (20 minutes)
 	$(V)/python -m tests.jobs.foreign --ranks 2 --write docs/merge.md
 
-custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
-	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
-
-wrong-configs: setup ## launch wrong and right configs as dry runs, and print which are refused (two minutes)
-	$(V)/python -m tests.launcher.check.wrong_configs
-
 wrong-configs: setup ## launch wrong and right configs as dry runs, and write docs/wrong-configs.md (two minutes)
 	$(V)/python -m tests.launcher.check.wrong_configs $(ARGS)
+
+custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
+	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
 
 test-system: # install Slurm for the tests, if this user may
 	@tests/install_slurm.sh

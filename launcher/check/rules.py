@@ -57,8 +57,8 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
             bad_settings = list(deepspeed_rules.problems(config, world_size))
             # an estimate of a wrong layout says nothing
             reported += bad_settings or _memory(config)
-    reported += program_rules.problems(config)
         reported += later_failures.problems(config, facts)
+    reported += program_rules.problems(config)
     reported += [*combinations.problems(config), *_model(config), *data_rules.problems(config, facts)]
     reported += model_rules.problems(config, facts.model, facts.families)
     reported += packing_rules.problems(config, facts.model, facts.kernels)
