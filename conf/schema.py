@@ -305,6 +305,9 @@ class Parallel:
 class Adapter:
     kind: AdapterKind = AdapterKind.none
     """`none`: train all weights. `lora`: freeze the base and train a low-rank update."""
+    source: str | None = None
+    """Go on from this adapter: a folder in PEFT's format, or a Hub id whose files are in the cache. Rank, alpha, targets and the
+    like are then those of its adapter_config.json."""
     r: int = at_least(1, 16, at_most=65_536)
     """Rank of the update B @ A."""
     alpha: float = at_least(1e-6, 32.0, at_most=1e6)
@@ -320,6 +323,9 @@ class Adapter:
     """Other values of alpha, written in the same way."""
     layers_to_transform: list[int] = field(default_factory=list)
     """Numbers of the decoder blocks that get adapters, from 0. Empty: all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Layers that are trained whole beside the adapters, by the end of their names: usually `[embed_tokens,lm_head]`, which new
+    tokens need. They take as much memory as in a full fine-tune."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead, so that a higher rank does not learn more slowly (Kalajdzievski 2023)."""
     dora: bool = False

@@ -210,8 +210,8 @@ def _compare_with_adapter(config: Config, folder: Path, merge: Merge, empty_mode
 
 
 def _on_whole_base(config: Config) -> Config:
-    """The config with an adapter on base weights in fp32."""
-    adapter = dataclasses.replace(config.adapter, base=Frozen.full)
+    """The config with a new adapter on base weights in fp32."""
+    adapter = dataclasses.replace(config.adapter, base=Frozen.full, source=None)
     train = dataclasses.replace(config.train, precision=Precision.fp32)
     return dataclasses.replace(config, adapter=adapter, train=train)
 
@@ -252,6 +252,7 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
                 "rank_pattern": dict(adapter.rank_pattern),
                 "alpha_pattern": dict(adapter.alpha_pattern),
                 "lora_dropout": adapter.dropout,
+                "modules_to_save": list(adapter.modules_to_save) or None,
                 "use_rslora": adapter.rslora,
                 "use_dora": adapter.dora,
             },

@@ -92,10 +92,15 @@ def shard(model: nn.Module, config: Config, world: World, mesh: DeviceMesh) -> N
         # Frozen weights are whole on every rank and never change, but FSDP would copy them in every step
         options["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     reshard = config.parallel.reshard_after_forward is not False
-    for block in _without_shared_weights(blocks(model)):
+    all_blocks = blocks(model)  # FSDP changes their classes
+    for block in _without_shared_weights(all_blocks):
         if shard_ranks > 1:
-            _shard_adapters(block, reshard_after_forward=reshard, **options)
+            _shard_adapters(block, list(block.modules()), reshard_after_forward=reshard, **options)
         fully_shard(block, reshard_after_forward=reshard, **options)
+    if shard_ranks > 1:  # adapters of embedding and output head, or trained copies of them
+        in_blocks = {module for block in all_blocks for module in block.modules()}
+        outside = [module for module in model.modules() if module not in in_blocks]
+        _shard_adapters(model, outside, reshard_after_forward=False, **options)
     # Never resharded after forward: backward starts with these modules, or does not need their weights
     for module in (*_embedding_and_head(model), model):
         fully_shard(module, reshard_after_forward=False, **options)
@@ -143,15 +148,15 @@ def _without_shared_weights(decoder_blocks: list[nn.Module]) -> list[nn.Module]:
     return [block for block in decoder_blocks if all(users[weight] == 1 for weight in block.parameters())]
 
 
-def _shard_adapters(block: nn.Module, **options: Any) -> None:
-    """If a part of `block` is frozen, make its trainable layers (adapters) an FSDP group of their own.
+def _shard_adapters(block: nn.Module, modules: list[nn.Module], **options: Any) -> None:
+    """If a part of `block` is frozen, make the trainable ones (adapters) of `modules` an FSDP group of their own.
 
     torch 2.11 gathers wrong values for a group with several dtypes. The adapters' weights are gathered by hooks on the block, like
     its other weights: hooks on layers inside would split the compiled block into many parts.
     """
     if all(parameter.requires_grad for parameter in block.parameters()):
         return
-    adapters = [module for module in block.modules() if any(item.requires_grad for item in module.parameters(False))]
+    adapters = [module for module in modules if any(item.requires_grad for item in module.parameters(False))]
     if not adapters:
         return
     fully_shard(adapters, **options)

@@ -23,6 +23,7 @@ from jobs.checkpoint.checkpointing import expected_bytes
 from jobs.checkpoint.paths import checkpoints_folder, published_checkpoints, step_of
 from jobs.distributed.collectives import broadcast_from_rank0, gather
 from jobs.distributed.process_group import World
+from jobs.model import saved_modules
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _merged_bytes(config: Config, model: nn.Module) -> int:
     """
     dtype, shape = config.consolidate.dtype, config.model.architecture
     precision = config.train.precision.name if dtype is OutputDtype.auto else dtype.name
-    adapter = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
+    adapter = {id(weight) for name, weight in model.named_parameters() if "lora_" in name or saved_modules.COPY in name}
     weights = {id(weight): weight.numel() for weight in model.parameters()}
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -45,8 +45,8 @@ def run(
     if config.consolidate.base is MergeBase.dequantised:
         message = f"is not possible for {config.model.source}, which is merged in memory: set consolidate.base=original"
         raise DataError(Problem("consolidate.base", "dequantised", message))
-    # the adapter is merged into the stored weights, not quantized ones
-    adapter = replace(config.adapter, base=Frozen.full)
+    # the adapter is merged into the stored weights, not quantized ones; the checkpoint has all of its weights
+    adapter = replace(config.adapter, base=Frozen.full, source=None)
     model = build.build(replace(config, adapter=adapter))
     weights = _read_weights(checkpoint, [name for name, _ in model.named_parameters()])
     _check_weights(checkpoint, model, weights, fingerprints)
@@ -54,6 +54,7 @@ def run(
     merged = model if config.adapter.kind is AdapterKind.none else _merged(model, target)
     if muster_json["dtype"] in build.DTYPES:
         merged = merged.to(build.DTYPES[muster_json["dtype"]])
+    untied = _untie(merged)
     whole, dtype = multimodal.whole_of(merged), next(merged.parameters()).dtype
     if whole is not None:
         merged = _inside(whole, merged, config)
@@ -64,7 +65,7 @@ def run(
     with new_folder(target) as folder:
         merged.save_pretrained(folder, max_shard_size=int(config.consolidate.shard_gib * 2**30))
         if whole is not None:
-            _finish_whole(whole, folder, config, dtype)
+            _finish_whole(whole, folder, config, dtype, untied=untied)
         load_tokenizer(config).save_pretrained(folder)
         compare(folder)
         write_json(folder / "muster.json", muster_json | {"verified": True})
@@ -81,12 +82,24 @@ def _inside(whole: multimodal.WholeModel, text: Any, config: Config) -> Any:
     return stored
 
 
-def _finish_whole(whole: multimodal.WholeModel, folder: Path, config: Config, dtype: torch.dtype) -> None:
+def _untie(merged: Any) -> bool:
+    """Let the config say so if the output head is not the embedding: `modules_to_save` trains copies. Returns whether it is not."""
+    ends = [merged.get_input_embeddings(), merged.get_output_embeddings()]
+    untied = merged.config.get_text_config().tie_word_embeddings and ends[0].weight is not ends[1].weight
+    if untied:
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return bool(untied)
+
+
+def _finish_whole(
+    whole: multimodal.WholeModel, folder: Path, config: Config, dtype: torch.dtype, *, untied: bool
+) -> None:
     """Check the towers of a written multimodal model, and write the base's config.json and processor."""
     base = find_or_download(config.model.source, config.model.revision)
     assert base is not None  # training has read its files
     check_towers(whole, folder, safetensors.find_tensors(base))
-    write_config(folder, base, whole.config, str(dtype).removeprefix("torch."), untied=False)
+    write_config(folder, base, whole.config, str(dtype).removeprefix("torch."), untied=untied)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Decides which tensors the result has, and what each is made of: a weight of the checkpoint or of the base, plus an adapter."""
 
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +15,7 @@ from jobs.consolidation.weight_names import (
     CheckpointNames,
     split_names,
 )
-from jobs.model.saved_names import SavedName
+from jobs.model.saved_names import SavedName, name_in_adapter_file
 from jobs.tensor_io.dtypes import BF16, Dtype
 from jobs.tensor_io.layout import StoredTensor
 
@@ -171,16 +170,8 @@ def merge_adapter_only(weights: dict[str, StoredTensor], dtype: Dtype | None) ->
     wanted += [key for key in names.whole.values() if ".modules_to_save." in key]
     outputs = []
     for key in wanted:
-        name = f"base_model.model.{_ADAPTER_NAME.sub('', key.removeprefix('base_model.model.'))}"
-        outputs.append(Output(name, weights[key].shape, _output_dtype(weights[key], dtype), key))
+        outputs.append(Output(name_in_adapter_file(key), weights[key].shape, _output_dtype(weights[key], dtype), key))
     return Merge(outputs, weights)
-
-
-_ADAPTER_NAME = re.compile(
-    r"(?<=lora_[AB])\.default|(?<=lora_magnitude_vector)\.default(\.weight)?|\.modules_to_save\.default"
-    r"|(?<=lora_embedding_[AB])\.default"
-)
-"""The name of the adapter (`default`), which PEFT leaves out of the names in adapter_model.safetensors."""
 
 
 def _output_dtype(stored: StoredTensor, dtype: Dtype | None) -> Dtype:

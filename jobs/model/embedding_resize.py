@@ -17,15 +17,17 @@ def resize_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedToken
     """Raise `vocab_size` in a model's config to the size of the tokenizer, if it is smaller.
 
     Returns the previous size, or None if nothing was added.
-    Raises ConfigError with an adapter: the embedding is frozen then, and the new rows could not be trained.
+    Raises ConfigError with an adapter that leaves the embedding frozen, so that the new rows could not be trained.
     """
     rows_before = model_config.get_text_config().vocab_size
     if len(tokenizer) <= rows_before:
         return None
-    if config.adapter.kind is not AdapterKind.none:
+    adapter = config.adapter
+    if adapter.kind is not AdapterKind.none and not adapter.modules_to_save:
         message = (
             f"the tokenizer has {len(tokenizer)} tokens, but the embedding only {rows_before} rows, and an "
-            "adapter does not train the embedding. Use tokens that the model reserves, or adapter=none"
+            "adapter does not train the embedding. Set adapter.modules_to_save=[embed_tokens,lm_head], or use tokens that the "
+            "model reserves"
         )
         raise ConfigError(problem_of_added_tokens(config, message))
     model_config.get_text_config().vocab_size = len(tokenizer)

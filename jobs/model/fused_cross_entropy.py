@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from jobs.model import known_architectures, router_loss
+from jobs.model.saved_modules import trained_copy
 from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 CHUNK = 2**28
@@ -35,7 +36,7 @@ def fuse(model: nn.Module, compiled: bool = False) -> bool:
     example scaled or soft-capped logits.
     """
     inner = causal_lm(model)
-    head = inner.get_output_embeddings()
+    head = trained_copy(inner.get_output_embeddings())
     if head is None or not _has_plain_head(inner, head):
         return False
     original = inner.forward

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import adapter_limits
+from jobs.model import adapter_limits, saved_modules
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:
@@ -35,11 +35,13 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         exclude_modules=[*_not_adaptable(model, modules), *adapter_limits.outside_layers(model, adapter)] or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
+        modules_to_save=list(adapter.modules_to_save) or None,
         task_type="CAUSAL_LM",
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
     )
     adapter_limits.require_layers(config, model)
+    saved_modules.check(config, model)
     try:
         with warnings.catch_warnings():
             # the merge writes tied weights apart, where PEFT's own adds one update to both
@@ -54,6 +56,7 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         message = f"DoRA adapts linear layers only, and {not_linear[0]} is not one: set adapter.dora=false"
         raise ConfigError(Problem("adapter.dora", True, message))
     adapter_limits.check(config, list(layers))
+    saved_modules.to_fp32(wrapped)
     _log_experts(wrapped, len(layers), adapter.targets)
     if modules == ["all-linear"]:
         _log_left_out(wrapped, lora_config.exclude_modules or ())
@@ -140,7 +143,7 @@ def _log_left_out(wrapped: Any, known: Collection[str]) -> None:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) not in inside and module is not model.get_output_embeddings()
-        if name not in known
+        if name not in known and not saved_modules.is_inside_wrapper(name)
     ]
     if left_out:
         kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})

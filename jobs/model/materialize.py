@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from conf.choices import AdapterKind, Init
 from conf.errors import ConfigError, Problem, RunError
 from conf.schema import Config
-from jobs.distributed.collectives import gather
+from jobs.distributed.collectives import gather, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import pretrained, quantized_linear, random_init, stored_tensors
+from jobs.model import pretrained, quantized_linear, random_init, saved_modules, stored_adapter, stored_tensors
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -93,8 +93,12 @@ def fill(
     if resumed:
         parts = {name: part for name, part in parts.items() if not part.trained}
     filled: Counter[str] = Counter()
-    magnitudes = [] if resumed else random_init.dora_magnitudes(parts)
-    if config.adapter.kind is not AdapterKind.none:
+    magnitudes = random_init.dora_magnitudes(parts)
+    if config.adapter.source is not None and not resumed:
+        trained = {name: part for name, part in parts.items() if part.trained}
+        raise_on_all_ranks(lambda: stored_adapter.fill(trained, config))
+        parts, magnitudes = {name: part for name, part in parts.items() if not part.trained}, []
+    elif config.adapter.kind is not AdapterKind.none:
         meta_model = build_on_meta(config, adapters=True)
         adapter_weights = random_init.adapter_weights(meta_model)
         adapter_parts = {name: part for name, part in parts.items() if name in adapter_weights}
@@ -104,14 +108,18 @@ def fill(
     if not parts:
         return 0
     base = build_on_meta(config, adapters=False)
+    originals, *copies = saved_modules.by_stored_name(parts, base)
     if config.model.init is Init.random:
-        filled.update(random_init.init_model(base, parts, config.train.seed, _random_device(parts, world)))
-        _check_count(parts, filled)
+        for each in (originals, *copies):
+            device = _random_device(parts, world)
+            _check_count(each, Counter(random_init.init_model(base, each, config.train.seed, device)))
         random_init.init_dora_magnitudes(magnitudes)
         return 0
     quantized = quantized_linear.quantized_layers(model)
-    read_bytes = pretrained.load(base, parts | _stored_buffers(model), config, world, quantized)
-    quantized_linear.share_scales(model, parts)
+    read_bytes = pretrained.load(base, originals | _stored_buffers(model), config, world, quantized)
+    for each in copies:
+        read_bytes += pretrained.load(base, each, config, world, {}, again=True)
+    quantized_linear.share_scales(model, originals)
     random_init.init_dora_magnitudes(magnitudes)
     return read_bytes
 

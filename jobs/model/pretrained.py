@@ -53,15 +53,17 @@ def load(
     config: Config,
     world: World | None,
     quantized: Mapping[str, QuantizedLinear],
+    *,
+    again: bool = False,
 ) -> int:
-    """Fill `parts`; returns the number of bytes read from files (0 if the whole model was loaded).
+    """Fill `parts`; returns the number of bytes read from files (0 if the whole model was loaded). `again` logs nothing.
 
     `base` is the model without weights and adapters. Weights of `quantized` layers are quantized as soon as they are read,
     one after another. Raises ConfigError on all ranks, with every tensor that is missing, unexpected or of another shape.
     """
     folder = _folder(config, world)
     method = broadcast_from_rank0(lambda: _choose_method(base, folder, config))
-    is_main = world is not None and world.is_main
+    is_main = world is not None and world.is_main and not again
     if is_main and method.untouched:
         log.info(method.untouched)
     if method.why_whole:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from conf.errors import ConfigError, Problem
 from jobs.distributed.log_once import log_once
+from jobs.model.saved_modules import trained_copy
 from jobs.model.unwrap import causal_lm, stubbed_forwards
 
 FUNCTION = "load_balancing_loss_func"
@@ -99,7 +100,7 @@ def _arguments(inner: Any) -> tuple[Callable[..., torch.Tensor], int, int] | Non
 
     hidden = torch.zeros(1, 2, 4)
     outputs = MoeModelOutputWithPast(last_hidden_state=hidden, router_logits=(torch.zeros(2, 2),))
-    head = inner.get_output_embeddings()
+    head = trained_copy(inner.get_output_embeddings())
     setattr(module, FUNCTION, record)
     try:
         with stubbed_forwards({inner.base_model: lambda *_, **__: outputs, head: lambda _: torch.zeros(1, 2, 8)}):

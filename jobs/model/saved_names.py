@@ -1,5 +1,6 @@
 """Which elements of a weight in memory each stored tensor is, where transformers renames, fuses or splits weights."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -115,3 +116,15 @@ def join_stored(
 
 def _named(name: str, stored: Mapping[str, StoredTensor], prefix: str) -> str | None:
     return next((item for item in (name, name.removeprefix(prefix)) if item in stored), None)
+
+
+_ADAPTER_NAME = re.compile(
+    r"(?<=lora_[AB])\.default|(?<=lora_magnitude_vector)\.default(\.weight)?|\.modules_to_save\.default"
+    r"|(?<=lora_embedding_[AB])\.default"
+)
+"""The name of the adapter (`default`), which PEFT leaves out of the names in adapter_model.safetensors."""
+
+
+def name_in_adapter_file(name: str) -> str:
+    """The name that a weight of the adapter has in adapter_model.safetensors."""
+    return f"base_model.model.{_ADAPTER_NAME.sub('', name.removeprefix('base_model.model.'))}"

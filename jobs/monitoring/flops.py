@@ -70,8 +70,10 @@ def count_weights(model: nn.Module, *, frozen: bool) -> ModelFlops:
     head = language_model.get_output_embeddings()
     while hasattr(head, "base_layer"):  # the head may be wrapped by an adapter
         head = head.base_layer
+    embedding = language_model.get_input_embeddings()
+    embedding, head = (getattr(module, "original_module", module) for module in (embedding, head))  # trained as a copy
     head_weight = head.weight if head is not None else None
-    seen = {id(language_model.get_input_embeddings().weight), id(head_weight)}
+    seen = {id(embedding.weight), id(head_weight)}
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or 1
     weights = 0
     for module in language_model.modules():

@@ -23,7 +23,17 @@ from conf.choices import (
 from conf.errors import Problem, as_typed
 from conf.schema import Config
 
-NEED_AN_ADAPTER = ("dora", "rslora", "lora_plus_ratio", "base", "rank_pattern", "alpha_pattern", "layers_to_transform")
+NEED_AN_ADAPTER = (
+    "dora",
+    "rslora",
+    "lora_plus_ratio",
+    "base",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "source",
+)
 PAGED_OPTIMIZERS = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
 MATRIX_OPTIMIZERS = (Optimizer.adafactor, Optimizer.muon)
 """Optimizers that need each weight as a 2-D matrix. ZeRO gives its optimizer flattened 1-D parts."""
@@ -75,6 +85,9 @@ def _adapter_patterns(config: Config) -> Iterator[Problem]:
             yield from _regular_expression(f"adapter.{key}", pattern)
             if not least <= value < math.inf:
                 yield Problem(f"adapter.{key}.{pattern}", value, f"must be at least {least} and finite")
+    for name in set(adapter.modules_to_save) & set(adapter.targets):
+        message = f"has an adapter too (adapter.targets={as_typed(adapter.targets)}). Remove it from one of them"
+        yield Problem("adapter.modules_to_save", name, message)
     for number in adapter.layers_to_transform:
         if number < 0 or (shape and number >= shape.num_hidden_layers):
             there = f"0 to {shape.num_hidden_layers - 1}" if shape else "from 0"

@@ -50,6 +50,7 @@ def _folders(config: Config) -> Iterator[Path]:
     except UserError:  # the checks report it
         pass
     paths += [config.data.validation_path, config.data.chat_template, config.model.source, config.model.tokenizer]
+    paths += [config.adapter.source]
     paths += [config.generate.prompts] if "generate" in config.jobs else []
     paths += [re.sub("^(file|sqlite)://+", "/", config.tracker.uri or "")]
     for path in paths:

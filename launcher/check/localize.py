@@ -9,7 +9,7 @@ from typing import Any
 from conf import resolve
 from conf.choices import AdapterKind, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
-from launcher.check import container_paths, deepspeed_file, fetched_commits, model_files
+from launcher.check import adapter_source, container_paths, deepspeed_file, fetched_commits, model_files
 from launcher.check.local_gpus import local_memory_gib
 from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
 from launcher.estimate import config_json, parameters
@@ -26,6 +26,7 @@ def localize(config: Config, gpus: int) -> None:
     - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
     - `train.precision=auto` becomes fp32 on CPUs. On GPUs it stays, until a rank sees its GPU (jobs/distributed/precision.py).
     - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
+    - The settings of `adapter.source` are taken from its adapter_config.json.
     - `model.architecture` is read from config.json, if that is on this machine and describes a decoder of text.
     - With `cluster.offline`, revisions become the commits that `pipeline=fetch` has downloaded.
     """
@@ -41,6 +42,8 @@ def localize(config: Config, gpus: int) -> None:
     _fit_to_gpus(config, gpus)
     if config.train.precision is Precision.auto and not config.cluster.train.gpus_per_node:
         config.train.precision = Precision.fp32
+    if config.adapter.source and config.adapter.kind is not AdapterKind.none and not config.resume:
+        adapter_source.take_settings(config)
     if config.model.init is Init.pretrained and config.model.architecture is None:
         config.model.architecture = _architecture(config)
     if config.cluster.offline:
@@ -57,6 +60,7 @@ def _make_paths_absolute(config: Config) -> None:
         (config.data, "validation_path"),
         (config.data, "chat_template"),
         (config.generate, "prompts"),
+        (config.adapter, "source"),
         (config.model, "source"),
         (config.model, "tokenizer"),
         (config.parallel, "deepspeed_config"),

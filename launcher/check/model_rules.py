@@ -172,14 +172,25 @@ def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str,
 
 
 def notes(config: Config, files: ModelFiles | None) -> list[str]:
-    """Lines about what training changes of the stored weights: that it dequantizes them, that it adds rows for tokens."""
+    """Lines about what training does with the stored weights: dequantizes them, adds rows for tokens, leaves such rows frozen."""
     if files is None or files.fields is None or "train" not in config.jobs or config.model.init is not Init.pretrained:
         return []
     rows, tokens = text_fields(files.fields).get("vocab_size"), files.tokens
     grows = type(rows) is int and tokens is not None and tokens > rows
     added = [f"base      the embedding grows from {rows} to {tokens} rows, one for each token"] if grows else []
     found = stored_quantization.find(files.fields)
-    return [*added, *([] if found is None else [_dequantization(config, found)])]
+    return [*added, *_frozen_rows(config), *([] if found is None else [_dequantization(config, found)])]
+
+
+def _frozen_rows(config: Config) -> list[str]:
+    """That an adapter leaves the rows of special tokens as they are, where the model has rows for them."""
+    tokens, adapter = config.data.special_tokens, config.adapter
+    if not tokens or adapter.kind is AdapterKind.none or adapter.modules_to_save:
+        return []
+    return [
+        f"adapter   trains neither embedding nor head, so the rows of {', '.join(tokens)} stay as the model has them; "
+        "adapter.modules_to_save=[embed_tokens,lm_head] trains them"
+    ]
 
 
 def _dequantization(config: Config, found: Mapping[str, Any]) -> str:
@@ -219,9 +230,13 @@ def _vocabulary(config: Config, files: ModelFiles) -> Iterator[Problem]:
         yield Problem(
             key, value, message + "It is the tokenizer of another model. Set model.tokenizer to that of this model"
         )
-    elif files.tokens > rows and config.adapter.kind is not AdapterKind.none:
+    elif files.tokens > rows and config.adapter.kind is not AdapterKind.none and not config.adapter.modules_to_save:
         message = f"the tokenizer has {files.tokens} tokens, but the model has only {rows} (vocab_size), and an adapter does not "
-        yield Problem(key, value, message + "train new ones. Use adapter=none, or a tokenizer without the added tokens")
+        yield Problem(
+            key,
+            value,
+            message + "train new ones. Set adapter.modules_to_save=[embed_tokens,lm_head], or use adapter=none",
+        )
 
 
 def _padding(config: Config, tokenizer: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -6,17 +6,17 @@ from typing import Any
 
 from launcher.convert import axolotl_data, hub_keys, trainer_keys
 from launcher.convert.common_rules import (
-    ADAPTER_ONLY,
     EMBEDDING_RATE,
     FUSED,
-    NEW_ADAPTER,
     NO_EFFECT,
     SOURCE,
     SYSTEM,
+    adapter_source,
     attention,
     flag,
     held_out,
     layers,
+    saved_modules,
     targets,
 )
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
@@ -73,8 +73,8 @@ def rules(gpus: int) -> dict[str, Rule]:
         "lora_target_modules": targets,
         "lora_target_parameters": targets,
         "lora_fan_in_fan_out": of_muster,
-        "lora_modules_to_save": ADAPTER_ONLY,
-        "lora_model_dir": NEW_ADAPTER,
+        "lora_modules_to_save": saved_modules,
+        "lora_model_dir": adapter_source,
         "lora_on_cpu": NO_EFFECT,
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), of_muster),
         "peft_use_dora": flag({"adapter.dora": True}),

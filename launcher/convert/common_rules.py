@@ -6,8 +6,6 @@ from typing import Any
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, refused, unneeded
 
 SOURCE = changed("model.source", "model=hub reads its config.json", also={"/model": "hub"})
-ADAPTER_ONLY = refused("Muster trains adapters alone. For embeddings and head: a full fine-tune with train.unfrozen")
-NEW_ADAPTER = refused("Muster starts a new adapter. Merge the old one into its base, and use that as model.source")
 EMBEDDING_RATE = refused("an adapter on embeddings learns with train.learning_rates={lora_embedding: RATE}")
 FUSED = unneeded("Muster has a fused loss and compiles blocks")
 SYSTEM = refused("write it into the rows, or into the chat template")
@@ -42,6 +40,28 @@ def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         return Row(key, value, Outcome.refused, why=why)
     every = names in (["all"], ["linear"], ["all-linear"])
     return Row(key, value, Outcome.kept, {"adapter.targets": ["all-linear"] if every else names})
+
+
+@described("`adapter.modules_to_save`")
+def saved_modules(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    if not (names := _listed(value)):
+        return Row(key, value, Outcome.unneeded, why="names no layer")
+    return Row(key, value, Outcome.kept, {"adapter.modules_to_save": names})
+
+
+@described("`adapter.source`")
+def adapter_source(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    """The folder of an adapter to go on from."""
+    names = _listed(value)
+    if len(names) != 1 or config.get("create_new_adapter"):
+        why = "Muster goes on from one adapter. Merge the others into their base, and use that as model.source"
+        return Row(key, value, Outcome.refused, why=why)
+    return Row(key, value, Outcome.kept, {"adapter.source": names[0]})
+
+
+def _listed(value: Any) -> list[str]:
+    """Names as a list, or in one text with commas."""
+    return value if isinstance(value, list) else [name.strip() for name in str(value).split(",") if name.strip()]
 
 
 @described("`adapter.layers_to_transform`")

@@ -5,17 +5,17 @@ from typing import Any
 
 from launcher.convert import trainer_keys
 from launcher.convert.common_rules import (
-    ADAPTER_ONLY,
     EMBEDDING_RATE,
     FUSED,
-    NEW_ADAPTER,
     NO_EFFECT,
     SOURCE,
     STREAMING,
     SYSTEM,
+    adapter_source,
     attention,
     flag,
     held_out,
+    saved_modules,
     targets,
     template,
     tokens,
@@ -32,7 +32,7 @@ def rules(gpus: int) -> dict[str, Rule]:
     return {
         **trainer_keys.rules(gpus),
         "model_name_or_path": SOURCE,
-        "adapter_name_or_path": NEW_ADAPTER,
+        "adapter_name_or_path": adapter_source,
         "model_revision": kept("model.revision"),
         "trust_remote_code": kept("model.trust_remote_code"),
         "use_fast_tokenizer": unneeded("Muster uses fast tokenizers"),
@@ -52,7 +52,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "use_rslora": flag({"adapter.rslora": True}),
         "use_dora": flag({"adapter.dora": True}),
         "pissa_init": refused("Muster starts adapters at zero"),
-        "additional_target": ADAPTER_ONLY,
+        "additional_target": saved_modules,
         "create_new_adapter": NO_EFFECT,
         "quantization_bit": choice(
             {"4": {"adapter.base": "nf4"}, "8": {"adapter.base": "int8"}}, "Muster stores a base in 4 or 8 bits"

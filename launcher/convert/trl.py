@@ -5,7 +5,6 @@ from typing import Any
 
 from launcher.convert import trainer_keys
 from launcher.convert.common_rules import (
-    ADAPTER_ONLY,
     FUSED,
     NO_EFFECT,
     SOURCE,
@@ -13,6 +12,7 @@ from launcher.convert.common_rules import (
     attention,
     flag,
     held_out,
+    saved_modules,
     targets,
 )
 from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
@@ -45,7 +45,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "lora_dropout": number("adapter.dropout"),
         "lora_target_modules": targets,
         "lora_target_parameters": targets,
-        "lora_modules_to_save": ADAPTER_ONLY,
+        "lora_modules_to_save": saved_modules,
         "lora_task_type": NO_EFFECT,
         "use_rslora": flag({"adapter.rslora": True}),
         "use_dora": flag({"adapter.dora": True}),

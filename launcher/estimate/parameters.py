@@ -44,7 +44,7 @@ def count(shape: Architecture, adapter: Adapter) -> Counts | None:
     largest = max(embedding, *(each.largest for each, _ in kinds))
     trained, trained_block, trained_root, frozen = total, block, root, 0
     if adapter.kind is not AdapterKind.none:
-        trained_root, frozen = _adapter_on_head(shape, adapter), total
+        trained_root, frozen = _adapter_on_head(shape, adapter) + _saved_outside(shape, adapter), total
         sizes = _adapter_sizes(shape, adapter)
         trained_block = max(size for size, _ in sizes)
         trained = sum(size * number for size, number in sizes) + trained_root
@@ -74,8 +74,9 @@ def targets(block: Block, adapter: Adapter) -> list[str]:
     """Linear layers of a block that get an adapter, matched as PEFT does: by name, or by the end of a dotted path."""
     if adapter.targets == ["all-linear"]:
         mapped = ("gate_proj", "up_proj", "down_proj") if block.adapted_experts else ()
-        return [path for path in block.linears if not path.endswith(mapped)] if mapped else list(block.linears)
-    return [path for path in block.linears if any(_is_target(path, target) for target in adapter.targets)]
+        return [path for path in block.linears if not path.endswith(mapped) and not _is_saved(path, adapter)]
+    chosen = (path for path in block.linears if any(_is_target(path, target) for target in adapter.targets))
+    return [path for path in chosen if not _is_saved(path, adapter)]
 
 
 def _is_target(path: str, target: str) -> bool:
@@ -94,6 +95,30 @@ def _adapter_sizes(shape: Architecture, adapter: Adapter) -> list[tuple[int, int
     ]
 
 
+def _saved_outside(shape: Architecture, adapter: Adapter) -> int:
+    """Weights outside of the blocks that are trained whole: the last norm, or a matrix of the vocabulary."""
+    of_blocks = {path for block, _ in blocks.kinds(shape) for path in block.linears}
+    names = [name for name in adapter.modules_to_save if not any(path.endswith(name) for path in of_blocks)]
+    norms = sum(_is_norm(name) for name in names)
+    return norms * shape.hidden_size + (len(names) - norms) * shape.vocab_size * shape.hidden_size
+
+
+def _saved_inside(block: Block, adapter: Adapter) -> int:
+    """Weights of a block that are trained whole. A norm counts as all norms of the block."""
+    linears = [linear for path, linear in block.linears.items() if _is_saved(path, adapter)]
+    size = sum(linear.outputs * (linear.inputs + linear.bias) for linear in linears)
+    return size + (block.norms if any(map(_is_norm, adapter.modules_to_save)) else 0)
+
+
+def _is_saved(path: str, adapter: Adapter) -> bool:
+    """Whether a layer is trained whole, and so has no adapter. PEFT compares the ends of names."""
+    return path.endswith(tuple(adapter.modules_to_save))
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or "ln_" in name
+
+
 def rank(adapter: Adapter, path: str) -> int:
     """The rank of the adapter on a layer. `path` is its whole name, of which PEFT compares the end with the patterns."""
     found = (value for pattern, value in adapter.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", path))
@@ -108,6 +133,7 @@ def _adapter(block: Block, hidden: int, adapter: Adapter, layer: int) -> int:
         for name in names
     )
     size += sum(block.linears[name].outputs for name in names) if adapter.dora else 0
+    size += _saved_inside(block, adapter)
     if adapter.targets != ["all-linear"] or not block.experts:
         return size
     if block.router_is_linear:

@@ -69,6 +69,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         )
     train, adapter = config.train, config.adapter
     base = "" if adapter.base is Frozen.full else f" on a base in {adapter.base.name}"
+    base += f", r {adapter.r}, going on from {adapter.source}" if adapter.source else ""
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     lines = [
         f"run       {config.run_dir}",

@@ -126,6 +126,15 @@ def test_an_embedding_that_grows_is_said(compose: Compose, tmp_path: Path) -> No
     ]
 
 
+def test_rows_of_special_tokens_that_stay_frozen_are_said(compose: Compose, tmp_path: Path) -> None:
+    base, tokens = folder(tmp_path / "m", {}), 'data.special_tokens=["<|a|>"]'
+    [line] = notes(config := launched(compose, base, "adapter=lora", tokens), observe.observe(config).model)
+    assert line.startswith("adapter   trains neither embedding nor head, so the rows of <|a|> stay")
+    for words in (["adapter=lora", "adapter.modules_to_save=[embed_tokens,lm_head]"], []):
+        config = launched(compose, base, tokens, *words)
+        assert notes(config, observe.observe(config).model) == []
+
+
 def test_dora_on_conv1d_layers(compose: Compose, tmp_path: Path) -> None:
     base = folder(tmp_path / "m", {"model_type": "gpt2", "n_positions": 4096})
     start = "adapter.dora=true: adapts linear layers only, but c_attn, c_proj, c_fc of a gpt2 model are Conv1D layers. Use adapter."
@@ -233,11 +242,13 @@ def test_a_vocabulary_smaller_than_that_of_the_tokenizer(compose: Compose, tmp_p
     assert found(launched(compose, right, f"model.tokenizer={own}"))[0].startswith(f"model.tokenizer={own}: ")
 
 
-def test_added_tokens_are_new_rows_which_an_adapter_cannot_train(compose: Compose, tmp_path: Path) -> None:
+def test_added_tokens_are_new_rows_which_an_adapter_alone_cannot_train(compose: Compose, tmp_path: Path) -> None:
     base = folder(tmp_path / "m", {"vocab_size": 128}, tokens=128, added=2)
     assert found(launched(compose, base)) == []
     [message] = found(launched(compose, base, "adapter=lora"))
-    assert "has 130 tokens, but the model has only 128 (vocab_size)" in message and "Use adapter=none" in message
+    assert "has 130 tokens, but the model has only 128 (vocab_size)" in message and "or use adapter=none" in message
+    remedy = "adapter.modules_to_save=[embed_tokens,lm_head]"
+    assert f"Set {remedy}" in message and found(launched(compose, base, "adapter=lora", remedy)) == []
 
 
 def test_a_tokenizer_without_a_token_to_pad_with(compose: Compose, tmp_path: Path) -> None:

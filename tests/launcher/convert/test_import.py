@@ -16,13 +16,13 @@ from tests.conftest import ROOT
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.y*ml"))
 REFUSED = {
-    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "lora_modules_to_save", "wandb_log_model",
+    "axolotl-refused": {"rl", "datasets", "pretraining_dataset", "wandb_log_model",
                         "some_new_key"},
     "axolotl-dora": {"lr_scheduler", "s2_attention"},
     "llamafactory-pt": {"use_badam", "streaming", "shift_attn"},
     "llamafactory-dpo": {"stage", "pref_beta", "finetuning_type"},
     "trl-full": {"push_to_hub"},
-    "trl-refused": {"loss_type", "model_init_kwargs", "lora_modules_to_save", "hub_token"},
+    "trl-refused": {"loss_type", "model_init_kwargs", "hub_token"},
     "ms_swift-refused": {"tuner_type", "rlhf_type", "dataset", "loss_scale", "system", "streaming"},
 }  # fmt: skip
 """The refused keys of each config; none in the others."""
@@ -123,6 +123,31 @@ def value(name: str, key: str) -> object:
 )  # fmt: skip
 def test_values_of_keys(name: str, key: str, expected: object) -> None:
     assert value(name, key) == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "key", "expected"),
+    [
+        ("axolotl", "lora_model_dir: ./out", "adapter.source", "./out"),
+        ("llamafactory", "adapter_name_or_path: owner/adapter", "adapter.source", "owner/adapter"),
+        ("llamafactory", "adapter_name_or_path: a,b", "adapter.source", None),
+        ("llamafactory", "adapter_name_or_path: a\ncreate_new_adapter: true", "adapter.source", None),
+        ("llamafactory", "additional_target: embed_tokens, lm_head", "adapter.modules_to_save", ["embed_tokens", "lm_head"]),
+        ("ms_swift", "adapters: [out/checkpoint-5]", "adapter.source", "out/checkpoint-5"),
+        ("ms_swift", "modules_to_save: [lm_head]", "adapter.modules_to_save", ["lm_head"]),
+        ("trl", "lora_modules_to_save: [lm_head]", "adapter.modules_to_save", ["lm_head"]),
+    ],
+)  # fmt: skip
+def test_an_older_adapter_and_whole_layers_are_kept(
+    tmp_path: Path, program: str, text: str, key: str, expected: object
+) -> None:
+    stem = "axolotl-qlora-zero3" if program == "axolotl" else f"{program}-lora"
+    path = next(path for path in CONFIGS if path.stem == stem)
+    (tmp_path / path.name).write_text(f"{path.read_text()}\n{text}\n")
+    _, _, rows, ours = imported(tmp_path / path.name)
+    assert ours.get(key) == expected
+    [row] = [row for row in rows if row.key == text.partition(":")[0]]
+    assert row.outcome is (Outcome.kept if expected else Outcome.refused)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("[0, 1]", [0, 1])])
@@ -237,7 +262,7 @@ def test_the_command_writes_an_experiment_and_says_how_to_run_it(tmp_path: Path)
     done = run("import", path, "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "some_new_key" in done.stdout and f"{out} cluster=slurm cluster.train.nodes=1" in done.stdout
-    assert re.search(r"6 refused", done.stdout)
+    assert re.search(r"5 refused", done.stdout)
     content = out.read_text()
     assert "# not imported: some_new_key" in content
     assert yaml.safe_load(content)["data"]["max_length"] == 512
