@@ -9,7 +9,7 @@ from conf.errors import Problem, RunError
 from conf.files import read_json
 from conf.schema import Config
 from jobs.model import stored_quantization
-from jobs.tokenization.tokenizer import revision
+from jobs.tokenization.tokenizer import load_tokenizer, revision
 
 
 def load(config: Config) -> Any:
@@ -35,7 +35,10 @@ def load_folder(folder: Path, config: Config, dtype: torch.dtype | str, device_m
         return _load(folder, config, dtype, device_map, revision="main").eval()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(_base(config, dtype, device_map), folder).eval()
+    base, rows = _base(config, dtype, device_map), len(load_tokenizer(config))
+    if rows > base.get_input_embeddings().num_embeddings:  # the adapter has rows for tokens that were added
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 def _base(config: Config, dtype: torch.dtype | str, device_map: str | None) -> Any:

@@ -15,6 +15,7 @@ from conf.schema import Config
 from jobs import backends
 from jobs.backends import zero
 from jobs.distributed.process_group import process_group
+from jobs.evaluation import load_model
 from jobs.model import build
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.training import loss
@@ -139,6 +140,19 @@ def test_what_cannot_be_trained_whole_is_refused(base: Path, compose: Compose, w
     with pytest.raises(ConfigError) as caught:
         build.build_on_meta(on(base, compose, *words))
     assert message in str(caught.value)
+
+
+def test_an_adapter_with_new_tokens_is_loaded_on_a_base_without_them(
+    base: Path, compose: Compose, tmp_path: Path
+) -> None:
+    config = on(base, compose, BOTH, 'data.special_tokens=["<|a|>","<|b|>"]')
+    trained = build.build(config)
+    trained.save_pretrained(tmp_path)
+    loaded = load_model.load_folder(tmp_path, config, torch.float32)
+    batch = whole(rows(LENGTHS))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batch.input_ids).logits, trained.eval()(batch.input_ids).logits)
+    assert loaded(batch.input_ids).logits.shape[-1] == 1026
 
 
 @pytest.mark.slow
