@@ -10,7 +10,8 @@ from conf.schema import Config
 
 COUNT, SWITCH, NUMBER, PRECISION, ANY = "a whole number", "true or false", "a number", "fp32, fp16 or bf16", "anything"
 ZERO = "zero_optimization."
-PERSISTENT = f"{ZERO}stage3_param_persistence_threshold"
+PERSISTENT = 40_960
+"""ZeRO-3 keeps parameters of fewer elements whole on every rank (stage3_param_persistence_threshold)."""
 TUNABLE = {
     **dict.fromkeys(
         (f"{ZERO}{name}" for name in (
@@ -69,7 +70,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 def zero_section(config: Config) -> dict[str, Any]:
     """The section `zero_optimization` of `deepspeed_config`, with the keys that have no default in DeepSpeed for this stage."""
-    mine = {key: value for key, value in config.parallel.deepspeed.items() if key == "zero_optimization"}
+    mine = {key: value for key, value in flat(config.parallel.deepspeed).items() if key.startswith(ZERO)}
     section: dict[str, Any] = _merged({"zero_optimization": _zero(config)}, mine)["zero_optimization"]
     return section
 
@@ -77,10 +78,8 @@ def zero_section(config: Config) -> dict[str, Any]:
 def _merged(settings: dict[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with the tunable values of `mine`. `auto` is the word of other programs for the value in `settings`."""
     for key, value in flat(mine).items():
-        if value == "auto" or not is_tunable(
-            key
-        ):  # launcher.check.deepspeed_rules has compared it with Muster's own key
-            continue
+        if value in ("auto", None) or not is_tunable(key):
+            continue  # launcher.check.deepspeed_rules has compared it with Muster's own key
         *sections, name = key.split(".")
         target = settings
         for section in sections:
@@ -102,7 +101,7 @@ def _zero(config: Config) -> dict[str, Any]:
     if parallel.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": parallel.bucket_elements,
-            "stage3_param_persistence_threshold": 40_960,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_max_live_parameters": 10**9,
             "stage3_max_reuse_distance": 10**9,
             "stage3_gather_16bit_weights_on_model_save": False,

@@ -63,7 +63,7 @@ NOT_DELIVERED = ("connect failure", "standby mode", "Rate limit exceeded", "Conn
 FINDS_THE_CLUSTER = (
     "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_JWKS", "SLURM_SACK_SOCKET"
 )  # fmt: skip
-"""Variables that only say where the controller is, and who asks. They stay. slurm_templates/chain.sh.j2 has the same list."""
+"""Variables that only say where the controller is, and who asks. They stay."""
 
 OF_A_JOB = (
     "SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SUBMITIT_",

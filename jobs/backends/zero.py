@@ -55,6 +55,10 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
 def init_deepspeed(world: World) -> None:
     """Initialize DeepSpeed with the process group and the device of this rank. Call it before any other DeepSpeed function."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses and logs a warning
+    if (
+        world.device.type == "cuda"
+    ):  # DeepSpeed selects the GPU with this number; a rank that sees only its own GPU has number 0
+        os.environ["LOCAL_RANK"] = str(world.device.index)
     import deepspeed
 
     # Do not build this kernel. Gloo does not need it, building takes 20 s, and a rank that is killed meanwhile leaves a lock:

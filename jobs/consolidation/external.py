@@ -37,9 +37,13 @@ log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> None:
     """Raises UserError for everything that the user can correct."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     logs.set_up()
-    checkpoint = open_checkpoint(options.checkpoint)
+    merge_checkpoint(options, open_checkpoint(options.checkpoint))
+
+
+def merge_checkpoint(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Merge an opened checkpoint by the options that `parser` has read. Raises UserError as `main` does."""
     log.info(f"reading {checkpoint.folder}: {checkpoint.kind}, {len(checkpoint.tensors)} tensors")
     settings = adapter_settings(checkpoint.folder) or {}
     base = Base(options.base or _named_base(settings))
@@ -206,7 +210,8 @@ def _describe(folder: Path, *, base: Base, merge: Merge, checkpoint: Checkpoint,
     model_card.write_card(folder, title, rows, base.source, "transformers")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m jobs.consolidate CHECKPOINT`."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.consolidate",
         description="Merges a sharded checkpoint of any program into one Hugging Face folder. It recognizes the format: "

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from conf.choices import Init, OutputDtype, Precision
 from conf.errors import Problem, RunError
+from conf.precision import recorded
 from conf.program_checkpoints import numbered
 from conf.schema import Config
 from jobs.consolidation import external
 from jobs.consolidation.execute import worker_count
-from jobs.tensor_io.open_checkpoint import open_checkpoint
+from jobs.tensor_io.open_checkpoint import Checkpoint, open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +21,8 @@ def run(config: Config) -> None:
 
     Raises RunError if there is none or it cannot be read, DataError if it does not fit the model.
     """
-    folder = _select(config)
-    target = Path(config.run_dir) / "model"
-    checkpoint = _weights(folder)
-    dtype = config.consolidate.dtype
-    precision = config.train.precision if config.train.precision is not Precision.auto else Precision.fp32
-    words = [
-        str(checkpoint),
-        "--out",
-        str(target),
-        "--dtype",
-        precision.name if dtype is OutputDtype.auto else dtype.name,
-    ]
+    checkpoint = _weights(_select(config))
+    words = [str(checkpoint.folder), "--out", str(Path(config.run_dir) / "model"), "--dtype", _dtype(config)]
     words += ["--shard-gib", str(config.consolidate.shard_gib)]
     words += ["--workers", str(worker_count(config.cluster.cpu.cpus_per_rank))]
     if config.model.init is Init.pretrained:
@@ -40,7 +31,16 @@ def run(config: Config) -> None:
         log.info(
             "nothing is compared without the model that the program trains: name it with model=hub model.source=NAME"
         )
-    external.main(words)
+    external.merge_checkpoint(external.parser().parse_args(words), checkpoint)
+
+
+def _dtype(config: Config) -> str:
+    """The dtype of the merged weights; for `auto` that of the precision, and bf16 where no rank has settled it."""
+    if config.consolidate.dtype is not OutputDtype.auto:
+        return config.consolidate.dtype.name
+    if config.train.precision is not Precision.auto:
+        return config.train.precision.name
+    return (recorded(config) or Precision.bf16).name
 
 
 def _select(config: Config) -> Path:
@@ -59,10 +59,10 @@ def _select(config: Config) -> Path:
     return checkpoints[-1][1]
 
 
-def _weights(folder: Path) -> Path:
-    """Return the folder with the weights: the checkpoint itself, or one inside it."""
+def _weights(folder: Path) -> Checkpoint:
+    """Open the checkpoint: the folder itself, or the first one inside it that holds weights."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     for candidate in (folder, *inside):
         with suppress(RunError):
-            return open_checkpoint(candidate).folder
-    return folder  # the merge says what it lacks
+            return open_checkpoint(candidate)
+    return open_checkpoint(folder)  # raises again, and says what the folder lacks

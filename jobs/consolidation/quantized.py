@@ -6,12 +6,12 @@ from pathlib import Path
 
 from conf import stored_quantization
 from conf.errors import DataError, Problem
-from conf.files import read_json
 from jobs.consolidation.plan import Output
 from jobs.consolidation.weight_names import is_from_base
 from jobs.tensor_io import dequantize, safetensors
 from jobs.tensor_io.dtypes import Dtype
 from jobs.tensor_io.layout import StoredTensor
+from jobs.tensor_io.untrusted import read_object
 
 _SCALES = re.compile(
     r"(^|[._])(weight_scale(_inv)?|scale_inv|input_scale|weight_scale_2|absmax|nested_absmax|quant_map|quant_state|SCB|scales"
@@ -30,7 +30,7 @@ def find_dequantized(folder: Path) -> dict[str, StoredTensor]:
 
 def dequantized(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
     """The same for tensors of this folder: its config.json says how they are stored."""
-    section = stored_quantization.find(read_json(folder / "config.json") or {})
+    section = stored_quantization.find(read_object(folder / "config.json") or {})
     try:
         return dequantize.dequantized(tensors, section)
     except dequantize.NotDequantized as error:

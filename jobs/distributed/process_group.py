@@ -78,7 +78,7 @@ def process_group(config: Config) -> Iterator[World]:
     start_s = int(os.environ.get("MUSTER_NCCL_TIMEOUT", network.nccl_timeout_s))
     timeout = timedelta(seconds=max(start_s, network.step_timeout_s, network.save_timeout_s) + MARGIN_S)
     if device.type == "cuda":
-        _peer_access(local_rank, local_size)
+        _peer_access(device.index, local_size)
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
@@ -120,11 +120,11 @@ def _device(config: Config, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _peer_access(local_rank: int, local_size: int) -> None:
+def _peer_access(index: int, local_size: int) -> None:
     """Set NCCL_P2P_DISABLE=1 if GPUs have no peer access (consumer cards hang in NCCL's first collective). A user's value stays."""
-    others = [other for other in range(min(local_size, torch.cuda.device_count())) if other != local_rank]
+    others = [other for other in range(min(local_size, torch.cuda.device_count())) if other != index]
     if "NCCL_P2P_DISABLE" not in os.environ and not all(
-        torch.cuda.can_device_access_peer(local_rank, other) for other in others
+        torch.cuda.can_device_access_peer(index, other) for other in others
     ):
         os.environ["NCCL_P2P_DISABLE"] = "1"
         log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")

@@ -74,8 +74,8 @@ def _wrong_value(key: str, value: Any) -> str | None:
     kind = TUNABLE.get(key, ANY)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
-        COUNT: number and value == int(value) and value >= 0 if number else False,
-        NUMBER: number and value >= 0 if number else False,
+        COUNT: number and value >= 0 and value % 1 == 0,
+        NUMBER: number and 0 <= value < float("inf"),
         SWITCH: isinstance(value, bool),
         PRECISION: value in ("fp32", "fp16", "bf16"),
         ANY: True,

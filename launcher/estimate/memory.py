@@ -10,7 +10,7 @@ from typing import Any
 
 from conf.batch import split
 from conf.choices import AdapterKind, Backend, Frozen, OutputDtype
-from conf.deepspeed import zero_section
+from conf.deepspeed import PERSISTENT, zero_section
 from conf.mesh import copy_ranks
 from conf.schema import Config
 from launcher.estimate.activations import Loss, activation_bytes, logit_bytes, offloaded_bytes, shape_of, width_of
@@ -30,8 +30,6 @@ SLACK = 0.05
 DEQUANTIZED_BYTES = {Frozen.full: 0, Frozen.float8: 1}
 """Bytes per weight of the copy of a frozen weight made for its matrix product. Bases that are not in here (nf4, int8) are
 dequantized to the compute precision."""
-PERSISTENT = 40_960
-"""ZeRO-3's stage3_param_persistence_threshold in conf/deepspeed.py. Weights below it, norms and biases, are not counted."""
 MATRICES = 10
 """Most matrices of a dense block: with a larger threshold, each counts as whole on every rank up to that size."""
 

@@ -83,10 +83,18 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
         if JOB_ID.fullmatch(job_id):
             by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm")
     return by_hand | {  # later launches, and run.json, come last and win
-        name: StartedJob(job_id, launch["cluster"], **launch.get("slurm", {}).get(name, {}))
+        name: StartedJob(job_id, launch["cluster"], *_in_slurm(launch, name))
         for launch in read_launches(run)
         for name, job_id in launch["jobs"].items()
     }
+
+
+def _in_slurm(launch: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Slurm's name of a job and the folder where it starts; nothing if the launch does not tell them both."""
+    jobs = launch.get("slurm")
+    job = jobs.get(name) if isinstance(jobs, dict) else None
+    values = (job.get("slurm_name"), job.get("folder")) if isinstance(job, dict) else ()
+    return values if all(isinstance(value, str) for value in values) else ()
 
 
 def known_ids(run: Path) -> set[str]:

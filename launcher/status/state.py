@@ -246,6 +246,7 @@ def _is_alive(process_id: str, run: Path) -> bool:
     except (OSError, ValueError):
         return False
     real = os.fsencode(os.path.realpath(run))  # the process may have got a path through a symbolic link
-    return any(
-        os.path.realpath(word) == real or os.path.realpath(word).startswith(real + b"/") for word in words if word
-    )
+    paths = (
+        os.path.realpath(word) for word in words if word.startswith(b"/")
+    )  # another word says nothing about a folder
+    return any(path == real or path.startswith(real + b"/") for path in paths)

@@ -62,7 +62,7 @@ def _run_job(config: Config, job: Job, config_path: Path, on_start: Callable[[st
     print(f"\n==== {job.name}", flush=True)
     local_values = {"PYTHONPATH": environment.python_path(config, os.environ), "SUBMITIT_EXECUTOR": "local"}
     with environment.temporary_variables(environment.job_variables(config, job) | local_values):
-        port = config.cluster.network.master_port
+        port = environment.master_port(config)
         try:
             attempt_values, reservation = attempt.begin(folder, (port or 0) if job.distributed else None)
         except OSError as error:

@@ -19,6 +19,7 @@ from conf.schema import Config
 from launcher import containers, sbatch_options, secrets_file
 from launcher.environment import job_variables, master_port
 from launcher.plan import Job, starts_whole_nodes
+from launcher.slurm_command import DEVICES_OF_A_JOB, FINDS_THE_CLUSTER, OF_A_JOB
 
 SUBMITIT_NAMES = frozenset(inspect.signature(_make_sbatch_string).parameters) - {"cpus_per_gpu"}
 """Names of sbatch's options, with `_`, and of submitit's own. Submitit warns about cpus_per_gpu, for its own use of it."""
@@ -115,7 +116,10 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
 def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     """Return a script that submits the scripts of all jobs with their dependencies."""
     own = {job.name: sbatch_options.given(job.resources).get("dependency") for job in jobs}
-    return _template("chain.sh.j2").render(run=config.run_dir, jobs=jobs, own=own) + "\n"
+    text = _template("chain.sh.j2").render(
+        run=config.run_dir, jobs=jobs, own=own, keep=FINDS_THE_CLUSTER, of_a_job=OF_A_JOB, devices=DEVICES_OF_A_JOB
+    )
+    return text + "\n"
 
 
 def _srun_args(config: Config, job: Job) -> list[str]:

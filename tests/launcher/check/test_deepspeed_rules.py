@@ -35,6 +35,21 @@ def messages(compose: Compose, *words: str, key: str, value: Any) -> list[str]:
     return [str(problem) for problem in rules.problems(config, Facts())]
 
 
+def test_null_sets_nothing(compose: Compose) -> None:
+    config = compose(*HERE)
+    before = deepspeed.deepspeed_config(config, 16)
+    assert messages(compose, key=LIVE, value=None) == messages(compose, key=LIVE, value="auto") == []
+    assert deepspeed.deepspeed_config(put(config, {"parallel.deepspeed": nested(LIVE, None)}), 16) == before
+
+
+def test_dotted_and_nested_keys_are_the_same(compose: Compose) -> None:
+    config = compose(*HERE)
+    dotted = put(compose(*HERE), {"parallel.deepspeed": {LIVE: 7}})
+    config = put(config, {"parallel.deepspeed": nested(LIVE, 7)})
+    assert deepspeed.zero_section(config)["stage3_max_live_parameters"] == 7
+    assert deepspeed.zero_section(dotted) == deepspeed.zero_section(config)
+
+
 @pytest.mark.parametrize(
     ("words", "key", "value", "remedy"),
     [
@@ -43,6 +58,9 @@ def messages(compose: Compose, *words: str, key: str, value: Any) -> list[str]:
         ((), "zero_optimization.stage3_max_live_paramters", 1, f"Did you mean {LIVE}?"),
         ((), LIVE, "many", "must be a whole number"),
         ((), LIVE, 1.5, "must be a whole number"),
+        ((), LIVE, float("inf"), "must be a whole number"),
+        ((), LIVE, float("nan"), "must be a whole number"),
+        (("train.precision=fp16",), "fp16.loss_scale", float("inf"), "must be a number"),
         ((), "zero_optimization.overlap_comm", "yes", "must be true or false"),
         ((), "zero_optimization.offload_param.device", "cpu", "Set parallel.offload_parameters=true"),
         ((), "zero_optimization.offload_optimizer.device", "nvme", "Use device: cpu"),

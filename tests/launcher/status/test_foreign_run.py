@@ -105,6 +105,15 @@ def test_a_job_id_is_a_number(run: Path, programs: Programs, job_id: object) -> 
     assert not (folder / "scancel.calls").exists()
 
 
+@pytest.mark.parametrize("slurm", [None, [], {"train": None}, {"train": {"slurm_name": 1, "folder": "code", "x": 2}}])
+def test_names_that_muster_did_not_write_are_left_out(run: Path, slurm: object) -> None:
+    content = json.loads((run / "run.json").read_text())
+    content["launches"][0]["slurm"] = slurm
+    (run / "run.json").write_text(json.dumps(content))
+    job = record.newest_jobs(run)["train"]
+    assert (job.slurm_name, job.folder) == ("", "code")
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"launches": 1}', '{"launches": [1]}', '{"launches": [{"jobs": []}]}', "\x00", "[" * 9999]
 )

@@ -15,7 +15,7 @@ from conf.files import read_json, write_json
 from launcher.run_folder import record
 from launcher.status import state as state_module
 from launcher.supervise import attempt
-from tests.conftest import Programs, module
+from tests.conftest import Programs, module, tool
 
 
 def launched(run: Path, cluster: str, **jobs: str) -> None:
@@ -104,6 +104,15 @@ def test_a_local_job_runs_while_its_process_does(local_run: Path) -> None:
 def test_a_local_job_has_ended_if_its_process_is_gone(tmp_path: Path, job_id: str) -> None:
     launched(tmp_path / "run", "local", train=job_id)
     assert [job.state for job in state_module.job_states(tmp_path / "run")] == ["ENDED"]
+
+
+def test_a_process_that_names_no_absolute_path_is_not_the_run(local_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local_run.mkdir(exist_ok=True)
+    monkeypatch.chdir(local_run)  # from here, any word is a path in the run
+    with subprocess.Popen([tool("sleep"), "60"]) as stranger:
+        launched(local_run, "local", train=str(stranger.pid))
+        assert [job.state for job in state_module.job_states(local_run)] == ["ENDED"]
+        stranger.kill()
 
 
 def test_the_active_jobs_of_a_run_are_named(run: Path, programs: Programs) -> None:
