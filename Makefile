@@ -51,7 +51,7 @@ sites: setup test-system ## run the tests of what sites do differently, and writ
 numerics: setup ## compare every layout with one process, and write docs/numerics.md (15 minutes)
 	$(V)/python -m tests.jobs.numerics
 
-families: setup ## compare families of models with transformers and PEFT, and write docs/models.md (30 minutes)
+families: setup ## compare families of models with transformers and PEFT, and write docs/models.md (over an hour)
 	$(V)/python -m tests.jobs.families $(ARGS)
 
 foreign: setup ## merge real checkpoints of other programs, compare, and write the table of docs/merge.md (20 minutes)

@@ -1,6 +1,6 @@
 """Tiny random checkpoints of model families, trained on two ranks and compared with plain transformers and PEFT.
 
-`make families` writes docs/models.md (families_page.py): each family with a full fine-tune, a LoRA and packed rows, under FSDP.
+`make families` writes docs/models.md (families_page.py): each family in each of its WAYS, and what they merge into.
 """
 
 import argparse
@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from conf.errors import MusterError, first_line
+from conf.resolve import flat
 from conf.schema import Config
+from jobs.model.quantized_linear import BLOCK, QuantizedLinear
 from launcher.check import localize, model_files, packing_rules
 from tests.jobs import curves, families_page, reference
 from tests.jobs.families_page import Cell, merged, page, read_page, result
@@ -45,6 +47,7 @@ COMMON = [
 WAYS = {
     "full": ["parallel=fsdp"],
     "LoRA": ["parallel=fsdp", "adapter=lora", "adapter.r=4"],
+    "QLoRA": ["parallel=fsdp", "adapter=qlora", "adapter.r=4"],
     "packed": ["parallel=fsdp", "data.packing=true"],
     "zero3": ["parallel=zero3"],
     "recomputed": ["parallel=fsdp", "train.activation_checkpointing=full"],
@@ -192,6 +195,7 @@ def _compare_merged(config: Config, trained: Any) -> tuple[str, str]:
         return "wrong", f"config.json: {', '.join(fields)}"
     rows = batches.load_split(run / "data", "train", None)
     samples = [rows.samples[sample] for sample in range(HELD_OUT)]
+    _restore_stored_weights(trained)
     model.eval()
     trained.eval()
     with torch.no_grad():
@@ -206,26 +210,19 @@ def _generates(model: Any, tokens: Any) -> bool:
     """Whether the model writes three tokens. Kimi Linear cannot: transformers asks a layer without attention for a length."""
     prompt = torch.tensor(tokens[:8].astype("int64"))[None]
     try:
-        return int(model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1]) == 11
+        written = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        return int(written.shape[1]) == prompt.shape[1] + 3
     except ValueError:
         return False
 
 
 def _changed_fields(source: Path, merged_folder: Path) -> list[str]:
     """Fields of config.json that differ, except those that a merge sets."""
-    before, after = (_flat(json.loads((folder / "config.json").read_text())) for folder in (source, merged_folder))
+    before, after = (flat(json.loads((folder / "config.json").read_text())) for folder in (source, merged_folder))
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if before.get("tie_word_embeddings") is False:  # the field of the text has no effect then, and a merge corrects it
         changed.discard("text_config.tie_word_embeddings")
     return sorted(name for name in changed if name.rpartition(".")[2] not in WRITTEN_ANEW)
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under names such as `text_config.dtype`."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def plain_training(config: Config, steps: int) -> tuple[list[tuple[float, float]], Any]:
@@ -316,6 +313,7 @@ def plain_model(config: Config) -> Any:
     whole = build.build(config)
     lora.exclude_modules = whole.peft_config["default"].exclude_modules
     built = {name: value for name, value in whole.state_dict().items() if "lora_" in name}
+    _round_to_nf4(model, whole)
     if is_multimodal(model):
         built = {in_whole_model(name, model): value for name, value in built.items()}
         modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in built}
@@ -330,6 +328,32 @@ def plain_model(config: Config) -> Any:
     assert built.keys() == set(own)
     model.load_state_dict(built, strict=False)
     return model.train()
+
+
+def _round_to_nf4(model: Any, built: Any) -> None:
+    """Give `model` the numbers of bitsandbytes' NF4 in the layers that Muster has built as quantized ones."""
+    from bitsandbytes import functional
+
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, module in built.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    if is_multimodal(model):
+        names = {in_whole_model(name, model) for name in names}
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_buffer("stored_weight", module.weight.detach().clone(), persistent=False)
+        blocks = module.weight.detach().view(-1, BLOCK)  # for other rows, bitsandbytes 0.50 applies wrong scales on CPUs
+        numbers, state = functional.quantize_4bit(blocks, quant_type="nf4", compress_statistics=True)
+        module.weight.data = functional.dequantize_4bit(numbers, state).view_as(module.weight)
+
+
+def _restore_stored_weights(model: Any) -> None:
+    """A merge adds an adapter to the weights as they are stored in the base, not to those in four bits."""
+    for module in model.modules():
+        if hasattr(module, "stored_weight"):
+            module.weight.data = module.stored_weight
 
 
 TEXT = ("model.language_model.", "language_model.", "lm_head.")

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-WAYS = ("full", "LoRA", "packed", "zero3")
-COLUMNS = ("full", "full merged", "LoRA", "LoRA merged", "packed", "zero3", "zero3 merged")
+WAYS = ("full", "LoRA", "QLoRA", "packed", "zero3")
+COLUMNS = ("full", "full merged", "LoRA", "LoRA merged", "QLoRA", "QLoRA merged", "packed", "zero3", "zero3 merged")
 HEADING = "## What is refused"
 
 
@@ -47,10 +47,14 @@ def reasons(cells: list[Cell]) -> str:
 
 PAGE = """# Models: families compared with plain transformers and PEFT
 
-2 ranks on CPUs (Gloo, float32) train a tiny random model of each family for 5 steps of AdamW under FSDP: all weights,
-a LoRA on all linear layers (with the experts that PEFT finds), and all weights on packed rows. The reference is transformers and
-PEFT in one process, with every sample alone in its row. A cell is the largest relative difference of loss or gradient norm over
-all steps; above 0.002 it is called wrong. `refused` means: a message before any job is queued, which names the key to change.
+2 ranks on CPUs (Gloo, float32) train a tiny random model of each family for 5 steps of AdamW. Under FSDP: all weights,
+a LoRA on all linear layers (with the experts that PEFT finds), the same on a base in four bits, and all weights on packed rows.
+Under ZeRO-3: all weights. The reference is transformers and PEFT in one process, with every sample alone in its row, and with
+bitsandbytes' numbers for a base in four bits. A cell is the largest relative difference of loss or gradient norm over all steps.
+`merged` compares the folder that Muster writes: transformers loads it without a missing or unexpected key, config.json has the same
+fields, it generates, and the cell is the relative difference of the loss of 8 samples. A merge of QLoRA adds the adapter to the
+base as it is stored, and so does its reference. Above 0.002 a cell is called wrong. `refused` means: a message before any job is
+queued, which names the key to change; `late`: a message when training starts or merges.
 `make families` writes this page; `make families ARGS='--only llama gpt_oss'` only the lines of these, `ARGS='--from cohere'` those
 from this one on. Names are those of tests/jobs/families.json.
 

@@ -162,5 +162,5 @@ def test_weights_that_do_not_fit_are_named(base: Path, compose: Compose, tmp_pat
     assert f"adapter.source={source}: model.layers.0.self_attn.k_proj.lora_A.default.weight is in none of" in text
     assert (
         "model.layers.0.self_attn.q_proj.lora_A.default.weight in " in text
-        and "has the shape [4, 64], not [2, 64]" in text
+        and "has the shape [4, 128], not [2, 128]" in text
     )
