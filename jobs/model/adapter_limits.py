@@ -49,7 +49,7 @@ def check(config: Config, adapted: list[str]) -> None:
                 f"PEFT cannot leave out {strays[0]}. Name layers without experts in adapter.targets, or set it to []"
             )
             raise ConfigError(Problem(KEY, _typed(adapter.layers_to_transform), message))
-        lost = [target for target in adapter.targets if target != "all-linear" and not _ends(names, target)]
+        lost = [target for target in adapter.targets if target != "all-linear" and not ends_in(names, target)]
         if lost:
             message = (
                 f"{lost[0]} is in none of the blocks of {KEY}={_typed(adapter.layers_to_transform)}. Remove one of them"
@@ -69,7 +69,7 @@ def _numbered(model: nn.Module) -> list[tuple[int, str]]:
     return [(int(name.rpartition(".")[2]), name) for name in named if name.rpartition(".")[2].isdigit()]
 
 
-def _ends(names: list[str], end: str) -> bool:
+def ends_in(names: list[str], end: str) -> bool:
     return any(f".{name}".endswith(f".{end}") for name in names)
 
 

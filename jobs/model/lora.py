@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from conf.errors import ConfigError, Problem, first_line
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
-from jobs.model import adapter_limits, saved_modules
+from jobs.model import adapter_limits, saved_modules, shared_layers, uncalled_layers
 
 
 def add_lora(config: Config, model: PreTrainedModel) -> Any:
@@ -32,7 +32,8 @@ def add_lora(config: Config, model: PreTrainedModel) -> Any:
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         target_parameters=parameters or None,
-        exclude_modules=[*_not_adaptable(model, modules), *adapter_limits.outside_layers(model, adapter)] or None,
+        exclude_modules=[*_not_adaptable(config, model, modules), *adapter_limits.outside_layers(model, adapter)]
+        or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         modules_to_save=list(adapter.modules_to_save) or None,
@@ -67,27 +68,37 @@ def _targeted_parameters(model: PreTrainedModel, targets: list[str]) -> list[str
     """The targets that name a weight of a module, not a module: the matrices of all experts in one (`experts.down_proj`)."""
     modules = [name for name, _ in model.named_modules()]
     weights = [name for name, weight in model.named_parameters() if weight.ndim in (2, 3)]
-    return [item for item in targets if _ends_in(weights, item) and not _ends_in(modules, item)]
+    return [
+        item for item in targets if adapter_limits.ends_in(weights, item) and not adapter_limits.ends_in(modules, item)
+    ]
 
 
-def _not_adaptable(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Linear layers that PEFT would break, because they return a tuple: the routers of Llama 4 and Phi MoE.
+def _not_adaptable(config: Config, model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Linear layers where an adapter would break the model (the routers of Llama 4 and Phi MoE return a tuple), have no effect,
+    or could not be merged (two adapters on one weight).
 
     Raises ConfigError if `adapter.targets` names one.
     """
     own = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _returns_tensor(module)
     ]
+    uncalled, shared = uncalled_layers.find(model), shared_layers.find(model)
     if modules == ["all-linear"]:
-        left_out = own + _fused_by_mamba(model)
+        uncalled = [name for name in uncalled if isinstance(model.get_submodule(name), nn.Linear)]
+        left_out = [*own, *uncalled, *shared]
         if left_out:
             kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
-            log_once(f"adapter: no adapter on {', '.join(kinds)}, which PEFT cannot adapt")
+            log_once(f"adapter: no adapter on {', '.join(kinds)}, which cannot have one")
         return left_out
     for target in modules:
-        if found := next((name for name in own if name == target or name.endswith(f".{target}")), None):
-            message = f"{found} is a router, which cannot have an adapter: remove it from adapter.targets"
-            raise ConfigError(Problem("adapter.targets", target, message))
+        for found, what in (
+            (own, "is a router"),
+            (uncalled, "has a weight that the model reads without calling the layer"),
+            ([] if config.consolidate.adapter_only else shared, "shares its weight with a layer of another block"),
+        ):
+            if name := next((name for name in found if adapter_limits.ends_in([name], target)), None):
+                message = f"{name} {what}, so it cannot have an adapter: remove it from adapter.targets"
+                raise ConfigError(Problem("adapter.targets", target, message))
     return []
 
 
@@ -101,22 +112,6 @@ def _returns_tensor(linear: nn.Linear) -> bool:
             return isinstance(linear(rows), torch.Tensor)
     except Exception:  # any code of a model, or a kernel that this device lacks: no router is known to raise here
         return True
-
-
-def _fused_by_mamba(model: PreTrainedModel) -> list[str]:
-    """Layers of Mamba whose weights its kernel takes without calling the layer. PEFT refuses them, for some families only."""
-    return [
-        f"{name}.{layer}"
-        for name, module in model.named_modules()
-        for layer in ("conv1d", "out_proj")
-        if hasattr(module, "A_log")
-        and hasattr(module, "D")
-        and isinstance(getattr(module, layer, None), nn.Linear | nn.Conv1d)
-    ]
-
-
-def _ends_in(names: list[str], end: str) -> bool:
-    return any(name == end or name.endswith(f".{end}") for name in names)
 
 
 def _problem(config: Config, reason: str) -> Problem:

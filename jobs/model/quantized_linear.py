@@ -10,6 +10,7 @@ Filling takes two steps: each rank calls `QuantizedLinear.load` for its own part
 `share_scales` together.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from conf.choices import Frozen
 from conf.errors import ConfigError, Problem
-from jobs.model import float8_matmul
+from jobs.model import float8_matmul, uncalled_layers
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -156,8 +157,9 @@ quantized_matmul.register_autograd(_backward, setup_context=_save_for_backward)
 def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *, on_gpu: bool = False) -> None:
     """Replace the linear layers of decoder blocks by quantized ones on the meta device, in place.
 
-    Embedding, output head and routers stay as they are. So do layers with a weight that is not a multiple of 64 elements, and
-    for float8 layers with dimensions that the float8 product does not support.
+    Embedding, output head and routers stay as they are. So do layers whose weight is read without calling them (Mamba), or is
+    that of another layer too (Zamba). So do layers with a weight that is not a multiple of 64 elements, and for float8 layers
+    with dimensions that the float8 product does not support.
 
     Raises ConfigError for float8 if the model is for training on a GPU (`on_gpu`) and this machine's GPU has no float8 products.
     """
@@ -169,9 +171,15 @@ def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *
             f"{torch.cuda.get_device_name()}: set adapter.base=int8"
         )
         raise ConfigError(Problem("adapter.base", kind.name, message))
+    owners = Counter(
+        id(module.weight) for block in blocks for module in block.modules() if isinstance(module, nn.Linear)
+    )
     for block in blocks:
+        uncalled = uncalled_layers.find(block)
         for name, module in list(block.named_modules()):
-            if type(module) is nn.Linear and _can_quantize(module, kind):
+            if type(module) is not nn.Linear or owners[id(module.weight)] > 1 or name in uncalled:
+                continue
+            if _can_quantize(module, kind):
                 parent = block.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], QuantizedLinear(module, kind, dtype))
 

@@ -344,7 +344,8 @@ def _round_to_nf4(model: Any, built: Any) -> None:
     for name in names:
         module = model.get_submodule(name)
         module.register_buffer("stored_weight", module.weight.detach().clone(), persistent=False)
-        blocks = module.weight.detach().view(-1, BLOCK)  # for other rows, bitsandbytes 0.50 applies wrong scales on CPUs
+        # rows of other lengths get wrong scales from bitsandbytes 0.50 on CPUs
+        blocks = module.weight.detach().view(-1, BLOCK)
         numbers, state = functional.quantize_4bit(blocks, quant_type="nf4", compress_statistics=True)
         module.weight.data = functional.dequantize_4bit(numbers, state).view_as(module.weight)
 

@@ -15,6 +15,7 @@ from jobs.data.packing import hidden_factor
 from jobs.distributed.log_once import log_once
 from jobs.distributed.process_group import process_group
 from jobs.model import attention, block_sizes, build, fused_cross_entropy
+from jobs.model.quantized_linear import quantized_layers
 from jobs.monitoring import flops
 from jobs.tensor_io.wrapper_names import without_wrappers
 from jobs.tokenization.tokenizer import load_tokenizer
@@ -125,7 +126,7 @@ def test_a_router_gets_no_adapter(tmp_path, compose: Compose, capsys: pytest.Cap
     names = [without_wrappers(name) for name, item in model.named_parameters() if item.requires_grad]
     assert names
     assert not [name for name in names if "router" in name]
-    assert "adapter: no adapter on mlp.router, which PEFT cannot adapt" in capsys.readouterr().out
+    assert "adapter: no adapter on mlp.router, which cannot have one" in capsys.readouterr().out
     message = r"adapter\.targets=router: .*mlp\.router is a router, .* remove it from adapter\.targets"
     with pytest.raises(ConfigError, match=message):
         build.build_on_meta(on(tmp_path, compose, "adapter=lora", "adapter.targets=[router,q_proj]"))
@@ -142,6 +143,37 @@ def test_a_linear_layer_with_its_own_forward_gets_an_adapter(tmp_path, compose: 
         if item.requires_grad
     }
     assert adapted == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "reason"),
+    [
+        ("mamba", "dt_proj", "has a weight that the model reads without calling the layer"),
+        ("mamba", "mixer.out_proj", "has a weight that the model reads without calling the layer"),
+        ("zamba2", "o_proj", "shares its weight with a layer of another block"),
+    ],
+)
+def test_a_layer_whose_adapter_would_be_lost_gets_none(
+    tmp_path, compose: Compose, family: str, target: str, reason: str
+) -> None:
+    families.make(tmp_path, family)
+    for kind in ("lora", "qlora"):
+        model = build.build_on_meta(on(tmp_path, compose, f"adapter={kind}"))
+        adapted = [without_wrappers(name) for name, item in model.named_parameters() if item.requires_grad]
+        assert adapted
+        assert not [name for name in adapted if f".{target}." in name]
+        packed = [name for name in quantized_layers(model) if f".{target}." in name]
+        assert not packed
+        with pytest.raises(
+            ConfigError, match=rf"^adapter\.targets={target}: .*{target} {reason}, so it cannot have an"
+        ):
+            build.build_on_meta(on(tmp_path, compose, f"adapter={kind}", f"adapter.targets=[in_proj,{target}]"))
+
+
+def test_a_shared_layer_may_have_an_adapter_that_is_never_merged(tmp_path, compose: Compose) -> None:
+    families.make(tmp_path, "zamba2")
+    words = ("adapter=lora", "adapter.targets=[o_proj]", "consolidate.adapter_only=true")
+    assert [item for item in build.build_on_meta(on(tmp_path, compose, *words)).parameters() if item.requires_grad]
 
 
 def test_layers_inside_mambas_kernel_get_no_adapter(tmp_path, compose: Compose) -> None:
