@@ -19,7 +19,7 @@ def find(model: nn.Module) -> list[str]:
         f"{owner}.{name}".removeprefix(".")
         for owner, module in model.named_modules()
         for name, layer in module.named_children()
-        if isinstance(layer, nn.Linear | nn.Conv1d) and name in _weights_read_by(type(module))
+        if isinstance(layer, nn.Linear | nn.Conv1d) and name in _weights_read_by(type(module))  # type: ignore[arg-type]
     ]
 
 

@@ -93,8 +93,9 @@ def _in_slurm(launch: dict[str, Any], name: str) -> tuple[str, ...]:
     """Slurm's name of a job and the folder where it starts; nothing if the launch does not tell them both."""
     jobs = launch.get("slurm")
     job = jobs.get(name) if isinstance(jobs, dict) else None
-    values = (job.get("slurm_name"), job.get("folder")) if isinstance(job, dict) else ()
-    return values if all(isinstance(value, str) for value in values) else ()
+    values = [job.get("slurm_name"), job.get("folder")] if isinstance(job, dict) else []
+    texts = tuple(value for value in values if isinstance(value, str))
+    return texts if len(texts) == len(values) else ()
 
 
 def known_ids(run: Path) -> set[str]:
