@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from conf import deepspeed as deepspeed_settings
 from conf.choices import AdapterKind, Checkpointing
+from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
 from jobs.backends.host_staging import Stager, collect_storages
 from jobs.distributed.process_group import World
 from jobs.model import compile, materialize, prepare
 from jobs.model.build import blocks, build_on_meta, compute_dtype
+from jobs.model.expert_modules import expert_modules
 from jobs.tensor_io.slices import TensorPart
 from jobs.training import optimizer as optim
 
@@ -33,9 +35,8 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     import deepspeed
 
     prepare.prepare_model(model, config, world)
-    # hooks inside a block would split its compiled code into dozens of parts
-    if compile.gathers_whole_blocks(config, world):
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks(model)}))
+    if config.parallel.zero_stage == 3 and (whole := _gathered_whole(model, config, world)):
+        deepspeed.utils.set_z3_leaf_modules(model, list(whole))
     read_bytes = 0
     if materialize.is_empty(model):
         allocate = _allocate_partitions if config.parallel.zero_stage == 3 else _allocate_whole
@@ -50,6 +51,21 @@ def wrap(model: nn.Module, config: Config, world: World, resumed: bool = False) 
     if config.parallel.zero_stage == 3 and config.train.activation_checkpointing is Checkpointing.selective:
         _hide_gathering(optimizer.parameter_offload)
     return Engine(engine, optimizer, config.train.max_grad_norm, read_bytes)
+
+
+def _gathered_whole(model: nn.Module, config: Config, world: World) -> set[type[nn.Module]]:
+    """Classes of modules whose weights ZeRO-3 gathers together, before their forward (DeepSpeed calls them leaf modules)."""
+    if compile.gathers_whole_blocks(config, world):
+        # hooks inside a block would split its compiled code into dozens of parts
+        return {type(block) for block in blocks(model)}
+    # Each call of a module gathers its weights, and all ranks must take part. Ranks call as many experts as their tokens need.
+    experts = expert_modules(model)
+    adapters = config.adapter.kind is not AdapterKind.none
+    if adapters and any(weight.requires_grad for module in experts for weight in module.parameters()):
+        # DeepSpeed 0.19.8 uses such a weight in backward when it has already partitioned it again
+        message = "experts that are called one by one cannot have adapters under ZeRO-3: use parallel=fsdp, or name other layers"
+        raise ConfigError(Problem("adapter.targets", config.adapter.targets, message))
+    return {type(module) for module in experts}
 
 
 def init_deepspeed(world: World) -> None:

@@ -50,6 +50,7 @@ WAYS = {
     "QLoRA": ["parallel=fsdp", "adapter=qlora", "adapter.r=4"],
     "packed": ["parallel=fsdp", "data.packing=true"],
     "zero3": ["parallel=zero3"],
+    "zero3LoRA": ["parallel=zero3", "adapter=lora", "adapter.r=4"],
     "recomputed": ["parallel=fsdp", "train.activation_checkpointing=full"],
     "compiled": ["parallel=fsdp", "train.compile=true"],
     "compiledLoRA": ["parallel=fsdp", "adapter=lora", "adapter.r=4", "train.compile=true"],

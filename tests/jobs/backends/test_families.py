@@ -15,6 +15,7 @@ from jobs.data.packing import hidden_factor
 from jobs.distributed.log_once import log_once
 from jobs.distributed.process_group import process_group
 from jobs.model import attention, block_sizes, build, fused_cross_entropy
+from jobs.model.expert_modules import expert_modules
 from jobs.model.quantized_linear import quantized_layers
 from jobs.monitoring import flops
 from jobs.tensor_io.wrapper_names import without_wrappers
@@ -224,6 +225,30 @@ def test_odd_families_equal_transformers(compose: Compose, tmp_path) -> None:
     names = [*ODD, "gemma3", "qwen2_5_vl"]
     cells = families.check(names, ["full"], tmp_path, compose)
     assert [cell.verdict for cell in cells] == ["right"] * len(names), cells
+
+
+@pytest.mark.slow
+def test_ranks_may_call_other_experts_under_zero_3(compose: Compose, tmp_path) -> None:
+    """DBRX calls a module for each expert that has a token. With weights gathered at each call, the ranks waited for each other."""
+    cells = families.check(["dbrx"], ["zero3", "zero3LoRA"], tmp_path, compose)
+    assert [cell.verdict for cell in cells] == ["right", "right"], cells
+
+
+def test_modules_that_are_called_for_each_expert_are_found(tmp_path, compose: Compose) -> None:
+    found = {}
+    for family in ("dbrx", "qwen3_moe"):
+        families.make(tmp_path / family, family)
+        model = build.build_on_meta(on(tmp_path / family, compose, "adapter=lora"))
+        found[family] = {type(module).__name__ for module in expert_modules(model)}
+    assert found == {"dbrx": {"DbrxExperts"}, "qwen3_moe": set()}
+
+    class OldBlock(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+
+    block = OldBlock()
+    assert expert_modules(torch.nn.Sequential(block)) == [block]
 
 
 @pytest.mark.slow
