@@ -66,7 +66,7 @@ SLOW = """
 import sys, time
 real = time.perf_counter
 def slow():
-    if sys._getframe(1).f_globals.get("__name__") == "jobs.train":
+    if sys._getframe(1).f_globals.get("__name__") == "jobs.train_step":
         time.sleep(0.3)
     return real()
 time.perf_counter = slow

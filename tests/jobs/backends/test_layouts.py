@@ -86,8 +86,8 @@ def test_lora_equals_the_reference(layout, lora_curve, base, tmp_path) -> None:
     )  # checkpoints have adapters and their moments only, not the base
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("layout", ["fsdp", "zero3"])
 def test_an_untouched_bf16_base_keeps_its_loss_under_adapters(layout, base, tmp_path) -> None:
     """torch 2.11 silently gathers wrong values for a frozen bf16 base and fp32 adapters in one FSDP group."""
     run = tmp_path / "run"

@@ -34,7 +34,7 @@ def test_a_killed_job_leaves_no_partial_result(job, result, tmp_path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     seconds = time.monotonic() - began
     chance = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         _clear(folder)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
             time.sleep(seconds * chance.uniform(0.6, 1.0))

@@ -230,7 +230,7 @@ def test_consolidation_on_a_node_without_gpus_needs_none(compose: Compose) -> No
     assert attention.select(config, AutoConfig.for_model("llama", **SMALL)) == "eager"
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_attention_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -88,7 +88,7 @@ def test_compilation_changes_no_gradient(compose: Compose, kind, wrap, pack_into
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "selective"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.proof), "selective"])
 def test_compiled_ops_change_no_gradient(compose: Compose, kind, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(compile, "_can_compile", lambda world: True)

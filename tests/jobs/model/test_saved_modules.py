@@ -111,8 +111,13 @@ def test_gradients_are_those_of_peft(base: Path, compose: Compose, layout: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", [True, pytest.param(False, marks=pytest.mark.proof)], indirect=True, ids=["tied", "untied"])
 @pytest.mark.parametrize("layout", ["zero3", pytest.param("fsdp", marks=pytest.mark.proof)])
-@pytest.mark.parametrize("tokens", [[], ['data.special_tokens=["<|a|>","<|b|>"]']], ids=["", "new tokens"])
+@pytest.mark.parametrize(
+    "tokens",
+    [pytest.param([], marks=pytest.mark.proof), ['data.special_tokens=["<|a|>","<|b|>"]']],
+    ids=["", "new tokens"],
+)
 def test_the_merged_model_is_the_trained_one(base: Path, layout: str, tokens: list[str], tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}/run", "model=hub", f"model.source={base}", *curves.SMALL, *SMALL, BOTH, *tokens]
     words += [f"parallel={layout}", "train.fingerprint=true", "train.steps=3", "train.warmup_steps=0"]
