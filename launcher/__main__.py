@@ -1,9 +1,11 @@
 """The command `muster`: `muster run KEY=VALUE...` launches a run, others show or change it. `python -m launcher` is the same."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from conf.errors import UserError
@@ -11,18 +13,55 @@ from conf.plural import plural
 from conf.visible import visible
 from launcher import slurm, version
 from launcher.paths import CLONE
-from launcher.run_folder import record
-from launcher.status import pending, state, tables
+from launcher.run_folder import lock, record
+from launcher.status import listing, pending, state, tables
 
 WAIT_S = 120.0
 """How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
 
 
+def ls(options: argparse.Namespace) -> int:
+    """List the runs below a folder: state, step, loss, time left."""
+    folder = options.folder.resolve()
+    found = listing.summaries(folder)
+    if options.json:
+        print(json.dumps([asdict(item) | {"run": str(item.run)} for item in found], indent=2))
+    elif found:
+        tables.runs(found, folder)
+    else:
+        print(f"no run in {visible(str(folder))}")
+    return 0
+
+
 def status(options: argparse.Namespace) -> int:
     """Show every job of a run: state, step, verdict and last error. Exits with 1 when a job has failed."""
     jobs = state.job_states(options.run)
-    tables.status(jobs, pending.reasons(jobs))
+    waits = pending.reasons(jobs)
+    if options.json:
+        print(
+            json.dumps(
+                [asdict(job) | {"failed": job.failed, "waits_for": waits.get(job.name)} for job in jobs], indent=2
+            )
+        )
+    else:
+        tables.status(jobs, waits)
     return _exit_code(options, jobs) or (1 if any(job.failed for job in jobs) else 0)
+
+
+def wait(options: argparse.Namespace) -> int:
+    """Wait until no job of the run is pending or running. Exits with 0 if all have completed, else with 1."""
+    said: set[str] = set()
+    while True:
+        jobs = state.job_states(options.run)
+        is_silent = any("does not answer" in job.note for job in jobs)
+        is_live = any(job.state in slurm.LIVE_STATES for job in jobs) or lock.holder(options.run) is not None
+        for job in jobs:
+            if job.verdict and job.state not in slurm.LIVE_STATES and job.name not in said:
+                print(visible(f"{job.name} {job.job_id} {job.verdict['status']}"), flush=True)
+                said.add(job.name)
+        if not (is_live or is_silent):
+            return 0 if jobs and all(job.verdict and not job.failed for job in jobs) else 1
+        time.sleep(options.every)
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -110,6 +149,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 PROGRAMS = ("axolotl", "llamafactory", "trl", "ms-swift")
 RUN_COMMANDS: tuple[Callable[[argparse.Namespace], int], ...] = (
     status,
+    wait,
     logs,
     why,
     stop,
@@ -145,10 +185,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
     importing.add_argument("--gpus", type=int, default=8, help="GPUs that its batch size is meant for; default: 8")
     importing.add_argument("--force", action="store_true", help="overwrite an experiment of that name")
     importing.set_defaults(command=import_config)
+    lists = commands.add_parser("ls", help=ls.__doc__, description=ls.__doc__)
+    lists.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs")
+    lists.add_argument("--json", action="store_true", help="print everything that is known, for scripts")
+    lists.set_defaults(command=ls)
     for command in RUN_COMMANDS:
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
         sub.set_defaults(command=command, prog=prog)
+        if command is status:
+            sub.add_argument("--json", action="store_true", help="print everything that is known, for scripts")
+        if command is wait:
+            sub.add_argument(
+                "--every", type=float, default=10.0, metavar="SECONDS", help="how often to ask Slurm; default: 10"
+            )
         if command is logs:
             sub.add_argument("--job", help="default: train, or custom in a run of your own program")
             sub.add_argument("--rank", type=int, default=0, help="default: 0")

@@ -29,6 +29,9 @@ LIVE_STATES = {
 }
 """States of a job that has not ended yet."""
 
+STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
+"""States after which Slurm itself puts a job back into the queue, if the job allows it."""
+
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
 

@@ -3,7 +3,8 @@
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from launcher import slurm
 from launcher.run_folder import attempts, lock, record
 from launcher.run_folder.status import COMPLETED
 from launcher.status import missing_verdict, ownership
+
+STARTS_AGAIN_S = 5.0
+"""How long an ended job is watched that Slurm may put back into the queue."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,33 @@ class AttemptHistory:
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
-    """Return the newest start of each job, in the order of the pipeline. `strict`: see `slurm.jobs`.
+    """Return the newest start of each job, in the order of the pipeline.
 
-    Raises RunError if `run` is not a run folder.
+    `strict`: see `slurm.jobs`; also waits for a job that is about to start again. Raises RunError if `run` is not a run folder.
     """
-    started = record.newest_jobs(run)
-    ids = (job.job_id for job in started.values() if job.cluster == "slurm")
-    in_slurm = slurm.jobs(ids, record.other_owner(run), strict)
+    started, deadline = record.newest_jobs(run), time.monotonic() + STARTS_AGAIN_S
+    ids = [job.job_id for job in started.values() if job.cluster == "slurm"]
+    while True:
+        jobs = states_of(run, started, slurm.jobs(ids, record.other_owner(run), strict))
+        if not (strict and any(map(_starts_again, jobs))) or time.monotonic() > deadline:
+            return jobs
+        time.sleep(0.5)
+
+
+def _starts_again(job: JobState) -> bool:
+    """Whether Slurm may put an ended job back into the queue. For a moment, squeue shows it as ended (24.11: PREEMPTED)."""
+    requeued = job.verdict is not None and job.verdict.get("requeued") is True
+    return job.state in slurm.STARTED_AGAIN_AFTER or (requeued and job.state not in slurm.LIVE_STATES)
+
+
+def states_of(
+    run: Path, started: Mapping[str, record.StartedJob], in_slurm: Mapping[str, slurm.SlurmJob]
+) -> list[JobState]:
+    """The same from what `record.newest_jobs` and `slurm.jobs` have returned."""
     return [_job_state(run, name, started[name], in_slurm) for name in JOB_KINDS if name in started]
 
 
-def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: dict[str, slurm.SlurmJob]) -> JobState:
+def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[str, slurm.SlurmJob]) -> JobState:
     folder, user, note = run / "jobs" / name, "", ""
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))

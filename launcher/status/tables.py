@@ -1,7 +1,8 @@
 """Prints tables about a run: the states of its jobs, how its attempts ended, and the result at the end."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conf.visible import visible
 from launcher.run_folder.attempts import metrics
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
+from launcher.status.listing import Summary
 from launcher.status.state import JobState
 
 LOG_LINES = 5
@@ -46,6 +48,27 @@ def status(jobs: Iterable[JobState], waits: Mapping[str, str] | None = None) -> 
     for job in jobs:
         if job.failed and job.verdict:
             _print_failure(job.name, job.verdict)
+
+
+def runs(found: Sequence[Summary], folder: Path) -> None:
+    """Print one row per run: its name below `folder`, state, step, loss, time left and age."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("run", "state", "step", "loss", "left", "launched"):
+        table.add_column(heading, overflow="fold")
+    for item in found:
+        step = "" if item.step is None else f"{item.step}/{item.steps}" if item.steps else str(item.step)
+        cells = (
+            str(item.run.relative_to(folder)) if item.run != folder else item.run.name,
+            item.state,
+            step,
+            "" if item.loss is None else f"{item.loss:.4f}",
+            "" if item.left_s is None else str(timedelta(seconds=round(item.left_s))),
+            "" if item.launched is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(item.launched)),
+        )
+        table.add_row(*map(_cell, cells))
+    _console().print(table)
 
 
 def _activity(heartbeat: dict[str, Any] | None) -> str:

@@ -129,7 +129,9 @@ def test_steps_are_those_of_peft(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [True, pytest.param(False, marks=pytest.mark.proof)], indirect=True, ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "base", [True, pytest.param(False, marks=pytest.mark.proof)], indirect=True, ids=["tied", "untied"]
+)
 def test_the_merged_model_is_that_of_peft(base: Path, tmp_path: Path) -> None:
     source = adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     run = tmp_path / "run"

@@ -111,7 +111,9 @@ def test_gradients_are_those_of_peft(base: Path, compose: Compose, layout: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [True, pytest.param(False, marks=pytest.mark.proof)], indirect=True, ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "base", [True, pytest.param(False, marks=pytest.mark.proof)], indirect=True, ids=["tied", "untied"]
+)
 @pytest.mark.parametrize("layout", ["zero3", pytest.param("fsdp", marks=pytest.mark.proof)])
 @pytest.mark.parametrize(
     "tokens",

@@ -125,6 +125,26 @@ def test_a_run_that_has_ended_is_not_active(run: Path, programs: Programs) -> No
     assert state_module.active_jobs(run) is None
 
 
+def test_a_preempted_job_that_slurm_puts_back_is_active(run: Path, programs: Programs) -> None:
+    """Slurm 24.11 shows it as ended for a moment. It was taken for ended: a second training could be started, or none cancelled."""
+    asked = run.parent / "asked"
+    asked.write_text("0\n")
+    programs(
+        squeue=f'read n < "{asked}"; echo $((n + 1)) > "{asked}"; '
+        'if [ $n = 0 ]; then echo "102|PREEMPTED"; else echo "102|PENDING"; fi',
+        sacct='for id in 101 103; do echo "$id|COMPLETED"; done',
+    )
+    assert state_module.active_jobs(run) == "train 102 is PENDING"
+
+
+def test_a_preempted_job_that_stays_so_has_ended(
+    run: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "STARTS_AGAIN_S", 0.1)
+    programs(sacct='echo "101|COMPLETED"; echo "102|PREEMPTED"; echo "103|CANCELLED"')
+    assert state_module.active_jobs(run) is None
+
+
 def test_a_folder_that_is_not_a_run_is_not_active(tmp_path: Path) -> None:
     assert state_module.active_jobs(tmp_path) is None
 

@@ -1,0 +1,127 @@
+"""`muster ls`, `muster wait` and `muster status --json`: on run folders made by hand."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.files import write_json
+from launcher import __main__ as muster
+from launcher.run_folder import lock
+from launcher.status import listing
+from tests.conftest import Programs
+from tests.launcher.status.test_state import ended
+
+SQUEUE = "; ".join([*(f'echo "{number}|RUNNING"' for number in range(200, 220)), 'echo "301|PENDING"'])
+DONE = 'for id in 101 102; do echo "$id|COMPLETED"; done; echo "401|FAILED"'
+
+
+def launched(run: Path, minute: int, **jobs: str) -> Path:
+    launch = {"command": [], "time": f"2026-11-30T10:{minute:02}:00+0000", "cluster": "slurm", "jobs": jobs}
+    run.mkdir(parents=True)
+    write_json(run / "run.json", {"launches": [launch]})
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path, programs: Programs) -> Path:
+    """A run that has completed, one that trains, one that waits, one that failed, and one with a damaged record."""
+    programs(squeue=SQUEUE, sacct=DONE)
+    folder = tmp_path / "runs"
+    done = launched(folder / "done", 1, preprocess="101", train="102")
+    ended(done, "preprocess", "101", "completed")
+    ended(done, "train", "102", "completed")
+    trains = launched(folder / "sweep/lr=1e-3", 3, train="201")
+    (trains / "config.yaml").write_text(
+        "run_dir: x\ntrain:\n  # how long\n  epochs: null\n  steps: 40\n  eval_every: 2\n"
+    )
+    steps = [{"step": 1, "loss": 3.5}, {"step": 7, "loss": 2.25, "left_s": 900}, {"step": 7, "eval_loss": 2.0}]
+    (trains / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)) + '\n{"step": 8, "lo')
+    launched(folder / "sweep/lr=1e-2", 2, train="301")
+    failed = launched(folder / "failed", 4, train="401")
+    ended(failed, "train", "401", "user_error", "no such file")
+    (folder / "damaged").mkdir()
+    (folder / "damaged/run.json").write_text("{")
+    (folder / "no run").mkdir()
+    return folder
+
+
+def test_every_run_below_a_folder_is_listed(runs: Path, programs: Programs) -> None:
+    found = {str(item.run.relative_to(runs)): item for item in listing.summaries(runs)}
+    assert list(found) == ["damaged", "done", "sweep/lr=1e-2", "sweep/lr=1e-3", "failed"]
+    assert found["done"].state == "completed"
+    assert found["sweep/lr=1e-2"].state == "pending train"
+    assert found["failed"].state == "user_error train"
+    assert "damaged" in found["damaged"].state
+    trains = found["sweep/lr=1e-3"]
+    assert (trains.state, trains.step, trains.steps, trains.loss) == ("running train", 7, 40, 2.25)
+    assert trains.left_s is not None
+    assert 800 < trains.left_s <= 900
+
+
+def test_slurm_is_asked_once_for_all_runs(tmp_path: Path, programs: Programs) -> None:
+    folder = programs(squeue=SQUEUE, sacct=DONE)
+    for number in range(20):
+        launched(tmp_path / f"runs/{number}", number, train=str(200 + number))
+    assert {item.state for item in listing.summaries(tmp_path / "runs")} == {"running train"}
+    assert len((folder / "squeue.calls").read_text().splitlines()) == 1
+
+
+def test_ls_prints_a_table_or_json(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert muster.main(["ls", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "run",
+        "damaged",
+        "done",
+        *["sweep/lr=1e-2", "sweep/lr=1e-3"],
+        "failed",
+    ]
+    assert "7/40" in text
+    assert muster.main(["ls", str(runs / "done"), "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert (one["run"], one["state"]) == (str(runs / "done"), "completed")
+    assert muster.main(["ls", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == f"no run in {tmp_path}/none\n"
+
+
+def test_status_prints_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert muster.main(["status", str(runs / "failed"), "--json"]) == 1
+    (job,) = json.loads(capsys.readouterr().out)
+    assert (job["name"], job["state"], job["failed"], job["verdict"]["reason"]) == (
+        "train",
+        "FAILED",
+        True,
+        "no such file",
+    )
+
+
+def test_wait_ends_with_the_run(
+    runs: Path, programs: Programs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert muster.main(["wait", str(runs / "done")]) == 0
+    assert capsys.readouterr().out == "preprocess 101 completed\ntrain 102 completed\n"
+    assert muster.main(["wait", str(runs / "failed")]) == 1
+    # pending, then running, then ended
+    run = runs / "sweep/lr=1e-2"
+    asked = tmp_path / "asked"
+    asked.write_text("0\n")
+    programs(
+        squeue=f'read n < "{asked}"; echo $((n + 1)) > "{asked}"; '
+        'case $n in 0) echo "301|PENDING";; 1 | 2) echo "301|RUNNING";; esac',
+        sacct="echo '301|COMPLETED'",
+    )
+    ended(run, "train", "301", "completed")
+    capsys.readouterr()
+    began = time.monotonic()
+    assert muster.main(["wait", str(run), "--every", "0.1"]) == 0
+    assert time.monotonic() - began >= 0.3
+    assert capsys.readouterr().out == "train 301 completed\n"
+
+
+def test_a_run_is_running_while_its_launch_holds_it(tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", 1)
+    assert listing.summaries(run)[0].state == "no job"
+    with lock.held(run):
+        assert listing.summaries(run)[0].state == "running"
