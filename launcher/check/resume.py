@@ -1,5 +1,6 @@
 """Builds the config of a resumed run: the stored one, with the few keys that may change in a run."""
 
+import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from conf import resolve
 from conf.errors import Problem, RunError, as_typed
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
-from launcher.run_folder.attempts import last_verdict
+from launcher.run_folder.attempts import last_verdict, metrics
 from launcher.run_folder.status import COMPLETED
 
 CHANGEABLE = (
@@ -46,6 +47,10 @@ CHANGEABLE = (
     "train.profile_ranks",
 )
 """Keys that may change when a run is resumed: where it runs and how long, never what it computes."""
+OF_THE_FOLDER = ("run_dir", "name", "experiment")
+"""Keys that never change in a run. An experiment sets many keys, so each must be typed."""
+MADE_BEFORE_TRAINING = ("data", "metrics.jsonl", "precision.json")
+"""Files and folders of a run that may be made from keys that change before it trains."""
 STORED_AS = {"pipeline": "jobs", "parallel.deepspeed_config": "parallel.deepspeed"}
 """Keys whose meaning is stored under another one."""
 
@@ -53,8 +58,8 @@ STORED_AS = {"pipeline": "jobs", "parallel.deepspeed_config": "parallel.deepspee
 def resumed_config(composed: Config, words: list[str]) -> Config:
     """The config stored in the run folder `composed.resume`, with the values that the command line changes.
 
-    `words` are the command line; `composed` holds the values they have. Raises RunError for a folder that is not a run,
-    and for every override that may not change in a run.
+    `words` are the command line; `composed` holds the values they have. Before the first step of training, any key may change.
+    Raises RunError for a folder that is not a run, and for every override that may not change in a run.
     """
     folder = Path(stored_path(Path(str(composed.resume)).resolve()))
     if not (folder / "config.yaml").exists():
@@ -64,17 +69,50 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     overridden = [
         word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))
     ]
-    fixed = [key for key in overridden if not any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)]
-    if fixed:
+    if fixed := [key for key in overridden if not _may_change(key) and has_trained(folder)]:
         message = (
-            "cannot change when a run is resumed. Start a new run; "
+            "cannot change in a run that has trained. Start a new run; "
             "to begin from this run's weights, add model.source=RUN/model"
         )
+        raise RunError(*(Problem(key, None, message) for key in fixed))
+    if fixed := [key for key in overridden if key in OF_THE_FOLDER]:
+        message = "cannot change when a run is resumed. Start a new run, or type the keys that should change"
         raise RunError(*(Problem(key, None, message) for key in fixed))
     for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, STORED_AS.get(key, key))
     config.run_dir, config.resume = str(folder), str(folder)
     return config
+
+
+def _may_change(key: str) -> bool:
+    return any(key == item or key.startswith(f"{item}.") for item in CHANGEABLE)
+
+
+def has_trained(run: Path) -> bool:
+    """Whether a step was trained, or a checkpoint was saved, in this run."""
+    try:
+        saved = any((run / "checkpoints").iterdir())
+    except OSError:
+        saved = False
+    return saved or any(line.get("step", 0) > 0 for line in metrics(run))
+
+
+def remove_what_changed(stored: Config, config: Config) -> list[str]:
+    """Delete what a run has made from other values than those of `config`, so that its jobs make it again.
+
+    `stored` is the config with which the run was started. Returns the names of what was deleted. A run that has trained keeps all.
+    """
+    run, before, now = Path(config.run_dir), _flat(stored), _flat(config)
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if has_trained(run) or all(_may_change(key) or key in OF_THE_FOLDER for key in changed):
+        return []
+    there = [name for name in MADE_BEFORE_TRAINING if (run / name).exists()]
+    for name in there:
+        if (run / name).is_dir() and not (run / name).is_symlink():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).unlink()
+    return there
 
 
 def stored_path(run: Path) -> str:

@@ -14,6 +14,9 @@ OURS = {
     "context_length": "`data.max_length`",
     "dataset_path": "`data.path`",
     "train_file": "`data.path`",
+    "data.train": "`data.path`",
+    "data.validation": "`data.validation_path`",
+    "data.eval": "`data.validation_path`",
     "validation_file": "`data.validation_path`",
     "model_name": "`model.source`, with model=hub",
     "partition": "`cluster.train.partition` (and `cluster.cpu.partition`, `cluster.inference.partition`)",
@@ -32,7 +35,7 @@ OURS = {
     "hf_token": "`cluster.secrets=[HF_TOKEN]`",
     "wandb": "`tracker=wandb`",
 }
-"""The last part of a key that people type -> Muster's words. The keys of other programs come from `launcher.convert`."""
+"""A key that people type, or its last part -> Muster's words. The keys of other programs come from `launcher.convert`."""
 
 
 def of(key: str) -> str | None:
@@ -41,7 +44,7 @@ def of(key: str) -> str | None:
     known: dict[str, str] = {}
     for module in (ms_swift, trl, llamafactory, axolotl):
         known |= {name: rule.description for name, rule in module.rules(8).items()}
-    said = OURS.get(leaf) or known.get(leaf)
+    said = OURS.get(key.lower()) or OURS.get(leaf) or known.get(leaf)
     if said is None:
         return None
     if said.startswith(("refused: ", "not needed: ")):

@@ -16,6 +16,7 @@ from conf.errors import Problem, SiteError
 from conf.schema import Config
 from conf.visible import visible
 from launcher import environment
+from launcher.check import resume
 from launcher.plan import Job
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED, USER_ERROR
@@ -40,12 +41,15 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
         verdict = _run_job(config, job, config_path, on_start)
         if verdict["status"] != COMPLETED:
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
-            # The settings of a run do not change, so most errors of a user that are not in a file need a new run.
-            note = (
-                " (once the rows or files are right; other settings of data or model need a new run)"
-                if verdict["status"] == USER_ERROR
-                else ""
-            )
+            note = ""
+            if verdict["status"] == USER_ERROR:
+                trained = resume.has_trained(Path(config.run_dir))
+                keys = (
+                    "keys of what it computes need a new run"
+                    if trained
+                    else "with other KEY=VALUE, if they are the cause"
+                )
+                note = f" (once the cause is removed; {keys})"
             text = (
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
                 f"resume    muster {'push' if job.name == 'push' else 'resume'} {config.run_dir}{note}"

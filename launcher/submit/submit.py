@@ -37,11 +37,14 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
         return 0
     run = Path(config.run_dir)
     with lock.held(run):
-        if (run / "config.yaml").exists():  # another launch may have written it since the checks
-            resume.require_same(resolve.load(run / "config.yaml"), config)
+        stored = resolve.load(run / "config.yaml") if (run / "config.yaml").exists() else None
+        if stored:  # another launch may have written it since the checks
+            resume.require_same(stored, config)
         if active := state.active_jobs(run):
             remedy = f"is already running: {active}. Wait until it ends, or type muster cancel {run}"
             raise RunError(Problem("run_dir", run, remedy))
+        if stored and (made := resume.remove_what_changed(stored, config)):
+            print(f"changed   {', '.join(made)} of this run will be made again", flush=True)
         print(visible(preview.summary(config, jobs)), flush=True)
         return _start(config, jobs, write_run_folder(config, jobs, command))
 

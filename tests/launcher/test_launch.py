@@ -120,9 +120,32 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
     assert (stored / "config.yaml").read_text() == before
 
 
-def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path) -> None:
-    [line] = refused(launch(f"resume={stored}", "train.learning_rate=0.5", "submit=script"))
-    assert line.startswith("train.learning_rate: cannot change when a run is resumed. Start a new run")
+def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    [line] = refused(launch("resume=run", "train.learning_rate=0.5", "submit=script"))
+    assert line.startswith("train.learning_rate: cannot change in a run that has trained. Start a new run")
+
+
+def test_a_run_that_has_not_trained_can_be_mended(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stored, run)
+    (run / "data").mkdir()
+    (run / "data/data.json").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n')
+    preview = launch("resume=run", "train.learning_rate=0.5", "data.max_length=64", "dry_run=true")
+    assert preview.returncode == 0, preview.stderr
+    assert (run / "data/data.json").exists()  # a preview changes nothing
+    same = launch("resume=run", "train.steps=70", "submit=script")
+    assert same.returncode == 0, same.stderr
+    assert (run / "data/data.json").exists()
+    done = launch("resume=run", "train.learning_rate=0.5", "data.max_length=64", "submit=script")
+    assert done.returncode == 0, done.stderr
+    assert "changed   data, metrics.jsonl of this run will be made again" in done.stdout
+    mended = resolve.load(run / "config.yaml")
+    assert (mended.train.learning_rate, mended.data.max_length, mended.train.steps) == (0.5, 64, 70)
+    assert mended.model.name == resolve.load(stored / "config.yaml").model.name
+    assert not (run / "data").exists()
 
 
 def test_a_resumed_run_takes_more_steps(launch: Launch, stored: Path, tmp_path: Path) -> None:

@@ -97,13 +97,60 @@ def test_a_change_leaves_other_keys_unchanged(compose: Compose, run: Path) -> No
         "++train.learning_rate=0.5",
     ],
 )
-def test_keys_of_what_is_computed_may_not_change(compose: Compose, run: Path, word: str) -> None:
-    with pytest.raises(RunError, match="cannot change when a run is resumed. Start a new run") as caught:
+def test_keys_of_what_is_computed_may_not_change_once_it_has_trained(compose: Compose, run: Path, word: str) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(RunError, match="cannot change in a run that has trained. Start a new run") as caught:
         continued(compose, run, word)
     assert str(caught.value).startswith(word.lstrip("+").split("=")[0] + ":")
 
 
+def test_a_checkpoint_is_a_trace_of_training(compose: Compose, run: Path) -> None:
+    (run / "checkpoints").mkdir()
+    assert not resume.has_trained(run)
+    (run / "checkpoints/step-00000010").mkdir()
+    assert resume.has_trained(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["train.learning_rate=0.5"], "train.learning_rate", 0.5),
+        (["data=alpaca", "data.max_rows=7"], "data.max_rows", 7),
+        (["model=tiny"], "model.name", "tiny"),
+        (["adapter=lora"], "adapter.kind.name", "lora"),
+    ],
+)
+def test_until_a_run_has_trained_its_keys_may_change(
+    compose: Compose, run: Path, words: list[str], key: str, value: object
+) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n')
+    config = continued(compose, run, *words)
+    current: object = config
+    for name in key.split("."):
+        current = getattr(current, name)
+    assert current == value
+    assert config.parallel.name == "zero3"
+
+
+@pytest.mark.parametrize("word", ["experiment=llama8b_fsdp", "name=other", "run_dir=/elsewhere"])
+def test_keys_of_the_folder_never_change(compose: Compose, run: Path, word: str) -> None:
+    with pytest.raises(RunError, match="cannot change when a run is resumed") as caught:
+        continued(compose, run, word)
+    assert str(caught.value).startswith(word.split("=")[0] + ":")
+
+
+def test_only_what_depends_on_a_changed_key_is_made_again(compose: Compose, run: Path) -> None:
+    stored = resolve.load(run / "config.yaml")
+    for name in ("data", "model"):
+        (run / name).mkdir()
+        (run / name / "file").write_text("x")
+    assert resume.remove_what_changed(stored, put(continued(compose, run), {"train.steps": 9})) == []
+    assert resume.remove_what_changed(stored, put(continued(compose, run), {"data.seed": 9})) == ["data"]
+    assert [path.name for path in run.iterdir() if path.is_dir()] == ["model"]
+
+
 def test_all_keys_that_may_not_change_are_reported(compose: Compose, run: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(RunError) as caught:
         continued(compose, run, "train.seed=7", "train.steps=7", "data.seed=7")
     assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["train.seed", "data.seed"]
