@@ -23,7 +23,7 @@ from launcher.check import command_line, local_gpus, localize, model_rules, obse
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
-from launcher.run_folder import record
+from launcher.run_folder import names, record
 from launcher.submit import preview, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -66,8 +66,10 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     localize.localize(config, local_gpus.local_gpus())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
-    else:
+    elif names.is_named(sys.argv[1:]):
         config.run_dir = resume.stored_path(Path(config.run_dir))
+    else:
+        config.run_dir = names.free(config.run_dir)
     plan.add_push(config)
     facts = observe.observe(config)
     if problems := rules.problems(config, facts):
@@ -84,6 +86,8 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     if config.dry_run:
         print(visible(preview.text(config, jobs)), flush=True)
         return 0
+    if jobs and not names.is_named(sys.argv[1:]):
+        config.run_dir = names.reserve(config.run_dir)
     return submit.submit(config, jobs, command=sys.argv)
 
 
