@@ -74,9 +74,9 @@ def _targeted_parameters(model: PreTrainedModel, targets: list[str]) -> list[str
 
 
 def _not_adaptable(config: Config, model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """Linear layers where an adapter would break the model (the routers of Llama 4 and Phi MoE return a tuple), have no effect,
-    or could not be merged (two adapters on one weight).
+    """Linear layers where an adapter would break the model, have no effect, or could not be merged.
 
+    These are the routers of Llama 4 and Phi MoE, which return a tuple, and those of `uncalled_layers` and `shared_layers`.
     Raises ConfigError if `adapter.targets` names one.
     """
     own = [

@@ -6,10 +6,12 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
+import torch
+
 from conf.schema import Config
 from jobs import train, train_step
 from jobs.distributed import stop_signals
-from jobs.distributed.process_group import World
+from jobs.distributed.process_group import World, process_group
 from tests.conftest import put
 from tests.jobs.ranks import spawn
 
@@ -33,6 +35,16 @@ def train_each(configs: list[Config], world: int = 4) -> list[list[dict[str, flo
 
 def _rank(_: int, config: Config) -> None:
     train.run(config)
+
+
+def train_on_rank(_: int, configs: list[Config]) -> None:
+    """Train each config whole, in the process group of one rank: a function for `spawn`."""
+    torch.set_num_threads(1)
+    with process_group(configs[0]) as world:
+        for config in configs:
+            training, step = train._set_up(config, world, stop_signals.StopFlag())
+            train._train(training, step)
+            training.metrics.close()
 
 
 def train_here(config: Config, world: World, steps: int, *, save: bool = False) -> None:

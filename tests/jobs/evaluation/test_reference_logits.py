@@ -10,14 +10,12 @@ from conf.choices import Float8, Verify
 from conf.errors import RunError
 from conf.files import read_json
 from conf.schema import Config
-from jobs import consolidate, preprocess, train
+from jobs import consolidate, preprocess
 from jobs.consolidation import model_card
-from jobs.distributed import stop_signals
-from jobs.distributed.process_group import process_group
 from jobs.evaluation import first_blocks, reference_logits
 from jobs.model import build
 from tests.conftest import Compose
-from tests.jobs import families, ranks
+from tests.jobs import curves, families, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = {"fsdp": ["parallel=fsdp"], "zero3": ["parallel=zero3"], "moe": ["parallel=fsdp"]}
@@ -39,17 +37,8 @@ def runs(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         else:
             preprocess.run(config)
         configs[name] = config
-    ranks.spawn(_train_each, 2, list(configs.values()))
+    ranks.spawn(curves.train_on_rank, 2, list(configs.values()))
     return configs
-
-
-def _train_each(_rank: int, configs: list[Config]) -> None:
-    torch.set_num_threads(1)
-    with process_group(configs[0]) as world:
-        for config in configs:
-            training, step = train._set_up(config, world, stop_signals.StopFlag())
-            train._train(training, step)
-            training.metrics.close()
 
 
 @pytest.fixture

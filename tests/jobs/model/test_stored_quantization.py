@@ -14,17 +14,15 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from conf.errors import ConfigError, DataError
 from conf.files import read_json
 from conf.schema import Config
-from jobs import consolidate, preprocess, train
+from jobs import consolidate, preprocess
 from jobs.consolidation import external
-from jobs.distributed import stop_signals
-from jobs.distributed.process_group import process_group
 from jobs.evaluation import load_model
 from jobs.model import build
 from jobs.tensor_io import dequantize, safetensors
 from jobs.tensor_io.layout import Extent, StoredTensor
 from jobs.tensor_io.reader import OpenFiles, Reader
 from tests.conftest import Compose
-from tests.jobs import families, quantized_models, ranks
+from tests.jobs import curves, families, quantized_models, ranks
 from tests.jobs.quantized_models import FP8
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -190,7 +188,7 @@ def test_training_and_merging_equal_those_on_plain_weights(kind, names, folders,
             else:
                 preprocess.run(config)
             configs.append(config)
-    ranks.spawn(_train_each, 2, configs)
+    ranks.spawn(curves.train_on_rank, 2, configs)
     for name, plain, quantized in zip(names, configs[::2], configs[1::2], strict=True):
         assert _losses(plain) == _losses(quantized), name
         expected, actual = _merged(plain), _merged(quantized)
@@ -204,15 +202,6 @@ def test_training_and_merging_equal_those_on_plain_weights(kind, names, folders,
         folders_of_adapter = [(Path(config.run_dir) / "model", config) for config in configs[-2:]]
         models = [load_model.load_folder(*item, torch.float32) for item in folders_of_adapter]
         assert torch.equal(*[model(input_ids=tokens).logits for model in models])
-
-
-def _train_each(_rank: int, configs: list[Config]) -> None:
-    torch.set_num_threads(1)
-    with process_group(configs[0]) as world:
-        for config in configs:
-            training, step = train._set_up(config, world, stop_signals.StopFlag())
-            train._train(training, step)
-            training.metrics.close()
 
 
 def _losses(config: Config) -> list[float]:
