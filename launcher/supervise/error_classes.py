@@ -35,7 +35,9 @@ ERROR_CLASSES = (
         OUT_OF_MEMORY,
         ("OutOfMemoryError",),
         ("CUDA out of memory", "CUDA error: out of memory", "HIP out of memory"),
-        "use a smaller train.micro_batch, train.activation_checkpointing=full, more ranks, or parallel=zero3_offload",
+        "try in this order: train.micro_batch=1, train.activation_checkpointing=full, a shorter data.max_length, adapter=qlora, "
+        "more ranks, parallel=zero3_offload; under ZeRO-3 also "
+        "parallel.deepspeed.zero_optimization.stage3_max_live_parameters=100000000",
     ),
     ErrorClass(OUT_OF_MEMORY, ("MemoryError",), ("out of memory", "cannot allocate memory"), HOST_MEMORY),
     ErrorClass(
@@ -73,7 +75,9 @@ ERROR_CLASSES = (
         NCCL,
         ("DistBackendError", "DistNetworkError", "DistStoreError"),
         ("nccl",),
-        "read the logs of the other ranks (muster logs RUN --rank R), then check the nodes with pipeline=preflight",
+        "read the logs of the other ranks (muster logs RUN --rank R), then check the nodes with pipeline=preflight; if nodes do "
+        "not reach each other, name their network in cluster.network.interface; if GPUs of a node do not, set "
+        "cluster.environment.NCCL_P2P_DISABLE=1",
     ),
     ErrorClass(
         USER_ERROR,

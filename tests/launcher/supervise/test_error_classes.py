@@ -1,10 +1,14 @@
 """launcher/supervise/error_classes.py: status and remedy of an exception, by its type and message."""
 
 import errno
+import re
+from functools import reduce
 
 import pytest
 
-from launcher.supervise.error_classes import classify
+from launcher.check import command_line
+from launcher.supervise.error_classes import ERROR_CLASSES, classify
+from tests.conftest import ROOT, Compose
 
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
 DistBackendError = type("DistBackendError", (RuntimeError,), {})
@@ -83,3 +87,27 @@ def test_the_cause_of_an_exception_counts_but_its_context_does_not() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     assert classify(raised(RuntimeError("could not save"), raised(ValueError("part 7"), full)))[0] == "user_error"
     assert classify(raised(RuntimeError("could not save"), None, ImportError("no flash_attn")))[0] == "failed"
+
+
+REMEDIES = " ; ".join(item.remedy for item in ERROR_CLASSES)
+SETTINGS = sorted(set(re.findall(r"\b[a-z][\w.]*=[\w.]+", REMEDIES)))
+KEYS = sorted(set(re.findall(r"\b(?:train|data|cluster)\.[a-z][\w.]*(?=[ ,;)])", REMEDIES)))
+
+
+@pytest.mark.parametrize("word", SETTINGS)
+def test_a_setting_that_a_remedy_names_can_be_typed(word: str) -> None:
+    assert command_line.problems([word], ROOT / "conf", {}) == []
+
+
+def test_a_key_that_a_remedy_names_exists(compose: Compose) -> None:
+    config = compose("cluster=slurm")
+    assert {"data.max_length", "cluster.network.interface", "cluster.container.mounts"} <= set(KEYS)
+    for key in KEYS:
+        reduce(getattr, key.split("."), config)
+
+
+def test_less_memory_is_named_in_the_order_in_which_it_costs() -> None:
+    remedy = classify(OutOfMemoryError("CUDA out of memory"))[1]
+    names = ["micro_batch", "max_length", "qlora", "offload", "stage3_max_live_parameters"]
+    places = [remedy.index(name) for name in names]
+    assert places == sorted(places)
