@@ -32,6 +32,7 @@ from jobs.train_state import Training
 from jobs.training import loss
 from jobs.training.divergence import DivergenceDetector
 from jobs.training.early_stopping import HeldOutLosses
+from jobs.training.flat_loss import FlatLossWatch
 
 
 def run(config: Config) -> None:
@@ -88,7 +89,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     metrics = Metrics(config, world, last_step=last_step, first_step=step)
     monitor = StepMonitor(config, world, rows=train_rows, flops=model_flops, blocks=blocks)
     metrics.log_lines(mesh.picture(config.parallel, world.size // world.local_size, world.local_size, monitor.nodes))
-    divergence = DivergenceDetector(config.train.max_loss_rise, broadcast_from_rank0(lambda: metrics.earlier_losses))
+    earlier_losses = broadcast_from_rank0(lambda: metrics.earlier_losses)
     training = Training(
         config=config,
         world=world,
@@ -105,7 +106,10 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
         held_out=HeldOutLosses(config.train.early_stopping, broadcast_from_rank0(lambda: metrics.held_out_losses)),
         metrics=metrics,
         monitor=monitor,
-        divergence=divergence,
+        divergence=DivergenceDetector(config.train.max_loss_rise, earlier_losses),
+        flat_loss=FlatLossWatch(
+            schedule.warmup_steps(config.train, last_step), config.train.learning_rate, earlier_losses
+        ),
         profiler=Profiler(config, world, first_step=step, last_step=last_step),
         saver=Saver(config, world, metrics),
     )

@@ -16,6 +16,7 @@ from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor
 from jobs.training.divergence import DivergenceDetector
 from jobs.training.early_stopping import HeldOutLosses
+from jobs.training.flat_loss import FlatLossWatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Training:
     metrics: Metrics
     monitor: StepMonitor
     divergence: DivergenceDetector
+    flat_loss: FlatLossWatch
     profiler: Profiler
     saver: Saver
 

@@ -114,6 +114,8 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     metrics.write(step, **values)
     if log_is_due:
         metrics.log_step(step, **log_fields(values, on_gpu=training.world.device.type == "cuda"))
+    if flat := training.flat_loss.add_loss(step, values["loss"]):
+        metrics.warn(step, [flat])
     try:
         training.divergence.add_loss(step, values["loss"])
     except DivergedError:

@@ -27,6 +27,7 @@ from conf.errors import DivergedError
 from jobs.monitoring import stragglers
 from jobs.monitoring.flops import ModelFlops, count_weights, peak_flops
 from jobs.monitoring.step_timer import StepTimer
+from jobs.training import flat_loss
 from jobs.training.divergence import PATIENCE, WINDOW, DivergenceDetector
 from launcher.run_folder.attempts import metrics
 from tests.jobs import ranks
@@ -185,6 +186,28 @@ def diverged_at(losses: Iterable[float], rise: float | None = 2.0) -> tuple[int,
         except DivergedError as error:
             return step, str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_said"),
+    [
+        ([2.0] * 260, True),
+        ([2.0 + 0.3 * (step % 3) for step in range(260)], True),
+        ([2.0 - 0.0001 * step for step in range(260)], False),
+        ([2.0] * 100 + [1.5] * 160, False),
+        ([2.0] * 229, False),
+    ],
+    ids=["flat", "noise", "slow", "late", "too short"],
+)
+@pytest.mark.parametrize("resumed_at", [0, 15, 150])
+def test_a_loss_that_does_not_fall_is_said_once(losses: list[float], is_said: bool, resumed_at: int) -> None:
+    watch = flat_loss.FlatLossWatch(30, 1e-8, losses[:resumed_at])
+    said = [watch.add_loss(step, loss) for step, loss in enumerate(losses, 1) if step > resumed_at]
+    texts = [text for text in said if text]
+    assert len(texts) == is_said
+    if is_said:
+        assert said.index(texts[0]) + resumed_at + 1 == 230
+        assert "train.learning_rate=1e-08 is too low" in texts[0]
 
 
 CALM = [8 - 6 * min(1, step / 60) + 0.1 * (step % 5) for step in range(200)]
