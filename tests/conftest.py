@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,11 @@ RUN_DIR = "/runs/golden"
 Compose = Callable[..., Config]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 Programs = Callable[..., Path]
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # `pytest ... &` in a script ignores Ctrl-C, and so would every program that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,7 @@ import pytest
 from tests.jobs import numerics
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_every_layout_trains_like_one_process(compose, tmp_path) -> None:
     results = numerics.differences(list(numerics.some()), tmp_path, compose)
     assert {case.layout for case in results} == set(numerics.LAYOUTS)

@@ -93,6 +93,14 @@ def test_wandb_keeps_one_run_with_its_config(train_twice: Callable[..., Path]) -
     assert command[1:4] == ["-m", "wandb", "sync"] and len(command) == 6
 
 
+@pytest.fixture(autouse=True)
+def no_server_of_another_test() -> Iterator[None]:
+    """MLflow keeps a server's address for the whole process."""
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+
+
 @pytest.mark.slow
 def test_mlflow_keeps_one_run_with_its_config(train_twice: Callable[..., Path]) -> None:
     mlflow = pytest.importorskip("mlflow")

@@ -1,9 +1,11 @@
 """launcher/supervise/rendezvous.py on real sockets: one job per port, which torch's TCPStore can still use; interfaces."""
 
 import errno
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -199,13 +201,13 @@ def in_a_network(hosts: str, *addresses: str) -> str:
         f"{ip} link set lo up",
     ]
     lines += [f"{ip} address add {address} dev ib0 {'nodad' if ':' in address else ''}" for address in addresses]
-    lines += [
-        f"printf '%s' '{hosts}' > /tmp/hosts && mount --bind /tmp/hosts /etc/hosts",
-        f"exec \"{sys.executable}\" -c '{SITE}'",
-    ]
-    script = " && ".join(["mount -t tmpfs none /tmp", *lines])
-    command = [tool("unshare"), "--net", "--mount", "sh", "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    lines += ['mount --bind "$HOSTS" /etc/hosts', f"exec \"{sys.executable}\" -c '{SITE}'"]
+    command = [tool("unshare"), "--net", "--mount", "sh", "-c", " && ".join(lines)]
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(hosts)
+        file.flush()
+        environ = os.environ | {"HOSTS": file.name}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, env=environ)
     if "not permitted" in done.stderr:
         pytest.skip("needs root, to make a network")
     assert done.returncode == 0, done.stderr
