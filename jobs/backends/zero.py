@@ -71,9 +71,8 @@ def _gathered_whole(model: nn.Module, config: Config, world: World) -> set[type[
 def init_deepspeed(world: World) -> None:
     """Initialize DeepSpeed with the process group and the device of this rank. Call it before any other DeepSpeed function."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else DeepSpeed guesses and logs a warning
-    if (
-        world.device.type == "cuda"
-    ):  # DeepSpeed selects the GPU with this number; a rank that sees only its own GPU has number 0
+    # DeepSpeed selects the GPU with this number. A rank that sees only its own GPU has number 0
+    if world.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(world.device.index)
     import deepspeed
 

@@ -45,7 +45,7 @@ def localize(config: Config, gpus: int) -> None:
     if config.adapter.source and config.adapter.kind is not AdapterKind.none and not config.resume:
         adapter_source.take_settings(config)
     if config.model.init is Init.pretrained and config.model.architecture is None:
-        config.model.architecture = _architecture(config)
+        config.model.architecture = architecture(config)
     if config.cluster.offline:
         fetched_commits.pin(config, hub_home(config))
 
@@ -86,7 +86,7 @@ def _fit_to_gpus(config: Config, gpus: int) -> None:
         train.gpu_memory_gib = local_memory_gib()
 
 
-def _architecture(config: Config) -> Architecture | None:
+def architecture(config: Config) -> Architecture | None:
     """The shape of `model.source`, for checks and estimates: as a run in `run_dir` has stored it, else from config.json.
 
     A run that is launched again keeps what it has: the Hub's cache may have been empty when it was first launched.

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from conf import resolve
+from conf.choices import Init
 from conf.errors import Problem, RunError, as_typed
 from conf.jobs import JOB_KINDS
 from conf.schema import Config
+from launcher.check import adapter_source, localize
 from launcher.run_folder.attempts import last_verdict, metrics
 from launcher.run_folder.status import COMPLETED
 
@@ -69,7 +71,8 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     overridden = [
         word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))
     ]
-    if fixed := [key for key in overridden if not _may_change(key) and has_trained(folder)]:
+    fixed = [key for key in overridden if not _may_change(key)]
+    if fixed and has_trained(folder):
         message = (
             "cannot change in a run that has trained. Start a new run; "
             "to begin from this run's weights, add model.source=RUN/model"
@@ -81,6 +84,11 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, STORED_AS.get(key, key))
     config.run_dir, config.resume = str(folder), str(folder)
+    # what `localize` reads from the files of a model or adapter is stored, and was that of the one before
+    if config.model.init is Init.pretrained and {"model.source", "model.revision"} & set(overridden):
+        config.model.architecture = localize.architecture(config)
+    if "adapter.source" in overridden and config.adapter.source:
+        adapter_source.take_settings(config)
     return config
 
 

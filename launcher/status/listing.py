@@ -112,8 +112,7 @@ def _last_step(run: Path) -> dict[str, Any]:
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("loss"), float):
-            numbers = (int, float)
-            return line if isinstance(line.get("left_s", 0), numbers) else line | {"left_s": None}
+            return line if isinstance(line.get("left_s"), int | float) else line | {"left_s": None}
     return {}
 
 

@@ -266,7 +266,6 @@ def _is_alive(process_id: str, run: Path) -> bool:
     except (OSError, ValueError):
         return False
     real = os.fsencode(os.path.realpath(run))  # the process may have got a path through a symbolic link
-    paths = (
-        os.path.realpath(word) for word in words if word.startswith(b"/")
-    )  # another word says nothing about a folder
+    # a word that is no absolute path says nothing about a folder
+    paths = (os.path.realpath(word) for word in words if word.startswith(b"/"))
     return any(path == real or path.startswith(real + b"/") for path in paths)

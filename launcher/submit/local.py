@@ -43,13 +43,9 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
             where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
             note = ""
             if verdict["status"] == USER_ERROR:
-                trained = resume.has_trained(Path(config.run_dir))
-                keys = (
-                    "keys of what it computes need a new run"
-                    if trained
-                    else "with other KEY=VALUE, if they are the cause"
-                )
-                note = f" (once the cause is removed; {keys})"
+                note = " (once the cause is removed, with other KEY=VALUE if they are the cause)"
+                if resume.has_trained(Path(config.run_dir)):
+                    note = " (once the cause is removed; keys of what it computes need a new run)"
             text = (
                 f"\n{job.name} {verdict['status']}{where}: {verdict['reason']}\nlogs      {render.job_folder(config, job)}\n"
                 f"resume    muster {'push' if job.name == 'push' else 'resume'} {config.run_dir}{note}"

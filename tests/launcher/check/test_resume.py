@@ -1,5 +1,6 @@
 """launcher/check/resume.py: what a resumed run keeps, what may change, and which of its jobs are done."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_until_a_run_has_trained_its_keys_may_change(
         current = getattr(current, name)
     assert current == value
     assert config.parallel.name == "zero3"
+
+
+def test_the_shape_of_another_model_is_read_again(compose: Compose, run: Path, tmp_path: Path) -> None:
+    """It was stored with the run. With that of the model before, estimates and checks would be of another model."""
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 500,
+    }
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    config = continued(compose, run, f"model.source={tmp_path}/other")
+    assert config.model.architecture is not None
+    assert (config.model.architecture.hidden_size, config.model.architecture.num_hidden_layers) == (48, 3)
 
 
 @pytest.mark.parametrize("word", ["experiment=llama8b_fsdp", "name=other", "run_dir=/elsewhere"])
