@@ -15,6 +15,7 @@ from pathlib import Path
 
 from conf import packages, resolve
 from conf.choices import Executor, Init
+from conf.data_endings import COMPRESSIONS, ENDINGS
 from conf.dataset_info import FILE_NAME
 from conf.datasets import all_sets, training_by_key
 from conf.errors import Problem, SiteError
@@ -33,20 +34,7 @@ from launcher.estimate.config_json import text_fields
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.secret_names import known_values
 
-DATA_SUFFIXES = {
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    ".arrow",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-}
+DATA_SUFFIXES = {*ENDINGS, *COMPRESSIONS}
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
 

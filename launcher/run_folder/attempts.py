@@ -90,15 +90,18 @@ def newest_checkpoint(folder: Path) -> int | None:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of RUN/metrics.jsonl. Skips a line that is being written."""
-    lines, path = [], run / "metrics.jsonl"
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
-            lines.append(line)
-    return lines
+    path = run / "metrics.jsonl"
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [line for line in map(metrics_line, texts) if line is not None]
+
+
+def metrics_line(text: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None for one that is being written, or that Muster did not write."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step", 0), int) else None
 
 
 def last_step(folder: Path) -> int | None:

@@ -1,6 +1,5 @@
 """Sums up every run below a folder: state, step, loss, time left and age. `muster ls` shows it."""
 
-import json
 import os
 import re
 import time
@@ -13,6 +12,7 @@ from typing import Any
 from conf.errors import MusterError
 from launcher import slurm
 from launcher.run_folder import lock, record
+from launcher.run_folder.attempts import metrics_line
 from launcher.status import state
 
 TAIL_BYTES = 2**15
@@ -106,12 +106,8 @@ def _last_step(run: Path) -> dict[str, Any]:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return {}
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("loss"), float):
+    for line in map(metrics_line, reversed(lines)):
+        if line and "step" in line and isinstance(line.get("loss"), float):
             return line if isinstance(line.get("left_s"), int | float) else line | {"left_s": None}
     return {}
 
