@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-MIN_CAPABILITY = (8, 9)
-"""Compute capability of Ada, the first GPUs with float8 matrix products; Hopper has 9.0."""
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 MULTIPLE = 16

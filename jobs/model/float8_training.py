@@ -8,10 +8,11 @@ from torch import nn
 
 from conf.choices import Float8
 from conf.errors import ConfigError, Problem
+from conf.precision import LOWEST_CAPABILITY
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.model.build import blocks
-from jobs.model.float8_matmul import MIN_CAPABILITY, supports
+from jobs.model.float8_matmul import supports
 
 
 def convert_linears(model: nn.Module, config: Config, world: World) -> None:
@@ -32,7 +33,7 @@ def convert_linears(model: nn.Module, config: Config, world: World) -> None:
             f"needs torchao, which cannot be imported here ({error}): pip install torchao, or set train.float8=none"
         )
         raise ConfigError(Problem("train.float8", recipe.name, message)) from error
-    if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < MIN_CAPABILITY:
+    if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < LOWEST_CAPABILITY["float8"]:
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "a CPU"
         message = (
             f"needs GPUs with float8 products (compute capability 8.9 or later), but this rank has {device}: "

@@ -21,6 +21,7 @@ from torch import nn
 
 from conf.choices import Frozen
 from conf.errors import ConfigError, Problem
+from conf.precision import LOWEST_CAPABILITY
 from jobs.model import float8_matmul, uncalled_layers
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
@@ -165,7 +166,7 @@ def replace_linears(blocks: list[nn.Module], kind: Frozen, dtype: torch.dtype, *
     """
     # Consolidation of a float8 run also comes here, possibly on a node without GPUs; it multiplies nothing.
     checks_gpu = on_gpu and kind is Frozen.float8 and torch.cuda.is_available()
-    if checks_gpu and torch.cuda.get_device_capability() < float8_matmul.MIN_CAPABILITY:
+    if checks_gpu and torch.cuda.get_device_capability() < LOWEST_CAPABILITY["float8"]:
         message = (
             "needs a GPU with float8 products (compute capability 8.9 or later), but this one is "
             f"{torch.cuda.get_device_name()}: set adapter.base=int8"
