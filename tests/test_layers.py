@@ -44,6 +44,7 @@ LAUNCHER_FOLDERS = (
     "launcher.convert",
     "launcher.check",
     "launcher.submit",
+    "launcher.commands",
     "launcher.__main__",
 )
 """Likewise for the launcher: its own files (plan, environment, slurm, ...) come first, its commands last."""

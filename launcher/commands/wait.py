@@ -1,0 +1,32 @@
+"""Wait until no job of the run is pending or running. Exits with 0 if all have completed, else with 1."""
+
+import argparse
+import time
+
+from conf.visible import visible
+from launcher import slurm
+from launcher.commands.arguments import add_run
+from launcher.run_folder import lock
+from launcher.status import state
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--every", type=float, default=10.0, metavar="SECONDS", help="how often to ask Slurm; default: 10"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    said: set[str] = set()
+    while True:
+        jobs = state.job_states(options.run)
+        is_silent = any("does not answer" in job.note for job in jobs)
+        is_live = any(job.state in slurm.LIVE_STATES for job in jobs) or lock.holder(options.run) is not None
+        for job in jobs:
+            if job.verdict and job.state not in slurm.LIVE_STATES and job.name not in said:
+                print(visible(f"{job.name} {job.job_id} {job.verdict['status']}"), flush=True)
+                said.add(job.name)
+        if not (is_live or is_silent):
+            return 0 if jobs and all(job.verdict and not job.failed for job in jobs) else 1
+        time.sleep(options.every)

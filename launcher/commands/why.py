@@ -1,0 +1,22 @@
+"""Show why each job waits or how it failed: the first error, the remedy, and what happens next."""
+
+import argparse
+
+from conf.visible import visible
+from launcher.commands.answers import exit_code
+from launcher.commands.arguments import add_run
+from launcher.status import pending, state, tables
+
+arguments = add_run
+
+
+def execute(options: argparse.Namespace) -> int:
+    jobs = state.job_states(options.run)
+    waits = pending.reasons(jobs)
+    for job in jobs:
+        if job.state == "PENDING":
+            print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
+        elif job.verdict is None or job.verdict["status"] == "completed":
+            print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
+        tables.attempts(job)
+    return exit_code(options, jobs)
