@@ -11,6 +11,7 @@ ranks, ranks share them. Each then poses as a host of its own (NCCL_HOSTID), bec
 import argparse
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -25,9 +26,11 @@ from tqdm import tqdm
 from conf import resolve
 from conf.schema import Config
 from jobs.distributed import collectives
+from jobs.model import build
 from tests.jobs import curves, reference
 from tests.jobs.ranks import spawn
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, RANKS, ROWS = 20, 4, 12
 LIMIT = 2e-3
 """Largest relative difference that can come from another order of floating-point operations. More is an error."""
@@ -129,10 +132,14 @@ def differences(
     """
     from jobs import preprocess
 
+    for tied in {case.task.tied for case in cases}:  # stored, because a GPU generates other random weights than a CPU
+        model = build.build(compose(*COMMON, f"model.architecture.tie_word_embeddings={tied}".lower()))
+        model.save_pretrained(folder / f"tied-{tied}")
+        shutil.copytree(ROOT / "examples/tokenizer", folder / f"tied-{tied}", dirs_exist_ok=True)
     rows, expected = {}, {}
     for task in tqdm(dict.fromkeys(case.task for case in cases), desc="references", disable=not sys.stderr.isatty()):
         run = folder / f"rows-{task.packed}"
-        config = compose(f"run_dir={run}", *COMMON, *task.words)
+        config = compose(f"run_dir={run}", *COMMON, *task.words, *_stored(folder, task))
         if task.packed not in rows:
             run.mkdir()
             preprocess.run(config)
@@ -140,19 +147,25 @@ def differences(
         expected[task] = reference.curve(config, run, STEPS)
     configs = []
     for number, case in enumerate(cases):
-        config = compose(f"run_dir={folder}/{number}", *COMMON, *case.task.words, *LAYOUTS[case.layout], *words)
+        settings = [*case.task.words, *_stored(folder, case.task), *LAYOUTS[case.layout], *words]
+        config = compose(f"run_dir={folder}/{number}", *COMMON, *settings)
         parallel = config.parallel
         data_ranks = RANKS // (parallel.context_ranks * parallel.tensor_ranks)
         config.train.micro_batch = ROWS // data_ranks // case.accumulated
         Path(config.run_dir).mkdir()
         (Path(config.run_dir) / "data").symlink_to(rows[case.task.packed])
         configs.append(config)
-    spawn(_train, RANKS, configs, time.time() + total_s)
+    on_gpus = bool(configs[0].cluster.train.gpus_per_node)
+    spawn(_train, RANKS, configs, time.time() + total_s, start_method="spawn" if on_gpus else "forkserver")
     found = {}
     for case, config in zip(cases, configs, strict=True):
         if (Path(config.run_dir) / "metrics.jsonl").exists():
             found[case] = max(curves.differences(curves.points(Path(config.run_dir)), expected[case.task]))
     return found
+
+
+def _stored(folder: Path, task: Task) -> list[str]:
+    return [f"model.source={folder}/tied-{task.tied}", "model.init=pretrained"]
 
 
 def _train(rank: int, configs: list[Config], end: float) -> None:
@@ -219,23 +232,22 @@ def main() -> None:
     from hydra.core.config_store import ConfigStore
 
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    root = Path(__file__).resolve().parents[2]
     ConfigStore.instance().store(name="schema", node=Config)
 
     def compose(*words: str) -> Config:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root / "conf")):
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
             return resolve.resolve(hydra.compose("config", overrides=list(words)))
 
     cases, words = list(every()), ()
     if options.gpu:
-        gpus = ["cluster.train.gpus_per_node=1", "train.compile=true", f"train.precision={options.precision}"]
+        gpus = ["cluster.train.gpus_per_node=1", f"train.precision={options.precision}"]
         cases, words = list(for_gpus()), tuple(gpus)
     limit = BF16_LIMIT if options.precision == "bf16" else LIMIT
     with tempfile.TemporaryDirectory() as folder:
         results = differences(cases, Path(folder), compose, words, options.total)
     if not options.gpu:
         text = PAGE.format(ranks=RANKS, rows=ROWS, steps=STEPS, limit=LIMIT, table=table(results))
-        (root / "docs/numerics.md").write_text(text)
+        (ROOT / "docs/numerics.md").write_text(text)
     worst = max(results.values())
     print(table(results))
     print(f"RESULT layouts={len(LAYOUTS)} cases={len(results)} of {len(cases)} worst_relative={worst:.2e}")
