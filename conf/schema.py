@@ -435,6 +435,9 @@ class Train:
     """Write a trace of three early steps to RUN/profile with torch's profiler. These steps are slower."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that write a trace."""
+    resume_step: int | None = at_least(1, None)
+    """With `muster resume RUN`: the step of the checkpoint to go on from. Newer checkpoints are kept in RUN/checkpoints/replaced-N.
+    It counts once, for the launch that names it. Null: the newest checkpoint."""
     log_every: int = at_least(1, 10)
     """Steps between lines in the log. metrics.jsonl has every step."""
     eval_every: int | None = at_least(0, None)

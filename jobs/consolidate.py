@@ -137,6 +137,7 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
     dtype = config.consolidate.dtype
     return {
         "checkpoint": path.name,
+        "manifest": manifest.digest(path),  # training from a chosen checkpoint may save the same step again
         "dtype": config.train.precision.name if dtype is OutputDtype.auto else dtype.name,
         "digest": checkpoint_info["config"],
         "adapter_only": config.consolidate.adapter_only,
