@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf import precision
-from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
+from conf.choices import AdapterInit, AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
@@ -220,9 +220,12 @@ def _on_whole_base(config: Config) -> Config:
 def _adapter_plan(config: Config) -> "AdapterPlan":
     """The adapters of the run, on weights that are not quantized."""
     from jobs.consolidation import adapter_layers
-    from jobs.model import build
+    from jobs.model import build, first_update
 
-    return adapter_layers.describe(build.build_on_meta(_on_whole_base(config)))
+    plan = adapter_layers.describe(build.build_on_meta(_on_whole_base(config)), config.adapter.init.name)
+    if first_update.changes_base(config):
+        return adapter_layers.with_first_pairs(plan, Path(config.run_dir) / first_update.FILE)
+    return plan
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:
@@ -256,6 +259,9 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
                 "modules_to_save": list(adapter.modules_to_save) or None,
                 "use_rslora": adapter.rslora,
                 "use_dora": adapter.dora,
+                "init_lora_weights": adapter.init.name
+                if adapter.init in (AdapterInit.pissa, AdapterInit.olora)
+                else True,
             },
             merge,
             config.model.source,
@@ -286,6 +292,7 @@ def _adapter(config: Config) -> str | None:
         return None
     kind = "DoRA" if adapter.dora else "LoRA"
     kind = f"rank-stabilized {kind}" if adapter.rslora else kind
+    kind += f" ({adapter.init.name})" if adapter.init is not AdapterInit.default else ""
     base = "" if adapter.base is Frozen.full else f", trained on a base in {adapter.base.name}"
     return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 

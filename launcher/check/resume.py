@@ -53,7 +53,7 @@ CHANGEABLE = (
 """Keys that may change when a run is resumed: where it runs, how long and at which learning rate, never what it computes else."""
 OF_THE_FOLDER = ("run_dir", "name", "experiment")
 """Keys that never change in a run. An experiment sets many keys, so each must be typed."""
-MADE_BEFORE_TRAINING = ("data", "metrics.jsonl", "precision.json")
+MADE_BEFORE_TRAINING = ("data", "metrics.jsonl", "precision.json", "adapter_init.safetensors")
 """Files and folders of a run that may be made from keys that change before it trains."""
 STORED_AS = {"pipeline": "jobs", "parallel.deepspeed_config": "parallel.deepspeed"}
 """Keys whose meaning is stored under another one."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.convert import axolotl_data, hub_keys, trainer_keys
 from launcher.convert.common_rules import (
+    ADAPTER_INIT,
     EMBEDDING_RATE,
     FUSED,
     NO_EFFECT,
@@ -80,6 +81,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "peft_use_dora": flag({"adapter.dora": True}),
         "peft_use_rslora": flag({"adapter.rslora": True}),
         "peft_layers_to_transform": layers,
+        "peft_init_lora_weights": ADAPTER_INIT,
         "peft_layers_pattern": refused("name layers in adapter.targets"),
         "loraplus_lr_ratio": kept("adapter.lora_plus_ratio"),
         "loraplus_lr_embedding": EMBEDDING_RATE,

@@ -150,6 +150,27 @@ def test_an_older_adapter_and_whole_layers_are_kept(
     assert row.outcome is (Outcome.kept if expected else Outcome.refused)
 
 
+@pytest.mark.parametrize(
+    ("program", "text", "expected"),
+    [
+        ("axolotl", "peft_init_lora_weights: pissa_niter_4", "pissa"),
+        ("axolotl", "peft_init_lora_weights: true", None),
+        ("axolotl", "peft_init_lora_weights: olora", "olora"),
+        ("axolotl", "peft_init_lora_weights: eva", None),
+        ("llamafactory", "pissa_init: true", "pissa"),
+        ("ms_swift", "init_weights: gaussian", "gaussian"),
+    ],
+)
+def test_where_an_adapter_begins_is_kept(tmp_path: Path, program: str, text: str, expected: str | None) -> None:
+    stem = "axolotl-qlora-zero3" if program == "axolotl" else f"{program}-lora"
+    path = next(path for path in CONFIGS if path.stem == stem)
+    (tmp_path / path.name).write_text(f"{path.read_text()}\n{text}\n")
+    _, _, rows, ours = imported(tmp_path / path.name)
+    assert ours.get("adapter.init") == expected
+    [row] = [row for row in rows if row.key == text.partition(":")[0]]
+    assert row.outcome is (Outcome.refused if "eva" in text else Outcome.kept)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("[0, 1]", [0, 1])])
 def test_blocks_with_adapters_are_kept(tmp_path: Path, text: str, expected: list[int]) -> None:
     _, ours = rows_of(tmp_path, f"adapter: lora\npeft_layers_to_transform: {text}")
