@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf import precision
-from conf.choices import AdapterInit, AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
+from conf.choices import AdapterKind, Frozen, Init, MergeBase, OutputDtype, Precision, Verify
 from conf.errors import Problem, RunError, UserError
 from conf.files import read_json
 from conf.schema import Config
@@ -245,27 +245,9 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
     """Write the files beside the weights."""
     from jobs.model.multimodal import whole_of
 
-    adapter = config.adapter
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
-        model_card.write_adapter(
-            folder,
-            {
-                "r": adapter.r,
-                "lora_alpha": adapter.alpha,
-                "rank_pattern": dict(adapter.rank_pattern),
-                "alpha_pattern": dict(adapter.alpha_pattern),
-                "lora_dropout": adapter.dropout,
-                "modules_to_save": list(adapter.modules_to_save) or None,
-                "use_rslora": adapter.rslora,
-                "use_dora": adapter.dora,
-                "init_lora_weights": adapter.init.name
-                if adapter.init in (AdapterInit.pissa, AdapterInit.olora)
-                else True,
-            },
-            merge,
-            config.model.source,
-        )
+        model_card.write_adapter(folder, model_card.adapter_settings(config.adapter), merge, config.model.source)
     elif (whole := whole_of(empty_model)) is not None:
         base_folder = find_or_download(config.model.source, config.model.revision)
         assert base_folder is not None  # the merge has read it
@@ -278,23 +260,11 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
         "data": config.data.path or ", ".join(config.data.sets),
         "steps": checkpoint_info["step"],
         "layout": f"{checkpoint_info['layout']} on {checkpoint_info['world_size']} ranks",
-        "adapter": _adapter(config),
+        "adapter": model_card.adapter_line(config.adapter),
         "config": checkpoint_info["config"],
     }
     library = "peft" if config.consolidate.adapter_only else "transformers"
     model_card.write_card(folder, config.name, rows, source, library)
-
-
-def _adapter(config: Config) -> str | None:
-    """The adapter in one line of the model card."""
-    adapter = config.adapter
-    if adapter.kind is AdapterKind.none:
-        return None
-    kind = "DoRA" if adapter.dora else "LoRA"
-    kind = f"rank-stabilized {kind}" if adapter.rslora else kind
-    kind += f" ({adapter.init.name})" if adapter.init is not AdapterInit.default else ""
-    base = "" if adapter.base is Frozen.full else f", trained on a base in {adapter.base.name}"
-    return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 
 
 if __name__ == "__main__":
