@@ -177,7 +177,9 @@ def trackers() -> dict[str, Rule]:
             {"offline": {"cluster.offline": True}, "online": {}}, "is online or offline. To track nothing: tracker=none"
         ),
         "wandb_watch": refused("gradient norms are in the metrics; W&B's watch would read every weight"),
-        "wandb_log_model": refused("Muster does not upload: run `hf upload owner/name RUN/model` after the run"),
+        "wandb_log_model": refused(
+            "no tracker stores models here: hub.push=owner/name sends the merged model to the Hub"
+        ),
         "use_wandb": flag({"tracker.wandb": True}),
         "use_tensorboard": flag({"tracker.tensorboard": True}),
         "use_mlflow": flag({"tracker.mlflow": True}),

@@ -9,7 +9,7 @@ from tests.jobs.monitoring import recorded
 from tests.slurm import runs
 from tests.slurm.test_requeue import ends_as, verdicts, wait_for_step
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 
 
 def test_one_curve_over_all_attempts(whole: Path, start: runs.Start) -> None:
