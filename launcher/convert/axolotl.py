@@ -47,7 +47,8 @@ def rules(gpus: int) -> dict[str, Rule]:
         "hub_strategy", "hub_revision", "neftune_noise_alpha",
         "adam_beta1", "adam_beta2", "optim_args", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-        "dataloader_drop_last", "load_best_model_at_end", "include_tokens_per_second", "auto_find_batch_size",
+        "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+        "include_tokens_per_second", "auto_find_batch_size",
         "label_smoothing_factor",
     )  # fmt: skip
     return {
@@ -162,7 +163,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "reward_model": refused("Muster trains causal language models. Use TRL"),
         "debug": NO_EFFECT,
         "resize_token_embeddings_to_32x": refused("the embedding gets exactly the rows that the tokenizer needs"),
-        "use_ray": refused("Slurm starts the ranks"),
+        **dict.fromkeys(("use_ray", "ray_run_name", "ray_num_workers", "resources_per_worker"), refused("Slurm starts the ranks")),
     }  # fmt: skip
 
 
