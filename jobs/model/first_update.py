@@ -132,6 +132,11 @@ def _layers(meta_model: nn.Module, config: Config) -> dict[str, Any]:
 
 def _compute(layers: Mapping[str, Any], base: PreTrainedModel, config: Config, world: World | None) -> dict[str, Pair]:
     """Decompose every weight: the layers take turns over the ranks. The result is on all ranks."""
+    if reason := pretrained.why_whole(base, config, world):
+        message = (
+            f"needs one weight after another, but {reason}: save the model as safetensors, or use adapter.init=default"
+        )
+        raise ConfigError(Problem("adapter.init", config.adapter.init.name, message))
     rank, size = (world.rank, world.size) if world else (0, 1)
     device = world.device if world else torch.device("cpu")
     names, pairs = list(layers), dict[str, Pair]()

@@ -1,11 +1,13 @@
 """`adapter.init`: adapters and base begin as PEFT's own, also on several ranks and after a resume; the merge equals PEFT's."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +147,13 @@ def test_what_has_no_base_to_begin_with_is_refused(
 ) -> None:
     found = list(combinations.problems(on(base, compose, "adapter.init=pissa", *words)))
     assert any(str(item).startswith("adapter.init=pissa: ") and message in str(item) for item in found), found
+
+
+def test_files_without_single_weights_are_refused(base: Path, compose: Compose, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(base / "model.safetensors"), folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="needs one weight after another, but .* has no safetensors files"):
+        build.build(on(folder, compose, "adapter.init=pissa", "adapter.targets=[q_proj]"))
 
 
 def test_the_embedding_cannot_begin_like_this(base: Path, compose: Compose) -> None:
