@@ -49,8 +49,7 @@ def groups(*folders: Path) -> dict[str, list[str]]:
 
 def config_folders(words: Sequence[str]) -> list[Path]:
     """The folder of config groups that `--config-dir` adds to Muster's own."""
-    following = zip(words, [*words[1:], ""], strict=True)
-    named = [value for word, value in following if word in CONFIG_DIR]
+    named = [value for word, value in zip(words, words[1:], strict=False) if word in CONFIG_DIR]
     return [
         Path(value) for value in [*named, *(word.partition("=")[2] for word in words if word.startswith(CONFIG_DIR_IS))]
     ]
