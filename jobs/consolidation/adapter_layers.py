@@ -6,7 +6,7 @@ names in a checkpoint are compared with what it says.
 
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class AdapterLayer:
     """Expert weights stored as (experts, in, out)."""
     init: str | None = None
     """`pissa` or `olora`: the first update was taken off the base."""
-    first: first_update.Pair | None = None
+    first: first_update.Pair | None = field(default=None, compare=False)
     """That update, where a run has kept it. Null: it is computed again."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,7 +98,7 @@ def read(path: Path, names: Sequence[str]) -> dict[str, Pair]:
     try:
         stored = load_file(path)
         return {name: Pair(stored[f"{name}.lora_A"], stored[f"{name}.lora_B"]) for name in names}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         message = f"cannot be read ({error}): it has what was taken off the base. Restore it, or start a new run"
         raise RunError(Problem(FILE, path, message)) from error
 
