@@ -24,7 +24,7 @@ from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
 from launcher.run_folder import names, record
-from launcher.submit import preview, submit
+from launcher.submit import preview, rewind, submit
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -78,7 +78,7 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     if facts.existing:
         resume.require_same(facts.existing, config)
     notes = [*model_rules.notes(config, facts.model), *chosen] if "train" in config.jobs else []
-    for line in (*facts.hub.notes, *notes):
+    for line in (*facts.hub.notes, *notes, *rewind.notes(facts.existing, config)):
         print(line, flush=True)
     if not plan.runs_here(config):
         print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)

@@ -52,8 +52,13 @@ def dump(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """A hash of what the run computes, 16 hexadecimal digits. `jobs`, `hub` and the keys in `LAUNCH_ONLY` do not change it."""
-    return hashlib.sha256(json.dumps(plain(config, without=(*LAUNCH_ONLY, "jobs", "hub"))).encode()).hexdigest()[:16]
+    """A hash of what the run computes, 16 hexadecimal digits.
+
+    `jobs`, `hub`, `train.resume_step` and the keys in `LAUNCH_ONLY` do not change it.
+    """
+    values = plain(config, without=(*LAUNCH_ONLY, "jobs", "hub"))
+    del values["train"]["resume_step"]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, Any]:

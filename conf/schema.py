@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from conf.choices import (
+    AdapterInit,
     AdapterKind,
     Attention,
     Backend,
@@ -331,6 +332,10 @@ class Adapter:
     dora: bool = False
     """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
     fine-tune, and takes about a third more time."""
+    init: AdapterInit = AdapterInit.default
+    """Where new adapters begin (PEFT's `init_lora_weights`). `default`: A uniform, B zero. `gaussian`: A normal. `pissa`: with the
+    largest singular values of each weight (Meng 2024). `olora`: with its first orthogonal columns (Büyükakyüz 2024). Both are
+    taken off the frozen base, in the merge too, and need a base that is not quantized."""
     lora_plus_ratio: float | None = at_least(1e-6, None, at_most=10_000)
     """Learning rate of the matrices B as a multiple of `train.learning_rate` (LoRA+, Hayou 2024; 16 is usual there). Null: 1."""
     base: Frozen = Frozen.full
@@ -435,6 +440,9 @@ class Train:
     """Write a trace of three early steps to RUN/profile with torch's profiler. These steps are slower."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that write a trace."""
+    resume_step: int | None = at_least(1, None)
+    """With `muster resume RUN`: the step of the checkpoint to go on from. Newer checkpoints are kept in RUN/checkpoints/replaced-N.
+    It counts once, for the launch that names it. Null: the newest checkpoint."""
     log_every: int = at_least(1, 10)
     """Steps between lines in the log. metrics.jsonl has every step."""
     eval_every: int | None = at_least(0, None)

@@ -100,7 +100,8 @@ def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: fl
     training.metrics.write_report()
     training.saver.publish_pending()  # the pending checkpoint is of an earlier step, and good
     values = f"loss {mean_loss}, gradient norm {grad_norm}"
-    raise FloatingPointError(f"step {step}: {values}; go back to an earlier checkpoint and lower train.learning_rate")
+    remedy = "go on from an earlier checkpoint with a lower rate: muster resume RUN train.resume_step=N train.learning_rate=..."
+    raise FloatingPointError(f"step {step}: {values}; {remedy}")
 
 
 def _report(training: Training, step: int, values: dict[str, float]) -> None:

@@ -36,14 +36,23 @@ FLAGS_WITH_VALUE = (
     "--info",
     "-i",
 )
+CONFIG_DIR, CONFIG_DIR_IS = ("--config-dir", "-cd"), "--config-dir="
 
 
-def groups(folder: Path) -> dict[str, list[str]]:
-    """Every config group below `folder` with its options, sorted."""
+def groups(*folders: Path) -> dict[str, list[str]]:
+    """Every config group below the folders with its options, sorted in each folder."""
     options: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*/*.yaml")):
+    for path in (path for folder in folders for path in sorted(folder.glob("*/*.yaml"))):
         options.setdefault(path.parent.name, []).append(path.stem)
     return options
+
+
+def config_folders(words: Sequence[str]) -> list[Path]:
+    """The folder of config groups that `--config-dir` adds to Muster's own."""
+    named = [value for word, value in zip(words, words[1:], strict=False) if word in CONFIG_DIR]
+    return [
+        Path(value) for value in [*named, *(word.partition("=")[2] for word in words if word.startswith(CONFIG_DIR_IS))]
+    ]
 
 
 def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) -> list[Problem]:
@@ -52,7 +61,8 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
     `folder` holds the config groups; `experiments` are names of experiments outside of it. Flags such as `--help` are skipped:
     Hydra checks them.
     """
-    known, options, reported = resolve.keys(), groups(folder), list[Problem]()
+    folders = [*config_folders(words), folder]
+    known, options, reported = resolve.keys(), groups(*folders), list[Problem]()
     options.setdefault("experiment", []).extend(experiments)
     schema = OmegaConf.structured(Config)
     schema.model.architecture = (
@@ -79,7 +89,7 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
             reported.append(Problem(key, value, _several_values(key, value)))
         else:
             valid.append(override)
-    return [*reported, *_shape_of_a_model_without_one(valid, folder, options), *_two_lengths(valid)]
+    return [*reported, *_shape_of_a_model_without_one(valid, folders, options), *_two_lengths(valid)]
 
 
 def notes(words: Sequence[str]) -> list[str]:
@@ -170,7 +180,7 @@ def _instead(key: str, candidates: list[str]) -> str:
 
 
 def _shape_of_a_model_without_one(
-    overrides: list[Override], folder: Path, options: dict[str, list[str]]
+    overrides: list[Override], folders: list[Path], options: dict[str, list[str]]
 ) -> list[Problem]:
     """Overrides of `model.architecture` for a model that has none: Hydra could not merge them, and names no key."""
     values = {override.key_or_group: override.value() for override in overrides}
@@ -178,7 +188,8 @@ def _shape_of_a_model_without_one(
     model = str(values.get("model"))
     if not shape or model not in options["model"]:
         return []
-    if "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
+    files = [folder / "model" / f"{model}.yaml" for folder in folders]
+    if "architecture" in OmegaConf.load(next(path for path in files if path.is_file())):
         return []
     message = f"model={model} reads its shape from config.json. Remove this override"
     return [Problem(key, value, message) for key, value in shape.items()]

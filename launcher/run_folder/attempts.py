@@ -84,8 +84,13 @@ def newest_checkpoint(folder: Path) -> int | None:
         return None
     if folder.name == "custom":
         return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
-    names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max(checkpoints(folder.parent.parent), default=None)
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Return the folder of each checkpoint of a run by its step, lowest step first."""
+    named = {path.name.removeprefix("step-"): path for path in (run / "checkpoints").glob("step-*")}
+    return dict(sorted((int(name), path) for name, path in named.items() if name.isdigit()))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -120,11 +120,39 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
     assert (stored / "config.yaml").read_text() == before
 
 
-def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_refuses_another_seed(launch: Launch, stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    [line] = refused(launch("resume=run", "train.learning_rate=0.5", "submit=script"))
-    assert line.startswith("train.learning_rate: cannot change in a run that has trained. Start a new run")
+    [line] = refused(launch("resume=run", "train.seed=7", "submit=script"))
+    assert line.startswith("train.seed: cannot change in a run that has trained. Start a new run")
+
+
+def test_a_run_goes_on_from_a_chosen_checkpoint_with_another_rate(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stored, run)
+    for step in (5, 10):
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    words = ["resume=run", "train.resume_step=5", "train.learning_rate=0.5"]
+    preview = launch(*words, "dry_run=true")
+    assert "resume    from the checkpoint of step 5; the newer ones (10) " in preview.stdout, preview.stderr
+    assert (run / "checkpoints/step-00000010").exists()  # a preview changes nothing
+    done = launch(*words, "submit=script")
+    assert "to 0.5: after step 5 the schedule is that of 0.5" in done.stdout, done.stderr
+    assert (run / "checkpoints/replaced-1/step-00000010").exists()
+    config = resolve.load(run / "config.yaml")
+    assert (config.train.resume_step, config.train.learning_rate) == (None, 0.5)
+
+
+def test_groups_of_another_folder(launch: Launch, tmp_path: Path) -> None:
+    """As Hydra's users keep the files of a site outside of the clone."""
+    (tmp_path / "site/cluster").mkdir(parents=True)
+    text = (ROOT / "conf/cluster/slurm.yaml").read_text()
+    (tmp_path / "site/cluster/ours.yaml").write_text(text.replace("name: slurm", "name: ours\naccount: ours"))
+    for flag in (["--config-dir", "site"], ["--config-dir=site"], ["-cd", "site"]):
+        done = launch(*flag, "cluster=ours", "dry_run=true")
+        assert "#SBATCH --account=ours" in done.stdout, done.stderr
+    [line] = refused(launch("--config-dir", "site", "cluster=our"))
+    assert "did you mean 'ours'?" in line
 
 
 def test_a_run_that_has_not_trained_can_be_mended(launch: Launch, stored: Path, tmp_path: Path) -> None:
