@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -14,12 +14,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.choices import Executor
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from conf.visible import visible
 from launcher import plan, slurm
-from launcher.check import command_line, local_gpus, localize, model_rules, observe, quoting, resume, rules
+from launcher.check import (
+    cluster_wide,
+    command_line,
+    local_gpus,
+    localize,
+    model_rules,
+    observe,
+    quoting,
+    resume,
+    rules,
+)
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
@@ -63,9 +74,12 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = resolve(composed)
     config.run_dir += suffix
-    localize.localize(config, local_gpus.local_gpus())
+    if not config.resume:
+        cluster_wide.apply(config, sys.argv[1:])
+    localize.localize(config, local_gpus.usable())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
+        cluster_wide.apply(config, sys.argv[1:])
     elif names.is_named(sys.argv[1:]):
         config.run_dir = resume.stored_path(Path(config.run_dir))
     else:
@@ -77,11 +91,8 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    notes = [*model_rules.notes(config, facts.model), *chosen] if "train" in config.jobs else []
-    for line in (*facts.hub.notes, *notes):
+    for line in _announcement(config, facts, chosen):
         print(line, flush=True)
-    if not plan.runs_here(config):
-        print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
         print(visible(preview.text(config, jobs)), flush=True)
@@ -89,6 +100,17 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     if jobs and not names.is_named(sys.argv[1:]):
         config.run_dir = names.reserve(config.run_dir)
     return submit.submit(config, jobs, command=sys.argv)
+
+
+def _announcement(config: Config, facts: observe.Facts, chosen: Sequence[str]) -> Iterator[str]:
+    """The lines before the summary: the device, what the checks have to say, and variables that the jobs do not get."""
+    if "train" in config.jobs and config.cluster.executor is Executor.local:
+        yield f"device    {local_gpus.described(config.cluster.train.gpus_per_node or 0)}"
+    yield from facts.hub.notes
+    if "train" in config.jobs:
+        yield from (*model_rules.notes(config, facts.model), *chosen)
+    if not plan.runs_here(config):
+        yield from preview.ignored_variables(os.environ)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
