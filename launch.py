@@ -23,6 +23,7 @@ from launcher import plan, slurm
 from launcher.check import (
     cluster_wide,
     command_line,
+    help_text,
     local_gpus,
     localize,
     model_rules,
@@ -113,6 +114,26 @@ def _announcement(config: Config, facts: observe.Facts, chosen: Sequence[str]) -
         yield from preview.ignored_variables(os.environ)
 
 
+def _launch_all() -> int:
+    """Launch every run that the command line of this process asks for. Returns the exit code."""
+    given, experiments = experiment_file.register(sys.argv[1:])
+    words, entries = quoting.read_words(given)
+    if problems := command_line.problems(words, CLONE / "conf", experiments):
+        raise ConfigError(*problems)
+    sys.argv[1:] = command_line.allow_new_entries(words)
+    configs = compose(sys.argv[1:])
+    for line in command_line.notes(given) if configs else ():
+        print(line, flush=True)
+    sys.argv[1:] = command_line.allow_new_entries(
+        given
+    )  # recorded in run.json, with the entries that Hydra cannot take
+    for config in configs:
+        quoting.apply(config, entries)
+    suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
+    with slurm.retrying(WAIT_S):
+        return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
     """Launch what the arguments (default: those of the process) ask for; messages begin with `prog`. Returns the exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
@@ -120,22 +141,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
-        given, experiments = experiment_file.register(sys.argv[1:])
-        words, entries = quoting.read_words(given)
-        if problems := command_line.problems(words, CLONE / "conf", experiments):
-            raise ConfigError(*problems)
-        sys.argv[1:] = command_line.allow_new_entries(words)
-        configs = compose(sys.argv[1:])
-        for line in command_line.notes(given) if configs else ():
-            print(line, flush=True)
-        sys.argv[1:] = command_line.allow_new_entries(
-            given
-        )  # recorded in run.json, with the entries that Hydra cannot take
-        for config in configs:
-            quoting.apply(config, entries)
-        suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
-        with slurm.retrying(WAIT_S):
-            return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+        if (keys := help_text.asked(sys.argv[1:])) is not None:
+            command = "python launch.py" if prog == "launch.py" else prog
+            print(help_text.text(keys, CLONE / "conf", command))
+            return 0
+        os.environ.setdefault("COMP_LINE", f"{prog} ")  # Hydra's completion reads it, also when no shell has set it
+        return _launch_all()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
 from conf.errors import Problem
+from conf.key_reference import describe_type
 from conf.schema import Architecture, Config
 from conf.visible import visible
 from launcher.check import quoting
@@ -52,6 +53,8 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
     `folder` holds the config groups; `experiments` are names of experiments outside of it. Flags such as `--help` are skipped:
     Hydra checks them.
     """
+    if {"-sc", "--shell-completion"} & set(words):  # its words, such as install=bash, are no keys
+        return []
     known, options, reported = resolve.keys(), groups(folder), list[Problem]()
     options.setdefault("experiment", []).extend(experiments)
     schema = OmegaConf.structured(Config)
@@ -166,7 +169,7 @@ def _instead(key: str, candidates: list[str]) -> str:
     """What to type instead of a key that does not exist: the word of another program, or the nearest key."""
     from launcher.check import synonyms  # the tables of other programs are needed for this message only
 
-    return synonyms.of(key) or nearest(key, candidates) or ". conf/schema.py lists all keys"
+    return synonyms.of(key) or nearest(key, candidates) or ". docs/keys.md lists all keys"
 
 
 def _shape_of_a_model_without_one(
@@ -211,7 +214,7 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     if (
         isinstance(value, str) and value != value.strip() and not quoting.is_text(key)
     ):  # "64 " would be taken for a number
-        return Problem(key, repr(value), f"must be {_describe(known[key])}, without blanks")
+        return Problem(key, repr(value), f"must be {describe_type(known[key])}, without blanks")
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
@@ -222,29 +225,12 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
 def _not_of_type(key: str, known: dict[str, Any]) -> str:
     """The message for a value of a wrong type; a section has keys instead of a value."""
     inner = [name for name in known if name.startswith(f"{key}.")]
-    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {_describe(known[key])}"
+    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {describe_type(known[key])}"
 
 
 def _as_typed(value: Any) -> Any:
     """A list as the user types it: `[a,b]`, not `['a', 'b']`."""
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
-
-
-def _describe(hint: Any) -> str:
-    """A type in plain words: `a whole number`, `one of a, b`, `a list of a, b: [a,b]`."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    if isinstance(hint, type) and hasattr(hint, "__members__"):
-        return "one of " + ", ".join(hint.__members__)
-    for kind, text in words.items():
-        if hint is kind:
-            return text
-        if str(hint) == f"{kind.__name__} | None":
-            return f"{text} or null"
-    if str(hint).startswith("list"):
-        return resolve.describe_list(hint)
-    if str(hint).startswith("dict"):
-        return "a dictionary, for example {name: value}"
-    return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def nearest(word: str, candidates: list[str]) -> str:

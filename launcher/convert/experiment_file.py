@@ -41,6 +41,4 @@ def _require_own_keys(content: dict[str, object], path: Path) -> None:
     if len(foreign) > len(content) // 2 and any(module.MARKERS & set(content) for module in convert.PROGRAMS.values()):
         message = f"is a config of another program. Turn it into an experiment: python -m launcher import {path}"
         raise ConfigError(Problem("FILE", path, message))
-    raise ConfigError(
-        *(Problem(key, None, f"no such key (in {path}). conf/schema.py lists all keys") for key in foreign)
-    )
+    raise ConfigError(*(Problem(key, None, f"no such key (in {path}). docs/keys.md lists all keys") for key in foreign))

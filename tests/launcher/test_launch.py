@@ -235,6 +235,40 @@ def test_help_lists_the_groups_and_their_options(launch: Launch) -> None:
         assert f"{group}: {', '.join(options)}" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["train.learning_rate"], ["Peak learning rate, after warmup", "a number, 1e-20 to 100", "standard: 1e-05"]),
+        (["train.optimizer"], ["one of adamw, adamw_8bit", "default   adamw", "example   train.optimizer=adamw_8bit"]),
+        (["cluster"], ["cluster=local|slurm", "cluster.train.partition", "cluster.gpus"]),
+        (["data.sets.NAME.weight"], ["How often each row is used", "at least 0.0001"]),
+    ],
+)
+def test_help_explains_a_key(launch: Launch, words: list[str], shown: list[str]) -> None:
+    done = launch("--help", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in shown:
+        assert text in done.stdout
+
+
+def test_help_for_a_key_that_does_not_exist_names_similar_ones(launch: Launch) -> None:
+    done = launch("--help", "train.learning_rat", "warmup")
+    assert done.returncode == 2
+    assert "train.learning_rat: no such key. Similar: train.learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shells_completion_is_printed(launch: Launch, shell: str) -> None:
+    done = launch("-sc", f"install={shell}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "hydra_" in done.stdout
+
+
+def test_a_key_is_completed(launch: Launch, surroundings: dict[str, str]) -> None:
+    surroundings["COMP_LINE"] = "launch.py train.warmup_r"
+    assert launch("-sc", "query=bash").stdout.split() == ["train.warmup_ratio="]
+
+
 def test_the_composed_config_can_be_printed(launch: Launch) -> None:
     done = launch("--cfg", "job", *MISSION)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,10 @@ from tests.conftest import Compose
     ("words", "parts"),
     [
         (["cluster=local", "train.micro_batch=4"], ["in steps of 64 rows (4 x 8 accumulated x 2 ranks)", "on the CPU"]),
-        (["cluster=slurm", "train.steps=200"], ["200 steps of 64 rows", "x 32 ranks)", "warmup 10 steps", "on 32 GPUs"]),
+        (
+            ["cluster=slurm", "train.steps=200"],
+            ["200 steps of 64 rows", "x 32 ranks)", "warmup 10 steps", "on 32 GPUs"],
+        ),
         (
             ["cluster=slurm", "model=llama8b", "parallel.context_ranks=4"],
             ["x 8 groups of 4 ranks)", "at most 131,072 tokens a step", "max_length 2,048", "precision auto"],
