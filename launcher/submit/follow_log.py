@@ -1,7 +1,6 @@
 """Shows the log of rank 0 while a job runs on this machine."""
 
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 from conf.visible import visible
 from launcher.run_folder.log_lines import LOG_PREFIX
-from launcher.submit.interrupts import Interrupts
+from launcher.submit.activity import BAR
+from launcher.submit.display import Plain
 
 GRACE_S = 15
 """How long the other ranks may continue after one has failed. Without this, ranks that wait for a dead one never end."""
@@ -23,9 +23,9 @@ class Log:
     end, which must not be printed twice.
     """
 
-    def __init__(self, started: Any, attempt: Path, requests: Interrupts) -> None:
+    def __init__(self, started: Any, attempt: Path, display: Plain) -> None:
         self.attempt, self.errors = attempt, list[str]()
-        self._started, self._requests, self._path = started, requests, Path(started.paths.stdout)
+        self._started, self._display, self._path = started, display, Path(started.paths.stdout)
         self._position, self._unfinished_line = 0, ""
         self._failed_at: float | None = None
 
@@ -37,14 +37,18 @@ class Log:
                 file.seek(self._position)
                 text = file.read()
                 self._position = file.tell()
-            *lines, self._unfinished_line = (self._unfinished_line + text).split("\n")
-            self._print([*lines, self._unfinished_line] if ended else lines)
+            # a progress bar writes over its line, and does not end it before it is full
+            *lines, self._unfinished_line = re.split("[\r\n]", self._unfinished_line + text)
+            if ended or BAR.match(self._unfinished_line):
+                lines, self._unfinished_line = [*lines, self._unfinished_line], ""
+            self._print(lines)
         if ended:
             return False
         if self._failed_at is None and any(self.attempt.glob("rank-*.json")):
             self._failed_at = time.monotonic()
         if self._failed_at is not None and time.monotonic() - self._failed_at > GRACE_S:
             return False
+        self._display.tick()
         time.sleep(PAUSE_S)
         return True
 
@@ -60,7 +64,7 @@ class Log:
                 continue
             message = LOG_PREFIX.sub(_level_prefix, line, count=1)
             if not message.startswith(("submitit ", "environment {")):
-                self._requests.say(visible(message), sys.stdout)
+                self._display.line(visible(message))
 
 
 def _level_prefix(match: re.Match[str]) -> str:

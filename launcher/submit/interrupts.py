@@ -50,9 +50,15 @@ class Interrupts:
             self.again = True
 
     def say(self, text: str, stream: TextIO) -> None:
-        """Print a line. If its reader is gone, as with a closed terminal or `| head`, that is a request to stop."""
-        try:
+        """Print a line."""
+        with self.writing(stream):
             print(text, file=stream, flush=True)
+
+    @contextmanager
+    def writing(self, stream: TextIO) -> Iterator[None]:
+        """If the reader of a stream is gone, as with a closed terminal or `| head`, take that for a request to stop."""
+        try:
+            yield
         except OSError:
             _silence(stream)
             self.receive(signal.SIGHUP)

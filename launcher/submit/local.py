@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from conf.visible import visible
 from launcher import environment
 from launcher.check import resume
 from launcher.plan import Job
-from launcher.run_folder.status import COMPLETED, STOPPED, USER_ERROR
+from launcher.run_folder.status import COMPLETED, PLANNED, STOPPED, USER_ERROR
 from launcher.status import tables
-from launcher.submit import interrupts, local_executor, render
+from launcher.submit import display, interrupts, local_executor, render
+from launcher.submit.activity import Activity
+from launcher.submit.display import Plain
 from launcher.submit.follow_log import Log
 from launcher.submit.interrupts import Interrupts
 from launcher.supervise import attempt, worker
@@ -30,21 +31,40 @@ def run(config: Config, jobs: Sequence[Job], config_path: Path, on_start: Callab
     Calls `on_start` with name and id of each job that has started. Raises SiteError if MASTER_PORT is in use.
     """
     with interrupts.noticed() as requests:
-        for job in jobs:
-            if requests.first:
-                _say_how_to_resume(config, job, requests, f"stopped by {requests.name} before {job.name}")
-                return requests.exit_code
-            verdict = _run_job(config, job, config_path, on_start, requests)
-            if verdict["status"] != COMPLETED:
-                where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
-                how = "" if verdict["status"] == STOPPED else f" {verdict['status']}{where}"
-                _say_how_to_resume(config, job, requests, f"{job.name}{how}: {verdict['reason']}", verdict["status"])
-                return requests.exit_code or (2 if verdict["status"] == USER_ERROR else 1)
-    tables.show_result(Path(config.run_dir))
+        shown = display.of([job.name for job in jobs], requests)
+        try:
+            code = _run_all(config, jobs, config_path, on_start, shown, requests)
+        finally:
+            shown.close()
+    if code == 0:
+        tables.show_result(Path(config.run_dir))
+    return code
+
+
+def _run_all(
+    config: Config,
+    jobs: Sequence[Job],
+    config_path: Path,
+    on_start: Callable[[str, str], None],
+    shown: Plain,
+    requests: Interrupts,
+) -> int:
+    """Run the jobs, and say how to go on where one has not completed. Returns the exit code of the command."""
+    for job in jobs:
+        if requests.first:
+            _say_how_to_resume(config, job, shown, f"stopped by {requests.name} before {job.name}")
+            return requests.exit_code
+        verdict = _run_job(config, job, config_path, on_start, shown, requests)
+        shown.end(verdict["status"])
+        if verdict["status"] != COMPLETED:
+            where = "" if verdict["rank"] is None else f" (rank {verdict['rank']})"
+            how = "" if verdict["status"] == STOPPED else f" {verdict['status']}{where}"
+            _say_how_to_resume(config, job, shown, f"{job.name}{how}: {verdict['reason']}", verdict["status"])
+            return requests.exit_code or (2 if verdict["status"] == USER_ERROR else 1)
     return 0
 
 
-def _say_how_to_resume(config: Config, job: Job, requests: Interrupts, why: str, status: str = STOPPED) -> None:
+def _say_how_to_resume(config: Config, job: Job, shown: Plain, why: str, status: str = STOPPED) -> None:
     """Print how a run ended before its last job had completed, and the command that continues it."""
     note = ""
     if status == USER_ERROR:
@@ -52,16 +72,20 @@ def _say_how_to_resume(config: Config, job: Job, requests: Interrupts, why: str,
         if resume.has_trained(Path(config.run_dir)):
             note = " (once the cause is removed; keys of what it computes need a new run)"
     command = f"muster {'push' if job.name == 'push' else 'resume'} {shlex.quote(config.run_dir)}"
-    text = f"\n{why}\nlogs      {render.job_folder(config, job)}\nresume    {command}{note}"
-    requests.say(visible(text), sys.stderr)
+    shown.note(visible(f"\n{why}"), "yellow" if status in PLANNED else "red")
+    shown.note(visible(f"logs      {render.job_folder(config, job)}\nresume    {command}{note}"))
 
 
 def _run_job(
-    config: Config, job: Job, config_path: Path, on_start: Callable[[str, str], None], requests: Interrupts
+    config: Config,
+    job: Job,
+    config_path: Path,
+    on_start: Callable[[str, str], None],
+    shown: Plain,
+    requests: Interrupts,
 ) -> dict[str, Any]:
     """Run one attempt of a job as the batch script does on Slurm. Returns its verdict."""
     folder = render.job_folder(config, job)
-    requests.say(f"\n==== {job.name}", sys.stdout)
     local_values = {"PYTHONPATH": environment.python_path(config, os.environ), "SUBMITIT_EXECUTOR": "local"}
     with environment.temporary_variables(environment.job_variables(config, job) | local_values):
         port = environment.master_port(config)
@@ -79,9 +103,11 @@ def _run_job(
         with environment.temporary_variables(attempt_values):
             started = executor.submit(worker.run, job.name, str(config_path))
         on_start(job.name, started.job_id)
-        log = Log(started, folder / f"attempt-{number}", requests)
+        log = Log(started, folder / f"attempt-{number}", shown)
+        steps, memory_gib = config.train.steps, config.cluster.train.gpu_memory_gib
+        shown.begin(Activity(Path(config.run_dir), job.name, log.attempt, steps, memory_gib))
         try:
-            _wait(job, number, log, requests)
+            _wait(job, number, log, shown, requests)
         finally:
             code = local_executor.end(started)
             if reservation:
@@ -89,11 +115,11 @@ def _run_job(
         verdict = attempt.finish(folder, number, code, job.world_size)
         for line in log.errors:
             if line not in verdict["reason"].splitlines():  # `run` prints the reason
-                requests.say(visible(f"error     {line}"), sys.stdout)
+                shown.note(visible(f"error     {line}"), "red")
         return verdict
 
 
-def _wait(job: Job, number: int, log: Log, requests: Interrupts) -> None:
+def _wait(job: Job, number: int, log: Log, shown: Plain, requests: Interrupts) -> None:
     """Show the log until the job has ended, and pass on requests to stop. Ranks that still run at the return are to be ended."""
     is_told = False
     while log.show_more():
@@ -106,7 +132,7 @@ def _wait(job: Job, number: int, log: Log, requests: Interrupts) -> None:
             text = (
                 f"\nstopping  {job.name} saves at its next step, then ends. Press Ctrl-C again to end it without saving"
             )
-            requests.say(text, sys.stderr)
+            shown.note(text, "yellow")
 
 
 def _record_end_without_saving(folder: Path, number: int, requests: Interrupts) -> None:

@@ -82,7 +82,7 @@ def test_a_local_launch_saves_before_it_ends(tmp_path: Path, way: str) -> None:
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
     process, terminal = pty.fork()
     if process == 0:
-        os.execv(sys.executable, [sys.executable, str(CLONE / "launch.py"), *words])
+        os.execve(sys.executable, [sys.executable, str(CLONE / "launch.py"), *words], os.environ | {"TERM": "xterm"})
     reader = threading.Thread(target=read_all, args=(terminal, shown))
     reader.start()
     wait_until(lambda: any("loss" in line for line in attempts.metrics(run)))
