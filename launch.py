@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from conf.choices import Executor
 from conf.errors import ConfigError, UserError
@@ -31,6 +32,8 @@ from launcher.check import (
     quoting,
     resume,
     rules,
+    search_path,
+    yaml_files,
 )
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
@@ -60,7 +63,7 @@ def compose(words: Sequence[str]) -> list[DictConfig]:
     hydra.main composes every config twice: the first time only to learn whether there are several. That takes as long as
     everything else in a dry run. So it is called only for Hydra's own flags and for keys of `hydra`.
     """
-    if any(word.lstrip("+~").startswith(("-", "hydra")) for word in words):
+    if any(word.lstrip("+~").startswith(("-", "hydra")) and not word.startswith(search_path.KEY) for word in words):
         hydra_command_line()
         return _composed
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONF):
@@ -114,19 +117,23 @@ def _announcement(config: Config, facts: observe.Facts, chosen: Sequence[str]) -
         yield from preview.ignored_variables(os.environ)
 
 
-def _launch_all() -> int:
-    """Launch every run that the command line of this process asks for. Returns the exit code."""
-    given, experiments = experiment_file.register(sys.argv[1:])
+def _launch_all(words: list[str], folders: Sequence[Path]) -> int:
+    """Launch every run that the words of a command line ask for. `folders` hold groups beside Muster's. Returns the exit code."""
+    given, experiments = experiment_file.register(words)
     words, entries = quoting.read_words(given)
-    if problems := command_line.problems(words, CLONE / "conf", experiments):
+    if problems := command_line.problems(words, CLONE / "conf", [path.stem for path in experiments], folders):
         raise ConfigError(*problems)
-    sys.argv[1:] = command_line.allow_new_entries(words)
-    configs = compose(sys.argv[1:])
+    sys.argv[1:] = command_line.in_hydras_order(command_line.allow_new_entries(words))
+    try:
+        configs = compose(sys.argv[1:])
+    except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
+        if problems := yaml_files.problems(words, [CLONE / "conf", *folders], experiments):
+            raise ConfigError(*problems) from error
+        raise
     for line in command_line.notes(given) if configs else ():
         print(line, flush=True)
-    sys.argv[1:] = command_line.allow_new_entries(
-        given
-    )  # recorded in run.json, with the entries that Hydra cannot take
+    # recorded in run.json, with the entries that Hydra cannot take
+    sys.argv[1:] = command_line.allow_new_entries(given)
     for config in configs:
         quoting.apply(config, entries)
     suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
@@ -141,16 +148,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
-        if (keys := help_text.asked(sys.argv[1:])) is not None:
+        words, folders = search_path.read(sys.argv[1:])
+        if (keys := help_text.asked(words)) is not None:
             command = "python launch.py" if prog == "launch.py" else prog
-            print(help_text.text(keys, CLONE / "conf", command))
+            print(help_text.text(keys, [CLONE / "conf", *folders], command))
             return 0
         os.environ.setdefault("COMP_LINE", f"{prog} ")  # Hydra's completion reads it, also when no shell has set it
-        return _launch_all()
+        return _launch_all(words, folders)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+    except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
         print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
         return 2

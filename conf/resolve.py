@@ -170,7 +170,11 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
-        elif (section := section_of(hints[name])) and value is not None:
+        elif (section := section_of(hints[name])) and value is not None and not isinstance(value, dict):
+            problems.append(
+                Problem(key, value, f"has keys of its own. Set them, for example {key}.{fields(section)[0].name}")
+            )
+        elif section and value is not None:
             problems += _schema_problems(value, section, f"{key}.")
     return problems
 

@@ -48,14 +48,14 @@ def asked(words: Sequence[str]) -> list[str] | None:
     return [word for word in words if not word.startswith("-") and "=" not in word]
 
 
-def text(keys: Sequence[str], folder: Path, command: str) -> str:
-    """The help for `keys`, or the overview if there are none. `folder` holds the config groups.
+def text(keys: Sequence[str], folders: Sequence[Path], command: str) -> str:
+    """The help for `keys`, or the overview if there are none. `folders` hold the config groups.
 
     Raises ConfigError for keys that do not exist.
     """
-    options = command_line.groups(folder)
+    options = command_line.groups(*folders)
     if keys:
-        return "\n\n".join(_explained(key.strip("."), options, folder) for key in keys)
+        return "\n\n".join(_explained(key.strip("."), options, folders) for key in keys)
     return USAGE.format(
         examples=_columns({f"  {command} {words}".rstrip(): meaning for words, meaning in EXAMPLES.items()}),
         groups="\n".join(f"{name}: {', '.join(choices)}" for name, choices in options.items()),
@@ -68,7 +68,7 @@ def _columns(rows: Mapping[str, str]) -> str:
     return "\n".join(f"{left:<{width}}  {right}" for left, right in rows.items())
 
 
-def _explained(name: str, options: Mapping[str, Sequence[str]], folder: Path) -> str:
+def _explained(name: str, options: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> str:
     known = key_reference.keys()
     group = f"group     {name}={'|'.join(options[name])}" if name in options else ""
     if name not in known:
@@ -79,19 +79,18 @@ def _explained(name: str, options: Mapping[str, Sequence[str]], folder: Path) ->
     lines = [name, *([indent(fill(key.text, WIDTH - 2), "  ")] if key.text else []), *([group] if group else [])]
     below = [item for item in known.values() if key.section and item.name.startswith(f"{name}.")]
     if not key.section:
-        default = _of_the_groups(name, folder) if key.default is None else key.default or '""'
+        default = _of_the_groups(name, folders) if key.default is None else key.default or '""'
         lines += [f"type      {key.kind}", f"default   {default}", f"example   {name}={_example(key)}"]
     width = max((len(item.name) for item in below), default=0)
     lines += [f"  {item.name:<{width}}  {_first_sentence(item.text)}".rstrip() for item in below if not item.section]
     return "\n".join(lines)
 
 
-def _of_the_groups(name: str, folder: Path) -> str:
+def _of_the_groups(name: str, folders: Sequence[Path]) -> str:
     """The values that the options of a key's group have for it."""
     group, _, inner = name.partition(".")
-    found = {
-        path.stem: OmegaConf.select(OmegaConf.load(path), inner) for path in sorted((folder / group).glob("*.yaml"))
-    }
+    paths = [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
+    found = {path.stem: OmegaConf.select(OmegaConf.load(path), inner) for path in paths}
     values = [f"{option}: {as_typed(value)}" for option, value in found.items() if value is not None]
     more = f" and {len(values) - SUGGESTIONS} more" if len(values) > SUGGESTIONS else ""
     return f"none. The group {group} sets it: {', '.join(values[:SUGGESTIONS])}{more}" if values else "none. Set it"

@@ -115,6 +115,26 @@ def test_valid_overrides_pass(words: list[str]) -> None:
     assert messages(*words) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.steps=3,4", "-m", "dry_run=true"], ["-m", "train.steps=3,4", "dry_run=true"]),
+        (["model=tiny", "--cfg", "job", "data=sample"], ["--cfg", "job", "model=tiny", "data=sample"]),
+        (["experiment=llama8b_lora", "experiment=null", "model=tiny"], ["model=tiny"]),
+        (["experiment=null", "experiment=llama8b_lora"], ["experiment=llama8b_lora"]),
+    ],
+    ids=" ".join,
+)
+def test_hydra_gets_flags_first_and_no_empty_experiment(words: list[str], expected: list[str]) -> None:
+    assert command_line.in_hydras_order(words) == expected
+
+
+@pytest.mark.parametrize("words", [["-cn", "axo"], ["--config-name=axo"], ["--config-path", "/x"]])
+def test_another_main_config_is_refused(words: list[str]) -> None:
+    (message,) = messages(*words)
+    assert "launch.py FILE.yaml" in message
+
+
 def test_a_flag_takes_one_value_only() -> None:
     assert messages("--cfg", "job", "nonsense") == [messages("nonsense")[0]]
 
