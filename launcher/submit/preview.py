@@ -110,7 +110,8 @@ def training(config: Config) -> str:
     parts = (
         f"training  {length} of {rows}, {tokens}",
         f"{rate}, warmup {_warmup(train)}",
-        f"{train.optimizer.name}, max_length {config.data.max_length:,}, precision {train.precision.name}, {device}",
+        f"{train.optimizer.name}, max_length {config.data.max_length:,}",
+        f"precision {train.precision.name}, {config.parallel.name}, {device}",
     )
     return ", ".join(parts)
 

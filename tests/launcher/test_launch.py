@@ -57,7 +57,7 @@ MISTAKES = {
     "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH. Run this on a login node",
     "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: MY_TOKEN has no value. Export it, or add MY_TOKEN=... to ~/.config",
     "resume=thesis": "resume=thesis: is not a run folder: it has no config.yaml",
-    "--config-name nowhere": "Cannot find primary config 'nowhere'",
+    "--config-name nowhere": "--config-name: every run begins with Muster's own config",
     "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns question, reply, but alpaca needs instruction",
 }
 
