@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
             command = "python launch.py" if prog == "launch.py" else prog
             print(help_text.text(keys, [CLONE / "conf", *folders], command))
             return 0
-        os.environ.setdefault("COMP_LINE", f"{prog} ")  # Hydra's completion reads it, also when no shell has set it
+        # Hydra's completion reads it, also when no shell has set it, and does not know the word `run`
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", f"{prog} ").replace("muster run ", "muster ", 1)
         return _launch_all(words, folders)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import TextIO
 NAMES = {
     signal.SIGINT: "Ctrl-C",
     signal.SIGTERM: "SIGTERM",
-    signal.SIGHUP: "the end of the terminal (SIGHUP)",
+    signal.SIGHUP: "the end of the terminal or pipe (SIGHUP)",
 }
 SAME_REQUEST_S = 1.0
 """Signals that come so soon after the first one are the same request: `timeout` sends two, and so does a terminal that closes."""

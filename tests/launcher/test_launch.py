@@ -269,6 +269,13 @@ def test_a_key_is_completed(launch: Launch, surroundings: dict[str, str]) -> Non
     assert launch("-sc", "query=bash").stdout.split() == ["train.warmup_ratio="]
 
 
+def test_a_key_of_muster_run_is_completed(surroundings: dict[str, str], tmp_path: Path) -> None:
+    env = surroundings | {"COMP_LINE": "muster run train.warmup_r", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launcher", "-sc", "query=bash"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["train.warmup_ratio="], done.stderr
+
+
 def test_the_composed_config_can_be_printed(launch: Launch) -> None:
     done = launch("--cfg", "job", *MISSION)
     assert (done.returncode, done.stderr) == (0, "")
