@@ -20,7 +20,8 @@ def local_gpus(root: Path = Path("/")) -> int:
     count = count or len(_amd(root))
     for name in variables:
         if (value := os.environ.get(name)) is not None:
-            count = min(count, len([item for item in value.split(",") if item.strip()]))
+            items = [item.strip() for item in value.split(",") if item.strip()]
+            count = min(count, items.index("-1") if "-1" in items else len(items))  # as CUDA reads it
     return count
 
 

@@ -242,6 +242,7 @@ def nvidia(root: Path, *names: str) -> None:
         (0, "2.13.0", None, "on the CPU: 2 GPUs not used, because gpus_per_node=0"),
         (0, "2.13.0+cpu", None, "on the CPU: torch 2.13.0+cpu is built without GPUs"),
         (0, "2.13.0", "", "on the CPU: CUDA_VISIBLE_DEVICES= hides the GPUs"),
+        (0, "2.13.0", "-1", "on the CPU: CUDA_VISIBLE_DEVICES=-1 hides the GPUs"),
     ],
 )
 def test_the_device_is_described(
