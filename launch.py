@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -13,13 +13,28 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from conf.choices import Executor
 from conf.errors import ConfigError, UserError
 from conf.resolve import resolve
 from conf.schema import Config
 from conf.visible import visible
 from launcher import plan, slurm
-from launcher.check import command_line, local_gpus, localize, model_rules, observe, quoting, resume, rules
+from launcher.check import (
+    cluster_wide,
+    command_line,
+    help_text,
+    local_gpus,
+    localize,
+    model_rules,
+    observe,
+    quoting,
+    resume,
+    rules,
+    search_path,
+    yaml_files,
+)
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
@@ -48,7 +63,7 @@ def compose(words: Sequence[str]) -> list[DictConfig]:
     hydra.main composes every config twice: the first time only to learn whether there are several. That takes as long as
     everything else in a dry run. So it is called only for Hydra's own flags and for keys of `hydra`.
     """
-    if any(word.lstrip("+~").startswith(("-", "hydra")) for word in words):
+    if any(word.lstrip("+~").startswith(("-", "hydra")) and not word.startswith(search_path.KEY) for word in words):
         hydra_command_line()
         return _composed
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONF):
@@ -63,9 +78,12 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = resolve(composed)
     config.run_dir += suffix
-    localize.localize(config, local_gpus.local_gpus())
+    if not config.resume:
+        cluster_wide.apply(config, sys.argv[1:])
+    localize.localize(config, local_gpus.usable())
     if config.resume:
         config = resume.resumed_config(config, sys.argv[1:])
+        cluster_wide.apply(config, sys.argv[1:])
     elif names.is_named(sys.argv[1:]):
         config.run_dir = resume.stored_path(Path(config.run_dir))
     else:
@@ -77,11 +95,8 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)
-    notes = [*model_rules.notes(config, facts.model), *chosen] if "train" in config.jobs else []
-    for line in (*facts.hub.notes, *notes, *rewind.notes(facts.existing, config)):
+    for line in (*_announcement(config, facts, chosen), *rewind.notes(facts.existing, config)):
         print(line, flush=True)
-    if not plan.runs_here(config):
-        print("".join(f"{line}\n" for line in preview.ignored_variables(os.environ)), end="", flush=True)
     jobs = plan.plan(config, done=resume.completed_jobs(config))
     if config.dry_run:
         print(visible(preview.text(config, jobs)), flush=True)
@@ -91,6 +106,41 @@ def launch(composed: DictConfig, suffix: str = "") -> int:
     return submit.submit(config, jobs, command=sys.argv)
 
 
+def _announcement(config: Config, facts: observe.Facts, chosen: Sequence[str]) -> Iterator[str]:
+    """The lines before the summary: the device, what the checks have to say, and variables that the jobs do not get."""
+    if "train" in config.jobs and config.cluster.executor is Executor.local:
+        yield f"device    {local_gpus.described(config.cluster.train.gpus_per_node or 0)}"
+    yield from facts.hub.notes
+    if "train" in config.jobs:
+        yield from (*model_rules.notes(config, facts.model), *chosen)
+    if not plan.runs_here(config):
+        yield from preview.ignored_variables(os.environ)
+
+
+def _launch_all(words: list[str], folders: Sequence[Path]) -> int:
+    """Launch every run that the words of a command line ask for. `folders` hold groups beside Muster's. Returns the exit code."""
+    given, experiments = experiment_file.register(words)
+    words, entries = quoting.read_words(given)
+    if problems := command_line.problems(words, CLONE / "conf", [path.stem for path in experiments], folders):
+        raise ConfigError(*problems)
+    sys.argv[1:] = command_line.in_hydras_order(command_line.allow_new_entries(words))
+    try:
+        configs = compose(sys.argv[1:])
+    except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
+        if problems := yaml_files.problems(words, [CLONE / "conf", *folders], experiments):
+            raise ConfigError(*problems) from error
+        raise
+    for line in command_line.notes(given) if configs else ():
+        print(line, flush=True)
+    # recorded in run.json, with the entries that Hydra cannot take
+    sys.argv[1:] = command_line.allow_new_entries(given)
+    for config in configs:
+        quoting.apply(config, entries)
+    suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
+    with slurm.retrying(WAIT_S):
+        return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
     """Launch what the arguments (default: those of the process) ask for; messages begin with `prog`. Returns the exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
@@ -98,26 +148,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     _composed.clear()
     try:
-        given, experiments = experiment_file.register(sys.argv[1:])
-        words, entries = quoting.read_words(given)
-        if problems := command_line.problems(words, CLONE / "conf", experiments):
-            raise ConfigError(*problems)
-        sys.argv[1:] = command_line.allow_new_entries(words)
-        configs = compose(sys.argv[1:])
-        for line in command_line.notes(given) if configs else ():
-            print(line, flush=True)
-        sys.argv[1:] = command_line.allow_new_entries(
-            given
-        )  # recorded in run.json, with the entries that Hydra cannot take
-        for config in configs:
-            quoting.apply(config, entries)
-        suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
-        with slurm.retrying(WAIT_S):
-            return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+        words, folders = search_path.read(sys.argv[1:])
+        if (keys := help_text.asked(words)) is not None:
+            command = "python launch.py" if prog == "launch.py" else prog
+            print(help_text.text(keys, [CLONE / "conf", *folders], command))
+            return 0
+        # Hydra's completion reads it, also when no shell has set it, and does not know the word `run`
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", f"{prog} ").replace("muster run ", "muster ", 1)
+        return _launch_all(words, folders)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+    except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
         print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
         return 2

@@ -131,14 +131,14 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     types: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
-        name, section = prefix + item.name, _section(hints[item.name])
+        name, section = prefix + item.name, section_of(hints[item.name])
         types[name] = hints[item.name]
         if section is not None:
             types |= keys(section, f"{name}.")
     return types
 
 
-def _section(hint: Any) -> type | None:
+def section_of(hint: Any) -> type | None:
     """The dataclass in a field's type, also in `Dataclass | None`; None for other types."""
     candidates = [hint, *get_args(hint)]
     return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
@@ -151,7 +151,7 @@ def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
     for item in fields(schema):
         if "section" in item.metadata:
             sections[prefix + item.name] = item.metadata["section"]
-        elif section := _section(hints[item.name]):
+        elif section := section_of(hints[item.name]):
             sections |= named_sections(section, f"{prefix}{item.name}.")
     return sections
 
@@ -167,7 +167,7 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
     for name, value in plain.items():
         key = prefix + name
         if name not in hints:
-            problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
+            problems.append(Problem(key, None, "no such key. docs/keys.md lists all keys"))
         elif value is not None and str(hints[name]).startswith("list") and not _is_list(value, hints[name]):
             problems.append(Problem(key, value, f"must be {describe_list(hints[name])}"))
         elif value is not None and str(hints[name]).startswith("dict") and not isinstance(value, dict):
@@ -175,7 +175,11 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
-        elif (section := _section(hints[name])) and value is not None:
+        elif (section := section_of(hints[name])) and value is not None and not isinstance(value, dict):
+            problems.append(
+                Problem(key, value, f"has keys of its own. Set them, for example {key}.{fields(section)[0].name}")
+            )
+        elif section and value is not None:
             problems += _schema_problems(value, section, f"{key}.")
     return problems
 

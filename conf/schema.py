@@ -520,9 +520,10 @@ class Resources:
 
     nodes: int = at_least(1, 1)
     ranks_per_node: int = at_least(1, 1)
-    """Processes per node. With GPUs, one for each GPU."""
+    """Processes per node. With GPUs, one for each GPU. 0, with `cluster=local` only: one for each GPU of this machine; two
+    if it has none."""
     gpus_per_node: int | None = at_least(0, 0)
-    """Null, with `cluster=local` only: use GPUs if this machine has one for each rank, else the CPU."""
+    """GPUs per node. Null, with `cluster=local` only: one for each rank if this machine has GPUs, else the CPU."""
     gpu_type: str | None = None
     """Slurm's name of the GPU type to ask for, on clusters with several types."""
     gpu_memory_gib: float | None = at_least(1, None)
@@ -595,6 +596,12 @@ class Cluster:
     """Name of the cluster: the name of its YAML file."""
     executor: Executor = MISSING
     """`slurm`: submit jobs. `local`: run them on this machine, one after the other."""
+    gpus: int | None = at_least(0, None)
+    """GPUs that training uses, on all nodes together. Sets `nodes`, `ranks_per_node` and `gpus_per_node` of `cluster.train`, whose
+    `gpus_per_node` says how many a node has. 0, with `cluster=local` only: the CPU. Null: as `cluster.train` says."""
+    partition: str | None = None
+    """Slurm partition of all jobs: sets `partition` of `cluster.train`, `cluster.cpu` and `cluster.inference`. Null: what these
+    say."""
     train: Resources = field(default_factory=Resources)
     """Resources for preflight and train."""
     cpu: Resources = field(default_factory=Resources)

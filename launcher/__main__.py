@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["run"]:
         return launch(words[1:], prog=f"{prog} run")
+    if words[:1] in (["-sc"], ["--shell-completion"]):  # what a shell calls to complete `muster run ...`
+        return launch(words, prog=prog)
     if words and "=" in words[0]:
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2

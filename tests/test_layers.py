@@ -211,6 +211,7 @@ def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
         "launcher.sync",  # the commands of trackers
         "launcher.version",  # git
         "launcher.check.local_gpus",  # nvidia-smi
+        "launcher.submit.local_executor",  # submitit's controller
     }
 
 

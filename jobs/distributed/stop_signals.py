@@ -69,7 +69,9 @@ class StopFlag:
         if self.file is None or time.monotonic() < self._next_file_check:
             return None
         self._next_file_check = time.monotonic() + FILE_CHECK_S
-        return ("stopped", "asked to stop by muster stop") if self.file.exists() else None
+        if not self.file.exists():
+            return None
+        return "stopped", self.file.read_text(encoding="utf-8") or "asked to stop by muster stop"
 
     def agree_on_request(self) -> Request:
         """The status and reason that all ranks record. All ranks call this once any of them has a request."""

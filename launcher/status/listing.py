@@ -76,7 +76,7 @@ def _runs(folder: Path, levels: int) -> Iterator[Path]:
 
 def _summary(run: Path, started: dict[str, record.StartedJob], in_slurm: dict[str, slurm.SlurmJob]) -> Summary:
     jobs = state.states_of(run, started, in_slurm)
-    last, launched = _last_step(run), _first_launch(run)
+    last, launched = last_step(run), _first_launch(run)
     word = overall(jobs, is_held=lock.holder(run) is not None)
     trains = word.startswith("running") and last.get("left_s") is not None
     left_s = max(0.0, last["left_s"] - (time.time() - _changed(run / "metrics.jsonl"))) if trains else None
@@ -98,7 +98,7 @@ def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
     return "completed" if jobs else "no job"
 
 
-def _last_step(run: Path) -> dict[str, Any]:
+def last_step(run: Path) -> dict[str, Any]:
     """The last line of metrics.jsonl that has a loss; empty before the first step."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:

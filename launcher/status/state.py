@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from conf.files import write_text
 from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts, lock, record
-from launcher.run_folder.status import COMPLETED
+from launcher.run_folder.status import COMPLETED, STOPPED
 from launcher.status import missing_verdict, ownership
+from launcher.supervise import attempt
 
 STARTS_AGAIN_S = 5.0
 """How long an ended job is watched that Slurm may put back into the queue."""
@@ -196,8 +198,16 @@ def cancel(run: Path) -> list[str]:
         slurm.cancel(slurm_ids)
     for job in live:
         if job.job_id not in slurm_ids:
-            os.kill(int(job.job_id), signal.SIGINT)  # submitit's local controller then ends its ranks
+            _end_here(run / "jobs" / job.name, job)
     return [job.name for job in live] + [job.name for job in others]
+
+
+def _end_here(folder: Path, job: JobState) -> None:
+    """End a job on this machine at once, with its ranks, and record why."""
+    if job.attempt is not None:
+        attempt.record_end(folder, job.attempt, 0, STOPPED, "cancelled by muster cancel, without saving")
+    with suppress(ProcessLookupError):
+        os.killpg(int(job.job_id), signal.SIGKILL)
 
 
 def stop(run: Path) -> Path:

@@ -220,9 +220,9 @@ A cell is the largest relative difference from the reference, in loss or gradien
 
 {table}
 
-`python -m tests.jobs.numerics --gpu` trains the same in float32 on GPUs, compiled, over NCCL. On one H200 that four ranks share (torch
-2.11, transformers 5.17, November 2026), the seven layouts with context or tensor ranks differ by at most 6.4e-06: packed rows, tied
-embeddings, full or LoRA, 12 cases in 440 s.
+`python -m tests.jobs.numerics --gpu` trains the same in float32 on GPUs, compiled, over NCCL. On one H200 that four ranks share
+(torch 2.11, transformers 5.17, November 2026), the seven layouts with context or tensor ranks differ by at most 6.4e-06: packed
+rows, tied embeddings, full or LoRA, 12 cases in 440 s.
 """
 
 

@@ -387,7 +387,7 @@ def test_a_foreign_config_as_an_experiment_is_refused_with_the_command(tmp_path:
         [sys.executable, ROOT / "launch.py", path], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert f"python -m launcher import {path}" in done.stderr
+    assert f"muster import {path}" in done.stderr
 
 
 def test_the_page_has_every_key() -> None:
