@@ -14,8 +14,8 @@ from conf.schema import Config, Generate
 from jobs.evaluation import answer_checks, prompts
 from jobs.evaluation.load_model import describe, load, load_base
 from jobs.evaluation.prompts import Prompt
-from jobs.report.pages import render_page
 from jobs.tokenization.tokenizer import load_tokenizer
+from pages.render import render_page
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from conf.visible import visible
 from jobs.data.batches import Rows
 from jobs.data.quality_gates import Verdict
 from jobs.report import charts
-from jobs.report.pages import render_page
 from jobs.report.terminal import GREEN, RESET
 from jobs.report.token_view import Decoder, LocationOf, SampleView, terminal_text, view_sample
+from pages.render import render_page
 
 SAMPLES = {"train": 8, "validation": 2}
 """Number of samples of each split on the page."""

@@ -10,7 +10,7 @@ from conf.errors import DataError
 from jobs import generate
 from jobs.evaluation import answer_checks, prompts
 from tests.conftest import ROOT
-from tests.jobs.report.test_data_preview import Parsed
+from tests.pages.html import Parsed
 
 EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 

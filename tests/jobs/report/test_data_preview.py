@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,48 +12,12 @@ from jobs.data import batches, quality_gates, token_dataset
 from jobs.data.quality_gates import Findings
 from jobs.report import charts, data_preview, token_view
 from tests.conftest import ROOT
-
-EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
-VOID = {"meta", "line", "rect", "link", "img", "br"}
-OPTIONAL = {"th", "td", "tr", "li"}
-"""Elements whose end tag HTML allows to leave out."""
+from tests.pages.html import EVIL, parsed
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
-
-
-@dataclass
-class Parsed(HTMLParser):
-    """Collects the elements and the text of a page, and checks that elements are closed in order."""
-
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    opened: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        super().__init__()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID | OPTIONAL:
-            self.opened.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID | OPTIONAL:
-            assert self.opened.pop() == tag
-
-    def handle_data(self, text):
-        self.texts.append(text)
-
-
-def parsed(text):
-    found = Parsed()
-    found.feed(text)
-    found.close()
-    assert not found.opened
-    return found
 
 
 def encoded(tokenizer, *turns):

@@ -1,0 +1,93 @@
+"""Renders a comparison of runs: the cells of its table, and the page with their curves."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.status.comparison import ComparedRun, best_run, caution, differing_keys
+from pages.curves import Chart, Series, drawn, points
+from pages.render import render_page
+
+KEY_COLUMNS = 6
+"""Most differing keys that the table shows; the page lists all of them."""
+ALL_POINTS = 8000
+"""Points of a chart, divided among its runs, so that the page stays below 1 MB."""
+SMOOTHING = 0.8
+CURVES = (
+    ("Training loss", "nats per token", "loss", "plain"),
+    ("Held-out loss", "nats per token", "eval_loss", "plain"),
+    ("Learning rate", "learning rate", "learning_rate", "small"),
+    ("Speed", "tokens/s, all ranks", "tokens_per_s", "count"),
+)
+"""Title, axis, name in metrics.jsonl, and how numbers are written."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row per run."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    best: int | None
+    """The row with the lowest held-out loss."""
+    notes: list[str]
+
+
+def table(runs: Sequence[ComparedRun], cost: float | None) -> Table:
+    """The results, and the first keys that differ. cost: of a GPU-hour; None leaves it out."""
+    keys = differing_keys(runs)
+    some = list(keys)[:KEY_COLUMNS]
+    uses_gpus = any(run.gpu_hours is not None for run in runs)
+    headings = ["run", "best held-out loss", "at step", "training loss", "step", "tokens/s"]
+    headings += ["GPU-hours"] * uses_gpus + ["cost"] * (uses_gpus and cost is not None) + ["state", *some]
+    rows = []
+    for index, run in enumerate(runs):
+        best, hours = run.best, run.gpu_hours
+        row = [run.name, _text(best and best[1], ".4f"), _text(best and best[0], ","), _text(run.loss, ".4f")]
+        row += [_text(run.step, ",") + (f"/{run.steps:,}" if run.steps and run.step is not None else "")]
+        row += [_text(run.tokens_per_s, ",.0f")]
+        row += [_text(hours, ".3g")] * uses_gpus
+        if uses_gpus and cost is not None:
+            row.append(_text(None if hours is None else hours * cost, ",.2f"))
+        rows.append([*row, run.status, *(keys[key][index] for key in some)])
+    winner = best_run(runs)
+    more = len(keys) - len(some)
+    notes = [
+        caution(keys),
+        "no run has used GPUs, so there are no GPU-hours and no cost" if cost is not None and not uses_gpus else "",
+        f"{more} more keys differ; the page lists them" if more else "",
+    ]
+    return Table(headings, rows, None if winner is None else list(runs).index(winner), [text for text in notes if text])
+
+
+def render_html(runs: Sequence[ComparedRun], cost: float | None) -> str:
+    """The page: one file that needs no other."""
+    keys = differing_keys(runs)
+    charts = drawn(_chart(runs, *curve) for curve in CURVES)
+    most = max(50, min(600, ALL_POINTS // len(runs)))
+    return render_page(
+        "compare.html.j2",
+        runs=[{"name": run.name, "folder": str(run.folder), "every": run.every} for run in runs],
+        table=table(runs, cost),
+        keys=keys,
+        caution=caution(keys),
+        cost=cost,
+        written=time.strftime("%Y-%m-%d %H:%M %Z"),
+        charts=charts,
+        data={
+            "charts": [chart.as_json(most) for chart in charts],
+            "smoothing": SMOOTHING,
+            "raw": False,
+            "shared": True,
+        },
+    )
+
+
+def _chart(runs: Sequence[ComparedRun], title: str, axis: str, name: str, number: str) -> Chart:
+    smooth, dots = name in ("loss", "tokens_per_s"), name == "eval_loss"
+    series = [Series(run.name, points(run.lines, name), index, dots, smooth) for index, run in enumerate(runs)]
+    return Chart(title, axis, series, number, note="smoothed by the slider" if smooth else "")
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
