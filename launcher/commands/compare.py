@@ -23,12 +23,13 @@ def execute(options: argparse.Namespace) -> int:
     runs = comparison.read([path.resolve() for path in options.runs])
     if options.out.is_dir():
         raise UserError(Problem("--out", options.out, "is a folder: name a file, as in --out compare.html"))
-    write_text(options.out, comparison_page.render_html(runs, options.cost))
+    results = comparison_page.table(runs, options.cost)
+    write_text(options.out, comparison_page.render_html(runs, results, options.cost))
     if options.json:
         keys = comparison.differing_keys(runs)
         print(json.dumps({"runs": [run.as_json(options.cost) for run in runs], "differing_keys": keys}, indent=2))
         return 0
-    tables.comparison(comparison_page.table(runs, options.cost))
+    tables.comparison(results)
     print(f"page      {visible(str(options.out))}")
     return 0
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from launcher.status import listing
 from pages import attempts
 from pages.curves import Line, Point, median, number, points
 
-MOST_LINES = 1500
+MOST_LINES = 800
 """Lines of a metrics.jsonl that are parsed beside those of evaluations. Of a longer one, every second (third, ...) line is."""
 OWN_KEYS = ("name", "run_dir")
 """Keys that differ between all runs."""
@@ -53,35 +54,28 @@ class ComparedRun:
     """Lines of metrics.jsonl: all evaluations, and one step in `every`."""
     every: int
 
-    @property
-    def step(self) -> int | None:
-        """The last step of training."""
-        found = points(self.lines, "loss")
-        return found[-1][0] if found else None
+    @cached_property
+    def last(self) -> Point | None:
+        """(step, training loss) of the last step."""
+        return next((found[0] for line in reversed(self.lines) if (found := points([line], "loss"))), None)
 
-    @property
+    @cached_property
     def steps(self) -> int | None:
         """The steps that the config asks for; None if it counts epochs."""
         text = self.config.get("train.steps", "")
         return int(text) if text.isdecimal() else None
 
-    @property
-    def loss(self) -> float | None:
-        """The last training loss."""
-        found = points(self.lines, "loss")
-        return found[-1][1] if found else None
-
-    @property
+    @cached_property
     def best(self) -> Point | None:
         """(step, value) of the lowest held-out loss."""
         return min(points(self.lines, "eval_loss"), key=lambda point: point[1], default=None)
 
-    @property
+    @cached_property
     def tokens_per_s(self) -> float | None:
         """The median step's, of all ranks."""
         return median(self.lines, "tokens_per_s")
 
-    @property
+    @cached_property
     def gpu_hours(self) -> float | None:
         """Of all attempts of the training, also of what restarts have lost. None on CPUs, and before the first attempt."""
         gpus = self.config.get("cluster.train.gpus_per_node", "")
@@ -112,9 +106,9 @@ class ComparedRun:
             "run": str(self.folder),
             "name": self.name,
             "status": self.status,
-            "step": self.step,
+            "step": self.last and self.last[0],
             "steps": self.steps,
-            "loss": self.loss,
+            "loss": self.last and self.last[1],
             "best_held_out_loss": best and best[1],
             "best_step": best and best[0],
             "tokens_per_s": self.tokens_per_s,
@@ -204,10 +198,9 @@ def _flatten(value: Any, key: str, flat: dict[str, str]) -> None:
 
 def _lines(path: Path) -> tuple[list[Line], int]:
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = path.read_bytes().splitlines()
     except FileNotFoundError:
         return [], 1
-    every = -(-len(texts) // MOST_LINES) or 1
-    last = len(texts) - 1
-    chosen = (text for n, text in enumerate(texts) if n % every == 0 or n == last or '"eval_loss"' in text)
-    return [line for line in map(metrics_line, chosen) if line is not None], every
+    every, last = -(-len(texts) // MOST_LINES) or 1, len(texts) - 1
+    chosen = [text for n, text in enumerate(texts) if n % every == 0 or n == last or b'"eval_loss"' in text]
+    return [line for text in chosen if (line := metrics_line(text.decode(errors="replace"))) is not None], every

@@ -43,8 +43,13 @@ def table(runs: Sequence[ComparedRun], cost: float | None) -> Table:
     rows = []
     for index, run in enumerate(runs):
         best, hours = run.best, run.gpu_hours
-        row = [run.name, _text(best and best[1], ".4f"), _text(best and best[0], ","), _text(run.loss, ".4f")]
-        row += [_text(run.step, ",") + (f"/{run.steps:,}" if run.steps and run.step is not None else "")]
+        row = [
+            run.name,
+            _text(best and best[1], ".4f"),
+            _text(best and best[0], ","),
+            _text(run.last and run.last[1], ".4f"),
+        ]
+        row += [_text(run.last and run.last[0], ",") + (f"/{run.steps:,}" if run.steps and run.last else "")]
         row += [_text(run.tokens_per_s, ",.0f")]
         row += [_text(hours, ".3g")] * uses_gpus
         if uses_gpus and cost is not None:
@@ -60,15 +65,15 @@ def table(runs: Sequence[ComparedRun], cost: float | None) -> Table:
     return Table(headings, rows, None if winner is None else list(runs).index(winner), [text for text in notes if text])
 
 
-def render_html(runs: Sequence[ComparedRun], cost: float | None) -> str:
-    """The page: one file that needs no other."""
+def render_html(runs: Sequence[ComparedRun], results: Table, cost: float | None) -> str:
+    """The page: one file that needs no other. results: what `table` has returned."""
     keys = differing_keys(runs)
     charts = drawn(_chart(runs, *curve) for curve in CURVES)
     most = max(50, min(600, ALL_POINTS // len(runs)))
     return render_page(
         "compare.html.j2",
         runs=[{"name": run.name, "folder": str(run.folder), "every": run.every} for run in runs],
-        table=table(runs, cost),
+        table=results,
         keys=keys,
         caution=caution(keys),
         cost=cost,

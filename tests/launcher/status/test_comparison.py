@@ -140,9 +140,9 @@ def test_a_long_run_is_read_in_part_with_all_its_evaluations(tmp_path: Path) -> 
     lines += [{"step": step, "eval_loss": 2.0 - step / 20_000} for step in range(7, 20_001, 1000)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     [read, _] = comparison.read([run, run_folder(tmp_path / "other")])
-    assert read.every == 14
+    assert read.every == 26
     assert len(read.lines) < comparison.MOST_LINES + 30
-    assert (read.step, read.best) == (19_993, (19_007, 2.0 - 19_007 / 20_000))
+    assert (read.last, read.best) == ((19_995, 1.0), (19_007, 2.0 - 19_007 / 20_000))
 
 
 @pytest.mark.parametrize(
