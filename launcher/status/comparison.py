@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RunError
+from conf.resolve import flat
 from launcher.run_folder.attempts import metrics_line
 from launcher.status import listing
 from pages import attempts
@@ -177,23 +178,15 @@ def _config(path: Path) -> dict[str, str]:
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, PermissionError):
-            raise
+        return {key: _as_yaml(value) for key, value in flat(content if isinstance(content, dict) else {}).items()}
+    except (FileNotFoundError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise RunError(Problem("RUN", path, f"cannot be read: {str(error).splitlines()[0]}")) from error
-    flat: dict[str, str] = {}
-    _flatten(content, "", flat)
-    return flat
 
 
-def _flatten(value: Any, key: str, flat: dict[str, str]) -> None:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            _flatten(inner, f"{key}.{name}" if key else str(name), flat)
-    elif isinstance(value, list):
-        flat[key] = f"[{', '.join(map(str, value))}]"
-    else:
-        flat[key] = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _lines(path: Path) -> tuple[list[Line], int]:
