@@ -16,9 +16,14 @@ MICRO_BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars as (left, width, height, label), ticks and a mark as (position, label). All numbers are percent of the chart."""
+    """Bars as (left, width, height, label), names of the axes, ticks and a mark as (position, label).
+
+    All numbers are percent of the chart.
+    """
 
     bars: list[tuple[float, float, float, str]]
+    x_name: str
+    y_name: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     mark: tuple[float, str] | None = None
@@ -51,6 +56,7 @@ def length_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram |
         [percent(edge) for edge in edges.tolist()],
         counts,
         labels,
+        x_name="tokens of a sample" + (", log scale" if logarithmic else ""),
         x_ticks=[(percent(tick), f"{tick:,}") for tick in ticks],
         mark=(percent(max_length), f"max_length {max_length:,}"),
         unit="sample",
@@ -62,7 +68,9 @@ def fill_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram:
     counts = np.bincount(np.minimum((lengths - 1) * 50 // max_length, 49), minlength=50)
     labels = [f"{2 * step}-{2 * step + 2}% full" for step in range(50)]
     ticks = [(float(tick), f"{tick}%") for tick in (0, 25, 50, 75, 100)]
-    return _histogram([2.0 * step for step in range(51)], counts, labels, x_ticks=ticks, unit="row")
+    return _histogram(
+        [2.0 * step for step in range(51)], counts, labels, x_name="how full a row is", x_ticks=ticks, unit="row"
+    )
 
 
 def _histogram(
@@ -70,6 +78,7 @@ def _histogram(
     counts: NDArray[np.int64],
     labels: list[str],
     *,
+    x_name: str,
     x_ticks: list[tuple[float, str]],
     mark: tuple[float, str] | None = None,
     unit: str,
@@ -82,7 +91,7 @@ def _histogram(
         if count
     ]
     y_ticks = [(100 * tick / highest, _abbreviated(tick)) for tick in _round_integers(0, highest, 4) if tick]
-    return Histogram(bars, x_ticks, y_ticks, mark)
+    return Histogram(bars, x_name, f"{unit}s", x_ticks, y_ticks, mark)
 
 
 def padding(lengths: NDArray[np.int64], seed: int) -> list[tuple[int, float]]:

@@ -18,6 +18,8 @@ MOST_LINES = 800
 """Lines of a metrics.jsonl that are parsed beside those of evaluations. Of a longer one, every second (third, ...) line is."""
 OWN_KEYS = ("name", "run_dir")
 """Keys that differ between all runs."""
+FIRST = ("train.", "adapter.", "model.", "data.", "parallel.")
+"""Sections of the config that come first in a list of keys."""
 NOT_THERE = "(not there)"
 HELD_OUT_KEYS = (
     "model.source",
@@ -132,8 +134,9 @@ def read(folders: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_keys(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
-    """The values of each key that is not the same in all runs, in the order of the runs."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in OWN_KEYS)
+    """The values of each key that is not the same in all runs, in the order of the runs. What matters most comes first."""
+    found = dict.fromkeys(key for run in runs for key in run.config if key not in OWN_KEYS)
+    keys = sorted(found, key=lambda key: next((n for n, name in enumerate(FIRST) if key.startswith(name)), len(FIRST)))
     values = {key: [run.config.get(key, NOT_THERE) for run in runs] for key in keys}
     return {key: of_key for key, of_key in values.items() if len(set(of_key)) > 1}
 

@@ -10,6 +10,8 @@ from pages.render import render_page
 
 KEY_COLUMNS = 6
 """Most differing keys that the table shows; the page lists all of them."""
+VALUE_LENGTH = 40
+"""Most characters of a value in the table; the page has the whole value in its list of keys."""
 ALL_POINTS = 8000
 """Points of a chart, divided among its runs, so that the page stays below 1 MB."""
 SMOOTHING = 0.8
@@ -28,6 +30,8 @@ class Table:
 
     headings: list[str]
     rows: list[list[str]]
+    key_column: int
+    """The first column with a key; such values may be long."""
     best: int | None
     """The row with the lowest held-out loss."""
     notes: list[str]
@@ -54,7 +58,7 @@ def table(runs: Sequence[ComparedRun], cost: float | None) -> Table:
         row += [_text(hours, ".3g")] * uses_gpus
         if uses_gpus and cost is not None:
             row.append(_text(None if hours is None else hours * cost, ",.2f"))
-        rows.append([*row, run.status, *(keys[key][index] for key in some)])
+        rows.append([*row, run.status, *(shortened(keys[key][index]) for key in some)])
     winner = best_run(runs)
     more = len(keys) - len(some)
     notes = [
@@ -62,7 +66,13 @@ def table(runs: Sequence[ComparedRun], cost: float | None) -> Table:
         "no run has used GPUs, so there are no GPU-hours and no cost" if cost is not None and not uses_gpus else "",
         f"{more} more keys differ; the page lists them" if more else "",
     ]
-    return Table(headings, rows, None if winner is None else list(runs).index(winner), [text for text in notes if text])
+    return Table(
+        headings,
+        rows,
+        len(headings) - len(some),
+        None if winner is None else list(runs).index(winner),
+        [text for text in notes if text],
+    )
 
 
 def render_html(runs: Sequence[ComparedRun], results: Table, cost: float | None) -> str:
@@ -92,6 +102,11 @@ def _chart(runs: Sequence[ComparedRun], title: str, axis: str, name: str, number
     smooth, dots = name in ("loss", "tokens_per_s"), name == "eval_loss"
     series = [Series(run.name, points(run.lines, name), index, dots, smooth) for index, run in enumerate(runs)]
     return Chart(title, axis, series, number, note="smoothed by the slider" if smooth else "")
+
+
+def shortened(value: str) -> str:
+    """A value that fits into a column."""
+    return value if len(value) <= VALUE_LENGTH else value[: VALUE_LENGTH - 3] + "..."
 
 
 def _text(value: float | None, form: str) -> str:

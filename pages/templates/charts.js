@@ -166,10 +166,10 @@
       add(line, "span", {}, texts[n]);
     });
     if (found.length > TIP_LINES) add(chart.tip, "div", {}, `and ${found.length - TIP_LINES} more below`);
-    const isRight = x > chart.plot.clientWidth / 2;
-    chart.tip.style.left = isRight ? "auto" : `${x + 10}px`;
-    chart.tip.style.right = isRight ? `${chart.plot.clientWidth - x + 10}px` : "auto";
     chart.tip.hidden = false;
+    const width = chart.plot.clientWidth, own = chart.tip.offsetWidth;
+    const left = x > width / 2 ? x - own - 10 : x + 10;
+    chart.tip.style.left = `${Math.min(Math.max(0, left), width - own)}px`;
   };
 
   const goTo = (chart, wanted) => {

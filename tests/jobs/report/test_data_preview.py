@@ -83,6 +83,9 @@ def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_
         max_length=max_length,
         packed=packed,
         verdicts=verdicts,
+        limits=Gates(),
+        name="tiny",
+        about=[("model", "llama8b"), ("chat template", "the tokenizer's own")],
         **more,
     )
 
@@ -183,6 +186,9 @@ def test_contents_of_rows_are_escaped(tokenizer: PreTrainedTokenizerBase) -> Non
             max_length=512,
             packed=False,
             verdicts=quality_gates.judge(findings, 1, Gates()),
+            limits=Gates(),
+            name=EVIL,
+            about=[("model", EVIL)],
         )
     )
     names = {tag for tag, _ in found.tags}
@@ -212,6 +218,24 @@ def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer: PreTraine
     assert "Why··so?⏎\n日本·⏎\n<|im_end|>" in "".join(found.texts)
     assert text.count("<s>·</s>") == 2 * 3 + 1, "once in the legend"
     assert f"<code>rows.jsonl:1</code> &middot; {len(ids)} tokens, {sum(trained)} trained" in text
+
+
+def test_the_page_names_the_run_its_axes_and_the_gates(tokenizer: PreTrainedTokenizerBase) -> None:
+    findings = Findings()
+    findings.add_many("duplicates", ["rows.jsonl:7"], 1)
+    verdicts = quality_gates.judge(findings, 9, Gates())
+    text = made_page(tokenizer, split([encoded(tokenizer, "q", "a")] * 9), verdicts=verdicts)
+    shown = " ".join(" ".join(parsed(text).texts).split())
+    for words in (
+        "Training data of tiny",
+        "model llama8b",
+        "chat template the tokenizer's own",
+        "tokens of a sample, log scale",
+    ):
+        assert words in shown
+    assert "the 12 gates that looked" in shown
+    assert "duplicates are equal to an earlier row 1 20.0%" in shown
+    assert "overlong are longer than data.max_length 0 20.0%" in shown
 
 
 def test_cut_samples_have_a_note(tokenizer: PreTrainedTokenizerBase) -> None:
