@@ -9,7 +9,7 @@ from conf.errors import Problem, UserError
 from conf.files import write_text
 from conf.visible import visible
 from launcher.commands.arguments import add_json
-from launcher.status import comparison, comparison_page, tables
+from launcher.status import comparison, comparison_page, comparison_table, tables
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     runs = comparison.read([path.resolve() for path in options.runs])
-    if options.out.is_dir():
-        raise UserError(Problem("--out", options.out, "is a folder: name a file, as in --out compare.html"))
-    results = comparison_page.table(runs, options.cost)
-    write_text(options.out, comparison_page.render_html(runs, results, options.cost))
+    results = comparison_table.table(runs, options.cost)
+    page = comparison_page.render_html(runs, results, options.cost)
+    try:
+        write_text(options.out, page)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}): name a file, as in --out compare.html"
+        raise UserError(Problem("--out", options.out, reason)) from error
     if options.json:
         keys = comparison.differing_keys(runs)
         print(json.dumps({"runs": [run.as_json(options.cost) for run in runs], "differing_keys": keys}, indent=2))

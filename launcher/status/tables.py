@@ -11,7 +11,7 @@ from conf.visible import visible
 from launcher.run_folder.attempts import metrics
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
-from launcher.status.comparison_page import Table as ComparisonTable
+from launcher.status.comparison_table import Table as ComparisonTable
 from launcher.status.listing import Summary
 from launcher.status.state import JobState
 

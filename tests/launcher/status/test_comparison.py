@@ -153,7 +153,8 @@ def test_a_long_run_is_read_in_part_with_all_its_evaluations(tmp_path: Path) -> 
         (["here", "broken"], "config.yaml: cannot be read"),
         (["here", "other", "--cost", "nan"], "is not a price"),
         (["here", "other", "--cost", "-1"], "is not a price"),
-        (["here", "other", "--out", "."], "--out"),
+        (["here", "other", "--out", "here"], "--out=here: cannot be written"),
+        (["here", "other", "--out", "here/config.yaml/x"], "--out=here/config.yaml/x: cannot be written"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
