@@ -116,6 +116,9 @@ def render_html(name: str, about: list[Fact], summary: dict[str, Any], answers: 
         name=name,
         about=[("base" if title == "model" else title, value) for title, value in about],
         summary=summary,
+        settings=[
+            (key, value) for key, value in summary["settings"].items() if value is not None and key != "compare_base"
+        ],
         answers=answers,
         meanings=answer_checks.FAULTS,
     )

@@ -48,7 +48,7 @@ def pictures(folder: Path) -> int:
         f"generate.prompts={prompts}",
     )
     train(folder / "tuned", *of_demo, "train.steps=20", "train.learning_rate=1e-3", "generate.max_new_tokens=40")
-    compare = folder / "compare.html"
+    compare = folder / "sweep/compare.html"
     run(sys.executable, "-m", "launcher", "compare", str(folder / "sweep"), "--out", str(compare))
 
     pages = {
@@ -59,7 +59,10 @@ def pictures(folder: Path) -> int:
     }
     new = folder / "pictures"
     new.mkdir(exist_ok=True)
-    named = [f"{name}={path}" for name, path in pages.items()]
+    for name, path in pages.items():  # without the paths of this machine
+        text = path.read_text(encoding="utf-8").replace(str(folder), "runs").replace(str(ROOT), "~/muster")
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    named = [f"{name}={folder / name}.html" for name in pages]
     checked = subprocess.run(
         ["node", str(ROOT / "tests/pages/browser.mjs"), str(MODULES), str(new), *named], check=False
     )
