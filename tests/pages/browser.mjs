@@ -17,22 +17,27 @@ const MOST_HEIGHT = 1900; // of a picture
 const result = { pages: pages.length, pictures: 0, axe_runs: 0, axe_rules_passed: 0, axe_violations: 0, requests: 0, problems: 0 };
 const problem = (text) => { result.problems++; console.log(`PROBLEM ${text}`); };
 
-/** A chart shows the value of the step under the pointer, moves with the keys, and is drawn anew by the slider. */
-const tryChart = async (page, place) => {
-  const plot = page.locator(".plot").first();
-  const box = await plot.boundingBox();
-  await plot.hover({ position: { x: box.width * 0.6, y: box.height / 2 } });
-  const shown = await plot.locator(".tip").innerText();
-  const right = await page.evaluate((shown) => {
+/** Whether the first curve's value in a tip is the mean whose weights are written out here, unlike in the page's recursion. */
+const isRight = (page, shown) =>
+  page.evaluate((shown) => {
     const series = JSON.parse(document.getElementById("data").textContent).charts[0].series[0];
     const step = Number(shown.match(/step ([\d,]+)/)[1].replaceAll(",", ""));
     const weight = Number(document.querySelector("input[name=smoothing]").value);
-    const until = series.x.indexOf(step) + 1; // weights written out, independent of the page's own recursion
+    const until = series.x.indexOf(step) + 1;
     const weights = series.y.slice(0, until).map((_, i) => weight ** (until - 1 - i));
     const mean = weights.reduce((sum, w, i) => sum + w * series.y[i], 0) / weights.reduce((sum, w) => sum + w, 0);
     return shown.includes(`${series.name} ${mean.toFixed(4)}`);
   }, shown);
-  if (!right) problem(`${place}: the value at the pointer is wrong: ${shown}`);
+
+/** A chart shows the value of the step under the pointer, moves with the keys, and is drawn anew by the slider. */
+const tryChart = async (page, place) => {
+  const plot = page.locator(".plot").first();
+  const box = await plot.boundingBox();
+  for (const part of [0.2, 0.6]) { // near the first step, and later
+    await plot.hover({ position: { x: box.width * part, y: box.height / 2 } });
+    const shown = await plot.locator(".tip").innerText();
+    if (!(await isRight(page, shown))) problem(`${place}: the value at the pointer is wrong: ${shown}`);
+  }
   const others = await page.locator(".plot .tip:visible").count();
   if (others < 2) problem(`${place}: the other charts do not show the step`);
   await page.mouse.move(1, 1);
