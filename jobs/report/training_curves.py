@@ -44,6 +44,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     trained = [line for line in lines if "loss" in line]
     charts = drawn(_charts(lines, trained))
+    last_step = trained[-1]["step"] if trained else None
     found = attempts.read(Path(config.run_dir))
     started = found[0].started if found else lines[0]["time"] if lines else now
     of_run = [*run_facts.model(config), run_facts.data(config), ("hardware", progress.hardware)]
@@ -63,7 +64,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
         warnings=progress.warnings,
         charts=charts,
         phases=_phases(trained),
-        attempts=[_span(one, found, progress.state, now) for one in found],
+        attempts=[_span(one, found, progress.state, last_step, now) for one in found],
         settings=[*of_run, *run_facts.settings(config, progress.ranks, progress.steps)],
         config_text=run_facts.config_text(config),
         data={
@@ -136,11 +137,16 @@ def _phases(trained: list[Line]) -> list[tuple[str, float, float]]:
     return [(name.removesuffix("_s"), last[name], 100 * last[name] / total) for name in PHASES] if total else []
 
 
-def _span(one: attempts.Attempt, found: list[attempts.Attempt], state: str, now: float) -> dict[str, Any]:
-    """One row of the timeline. Positions are in percent of the time since the first attempt began."""
+def _span(
+    one: attempts.Attempt, found: list[attempts.Attempt], state: str, last_step: int | None, now: float
+) -> dict[str, Any]:
+    """One row of the timeline. Positions are in percent of the time since the first attempt began.
+
+    The verdict on the newest attempt is written after this page: until then, `state` and `last_step` are its.
+    """
     is_newest = one is found[-1]
-    # the verdict is written after this page
     status = one.status or (state if is_newest else "no verdict")
+    step = last_step if is_newest and one.step is None else one.step
     follower = now if is_newest else found[found.index(one) + 1].started
     ended = one.ended or follower
     begin, length = found[0].started, max(1e-9, now - found[0].started)
@@ -154,7 +160,7 @@ def _span(one: attempts.Attempt, found: list[attempts.Attempt], state: str, now:
         "status": status,
         "look": LOOKS.get(status, "stop"),
         "resumed": "" if one.resumed is None else f"{one.resumed:,}",
-        "step": "" if one.step is None else f"{one.step:,}",
+        "step": "" if step is None else f"{step:,}",
         "host": one.host,
         "reason": one.reason,
     }

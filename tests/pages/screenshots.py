@@ -1,7 +1,7 @@
 """Takes the pictures of docs/pages and checks the pages in headless Chromium: `python -m tests.pages.screenshots [RUNS]`.
 
-Trains the demo, the demo's model once more (for answers of before and after), and three learning rates, all on CPUs, into the
-folder RUNS. What is there already is not trained again. `make screenshots` installs the browser first.
+Trains the demo, three learning rates, and a model that is then trained further (for answers of before and after), all on CPUs,
+into the folder RUNS. What is there already is not trained again. `make screenshots` installs the browser first.
 """
 
 import json
@@ -35,19 +35,16 @@ def main() -> int:
 
 def pictures(folder: Path) -> int:
     """Train what is missing, write the pictures, and return the exit code of the browser's checks."""
-    train(folder / "demo", "generate.max_new_tokens=40")
+    train(folder / "demo")
     for rate in RATES:
         words = ("pipeline=train", "train.steps=60", "train.eval_every=10", f"train.learning_rate={rate}")
         train(folder / "sweep" / f"lr-{rate}", *words)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": ask, "reference": answer}) + "\n" for ask, answer in PROMPTS))
-    of_demo = (
-        f"model.source={folder / 'demo/model'}",
-        "model=hub",
-        "generate.compare_base=true",
-        f"generate.prompts={prompts}",
-    )
-    train(folder / "tuned", *of_demo, "train.steps=20", "train.learning_rate=1e-3", "generate.max_new_tokens=40")
+    train(folder / "base", "train.steps=50", f"generate.prompts={prompts}")
+    of_base = (f"model.source={folder / 'base/model'}", "model=hub", "generate.compare_base=true")
+    answers = (f"generate.prompts={prompts}", "generate.max_new_tokens=40")
+    train(folder / "tuned", *of_base, *answers, "train.steps=100", "train.learning_rate=3e-3")
     compare = folder / "sweep/compare.html"
     run(sys.executable, "-m", "launcher", "compare", str(folder / "sweep"), "--out", str(compare))
 

@@ -122,7 +122,7 @@ def test_attempts_are_a_timeline(config: Config) -> None:
     write_json(folder / "attempt-1.json", ended)
     shown = texts_of(page(config, state="stopped"))
     assert re.search(r"1 \S+ \S+ \S+ 0:10:00 preempted 4 5 n1 Slurm asked", shown)
-    assert re.search(r"2 \S+ \S+ \S+ \S+ stopped 4 n2", shown)
+    assert re.search(r"2 \S+ \S+ \S+ \S+ stopped 4 9 n2", shown)
 
 
 def test_links_lead_to_the_other_pages(config: Config) -> None:
