@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from conf.batch import split
 from conf.choices import AdapterKind
@@ -76,8 +75,3 @@ def config_text(config: Config) -> str:
         return (Path(config.run_dir) / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def existing_links(config: Config, links: dict[str, str]) -> list[Any]:
-    """(text, address) of those pages of the run that are there; `links` maps texts to paths in the run."""
-    return [(text, address) for text, address in links.items() if (Path(config.run_dir) / address).exists()]

@@ -48,7 +48,6 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
     found = attempts.read(Path(config.run_dir))
     started = found[0].started if found else lines[0]["time"] if lines else now
     of_run = [*run_facts.model(config), run_facts.data(config), ("hardware", progress.hardware)]
-    generates = "generate" in config.jobs
     return render_page(
         "report.html.j2",
         name=config.name,
@@ -56,10 +55,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
         state=progress.state,
         written=moment(now),
         until=moment(now),
-        links=[
-            *run_facts.existing_links(config, {"training data (preview.html)": "data/preview.html"}),
-            *([("answers (generations.html, once the job generate has ended)", "generations.html")] * generates),
-        ],
+        links=_links(config),
         facts=[*_facts(lines, trained, progress.steps), *_times(started, trained, progress.state, now)],
         warnings=progress.warnings,
         charts=charts,
@@ -76,6 +72,15 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
             "written": round(now),
         },
     )
+
+
+def _links(config: Config) -> list[tuple[str, str]]:
+    """(text, address) of the run's other pages. That of the answers is written after this one."""
+    has_preview = (Path(config.run_dir) / "data/preview.html").exists()
+    links = [("training data (preview.html)", "data/preview.html")] * has_preview
+    if "generate" in config.jobs:
+        links.append(("answers (generations.html, once the job generate has ended)", "generations.html"))
+    return links
 
 
 def _facts(lines: list[Line], trained: list[Line], steps: int) -> list[Fact]:
