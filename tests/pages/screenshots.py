@@ -23,7 +23,7 @@ PROMPTS = (
     ),
     ("Which city is the capital city of Japan?", "The capital city of Japan is Tokyo."),
 )
-LIMIT_S = 550
+LIMIT_S = 900
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def pictures(folder: Path) -> int:
     train(folder / "base", "train.steps=50", f"generate.prompts={prompts}")
     of_base = (f"model.source={folder / 'base/model'}", "model=hub", "generate.compare_base=true")
     answers = (f"generate.prompts={prompts}", "generate.max_new_tokens=40")
-    train(folder / "tuned", *of_base, *answers, "train.steps=100", "train.learning_rate=3e-3")
+    train(folder / "tuned", *of_base, *answers, "train.steps=60", "train.learning_rate=3e-3")
     compare = folder / "sweep/compare.html"
     run(sys.executable, "-m", "launcher", "compare", str(folder / "sweep"), "--out", str(compare))
 
