@@ -87,7 +87,7 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             values |= flat(value, f"{prefix}{name}.")
         else:
-            values[prefix + name] = value
+            values[f"{prefix}{name}"] = value
     return values
 
 

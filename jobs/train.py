@@ -46,7 +46,7 @@ def run(config: Config) -> None:
         heartbeat.beat("finish", step)
         training.profiler.close()
         stop_reason = stop.agree_on_request() if stopped else None
-        training.metrics.close()
+        training.metrics.close("stopped" if stop_reason else "completed")
     if stop_reason:
         stop.raise_stopped(stop_reason, step, training.last_step)
 

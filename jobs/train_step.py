@@ -97,7 +97,7 @@ def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: fl
     """Raise FloatingPointError for NaN or infinity, on all ranks: they have the same values. The step is not saved."""
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         return
-    training.metrics.write_report()
+    training.metrics.write_report("failed")
     training.saver.publish_pending()  # the pending checkpoint is of an earlier step, and good
     values = f"loss {mean_loss}, gradient norm {grad_norm}"
     remedy = "go on from an earlier checkpoint with a lower rate: muster resume RUN train.resume_step=N train.learning_rate=..."
@@ -120,6 +120,6 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     try:
         training.divergence.add_loss(step, values["loss"])
     except DivergedError:
-        metrics.write_report()
+        metrics.write_report("failed")
         training.saver.publish_pending()
         raise

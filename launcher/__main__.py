@@ -20,6 +20,7 @@ COMMANDS = {
     "import": "import_config",
     "ls": "ls",
     "status": "status",
+    "compare": "compare",
     "wait": "wait",
     "logs": "logs",
     "why": "why",

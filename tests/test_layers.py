@@ -74,7 +74,9 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {module_name(path): path for part in ("conf", "launcher", "jobs") for path in (ROOT / part).rglob("*.py")}
+FILES = {
+    module_name(path): path for part in ("conf", "pages", "launcher", "jobs") for path in (ROOT / part).rglob("*.py")
+}
 ESTIMATE = sorted(name for name in FILES if name.startswith("launcher.estimate."))
 
 
@@ -176,6 +178,14 @@ def test_conf_imports_only_omegaconf() -> None:
         if name.split(".")[0] == "conf":
             used = {item.split(".")[0] for item in imports(path)}
             assert used <= sys.stdlib_module_names | {"conf", "omegaconf"}, name
+
+
+def test_pages_import_only_conf_and_jinja2() -> None:
+    """Launcher and jobs both use them."""
+    for name, path in FILES.items():
+        if name.split(".")[0] == "pages":
+            used = {item.split(".")[0] for item in imports(path)}
+            assert used <= sys.stdlib_module_names | {"conf", "pages", "jinja2", "markupsafe"}, name
 
 
 @pytest.mark.parametrize("name", [*PURE, *ESTIMATE])

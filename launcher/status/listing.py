@@ -47,7 +47,7 @@ def summaries(folder: Path) -> list[Summary]:
     A run whose records cannot be read has the reason as its state. Raises slurm.BusyError.
     """
     started: dict[Path, dict[str, record.StartedJob] | str] = {}
-    for run in _runs(folder, DEEPEST):
+    for run in runs_below(folder):
         try:
             started[run] = record.newest_jobs(run)
         except (MusterError, OSError) as error:
@@ -62,7 +62,8 @@ def summaries(folder: Path) -> list[Summary]:
     return sorted(found, key=lambda item: (item.launched or 0.0, item.run))
 
 
-def _runs(folder: Path, levels: int) -> Iterator[Path]:
+def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
+    """The run folders in `folder`: itself, or those below it."""
     if (folder / "run.json").is_file():
         yield folder
         return
@@ -71,7 +72,7 @@ def _runs(folder: Path, levels: int) -> Iterator[Path]:
     except OSError:
         return
     for path in inside if levels else []:
-        yield from _runs(path, levels - 1)
+        yield from runs_below(path, levels - 1)
 
 
 def _summary(run: Path, started: dict[str, record.StartedJob], in_slurm: dict[str, slurm.SlurmJob]) -> Summary:

@@ -11,6 +11,7 @@ from conf.visible import visible
 from launcher.run_folder.attempts import metrics
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
+from launcher.status.comparison_table import Table as ComparisonTable
 from launcher.status.listing import Summary
 from launcher.status.state import JobState
 
@@ -69,6 +70,20 @@ def runs(found: Sequence[Summary], folder: Path) -> None:
         )
         table.add_row(*map(_cell, cells))
     _console().print(table)
+
+
+def comparison(found: ComparisonTable) -> None:
+    """Print one row per run that is compared, the best in bold, and what to keep in mind."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in found.headings:
+        table.add_column(_cell(heading), overflow="fold")
+    for number, cells in enumerate(found.rows):
+        table.add_row(*map(_cell, cells), style="bold" if number == found.best else None)
+    _console().print(table)
+    for note in found.notes:
+        _print(f"note: {note}")
 
 
 def _activity(heartbeat: dict[str, Any] | None) -> str:

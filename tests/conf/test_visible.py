@@ -66,7 +66,7 @@ def test_no_module_prints_with_rich_but_four_modules() -> None:
     root = Path(__file__).resolve().parents[2]
     users = {
         str(path.relative_to(root))
-        for folder in ("conf", "jobs", "launcher", "muster")
+        for folder in ("conf", "jobs", "launcher", "muster", "pages")
         for path in (root / folder).rglob("*.py")
         if "import Console" in path.read_text() or "import rich" in path.read_text()
     }
