@@ -49,6 +49,14 @@ def trainer_callback() -> Any:
     from transformers import TrainerCallback
 
     class MusterCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            if args.world_size != ranks:
+                raise RuntimeError(
+                    f"the Trainer trains alone on each of {ranks} ranks (it counts {args.world_size}). On nodes without GPUs, "
+                    'set TrainingArguments(ddp_backend="gloo")'
+                )
+
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
             if stop_requested():
                 control.should_save = control.should_training_stop = True

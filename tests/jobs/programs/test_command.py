@@ -77,6 +77,10 @@ Traceback (most recent call last):
   File "run.py", line 1, in main
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: train.py FAILED
 """
+NOT_COUNTED = """\
+Traceback (most recent call last):
+AssertionError: Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * world_size 4 != 4 * 1 * 2
+"""
 LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection closed by peer\n"
 
 
@@ -85,6 +89,7 @@ LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection clo
     [
         ({0: OF_TORCHRUN, 5: OUT_OF_MEMORY, 2: LOST}, 5, "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
         ({0: OF_TORCHRUN, 2: LOST}, 2, "failed", "RuntimeError: Connection closed"),
+        ({1: NOT_COUNTED}, 1, "user_error", "AssertionError: Check batch"),
         ({4: "done"}, 4, "failed", "the program ended with exit code 1; its log has no traceback"),
         ({0: "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'"}, 0, "user_error", "Mod"),
     ],
