@@ -172,6 +172,7 @@ class ProgramLauncher(Enum):
     srun = "srun"
     torchrun = "torchrun"
     accelerate = "accelerate"
+    ray = "ray"
 
 
 class Submit(Enum):

@@ -1,9 +1,25 @@
-"""Reads the Python stacks of the ranks that hang in the end of their output. Pure."""
+"""Reads the Python stacks of the ranks that hang: in the end of their output, or in the files of Ray's workers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 BEGIN = "(most recent call first)"
 IN_COLLECTIVE = "/torch/distributed/"
+
+
+def of_workers(folder: Path) -> dict[int, list[str]]:
+    """Return the stacks of Ray's workers by rank, from the files of `muster.beat`. That of the thread that trains comes last.
+
+    Ray runs the training function in a thread beside the main one, whose number is in the first line of the file.
+    """
+    found = {}
+    for path in folder.glob("*.stack"):
+        thread, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        starts = [number for number, line in enumerate(lines) if BEGIN in line]
+        blocks = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
+        blocks.sort(key=lambda block: thread in block[0])
+        found[int(path.stem)] = [line for block in blocks for line in block]
+    return found
 
 
 def text(last: Mapping[int, Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ STARTERS = {
     "torchrun": "torchrun",
     "accelerate": "accelerate",
     "deepspeed": "torchrun",
+    "ray": "ray",
     "srun": "srun",
     "mpirun": "srun",
 }

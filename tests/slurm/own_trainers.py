@@ -49,6 +49,7 @@ EXAMPLES = (
     Example("transformers.Trainer with DeepSpeed", "trainer_train.py", "torchrun", "zero3"),
     Example("TRL SFTTrainer", "sft_train.py", "accelerate", "ddp", data="rows.jsonl"),
     Example("TRL DPOTrainer", "dpo_train.py", "torchrun", "ddp", data="pairs.jsonl"),
+    Example("Ray Train", "ray_train.py", "ray", "ddp"),
 )
 
 
