@@ -51,12 +51,13 @@ class Marks:
     def line(self, line: bytes) -> bytes:
         """Return a line as it goes to the log; nothing if it is to be dropped."""
         for address, process, rank in PLACED.findall(line):
-            self.ranks[address, process] = rank
+            self.ranks[address, process] = self.ranks[b"", process] = rank
         match = LINE.fullmatch(line)
         if match is None:
             return line
-        place = (match["ip"] or self.address, match["pid"])  # Ray leaves out the address of the program's own node
-        rank = self.ranks.get(place)
+        # Ray leaves out the address of the program's own node, and has another one than 127.0.0.1
+        place = (match["ip"] or self.address, match["pid"])
+        rank = self.ranks.get(place) or (None if match["ip"] else self.ranks.get((b"", match["pid"])))
         if rank is not None:
             return b"[" + self.mark + rank + b"]:" + match["text"]
         return b"" if match["name"] == NOISE else line

@@ -51,8 +51,8 @@ def words(config: Config, place: Place, python: str, variables: Mapping[str, str
         resources = config.cluster.train
         return [
             interpreter, "-m", "muster.ray_node", f"--node={place.task}", f"--nodes={place.tasks}", f"--address={place.address}",
-            f"--port={place.port}", f"--cpus={max(ranks, ranks * (resources.cpus_per_rank or 1))}",
-            f"--gpus={resources.gpus_per_node or 0}", f"--shared={variables['MUSTER_SHARED']}", f"--local={local}",
+            f"--port={place.port}", f"--cpus={ranks * resources.cpus_per_rank}",
+            f"--gpus={resources.gpus_per_node}", f"--shared={variables['MUSTER_SHARED']}", f"--local={local}",
             f"--mark={LOG_PREFIX}", "--", *rest,
         ]  # fmt: skip
     return [

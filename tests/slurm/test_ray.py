@@ -59,7 +59,7 @@ def left_behind(run: Path) -> list[int]:
 
 def test_a_worker_that_fails_is_named(slurm: Cluster, tmp_path: Path) -> None:
     start(tmp_path / "run", "if rank == 2: raise ValueError('no such column')")
-    verdict = runs.final_verdict(tmp_path / "run", "custom")
+    verdict = runs.final_verdict(tmp_path / "run", "custom", timeout_s=400)
     assert (verdict["status"], verdict["rank"]) == ("failed", 2), verdict
     assert verdict["reason"].startswith("ValueError: no such column"), verdict
     assert not left_behind(tmp_path / "run")
@@ -67,7 +67,7 @@ def test_a_worker_that_fails_is_named(slurm: Cluster, tmp_path: Path) -> None:
 
 def test_a_worker_that_hangs_is_named(slurm: Cluster, tmp_path: Path) -> None:
     start(tmp_path / "run", "if rank == 2: wait_for_rows()", "cluster.network.step_timeout_s=20")
-    verdict = runs.final_verdict(tmp_path / "run", "custom")
+    verdict = runs.final_verdict(tmp_path / "run", "custom", timeout_s=400)
     assert verdict["status"] == "hang", verdict
     stacks = (tmp_path / "run/jobs/custom/attempt-1").glob("*.stack")
     assert any("in wait_for_rows" in path.read_text() for path in stacks), verdict
@@ -79,7 +79,7 @@ def test_two_jobs_on_the_same_nodes_complete(slurm: Cluster, tmp_path: Path) -> 
     for run in both:
         start(run, "time.sleep(20)", "cluster.train.ranks_per_node=1", "cluster.train.sbatch={nodelist: 'n[1-2]'}")
     for run in both:
-        assert runs.final_verdict(run, "custom")["status"] == "completed"
+        assert runs.final_verdict(run, "custom", timeout_s=400)["status"] == "completed"
         assert [f"I am rank {rank}\n" in runs.logs(run, "custom")[rank] for rank in (0, 1)] == [True, True]
         assert not left_behind(run)
     times = [attempts.verdicts(run / "jobs/custom")[0] for run in both]

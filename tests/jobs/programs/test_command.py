@@ -114,6 +114,15 @@ Traceback (most recent call last):
   File "run.py", line 1, in main
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: train.py FAILED
 """
+OF_RAY = """\
+Traceback (most recent call last):
+  File "train.py", line 21, in <module>
+ray.train.WorkerGroupError: Training failed due to worker errors:
+[Rank 2 Error Snippet]:
+Traceback (most recent call last):
+  File "train.py", line 14, in work
+ValueError: no such column
+"""
 NOT_COUNTED = f"Traceback (most recent call last):\nAssertionError: {ALONE} 4 != 4 * 1 * 2\n"
 LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection closed by peer\n"
 
@@ -123,6 +132,7 @@ LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection clo
     [
         ({0: OF_TORCHRUN, 5: OUT_OF_MEMORY, 2: LOST}, 5, "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
         ({0: OF_TORCHRUN, 2: LOST}, 2, "failed", "RuntimeError: Connection closed"),
+        ({0: OF_RAY}, 2, "failed", "ValueError: no such column"),
         ({1: NOT_COUNTED}, 1, "user_error", "AssertionError: train_batch_size"),
         ({4: "done"}, 4, "failed", "the program ended with exit code 1; its log has no traceback"),
         ({0: "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'"}, 0, "user_error", "Mod"),
