@@ -8,7 +8,7 @@ IN_COLLECTIVE = "/torch/distributed/"
 
 
 def of_workers(folder: Path) -> dict[int, list[str]]:
-    """Return the stacks of Ray's workers by rank, from the files of `muster.beat`. That of the thread that trains comes last.
+    """Return the stack of Ray's workers by rank, from the files of `muster.beat`, without workers that train no more.
 
     Ray runs the training function in a thread beside the main one, whose number is in the first line of the file.
     """
@@ -16,9 +16,9 @@ def of_workers(folder: Path) -> dict[int, list[str]]:
     for path in folder.glob("*.stack"):
         thread, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         starts = [number for number, line in enumerate(lines) if BEGIN in line]
-        blocks = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
-        blocks.sort(key=lambda block: thread in block[0])
-        found[int(path.stem)] = [line for block in blocks for line in block]
+        for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+            if thread in lines[start]:
+                found[int(path.stem)] = lines[start:end]
     return found
 
 

@@ -91,6 +91,7 @@ class Supervisor:
         if self.config.custom.launcher is ProgramLauncher.ray:
             processes.tell(pid, signal.SIGQUIT)
             time.sleep(STACKS_S)
+            processes.end(pid)
             return hang_stacks.text(hang_stacks.of_workers(self.local / "beats"))
         processes.abort_ranks(pid)
         time.sleep(STACKS_S)

@@ -43,6 +43,7 @@ def _of_ray(config: Config, shared: Path) -> dict[str, str]:
         "MUSTER_SHARED": str(shared),
         "RAY_DEDUP_LOGS": "0",  # each rank has a log of its own
         "RAY_worker_niceness": "0",  # 15 by default: workers would wait for every other program of a node
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the program has ended: nothing waits for this node
         # by default half a minute and a minute, too short for imports from a network file system
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": timeout_s,
         "RAY_worker_register_timeout_seconds": timeout_s,
