@@ -37,30 +37,57 @@ LINE = re.compile(
 """How Ray marks the lines of other processes in the output of the program: `(RayTrainWorker pid=7, ip=10.0.0.2) step 1`."""
 PLACED = re.compile(rb"\(ip=([^,)]+), pid=(\d+)\) world_rank=(\d+)")
 """How Ray Train says which process is which rank."""
+WORKER = b"RayTrainWorker"
+KEPT = 200
+"""Lines of workers that are kept at most, in case that Ray Train never names their ranks."""
 NOISE = b"PlacementGroupCleaner"
 """It writes a warning each second without Ray's dashboard, which would hide that the program is silent."""
 
 
 class Marks:
-    """Replaces Ray's marks in the output of the program by those of ranks, as torchrun would write them."""
+    """Replaces Ray's marks in the output of the program by those of ranks, as torchrun would write them.
+
+    Ray Train says which worker is which rank a moment after they have started. Until then this keeps their lines.
+    """
 
     def __init__(self, mark: str, address: str) -> None:
         self.mark, self.address = mark.encode(), address.encode()
         self.ranks: dict[tuple[bytes, bytes], bytes] = {}
+        self.kept: list[bytes] = []
+        self.keeps = True
 
-    def line(self, line: bytes) -> bytes:
-        """Return a line as it goes to the log; nothing if it is to be dropped."""
-        for address, process, rank in PLACED.findall(line):
+    def lines(self, line: bytes) -> list[bytes]:
+        """Return what goes to the logs now that the program has written a line."""
+        placed = PLACED.findall(line)
+        for address, process, rank in placed:
             self.ranks[address, process] = self.ranks[b"", process] = rank
+        if placed or len(self.kept) == KEPT:
+            self.keeps = bool(placed)
+            return [*self.rest(), line]
         match = LINE.fullmatch(line)
         if match is None:
-            return line
-        # Ray leaves out the address of the program's own node, and has another one than 127.0.0.1
-        place = (match["ip"] or self.address, match["pid"])
-        rank = self.ranks.get(place) or (None if match["ip"] else self.ranks.get((b"", match["pid"])))
-        if rank is not None:
-            return b"[" + self.mark + rank + b"]:" + match["text"]
-        return b"" if match["name"] == NOISE else line
+            return [line]
+        if match["name"] == NOISE:
+            return []
+        if self.keeps and match["name"] == WORKER and self._rank(match) is None:
+            self.kept.append(line)
+            return []
+        return [self._marked(line)]
+
+    def rest(self) -> list[bytes]:
+        """Return the lines that were kept."""
+        kept, self.kept = self.kept, []
+        return [self._marked(line) for line in kept]
+
+    def _marked(self, line: bytes) -> bytes:
+        match = LINE.fullmatch(line)
+        rank = self._rank(match) if match else None
+        return line if match is None or rank is None else b"[" + self.mark + rank + b"]:" + match["text"]
+
+    def _rank(self, match: re.Match[bytes]) -> bytes | None:
+        """Ray leaves out the address of the program's own node, and has another one than 127.0.0.1."""
+        rank = self.ranks.get((match["ip"] or self.address, match["pid"]))
+        return rank or (None if match["ip"] else self.ranks.get((b"", match["pid"])))
 
 
 class Node:
@@ -122,8 +149,9 @@ class Node:
         program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=ends_with_this())
         marks = Marks(self.options.mark, self.address)
         for line in program.stdout or ():
-            sys.stdout.buffer.write(marks.line(line))
+            sys.stdout.buffer.writelines(marks.lines(line))
             sys.stdout.buffer.flush()
+        sys.stdout.buffer.writelines(marks.rest())
         return program.wait()
 
     def wait_for_end(self, node: subprocess.Popen[bytes]) -> int:
@@ -146,7 +174,7 @@ class Node:
         with suppress(subprocess.TimeoutExpired):  # what is left is killed by the task that started this
             node.wait(END_S)
         with suppress(OSError):
-            (self.shared / f"joined-{self.options.node}").unlink()
+            (self.shared / ("token" if self.options.node == 0 else f"joined-{self.options.node}")).unlink()
 
 
 def ends_with_this() -> Callable[[], object]:

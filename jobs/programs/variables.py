@@ -42,6 +42,7 @@ def _of_ray(config: Config, shared: Path) -> dict[str, str]:
         "MUSTER_RANKS": str(train.nodes * train.ranks_per_node),
         "MUSTER_SHARED": str(shared),
         "RAY_DEDUP_LOGS": "0",  # each rank has a log of its own
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise a line that a worker prints appears twice
         "RAY_worker_niceness": "0",  # 15 by default: workers would wait for every other program of a node
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the program has ended: nothing waits for this node
         # by default half a minute and a minute, too short for imports from a network file system
