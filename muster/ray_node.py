@@ -8,7 +8,6 @@ from __future__ import annotations  # the program's own Python may be 3.9
 import argparse
 import ctypes
 import os
-import re
 import secrets
 import signal
 import socket
@@ -20,6 +19,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from muster.ray_lines import Marks
+
 POLL_S = 0.2
 END_S = 15.0
 """Seconds in which Ray ends on a node, before its processes are killed."""
@@ -30,64 +31,6 @@ ray.init(log_to_driver=False, logging_level="ERROR")
 while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
     time.sleep(0.2)
 """
-COLOR = rb"(?:\x1b\[\d+m)*"
-LINE = re.compile(
-    COLOR + rb"\((?P<name>\w+)[^()]*? pid=(?P<pid>\d+)(?:, ip=(?P<ip>[^)]+))?\)" + COLOR + rb" ?(?P<text>.*)", re.S
-)
-"""How Ray marks the lines of other processes in the output of the program: `(RayTrainWorker pid=7, ip=10.0.0.2) step 1`."""
-PLACED = re.compile(rb"\(ip=([^,)]+), pid=(\d+)\) world_rank=(\d+)")
-"""How Ray Train says which process is which rank."""
-WORKER = b"RayTrainWorker"
-KEPT = 200
-"""Lines of workers that are kept at most, in case that Ray Train never names their ranks."""
-NOISE = b"PlacementGroupCleaner"
-"""It writes a warning each second without Ray's dashboard, which would hide that the program is silent."""
-
-
-class Marks:
-    """Replaces Ray's marks in the output of the program by those of ranks, as torchrun would write them.
-
-    Ray Train says which worker is which rank a moment after they have started. Until then this keeps their lines.
-    """
-
-    def __init__(self, mark: str, address: str) -> None:
-        self.mark, self.address = mark.encode(), address.encode()
-        self.ranks: dict[tuple[bytes, bytes], bytes] = {}
-        self.kept: list[bytes] = []
-        self.keeps = True
-
-    def lines(self, line: bytes) -> list[bytes]:
-        """Return what goes to the logs now that the program has written a line."""
-        placed = PLACED.findall(line)
-        for address, process, rank in placed:
-            self.ranks[address, process] = self.ranks[b"", process] = rank
-        if placed or len(self.kept) == KEPT:
-            self.keeps = bool(placed)
-            return [*self.rest(), line]
-        match = LINE.fullmatch(line)
-        if match is None:
-            return [line]
-        if match["name"] == NOISE:
-            return []
-        if self.keeps and match["name"] == WORKER and self._rank(match) is None:
-            self.kept.append(line)
-            return []
-        return [self._marked(line)]
-
-    def rest(self) -> list[bytes]:
-        """Return the lines that were kept."""
-        kept, self.kept = self.kept, []
-        return [self._marked(line) for line in kept]
-
-    def _marked(self, line: bytes) -> bytes:
-        match = LINE.fullmatch(line)
-        rank = self._rank(match) if match else None
-        return line if match is None or rank is None else b"[" + self.mark + rank + b"]:" + match["text"]
-
-    def _rank(self, match: re.Match[bytes]) -> bytes | None:
-        """Ray leaves out the address of the program's own node, and has another one than 127.0.0.1."""
-        rank = self.ranks.get((match["ip"] or self.address, match["pid"]))
-        return rank or (None if match["ip"] else self.ranks.get((b"", match["pid"])))
 
 
 class Node:

@@ -14,7 +14,7 @@ from jobs.programs.command import Place, words
 from jobs.programs.peer_access import all_peers
 from jobs.programs.variables import program_variables
 from launcher.supervise.program_failure import ALONE, status_and_remedy
-from muster import ray_node
+from muster import ray_lines
 from tests.conftest import Compose
 
 PLACE = Place(task=1, tasks=2, address="n1", port="20000")
@@ -70,12 +70,14 @@ def test_ray_is_told_where_it_runs_and_what_the_node_has(compose: Compose) -> No
 
 
 def test_lines_of_workers_of_ray_go_to_the_logs_of_their_ranks() -> None:
-    marks = ray_node.Marks("muster-rank-", "10.0.0.1")
+    marks = ray_lines.Marks("muster-rank-", "10.0.0.1")
     color = b"\x1b[36m(%s)\x1b[0m %s\n"
     assert marks.lines(color % (b"RayTrainWorker pid=7, ip=10.0.0.2", b"step 1")) == []  # its rank comes later
     placed = color % (b"TrainController pid=5", b"- (ip=10.0.0.2, pid=7) world_rank=3, local_rank=1, node_rank=1")
+    assert marks.lines(b"(RayTrainWorker pid=7) step 0\n") == []
     assert marks.lines(placed) == [b"[muster-rank-3]:step 1\n", placed]
-    marks.lines(b"(TrainController pid=5) - (ip=10.0.0.1, pid=7) world_rank=0, local_rank=0, node_rank=0\n")
+    first = b"(TrainController pid=5) - (ip=10.0.0.1, pid=7) world_rank=0, local_rank=0, node_rank=0\n"
+    assert marks.lines(first) == [b"[muster-rank-0]:step 0\n", first]
     assert marks.lines(color % (b"RayTrainWorker pid=7, ip=10.0.0.2", b"step 2")) == [b"[muster-rank-3]:step 2\n"]
     assert marks.lines(b"(RayTrainWorker pid=7) step 1\n") == [b"[muster-rank-0]:step 1\n"]
     assert marks.lines(b"(PlacementGroupCleaner pid=9) Failed\n") == []
@@ -83,8 +85,8 @@ def test_lines_of_workers_of_ray_go_to_the_logs_of_their_ranks() -> None:
 
 
 def test_no_line_is_lost_if_ray_names_no_ranks() -> None:
-    marks = ray_node.Marks("muster-rank-", "10.0.0.1")
-    sent = [b"(RayTrainWorker pid=7) step %d\n" % number for number in range(ray_node.KEPT + 2)]
+    marks = ray_lines.Marks("muster-rank-", "10.0.0.1")
+    sent = [b"(RayTrainWorker pid=7) step %d\n" % number for number in range(ray_lines.KEPT + 2)]
     found = [item for line in sent for item in marks.lines(line)] + marks.rest()
     assert found == sent
 
