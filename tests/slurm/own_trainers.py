@@ -1,6 +1,6 @@
 """Runs every program of examples/custom on a real Slurm, stops each once, and writes the table of docs/own-trainer.md.
 
-`python -m tests.slurm.own_trainers`, which needs TRL: `make custom` installs it.
+`python -m tests.slurm.own_trainers`, which needs TRL and Ray: `make custom` installs them.
 """
 
 import argparse
