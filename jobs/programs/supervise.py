@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,7 @@ class Supervisor:
             processes.end(os.getpid(), others)
             output.finish()
         if self.hangs:
+            shutil.rmtree(self.local, ignore_errors=True)
             time.sleep(KILLED_S)  # the watchdog has found a hang, and its verdict counts
         self._judge(program.returncode, output)
 
