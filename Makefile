@@ -6,6 +6,7 @@ V := .venv/bin
 JOB ?= train
 RANK ?= 0
 TRL ?= 1.16.0
+RAY ?= 2.60.0
 CLUSTER ?= local
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
@@ -97,7 +98,7 @@ endef
 
 .bench/.installed: $(V)/.installed Makefile
 	$(call venv_before,.bench)
-	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL)
+	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL) 'ray[train]==$(RAY)'
 	@touch $@
 
 .oldest/.installed: $(V)/.installed Makefile constraints-oldest.txt

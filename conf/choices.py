@@ -179,6 +179,7 @@ class ProgramLauncher(Enum):
     srun = "srun"
     torchrun = "torchrun"
     accelerate = "accelerate"
+    ray = "ray"
 
 
 class Submit(Enum):

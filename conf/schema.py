@@ -708,7 +708,8 @@ class Custom:
     compute node. `python` is `cluster.python`."""
     launcher: ProgramLauncher = ProgramLauncher.srun
     """What starts the ranks. `srun`: Slurm starts the program once for each rank. `torchrun`, `accelerate`: Slurm starts one
-    torchrun or `accelerate launch` on each node, which starts the ranks of the node."""
+    torchrun or `accelerate launch` on each node, which starts the ranks of the node. `ray`: Slurm starts Ray on all nodes, and the
+    program once, on the first."""
     folder: str | None = None
     """Folder in which the program starts. Null: the one in which launch.py was started."""
 
