@@ -111,8 +111,19 @@ def seconds_left(job_id: str) -> float | None:
 
     Asks for the time left, not for the end date: clocks and date formats differ between machines.
     """
-    text = call("squeue", "--noheader", "--jobs", job_id, "--format", "%L").strip()
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)  # [[days-]hours:]minutes:seconds
+    return _seconds(call("squeue", "--noheader", "--jobs", job_id, "--format", "%L"))
+
+
+def all_seconds_left(job_ids: Iterable[str]) -> dict[str, float]:
+    """Return the same for several running jobs. Those without a limit are left out."""
+    ids = ",".join(job_ids)
+    lines = call("squeue", "--noheader", "--jobs", ids, "--format", "%i|%L").splitlines() if ids else []
+    parts = (line.strip().partition("|") for line in lines)
+    return {job_id: seconds for job_id, _, text in parts if (seconds := _seconds(text)) is not None}
+
+
+def _seconds(text: str) -> float | None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())  # [[days-]hours:]minutes:seconds
     if not match:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

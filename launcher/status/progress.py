@@ -1,0 +1,79 @@
+"""Reads how far a training is: its last step, loss, speed and the time left, from the end of metrics.jsonl."""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.run_folder.attempts import metrics_line
+
+TAIL_BYTES = 2**15
+"""Read from the end of metrics.jsonl, which has a line for every step."""
+_STEPS = re.compile(r"^train:\n(?:[ #].*\n|\n)*?  steps: (\d+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is."""
+
+    step: int | None = None
+    """The last step; None before the first."""
+    steps: int | None = None
+    """The step with which it ends; None if that is not known yet, for a config that counts epochs."""
+    loss: float | None = None
+    """Of the last step."""
+    tokens_per_s: float | None = None
+    """In the last step, of all ranks."""
+    left_s: float | None = None
+    """Seconds from now until the last step, if training goes on as fast as before."""
+
+
+def read(run: Path) -> Progress:
+    """Return the progress of the run's training, also if it has ended."""
+    steps = [line for line in map(metrics_line, _tail(run)) if line and "step" in line and _number(line, "loss")]
+    if not steps:
+        return Progress(steps=_configured_steps(run))
+    last = steps[-1]
+    timed: dict[str, Any] = next((line for line in reversed(steps) if _number(line, "left_s")), {})
+    total = next((line["steps"] for line in reversed(steps) if isinstance(line.get("steps"), int)), None)
+    left_s = timed.get("left_s")
+    if left_s is not None:  # it is written every few steps
+        written = timed["time"] if _number(timed, "time") else _changed(run / "metrics.jsonl")
+        left_s = max(0.0, left_s - (time.time() - written))
+    return Progress(
+        last["step"],
+        total or _configured_steps(run),
+        last["loss"],
+        last["tokens_per_s"] if _number(last, "tokens_per_s") else None,
+        left_s,
+    )
+
+
+def _number(line: dict[str, Any], name: str) -> bool:
+    return isinstance(line.get(name), int | float)
+
+
+def _tail(run: Path) -> list[str]:
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _configured_steps(run: Path) -> int | None:
+    try:
+        found = _STEPS.search((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
