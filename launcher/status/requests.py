@@ -49,8 +49,8 @@ def _only(name: str, live: Sequence[state.JobState]) -> list[state.JobState]:
     """Return the live job with this name. Raises RunError, which lists those that are live."""
     if found := [job for job in live if job.name == name]:
         return found
-    names = ", ".join(job.name for job in live) or "no job of the run"
-    raise RunError(Problem("JOB", name, f"is not pending or running; {names} is"))
+    others = f"these are: {', '.join(job.name for job in live)}" if live else "nor is any other job of the run"
+    raise RunError(Problem("JOB", name, f"is not pending or running; {others}"))
 
 
 def stop(run: Path) -> Path:
