@@ -35,8 +35,8 @@ def run(training: Training, step: int) -> Requests:
         grad_norm = training.backend.step(training.engine, learning_rate)
 
     # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
-    flags = [stop_requested, save_requested, training.saver.written]
-    flags = torch.tensor(flags, dtype=torch.float64, device=world.device)
+    asked = [stop_requested, save_requested, training.saver.written]
+    flags = torch.tensor(asked, dtype=torch.float64, device=world.device)
     totals = StepTotals(*all_reduce_sum(torch.cat([loss_sums, flags])).tolist())
     seconds = time.perf_counter() - began
     mean_loss = totals.loss / world.tensor_ranks / tokens

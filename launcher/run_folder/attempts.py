@@ -7,6 +7,7 @@ what is not as Muster writes it counts as damaged, or as not there.
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,19 @@ def last_verdict(folder: Path) -> dict[str, Any] | None:
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
     """Return the verdicts of all attempts of a job, oldest first."""
-    by_number = {number: _verdict(path) for path in folder.glob("attempt-*.json") if (number := _number(path))}
-    return [verdict | {"attempt": number} for number, verdict in sorted(by_number.items()) if verdict]
+    return _verdicts(folder, _entries(folder))
+
+
+def history(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """Return what `newest_attempt` and `verdicts` do, with one look at the folder: `muster ls` looks at thousands."""
+    names = _entries(folder)
+    return _newest(folder, names), _verdicts(folder, names)
+
+
+def _verdicts(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    numbers = sorted(number for name in names if name.endswith(".json") and (number := _number(name)))
+    found = ((number, _verdict(folder / f"attempt-{number}.json")) for number in numbers)
+    return [verdict | {"attempt": number} for number, verdict in found if verdict]
 
 
 def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
@@ -69,12 +81,23 @@ def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
 
 def newest_attempt(folder: Path) -> int | None:
     """Return the number of the newest attempt of a job; None before the first."""
-    numbers = (number for path in folder.glob("attempt-*") if path.is_dir() and (number := _number(path)))
-    return max(numbers, default=None)
+    return _newest(folder, _entries(folder))
 
 
-def _number(path: Path) -> int | None:
-    match = NUMBER.fullmatch(path.name)
+def _newest(folder: Path, names: list[str]) -> int | None:
+    numbers = (number for name in names if (number := _number(name)) and not name.endswith(".json"))
+    return next((number for number in sorted(numbers, reverse=True) if (folder / f"attempt-{number}").is_dir()), None)
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _number(name: str) -> int | None:
+    match = NUMBER.fullmatch(name)
     return int(match[1]) if match else None
 
 

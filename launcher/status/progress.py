@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,24 @@ class Progress:
 
 def read(run: Path) -> Progress:
     """Return the progress of the run's training, also if it has ended."""
-    steps = [line for line in map(metrics_line, _tail(run)) if line and "step" in line and _number(line, "loss")]
-    if not steps:
+    last: dict[str, Any] | None = None
+    timed: dict[str, Any] = {}
+    for line in _last_lines(run):
+        if not _number(line, "loss"):  # of an evaluation
+            continue
+        last = last or line
+        if _number(line, "left_s"):  # it is written every few steps
+            timed = line
+            break
+    if last is None:
         return Progress(steps=_configured_steps(run))
-    last = steps[-1]
-    timed: dict[str, Any] = next((line for line in reversed(steps) if _number(line, "left_s")), {})
-    total = next((line["steps"] for line in reversed(steps) if isinstance(line.get("steps"), int)), None)
     left_s = timed.get("left_s")
-    if left_s is not None:  # it is written every few steps
+    if left_s is not None:
         written = timed["time"] if _number(timed, "time") else _changed(run / "metrics.jsonl")
         left_s = max(0.0, left_s - (time.time() - written))
     return Progress(
         last["step"],
-        total or _configured_steps(run),
+        timed["steps"] if isinstance(timed.get("steps"), int) else _configured_steps(run),
         last["loss"],
         last["tokens_per_s"] if _number(last, "tokens_per_s") else None,
         left_s,
@@ -55,13 +61,15 @@ def _number(line: dict[str, Any], name: str) -> bool:
     return isinstance(line.get(name), int | float)
 
 
-def _tail(run: Path) -> list[str]:
+def _last_lines(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the last lines of metrics.jsonl that are of a step, the newest first."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
+            texts = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return []
+        return
+    yield from (line for line in map(metrics_line, reversed(texts)) if line and "step" in line)
 
 
 def _configured_steps(run: Path) -> int | None:

@@ -168,10 +168,10 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[s
 
 def _all_attempts(folder: Path) -> AttemptHistory:
     """Return the attempts of all starts of a job. On this machine every start is one attempt."""
-    number = attempts.newest_attempt(folder)
+    number, found = attempts.history(folder)
+    verdicts = {verdict["attempt"]: verdict for verdict in found}
     if number is None:
-        return AttemptHistory()
-    verdicts = {verdict["attempt"]: verdict for verdict in attempts.verdicts(folder)}
+        return AttemptHistory(before=found)
     newest = verdicts.pop(number, None)
     began = (newest or attempts.begin_record(folder, number)).get("started")
     return AttemptHistory(number, newest, list(verdicts.values()), began if isinstance(began, int | float) else None)
