@@ -24,6 +24,7 @@ COMMANDS = {
     "wait": "wait",
     "logs": "logs",
     "why": "why",
+    "efficiency": "efficiency",
     "save": "save",
     "stop": "stop",
     "cancel": "cancel",

@@ -35,6 +35,9 @@ STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
 
+USE = ("JobID", "ElapsedRaw", "AllocCPUS", "TotalCPU", "ReqMem", "AllocTRES", "TRESUsageInTot", "TRESUsageInAve")
+"""Fields of sacct of what a job had and used."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -222,6 +225,19 @@ def own_jobs() -> list[SlurmJob]:
     rows = (line.partition("|") for line in printed.splitlines())
     found = [(_parse(line), script.strip()) for script, _, line in rows]
     return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
+
+
+def accounted(job_ids: Iterable[str]) -> list[dict[str, str]]:
+    """Return what accounting knows about the use of each job, its restarts and its steps: a line of sacct by the names in USE.
+
+    Raises SlurmError, also where there is no accounting.
+    """
+    ids = ",".join(job_ids)
+    if not ids:
+        return []
+    words = ("--noheader", "--allusers", "--duplicates", "--parsable2", "--units=M", f"--format={','.join(USE)}")
+    lines = call("sacct", *words, "--jobs", ids).splitlines()
+    return [dict(zip(USE, line.split("|"), strict=True)) for line in lines if line.count("|") == len(USE) - 1]
 
 
 def _parse(line: str) -> SlurmJob | None:
