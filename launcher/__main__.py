@@ -18,6 +18,7 @@ WAIT_S = 120.0
 
 COMMANDS = {
     "run": "run",
+    "doctor": "doctor",
     "import": "import_config",
     "ls": "ls",
     "status": "status",

@@ -44,6 +44,7 @@ LAUNCHER_FOLDERS = (
     "launcher.convert",
     "launcher.check",
     "launcher.submit",
+    "launcher.doctor",
     "launcher.commands",
     "launcher.__main__",
 )
