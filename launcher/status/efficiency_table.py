@@ -10,9 +10,9 @@ def show(found: Sequence[Efficiency]) -> None:
     """Print one row per job with what it had and used. A column that no job has is left out."""
     rows = [_efficiency_row(job) for job in found]
     total_s, hours = sum(job.ran_s for job in found), sum(job.gpu_hours for job in found)
-    lost_s, waited_s = sum(job.lost_s for job in found), sum(job.waited_s or 0.0 for job in found)
+    lost_s, waits = sum(job.lost_s for job in found), [job.waited_s for job in found if job.waited_s is not None]
     rows.append({
-        "job": "all", "ran": duration(total_s), "waited": duration(waited_s), "lost": duration(lost_s),
+        "job": "all", "ran": duration(total_s), "waited": duration(sum(waits) if waits else None), "lost": duration(lost_s),
         "GPU-hours": f"{hours:.1f}" if hours else "",
     })  # fmt: skip
     headings = [heading for heading in rows[0] if any(row.get(heading) for row in rows)]

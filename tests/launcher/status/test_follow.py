@@ -10,6 +10,7 @@ import pytest
 
 from conf.files import write_json
 from launcher import __main__ as muster
+from launcher.run_folder import lock
 from launcher.status.follow import End, Follower
 from tests.conftest import ROOT, Programs, module
 from tests.launcher.status.test_state import ended, launched, log
@@ -151,6 +152,17 @@ def test_a_job_is_over_when_nothing_more_comes(
     if verdict:
         write_json(tmp_path / "jobs/train/attempt-1.json", verdict | {"job_id": "102", "started": 0})
     assert End(tmp_path, "train")() == over
+
+
+def test_the_verdict_of_a_local_job_is_waited_for(tmp_path: Path) -> None:
+    """The launch writes it a moment after the last rank has ended."""
+    launched(tmp_path, "local", train="999999999")
+    (tmp_path / "jobs/train/attempt-1").mkdir(parents=True)
+    is_over = End(tmp_path, "train")
+    with lock.held(tmp_path):
+        assert is_over() is None
+        ended(tmp_path, "train", "1", "stopped")
+        assert is_over() == "train stopped"
 
 
 def test_a_missing_log_is_an_error_without_follow(tmp_path: Path, surroundings: dict[str, str]) -> None:
