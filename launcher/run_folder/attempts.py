@@ -19,6 +19,8 @@ from launcher.run_folder.status import FAILED
 NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
 MAX_BYTES = 64 * 2**20
 """Bytes of the largest record that is read: no record of Muster comes near."""
+LARGEST = 1e11
+"""Larger numbers (and NaN) are no times, steps or sizes of a run; functions of dates would fail on them."""
 TEXTS = ("reason", "remedy", "next", "error", "log", "host", "status")
 """Fields of a verdict that are texts."""
 
@@ -109,6 +111,13 @@ def newest_checkpoint(folder: Path) -> int | None:
         return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
     names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
     return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def number(value: Any) -> float | None:
+    """Return a number of a record; None for what is none, or none that a time, a step or a size can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        return None
+    return value
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

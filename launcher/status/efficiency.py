@@ -89,13 +89,12 @@ def _efficiency(
     part = plan.resources(config, name)
     ranks, gpus = part.nodes * part.ranks_per_node, part.nodes * (part.gpus_per_node or 0)
     steps = [line for line in attempts.metrics(run) if "loss" in line] if name in RESUMABLE else []
-    step_s = [line["seconds"] for line in steps if isinstance(line.get("seconds"), int | float)]
+    step_s, shares, memory = (_numbers(steps, key) for key in ("seconds", "mfu", "memory_gib_max"))
     ran_s = sum(each.ended - each.began for each in tried)
     accounted = used.get(tried[-1].job_id, accounting.Used())
     cpus = ranks * part.cpus_per_rank
     own = [(each.cpu_s, each.ended - each.began) for each in tried if each.cpu_s is not None]
     own_s = sum(elapsed for _, elapsed in own) * part.cpus_per_rank
-    memory = [line["memory_gib_max"] for line in steps if isinstance(line.get("memory_gib_max"), int | float)]
     own_start = record.is_by_hand(run) or not _slurm_ids(
         launches
     )  # it is not known when it was submitted, or it was not
@@ -110,7 +109,7 @@ def _efficiency(
         lost_s=_lost_s(name, tried, median(step_s) if step_s else 0.0),
         gpu_hours=gpus * ran_s / 3600,
         in_steps=min(1.0, sum(step_s) / ran_s) if step_s and ran_s else None,
-        mfu=median(shares) if (shares := [line["mfu"] for line in steps if "mfu" in line]) else None,
+        mfu=median(shares) if shares else None,
         gpu_share=accounted.gpu_share,
         gpu_memory_gib=max(memory) if memory and gpus else None,
         gpu_memory_asked_gib=part.gpu_memory_gib if gpus else None,
@@ -127,26 +126,28 @@ def _attempts(folder: Path) -> list[_Attempt]:
     for number in range(1, (newest or 0) + 1):
         begin = attempts.begin_record(folder, number)
         verdict = by_number.get(number, {})
-        began, ended = begin.get("started"), verdict.get("ended")
-        if not isinstance(began, int | float):
-            continue
-        if not isinstance(ended, int | float):
-            if number != newest:  # it was lost without a verdict
-                continue
+        began, ended = attempts.number(begin.get("started")), attempts.number(verdict.get("ended"))
+        if ended is None and number == newest and not verdict:
             ended = time.time()
-        cpu_s = (attempts.read_record(folder / f"attempt-{number}/rank-0.json") or {}).get("cpu_s")
+        if began is None or ended is None:  # it was lost without a verdict, or the record is damaged
+            continue
+        rank = attempts.read_record(folder / f"attempt-{number}/rank-0.json") or {}
         found.append(
             _Attempt(
                 began,
                 max(began, ended),
                 str(begin.get("job_id")),
                 verdict.get("status"),
-                verdict.get("step") or 0,
-                begin["resumed"] if isinstance(begin.get("resumed"), int) else 0,
-                cpu_s if isinstance(cpu_s, int | float) else None,
+                int(attempts.number(verdict.get("step")) or 0),
+                int(attempts.number(begin.get("resumed")) or 0),
+                attempts.number(rank.get("cpu_s")),
             )
         )
     return found
+
+
+def _numbers(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [value for line in lines if (value := attempts.number(line.get(name))) is not None]
 
 
 def _lost_s(name: str, tried: list[_Attempt], step_s: float) -> float:

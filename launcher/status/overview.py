@@ -10,6 +10,7 @@ from typing import Any
 from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import lock
+from launcher.run_folder.attempts import number
 from launcher.status import pending, state
 from launcher.status.progress import Progress
 from launcher.status.progress import read as read_progress
@@ -62,10 +63,10 @@ def elapsed_s(job: JobState) -> float | None:
     """Return how long the newest attempt of a job has run, or ran; None before the first."""
     if job.began is None:
         return None
-    ended = (job.verdict or {}).get("ended")
+    ended = number((job.verdict or {}).get("ended"))
     if job.verdict is None and job.state in slurm.LIVE_STATES:
         ended = time.time()
-    return max(0.0, ended - job.began) if isinstance(ended, int | float) else None
+    return None if ended is None else max(0.0, ended - job.began)
 
 
 def read(runs: Sequence[Path]) -> list[Overview]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.run_folder.attempts import metrics_line
+from launcher.run_folder.attempts import metrics_line, number
 
 TAIL_BYTES = 2**15
 """Read from the end of metrics.jsonl, which has a line for every step."""
@@ -36,29 +36,25 @@ def read(run: Path) -> Progress:
     last: dict[str, Any] | None = None
     timed: dict[str, Any] = {}
     for line in _last_lines(run):
-        if not _number(line, "loss"):  # of an evaluation
+        if number(line.get("loss")) is None:  # of an evaluation
             continue
         last = last or line
-        if _number(line, "left_s"):  # it is written every few steps
+        if number(line.get("left_s")) is not None:  # it is written every few steps
             timed = line
             break
     if last is None:
         return Progress(steps=_configured_steps(run))
-    left_s = timed.get("left_s")
+    left_s = number(timed.get("left_s"))
     if left_s is not None:
-        written = timed["time"] if _number(timed, "time") else _changed(run / "metrics.jsonl")
-        left_s = max(0.0, left_s - (time.time() - written))
+        left_s = max(0.0, left_s - (time.time() - (number(timed.get("time")) or _changed(run / "metrics.jsonl"))))
+    steps = timed.get("steps")
     return Progress(
         last["step"],
-        timed["steps"] if isinstance(timed.get("steps"), int) else _configured_steps(run),
-        last["loss"],
-        last["tokens_per_s"] if _number(last, "tokens_per_s") else None,
+        steps if isinstance(steps, int) and number(steps) is not None else _configured_steps(run),
+        number(last["loss"]),
+        number(last.get("tokens_per_s")),
         left_s,
     )
-
-
-def _number(line: dict[str, Any], name: str) -> bool:
-    return isinstance(line.get(name), int | float)
 
 
 def _last_lines(run: Path) -> Iterator[dict[str, Any]]:

@@ -173,8 +173,8 @@ def _all_attempts(folder: Path) -> AttemptHistory:
     if number is None:
         return AttemptHistory(before=found)
     newest = verdicts.pop(number, None)
-    began = (newest or attempts.begin_record(folder, number)).get("started")
-    return AttemptHistory(number, newest, list(verdicts.values()), began if isinstance(began, int | float) else None)
+    began = attempts.number((newest or attempts.begin_record(folder, number)).get("started"))
+    return AttemptHistory(number, newest, list(verdicts.values()), began)
 
 
 def _attempts_of_slurm_job(folder: Path, job_id: str) -> AttemptHistory:
