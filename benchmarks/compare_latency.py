@@ -57,7 +57,7 @@ def main() -> None:
         for number, run in enumerate(runs):
             write_run(run, config, steps, (1 + number) * 1e-5)
         words = ["-m", "launcher", "compare", *map(str, runs), "--out", f"{folder}/compare.html"]
-        launch_latency.measure("compare", words, rounds)
+        launch_latency.measure({"bare": launch_latency.BARE, "compare": words}, rounds)
         print(f"page     {Path(folder, 'compare.html').stat().st_size:,} bytes")
 
 

@@ -130,13 +130,13 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
     set_timeout(training.config.cluster.network.step_timeout_s)
 
     while step < last_step and not stopped and not training.held_out.is_over:
-        stopped = train_step.run(training, step)
+        stopped, save = train_step.run(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and saves.steps and step + saves.steps < last_step:
             training.saver.prepare(training.backend, training.engine)
         # Save before the evaluation: a requested stop may leave little time.
-        if step == last_step or stopped or saves.is_due(step):
+        if step == last_step or stopped or save or saves.is_due(step):
             _save_checkpoint(training, step, wait=step == last_step or stopped)
         if (step == last_step or evaluations.is_due(step)) and not stopped:
             stopped = not _evaluate(training, step)
@@ -144,7 +144,7 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
             is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
             if is_over:
                 _log_early_end(training, step)
-            if step < last_step and (stopped or is_over or (is_kept and not saves.is_due(step))):
+            if step < last_step and (stopped or is_over or (is_kept and not (save or saves.is_due(step)))):
                 # where training ends here, a save that was due is only completed
                 _save_checkpoint(training, step, wait=stopped or is_over)
     return step, stopped

@@ -53,5 +53,14 @@ class StepTotals(NamedTuple):
     """With its coefficient: the sum of each rank's mean over its micro batches. 0 for a model without one."""
     stop_requests: float
     """Ranks that were asked to stop."""
+    save_requests: float
+    """1 if rank 0 was asked for a checkpoint."""
     finished_writes: float
     """Ranks that have written their part of the pending checkpoint in the background."""
+
+
+class Requests(NamedTuple):
+    """What any rank was asked for before the end of a step. All ranks have the same."""
+
+    stop: bool
+    save: bool

@@ -11,12 +11,14 @@ from launcher import slurm, version
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
+from launcher.status import find
 
 WAIT_S = 120.0
 """How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
 
 COMMANDS = {
     "run": "run",
+    "doctor": "doctor",
     "import": "import_config",
     "ls": "ls",
     "status": "status",
@@ -24,6 +26,8 @@ COMMANDS = {
     "wait": "wait",
     "logs": "logs",
     "why": "why",
+    "efficiency": "efficiency",
+    "save": "save",
     "stop": "stop",
     "cancel": "cancel",
     "resume": "resume",
@@ -62,10 +66,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
-    if "run" in options:
-        options.run = options.run.resolve()
     try:
         with slurm.retrying(WAIT_S):
+            if "run" in options:
+                options.run = find.run_of(options.run) if options.by_id else options.run.resolve()
             return int(options.execute(options))
     except slurm.BusyError as error:
         print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)

@@ -35,6 +35,9 @@ STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
 
+USE = ("JobID", "ElapsedRaw", "AllocCPUS", "TotalCPU", "ReqMem", "AllocTRES", "TRESUsageInTot", "TRESUsageInAve")
+"""Fields of sacct of what a job had and used."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -111,8 +114,19 @@ def seconds_left(job_id: str) -> float | None:
 
     Asks for the time left, not for the end date: clocks and date formats differ between machines.
     """
-    text = call("squeue", "--noheader", "--jobs", job_id, "--format", "%L").strip()
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)  # [[days-]hours:]minutes:seconds
+    return _seconds(call("squeue", "--noheader", "--jobs", job_id, "--format", "%L"))
+
+
+def all_seconds_left(job_ids: Iterable[str]) -> dict[str, float]:
+    """Return the same for several running jobs. Those without a limit are left out."""
+    ids = ",".join(job_ids)
+    lines = call("squeue", "--noheader", "--jobs", ids, "--format", "%i|%L").splitlines() if ids else []
+    parts = (line.strip().partition("|") for line in lines)
+    return {job_id: seconds for job_id, _, text in parts if (seconds := _seconds(text)) is not None}
+
+
+def _seconds(text: str) -> float | None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())  # [[days-]hours:]minutes:seconds
     if not match:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -211,6 +225,19 @@ def own_jobs() -> list[SlurmJob]:
     rows = (line.partition("|") for line in printed.splitlines())
     found = [(_parse(line), script.strip()) for script, _, line in rows]
     return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
+
+
+def accounted(job_ids: Iterable[str]) -> list[dict[str, str]]:
+    """Return what accounting knows about the use of each job, its restarts and its steps: a line of sacct by the names in USE.
+
+    Raises SlurmError, also where there is no accounting.
+    """
+    ids = ",".join(job_ids)
+    if not ids:
+        return []
+    words = ("--noheader", "--allusers", "--duplicates", "--parsable2", "--units=M", f"--format={','.join(USE)}")
+    lines = call("sacct", *words, "--jobs", ids).splitlines()
+    return [dict(zip(USE, line.split("|"), strict=True)) for line in lines if line.count("|") == len(USE) - 1]
 
 
 def _parse(line: str) -> SlurmJob | None:

@@ -44,6 +44,7 @@ LAUNCHER_FOLDERS = (
     "launcher.convert",
     "launcher.check",
     "launcher.submit",
+    "launcher.doctor",
     "launcher.commands",
     "launcher.__main__",
 )
@@ -217,6 +218,7 @@ def test_only_the_worker_starts_a_job() -> None:
 def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     users = {name for name in FILES if name.startswith("launcher.") and "subprocess" in imports(FILES[name])}
     assert users == {
+        "launcher.doctor.training",  # the Python of the jobs
         "launcher.slurm_command",
         "launcher.sync",  # the commands of trackers
         "launcher.version",  # git

@@ -10,7 +10,7 @@ from typing import Any
 from conf.errors import Problem, RunError
 from conf.resolve import flat
 from launcher.run_folder.attempts import metrics_line
-from launcher.status import listing
+from launcher.status import find
 from pages import attempts
 from pages.curves import Line, Point, median, number, points
 
@@ -124,7 +124,7 @@ def read(folders: Sequence[Path]) -> list[ComparedRun]:
     """The runs in these folders, each of which is a run or has runs below it. Raises RunError."""
     found: list[Path] = []
     for folder in folders:
-        runs = [folder] if (folder / "config.yaml").is_file() else list(listing.runs_below(folder))
+        runs = [folder] if (folder / "config.yaml").is_file() else list(find.runs_below(folder))
         if not runs:
             raise RunError(Problem("RUN", folder, "is not a run folder, and has none below it: it has no config.yaml"))
         found += [run for run in runs if run not in found]

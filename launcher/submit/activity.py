@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from launcher.run_folder import attempts
-from launcher.status import listing
+from launcher.status import progress
 
 BAR = re.compile(r"^(?P<name>[\w .-]+?):\s+(?P<percent>\d+)%\|[^|]*\|\s*(?P<rest>.*)$")
 """A bar of tqdm, in a log: `weights:  40%|####      | 6.4G/16.1G [00:05<00:07, 1.3GB/s]`."""
@@ -50,7 +50,7 @@ class Activity:
             self._look_at_training()
 
     def _look_at_training(self) -> None:
-        last = listing.last_step(self._run)
+        last = progress.newest_line(self._run)
         if last.get("time", 0) < time.time() - (time.monotonic() - self.started):  # of an earlier attempt
             return
         step, now = last["step"], time.monotonic()

@@ -122,7 +122,8 @@ def record_end(
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete files of earlier attempts that would stop or break this one."""
-    (folder / "stop").unlink(missing_ok=True)
+    for name in ("stop", "save"):  # an earlier attempt was asked for it
+        (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.save_tmp"):
         path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
 

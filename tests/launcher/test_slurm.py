@@ -142,6 +142,13 @@ def test_seconds_left(programs: Programs, printed: str, seconds: float | None) -
     assert slurm.seconds_left("7") == seconds
 
 
+def test_the_time_left_of_several_jobs_is_asked_once(programs: Programs) -> None:
+    folder = programs(squeue="echo 'CLUSTER: a'; echo '7|1:00:00'; echo '8|UNLIMITED'; echo '9|00:30'")
+    assert slurm.all_seconds_left(["7", "8", "9"]) == {"7": 3600.0, "9": 30.0}
+    assert slurm.all_seconds_left([]) == {}
+    assert len((folder / "squeue.calls").read_text().splitlines()) == 1
+
+
 def test_show_job_returns_the_controllers_fields(programs: Programs) -> None:
     programs(
         scontrol="echo 'JobId=7 JobName=a/train JobState=RUNNING Reason=None Restarts=2 ExcNodeList=n[1-2],n4 Comment=a=b'"

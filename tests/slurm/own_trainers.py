@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.files import write_text
 from launcher import slurm
 from launcher.run_folder import attempts
-from launcher.status import state
+from launcher.status import requests
 from tests.slurm import cluster, runs
 
 STEPS, SAVE_EVERY = 100, 10
@@ -162,7 +162,7 @@ def main() -> int:
             lines.append(line(example, result))
         except AssertionError as error:
             lines.append(line(example, re.sub(r"\s+", " ", str(error))[:100]))
-            state.cancel(work / name)
+            requests.cancel(work / name)
         print(f"{lines[-1]} {time.monotonic() - begun:.0f} s", flush=True)
         write_table(PAGE, lines)
     failed = sum("failed:" in item for item in lines)
