@@ -1,6 +1,6 @@
 """Reads the settings of the adapter that `adapter.source` names: training goes on from its weights, so its shape is the same."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,6 +17,8 @@ SAME_NAME = ("r", "rank_pattern", "alpha_pattern", "modules_to_save")
 OTHER_NAME = {"lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "use_dora": "dora"}
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that left the base as it was."""
+DECIDED = (*SAME_NAME, *OTHER_NAME.values(), "targets", "layers_to_transform")
+"""Keys of `adapter` whose values are those of the adapter."""
 WITHOUT_EFFECT = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out",
     "megatron_core", "qalora_group_size", "eva_config", "runtime_config", "loftq_config",
@@ -60,6 +62,14 @@ def take_settings(config: Config) -> None:
     if conflicts:
         raise ConfigError(*conflicts)
     config.adapter.source = str(folder.absolute())
+
+
+def forget_settings(config: Config, typed: Collection[str]) -> None:
+    """Give the keys of `config.adapter` that another adapter decided their defaults again, but not those that are `typed`."""
+    defaults = Adapter()
+    for key in DECIDED:
+        if f"adapter.{key}" not in typed:
+            setattr(config.adapter, key, getattr(defaults, key))
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:

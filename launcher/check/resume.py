@@ -83,14 +83,18 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
     if fixed := [key for key in overridden if key in OF_THE_FOLDER]:
         message = "cannot change when a run is resumed. Start a new run, or type the keys that should change"
         raise RunError(*(Problem(key, None, message) for key in fixed))
+    had_adapter = config.adapter.source is not None
     for key in sorted(overridden):  # sorted, so that a group (cluster=...) is copied before the keys inside it
         _copy(composed, config, STORED_AS.get(key, key))
     config.run_dir, config.resume = str(folder), str(folder)
     # what `localize` reads from the files of a model or adapter is stored, and was that of the one before
     if config.model.init is Init.pretrained and {"model.source", "model.revision"} & set(overridden):
         config.model.architecture = localize.architecture(config)
-    if "adapter.source" in overridden and config.adapter.source:
-        adapter_source.take_settings(config)
+    if "adapter.source" in overridden:
+        if had_adapter:
+            adapter_source.forget_settings(config, overridden)
+        if config.adapter.source:
+            adapter_source.take_settings(config)
     return config
 
 

@@ -12,6 +12,7 @@ from launcher.check import resume
 from launcher.check.command_line import groups
 from launcher.supervise import attempt
 from tests.conftest import ROOT, Compose, put
+from tests.launcher.check.test_adapter_source import adapter, localized
 
 BASE = ("cluster=slurm", "model=llama8b", "parallel=zero3")
 
@@ -149,6 +150,15 @@ def test_the_shape_of_another_model_is_read_again(compose: Compose, run: Path, t
     config = continued(compose, run, f"model.source={tmp_path}/other")
     assert config.model.architecture is not None
     assert (config.model.architecture.hidden_size, config.model.architecture.num_hidden_layers) == (48, 3)
+
+
+def test_the_settings_of_another_adapter_are_read_again(compose: Compose, tmp_path: Path) -> None:
+    """What was read from the adapter before is stored in the run, and must not stay."""
+    first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second", r=4, target_modules=["k_proj"])
+    config = put(localized(compose, first, *BASE, "adapter=lora"), {"run_dir": str(tmp_path / "run")})
+    resolve.save(config, tmp_path / "run/config.yaml")
+    mended = continued(compose, tmp_path / "run", f"adapter.source={second}")
+    assert (mended.adapter.r, mended.adapter.targets, mended.adapter.source) == (4, ["k_proj"], str(second))
 
 
 @pytest.mark.parametrize("word", ["experiment=llama8b_fsdp", "name=other", "run_dir=/elsewhere"])
