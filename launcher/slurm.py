@@ -9,7 +9,7 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
@@ -34,6 +34,11 @@ STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
+
+ID = re.compile(r"\d+(_\d+)?")
+"""The id of a job, or of one task of an array. Such a task keeps its id when it is requeued."""
+ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?::(\d+))?(?:%\d+)?\]")
+"""Waiting tasks of an array as one line: 123_[2-7%2], 123_[1,3-5], 123_[0-8:2]."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +212,10 @@ def installed() -> bool:
 
 def own_jobs() -> list[SlurmJob]:
     """Return all jobs of this user, also those that have just ended. Raises SlurmError."""
-    printed = call("squeue", "--noheader", "--me", "--states=all", "--format", f"%o|{FIELDS}")
+    printed = call("squeue", "--noheader", "--array", "--me", "--states=all", "--format", f"%o|{FIELDS}")
     rows = (line.partition("|") for line in printed.splitlines())
     found = [(_parse(line), script.strip()) for script, _, line in rows]
-    return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
+    return [replace(job, script=script) for job, script in found if job and ID.fullmatch(job.job_id)]
 
 
 def _parse(line: str) -> SlurmJob | None:
@@ -227,14 +232,37 @@ def _parse(line: str) -> SlurmJob | None:
 def _squeue(job_ids: list[str], user: str | None) -> list[SlurmJob]:
     # On old versions one unknown id makes a whole --jobs list fail, so list all jobs of the user and pick ours.
     whose = "--me" if user is None else f"--user={user},{os.getuid()}"
-    lines = call("squeue", "--noheader", whose, "--states=all", "--format", FIELDS).splitlines()
+    lines = call("squeue", "--noheader", "--array", whose, "--states=all", "--format", FIELDS).splitlines()
     return [job for line in lines if (job := _parse(line)) and job.job_id in job_ids]
 
 
 def _sacct(job_ids: list[str]) -> list[SlurmJob]:
     fields, ids = "--format=JobID,State,User,JobName,WorkDir", ",".join(job_ids)
     words = ("--noheader", "--allocations", "--allusers", "--parsable2", fields, "--jobs", ids)
-    return [job for line in call("sacct", *words).splitlines() if (job := _parse(line)) and job.job_id in job_ids]
+    found = (job for line in call("sacct", *words).splitlines() if (job := _parse(line)))
+    tasks = (replace(job, job_id=job_id) for job in found for job_id in tasks_of(job.job_id))
+    return [job for job in tasks if job.job_id in job_ids]
+
+
+def tasks_of(job_id: str) -> list[str]:
+    """Return the ids of the tasks that a line of Slurm stands for: `123_[0,2-3%2]` is 123_0, 123_2, 123_3."""
+    match = ARRAY.fullmatch(job_id)
+    if match is None:
+        return [job_id]
+    numbers: list[int] = []
+    for part in match[2].split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1, int(match[3] or 1))
+    return [f"{match[1]}_{number}" for number in numbers]
+
+
+def own_id(environ: Mapping[str, str]) -> str | None:
+    """Return the id of the job around this process, as sbatch and `scontrol requeue` know it; None outside Slurm.
+
+    A task of an array has a SLURM_JOB_ID of its own, which is not known before it starts.
+    """
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def _scontrol(job_ids: list[str]) -> list[SlurmJob]:

@@ -247,11 +247,11 @@ def _log_files(folder: Path, rank: str) -> list[Path]:
         for path in rank_logs
     }
     submitit_logs = folder.glob(f"*_{rank}_log.out")
-    return [*rank_logs, *(path for path in submitit_logs if path.name.split("_")[0] not in slurm_ids)]
+    return [*rank_logs, *(path for path in submitit_logs if path.name.rsplit("_", 2)[0] not in slurm_ids)]
 
 
 def _rank_of_log(log: Path) -> int:
-    return int(log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.split("_")[1])
+    return int(log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.rsplit("_", 2)[1])
 
 
 def _is_elsewhere(holder: lock.Holder | None) -> bool:
