@@ -156,6 +156,11 @@ class MergeBase(Enum):
     dequantised = "dequantised"
 
 
+class SweepMerge(Enum):
+    best = "best"
+    all = "all"
+
+
 class Executor(Enum):
     local = "local"
     slurm = "slurm"

@@ -44,3 +44,6 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
 
 RESUMABLE = frozenset(name for name, kind in JOB_KINDS.items() if kind.resumable)
 """Names of the kinds that save checkpoints."""
+
+AFTER_TRAINING = frozenset(("consolidate", "evaluate", "generate", "push"))
+"""Names of the kinds that read what training has made."""

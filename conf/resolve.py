@@ -44,6 +44,8 @@ def resolve(composed: DictConfig) -> Config:
 
 LAUNCH_ONLY = ("resume", "dry_run", "submit")
 """Keys that belong to one command, not to the run. They are not stored."""
+NOT_COMPUTED = (*LAUNCH_ONLY, "jobs", "hub", "sweep")
+"""Keys that change which jobs of a run start, or when, but not what they compute."""
 
 
 def dump(config: Config) -> str:
@@ -52,8 +54,8 @@ def dump(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """A hash of what the run computes, 16 hexadecimal digits. `jobs`, `hub` and the keys in `LAUNCH_ONLY` do not change it."""
-    return hashlib.sha256(json.dumps(plain(config, without=(*LAUNCH_ONLY, "jobs", "hub"))).encode()).hexdigest()[:16]
+    """A hash of what the run computes, 16 hexadecimal digits. The keys in `NOT_COMPUTED` do not change it."""
+    return hashlib.sha256(json.dumps(plain(config, without=NOT_COMPUTED)).encode()).hexdigest()[:16]
 
 
 def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from importlib import import_module
 from conf.errors import UserError
 from conf.visible import visible
 from launcher import slurm, version
+from launcher.commands import sweep
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
@@ -17,6 +18,7 @@ WAIT_S = 120.0
 
 COMMANDS = {
     "run": "run",
+    "sweep": "sweep",
     "import": "import_config",
     "ls": "ls",
     "status": "status",
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["run"]:
         return launch(words[1:], prog=f"{prog} run")
+    if words[:1] == ["sweep"] and any("=" in word for word in words):
+        return sweep.launch(words[1:], prog=f"{prog} sweep")
     if words and "=" in words[0]:
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2

@@ -46,11 +46,13 @@ def groups(folder: Path) -> dict[str, list[str]]:
     return options
 
 
-def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) -> list[Problem]:
+def problems(
+    words: list[str], folder: Path, experiments: Sequence[str] = (), *, in_sweep: bool = False
+) -> list[Problem]:
     """What is wrong with the overrides among `words`, in their order.
 
     `folder` holds the config groups; `experiments` are names of experiments outside of it. Flags such as `--help` are skipped:
-    Hydra checks them.
+    Hydra checks them. `in_sweep`: they are those of one run of a sweep.
     """
     known, options, reported = resolve.keys(), groups(folder), list[Problem]()
     options.setdefault("experiment", []).extend(experiments)
@@ -74,6 +76,9 @@ def problems(words: list[str], folder: Path, experiments: Sequence[str] = ()) ->
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
+        elif override.key_or_group.startswith("sweep.") and not (is_sweep or in_sweep):
+            message = "has no effect on one run. Give several values of a key, as in muster sweep train.seed=0,1"
+            reported.append(Problem(override.key_or_group, word.partition("=")[2], message))
         elif override.is_sweep_override() and not is_sweep:
             key, _, value = word.partition("=")
             reported.append(Problem(key, value, _several_values(key, value)))
@@ -125,7 +130,7 @@ def _not_parsed(word: str) -> str:
 
 
 def _several_values(key: str, value: str) -> str:
-    message = "has several values. Add -m to start one run for each"
+    message = "has several values. Add -m to start one run for each (muster sweep does the same)"
     if quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value)):
         return f"{message}, or write one value that has commas as {typed}"
     return f"{message}, or write a list as [a,b]"

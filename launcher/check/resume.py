@@ -25,6 +25,7 @@ CHANGEABLE = (
     "hub",
     "tracker",
     "resume",
+    "sweep",
     "dry_run",
     "submit",
     "train.steps",

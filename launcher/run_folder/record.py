@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conf import sweep
 from conf.errors import Problem, RunError
 from conf.files import write_json
 from launcher.run_folder.attempts import read_record
@@ -33,6 +34,8 @@ class StartedJob(NamedTuple):
 
 def read_launches(run: Path) -> list[dict[str, Any]]:
     """Return the launches of a run, oldest first. Raises RunError if `run` is not a run folder."""
+    if not (run / "run.json").exists() and (run / sweep.FILE).exists():
+        raise RunError(Problem("RUN", run, f"is a sweep. Name one of its runs: muster ls {run}"))
     if not (run / "run.json").exists():
         raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
     launches = (read_record(run / "run.json") or {}).get("launches")
@@ -75,13 +78,17 @@ def add_job(run: Path, name: str, job_id: str, slurm_name: str = "", folder: str
 def newest_jobs(run: Path) -> dict[str, StartedJob]:
     """Return the newest start of each job, by job name. Raises RunError if `run` is not a run folder.
 
-    A script that was submitted by hand is not in run.json. Its job id comes from the attempt that it opened.
+    A script that was submitted by hand is not in run.json, nor is a job of the best run of a sweep. Their ids come from the
+    attempts that they opened.
     """
     by_hand: dict[str, StartedJob] = {}
     for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
-        job_id = str((read_record(path) or {}).get("job_id"))
-        if JOB_ID.fullmatch(job_id):
-            by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm")
+        begun = read_record(path) or {}
+        if JOB_ID.fullmatch(job_id := str(begun.get("job_id"))):
+            folder = (
+                ".." if begun.get("folder") == ".." else "code"
+            )  # a job of a sweep starts in the folder of the sweep
+            by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
     return by_hand | {  # later launches, and run.json, come last and win
         name: StartedJob(job_id, launch["cluster"], *_in_slurm(launch, name))
         for launch in read_launches(run)

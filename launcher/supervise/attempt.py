@@ -49,6 +49,9 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
         "resumed": attempts.newest_checkpoint(folder),
+        **(
+            {"folder": ".."} if "MUSTER_SWEEP" in os.environ else {}
+        ),  # where the Slurm job starts, see record.newest_jobs
     }
     write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
     _remove_leftovers(folder)
