@@ -35,7 +35,7 @@ from launcher.check.sweep_words import Combination
 from launcher.convert import experiment_file
 from launcher.estimate import auto_settings
 from launcher.paths import CLONE
-from launcher.run_folder import names, record
+from launcher.run_folder import names, record, sweep_record
 from launcher.submit import preview, submit
 from launcher.submit import sweep as sweep_submit
 from launcher.submit.sweep_run import SweepRun
@@ -112,21 +112,33 @@ def checked(config: Config) -> tuple[SweepRun, list[str]]:
 def launch_sweep(given: Sequence[str], experiments: Sequence[str]) -> int:
     """Check all runs of a sweep, then preview or start them. Raises UserError with the problems of all runs."""
     combinations = sweep_words.combinations(given)
+    configs = compose_runs(combinations, experiments)
+    sweep = Path(configs[0].run_dir if names.is_named(given) else names.free(sweep_words.folder(configs)))
+    if sweep.exists() and any(sweep.iterdir()):
+        raise RunError(Problem("run_dir", sweep, f"already exists. Choose another, or type muster resume {sweep}"))
+    for item, config in zip(combinations, configs, strict=True):
+        config.data.cache = config.data.cache or str(sweep.parent / ".data")  # shared with the runs beside the sweep
+        config.run_dir = str(sweep / item.name)
+    return start_sweep(sweep, combinations, configs, given, is_new=True)
 
-    def problems(item: Combination) -> None:
+
+def resume_sweep(sweep: Path, given: Sequence[str], experiments: Sequence[str]) -> int:
+    """Start what has not completed of a sweep."""
+    others = [word for word in given if not word.startswith("resume=")]
+    runs = [Combination(run.name, {}, [f"resume={run}", *others]) for run in sweep_record.runs(sweep)]
+    return start_sweep(sweep, runs, compose_runs(runs, experiments), given, is_new=False)
+
+
+def compose_runs(runs: Sequence[Combination], experiments: Sequence[str]) -> list[Config]:
+    """The configs of all runs of a sweep. Raises ConfigError with what is wrong on the command lines of all of them."""
+
+    def check_words(item: Combination) -> None:
         words, _ = quoting.read_words(item.words)
         if found := command_line.problems(words, CLONE / "conf", experiments, in_sweep=True):
             raise ConfigError(*found)
 
-    sweep_words.for_each(combinations, problems)
-    configs = sweep_words.for_each(combinations, compose_run)
-    sweep = Path(names.free(sweep_words.folder(configs)) if not names.is_named(given) else configs[0].run_dir)
-    for item, config in zip(combinations, configs, strict=True):
-        config.data.cache = config.data.cache or str(
-            sweep.parent / ".data"
-        )  # shared with the other runs in that folder
-        config.run_dir = str(sweep / item.name)
-    return start_sweep(sweep, combinations, configs, given, is_new=True)
+    sweep_words.for_each(runs, check_words)
+    return sweep_words.for_each(runs, compose_run)
 
 
 def compose_run(item: Combination) -> Config:
@@ -154,8 +166,6 @@ def start_sweep(
     if runs[0].config.dry_run:
         print(visible(sweep_submit.preview_text(sweep, runs)), flush=True)
         return 0
-    if is_new and (sweep.exists() and any(sweep.iterdir())):
-        raise RunError(Problem("run_dir", sweep, "already exists. Choose another, or type muster resume with it"))
     values = {item.name: item.values for item in combinations} if is_new else {}
     return sweep_submit.start(sweep, runs, values, [sys.argv[0], *given])
 
@@ -165,6 +175,8 @@ def launch_words(arguments: Sequence[str]) -> int:
     given, experiments = experiment_file.register(arguments)
     if sweep_words.is_sweep(given):
         return launch_sweep(given, experiments)
+    if sweep := sweep_words.resumed(given):
+        return resume_sweep(sweep, given, experiments)
     words, entries = quoting.read_words(given)
     if problems := command_line.problems(words, CLONE / "conf", experiments):
         raise ConfigError(*problems)

@@ -1,4 +1,4 @@
-"""Splits the command line of a sweep into those of its runs, and names each run by the values that are its own; pure."""
+"""Splits the command line of a sweep into those of its runs, and names each run by the values that are its own."""
 
 import itertools
 import re
@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from conf.errors import ConfigError, Problem, UserError
 from conf.schema import Config
 from launcher.check import quoting
+from launcher.run_folder import sweep_record
 
 T = TypeVar("T")
 FLAGS = ("-m", "--multirun")
@@ -40,6 +41,12 @@ class Combination(NamedTuple):
 def is_sweep(words: Sequence[str]) -> bool:
     """Whether the command line asks for a sweep."""
     return any(word in FLAGS for word in words)
+
+
+def resumed(words: Sequence[str]) -> Path | None:
+    """The sweep that the command line continues, as in `resume=SWEEP`."""
+    folders = (Path(word.partition("=")[2]).resolve() for word in words if word.startswith("resume="))
+    return next((path for path in folders if sweep_record.is_sweep(path)), None)
 
 
 def combinations(words: Sequence[str]) -> list[Combination]:

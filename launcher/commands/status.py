@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
+from conf.visible import visible
+from launcher.commands import ls
 from launcher.commands.answers import exit_code
 from launcher.commands.arguments import add_json, add_run
-from launcher.status import pending, state, tables
+from launcher.run_folder import sweep_record
+from launcher.status import pending, state, sweep, tables
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    if sweep_record.is_sweep(options.run):
+        return _sweep(options)
     jobs = state.job_states(options.run)
     waits = pending.reasons(jobs)
     if options.json:
@@ -26,3 +32,17 @@ def execute(options: argparse.Namespace) -> int:
     else:
         tables.status(jobs, waits)
     return exit_code(options, jobs) or (1 if any(job.failed for job in jobs) else 0)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Show the runs of a sweep, as `ls` does, and the jobs that wait for the end of all trainings."""
+    ls.execute(argparse.Namespace(folder=options.run, json=options.json))
+    found = sweep.look(options.run)
+    if not options.json:
+        for name, job in found.later.items():
+            print(f"{name} {job.job_id} of the best run: {job.state.lower()}")
+        if best := sweep_record.best(options.run):
+            print(visible(f"best {'so far ' if found.is_live else ''}{best.name}"))
+    for note in dict.fromkeys(found.notes):
+        print(f"{options.prog}: {note}", file=sys.stderr)
+    return 2 if found.notes else 1 if found.failed else 0

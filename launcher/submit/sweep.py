@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf import held_out, resolve
 from conf.errors import UserError
-from conf.jobs import AFTER_TRAINING
+from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING
 from conf.plural import plural
 from conf.visible import visible
 from launcher import plan
@@ -72,7 +72,7 @@ def _run_here(folder: Path, runs: Sequence[SweepRun], command: Sequence[str]) ->
         print(visible(f"\n==== run {number} of {len(runs)}: {run.folder.name}"), flush=True)
         jobs = [job for job in run.jobs if not (chooses and job.name in AFTER_TRAINING)]
         if _takes_rows_over(run, owners[run.folder]):
-            jobs = [job for job in jobs if job.name not in sweep_groups.BEFORE_TRAINING]
+            jobs = [job for job in jobs if job.name not in BEFORE_TRAINING]
         if jobs and _code_of(run, jobs, command):
             failed.append(run.folder.name)
     best = sweep_record.best(folder) if chooses else None

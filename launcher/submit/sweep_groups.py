@@ -5,14 +5,12 @@ from pathlib import Path
 
 from conf import resolve
 from conf.choices import SweepMerge
-from conf.jobs import AFTER_TRAINING, JOB_KINDS, RESUMABLE
+from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher.submit import sweep_scripts
 from launcher.submit.sweep_run import SweepRun
 
-BEFORE_TRAINING = tuple(name for name in JOB_KINDS if name not in AFTER_TRAINING | RESUMABLE)
-"""Jobs that are started once for all runs that have the same data, model and resources."""
 READ_BEFORE_TRAINING = ("data", "model", "cluster", "parallel", "hub")
-"""Sections of the config that these jobs read."""
+"""Sections of the config that the jobs before training read."""
 
 
 def owners(runs: Sequence[SweepRun]) -> dict[Path, SweepRun]:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from conf.errors import Problem, SiteError
 from conf.files import write_text
-from conf.jobs import AFTER_TRAINING, JOB_KINDS
+from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS
 from conf.plural import plural
 from conf.visible import visible
 from launcher import slurm
 from launcher.plan import Job
 from launcher.run_folder import record, sweep_record
 from launcher.submit import sbatch, submit, sweep_groups, sweep_scripts
-from launcher.submit.sweep_groups import BEFORE_TRAINING
 from launcher.submit.sweep_run import SweepRun
 
 Ids = dict[Path, dict[str, str]]
@@ -124,7 +123,9 @@ def array_script(folder: Path, group: Sequence[SweepRun], owners: Mapping[Path, 
     If there are several sets of these, it waits until they have ended: rows that could not be prepared stop only their own runs.
     """
     assert group[0].training
-    needed = {tuple(ids[run.folder][job] for job in BEFORE_TRAINING if job in ids[run.folder]) for run in group} - {()}
+    needed = {tuple(job_id for job, job_id in ids[run.folder].items() if job in BEFORE_TRAINING) for run in group} - {
+        ()
+    }
     condition = "afterok" if len(needed) == 1 else "afterany"
     each = dict.fromkeys(job_id for listed in sorted(needed) for job_id in listed)
     tasks = [(run, owners[run.folder].folder / "data" if run.job("preprocess") else None) for run in group]
