@@ -63,8 +63,9 @@ def compose(words: Sequence[str]) -> list[DictConfig]:
     everything else in a dry run. So it is called only for Hydra's own flags and for keys of `hydra`.
     """
     if any(word.lstrip("+~").startswith(("-", "hydra")) for word in words):
+        _composed.clear()
         hydra_command_line()
-        return _composed
+        return [*_composed]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONF):
         config = hydra.compose("config", overrides=list(words), return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # for interpolations of ${hydra:...}
@@ -117,6 +118,9 @@ def launch_sweep(given: Sequence[str], experiments: Sequence[str]) -> int:
     if sweep.exists() and any(sweep.iterdir()):
         raise RunError(Problem("run_dir", sweep, f"already exists. Choose another, or type muster resume {sweep}"))
     for item, config in zip(combinations, configs, strict=True):
+        tracker = config.tracker
+        if tracker.wandb or tracker.mlflow or tracker.comet:
+            tracker.group = tracker.group or sweep.name
         config.data.cache = config.data.cache or str(sweep.parent / ".data")  # shared with the runs beside the sweep
         config.run_dir = str(sweep / item.name)
     return start_sweep(sweep, combinations, configs, given, is_new=True)
@@ -196,7 +200,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
     if arguments is not None:
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
-    _composed.clear()
     try:
         with slurm.retrying(WAIT_S):
             return launch_words(sys.argv[1:])

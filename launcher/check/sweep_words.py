@@ -24,6 +24,8 @@ LONGEST = 120
 BETWEEN = "--"
 """Stands between the values in a name. Not a comma: a container would take that for the end of a path that it mounts."""
 UNSAFE = re.compile(r"[^\w.=+-]+", re.ASCII)
+SETTING_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+"""Flags of Hydra that say where configs are. All others print something about one config."""
 OF_HYDRA = ("hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
 
 
@@ -57,7 +59,7 @@ def combinations(words: Sequence[str]) -> list[Combination]:
     choices = {number: values for number, word in enumerate(kept) if (values := several(word))}
     if not choices:
         message = "no key has several values. Write KEY=a,b for a sweep, or type muster run for one run"
-        raise ConfigError(Problem("sweep", None, message))
+        raise ConfigError(Problem("KEY=VALUE", None, message))
     for number, values in choices.items():
         if len(set(values)) < len(values):
             key, _, value = kept[number].partition("=")
@@ -69,7 +71,7 @@ def combinations(words: Sequence[str]) -> list[Combination]:
         by_key = {kept[number].partition("=")[0].lstrip("+"): value for number, value in own.items()}
         found.append(Combination(_name(by_key, {item.name for item in found}), by_key, changed))
         if len(found) > MOST_RUNS:
-            raise ConfigError(Problem("sweep", None, f"has more than {MOST_RUNS} runs. Split it"))
+            raise ConfigError(Problem("KEY=VALUE", None, f"has more than {MOST_RUNS} runs. Split it"))
     return found
 
 
@@ -131,7 +133,9 @@ def _refused(words: Sequence[str]) -> Iterator[Problem]:
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         override = _parsed(word)
-        if override is not None and override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        if word.startswith("-") and word.partition("=")[0] not in SETTING_FLAGS:
+            yield Problem(word, None, "is not for a sweep. Type it with muster run, and one value of each key")
+        elif override is not None and override.value_type is ValueType.GLOB_CHOICE_SWEEP:
             yield Problem(key, value, "is a pattern. Write the values, as KEY=a,b")
         elif key.startswith(OF_HYDRA):
             yield Problem(key, value, "has no effect, because Muster itself starts the runs of a sweep. Remove it")

@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from conf.plural import plural
 from conf.visible import visible
 from launcher.commands import ls
 from launcher.commands.answers import exit_code
@@ -39,6 +40,8 @@ def _sweep(options: argparse.Namespace) -> int:
     ls.execute(argparse.Namespace(folder=options.run, json=options.json))
     found = sweep.look(options.run)
     if not options.json:
+        if waiting := len(sweep_record.runs(options.run)) - len(found.runs):
+            print(f"not started: {plural(waiting, 'run')}")
         for name, job in found.later.items():
             print(f"{name} {job.job_id} of the best run: {job.state.lower()}")
         if best := sweep_record.best(options.run):

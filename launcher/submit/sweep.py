@@ -50,6 +50,9 @@ def summary(folder: Path, runs: Sequence[SweepRun]) -> list[str]:
     lines = [f"sweep     {folder}: {plural(len(runs), 'run')}", *(f"          {run.folder.name}" for run in runs)]
     if setting.stop_worst:
         lines.append(f"ends      {setting.stop_worst}: a training ends there if its loss is among the worst")
+    if (count := len(sweep_groups.arrays(runs))) > 1 and not plan.runs_here(runs[0].config):
+        each = "; sweep.at_once counts for each" if setting.at_once else ""
+        lines.append(f"arrays    {count}, because the runs ask for different resources{each}")
     if sweep_groups.merges_best(runs) and sweep_groups.later_names(runs):
         lines.append(f"best      {', '.join(sweep_groups.later_names(runs))}: only of the run with the lowest loss")
     return [*lines, "", *preview.summary(runs[0].config, runs[0].jobs).splitlines()]

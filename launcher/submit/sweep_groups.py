@@ -9,9 +9,6 @@ from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher.submit import sweep_scripts
 from launcher.submit.sweep_run import SweepRun
 
-READ_BEFORE_TRAINING = ("data", "model", "cluster", "parallel", "hub")
-"""Sections of the config that the jobs before training read."""
-
 
 def owners(runs: Sequence[SweepRun]) -> dict[Path, SweepRun]:
     """For each run the first one that prepares the same: its jobs before training serve both. Without training: the run itself."""
@@ -21,9 +18,11 @@ def owners(runs: Sequence[SweepRun]) -> dict[Path, SweepRun]:
 
 def _preparation(run: SweepRun) -> str:
     """What the jobs before training depend on, as text."""
-    sections = resolve.plain(run.config)
-    names = [job.name for job in run.jobs if job.name in BEFORE_TRAINING]
-    return repr([names, *(sections[name] for name in READ_BEFORE_TRAINING)])
+    sections, names = resolve.plain(run.config), [job.name for job in run.jobs if job.name in BEFORE_TRAINING]
+    cluster = dict(sections["cluster"])
+    training = [cluster.pop("train"), sections["parallel"]]  # only preflight runs where the training will
+    read = [sections["data"], sections["model"], sections["hub"], cluster]
+    return repr([names, *read, *(training if "preflight" in names else [])])
 
 
 def arrays(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:

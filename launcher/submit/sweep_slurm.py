@@ -137,10 +137,12 @@ def array_script(folder: Path, group: Sequence[SweepRun], owners: Mapping[Path, 
 def scripts(folder: Path, runs: Sequence[SweepRun]) -> Iterator[tuple[str, str]]:
     """(name, text) of each script of the sweep, for a preview. Names in angle brackets stand for the ids."""
     owners = sweep_groups.owners(runs)
-    ids: Ids = {
-        run.folder: {job.name: f"<{job.name}>" for job in owners[run.folder].jobs if job.name in BEFORE_TRAINING}
-        for run in runs
-    }
+    numbers = {folder: number for number, folder in enumerate(dict.fromkeys(run.folder for run in owners.values()), 1)}
+    ids: Ids = {}
+    for run in runs:
+        owner = owners[run.folder]
+        names = [job.name for job in owner.jobs if job.name in BEFORE_TRAINING]
+        ids[run.folder] = {name: f"<{_file_name(name, numbers[owner.folder])}>" for name in names}
     groups = sweep_groups.arrays(runs)
     for number, group in enumerate(groups, 1):
         name, text = array_script(folder, group, owners, ids)
