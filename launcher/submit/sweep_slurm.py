@@ -123,11 +123,10 @@ def array_script(folder: Path, group: Sequence[SweepRun], owners: Mapping[Path, 
     If there are several sets of these, it waits until they have ended: rows that could not be prepared stop only their own runs.
     """
     assert group[0].training
-    needed = {tuple(job_id for job, job_id in ids[run.folder].items() if job in BEFORE_TRAINING) for run in group} - {
-        ()
-    }
+    sets = (tuple(job_id for job, job_id in ids[run.folder].items() if job in BEFORE_TRAINING) for run in group)
+    needed = [*dict.fromkeys(filter(None, sets))]
     condition = "afterok" if len(needed) == 1 else "afterany"
-    each = dict.fromkeys(job_id for listed in sorted(needed) for job_id in listed)
+    each = dict.fromkeys(job_id for listed in needed for job_id in listed)
     tasks = [(run, owners[run.folder].folder / "data" if run.job("preprocess") else None) for run in group]
     dependency = f"{condition}:{':'.join(each)}" if each else None
     name = group[0].training.name
