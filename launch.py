@@ -165,11 +165,15 @@ def start_sweep(
     runs = [run for run, _ in found]
     if problems := sweep_rules.across([run.config for run in runs]):
         raise ConfigError(*problems)
-    for line in dict.fromkeys(line for _, notes in found for line in notes):
+    for line in dict.fromkeys([*command_line.notes(given), *(line for _, notes in found for line in notes)]):
         print(line, flush=True)
     if runs[0].config.dry_run:
         print(visible(sweep_submit.preview_text(sweep, runs)), flush=True)
         return 0
+    if is_new and not names.is_named(given):
+        sweep = Path(names.reserve(str(sweep)))
+        for run in runs:
+            run.config.run_dir = str(sweep / run.folder.name)
     values = {item.name: item.values for item in combinations} if is_new else {}
     return sweep_submit.start(sweep, runs, values, [sys.argv[0], *given])
 

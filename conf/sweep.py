@@ -24,9 +24,10 @@ class StopWorst(NamedTuple):
         return max(1, math.ceil(self.at * last_step))
 
     def goes_on(self, loss: float, others: list[float]) -> bool:
-        """Whether a run is among the best of those compared so far. `others`: the losses of the other runs."""
+        """Whether a run is among the best of those compared so far. `others`: the losses of the other runs. NaN is the worst."""
         kept = math.ceil((len(others) + 1) * (1 - self.share))
-        return sum(other < loss for other in others) < kept
+        own, *rest = (math.inf if math.isnan(item) else item for item in (loss, *others))
+        return sum(other < own for other in rest) < kept
 
 
 def stop_worst(text: str) -> StopWorst:

@@ -29,16 +29,17 @@ def across(configs: Sequence[Config]) -> list[Problem]:
         found.append(Problem("jobs", None, "must be the same in all runs of a sweep. Launch one sweep for each"))
     if any(config.cluster.executor is not first.cluster.executor for config in configs):
         found.append(Problem("cluster", None, "must be Slurm's in all runs of a sweep, or this machine in all"))
-    if not RESUMABLE.intersection(first.jobs):
-        return found
-    if first.sweep.merge is SweepMerge.best and AFTER_TRAINING.intersection(first.jobs):
+    merges_best = first.sweep.merge is SweepMerge.best and bool(RESUMABLE.intersection(first.jobs))
+    if merges_best and AFTER_TRAINING.intersection(first.jobs):
         later = [(config.cluster.cpu, config.cluster.inference, config.cluster.account) for config in configs]
         if any(item != later[0] for item in later):
             message = "needs the same cluster.cpu and cluster.inference in all runs. Use sweep.merge=all"
             found.append(Problem("sweep.merge", "best", message))
     pushed = [config.hub.push for config in configs if config.hub.push]
-    if first.sweep.merge is SweepMerge.all and len(set(pushed)) < len(pushed):
-        message = "would be pushed to by several runs, each in place of the one before. Use sweep.merge=best"
+    if "push" in first.jobs and not merges_best and len(set(pushed)) < len(pushed):
+        message = (
+            "would be pushed to by several runs, each in place of the one before. Use sweep.merge=best, or push one run"
+        )
         found.append(Problem("hub.push", pushed[0], message))
     return found
 

@@ -35,5 +35,11 @@ def test_the_best_run_and_the_first_one_go_on_in_any_order() -> None:
         assert 1 <= len(goes_on) <= 5
 
 
+def test_a_loss_that_is_no_number_is_the_worst() -> None:
+    rule = sweep.StopWorst(0.5, 0.25)
+    assert not rule.goes_on(float("nan"), [9.0])
+    assert rule.goes_on(9.0, [float("nan")])
+
+
 def test_without_others_nothing_is_waited_for() -> None:
     assert sweep.StopWorst(0.9, 0.25).goes_on(100.0, [])

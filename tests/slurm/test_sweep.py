@@ -58,6 +58,7 @@ def test_eight_runs_are_one_array_of_which_one_fails_and_the_best_is_merged(slur
     assert {job["name"]: job["state"] for job in states} == {"train": "COMPLETED", "consolidate": "COMPLETED"}
 
 
+@pytest.mark.proof
 def test_a_task_of_an_array_is_requeued_stopped_continued_and_cancelled_by_its_run(
     slurm: Cluster, tmp_path: Path
 ) -> None:

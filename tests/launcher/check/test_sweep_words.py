@@ -116,7 +116,10 @@ def test_runs_that_do_not_fit_together_are_refused(compose: Compose) -> None:
     assert across({}, {"train.seed": 1}) == []
     assert across({"jobs": ["train"]}, {}) == ["jobs"]
     assert across({"cluster.cpu.memory_gib": 7}, {}) == ["sweep.merge=best"]
-    both = compose("cluster=slurm", "model=llama8b", "sweep.merge=all", "hub.push=me/x")
+    both = put(
+        compose("cluster=slurm", "model=llama8b", "sweep.merge=all"), {"hub.push": "me/x", "jobs": ["train", "push"]}
+    )
     assert [str(item).split(":")[0] for item in sweep_rules.across([both, both])] == ["hub.push=me/x"]
+    assert [item.key for item in sweep_rules.across([put(both, {"jobs": ["push"]})] * 2)] == ["hub.push"]
     local = compose("model=llama8b")
     assert "cluster" in [item.key for item in sweep_rules.across([both, local])]
