@@ -41,7 +41,7 @@ def start(
         return _run_here(folder, runs, command) if here else sweep_slurm.submit_all(folder, runs, command)
     finally:
         shown = shlex.quote(str(folder))
-        print(f"\nwatch     muster status {shown}\ncompare   muster compare {shown}/*\nresume    muster resume {shown}")
+        print(f"\nwatch     muster status {shown}\ncompare   muster compare {shown}\nresume    muster resume {shown}")
 
 
 def summary(folder: Path, runs: Sequence[SweepRun]) -> list[str]:

@@ -66,7 +66,7 @@ def test_the_jobs_of_the_best_run_wait_for_all_trainings(submitted: Path) -> Non
 def test_the_command_says_how_to_go_on(submitted: Path) -> None:
     lines = (submitted / "printed").read_text().splitlines()
     assert f"watch     muster status {submitted}/sweep" in lines
-    assert f"compare   muster compare {submitted}/sweep/*" in lines
+    assert f"compare   muster compare {submitted}/sweep" in lines
 
 
 def run_script(text: str, **environ: str) -> "subprocess.CompletedProcess[str]":
