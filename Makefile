@@ -6,12 +6,13 @@ V := .venv/bin
 JOB ?= train
 RANK ?= 0
 TRL ?= 1.16.0
+RAY ?= 2.60.0
 CLUSTER ?= local
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
 need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
 
-.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs screenshots test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -60,6 +61,10 @@ foreign: setup ## merge real checkpoints of other programs, compare, and write t
 wrong-configs: setup ## launch wrong and right configs as dry runs, and write docs/wrong-configs.md (two minutes)
 	$(V)/python -m tests.launcher.check.wrong_configs $(ARGS)
 
+screenshots: setup ## take the pictures of docs/pages in headless Chromium, and check the pages for accessibility (five minutes)
+	@tests/install_browser.sh .browser
+	$(V)/python -m tests.pages.screenshots $(ARGS)
+
 custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
 	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
 
@@ -93,7 +98,7 @@ endef
 
 .bench/.installed: $(V)/.installed Makefile
 	$(call venv_before,.bench)
-	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL)
+	.bench/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==$(TRL) 'ray[train]==$(RAY)'
 	@touch $@
 
 .oldest/.installed: $(V)/.installed Makefile constraints-oldest.txt
@@ -123,5 +128,5 @@ constraints: setup ## write constraints.txt from .venv
 	@{ grep '^#' constraints.txt; $(V)/pip list --format=freeze | grep -viE '^(pip|setuptools|muster)=' | sed 's/+cpu//'; } > .constraints && mv .constraints constraints.txt
 
 clean: ## remove .venv and caches; runs stay
-	rm -rf .venv .bench .oldest build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .bench .oldest .browser build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

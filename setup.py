@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-BUNDLED = ("conf", "launcher", "jobs", "slurm_templates", "examples", "launch.py")
+BUNDLED = ("conf", "pages", "launcher", "jobs", "slurm_templates", "examples", "launch.py")
 
 
 class BuildWithBundle(build_py):

@@ -124,8 +124,9 @@ def train(folder: Path, words: list[str], limit_s: float, environment: dict[str,
     except RuntimeError as error:
         text = str(error)
         reason = next((line for line in text.splitlines() if line.startswith("train ")), "took too long")
-        verdict = "refused" if reason.startswith("train user_error") else "failed"
-        return {"verdict": verdict, "error": text[-6000:], "reason": reason}
+        refused = next((line for line in text.splitlines() if "launch.py: " in line), None)
+        verdict = "refused" if refused or reason.startswith("train user_error") else "failed"
+        return {"verdict": verdict, "error": text[-6000:], "reason": refused or reason}
 
 
 def compare(run: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,13 @@ class AdapterKind(Enum):
     lora = "lora"
 
 
+class AdapterInit(Enum):
+    default = "default"
+    gaussian = "gaussian"
+    pissa = "pissa"
+    olora = "olora"
+
+
 class Frozen(Enum):
     full = "full"
     nf4 = "nf4"
@@ -177,6 +184,7 @@ class ProgramLauncher(Enum):
     srun = "srun"
     torchrun = "torchrun"
     accelerate = "accelerate"
+    ray = "ray"
 
 
 class Submit(Enum):

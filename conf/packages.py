@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from conf.choices import AdapterKind, Attention, Backend, Float8, Frozen, Optimizer
+from conf.choices import AdapterKind, Attention, Backend, Float8, Frozen, Optimizer, ProgramLauncher
 from conf.errors import Problem, as_typed
 from conf.schema import Config
 
@@ -24,12 +24,24 @@ TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", 
 
 def missing(config: Config) -> Iterator[Problem]:
     """A problem for each package that the config needs and that this interpreter cannot import."""
-    if config.custom.command is not None:  # a program of the user may have an interpreter and packages of its own
+    if config.custom.command is not None:
+        yield from _of_program(config)
         return
     for key, value, module, pip_name, instead in _needed(config):
         if find_spec(module) is None:
             message = f"needs the package {pip_name}, which is not installed: pip install {pip_name}, or {instead}"
             yield Problem(key, as_typed(value), message)
+
+
+def _of_program(config: Config) -> Iterator[Problem]:
+    """A program of the user may have an interpreter and packages of its own; Ray is what Muster starts for it."""
+    first = str(config.custom.command).partition(" ")[0]
+    is_ours = first in ("python", "python3", "-m") or first.endswith(".py")
+    if config.custom.launcher is ProgramLauncher.ray and is_ours and find_spec("ray") is None:
+        message = (
+            "needs the package ray, which is not installed: pip install 'ray[train]', or use custom.launcher=torchrun"
+        )
+        yield Problem("custom.launcher", "ray", message)
 
 
 def _needed(config: Config) -> Iterator[tuple[str, object, str, str, str]]:

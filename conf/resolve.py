@@ -54,8 +54,10 @@ def dump(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """A hash of what the run computes, 16 hexadecimal digits. The keys in `NOT_COMPUTED` do not change it."""
-    return hashlib.sha256(json.dumps(plain(config, without=NOT_COMPUTED)).encode()).hexdigest()[:16]
+    """A hash of what the run computes, 16 hexadecimal digits. `NOT_COMPUTED` and `train.resume_step` do not change it."""
+    values = plain(config, without=NOT_COMPUTED)
+    del values["train"]["resume_step"]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def plain(config: Config, without: tuple[str, ...] = LAUNCH_ONLY) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             values |= flat(value, f"{prefix}{name}.")
         else:
-            values[prefix + name] = value
+            values[f"{prefix}{name}"] = value
     return values
 
 
@@ -128,14 +130,14 @@ def keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     types: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for item in fields(schema):
-        name, section = prefix + item.name, _section(hints[item.name])
+        name, section = prefix + item.name, section_of(hints[item.name])
         types[name] = hints[item.name]
         if section is not None:
             types |= keys(section, f"{name}.")
     return types
 
 
-def _section(hint: Any) -> type | None:
+def section_of(hint: Any) -> type | None:
     """The dataclass in a field's type, also in `Dataclass | None`; None for other types."""
     candidates = [hint, *get_args(hint)]
     return next((item for item in candidates if isinstance(item, type) and is_dataclass(item)), None)
@@ -148,7 +150,7 @@ def named_sections(schema: type = Config, prefix: str = "") -> dict[str, type]:
     for item in fields(schema):
         if "section" in item.metadata:
             sections[prefix + item.name] = item.metadata["section"]
-        elif section := _section(hints[item.name]):
+        elif section := section_of(hints[item.name]):
             sections |= named_sections(section, f"{prefix}{item.name}.")
     return sections
 
@@ -164,7 +166,7 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
     for name, value in plain.items():
         key = prefix + name
         if name not in hints:
-            problems.append(Problem(key, None, "no such key. conf/schema.py lists all keys"))
+            problems.append(Problem(key, None, "no such key. docs/keys.md lists all keys"))
         elif value is not None and str(hints[name]).startswith("list") and not _is_list(value, hints[name]):
             problems.append(Problem(key, value, f"must be {describe_list(hints[name])}"))
         elif value is not None and str(hints[name]).startswith("dict") and not isinstance(value, dict):
@@ -172,7 +174,11 @@ def _schema_problems(plain: Any, schema: type, prefix: str = "") -> list[Problem
         elif name in named:
             for entry_name, entry in value.items():
                 problems += _entry_problems(entry, named[name], f"{key}.{entry_name}")
-        elif (section := _section(hints[name])) and value is not None:
+        elif (section := section_of(hints[name])) and value is not None and not isinstance(value, dict):
+            problems.append(
+                Problem(key, value, f"has keys of its own. Set them, for example {key}.{fields(section)[0].name}")
+            )
+        elif section and value is not None:
             problems += _schema_problems(value, section, f"{key}.")
     return problems
 

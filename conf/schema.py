@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from conf.choices import (
+    AdapterInit,
     AdapterKind,
     Attention,
     Backend,
@@ -332,6 +333,10 @@ class Adapter:
     dora: bool = False
     """Train the norm of each row of a weight separately from its direction (Liu 2024). At a low rank this is closer to a full
     fine-tune, and takes about a third more time."""
+    init: AdapterInit = AdapterInit.default
+    """Where new adapters begin (PEFT's `init_lora_weights`). `default`: A uniform, B zero. `gaussian`: A normal. `pissa`: with the
+    largest singular values of each weight (Meng 2024). `olora`: with its first orthogonal columns (Büyükakyüz 2024). Both are
+    taken off the frozen base, in the merge too, and need a base that is not quantized."""
     lora_plus_ratio: float | None = at_least(1e-6, None, at_most=10_000)
     """Learning rate of the matrices B as a multiple of `train.learning_rate` (LoRA+, Hayou 2024; 16 is usual there). Null: 1."""
     base: Frozen = Frozen.full
@@ -436,6 +441,9 @@ class Train:
     """Write a trace of three early steps to RUN/profile with torch's profiler. These steps are slower."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that write a trace."""
+    resume_step: int | None = at_least(1, None)
+    """With `muster resume RUN`: the step of the checkpoint to go on from. Newer checkpoints are kept in RUN/checkpoints/replaced-N.
+    It counts once, for the launch that names it. Null: the newest checkpoint."""
     log_every: int = at_least(1, 10)
     """Steps between lines in the log. metrics.jsonl has every step."""
     eval_every: int | None = at_least(0, None)
@@ -513,9 +521,10 @@ class Resources:
 
     nodes: int = at_least(1, 1)
     ranks_per_node: int = at_least(1, 1)
-    """Processes per node. With GPUs, one for each GPU."""
+    """Processes per node. With GPUs, one for each GPU. 0, with `cluster=local` only: one for each GPU of this machine; two
+    if it has none."""
     gpus_per_node: int | None = at_least(0, 0)
-    """Null, with `cluster=local` only: use GPUs if this machine has one for each rank, else the CPU."""
+    """GPUs per node. Null, with `cluster=local` only: one for each rank if this machine has GPUs, else the CPU."""
     gpu_type: str | None = None
     """Slurm's name of the GPU type to ask for, on clusters with several types."""
     gpu_memory_gib: float | None = at_least(1, None)
@@ -588,6 +597,12 @@ class Cluster:
     """Name of the cluster: the name of its YAML file."""
     executor: Executor = MISSING
     """`slurm`: submit jobs. `local`: run them on this machine, one after the other."""
+    gpus: int | None = at_least(0, None)
+    """GPUs that training uses, on all nodes together. Sets `nodes`, `ranks_per_node` and `gpus_per_node` of `cluster.train`, whose
+    `gpus_per_node` says how many a node has. 0, with `cluster=local` only: the CPU. Null: as `cluster.train` says."""
+    partition: str | None = None
+    """Slurm partition of all jobs: sets `partition` of `cluster.train`, `cluster.cpu` and `cluster.inference`. Null: what these
+    say."""
     train: Resources = field(default_factory=Resources)
     """Resources for preflight and train."""
     cpu: Resources = field(default_factory=Resources)
@@ -694,7 +709,8 @@ class Custom:
     compute node. `python` is `cluster.python`."""
     launcher: ProgramLauncher = ProgramLauncher.srun
     """What starts the ranks. `srun`: Slurm starts the program once for each rank. `torchrun`, `accelerate`: Slurm starts one
-    torchrun or `accelerate launch` on each node, which starts the ranks of the node."""
+    torchrun or `accelerate launch` on each node, which starts the ranks of the node. `ray`: Slurm starts Ray on all nodes, and the
+    program once, on the first."""
     folder: str | None = None
     """Folder in which the program starts. Null: the one in which launch.py was started."""
 

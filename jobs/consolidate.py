@@ -137,6 +137,7 @@ def _muster_json(config: Config, path: Path, checkpoint_info: dict[str, Any]) ->
     dtype = config.consolidate.dtype
     return {
         "checkpoint": path.name,
+        "manifest": manifest.digest(path),  # training from a chosen checkpoint may save the same step again
         "dtype": config.train.precision.name if dtype is OutputDtype.auto else dtype.name,
         "digest": checkpoint_info["config"],
         "adapter_only": config.consolidate.adapter_only,
@@ -219,9 +220,12 @@ def _on_whole_base(config: Config) -> Config:
 def _adapter_plan(config: Config) -> "AdapterPlan":
     """The adapters of the run, on weights that are not quantized."""
     from jobs.consolidation import adapter_layers
-    from jobs.model import build
+    from jobs.model import build, first_update
 
-    return adapter_layers.describe(build.build_on_meta(_on_whole_base(config)))
+    plan = adapter_layers.describe(build.build_on_meta(_on_whole_base(config)), config.adapter.init.name)
+    if first_update.changes_base(config):
+        return adapter_layers.with_first_pairs(plan, Path(config.run_dir) / first_update.FILE)
+    return plan
 
 
 def _compare_logits(config: Config, path: Path, folder: Path) -> None:
@@ -241,24 +245,9 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
     """Write the files beside the weights."""
     from jobs.model.multimodal import whole_of
 
-    adapter = config.adapter
     source = config.model.source if config.model.init is Init.pretrained else None
     if config.consolidate.adapter_only:
-        model_card.write_adapter(
-            folder,
-            {
-                "r": adapter.r,
-                "lora_alpha": adapter.alpha,
-                "rank_pattern": dict(adapter.rank_pattern),
-                "alpha_pattern": dict(adapter.alpha_pattern),
-                "lora_dropout": adapter.dropout,
-                "modules_to_save": list(adapter.modules_to_save) or None,
-                "use_rslora": adapter.rslora,
-                "use_dora": adapter.dora,
-            },
-            merge,
-            config.model.source,
-        )
+        model_card.write_adapter(folder, model_card.adapter_settings(config.adapter), merge, config.model.source)
     elif (whole := whole_of(empty_model)) is not None:
         base_folder = find_or_download(config.model.source, config.model.revision)
         assert base_folder is not None  # the merge has read it
@@ -271,22 +260,11 @@ def _describe(config: Config, folder: Path, empty_model: Any, merge: Merge, chec
         "data": config.data.path or ", ".join(config.data.sets),
         "steps": checkpoint_info["step"],
         "layout": f"{checkpoint_info['layout']} on {checkpoint_info['world_size']} ranks",
-        "adapter": _adapter(config),
+        "adapter": model_card.adapter_line(config.adapter),
         "config": checkpoint_info["config"],
     }
     library = "peft" if config.consolidate.adapter_only else "transformers"
     model_card.write_card(folder, config.name, rows, source, library)
-
-
-def _adapter(config: Config) -> str | None:
-    """The adapter in one line of the model card."""
-    adapter = config.adapter
-    if adapter.kind is AdapterKind.none:
-        return None
-    kind = "DoRA" if adapter.dora else "LoRA"
-    kind = f"rank-stabilized {kind}" if adapter.rslora else kind
-    base = "" if adapter.base is Frozen.full else f", trained on a base in {adapter.base.name}"
-    return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from conf.schema import Config, Generate
 from jobs.evaluation import answer_checks, prompts
 from jobs.evaluation.load_model import describe, load, load_base
 from jobs.evaluation.prompts import Prompt
-from jobs.report.pages import render_page
+from jobs.report import run_facts
+from jobs.report.run_facts import Fact
 from jobs.tokenization.tokenizer import load_tokenizer
+from pages.render import render_page
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def run(config: Config) -> None:
     summary = {"model": describe(config), "prompts": len(answers), "faults": counts, "settings": settings}
     write_json(Path(config.run_dir) / "generations.json", summary | {"answers": answers})
     page = Path(config.run_dir) / "generations.html"
-    write_text(page, render_html(config.name, summary, answers))
+    write_text(page, render_html(config.name, run_facts.model(config), summary, answers))
     faults = [f"{count} {answer_checks.FAULTS[name]}" for name, count in counts.items() if count]
     if faults:
         log.warning(f"answers   {len(answers)} in {page}: {', '.join(faults)}")
@@ -107,8 +109,16 @@ def generate_answer(
     }
 
 
-def render_html(name: str, summary: dict[str, Any], answers: list[dict[str, Any]]) -> str:
-    """The page of answers: one HTML file that needs no other file."""
+def render_html(name: str, about: list[Fact], summary: dict[str, Any], answers: list[dict[str, Any]]) -> str:
+    """The page of answers: one HTML file that needs no other file. about: the model, its tokenizer and chat template."""
     return render_page(
-        "generations.html.j2", name=name, summary=summary, answers=answers, meanings=answer_checks.FAULTS
+        "generations.html.j2",
+        name=name,
+        about=[("base" if title == "model" else title, value) for title, value in about],
+        summary=summary,
+        settings=[
+            (key, value) for key, value in summary["settings"].items() if value is not None and key != "compare_base"
+        ],
+        answers=answers,
+        meanings=answer_checks.FAULTS,
     )

@@ -25,7 +25,7 @@ from jobs.data.quality_gates import ROWS_PER_REASON, Findings
 from jobs.data.splits import SampleNumbers
 from jobs.data.tokenized_set import TokenizedSet
 from jobs.distributed.logs import SHOWN
-from jobs.report import data_preview, sample_records, terminal
+from jobs.report import data_preview, run_facts, sample_records, terminal
 from jobs.report.sample_records import FoundRow, SetSamples
 from jobs.report.token_view import Decoder
 from jobs.tokenization.tokenizer import load_tokenizer
@@ -247,6 +247,9 @@ def _write(
             max_length=config.data.max_length,
             packed=config.data.packing,
             verdicts=verdicts,
+            limits=config.data.gates,
+            name=config.name,
+            about=run_facts.model(config),
             seed=config.data.seed,
         )
         write_text(temporary / "preview.html", page)

@@ -46,7 +46,7 @@ def run(config: Config) -> None:
         heartbeat.beat("finish", step)
         training.profiler.close()
         stop_reason = stop.agree_on_request() if stopped else None
-        training.metrics.close()
+        training.metrics.close("stopped" if stop_reason else "completed")
     if stop_reason:
         stop.raise_stopped(stop_reason, step, training.last_step)
 
@@ -110,7 +110,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
         flat_loss=FlatLossWatch(
             schedule.warmup_steps(config.train, last_step), config.train.learning_rate, earlier_losses
         ),
-        sweep_rung=sweep_rung.SweepRung(
+        sweep_rung=sweep_rung.PlannedRung(
             config,
             last_step,
             earlier_losses,
@@ -138,13 +138,13 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
     set_timeout(training.config.cluster.network.step_timeout_s)
 
     while step < last_step and not stopped and not training.is_over:
-        stopped = train_step.run(training, step)
+        stopped, save = train_step.run(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and saves.steps and step + saves.steps < last_step:
             training.saver.prepare(training.backend, training.engine)
         # Save before the evaluation: a requested stop may leave little time.
-        if step == last_step or stopped or saves.is_due(step):
+        if step == last_step or stopped or save or saves.is_due(step):
             _save_checkpoint(training, step, wait=step == last_step or stopped)
         if (step == last_step or evaluations.is_due(step) or training.sweep_rung.is_due(step)) and not stopped:
             stopped = not _evaluate(training, step)
@@ -152,7 +152,7 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
             is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
             if is_over and training.held_out.is_over:
                 _log_early_end(training, step)
-            if step < last_step and (stopped or is_over or (is_kept and not saves.is_due(step))):
+            if step < last_step and (stopped or is_over or (is_kept and not (save or saves.is_due(step)))):
                 # where training ends here, a save that was due is only completed
                 _save_checkpoint(training, step, wait=stopped or is_over)
     return step, stopped

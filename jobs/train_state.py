@@ -17,7 +17,7 @@ from jobs.monitoring.step_monitor import StepMonitor
 from jobs.training.divergence import DivergenceDetector
 from jobs.training.early_stopping import HeldOutLosses
 from jobs.training.flat_loss import FlatLossWatch
-from jobs.training.sweep_rung import SweepRung
+from jobs.training.sweep_rung import PlannedRung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Training:
     monitor: StepMonitor
     divergence: DivergenceDetector
     flat_loss: FlatLossWatch
-    sweep_rung: SweepRung
+    sweep_rung: PlannedRung
     profiler: Profiler
     saver: Saver
 
@@ -60,5 +60,14 @@ class StepTotals(NamedTuple):
     """With its coefficient: the sum of each rank's mean over its micro batches. 0 for a model without one."""
     stop_requests: float
     """Ranks that were asked to stop."""
+    save_requests: float
+    """1 if rank 0 was asked for a checkpoint."""
     finished_writes: float
     """Ranks that have written their part of the pending checkpoint in the background."""
+
+
+class Requests(NamedTuple):
+    """What any rank was asked for before the end of a step. All ranks have the same."""
+
+    stop: bool
+    save: bool

@@ -14,15 +14,15 @@ from jobs.distributed import heartbeat
 from jobs.distributed.process_group import all_reduce_sum
 from jobs.model import router_loss, unwrap
 from jobs.monitoring.step_monitor import log_fields
-from jobs.train_state import StepTotals, Training
+from jobs.train_state import Requests, StepTotals, Training
 from jobs.training import loss, lr_schedule
 
 
-def run(training: Training, step: int) -> bool:
-    """One optimizer step over the global batch. Returns whether any rank was asked to stop. `step` counts from 0."""
+def run(training: Training, step: int) -> Requests:
+    """One optimizer step over the global batch. Returns what the ranks were asked for. `step` counts from 0."""
     world, monitor = training.world, training.monitor
     began = time.perf_counter()
-    stop_requested = training.stop.requested()
+    stop_requested, save_requested = training.stop.requested(), training.stop.save_requested()
     monitor.begin_step(step, training.last_step)
     # A seed per step lets dropout resume without saved state. Ranks that share matrices need the same dropout.
     torch.manual_seed(hash((training.config.train.seed, step, world.rank // world.tensor_ranks)) % 2**63)
@@ -35,7 +35,8 @@ def run(training: Training, step: int) -> bool:
         grad_norm = training.backend.step(training.engine, learning_rate)
 
     # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
-    flags = torch.tensor([stop_requested, training.saver.written], dtype=torch.float64, device=world.device)
+    asked = [stop_requested, save_requested, training.saver.written]
+    flags = torch.tensor(asked, dtype=torch.float64, device=world.device)
     totals = StepTotals(*all_reduce_sum(torch.cat([loss_sums, flags])).tolist())
     seconds = time.perf_counter() - began
     mean_loss = totals.loss / world.tensor_ranks / tokens
@@ -48,7 +49,7 @@ def run(training: Training, step: int) -> bool:
     training.profiler.step()
     if totals.finished_writes == world.size:
         training.saver.publish_pending()
-    return totals.stop_requests > 0
+    return Requests(stop=totals.stop_requests > 0, save=totals.save_requests > 0)
 
 
 def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], tokens: int) -> torch.Tensor:
@@ -97,10 +98,11 @@ def _check_finite(training: Training, step: int, mean_loss: float, grad_norm: fl
     """Raise FloatingPointError for NaN or infinity, on all ranks: they have the same values. The step is not saved."""
     if math.isfinite(mean_loss) and math.isfinite(grad_norm):
         return
-    training.metrics.write_report()
+    training.metrics.write_report("failed")
     training.saver.publish_pending()  # the pending checkpoint is of an earlier step, and good
     values = f"loss {mean_loss}, gradient norm {grad_norm}"
-    raise FloatingPointError(f"step {step}: {values}; go back to an earlier checkpoint and lower train.learning_rate")
+    remedy = "go on from an earlier checkpoint with a lower rate: muster resume RUN train.resume_step=N train.learning_rate=..."
+    raise FloatingPointError(f"step {step}: {values}; {remedy}")
 
 
 def _report(training: Training, step: int, values: dict[str, float]) -> None:
@@ -109,7 +111,7 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     log_is_due = step == training.last_step or step % training.config.train.log_every == 0
     if log_is_due:
         measured, warnings = training.monitor.gather()
-        values |= measured | {"left_s": round(metrics.seconds_left(step))}
+        values |= measured | {"left_s": round(metrics.seconds_left(step)), "steps": training.last_step}
         metrics.warn(step, warnings)
     metrics.write(step, **values)
     if log_is_due:
@@ -120,6 +122,6 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     try:
         training.divergence.add_loss(step, values["loss"])
     except DivergedError:
-        metrics.write_report()
+        metrics.write_report("failed")
         training.saver.publish_pending()
         raise

@@ -12,6 +12,7 @@ from launcher.commands import sweep
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
+from launcher.status import find
 
 WAIT_S = 120.0
 """How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
@@ -19,12 +20,16 @@ WAIT_S = 120.0
 COMMANDS = {
     "run": "run",
     "sweep": "sweep",
+    "doctor": "doctor",
     "import": "import_config",
     "ls": "ls",
     "status": "status",
+    "compare": "compare",
     "wait": "wait",
     "logs": "logs",
     "why": "why",
+    "efficiency": "efficiency",
+    "save": "save",
     "stop": "stop",
     "cancel": "cancel",
     "resume": "resume",
@@ -55,18 +60,18 @@ def parser(prog: str, names: Sequence[str]) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher") -> int:
     """Run one command and return its exit code: 2 for a user's error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["run"]:
-        return launch(words[1:], prog=f"{prog} run")
+    if words[:1] in (["run"], ["-sc"], ["--shell-completion"]):  # a shell calls the latter to complete `muster run ...`
+        return launch(words[1:], f"{prog} run") if words[0] == "run" else launch(words, prog)
     if words[:1] == ["sweep"] and any("=" in word for word in words):
-        return sweep.launch(words[1:], prog=f"{prog} sweep")
+        return sweep.launch(words[1:], f"{prog} sweep")
     if words and "=" in words[0]:
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
-    if "run" in options:
-        options.run = options.run.resolve()
     try:
         with slurm.retrying(WAIT_S):
+            if "run" in options:
+                options.run = find.run_of(options.run) if options.by_id else options.run.resolve()
             return int(options.execute(options))
     except slurm.BusyError as error:
         print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)

@@ -9,9 +9,10 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from launcher import slurm_array
 from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
 
 __all__ = ["BusyError", "NoSlurmError", "SlurmError", "call", "retrying"]
@@ -35,10 +36,8 @@ STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
 
-ID = re.compile(r"\d+(_\d+)?")
-"""The id of a job, or of one task of an array. Such a task keeps its id when it is requeued."""
-ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?::(\d+))?(?:%\d+)?\]")
-"""Waiting tasks of an array as one line: 123_[2-7%2], 123_[1,3-5], 123_[0-8:2]."""
+USE = ("JobID", "ElapsedRaw", "AllocCPUS", "TotalCPU", "ReqMem", "AllocTRES", "TRESUsageInTot", "TRESUsageInAve")
+"""Fields of sacct of what a job had and used."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,19 @@ def seconds_left(job_id: str) -> float | None:
 
     Asks for the time left, not for the end date: clocks and date formats differ between machines.
     """
-    text = call("squeue", "--noheader", "--jobs", job_id, "--format", "%L").strip()
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)  # [[days-]hours:]minutes:seconds
+    return _seconds(call("squeue", "--noheader", "--jobs", job_id, "--format", "%L"))
+
+
+def all_seconds_left(job_ids: Iterable[str]) -> dict[str, float]:
+    """Return the same for several running jobs. Those without a limit are left out."""
+    ids = ",".join(job_ids)
+    lines = call("squeue", "--noheader", "--jobs", ids, "--format", "%i|%L").splitlines() if ids else []
+    parts = (line.strip().partition("|") for line in lines)
+    return {job_id: seconds for job_id, _, text in parts if (seconds := _seconds(text)) is not None}
+
+
+def _seconds(text: str) -> float | None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())  # [[days-]hours:]minutes:seconds
     if not match:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -215,7 +225,20 @@ def own_jobs() -> list[SlurmJob]:
     printed = call("squeue", "--noheader", "--array", "--me", "--states=all", "--format", f"%o|{FIELDS}")
     rows = (line.partition("|") for line in printed.splitlines())
     found = [(_parse(line), script.strip()) for script, _, line in rows]
-    return [replace(job, script=script) for job, script in found if job and ID.fullmatch(job.job_id)]
+    return [replace(job, script=script) for job, script in found if job and slurm_array.ID.fullmatch(job.job_id)]
+
+
+def accounted(job_ids: Iterable[str]) -> list[dict[str, str]]:
+    """Return what accounting knows about the use of each job, its restarts and its steps: a line of sacct by the names in USE.
+
+    Raises SlurmError, also where there is no accounting.
+    """
+    ids = ",".join(job_ids)
+    if not ids:
+        return []
+    words = ("--noheader", "--allusers", "--duplicates", "--parsable2", "--units=M", f"--format={','.join(USE)}")
+    lines = call("sacct", *words, "--jobs", ids).splitlines()
+    return [dict(zip(USE, line.split("|"), strict=True)) for line in lines if line.count("|") == len(USE) - 1]
 
 
 def _parse(line: str) -> SlurmJob | None:
@@ -240,29 +263,8 @@ def _sacct(job_ids: list[str]) -> list[SlurmJob]:
     fields, ids = "--format=JobID,State,User,JobName,WorkDir", ",".join(job_ids)
     words = ("--noheader", "--allocations", "--allusers", "--parsable2", fields, "--jobs", ids)
     found = (job for line in call("sacct", *words).splitlines() if (job := _parse(line)))
-    tasks = (replace(job, job_id=job_id) for job in found for job_id in tasks_of(job.job_id))
+    tasks = (replace(job, job_id=job_id) for job in found for job_id in slurm_array.tasks_of(job.job_id))
     return [job for job in tasks if job.job_id in job_ids]
-
-
-def tasks_of(job_id: str) -> list[str]:
-    """Return the ids of the tasks that a line of Slurm stands for: `123_[0,2-3%2]` is 123_0, 123_2, 123_3."""
-    match = ARRAY.fullmatch(job_id)
-    if match is None:
-        return [job_id]
-    numbers: list[int] = []
-    for part in match[2].split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1, int(match[3] or 1))
-    return [f"{match[1]}_{number}" for number in numbers]
-
-
-def own_id(environ: Mapping[str, str]) -> str | None:
-    """Return the id of the job around this process, as sbatch and `scontrol requeue` know it; None outside Slurm.
-
-    A task of an array has a SLURM_JOB_ID of its own, which is not known before it starts.
-    """
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def _scontrol(job_ids: list[str]) -> list[SlurmJob]:

@@ -5,12 +5,16 @@ Outside of Muster both do nothing, so that a program runs unchanged by hand.
 
 from __future__ import annotations  # the program's own Python may be 3.9
 
+import faulthandler
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 _group: Any = None
+_stacks: Any = None
 
 
 def beat(step: int | None = None, phase: str = "train") -> None:
@@ -22,10 +26,21 @@ def beat(step: int | None = None, phase: str = "train") -> None:
     if folder:
         path = Path(folder) / os.environ.get("RANK", "0")
         try:
+            if _stacks is None and "MUSTER_RANKS" in os.environ:
+                _write_stacks_when_asked(path.with_suffix(".stack"))
             path.with_suffix(".new").write_text(f"{phase} {'' if step is None else step}", encoding="utf-8")
             path.with_suffix(".new").replace(path)
         except OSError:  # a full disk must not end a training
             return
+
+
+def _write_stacks_when_asked(path: Path) -> None:
+    """Let SIGQUIT write the stacks of all threads to a file. Ray catches the signal that does this under other launchers."""
+    global _stacks
+    _stacks = path.open("w", encoding="utf-8")
+    _stacks.write(f"{threading.get_ident():016x}\n")
+    _stacks.flush()
+    faulthandler.register(signal.SIGQUIT, _stacks, all_threads=True)
 
 
 def stop_requested() -> bool:
@@ -49,6 +64,14 @@ def trainer_callback() -> Any:
     from transformers import TrainerCallback
 
     class MusterCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            if args.world_size < ranks:
+                raise RuntimeError(
+                    f"the Trainer trains alone on each of {ranks} ranks (it counts {args.world_size}). On nodes without GPUs, "
+                    'set TrainingArguments(ddp_backend="gloo")'
+                )
+
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
             if stop_requested():
                 control.should_save = control.should_training_stop = True

@@ -50,6 +50,7 @@ LAUNCHER_FOLDERS = (
     "launcher.convert",
     "launcher.check",
     "launcher.submit",
+    "launcher.doctor",
     "launcher.commands",
     "launcher.__main__",
 )
@@ -82,7 +83,9 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {module_name(path): path for part in ("conf", "launcher", "jobs") for path in (ROOT / part).rglob("*.py")}
+FILES = {
+    module_name(path): path for part in ("conf", "pages", "launcher", "jobs") for path in (ROOT / part).rglob("*.py")
+}
 ESTIMATE = sorted(name for name in FILES if name.startswith("launcher.estimate."))
 
 
@@ -186,6 +189,14 @@ def test_conf_imports_only_omegaconf() -> None:
             assert used <= sys.stdlib_module_names | {"conf", "omegaconf"}, name
 
 
+def test_pages_import_only_conf_and_jinja2() -> None:
+    """Launcher and jobs both use them."""
+    for name, path in FILES.items():
+        if name.split(".")[0] == "pages":
+            used = {item.split(".")[0] for item in imports(path)}
+            assert used <= sys.stdlib_module_names | {"conf", "pages", "jinja2", "markupsafe"}, name
+
+
 @pytest.mark.parametrize("name", [*PURE, *ESTIMATE])
 def test_a_pure_module_neither_runs_programs_nor_reads_the_environment(name: str) -> None:
     assert not imports(FILES[name]) & {"os", "subprocess", "socket", "shutil", "tempfile"}
@@ -215,10 +226,12 @@ def test_only_the_worker_starts_a_job() -> None:
 def test_only_a_few_modules_of_the_launcher_run_programs() -> None:
     users = {name for name in FILES if name.startswith("launcher.") and "subprocess" in imports(FILES[name])}
     assert users == {
+        "launcher.doctor.training",  # the Python of the jobs
         "launcher.slurm_command",
         "launcher.sync",  # the commands of trackers
         "launcher.version",  # git
         "launcher.check.local_gpus",  # nvidia-smi
+        "launcher.submit.local_executor",  # submitit's controller
     }
 
 

@@ -68,7 +68,7 @@ def test_the_wheel_adds_one_name_to_the_environment(installed: Path) -> None:
     names = {path.name for path in packages.iterdir() if not path.name.endswith((".dist-info", ".pth"))}
     assert names - {"__pycache__"} == {"muster"}
     bundle = packages / "muster/_bundle"
-    for pattern in ("conf/*/*.yaml", "slurm_templates/*.j2", "jobs/report/templates/*.j2", "examples/*.jsonl"):
+    for pattern in ("conf/*/*.yaml", "slurm_templates/*.j2", "pages/templates/*", "examples/*.jsonl"):
         assert {path.relative_to(bundle) for path in bundle.glob(pattern)} == {
             path.relative_to(ROOT) for path in ROOT.glob(pattern)
         }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import launch
+from launcher.__main__ import COMMANDS
 from launcher.check import command_line
 from tests.launcher.check import wrong_configs
 
@@ -74,6 +76,27 @@ def documented_commands() -> list[str]:
     return [
         words.replace("cluster=mine", "cluster=slurm") for words in found if not re.search(r"\.\.\.|their|FILE", words)
     ]
+
+
+def test_every_documented_command_of_muster_is_one() -> None:
+    pages = [CLONE / "README.md", *CLONE.glob("docs/*.md")]
+    named = {verb for page in pages for verb in re.findall(r"(?:`|^)muster ([a-z]+) ", page.read_text(), re.MULTILINE)}
+    assert named and named <= set(COMMANDS)
+
+
+ONE_GPU = re.findall(
+    r"^\| .* \| `(.*)` \| `(.*)` \| ([\d.]+) \|$", (CLONE / "docs/one-gpu.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("memory", "model", "estimate"), ONE_GPU)
+def test_the_page_on_one_gpu_shows_todays_estimates(memory, model, estimate, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["launch.py"])
+    one = [f"cluster.train.{key}=1" for key in ("nodes", "ranks_per_node", "gpus_per_node")]
+    words = ["cluster=slurm", "data=alpaca", "data.max_length=2048", *one, *memory.split(), *model.split()]
+    assert launch.main([*words, "hub.check=false", "dry_run=true"]) == 0
+    assert f"train: {estimate} of {memory.partition('=')[2]} GiB per GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", documented_commands())

@@ -24,7 +24,8 @@ options = parser.parse_args()
 checkpoints = Path(os.environ.get("MUSTER_CHECKPOINTS", "checkpoints"))
 
 timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")))
-accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+backend = "nccl" if torch.cuda.is_available() else "gloo"  # without GPUs, DeepSpeed has to be told
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend, timeout=timeout)])
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ arguments = TrainingArguments(
     learning_rate=1e-3,
     logging_steps=1,
     report_to="none",
+    ddp_backend=None if torch.cuda.is_available() else "gloo",  # without GPUs, DeepSpeed has to be told
     ddp_timeout=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")),
 )
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)

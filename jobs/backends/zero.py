@@ -223,7 +223,8 @@ def _collected_errors(module: Any, write: Callable[..., object]) -> Iterator[lis
 
 def load(engine: Engine, folder: Path) -> None:
     """See `Backend.load`."""
-    engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
+    with optim.kept_peak_ratios(engine.optimizer):
+        engine.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=not engine.module.adapter_only)
 
 
 def local_state(engine: Engine) -> dict[str, dict[str, TensorPart]]:

@@ -57,6 +57,12 @@ def write(folder: Path, files: Files) -> None:
     write_json(folder / NAME, {"piece": PIECE, "files": dict(sorted(files.items()))})
 
 
+def digest(folder: Path) -> str | None:
+    """A hash of the manifest, and so of all files; None for an old checkpoint that has none."""
+    path = folder / NAME
+    return xxhash.xxh3_64_hexdigest(path.read_bytes()) if path.exists() else None
+
+
 def size(folder: Path) -> int:
     """Total bytes of a checkpoint's files, without manifest.json and checkpoint.json."""
     return sum(path.stat().st_size for path in _files(folder))

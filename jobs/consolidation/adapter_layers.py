@@ -6,12 +6,14 @@ names in a checkpoint are compared with what it says.
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from conf.errors import DataError, Problem, first_line
+from jobs.model import first_update
 
 REMEDY = (
     "merge it with PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
@@ -21,7 +23,7 @@ INITS_OF_THE_BASE = ("pissa", "olora")
 """Values of init_lora_weights for which PEFT takes the first update off the base, in a way that can be repeated."""
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is."""
-NAME = "default"
+NAME = first_update.NAME
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class AdapterLayer:
     """Expert weights stored as (experts, in, out)."""
     init: str | None = None
     """`pissa` or `olora`: the first update was taken off the base."""
+    first: first_update.Pair | None = field(default=None, compare=False)
+    """That update, where a run has kept it. Null: it is computed again."""
 
 
 @dataclass(frozen=True)
@@ -150,29 +154,18 @@ def _describe_layer(module: str, layer: Any, init: object) -> AdapterLayer:
     if init == "olora" and transposed:
         message = f"the first update of {base}, which is stored transposed, cannot be repeated: {REMEDY}"
         raise DataError(Problem("adapter_config.json: init_lora_weights", "olora", message))
-    first_update = str(init) if init in INITS_OF_THE_BASE and not isinstance(layer, Embedding) else None
+    of_base = str(init) if init in INITS_OF_THE_BASE and not isinstance(layer, Embedding) else None
     return AdapterLayer(
         module, f"{base}.weight", frozenset(kinds), layer.scaling[NAME], layer.r[NAME],
-        embedding=isinstance(layer, Embedding), transposed=transposed, init=first_update,
+        embedding=isinstance(layer, Embedding), transposed=transposed, init=of_base,
     )  # fmt: skip
 
 
-def first_update(layer: AdapterLayer, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B with which PEFT began, for `init_lora_weights=pissa` or `olora`, from the stored weight in fp32."""
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    rows, columns = weight.shape
-    linear: Any = torch.nn.Linear(columns, rows, bias=False)
-    if layer.transposed:
-        linear = Conv1D(columns, rows)  # type: ignore[no-untyped-call] # transformers'
-    linear.weight.data = weight
-    config = LoraConfig(init_lora_weights=layer.init, fan_in_fan_out=layer.transposed)  # type: ignore[arg-type]
-    with torch.no_grad():
-        made = Linear(linear, NAME, config, r=rank, lora_alpha=layer.scale * rank)  # type: ignore[arg-type]
-    a, b = (getattr(made, kind)[NAME].weight.detach() for kind in ("lora_A", "lora_B"))
-    return a, b
+def with_first_pairs(plan: AdapterPlan, path: Path) -> AdapterPlan:
+    """The plan with the matrices with which the adapters of a run began, from RUN/adapter_init.safetensors."""
+    pairs = first_update.read(path, list(plan.layers))
+    layers = {module: replace(layer, first=pairs[module]) for module, layer in plan.layers.items()}
+    return replace(plan, layers=layers)
 
 
 def check_complete(plan: AdapterPlan, found: dict[str, dict[str, str]]) -> None:

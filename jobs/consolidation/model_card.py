@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from conf import stored_quantization
+from conf.choices import AdapterInit, AdapterKind, Frozen
 from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
-from conf.schema import Config
+from conf.schema import Adapter, Config
 from jobs.consolidation.merge import Merge
 from jobs.tensor_io.untrusted import stays_inside
 
@@ -129,6 +130,33 @@ def write_adapter(folder: Path, settings: dict[str, Any], merge: Merge, base: st
             **settings,
         },
     )
+
+
+def adapter_settings(adapter: Adapter) -> dict[str, Any]:
+    """What adapter_config.json says about the adapters of a run."""
+    changes_base = adapter.init in (AdapterInit.pissa, AdapterInit.olora)
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+        "lora_dropout": adapter.dropout,
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
+        "init_lora_weights": adapter.init.name if changes_base else True,
+    }
+
+
+def adapter_line(adapter: Adapter) -> str | None:
+    """The adapter in one line of the model card."""
+    if adapter.kind is AdapterKind.none:
+        return None
+    kind = "DoRA" if adapter.dora else "LoRA"
+    kind = f"rank-stabilized {kind}" if adapter.rslora else kind
+    kind += f" ({adapter.init.name})" if adapter.init is not AdapterInit.default else ""
+    base = "" if adapter.base is Frozen.full else f", trained on a base in {adapter.base.name}"
+    return f"{kind}, r {adapter.r}, alpha {adapter.alpha:g}{base}"
 
 
 def write_card(folder: Path, title: str, rows: Mapping[str, object], base: str | None, library: str) -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from conf.errors import DataError, Problem
-from jobs.consolidation.adapter_layers import AdapterLayer, AdapterPlan, first_update
+from jobs.consolidation.adapter_layers import AdapterLayer, AdapterPlan
 from jobs.consolidation.lora import LoraUpdate, expert_update
 from jobs.consolidation.weight_names import Blueprint, CheckpointNames, is_from_base
+from jobs.model import first_update
 from jobs.model.saved_names import SavedName
 from jobs.tensor_io.dtypes import as_tensor
 from jobs.tensor_io.layout import StoredTensor
@@ -104,7 +105,9 @@ def _without_first_update(layer: AdapterLayer, weight: torch.Tensor, update: Lor
     if weight.ndim != 2 or weight.numel() != update.shape[0] * update.shape[1]:
         message = f"{layer.weight} is stored in parts, of which {layer.init} cannot be repeated: merge it with PEFT"
         raise DataError(Problem("adapter_config.json: init_lora_weights", layer.init, message))
-    a, b = first_update(layer, weight, layer.rank)
+    a, b = layer.first or first_update.of_weight(
+        weight, str(layer.init), layer.rank, layer.scale, transposed=layer.transposed
+    )
     if layer.transposed:
         a, b = b.T.contiguous(), a.T.contiguous()
     return replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))

@@ -1,8 +1,9 @@
-"""Receives requests to stop, by a signal, a stop file or the clock, and sets a flag that training reads at step boundaries.
+"""Receives requests to stop (by a signal, a file or the clock) and to save (by a file); training reads them at step boundaries.
 
 This file must not import torch at its top: the handlers are set before torch is imported, which takes seconds.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -15,12 +16,14 @@ from types import FrameType
 from conf.errors import Stopped
 from conf.schema import Config
 
+log = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 """USR2: Slurm sends it before the time limit, as `--signal` requests. USR1: sent by hand. TERM: preemption and scancel."""
 PRIORITY = ("preempted", "time_limit", "stopped")
 """Statuses from the lowest to the highest priority. If ranks got different requests, all of them record the highest one."""
 FILE_CHECK_S = 5.0
-"""Seconds between checks for the stop file. On a network file system each check is a round trip."""
+"""Seconds between checks for the files. On a network file system each check is a round trip."""
 EARLY_S = 65
 """Seconds before MUSTER_STOP_AT from which on a signal means the time limit: Slurm sends its warning up to a minute early."""
 
@@ -39,10 +42,13 @@ class StopFlag:
         """Unix time at which to stop without a signal; `launcher.supervise.attempt begin` computes it."""
         self.file: Path | None = None
         """The stop file. Only rank 0 has a path here and checks for it; the others learn of it from rank 0."""
+        self.save_file: Path | None = None
+        """The file by which `muster save` asks for a checkpoint. Only rank 0 has a path here, as with the stop file."""
         self.request: Request | None = None
         """The first request that this rank noticed. It does not change afterwards."""
         self._signal: tuple[signal.Signals, float] | None = None
         self._next_file_check = 0.0
+        self._next_save_check = 0.0
 
     def set(self, number: int, _: FrameType | None = None) -> None:
         """The signal handler: record the signal and its time, nothing more."""
@@ -69,7 +75,24 @@ class StopFlag:
         if self.file is None or time.monotonic() < self._next_file_check:
             return None
         self._next_file_check = time.monotonic() + FILE_CHECK_S
-        return ("stopped", "asked to stop by muster stop") if self.file.exists() else None
+        if not self.file.exists():
+            return None
+        return "stopped", self.file.read_text(encoding="utf-8") or "asked to stop by muster stop"
+
+    def save_requested(self) -> bool:
+        """Whether this rank, rank 0, was asked for a checkpoint since the last call. Removes the file that asked."""
+        if self.save_file is None or time.monotonic() < self._next_save_check:
+            return False
+        self._next_save_check = time.monotonic() + FILE_CHECK_S
+        try:
+            self.save_file.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # the file would ask again and again
+            log.warning(f"muster save: {self.save_file} cannot be removed, so it is not followed: {error}")
+            self.save_file = None
+            return False
+        return True
 
     def agree_on_request(self) -> Request:
         """The status and reason that all ranks record. All ranks call this once any of them has a request."""
@@ -104,13 +127,15 @@ def install_handlers() -> StopFlag:
 def watch(config: Config, job: str = "train") -> Iterator[StopFlag]:
     """Yield the flag that training reads inside this context, and restore the earlier signal handlers afterwards.
 
-    The flag is set by a signal (also by one since `install_handlers`), by the clock, or by the file RUN/jobs/train/stop.
+    The flag is set by a signal (also by one since `install_handlers`), by the clock, or by the file RUN/jobs/train/stop. The
+    file RUN/jobs/train/save asks for a checkpoint.
     """
     global _installed
     before = {number: signal.getsignal(number) for number in SIGNALS}
     stop = install_handlers()
     rank = os.environ.get("RANK", "0")  # noqa: TID251 (same reason)
-    stop.file = Path(config.run_dir) / "jobs" / job / "stop" if rank == "0" else None
+    folder = Path(config.run_dir) / "jobs" / job
+    stop.file, stop.save_file = (folder / "stop", folder / "save") if rank == "0" else (None, None)
     try:
         yield stop
     finally:

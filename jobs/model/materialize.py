@@ -16,7 +16,15 @@ from conf.errors import ConfigError, Problem, RunError
 from conf.schema import Config
 from jobs.distributed.collectives import gather, raise_on_all_ranks
 from jobs.distributed.process_group import World
-from jobs.model import pretrained, quantized_linear, random_init, saved_modules, stored_adapter, stored_tensors
+from jobs.model import (
+    first_update,
+    pretrained,
+    quantized_linear,
+    random_init,
+    saved_modules,
+    stored_adapter,
+    stored_tensors,
+)
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -93,6 +101,7 @@ def fill(
     if resumed:
         parts = {name: part for name, part in parts.items() if not part.trained}
     filled: Counter[str] = Counter()
+    all_parts = parts
     magnitudes = random_init.dora_magnitudes(parts)
     if config.adapter.source is not None and not resumed:
         trained = {name: part for name, part in parts.items() if part.trained}
@@ -102,7 +111,7 @@ def fill(
         meta_model = build_on_meta(config, adapters=True)
         adapter_weights = random_init.adapter_weights(meta_model)
         adapter_parts = {name: part for name, part in parts.items() if name in adapter_weights}
-        filled.update(random_init.init_adapters(meta_model, adapter_parts, config.train.seed))
+        filled.update(random_init.init_adapters(meta_model, adapter_parts, config))
         _check_count(adapter_parts, filled)
         parts = {name: part for name, part in parts.items() if name not in adapter_weights}
     if not parts:
@@ -115,13 +124,20 @@ def fill(
             _check_count(each, Counter(random_init.init_model(base, each, config.train.seed, device)))
         random_init.init_dora_magnitudes(magnitudes)
         return 0
-    quantized = quantized_linear.quantized_layers(model)
-    read_bytes = pretrained.load(base, originals | _stored_buffers(model), config, world, quantized)
-    for each in copies:
-        read_bytes += pretrained.load(base, each, config, world, {}, again=True)
+    read_bytes = _load(model, base, [originals, *copies], config, world)
+    if first_update.changes_base(config):
+        first_update.apply(build_on_meta(config), base, all_parts, config, world, resumed)
     quantized_linear.share_scales(model, originals)
     random_init.init_dora_magnitudes(magnitudes)
     return read_bytes
+
+
+def _load(model: nn.Module, base: Any, parts: list[dict[str, TensorPart]], config: Config, world: World | None) -> int:
+    """Fill the base weights from files, and after them the copies of some that are trained whole. Returns the bytes read."""
+    originals, *copies = parts
+    quantized = quantized_linear.quantized_layers(model)
+    read_bytes = pretrained.load(base, originals | _stored_buffers(model), config, world, quantized)
+    return read_bytes + sum(pretrained.load(base, each, config, world, {}, again=True) for each in copies)
 
 
 def _check_count(parts: Mapping[str, TensorPart], filled: Counter[str]) -> None:

@@ -94,6 +94,12 @@ def load(
     return raise_on_all_ranks(read_all)
 
 
+def why_whole(base: PreTrainedModel, config: Config, world: World | None) -> str:
+    """Why single weights cannot be read from the files of `model.source`; empty if they can. All ranks call this together."""
+    folder = _folder(config, world)
+    return broadcast_from_rank0(lambda: _choose_method(base, folder, config)).why_whole
+
+
 def _folder(config: Config, world: World | None) -> Path | None:
     """The folder of the safetensors files, or None if there are none.
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from conf.choices import AdapterInit
+from conf.schema import Config
 from jobs.tensor_io.slices import TensorPart
 from jobs.tensor_io.wrapper_names import without_wrappers
 
@@ -56,21 +58,22 @@ def _own_weights(name: str, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield without_wrappers(f"{name}.{key}"), value
 
 
-def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], seed: int) -> list[str]:
+def init_adapters(meta_model: nn.Module, parts: Mapping[str, TensorPart], config: Config) -> list[str]:
     """Fill `parts` with PEFT's initial adapter weights, layer by layer. They are small, so they are generated on the CPU.
 
-    Returns the names of the filled weights.
+    Those that begin with a part of the base get it later, from `first_update`. Returns the names of the filled weights.
     """
     filled: list[str] = []
+    init = "gaussian" if config.adapter.init is AdapterInit.gaussian else True
     for name, layer in {
         name: layer for key, (name, layer) in adapter_weights(meta_model).items() if key in parts
     }.items():
         groups = [getattr(layer, group_name) for group_name in layer.adapter_layer_names]
         for group in groups:
             group.to_empty(device="cpu")
-        torch.manual_seed(_seed(seed, name))
+        torch.manual_seed(_seed(config.train.seed, name))
         for adapter in layer.active_adapters:
-            layer.reset_lora_parameters(adapter, init_lora_weights=True)
+            layer.reset_lora_parameters(adapter, init_lora_weights=init)
         own_weights = dict(_own_weights(name, layer))
         _copy_to_parts(own_weights.items(), parts)
         filled += own_weights.keys() & parts.keys()

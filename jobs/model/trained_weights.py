@@ -25,14 +25,19 @@ def freeze_others(model: nn.Module, patterns: list[str]) -> None:
             weight.requires_grad = False
 
 
-def peak_of(name: str, config: Config) -> float:
+def peak_of(name: str, config: Config) -> tuple[int, float]:
     """The peak learning rate of a weight: that of the first pattern of `train.learning_rates` that is found in its name.
 
-    Without one, the matrix B of an adapter has `adapter.lora_plus_ratio` times that of the others (LoRA+).
+    Without one, the matrix B of an adapter has `adapter.lora_plus_ratio` times that of the others (LoRA+). Also returns which of
+    these it is: the number of the pattern from 2, 1 for LoRA+, 0 for `train.learning_rate` itself.
     """
     train, ratio = config.train, config.adapter.lora_plus_ratio
-    default = train.learning_rate * (ratio if ratio is not None and ".lora_B." in name else 1)
-    return next((rate for pattern, rate in train.learning_rates.items() if re.search(pattern, name)), default)
+    for number, (pattern, rate) in enumerate(train.learning_rates.items(), 2):
+        if re.search(pattern, name):
+            return number, rate
+    if ratio is not None and ".lora_B." in name:
+        return 1, train.learning_rate * ratio
+    return 0, train.learning_rate
 
 
 def require_found(patterns: list[str], names: list[str], key: str) -> None:

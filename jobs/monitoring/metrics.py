@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from conf.files import write_text
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.monitoring.trackers import Trackers
-from jobs.report import training_curves
+from jobs.report.training_curves import Progress, hardware, render_html
+from pages.curves import clock
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,9 @@ class Metrics:
 
     def __init__(self, config: Config, world: World, *, last_step: int, first_step: int) -> None:
         self.config, self.last_step, self.first_step = config, last_step, first_step
-        self.is_main = world.is_main
+        self.is_main, self.ranks = world.is_main, world.size
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPUs"
+        self.hardware = hardware(world.size // world.local_size, world.size, device)
         self.path = Path(config.run_dir) / "metrics.jsonl"
         self.held_out_losses: dict[int, float] = {}
         """The `eval_loss` of steps up to the checkpoint that this attempt resumes from. Only rank 0 knows them."""
@@ -60,7 +65,7 @@ class Metrics:
         """Log one line for a step, with the remaining time. Also rewrites report.html when that is due."""
         if self.is_main:
             text = "  ".join(f"{name} {value}" for name, value in fields.items())
-            left = training_curves.clock(self.seconds_left(step))
+            left = clock(self.seconds_left(step))
             log.info(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}  left {left}")
             if time.monotonic() >= self._report_at:
                 self.write_report()
@@ -82,22 +87,26 @@ class Metrics:
                 log.warning(f"step {step}: {message}")
             self.warnings += [f"step {step}: {message}" for message in messages]
 
-    def write_report(self) -> None:
-        """Write RUN/report.html from metrics.jsonl. If that fails, log a warning: it is no reason to end a training."""
+    def write_report(self, state: str = "training") -> None:
+        """Write RUN/report.html from metrics.jsonl. If that fails, log a warning: it is no reason to end a training.
+
+        state: training, completed, stopped or failed.
+        """
         if not self.is_main:
             return
         began = time.monotonic()
         try:
-            page = training_curves.render_html(self.config, self.path, self.last_step, self.warnings)
+            progress = Progress(state, self.last_step, self.ranks, self.hardware, self.warnings)
+            page = render_html(self.config, self.path, progress)
             write_text(self.path.with_name("report.html"), page)
-        except OSError as error:
-            log.warning(f"report.html: cannot be written ({error}); training continues")
+        except Exception as error:  # whatever it is, a page is not worth a training
+            log.warning(f"report.html: cannot be written ({type(error).__name__}: {error}); training continues")
         took_s = time.monotonic() - began
         self._report_at = time.monotonic() + max(REPORT_EVERY_S, 100 * took_s)
 
-    def close(self) -> None:
-        """Write the last report, and close metrics.jsonl and the tracker."""
-        self.write_report()
+    def close(self, state: str = "completed") -> None:
+        """Write the last report, with how the training has ended, and close metrics.jsonl and the tracker."""
+        self.write_report(state)
         if self.is_main:
             self.file.close()
             self.trackers.finish()

@@ -6,6 +6,7 @@ A resumed run continues the curves of its earlier attempts. A tracker that fails
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ def _wandb(config: Config, first_step: int) -> Tracker:
             tags=tracker.tags,
             notes=tracker.notes,
             config=resolve.plain(config),
+            allow_val_change=True,  # a resume may change some keys
             id=_id(config, "wandb"),
             resume="allow",
             dir=config.run_dir,
@@ -118,11 +120,10 @@ def _wandb(config: Config, first_step: int) -> Tracker:
 def _tensorboard(config: Config, first_step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    purge_step = first_step + 1 if first_step else None  # hides what a killed attempt wrote after its checkpoint
+    purge_step = first_step + 1 if first_step else 0  # hides what a killed attempt wrote after its checkpoint
     folder = Path(config.run_dir) / "tensorboard"
     writer = SummaryWriter(str(folder), purge_step=purge_step)
-    if not first_step:
-        writer.add_text("config", f"```yaml\n{resolve.dump(config)}\n```")
+    writer.add_text("config", f"```yaml\n{resolve.dump(config)}\n```", first_step)
 
     def log_values(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -144,10 +145,20 @@ def _mlflow(config: Config, first_step: int) -> Tracker:
     client = mlflow.MlflowClient()
     run_id = _id(config, "mlflow", lambda: _mlflow_run(client, config))
     client.set_terminated(run_id, "RUNNING")
+    parameters = client.get_run(run_id).data.params
+    for key, value in _mlflow_parameters(config).items():
+        if parameters.get(key) != value:  # MLflow never changes a parameter
+            client.set_tag(run_id, f"{key} after step {first_step}", value)
+
+    @cache
+    def last_step(name: str) -> int:
+        """Of a killed attempt, which may have gone on after its checkpoint. MLflow would keep both values of a step."""
+        return max((point.step for point in client.get_metric_history(run_id, name)), default=-1)
 
     def log_values(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            client.log_metric(run_id, name, value, step=step)
+            if step > last_step(name):
+                client.log_metric(run_id, name, value, step=step)
 
     return Tracker("mlflow", log_values, lambda: client.set_terminated(run_id, "FINISHED"))
 
@@ -161,9 +172,14 @@ def _mlflow_run(client: Any, config: Config) -> str:
     experiment = client.get_experiment_by_name(tracker.project)
     number = experiment.experiment_id if experiment else client.create_experiment(tracker.project)
     run_id: str = client.create_run(number, run_name=_run_name(config), tags=tags).info.run_id
-    for key, value in resolve.flat(resolve.plain(config)).items():
-        client.log_param(run_id, key, str(value)[:6000])  # the longest value that MLflow takes
+    for key, value in _mlflow_parameters(config).items():
+        client.log_param(run_id, key, value)
     return run_id
+
+
+def _mlflow_parameters(config: Config) -> dict[str, str]:
+    """The whole config, each value cut to the longest that MLflow takes."""
+    return {key: str(value)[:6000] for key, value in resolve.flat(resolve.plain(config)).items()}
 
 
 def _comet(config: Config, first_step: int) -> Tracker:
@@ -185,8 +201,7 @@ def _comet(config: Config, first_step: int) -> Tracker:
             log_git_patch=False,
         ),
     )
-    if not first_step:
-        experiment.log_parameters(resolve.flat(resolve.plain(config)))
-        if tracker.notes:
-            experiment.log_other("notes", tracker.notes)
+    experiment.log_parameters(resolve.flat(resolve.plain(config)))
+    if tracker.notes:
+        experiment.log_other("notes", tracker.notes)
     return Tracker("comet", lambda values, step: experiment.log_metrics(dict(values), step=step), experiment.end)

@@ -47,6 +47,14 @@ def words(config: Config, place: Place, python: str, variables: Mapping[str, str
             f"--main_process_ip={place.address}", f"--main_process_port={place.port}", "--same_network",
             "--rdzv_backend=static", "--deepspeed_multinode_launcher=standard", "--tee=3", f"--log_dir={local}/torchrun", *rest,
         ]  # fmt: skip
+    if config.custom.launcher is ProgramLauncher.ray:
+        resources = config.cluster.train
+        return [
+            interpreter, "-m", "muster.ray_node", f"--node={place.task}", f"--nodes={place.tasks}", f"--address={place.address}",
+            f"--port={place.port}", f"--cpus={ranks * resources.cpus_per_rank}",
+            f"--gpus={resources.gpus_per_node}", f"--shared={variables['MUSTER_SHARED']}", f"--local={local}",
+            f"--mark={LOG_PREFIX}", "--", *rest,
+        ]  # fmt: skip
     return [
         interpreter, "-m", "torch.distributed.run", f"--nnodes={place.tasks}", f"--node-rank={place.task}",
         f"--nproc-per-node={ranks}", f"--master-addr={place.address}", f"--master-port={place.port}", "--tee=3",

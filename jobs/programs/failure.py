@@ -12,6 +12,8 @@ EXCEPTION = re.compile(
 TRACEBACK = "Traceback (most recent call last):"
 OF_TORCHRUN = "torch.distributed.elastic.multiprocessing.errors"
 """torchrun's own exception, which only says that a rank has failed."""
+OF_RAY_TRAIN = re.compile(r"\[Rank (\d+) Error Snippet\]:$")
+"""What Ray Train writes before the traceback of a worker, in the log of the first node."""
 CONSEQUENCES = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket timeout")
 """Errors of the ranks whose neighbor has failed."""
 
@@ -28,11 +30,13 @@ def _in_lines(rank: int, lines: Sequence[str], ending: str) -> ProgramFailed | N
     starts = [number for number, line in enumerate(lines) if line.endswith(TRACEBACK)]
     for start in reversed(starts):
         indent = lines[start].removesuffix(TRACEBACK)
+        worker = OF_RAY_TRAIN.search(lines[max(0, start - 1)])
         for number in range(start + 1, len(lines)):
             match = EXCEPTION.match(lines[number].removeprefix(indent))
             if match and not match["type"].startswith(OF_TORCHRUN):
                 trace = "\n".join(lines[start : number + 1])
                 name = match["type"].rpartition(".")[2]
+                rank = int(worker[1]) if worker else rank
                 return ProgramFailed(rank, f"{name}: {match['text']} (the program {ending})", name, trace)
             if match:
                 break

@@ -1,9 +1,25 @@
-"""Reads the Python stacks of the ranks that hang in the end of their output. Pure."""
+"""Reads the Python stacks of the ranks that hang: in the end of their output, or in the files of Ray's workers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 BEGIN = "(most recent call first)"
 IN_COLLECTIVE = "/torch/distributed/"
+
+
+def of_workers(folder: Path) -> dict[int, list[str]]:
+    """Return the stack of Ray's workers by rank, from the files of `muster.beat`, without workers that train no more.
+
+    Ray runs the training function in a thread beside the main one, whose number is in the first line of the file.
+    """
+    found = {}
+    for path in folder.glob("*.stack"):
+        thread, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        starts = [number for number, line in enumerate(lines) if BEGIN in line]
+        for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+            if thread in lines[start]:
+                found[int(path.stem)] = lines[start:end]
+    return found
 
 
 def text(last: Mapping[int, Sequence[str]]) -> str:

@@ -1,10 +1,15 @@
 """Finds the processes that the user's program consists of, and sends them signals."""
 
+import ctypes
 import os
 import resource
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+"""prctl's request to become the parent of orphans."""
 
 
 def descendants(root: int) -> list[int]:
@@ -57,8 +62,14 @@ def _is_rank(process: int) -> bool:
     return False
 
 
-def end(root: int) -> None:
-    """Kill every process of the program."""
+def adopt_orphans() -> None:
+    """From now on, processes whose parent ends become children of this one, so that `end` finds them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end(root: int, spared: Collection[int] = ()) -> None:
+    """Kill a process and all below it, but none of `spared`."""
     for process in descendants(root):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        if process not in spared:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)

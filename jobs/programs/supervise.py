@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,11 +59,18 @@ class Supervisor:
         starts_one = self.config.custom.launcher is ProgramLauncher.srun
         return self.task if starts_one else self.task * self.config.cluster.train.ranks_per_node
 
+    @property
+    def only_serves(self) -> bool:
+        """Whether this task has no program of its own: Ray's workers on it write to the program of the first node."""
+        return self.config.custom.launcher is ProgramLauncher.ray and self.task > 0
+
     def run(self) -> None:
         """Run the program to its end. Raises Stopped if it ended after a request to stop, ProgramFailed if it failed."""
         (self.local / "beats").mkdir(parents=True, exist_ok=True)
         self.attempt.mkdir(parents=True, exist_ok=True)
         (Path(self.config.run_dir) / "checkpoints").mkdir(exist_ok=True)
+        others = processes.descendants(os.getpid())  # this process, and the watchdog that it has started
+        processes.adopt_orphans()
         program, output = self._start()
         heartbeat.answer_stacks_with(partial(self._stacks, program.pid, output))
         seen = (0, 0)
@@ -72,15 +80,21 @@ class Supervisor:
                 self._pass_on_stop(program.pid)
                 time.sleep(POLL_S)
         finally:
-            processes.end(program.pid)
+            processes.end(os.getpid(), others)
             output.finish()
         if self.hangs:
+            shutil.rmtree(self.local, ignore_errors=True)
             time.sleep(KILLED_S)  # the watchdog has found a hang, and its verdict counts
         self._judge(program.returncode, output)
 
     def _stacks(self, pid: int, output: Output) -> str:
         """End the ranks of a program that hangs with their Python stacks, as text. The watchdog kills this task afterwards."""
         self.hangs = True
+        if self.config.custom.launcher is ProgramLauncher.ray:
+            processes.tell(pid, signal.SIGQUIT)
+            time.sleep(STACKS_S)
+            processes.end(pid)
+            return hang_stacks.text(hang_stacks.of_workers(self.local / "beats"))
         processes.abort_ranks(pid)
         time.sleep(STACKS_S)
         return hang_stacks.text(output.last)
@@ -124,7 +138,7 @@ class Supervisor:
         if newest_ns != seen[1]:
             phase, _, step = beat.partition(" ")
             heartbeat.beat(phase or "train", int(step) if step else None)
-        elif now != seen:
+        elif now != seen or self.only_serves:
             heartbeat.refresh()
         return now
 

@@ -30,4 +30,25 @@ def program_variables(config: Config, environ: Mapping[str, str], attempt: Path,
     if config.custom.launcher is not ProgramLauncher.srun:
         values = {name: value for name, value in values.items() if name not in OF_A_RANK}
         values["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"[{LOG_PREFIX}${{rank}}]:"
+    if config.custom.launcher is ProgramLauncher.ray:
+        values = _of_ray(config, attempt / "ray") | values
     return values
+
+
+def _of_ray(config: Config, shared: Path) -> dict[str, str]:
+    """Return the variables that Ray reads, unless the user has set them. `shared` is a folder that all nodes see."""
+    train, timeout_s = config.cluster.train, str(config.cluster.network.nccl_timeout_s)
+    return {
+        "MUSTER_RANKS": str(train.nodes * train.ranks_per_node),
+        "MUSTER_SHARED": str(shared),
+        "RAY_DEDUP_LOGS": "0",  # each rank has a log of its own
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise a line that a worker prints appears twice
+        "RAY_worker_niceness": "0",  # 15 by default: workers would wait for every other program of a node
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the program has ended: nothing waits for this node
+        # by default half a minute and a minute, too short for imports from a network file system
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": timeout_s,
+        "RAY_worker_register_timeout_seconds": timeout_s,
+        # without a token, every user of the cluster could run code in this job
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(shared / "token"),
+    }

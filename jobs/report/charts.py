@@ -1,4 +1,4 @@
-"""Computes charts and tables as numbers for the page templates: sample lengths, packing, padding, data sets and curves."""
+"""Computes charts and tables of the data as numbers for preview.html: sample lengths, packing, padding and data sets."""
 
 import math
 from dataclasses import dataclass
@@ -12,30 +12,21 @@ from jobs.data.batches import Rows
 
 MICRO_BATCHES = (1, 2, 4, 8)
 """Values of train.micro_batch for which the padding is shown."""
-LINE_POINTS = 300
-"""Maximum number of points of a line. Longer lines are replaced by means of neighboring points."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars as (left, width, height, label), ticks and a mark as (position, label). All numbers are percent of the chart."""
+    """Bars as (left, width, height, label), names of the axes, ticks and a mark as (position, label).
+
+    All numbers are percent of the chart.
+    """
 
     bars: list[tuple[float, float, float, str]]
+    x_name: str
+    y_name: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     mark: tuple[float, str] | None = None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Lines and dots as SVG coordinates in percent of the chart from its top left. Ticks as in `Histogram`."""
-
-    lines: list[str]
-    """For each line its points, as `x,y x,y ...`."""
-    dots: list[tuple[float, float, str]]
-    """(x, y, label)."""
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
 
 
 def length_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram | None:
@@ -65,6 +56,7 @@ def length_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram |
         [percent(edge) for edge in edges.tolist()],
         counts,
         labels,
+        x_name="tokens of a sample" + (", log scale" if logarithmic else ""),
         x_ticks=[(percent(tick), f"{tick:,}") for tick in ticks],
         mark=(percent(max_length), f"max_length {max_length:,}"),
         unit="sample",
@@ -76,7 +68,9 @@ def fill_histogram(lengths: NDArray[np.int64], max_length: int) -> Histogram:
     counts = np.bincount(np.minimum((lengths - 1) * 50 // max_length, 49), minlength=50)
     labels = [f"{2 * step}-{2 * step + 2}% full" for step in range(50)]
     ticks = [(float(tick), f"{tick}%") for tick in (0, 25, 50, 75, 100)]
-    return _histogram([2.0 * step for step in range(51)], counts, labels, x_ticks=ticks, unit="row")
+    return _histogram(
+        [2.0 * step for step in range(51)], counts, labels, x_name="how full a row is", x_ticks=ticks, unit="row"
+    )
 
 
 def _histogram(
@@ -84,6 +78,7 @@ def _histogram(
     counts: NDArray[np.int64],
     labels: list[str],
     *,
+    x_name: str,
     x_ticks: list[tuple[float, str]],
     mark: tuple[float, str] | None = None,
     unit: str,
@@ -96,7 +91,7 @@ def _histogram(
         if count
     ]
     y_ticks = [(100 * tick / highest, _abbreviated(tick)) for tick in _round_integers(0, highest, 4) if tick]
-    return Histogram(bars, x_ticks, y_ticks, mark)
+    return Histogram(bars, x_name, f"{unit}s", x_ticks, y_ticks, mark)
 
 
 def padding(lengths: NDArray[np.int64], seed: int) -> list[tuple[int, float]]:
@@ -143,40 +138,6 @@ def tokens_by_set(data: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
     return sorted(sets, key=lambda item: -item["tokens"])
 
 
-def line_chart(series: list[list[tuple[int, float]]], dots: list[tuple[int, float]]) -> Curve:
-    """Values by step; no series is empty.
-
-    The y axis is logarithmic if all values are above 0 and the largest is more than 50 times the smallest.
-    """
-    thinned = [_thinned(points) for points in series]
-    points = [*(point for line in thinned for point in line), *dots]
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    logarithmic = low > 0 and high > 50 * low
-    if not logarithmic:
-        low = min(low, 0.0) if low <= 0.5 * high else low
-        high = high if high > low else low + max(abs(low), 1e-9)
-
-    def percent(x: float, y: float) -> tuple[float, float]:
-        up = math.log(y / low) / math.log(high / low) if logarithmic else (y - low) / (high - low)
-        return round(100 * (x - first) / max(1, last - first), 2), round(100 * (1 - up), 2)
-
-    lines = [" ".join(f"{x},{y}" for x, y in (percent(*point) for point in line)) for line in thinned]
-    labeled_dots = [(*percent(x, y), f"step {x:,}: {y:.4f}") for x, y in dots]
-    ticks = [10.0**power for power in range(-12, 13)] if logarithmic else _round_floats(low, high)
-    y_ticks = [(100 - percent(first, tick)[1], f"{tick:.6g}") for tick in ticks if low <= tick <= high]
-    steps = _round_integers(int(first), max(int(last), int(first) + 1))
-    x_ticks = [(percent(step, high)[0], f"{step:,}") for step in steps if step <= last]
-    return Curve(lines, labeled_dots, x_ticks, y_ticks)
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most LINE_POINTS points: (last step, mean value) of groups of neighbors."""
-    size = -(-len(points) // LINE_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
-    return [(group[-1][0], math.fsum(value for _, value in group) / len(group)) for group in groups]
-
-
 def _powers_of_two(low: int, high: int) -> list[int]:
     """At most seven powers of two within the axis."""
     powers = [2**power for power in range(high.bit_length() + 1) if low <= 2**power <= high]
@@ -188,13 +149,6 @@ def _round_integers(low: int, high: int, count: int = 6) -> list[int]:
     size = 10 ** int(math.log10(max(1, (high - low) / count)))
     step = next(step for step in (size, 2 * size, 5 * size, 10 * size) if (high - low) / step <= count)
     return list(range(-(-low // step) * step, high + 1, step))
-
-
-def _round_floats(low: float, high: float) -> list[float]:
-    """At most six round numbers within the axis."""
-    size = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(size * factor for factor in (1, 2, 5, 10) if (high - low) / (size * factor) <= 5)
-    return [round(step * number, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _abbreviated(number: int) -> str:

@@ -7,13 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from conf.schema import Gates
 from conf.visible import visible
 from jobs.data.batches import Rows
-from jobs.data.quality_gates import Verdict
+from jobs.data.quality_gates import MEANINGS, Verdict
 from jobs.report import charts
-from jobs.report.pages import render_page
+from jobs.report.run_facts import Fact
 from jobs.report.terminal import GREEN, RESET
 from jobs.report.token_view import Decoder, LocationOf, SampleView, terminal_text, view_sample
+from pages.render import render_page
 
 SAMPLES = {"train": 8, "validation": 2}
 """Number of samples of each split on the page."""
@@ -30,17 +32,25 @@ def render_html(
     max_length: int,
     packed: bool,
     verdicts: Sequence[Verdict],
+    limits: Gates,
+    name: str,
+    about: Sequence[Fact],
     seed: int = 0,
 ) -> str:
     """The page of a run's data: one file that needs no other.
 
     data: the contents of RUN/data/data.json. splits, location_of: by split (train, validation). max_length: in tokens.
+    limits: of the gates. name: of the run. about: its model, tokenizer and chat template.
     """
     decoder = Decoder(tokenizer)
     rows = splits["train"]
     lengths = rows.samples.lengths[rows.chosen]
+    found = {verdict.gate: verdict.count for verdict in verdicts}
     return render_page(
         "preview.html.j2",
+        name=name,
+        about=about,
+        gates=[(gate, text, found.get(gate, 0), getattr(limits, gate)) for gate, text in MEANINGS.items()],
         data=data,
         rows=len(rows),
         fill=float(lengths.sum()) / max(1, len(rows) * max_length),

@@ -38,7 +38,9 @@ class DivergenceDetector:
                     f"step {step}: the loss (median of {WINDOW} steps) went from {self._best:.4f} to "
                     f"{median(self._losses):.4f} and has stayed that high since step {step - PATIENCE + 1}: training has diverged. "
                     "Nothing after the last checkpoint was saved. Start a new run with a lower train.learning_rate, more "
-                    "train.warmup_steps or cleaner data. To turn this check off: muster resume RUN train.max_loss_rise=null",
+                    "train.warmup_steps or cleaner data, or go on from an earlier checkpoint: muster resume RUN "
+                    "train.resume_step=N train.learning_rate=... "
+                    "To turn this check off: muster resume RUN train.max_loss_rise=null",
                 )
             )
 

@@ -1,6 +1,7 @@
 """Builds the optimizer that the config asks for."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -100,17 +101,27 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
             group["lr"] = rate
 
 
+@contextmanager
+def kept_peak_ratios(optimizer: Any) -> Iterator[None]:
+    """Keep the peaks of the config while a checkpoint is loaded that has those of the run before its learning rate changed."""
+    ratios = [group["peak_ratio"] for group in optimizer.param_groups]
+    yield
+    for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+        group["peak_ratio"] = ratio
+
+
 def _groups(trainable: list[tuple[str, nn.Parameter]], config: Config) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with weight decay, vectors without, and a group for each learning rate and device mesh.
+    """Parameter groups: matrices with weight decay, vectors without, and a group for each kind of learning rate and device mesh.
 
     `peak_ratio` is the peak of the group's learning rate as a share of `train.learning_rate`. The optimizer updates a group in
-    one operation (foreach), and such an operation takes only tensors of one mesh.
+    one operation (foreach), and such an operation takes only tensors of one mesh. The groups do not depend on the value of
+    `train.learning_rate`, which may change at a resume: ZeRO's checkpoints have the state of each group under its number.
     """
     train = config.train
-    groups: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, int, float, Any], list[nn.Parameter]] = {}
     for name, parameter in trainable:
-        rate = trained_weights.peak_of(name, config)
-        key = (_ndim(parameter) < 2, rate, getattr(parameter, "device_mesh", None))
+        kind, rate = trained_weights.peak_of(name, config)
+        key = (_ndim(parameter) < 2, kind, rate, getattr(parameter, "device_mesh", None))
         groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -118,7 +129,7 @@ def _groups(trainable: list[tuple[str, nn.Parameter]], config: Config) -> list[d
             "weight_decay": 0.0 if vector else train.weight_decay,
             "peak_ratio": rate / train.learning_rate if rate != train.learning_rate else 1.0,
         }
-        for (vector, rate, _), members in sorted(groups.items(), key=lambda item: item[0][:2])
+        for (vector, _, rate, _), members in sorted(groups.items(), key=lambda item: item[0][:2])
     ]
 
 

@@ -23,7 +23,7 @@ def recorded_step(run: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-class SweepRung:
+class PlannedRung:
     """The step of this training at which it is compared, and what came of it. All ranks hold the same."""
 
     def __init__(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from conf.choices import (
+    AdapterInit,
     AdapterKind,
     Backend,
     Checkpointing,
@@ -33,6 +34,7 @@ NEED_AN_ADAPTER = (
     "layers_to_transform",
     "modules_to_save",
     "source",
+    "init",
 )
 PAGED_OPTIMIZERS = (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
 MATRIX_OPTIMIZERS = (Optimizer.adafactor, Optimizer.muon)
@@ -58,12 +60,13 @@ def _adapter(config: Config) -> Iterator[Problem]:
     if adapter.kind is AdapterKind.none:
         for key in NEED_AN_ADAPTER:
             value = getattr(adapter, key)
-            if value not in (False, None, Frozen.full, {}, []):
+            if value not in (False, None, Frozen.full, AdapterInit.default, {}, []):
                 yield Problem(
                     f"adapter.{key}", as_typed(value), "needs an adapter, but adapter.kind=none. Add adapter=lora"
                 )
         return
     yield from _adapter_patterns(config)
+    yield from _adapter_init(config)
     quantized = adapter.base is not Frozen.full
     if adapter.dora and parallel.backend is Backend.zero and parallel.zero_stage == 3:
         message = "reads base weights after ZeRO-3 has freed them. Use parallel=fsdp or parallel=zero2"
@@ -75,6 +78,27 @@ def _adapter(config: Config) -> Iterator[Problem]:
         message = "quantizes weights that are read from files, but model.init=random reads none. "
         message += "Use adapter=lora, or a model with model.init=pretrained"
         yield Problem("adapter.base", adapter.base.name, message)
+
+
+def _adapter_init(config: Config) -> Iterator[Problem]:
+    """Where new adapters begin."""
+    adapter, key = config.adapter, "adapter.init"
+    if adapter.init is AdapterInit.default:
+        return
+    if adapter.source is not None:
+        message = f"has no effect, because adapter.source={adapter.source} has the weights. Remove one of them"
+        yield Problem(key, adapter.init.name, message)
+    if adapter.init is AdapterInit.gaussian:
+        return
+    message = "begins with a part of the base, which it takes off: "
+    if adapter.base is not Frozen.full:
+        remedy = f"adapter.base={adapter.base.name} is rounded, so it cannot be taken off. Use adapter=lora"
+        yield Problem(key, adapter.init.name, message + remedy)
+    if adapter.dora:
+        yield Problem(key, adapter.init.name, message + "DoRA needs the whole base. Use adapter=lora")
+    if config.model.init is Init.random:
+        remedy = "model.init=random has no stored base. Use a model with model.init=pretrained"
+        yield Problem(key, adapter.init.name, message + remedy)
 
 
 def _adapter_patterns(config: Config) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
 from conf.errors import Problem
+from conf.key_reference import describe_type
 from conf.schema import Architecture, Config
 from conf.visible import visible
 from launcher.check import quoting
@@ -37,24 +38,39 @@ FLAGS_WITH_VALUE = (
     "-i",
 )
 
+OTHER_CONFIG = ("--config-name", "-cn", "--config-path", "-cp")
+OTHER_CONFIG_REMEDY = (
+    "every run begins with Muster's own config. Give your file as an experiment, launch.py FILE.yaml, "
+    "or the folder of your groups with --config-dir"
+)
 
-def groups(folder: Path) -> dict[str, list[str]]:
-    """Every config group below `folder` with its options, sorted."""
+
+def groups(folder: Path, *more: Path) -> dict[str, list[str]]:
+    """Every config group below `folder` with its options, sorted; with those that the folders `more` add to these groups."""
     options: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*/*.yaml")):
         options.setdefault(path.parent.name, []).append(path.stem)
+    for group, known in options.items():
+        known += sorted({path.stem for other in more for path in other.glob(f"{group}/*.yaml")} - {*known})
     return options
 
 
 def problems(
-    words: list[str], folder: Path, experiments: Sequence[str] = (), *, in_sweep: bool = False
+    words: list[str],
+    folder: Path,
+    experiments: Sequence[str] = (),
+    more: Sequence[Path] = (),
+    *,
+    in_sweep: bool = False,
 ) -> list[Problem]:
     """What is wrong with the overrides among `words`, in their order.
 
-    `folder` holds the config groups; `experiments` are names of experiments outside of it. Flags such as `--help` are skipped:
-    Hydra checks them. `in_sweep`: they are those of one run of a sweep.
+    `folder` holds the config groups, and the folders `more` add to them; `experiments` are names of other experiments. Flags
+    such as `--help` are skipped: Hydra checks them. `in_sweep`: they are those of one run of a sweep.
     """
-    known, options, reported = resolve.keys(), groups(folder), list[Problem]()
+    if {"-sc", "--shell-completion"} & set(words):  # its words, such as install=bash, are no keys
+        return []
+    known, options, reported = resolve.keys(), groups(folder, *more), list[Problem]()
     options.setdefault("experiment", []).extend(experiments)
     schema = OmegaConf.structured(Config)
     schema.model.architecture = (
@@ -63,6 +79,8 @@ def problems(
     valid: list[Override] = []
     is_sweep = bool({"-m", "--multirun"} & set(words))
     for previous, word in zip(["", *words], words, strict=False):
+        if word.split("=")[0] in OTHER_CONFIG:
+            reported.append(Problem(word.split("=")[0], None, OTHER_CONFIG_REMEDY))
         if word.startswith("-") or previous in FLAGS_WITH_VALUE:
             continue
         if (is_sweep or word.lstrip("+~").startswith("hydra")) and (problem := _secret(word)):
@@ -145,6 +163,21 @@ def allow_new_entries(words: list[str]) -> list[str]:
     return [f"++{word}" if any(word.startswith((f"{key}=", f"{key}.")) for key in free) else word for word in words]
 
 
+def in_hydras_order(words: Sequence[str]) -> list[str]:
+    """The words with flags first, because Hydra's parser wants all overrides together, and without `experiment=null`.
+
+    Hydra refuses null for a group. It means the same as no experiment, and the last one counts.
+    """
+    flags, overrides, is_value = list[str](), list[str](), False
+    for word in words:
+        if word.lstrip("+") in ("experiment=null", "experiment="):
+            overrides = [item for item in overrides if not item.lstrip("+").startswith("experiment=")]
+            continue
+        (flags if is_value or word.startswith("-") else overrides).append(word)
+        is_value = word in FLAGS_WITH_VALUE
+    return [*flags, *overrides]
+
+
 def _problem(
     override: Override, known: dict[str, Any], options: dict[str, list[str]], schema: DictConfig
 ) -> Problem | None:
@@ -164,14 +197,14 @@ def _problem(
     for free, hint in known.items():
         if str(hint).startswith("dict") and key.startswith(f"{free}."):
             return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
-    return Problem(key, None, f"no such key{_instead(key, [*known, *options])}")
+    return Problem(key, None, f"no such key{instead(key, [*known, *options])}")
 
 
-def _instead(key: str, candidates: list[str]) -> str:
+def instead(key: str, candidates: list[str]) -> str:
     """What to type instead of a key that does not exist: the word of another program, or the nearest key."""
     from launcher.check import synonyms  # the tables of other programs are needed for this message only
 
-    return synonyms.of(key) or nearest(key, candidates) or ". conf/schema.py lists all keys"
+    return synonyms.of(key) or nearest(key, candidates) or ". docs/keys.md lists all keys"
 
 
 def _shape_of_a_model_without_one(
@@ -183,7 +216,8 @@ def _shape_of_a_model_without_one(
     model = str(values.get("model"))
     if not shape or model not in options["model"]:
         return []
-    if "architecture" in OmegaConf.load(folder / "model" / f"{model}.yaml"):
+    path = folder / "model" / f"{model}.yaml"
+    if not path.exists() or "architecture" in OmegaConf.load(path):  # one of the user's own: Hydra says what is wrong
         return []
     message = f"model={model} reads its shape from config.json. Remove this override"
     return [Problem(key, value, message) for key, value in shape.items()]
@@ -216,40 +250,23 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
     if (
         isinstance(value, str) and value != value.strip() and not quoting.is_text(key)
     ):  # "64 " would be taken for a number
-        return Problem(key, repr(value), f"must be {_describe(known[key])}, without blanks")
+        return Problem(key, repr(value), f"must be {describe_type(known[key])}, without blanks")
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, _as_typed(value), _not_of_type(key, known))
+        return Problem(key, _as_typed(value), not_of_type(key, known))
     return None
 
 
-def _not_of_type(key: str, known: dict[str, Any]) -> str:
+def not_of_type(key: str, known: dict[str, Any]) -> str:
     """The message for a value of a wrong type; a section has keys instead of a value."""
     inner = [name for name in known if name.startswith(f"{key}.")]
-    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {_describe(known[key])}"
+    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {describe_type(known[key])}"
 
 
 def _as_typed(value: Any) -> Any:
     """A list as the user types it: `[a,b]`, not `['a', 'b']`."""
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
-
-
-def _describe(hint: Any) -> str:
-    """A type in plain words: `a whole number`, `one of a, b`, `a list of a, b: [a,b]`."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    if isinstance(hint, type) and hasattr(hint, "__members__"):
-        return "one of " + ", ".join(hint.__members__)
-    for kind, text in words.items():
-        if hint is kind:
-            return text
-        if str(hint) == f"{kind.__name__} | None":
-            return f"{text} or null"
-    if str(hint).startswith("list"):
-        return resolve.describe_list(hint)
-    if str(hint).startswith("dict"):
-        return "a dictionary, for example {name: value}"
-    return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def nearest(word: str, candidates: list[str]) -> str:

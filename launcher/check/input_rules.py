@@ -29,6 +29,7 @@ def problems(config: Config, inputs: Inputs, columns: Iterator[tuple[str, ...] |
         yield from _warmup(config, inputs.most_rows)
     if inputs.run is not None:
         yield from _earlier_jobs(config, inputs.run)
+        yield from _resume_step(config, inputs.run)
 
 
 def _template(config: Config, inputs: Inputs, columns: list[tuple[str, ...] | None]) -> Iterator[Problem]:
@@ -100,3 +101,24 @@ def _earlier_jobs(config: Config, run: RunFolder) -> Iterator[Problem]:
     if "evaluate" in jobs and "preprocess" not in jobs and not run.has_data:
         message = f"evaluate reads the rows that preprocess writes, and there are none in {where}. {remedy}"
         yield Problem("jobs", "evaluate", message)
+
+
+def _resume_step(config: Config, run: RunFolder) -> Iterator[Problem]:
+    step, key = config.train.resume_step, "train.resume_step"
+    if step is None:
+        return
+    if config.custom.command is not None:
+        message = "a program of your own chooses its checkpoint itself. Move the newer ones out of RUN/checkpoints"
+        yield Problem(key, step, message)
+    elif config.resume is None:
+        yield Problem(
+            key, step, f"is for a run that has checkpoints. Name it: muster resume RUN train.resume_step={step}"
+        )
+    elif "train" not in config.jobs:
+        message = (
+            f"has no effect without the job train. To merge this checkpoint: muster merge RUN consolidate.step={step}"
+        )
+        yield Problem(key, step, message)
+    elif step not in run.steps:
+        saved = f"Use one of {', '.join(map(str, run.steps[-8:]))}" if run.steps else "The run has none yet"
+        yield Problem(key, step, f"there is no checkpoint of this step in run_dir={config.run_dir}. {saved}")

@@ -5,7 +5,6 @@ It only reports: `launcher.check.input_rules` decides what is wrong.
 
 import csv
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from conf.datasets import held_out, training, training_paths
 from conf.schema import Config, DataSet
 from launcher.check import model_files
 from launcher.check.model_files import read_json
+from launcher.run_folder import attempts
 
 MOST_COUNTED = 2**26
 """Bytes of a file whose lines are counted: 64 MiB take 50 ms."""
@@ -186,9 +186,8 @@ def _most_rows(config: Config) -> float | None:
 
 def _run_folder(folder: Path) -> RunFolder | None:
     try:
-        names = [path.name for path in folder.glob("checkpoints/step-*")]
+        steps = tuple(attempts.checkpoints(folder))
         has_data, has_model = (folder / "data/data.json").exists(), (folder / "model/muster.json").exists()
     except OSError:  # `observe` reports why the folder cannot be used
         return None
-    steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
-    return RunFolder(tuple(steps), has_data, has_model)
+    return RunFolder(steps, has_data, has_model)

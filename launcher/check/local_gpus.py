@@ -1,9 +1,12 @@
-"""Counts the GPUs of this machine and their memory, NVIDIA's and AMD's, from the kernel's files: launcher/ never imports torch."""
+"""Counts the GPUs of this machine, NVIDIA's and AMD's, with name and memory, from the kernel's files; torch is not imported."""
 
 import math
 import os
 import subprocess
+from importlib import metadata
 from pathlib import Path
+
+from conf.plural import plural
 
 NVIDIA_VARIABLES = ("CUDA_VISIBLE_DEVICES",)
 AMD_VARIABLES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
@@ -17,8 +20,56 @@ def local_gpus(root: Path = Path("/")) -> int:
     count = count or len(_amd(root))
     for name in variables:
         if (value := os.environ.get(name)) is not None:
-            count = min(count, len([item for item in value.split(",") if item.strip()]))
+            items = [item.strip() for item in value.split(",") if item.strip()]
+            count = min(count, items.index("-1") if "-1" in items else len(items))  # as CUDA reads it
     return count
+
+
+def usable(root: Path = Path("/")) -> int:
+    """The same, but 0 if the torch of this interpreter can only use the CPU."""
+    return 0 if _is_for_cpus(_torch_version()) else local_gpus(root)
+
+
+def described(used: int, root: Path = Path("/")) -> str:
+    """What `used` GPUs are, or why the CPU is used: `on 1 GPU (NVIDIA L4)`, `on the CPU: no GPU was found`."""
+    if used:
+        return f"on {plural(used, 'GPU')} ({', '.join(dict.fromkeys(_names(root))) or 'of an unknown type'})"
+    hidden_by = [name for name in AMD_VARIABLES if os.environ.get(name) is not None]
+    if _nvidia(root) + len(_amd(root)) == 0:
+        why = "no GPU was found"
+        if any((root / "dev").glob("nvidia[0-9]*")):
+            why = "the kernel's driver of the NVIDIA GPU is not loaded (no /proc/driver/nvidia/version)"
+    elif local_gpus(root) == 0:
+        why = f"{hidden_by[0]}={os.environ[hidden_by[0]]} hides the GPUs"
+    elif _is_for_cpus(version := _torch_version()):
+        why = f"torch {version} is built without GPUs. Install another torch to use {plural(local_gpus(root), 'GPU')}"
+    else:
+        why = f"{plural(local_gpus(root), 'GPU')} not used, because gpus_per_node=0"
+    return f"on the CPU: {why}"
+
+
+def _torch_version() -> str:
+    """The version of torch that this interpreter would import; empty if it has none."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_for_cpus(torch_version: str) -> bool:
+    return torch_version.endswith("+cpu")
+
+
+def _names(root: Path) -> list[str]:
+    """The names of the GPUs, as their driver tells them."""
+    names = []
+    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        lines = path.read_text(errors="replace").splitlines()
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    for folder in _amd(root):
+        version = _property(folder / "properties", "gfx_target_version")  # 90402: gfx942
+        names.append(f"AMD gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}")
+    return names
 
 
 def _nvidia(root: Path) -> int:

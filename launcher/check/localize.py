@@ -10,6 +10,7 @@ from conf import resolve
 from conf.choices import AdapterKind, Executor, Init, Precision
 from conf.schema import Adapter, Architecture, Config
 from launcher.check import adapter_source, container_paths, deepspeed_file, fetched_commits, model_files
+from launcher.check.cluster_wide import RANKS_ON_CPU
 from launcher.check.local_gpus import local_memory_gib
 from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
 from launcher.estimate import config_json, parameters
@@ -23,7 +24,7 @@ def localize(config: Config, gpus: int) -> None:
       the clone of Muster. A value that is neither (a Hub id) stays as it is.
     - `cluster.python` becomes this interpreter. In a container it is `python3`, because this one is not there.
     - In a container, `container.mounts` gets the folders of data and models, and `hf_home` the Hub's cache.
-    - With `cluster=local`, a `gpus_per_node` of null becomes one GPU per rank if there are enough, else 0.
+    - With `cluster=local`, `ranks_per_node` of 0 and `gpus_per_node` of null become those of the GPUs that are here.
     - `train.precision=auto` becomes fp32 on CPUs. On GPUs it stays, until a rank sees its GPU (jobs/distributed/precision.py).
     - The file `parallel.deepspeed_config` is read into `parallel.deepspeed`, so that the run folder has its content.
     - The settings of `adapter.source` are taken from its adapter_config.json.
@@ -75,12 +76,15 @@ def _make_paths_absolute(config: Config) -> None:
 
 
 def _fit_to_gpus(config: Config, gpus: int) -> None:
-    """With `cluster=local`: one GPU for each rank if there are enough, and the memory that they have."""
+    """With `cluster=local`: one rank for each GPU, or ranks on the CPU if there is none; and the memory of the GPUs."""
     if config.cluster.executor is not Executor.local:
         return
     for resources in (config.cluster.train, config.cluster.inference):
-        if resources.gpus_per_node is None:
-            resources.gpus_per_node = resources.ranks_per_node if gpus >= resources.ranks_per_node else 0
+        if resources.ranks_per_node == 0:
+            wanted = gpus if resources.gpus_per_node is None else resources.gpus_per_node
+            resources.ranks_per_node = wanted or RANKS_ON_CPU
+        if resources.gpus_per_node is None:  # more ranks than GPUs: refused by launcher/check/rules.py
+            resources.gpus_per_node = resources.ranks_per_node if gpus else 0
     train = config.cluster.train
     if train.gpus_per_node and train.gpu_memory_gib is None:
         train.gpu_memory_gib = local_memory_gib()

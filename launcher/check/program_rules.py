@@ -18,6 +18,7 @@ STARTERS = {
     "torchrun": "torchrun",
     "accelerate": "accelerate",
     "deepspeed": "torchrun",
+    "ray": "ray",
     "srun": "srun",
     "mpirun": "srun",
 }
@@ -50,12 +51,6 @@ def problems(config: Config) -> Iterator[Problem]:
         yield Problem("custom.command", command, f"cannot be read ({error}). Close the quotes")
         return
     yield from _words(config, command, words)
-    if config.parallel.backend is Backend.zero and not config.cluster.train.gpus_per_node:
-        message = (
-            "needs GPUs: on CPUs, Accelerate starts DeepSpeed with a wrong number of ranks. Set cluster.train.gpus_per_node, "
-            "or parallel=ddp"
-        )
-        yield Problem("parallel", config.parallel.name, message)
     if starts_whole_nodes(config, "custom"):
         yield from _options_per_task(config)
 

@@ -30,6 +30,8 @@ CHANGEABLE = (
     "submit",
     "train.steps",
     "train.epochs",
+    "train.learning_rate",
+    "train.resume_step",
     "train.log_every",
     "train.eval_every",
     "train.evals_per_epoch",
@@ -49,10 +51,10 @@ CHANGEABLE = (
     "train.profile",
     "train.profile_ranks",
 )
-"""Keys that may change when a run is resumed: where it runs and how long, never what it computes."""
+"""Keys that may change when a run is resumed: where it runs, how long and at which learning rate, never what it computes else."""
 OF_THE_FOLDER = ("run_dir", "name", "experiment")
 """Keys that never change in a run. An experiment sets many keys, so each must be typed."""
-MADE_BEFORE_TRAINING = ("data", "metrics.jsonl", "precision.json")
+MADE_BEFORE_TRAINING = ("data", "metrics.jsonl", "precision.json", "adapter_init.safetensors")
 """Files and folders of a run that may be made from keys that change before it trains."""
 STORED_AS = {"pipeline": "jobs", "parallel.deepspeed_config": "parallel.deepspeed"}
 """Keys whose meaning is stored under another one."""
@@ -162,7 +164,7 @@ def require_same(stored: Config, requested: Config) -> None:
 def completed_jobs(config: Config) -> set[str]:
     """Names of the jobs whose newest attempt completed with exactly this config. They need not run again.
 
-    Fetch and push ask the Hub what is there already.
+    Fetch and push ask the Hub what is there already. Training from a chosen checkpoint (`train.resume_step`) is never done.
     """
     jobs = Path(config.run_dir) / "jobs"
     verdicts = {
@@ -173,6 +175,7 @@ def completed_jobs(config: Config) -> set[str]:
         name
         for name, verdict in verdicts.items()
         if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
+        if name != "train" or config.train.resume_step is None
     }
     return completed | {name for name in _done_by_another_run(config, digest) if verdicts.get(name) is None}
 

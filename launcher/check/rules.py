@@ -16,6 +16,7 @@ from conf.choices import AdapterKind, Attention, Executor, Init, Schedule, Submi
 from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS, RESUMABLE
+from conf.plural import plural
 from conf.schema import Config, Train
 from launcher import plan
 from launcher.check import (
@@ -185,8 +186,11 @@ def _devices(config: Config, facts: Facts) -> Iterator[Problem]:
             message = "must be a number, because only cluster=local can count GPUs itself. Set it to 0 to use none"
             yield Problem(f"{key}.gpus_per_node", "null", message)
         elif local and gpus > facts.gpus:
-            message = f"this machine has {facts.gpus} GPUs. Set {key}.gpus_per_node=0 to run on the CPU"
-            yield Problem(f"{key}.gpus_per_node", gpus, message)
+            here = f"this machine has {plural(facts.gpus, 'GPU')}"
+            instead = f"Use cluster.gpus={facts.gpus}, or cluster.gpus=0" if name == "train" and facts.gpus else ""
+            yield Problem(
+                f"{key}.gpus_per_node", gpus, f"{here}. {instead or f'Set {key}.gpus_per_node=0'} to run on the CPU"
+            )
         elif name == "train" and gpus and gpus != ranks:
             message = f"must equal {key}.gpus_per_node={gpus}, because each rank uses one GPU. Set {key}.ranks_per_node={gpus}"
             yield Problem(f"{key}.ranks_per_node", ranks, message)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -78,24 +78,31 @@ def combinations(words: Sequence[str]) -> list[Combination]:
 def for_each(runs: Sequence[Combination], function: Callable[[Combination], T]) -> list[T]:
     """The results for all runs. Raises ConfigError with the problems of all of them, each named once."""
     results: list[T] = []
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {run.name: [] for run in runs}
     for run in runs:
         try:
             results.append(function(run))
         except UserError as error:
-            for problem in map(str, error.problems):
-                found.setdefault(problem, []).append(run.name)
-    if found:
-        raise ConfigError(*(_of_runs(problem, names, len(runs)) for problem, names in found.items()))
+            found[run.name] += map(str, error.problems)
+    if problems := of_runs(found):
+        raise ConfigError(*problems)
     return results
 
 
-def _of_runs(problem: str, names: Sequence[str], count: int) -> str:
-    """A problem with the runs that have it, unless all have it."""
+def of_runs(lines: Mapping[str, Sequence[str]]) -> list[str]:
+    """Each line once, with the runs that have it, unless all have it. `lines`: those of each run, by its name."""
+    owners: dict[str, list[str]] = {}
+    for name, own in lines.items():
+        for line in dict.fromkeys(own):
+            owners.setdefault(line, []).append(name)
+    return [line + _in(names, len(lines)) for line, names in owners.items()]
+
+
+def _in(names: Sequence[str], count: int) -> str:
     if len(names) == count:
-        return problem
+        return ""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{problem} (in {names[0]}{more})"
+    return f" (in {names[0]}{more})"
 
 
 def folder(configs: Sequence[Config]) -> str:

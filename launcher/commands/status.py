@@ -1,51 +1,50 @@
-"""Show every job of a run: state, step, verdict and last error. Exits with 1 when a job has failed."""
+"""Show every job of runs: state, step, times, verdict and last error. Exits with 1 when a job has failed."""
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from pathlib import Path
 
-from conf.plural import plural
-from conf.visible import visible
-from launcher.commands import ls
 from launcher.commands.answers import exit_code
-from launcher.commands.arguments import add_json, add_run
+from launcher.commands.arguments import RUN_OR_ID, add_json
 from launcher.run_folder import sweep_record
-from launcher.status import pending, state, sweep, tables
+from launcher.status import find, overview, status_table, sweep, sweep_table, watch
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    add_json(parser)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"{RUN_OR_ID}; or a sweep's folder")
+    form = parser.add_mutually_exclusive_group()
+    add_json(form)
+    form.add_argument("--watch", action="store_true", help="again and again, until no job is pending or running")
+    parser.add_argument(
+        "--every", type=float, default=10.0, metavar="SECONDS", help="with --watch: how often to ask Slurm; default: 10"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
-    if sweep_record.is_sweep(options.run):
-        return _sweep(options)
-    jobs = state.job_states(options.run)
-    waits = pending.reasons(jobs)
-    if options.json:
-        print(
-            json.dumps(
-                [asdict(job) | {"failed": job.failed, "waits_for": waits.get(job.name)} for job in jobs], indent=2
-            )
-        )
+    folders = list(dict.fromkeys(map(find.run_of, options.runs)))
+    sweeps = [folder for folder in folders if sweep_record.is_sweep(folder)]
+    if options.watch:
+        found = watch.watch(folders, options.every)
+    elif options.json:
+        found = overview.read(find.each_run(folders))
+        print(json.dumps([job for item in found for job in item.records()], indent=2))
     else:
-        tables.status(jobs, waits)
-    return exit_code(options, jobs) or (1 if any(job.failed for job in jobs) else 0)
+        found = overview.read([folder for folder in folders if folder not in sweeps])
+        status_table.show(found)
+    return max([_exit_code(options, found), *(_sweep(options, folder) for folder in sweeps)])
 
 
-def _sweep(options: argparse.Namespace) -> int:
-    """Show the runs of a sweep, as `ls` does, and the jobs that wait for the end of all trainings."""
-    ls.execute(argparse.Namespace(folder=options.run, json=options.json))
-    found = sweep.look(options.run)
+def _exit_code(options: argparse.Namespace, found: Sequence[overview.Overview]) -> int:
+    return exit_code(options, [job for item in found for job in item.jobs]) or int(any(item.failed for item in found))
+
+
+def _sweep(options: argparse.Namespace, folder: Path) -> int:
+    """Show a sweep, unless --json has shown its runs. Returns its part of the exit code."""
+    found = sweep.look(folder)
     if not options.json:
-        if waiting := len(sweep_record.runs(options.run)) - len(found.runs):
-            print(f"not started: {plural(waiting, 'run')}")
-        for name, job in found.later.items():
-            print(f"{name} {job.job_id} of the best run: {job.state.lower()}")
-        if best := sweep_record.best(options.run):
-            print(visible(f"best {'so far ' if found.is_live else ''}{best.name}"))
+        sweep_table.show(folder, found)
     for note in dict.fromkeys(found.notes):
         print(f"{options.prog}: {note}", file=sys.stderr)
-    return 2 if found.notes else 1 if found.failed else 0
+    return 2 if found.notes else int(bool(found.failed))

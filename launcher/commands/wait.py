@@ -11,7 +11,7 @@ from launcher.status import state, sweep
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
+    add_run(parser, by_id=True)
     parser.add_argument(
         "--every", type=float, default=10.0, metavar="SECONDS", help="how often to ask Slurm; default: 10"
     )

@@ -5,9 +5,11 @@ import argparse
 from conf.visible import visible
 from launcher.commands.answers import exit_code
 from launcher.commands.arguments import add_run
-from launcher.status import pending, state, tables
+from launcher.status import pending, state, status_table
 
-arguments = add_run
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser, by_id=True)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -18,5 +20,5 @@ def execute(options: argparse.Namespace) -> int:
             print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
         elif job.verdict is None or job.verdict["status"] == "completed":
             print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
-        tables.attempts(job)
+        status_table.attempts(job)
     return exit_code(options, jobs)

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.convert import axolotl_data, hub_keys, trainer_keys
 from launcher.convert.common_rules import (
+    ADAPTER_INIT,
     EMBEDDING_RATE,
     FUSED,
     NO_EFFECT,
@@ -46,7 +47,8 @@ def rules(gpus: int) -> dict[str, Rule]:
         "hub_strategy", "hub_revision", "neftune_noise_alpha",
         "adam_beta1", "adam_beta2", "optim_args", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-        "dataloader_drop_last", "load_best_model_at_end", "include_tokens_per_second", "auto_find_batch_size",
+        "dataloader_drop_last", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+        "include_tokens_per_second", "auto_find_batch_size",
         "label_smoothing_factor",
     )  # fmt: skip
     return {
@@ -80,6 +82,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "peft_use_dora": flag({"adapter.dora": True}),
         "peft_use_rslora": flag({"adapter.rslora": True}),
         "peft_layers_to_transform": layers,
+        "peft_init_lora_weights": ADAPTER_INIT,
         "peft_layers_pattern": refused("name layers in adapter.targets"),
         "loraplus_lr_ratio": kept("adapter.lora_plus_ratio"),
         "loraplus_lr_embedding": EMBEDDING_RATE,
@@ -160,7 +163,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "reward_model": refused("Muster trains causal language models. Use TRL"),
         "debug": NO_EFFECT,
         "resize_token_embeddings_to_32x": refused("the embedding gets exactly the rows that the tokenizer needs"),
-        "use_ray": refused("Slurm starts the ranks"),
+        **dict.fromkeys(("use_ray", "ray_run_name", "ray_num_workers", "resources_per_worker"), refused("Slurm starts the ranks")),
     }  # fmt: skip
 
 
@@ -175,7 +178,9 @@ def trackers() -> dict[str, Rule]:
             {"offline": {"cluster.offline": True}, "online": {}}, "is online or offline. To track nothing: tracker=none"
         ),
         "wandb_watch": refused("gradient norms are in the metrics; W&B's watch would read every weight"),
-        "wandb_log_model": refused("Muster does not upload: run `hf upload owner/name RUN/model` after the run"),
+        "wandb_log_model": refused(
+            "no tracker stores models here: hub.push=owner/name sends the merged model to the Hub"
+        ),
         "use_wandb": flag({"tracker.wandb": True}),
         "use_tensorboard": flag({"tracker.tensorboard": True}),
         "use_mlflow": flag({"tracker.mlflow": True}),

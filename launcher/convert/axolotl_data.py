@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conf.columns import MESSAGE_KEYS
 from launcher.convert.keys import Outcome, Row, described
 
 TEMPLATES = {
@@ -27,6 +28,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "oasst": {"format": "alpaca"},
 }
 """Axolotl's `type` -> keys of Muster's data set."""
+ENDS = ("turn", "all", "last", "none")
 PROMPTED = ("alpaca", "alpaca_instruct", "gpteacher", "alpaca_w_system")
 """Types whose questions Axolotl writes as `### Instruction:`."""
 
@@ -99,16 +101,27 @@ def _one_set(item: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         ours["fields"] = {**ours.get("fields", {}), **fields}
     if roles := item.get("roles"):
         ours["roles"] = {theirs: role for role, names in roles.items() for theirs in names}
+    return ours, [*notes, *_not_read(item)]
+
+
+def _not_read(item: Mapping[str, Any]) -> Iterator[str]:
+    """A note for each key of a set, and each value, that Muster does not have."""
     known = {
         "path", "type", "name", "revision", "data_files", "split", "roles", "ds_type", "field", "field_messages", "conversation",
         "message_field_role", "message_field_content", "message_property_mappings", "field_tools", "field_system", "roles_to_train",
         "train_on_eos", "train_on_eot", "chat_template", "trust_remote_code", "split_thinking", "field_instruction", "field_input",
         "field_output", "message_field_training", "message_field_training_detail", "shards",
     }  # fmt: skip
-    notes += [f"refused key {name} of a set: look for it in docs/data.md" for name in sorted(set(item) - known)]
+    for name in sorted(set(item) - known):
+        yield f"refused key {name} of a set: look for it in docs/data.md"
+    for name in item.get("message_property_mappings") or {}:
+        if not _group_of(name):
+            yield f"refused property {name} of a message: look for it in docs/data.md"
+    for key in ("train_on_eos", "train_on_eot"):
+        if item.get(key) is not None and item[key] not in ENDS:
+            yield f"refused {key}: {item[key]}: Muster has data.train_on_end=turn, all, last and none"
     if item.get("shards"):
-        notes.append(f"refused shards: write data.split='[:{100 // int(item['shards'])}%]'")
-    return ours, notes
+        yield f"refused shards: write data.split='[:{100 // int(item['shards'])}%]'"
 
 
 def _fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -125,9 +138,19 @@ def _fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, column in (("role", role), ("content", content)):
         if column and column != name:
             yield name, column
+    trained = {"train": "message_field_training", "train_detail": "message_field_training_detail"}
+    others = {name: item.get(key) for name, key in trained.items()} | mapped
+    for name, column in others.items():
+        if name not in ("role", "content") and column and column not in _group_of(name):
+            yield name, f"{column}?"  # most messages have none
     for name in ("instruction", "input", "output", "system"):
         if column := item.get(f"field_{name}"):
             yield name, column
+
+
+def _group_of(name: str) -> tuple[str, ...]:
+    """The keys of a message that are read like this one; none for a name that Muster does not know."""
+    return next((group for group in MESSAGE_KEYS if name in group), ())
 
 
 def _prompt_fields(kind: Mapping[str, Any]) -> dict[str, str]:
@@ -150,12 +173,11 @@ def _prompt_fields(kind: Mapping[str, Any]) -> dict[str, str]:
 def _shared(sets: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Keys that Axolotl sets for each data set and Muster for all of them."""
     ours: dict[str, Any] = {}
-    ends = {"turn": "turn", "all": "all", "last": "last"}
     for item in sets:
         if roles := item.get("roles_to_train"):
             ours["data.train_on"] = [{"gpt": "assistant", "human": "user"}.get(role, role) for role in roles]
-        if (end := item.get("train_on_eos") or item.get("train_on_eot")) in ends:
-            ours["data.train_on_end"] = ends[str(end)]
+        if (end := item.get("train_on_eos") or item.get("train_on_eot")) in ENDS:
+            ours["data.train_on_end"] = str(end)
         if item.get("split_thinking"):
             ours["data.split_thinking"] = True
         if (name := item.get("chat_template")) in TEMPLATES:

@@ -42,6 +42,17 @@ def targets(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"adapter.targets": ["all-linear"] if every else names})
 
 
+ADAPTER_INIT = choice(
+    {
+        "true": {},
+        **{name: {"adapter.init": name} for name in ("gaussian", "pissa", "olora")},
+        **{f"pissa_niter_{count}": {"adapter.init": "pissa"} for count in (1, 2, 4, 8, 16, 32)},
+    },
+    "Muster has adapter.init=default, gaussian, pissa (exact, without iterations) and olora",
+)
+"""`init_lora_weights` of PEFT."""
+
+
 @described("`adapter.modules_to_save`")
 def saved_modules(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     if not (names := _listed(value)):

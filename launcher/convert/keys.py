@@ -102,7 +102,7 @@ def refused(instead: str) -> Rule:
 
     @described(f"refused: {instead}")
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
-        if value in (False, 0, "", "none", "None") or value == [] or value == {}:
+        if value in (False, 0, "", "none", "None", "false", "False") or value == [] or value == {}:
             return Row(key, value, Outcome.unneeded, why="asks for nothing")
         return Row(key, value, Outcome.refused, why=instead)
 

@@ -51,7 +51,9 @@ def rules(gpus: int) -> dict[str, Rule]:
         "loraplus_lr_embedding": EMBEDDING_RATE,
         "use_rslora": flag({"adapter.rslora": True}),
         "use_dora": flag({"adapter.dora": True}),
-        "pissa_init": refused("Muster starts adapters at zero"),
+        "pissa_init": flag({"adapter.init": "pissa"}),
+        "pissa_iter": unneeded("Muster computes the singular values exactly"),
+        "pissa_convert": unneeded("consolidate.adapter_only=true writes an adapter that PEFT loads on the same base"),
         "additional_target": saved_modules,
         "create_new_adapter": NO_EFFECT,
         "quantization_bit": choice(

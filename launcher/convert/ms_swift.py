@@ -5,6 +5,7 @@ from typing import Any
 
 from launcher.convert import trainer_keys
 from launcher.convert.common_rules import (
+    ADAPTER_INIT,
     SOURCE,
     STREAMING,
     SYSTEM,
@@ -57,6 +58,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "sft_type": tuner,
         "adapters": adapter_source,
         "lora_rank": kept("adapter.r"),
+        "init_weights": ADAPTER_INIT,
         "lora_alpha": number("adapter.alpha"),
         "lora_dropout": number("adapter.dropout"),
         "lorap_lr_ratio": kept("adapter.lora_plus_ratio"),

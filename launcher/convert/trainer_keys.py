@@ -239,7 +239,9 @@ def rules(gpus: int) -> dict[str, Rule]:
         "greater_is_better": unneeded("the held-out loss is the only metric"),
         "output_dir": changed("run_dir", "the run folder; the merged model lies in run_dir/model"),
         "overwrite_output_dir": refused("Muster never overwrites a run: take another run_dir"),
-        "resume_from_checkpoint": unneeded("`muster resume RUN` goes on with a run; a preempted one does so itself"),
+        "resume_from_checkpoint": unneeded(
+            "`muster resume RUN` goes on with a run, `train.resume_step=N` from a chosen checkpoint; a preempted one does so itself"
+        ),
         "run_name": kept("tracker.run_name"),
         "report_to": report_to,
         "do_train": unneeded("pipeline=train, evaluate or finetune says it"),

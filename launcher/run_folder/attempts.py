@@ -7,6 +7,7 @@ what is not as Muster writes it counts as damaged, or as not there.
 from __future__ import annotations  # the node's own Python outside a container may be 3.9
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from launcher.run_folder.status import FAILED
 NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
 MAX_BYTES = 64 * 2**20
 """Bytes of the largest record that is read: no record of Muster comes near."""
+LARGEST = 1e11
+"""Larger numbers (and NaN) are no times, steps or sizes of a run; functions of dates would fail on them."""
 TEXTS = ("reason", "remedy", "next", "error", "log", "host", "status")
 """Fields of a verdict that are texts."""
 
@@ -58,8 +61,19 @@ def last_verdict(folder: Path) -> dict[str, Any] | None:
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
     """Return the verdicts of all attempts of a job, oldest first."""
-    by_number = {number: _verdict(path) for path in folder.glob("attempt-*.json") if (number := _number(path))}
-    return [verdict | {"attempt": number} for number, verdict in sorted(by_number.items()) if verdict]
+    return _verdicts(folder, _entries(folder))
+
+
+def history(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """Return what `newest_attempt` and `verdicts` do, with one look at the folder: `muster ls` looks at thousands."""
+    names = _entries(folder)
+    return _newest(folder, names), _verdicts(folder, names)
+
+
+def _verdicts(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    numbers = sorted(number for name in names if name.endswith(".json") and (number := _number(name)))
+    found = ((number, _verdict(folder / f"attempt-{number}.json")) for number in numbers)
+    return [verdict | {"attempt": number} for number, verdict in found if verdict]
 
 
 def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
@@ -69,12 +83,23 @@ def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
 
 def newest_attempt(folder: Path) -> int | None:
     """Return the number of the newest attempt of a job; None before the first."""
-    numbers = (number for path in folder.glob("attempt-*") if path.is_dir() and (number := _number(path)))
-    return max(numbers, default=None)
+    return _newest(folder, _entries(folder))
 
 
-def _number(path: Path) -> int | None:
-    match = NUMBER.fullmatch(path.name)
+def _newest(folder: Path, names: list[str]) -> int | None:
+    numbers = (number for name in names if (number := _number(name)) and not name.endswith(".json"))
+    return next((number for number in sorted(numbers, reverse=True) if (folder / f"attempt-{number}").is_dir()), None)
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _number(name: str) -> int | None:
+    match = NUMBER.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -84,8 +109,20 @@ def newest_checkpoint(folder: Path) -> int | None:
         return None
     if folder.name == "custom":
         return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
-    names = (path.name.removeprefix("step-") for path in (folder.parent.parent / "checkpoints").glob("step-*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max(checkpoints(folder.parent.parent), default=None)
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Return the folder of each checkpoint of a run by its step, lowest step first."""
+    named = {path.name.removeprefix("step-"): path for path in (run / "checkpoints").glob("step-*")}
+    return dict(sorted((int(name), path) for name, path in named.items() if name.isdigit()))
+
+
+def number(value: Any) -> float | None:
+    """Return a number of a record; None for what is none, or none that a time, a step or a size can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        return None
+    return value
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

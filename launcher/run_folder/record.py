@@ -76,24 +76,38 @@ def add_job(run: Path, name: str, job_id: str, slurm_name: str = "", folder: str
 
 
 def newest_jobs(run: Path) -> dict[str, StartedJob]:
-    """Return the newest start of each job, by job name. Raises RunError if `run` is not a run folder.
+    """Return the newest start of each job, by job name. Raises RunError if `run` is not a run folder."""
+    return newest_jobs_of(run, read_launches(run))
+
+
+def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, StartedJob]:
+    """The same from what `read_launches` has returned.
 
     A script that was submitted by hand is not in run.json, nor is a job of the best run of a sweep. Their ids come from the
     attempts that they opened.
     """
-    by_hand: dict[str, StartedJob] = {}
-    for path in sorted(run.glob("jobs/*/attempt-*/begin.json"), key=lambda path: path.stat().st_mtime):
-        begun = read_record(path) or {}
-        if JOB_ID.fullmatch(job_id := str(begun.get("job_id"))):
-            folder = (
-                ".." if begun.get("folder") == ".." else "code"
-            )  # a job of a sweep starts in the folder of the sweep
-            by_hand[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
-    return by_hand | {  # later launches, and run.json, come last and win
+    recorded = {  # later launches come last and win
         name: StartedJob(job_id, launch["cluster"], *_in_slurm(launch, name))
-        for launch in read_launches(run)
+        for launch in launches
         for name, job_id in launch["jobs"].items()
     }
+    if all(launch["cluster"] != "slurm" for launch in launches):
+        return recorded
+    begun = (path for path in run.glob("jobs/*/attempt-*/begin.json") if path.parent.parent.name not in recorded)
+    for path in sorted(begun, key=lambda path: path.stat().st_mtime):
+        begin = read_record(path) or {}
+        if JOB_ID.fullmatch(job_id := str(begin.get("job_id"))):
+            folder = (
+                ".." if begin.get("folder") == ".." else "code"
+            )  # a job of a sweep starts in the folder of the sweep
+            recorded[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
+    return recorded
+
+
+def is_by_hand(run: Path) -> bool:
+    """Whether the newest launch on Slurm has recorded no job: it wrote scripts for the user to submit, or was killed."""
+    launches = [launch for launch in read_launches(run) if launch["cluster"] == "slurm"]
+    return bool(launches) and not launches[-1]["jobs"]
 
 
 def _in_slurm(launch: dict[str, Any], name: str) -> tuple[str, ...]:

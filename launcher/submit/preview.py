@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from conf import mesh, resolve
-from conf.choices import Executor, Frozen
+from conf import mesh, resolve, schedule
+from conf.batch import ranks_per_row, split
+from conf.choices import Executor, Frozen, Schedule
 from conf.datasets import training_paths
 from conf.plural import plural
-from conf.schema import Config
+from conf.schema import Config, Train
 from launcher import environment
 from launcher.estimate import memory, parameters, table
 from launcher.plan import Job
@@ -67,15 +68,14 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
                 *(_job_line(job) for job in jobs),
             ]
         )
-    train, adapter = config.train, config.adapter
+    adapter = config.adapter
     base = "" if adapter.base is Frozen.full else f" on a base in {adapter.base.name}"
     base += f", r {adapter.r}, going on from {adapter.source}" if adapter.source else ""
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     lines = [
         f"run       {config.run_dir}",
         f"model     {config.model.name} ({config.model.source}), adapter {adapter.kind.name}{base}",
         f"data      {', '.join(path for _, path in training_paths(config.data))}",
-        f"training  {length} of {train.global_batch} rows, precision {train.precision.name}, {config.parallel.name}",
+        training(config),
         f"config    {resolve.digest(config)}",
     ]
     lines += [_job_line(job) for job in jobs]
@@ -87,6 +87,46 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         lines.append(f"memory    train: {need}")
         lines += mesh.picture(config.parallel, config.cluster.train.nodes, config.cluster.train.ranks_per_node)
     return "\n".join(lines)
+
+
+def training(config: Config) -> str:
+    """Return the line that says how much is trained in a step, and how."""
+    train, resources = config.train, config.cluster.train
+    world = resources.nodes * resources.ranks_per_node
+    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs in steps"
+    rows = f"{train.global_batch:,} rows"
+    groups = world // ranks_per_row(config)
+    if groups and train.global_batch % groups == 0:  # otherwise it is refused
+        micro, accumulated = split(config, world)
+        ranks = (
+            plural(groups, "rank") if groups == world else f"{plural(groups, 'group')} of {ranks_per_row(config)} ranks"
+        )
+        rows += f" ({micro} x {accumulated} accumulated x {ranks})"
+    tokens = f"{'' if config.data.packing else 'at most '}{train.global_batch * config.data.max_length:,} tokens a step"
+    rate = f"learning rate {train.learning_rate:g} {train.lr_schedule.name}"
+    device = (
+        f"on {plural(resources.nodes * resources.gpus_per_node, 'GPU')}" if resources.gpus_per_node else "on the CPU"
+    )
+    parts = (
+        f"training  {length} of {rows}, {tokens}",
+        f"{rate}, warmup {_warmup(train)}",
+        f"{train.optimizer.name}, max_length {config.data.max_length:,}",
+        f"precision {train.precision.name}, {config.parallel.name}, {device}",
+    )
+    return ", ".join(parts)
+
+
+def _warmup(train: Train) -> str:
+    """The length of the warmup. If the number of steps is not known yet, as the config says it."""
+    if train.lr_schedule is Schedule.constant:
+        return "none"
+    if train.steps:
+        return plural(schedule.warmup_steps(train, train.steps), "step")
+    if train.warmup_steps is not None:
+        return plural(train.warmup_steps, "step")
+    if train.warmup_ratio is not None:
+        return f"{100 * train.warmup_ratio:g} % of the steps"
+    return f"{schedule.WARMUP_STEPS} steps"
 
 
 def _job_line(job: Job) -> str:

@@ -12,7 +12,7 @@ from launcher.check import observe
 from launcher.secret_names import MASK, found
 from launcher.version import git
 
-COPIED_FOLDERS = ("conf", "launcher", "jobs", "slurm_templates")
+COPIED_FOLDERS = ("conf", "pages", "launcher", "jobs", "slurm_templates")
 HUNK = re.compile(r"@@ -\d+(?:,\d+)? \+(\d+)")
 LISTED_LINES = 5
 BEGIN_KEY, END_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END [A-Z ]*PRIVATE KEY")

@@ -19,7 +19,7 @@ from launcher.paths import CLONE
 from launcher.plan import Job
 from launcher.run_folder import lock, record
 from launcher.status import ownership, state
-from launcher.submit import local, preview, render, sbatch, snapshot
+from launcher.submit import local, preview, render, rewind, sbatch, snapshot
 from launcher.supervise import worker
 
 
@@ -82,6 +82,7 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
     replaces_config = bool(RESUMABLE.intersection(config.jobs)) or not run_config.exists()
     config_path = run_config if replaces_config else run / "jobs" / jobs[0].name / "config.yaml"
     try:
+        rewind.apply(config)
         resolve.save(config, config_path)
         for job in jobs:
             # Without the folder of its log files, srun fails, and may even exit with 0.

@@ -12,13 +12,23 @@ from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING
 from conf.plural import plural
 from conf.visible import visible
 from launcher import plan
-from launcher.run_folder import sweep_record
+from launcher.run_folder import lock, sweep_record
 from launcher.submit import preview, submit, sweep_groups, sweep_slurm
-from launcher.submit.sweep_run import SweepRun
+from launcher.submit.planned_run import PlannedRun
+
+BY_SIGNAL = 128
+"""An exit code above it: the launch was asked to end."""
+
+
+class _EndedError(Exception):
+    """The launch was asked to end while it ran jobs of a run."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 def start(
-    folder: Path, runs: Sequence[SweepRun], values: Mapping[str, Mapping[str, str]], command: Sequence[str]
+    folder: Path, runs: Sequence[PlannedRun], values: Mapping[str, Mapping[str, str]], command: Sequence[str]
 ) -> int:
     """Start a sweep, or what has not completed of it. Returns the exit code.
 
@@ -44,7 +54,7 @@ def start(
         print(f"\nwatch     muster status {shown}\ncompare   muster compare {shown}\nresume    muster resume {shown}")
 
 
-def summary(folder: Path, runs: Sequence[SweepRun]) -> list[str]:
+def summary(folder: Path, runs: Sequence[PlannedRun]) -> list[str]:
     """The sweep in a few lines: its runs, and what its first run does."""
     setting = runs[0].config.sweep
     lines = [f"sweep     {folder}: {plural(len(runs), 'run')}", *(f"          {run.folder.name}" for run in runs)]
@@ -58,7 +68,7 @@ def summary(folder: Path, runs: Sequence[SweepRun]) -> list[str]:
     return [*lines, "", *preview.summary(runs[0].config, runs[0].jobs).splitlines()]
 
 
-def preview_text(folder: Path, runs: Sequence[SweepRun]) -> str:
+def preview_text(folder: Path, runs: Sequence[PlannedRun]) -> str:
     """Everything that would be submitted: the scripts of the sweep, and the jobs of its first run."""
     parts = summary(folder, runs)
     if not plan.runs_here(runs[0].config):
@@ -67,8 +77,20 @@ def preview_text(folder: Path, runs: Sequence[SweepRun]) -> str:
     return "\n".join([*parts, preview.heading("its first run"), preview.text(runs[0].config, runs[0].jobs)])
 
 
-def _run_here(folder: Path, runs: Sequence[SweepRun], command: Sequence[str]) -> int:
-    """Run one training after the other, and then the later jobs of the best run. Returns 1 if a job has failed."""
+def _run_here(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str]) -> int:
+    """Run one training after the other, and then the later jobs of the best run. Returns 1 if a job has failed.
+
+    Ctrl-C, which lets a training save and end, also ends the sweep.
+    """
+    try:
+        with lock.held(folder):
+            return _one_by_one(folder, runs, command)
+    except _EndedError as ended:
+        return ended.code
+
+
+def _one_by_one(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str]) -> int:
+    """Do so, with the folder of the sweep held."""
     chooses = sweep_groups.merges_best(runs) and bool(sweep_groups.arrays(runs))
     owners, failed = sweep_groups.owners(runs), list[str]()
     for number, run in enumerate(runs, 1):
@@ -92,7 +114,7 @@ def _run_here(folder: Path, runs: Sequence[SweepRun], command: Sequence[str]) ->
     return 1 if failed else 0
 
 
-def _takes_rows_over(run: SweepRun, owner: SweepRun) -> bool:
+def _takes_rows_over(run: PlannedRun, owner: PlannedRun) -> bool:
     """Copy RUN/data of another run with the same settings, if that has prepared it. Returns whether `run` has it now."""
     source, target = owner.folder / "data", run.folder / "data"
     if owner is run or not run.job("preprocess") or not (source / "data.json").exists():
@@ -102,10 +124,13 @@ def _takes_rows_over(run: SweepRun, owner: SweepRun) -> bool:
     return True
 
 
-def _code_of(run: SweepRun, jobs: Sequence[plan.Job], command: Sequence[str]) -> int:
-    """Run jobs of a run. An error of one run does not end the sweep."""
+def _code_of(run: PlannedRun, jobs: Sequence[plan.Job], command: Sequence[str]) -> int:
+    """Run jobs of a run. An error of one run does not end the sweep, but a signal such as Ctrl-C raises _EndedError."""
     try:
-        return submit.submit(run.config, jobs, command)
+        code = submit.submit(run.config, jobs, command)
     except UserError as error:
         print(f"muster: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    if code > BY_SIGNAL:
+        raise _EndedError(code)
+    return code

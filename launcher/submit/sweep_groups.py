@@ -7,16 +7,16 @@ from conf import resolve
 from conf.choices import SweepMerge
 from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher.submit import sweep_scripts
-from launcher.submit.sweep_run import SweepRun
+from launcher.submit.planned_run import PlannedRun
 
 
-def owners(runs: Sequence[SweepRun]) -> dict[Path, SweepRun]:
+def owners(runs: Sequence[PlannedRun]) -> dict[Path, PlannedRun]:
     """For each run the first one that prepares the same: its jobs before training serve both. Without training: the run itself."""
-    first: dict[str, SweepRun] = {}
+    first: dict[str, PlannedRun] = {}
     return {run.folder: first.setdefault(_preparation(run), run) if run.training else run for run in runs}
 
 
-def _preparation(run: SweepRun) -> str:
+def _preparation(run: PlannedRun) -> str:
     """What the jobs before training depend on, as text."""
     sections, names = resolve.plain(run.config), [job.name for job in run.jobs if job.name in BEFORE_TRAINING]
     cluster = dict(sections["cluster"])
@@ -25,9 +25,9 @@ def _preparation(run: SweepRun) -> str:
     return repr([names, *read, *(training if "preflight" in names else [])])
 
 
-def arrays(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
+def arrays(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
     """The runs that train, in groups that ask Slurm for the same: an array has one set of options for all its tasks."""
-    found: dict[str, list[SweepRun]] = {}
+    found: dict[str, list[PlannedRun]] = {}
     for run in runs:
         if run.training:
             key = "\n".join([run.training.name, *sweep_scripts.directives(run.config, run.training)])
@@ -35,18 +35,18 @@ def arrays(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     return list(found.values())
 
 
-def merges_best(runs: Sequence[SweepRun]) -> bool:
+def merges_best(runs: Sequence[PlannedRun]) -> bool:
     """Whether only the best run is consolidated, evaluated and so on."""
     config = runs[0].config
     return config.sweep.merge is SweepMerge.best and bool(RESUMABLE.intersection(config.jobs))
 
 
-def later_names(runs: Sequence[SweepRun]) -> list[str]:
+def later_names(runs: Sequence[PlannedRun]) -> list[str]:
     """The jobs after training that any of the runs has."""
     return [name for name in JOB_KINDS if name in AFTER_TRAINING and any(run.job(name) for run in runs)]
 
 
-def first_with(runs: Sequence[SweepRun], name: str) -> SweepRun:
+def first_with(runs: Sequence[PlannedRun], name: str) -> PlannedRun:
     """The first run that has a job of this name."""
     return next(run for run in runs if run.job(name))
 

@@ -8,7 +8,7 @@ from conf.schema import Config
 from launcher import sbatch_options
 from launcher.plan import Job
 from launcher.submit import render
-from launcher.submit.sweep_run import SweepRun
+from launcher.submit.planned_run import PlannedRun
 
 OF_ONE_RUN = ("job-name", "chdir", "output", "dependency")
 """Options of sbatch that differ between a run and its sweep."""
@@ -26,7 +26,7 @@ def directives(config: Config, job: Job) -> list[str]:
     return [line for line in lines if line.startswith("#SBATCH") and not line.startswith(names)]
 
 
-def array_text(sweep: Path, name: str, runs: Sequence[tuple[SweepRun, Path | None]], dependency: str | None) -> str:
+def array_text(sweep: Path, name: str, runs: Sequence[tuple[PlannedRun, Path | None]], dependency: str | None) -> str:
     """The script of an array in which each of `runs` is a task. Beside each: the folder of rows that it takes over."""
     config, job = _first(runs[0][0], name)
     throttle = f"%{config.sweep.at_once}" if config.sweep.at_once else ""
@@ -37,7 +37,7 @@ def array_text(sweep: Path, name: str, runs: Sequence[tuple[SweepRun, Path | Non
     )
 
 
-def best_run_text(sweep: Path, name: str, first: SweepRun, dependency: str) -> str:
+def best_run_text(sweep: Path, name: str, first: PlannedRun, dependency: str) -> str:
     """The script of a job of the best run. `first`: a run of the sweep, whose resources it has."""
     config, job = _first(first, name)
     return render.template("sweep.sbatch.j2").render(
@@ -49,7 +49,7 @@ def best_run_text(sweep: Path, name: str, first: SweepRun, dependency: str) -> s
     )
 
 
-def _first(run: SweepRun, name: str) -> tuple[Config, Job]:
+def _first(run: PlannedRun, name: str) -> tuple[Config, Job]:
     job = run.job(name)
     assert job is not None, f"{run.folder} has no job {name}"
     return run.config, job

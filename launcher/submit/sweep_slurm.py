@@ -14,13 +14,13 @@ from launcher import slurm
 from launcher.plan import Job
 from launcher.run_folder import record, sweep_record
 from launcher.submit import sbatch, submit, sweep_groups, sweep_scripts
-from launcher.submit.sweep_run import SweepRun
+from launcher.submit.planned_run import PlannedRun
 
 Ids = dict[Path, dict[str, str]]
 """By the folder of a run: the ids of its jobs, by name."""
 
 
-def submit_all(folder: Path, runs: Sequence[SweepRun], command: Sequence[str]) -> int:
+def submit_all(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str]) -> int:
     """Submit every job of the sweep. Raises SiteError if Slurm refuses one: those before it are then cancelled."""
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     submitted: dict[str, str] = {}
@@ -44,7 +44,7 @@ class _Submission:
     """Submits the jobs of a sweep in the order in which they depend on each other."""
 
     def __init__(
-        self, folder: Path, runs: Sequence[SweepRun], paths: Mapping[Path, Path], submitted: dict[str, str]
+        self, folder: Path, runs: Sequence[PlannedRun], paths: Mapping[Path, Path], submitted: dict[str, str]
     ) -> None:
         """`paths`: the config file of each run. `submitted` gets the id of each job, under a name for messages."""
         self.folder, self.runs, self.paths, self.submitted = folder, runs, paths, submitted
@@ -63,7 +63,7 @@ class _Submission:
                 if job.name in AFTER_TRAINING:
                     self._one(run, job)
 
-    def _prepare(self, run: SweepRun) -> None:
+    def _prepare(self, run: PlannedRun) -> None:
         """Submit the jobs before training, unless they are those of another run too."""
         owner = self.owners[run.folder]
         if owner is run:
@@ -72,7 +72,7 @@ class _Submission:
                     self._one(run, job)
         self.ids[run.folder] |= self.ids[owner.folder]
 
-    def _one(self, run: SweepRun, job: Job) -> None:
+    def _one(self, run: PlannedRun, job: Job) -> None:
         own = self.ids[run.folder]
         own[job.name] = submit.submit_job(
             run.config, job, self.paths[run.folder], [own[name] for name in job.after if name in own]
@@ -80,7 +80,7 @@ class _Submission:
         self.submitted[f"{job.name} of {run.folder.name}"] = own[job.name]
         print(visible(f"submitted {job.name:<12} {own[job.name]:<8} {run.folder.name}"), flush=True)
 
-    def _array(self, number: int, group: Sequence[SweepRun]) -> str:
+    def _array(self, number: int, group: Sequence[PlannedRun]) -> str:
         """Submit one array, and record its tasks as the runs' trainings. Returns its id."""
         name, text = array_script(self.folder, group, self.owners, self.ids)
         job_id = self._sbatch(_file_name(name, number), name, text)
@@ -117,7 +117,9 @@ class _Submission:
         return job_id
 
 
-def array_script(folder: Path, group: Sequence[SweepRun], owners: Mapping[Path, SweepRun], ids: Ids) -> tuple[str, str]:
+def array_script(
+    folder: Path, group: Sequence[PlannedRun], owners: Mapping[Path, PlannedRun], ids: Ids
+) -> tuple[str, str]:
     """(name of the job, script) of an array. It waits until the jobs before it have completed.
 
     If there are several sets of these, it waits until they have ended: rows that could not be prepared stop only their own runs.
@@ -133,7 +135,7 @@ def array_script(folder: Path, group: Sequence[SweepRun], owners: Mapping[Path, 
     return name, sweep_scripts.array_text(folder, name, tasks, dependency)
 
 
-def scripts(folder: Path, runs: Sequence[SweepRun]) -> Iterator[tuple[str, str]]:
+def scripts(folder: Path, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, str]]:
     """(name, text) of each script of the sweep, for a preview. Names in angle brackets stand for the ids."""
     owners = sweep_groups.owners(runs)
     numbers = {folder: number for number, folder in enumerate(dict.fromkeys(run.folder for run in owners.values()), 1)}

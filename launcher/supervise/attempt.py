@@ -19,7 +19,7 @@ from conf import node_paths
 from conf.errors import ConfigError
 from conf.files import write_json
 from conf.visible import visible
-from launcher import slurm
+from launcher import slurm, slurm_array
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import allocation, rendezvous, requeue
@@ -45,7 +45,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
             number += 1
     begin_record = {
         "host": allocation.host(),
-        "job_id": slurm.own_id(os.environ) or str(os.getpid()),
+        "job_id": slurm_array.own_id(os.environ) or str(os.getpid()),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
         "resumed": attempts.newest_checkpoint(folder),
@@ -94,7 +94,7 @@ def finish_for_killed_script(folder: Path, number: int, world_size: int, max_res
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
         return
-    restarts, job_id = int(os.environ.get("SLURM_RESTART_COUNT", 0)), slurm.own_id(os.environ)
+    restarts, job_id = int(os.environ.get("SLURM_RESTART_COUNT", 0)), slurm_array.own_id(os.environ)
     if job_id is None:
         return
     try:
@@ -127,7 +127,8 @@ def record_end(
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete files of earlier attempts that would stop or break this one."""
-    (folder / "stop").unlink(missing_ok=True)
+    for name in ("stop", "save"):  # an earlier attempt was asked for it
+        (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.save_tmp"):
         path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
 
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _has_completed(folder: Path) -> bool:
     """Return whether an earlier start of this Slurm job has completed: Slurm requeues some jobs twice, and admins do so."""
     verdict = attempts.last_verdict(folder)
-    job_id = slurm.own_id(os.environ)
+    job_id = slurm_array.own_id(os.environ)
     if verdict is None or verdict["status"] != COMPLETED or job_id is None:
         return False
     same_job = str(verdict.get("job_id")) == job_id and "SLURM_RESTART_COUNT" in os.environ

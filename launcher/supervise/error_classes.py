@@ -73,6 +73,14 @@ ERROR_CLASSES = (
     ),
     ErrorClass(
         NCCL,
+        (),
+        ("clients joined", "client socket has timed out", "keys: /default_pg/", "connectfullmesh failed"),
+        "not all ranks have met in time: if some only start slowly (a large image, a busy disk), raise "
+        "cluster.network.nccl_timeout_s; else look for one that failed (muster logs RUN --rank R), check the nodes with "
+        "pipeline=preflight, and name their network in cluster.network.interface",
+    ),
+    ErrorClass(
+        NCCL,
         ("DistBackendError", "DistNetworkError", "DistStoreError"),
         ("nccl",),
         "read the logs of the other ranks (muster logs RUN --rank R), then check the nodes with pipeline=preflight; if nodes do "

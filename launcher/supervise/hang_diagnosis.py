@@ -97,6 +97,10 @@ REMEDY = {
     "network": "no rank is behind, so check the network between the nodes: pipeline=preflight measures it",
     "node": "the node or its connection is lost: if this happens again, exclude it (cluster.train.exclude=NODE)",
 }
+ABSENT_REMEDY = (
+    "this rank has never started: if its node only starts slowly, raise cluster.network.nccl_timeout_s; if this happens again, "
+    "exclude the node (cluster.train.exclude=NODE)"
+)
 OTHER_REMEDY = (
     "read the Python stacks of all ranks in attempt-N/rank-R.stack, beside its log; if it was only slow, raise {key}"
 )
@@ -129,7 +133,8 @@ def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[
     if len(behind) == len(running) > 1:  # all ranks have come equally far, so none is the cause
         where = f" {common_position}" if str(common_position) else ""
         reason = f"all {len(running)} ranks hang{where}: {step}; none is behind"
-        return _verdict(reason + silent, REMEDY["network"], None, {**first, "host": ""})
+        slow = f"; if ranks only start slowly, raise {key}" if first["phase"] == "start" else ""
+        return _verdict(reason + silent, REMEDY["network"] + slow, None, {**first, "host": ""})
     # The positions of ranks that did not answer are old, so leave them out.
     others = {
         rank: position for rank, position in positions.items() if rank not in behind and running[rank].get("answered")
@@ -137,7 +142,7 @@ def diagnose(ranks: Mapping[int, Evidence], world_size: int, code: str) -> dict[
     doing = _describe_activity(first, positions[behind[0]])
     reason = f"{_describe_ranks(behind, first)}: {step}, {doing}{_describe_others(others)}"
     state = str(first.get("state")) if first.get("answered") else "node"
-    remedy = REMEDY.get(state) or OTHER_REMEDY.format(key=key)
+    remedy = ABSENT_REMEDY if first["count"] < 0 else REMEDY.get(state) or OTHER_REMEDY.format(key=key)
     return _verdict(reason + silent, remedy, behind[0], first)
 
 

@@ -55,7 +55,7 @@ def run(job: str, config_path: str) -> None:
         with _heartbeats(config, folder / f"attempt-{number}", rank_info) if watched else nullcontext():
             run_job(job, config_path)
     except Stopped as error:
-        record_end(error.status, str(error))
+        record_end(error.status, str(error), cpu_s=_cpu_s())
         log.info(str(error))
         if rank_info.rank == 0:
             max_restarts = config.cluster.max_restarts if config.cluster.requeue else None
@@ -73,9 +73,14 @@ def run(job: str, config_path: str) -> None:
         record_end(status, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc(), remedy=remedy)
         raise
     if rank_info.rank == 0:
-        record_end(COMPLETED, seconds=round(time.time() - started, 2))
+        record_end(COMPLETED, seconds=round(time.time() - started, 2), cpu_s=_cpu_s())
     if rank_info.world_size > 1:
         atexit.register(_exit_at_once)
+
+
+def _cpu_s() -> float:
+    """Return the CPU seconds of this rank, and of the processes that it has started and that have ended."""
+    return round(sum(os.times()[:4]), 2)
 
 
 def _record_failed_program(error: ProgramFailed, folder: Path, number: int) -> None:

@@ -61,13 +61,18 @@ def test_an_answer_in_a_log_has_no_escape_sequences(rank: int | None, capsys: py
     ]
 
 
-def test_no_module_prints_with_rich_but_three_modules() -> None:
+def test_no_module_prints_with_rich_but_four_modules() -> None:
     """Rich takes the brackets in a string for markup, so every use must make it a Text."""
     root = Path(__file__).resolve().parents[2]
     users = {
         str(path.relative_to(root))
-        for folder in ("conf", "jobs", "launcher", "muster")
+        for folder in ("conf", "jobs", "launcher", "muster", "pages")
         for path in (root / folder).rglob("*.py")
         if "import Console" in path.read_text() or "import rich" in path.read_text()
     }
-    assert users == {"launcher/status/tables.py", "launcher/convert/command.py", "jobs/report/terminal.py"}
+    assert users == {
+        "launcher/status/tables.py",
+        "launcher/submit/display.py",
+        "launcher/convert/command.py",
+        "jobs/report/terminal.py",
+    }

@@ -24,14 +24,17 @@ def run(*words: str, code: int = 0) -> str:
     return done.stdout + (done.stderr if code else "")
 
 
-def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call function(rank, *arguments) on `world_size` ranks. An error on any of them is raised here."""
+def spawn(function: Callable[..., None], world_size: int, *arguments: Any, start_method: str = "forkserver") -> None:
+    """Call function(rank, *arguments) on `world_size` ranks. An error on any of them is raised here.
+
+    `start_method="spawn"` takes seconds longer, and is needed for GPUs: CUDA does not survive a fork.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, once for all ranks of all tests
     mp.start_processes(
-        _rank, args=(os.getpid(), function, world_size, port, arguments), nprocs=world_size, start_method="forkserver"
+        _rank, args=(os.getpid(), function, world_size, port, arguments), nprocs=world_size, start_method=start_method
     )
 
 

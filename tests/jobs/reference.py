@@ -1,6 +1,7 @@
 """The reference loss curve that every layout must reproduce: one process, plain torch, no sharding, no accumulation."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from jobs.data.packing import hidden_factor
 from jobs.model import block_sizes, build, unwrap
 
 
-def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
-    """Train on the rows of `run`, with the global batches of `config`. Returns (loss, gradient norm) of each step."""
+def curve(config: Config, run: Path, steps: int, later: tuple[int, float] | None = None) -> list[tuple[float, float]]:
+    """Train on the rows of `run`, with the global batches of `config`. Returns (loss, gradient norm) of each step.
+
+    `later`: a step, and the learning rate that the config has from there on.
+    """
+    config = deepcopy(config)
     rows = batches.load_split(run / "data", "train", config.data.max_length if config.data.packing else None)
     network = build.build(config).train()
     unwrap.causal_lm(network).set_attn_implementation("sdpa")  # transformers' own mask separates packed samples
@@ -37,6 +42,10 @@ def curve(config: Config, run: Path, steps: int) -> list[tuple[float, float]]:
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
+        if later and step == later[0]:
+            config.train.learning_rate = later[1]
+            for group, new in zip(groups, _groups(network, config), strict=True):
+                group["share"] = new["share"]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps, config) * group["share"]

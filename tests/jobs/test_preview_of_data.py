@@ -161,7 +161,7 @@ def test_a_pipe_never_gets_colors(variables) -> None:
 
 
 def test_one_module_alone_writes_color_codes() -> None:
-    sources = [path for folder in ("conf", "jobs", "launcher") for path in (CLONE / folder).rglob("*.py")]
+    sources = [path for folder in ("conf", "jobs", "launcher", "pages") for path in (CLONE / folder).rglob("*.py")]
     codes = [path for path in sources if re.search(r"\\033|\\x1b|\\u001b|\\e\[", path.read_text(), re.IGNORECASE)]
     assert codes == [CLONE / "jobs/report/terminal.py"]
 

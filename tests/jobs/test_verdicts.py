@@ -1,6 +1,7 @@
 """launcher/supervise/error_classes.py classifies the exceptions that torch, the Hub's client and the kernel really raise."""
 
 import errno
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig
 
+from conf.schema import Config
+from jobs.distributed import process_group
 from launcher.supervise.error_classes import classify
+from tests.conftest import Compose
 
 ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
 """The type of CUDA's own errors; RuntimeError in versions of torch without it."""
@@ -25,6 +29,31 @@ def full() -> None:
 
 def rendezvous() -> None:
     dist.TCPStore("127.0.0.1", 1, 2, is_master=False, timeout=timedelta(seconds=1))
+
+
+def wait_for_a_missing_rank(rank: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join the process group of two ranks, of which the other one never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MUSTER_NCCL_TIMEOUT", raising=False)
+    monkeypatch.setattr(process_group, "MARGIN_S", 0)
+    with process_group.process_group(config):
+        pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_rank_names_the_key_of_the_time_out(
+    rank: int, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = [f"cluster.network.{name}_timeout_s=1" for name in ("nccl", "step", "save")]
+    with pytest.raises(dist.DistError) as caught:
+        wait_for_a_missing_rank(rank, compose("cluster.train.gpus_per_node=0", *network), monkeypatch)
+    status, remedy = classify(caught.value)
+    assert status == "nccl" and "raise cluster.network.nccl_timeout_s" in remedy, repr(caught.value)
 
 
 def missing_module() -> None:

@@ -1,17 +1,26 @@
-"""launch.py, killed at any moment, leaves no half-written file, and the same command given again writes the rest."""
+"""launch.py, killed at any moment, leaves no half-written file, and the same command given again writes the rest.
+
+A launch that runs its jobs here saves on Ctrl-C, and says how to go on.
+"""
 
 import json
+import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from conf import resolve
-from launcher.run_folder import attempts
+from launcher.run_folder import attempts, record
+from launcher.run_folder.status import STOPPED
+from launcher.submit import interrupts
 from tests.slurm.runs import wait_until
 from tests.test_readme import CLONE
 
@@ -59,23 +68,78 @@ def is_complete(run: Path, name: str, size: int) -> bool:
     return path.stat().st_size == size or path.name == "code.diff"
 
 
+WAYS = {"Ctrl-C": 130, "a second Ctrl-C": 130, "the terminal closes": 129, "SIGTERM": 143}
+"""How a launch in a terminal is ended, and its exit code."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.proof)])
-def test_ending_a_local_launch_ends_its_ranks(tmp_path: Path, number: signal.Signals) -> None:
-    """The ranks have their own sessions, so neither a closed terminal nor `kill` reaches them directly."""
-    run = tmp_path / "run"
-
-    def process_ids() -> list[int]:
-        return [rank["pid"] for rank in attempts.published_ranks(run / "jobs/train/attempt-1").values()]
-
+@pytest.mark.parametrize(
+    "way", [way if way == "Ctrl-C" else pytest.param(way, marks=pytest.mark.proof) for way in WAYS]
+)
+def test_a_local_launch_saves_before_it_ends(tmp_path: Path, way: str) -> None:
+    """In a real terminal, where Ctrl-C goes to all processes of the foreground group."""
+    run, shown = tmp_path / "run", bytearray()
     words = ["data=sample", "cluster=local", "pipeline=train", "train.steps=100000", f"run_dir={run}"]
-    background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]  # as `launch.py &` does
-    line = [*background, sys.executable, str(CLONE / "launch.py"), *words]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: any("loss" in line for line in attempts.metrics(run)))
-        wait_until(lambda: len(process_ids()) == 2)  # published every ten seconds
-        ranks = process_ids()
-        process.send_signal(number)
-        assert process.communicate(timeout=60)[1].endswith("launch.py: stopped\n")
-    assert process.returncode == 130
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, str(CLONE / "launch.py"), *words], os.environ | {"TERM": "xterm"})
+    reader = threading.Thread(target=read_all, args=(terminal, shown))
+    reader.start()
+    wait_until(lambda: any("loss" in line for line in attempts.metrics(run)))
+    controller = record.newest_jobs(run)["train"].job_id
+    if way == "the terminal closes":
+        os.kill(
+            process, signal.SIGHUP
+        )  # the kernel sends it when the other end is closed, which a reader here prevents
+    elif way == "SIGTERM":
+        os.kill(process, signal.SIGTERM)
+    else:
+        os.write(terminal, b"\x03")
+    if way == "a second Ctrl-C":
+        wait_until(lambda: b"stopping" in shown)
+        time.sleep(interrupts.SAME_REQUEST_S + 0.1)
+        os.write(terminal, b"\x03")
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    reader.join(timeout=30)
+    verdict = attempts.last_verdict(run / "jobs/train")
+    text = shown.decode()
+    assert code == WAYS[way], text
+    assert verdict is not None and verdict["status"] == STOPPED
+    assert not Path(f"/proc/{controller}").exists()
+    if way != "the terminal closes":
+        assert f"resume    muster resume {run}" in text
+    assert "Traceback" not in text
+    if way == "a second Ctrl-C":
+        assert "without saving" in verdict["reason"]
+    else:
+        assert (run / f"checkpoints/step-{verdict['saved']:08d}").is_dir()
+
+
+def read_all(terminal: int, shown: bytearray) -> None:
+    """Collect what a terminal shows until its last process has ended."""
+    with suppress(OSError):
+        while part := os.read(terminal, 65536):
+            shown += part
+
+
+def test_signals_that_come_together_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with interrupts.noticed() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (requests.name, requests.exit_code, requests.again) == ("SIGTERM", 143, False)
+        monkeypatch.setattr(interrupts, "SAME_REQUEST_S", 0.0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not requests.again
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reader_that_has_gone_is_a_request_to_stop() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    requests = interrupts.Interrupts()
+    with os.fdopen(writer, "w") as stream:
+        requests.say("a line", stream)
+        requests.say("another line", stream)  # goes nowhere, and raises nothing
+    assert requests.first is signal.SIGHUP

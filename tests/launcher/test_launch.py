@@ -57,7 +57,7 @@ MISTAKES = {
     "cluster=slurm model=llama8b": "cluster=slurm: Slurm's sbatch is not on PATH. Run this on a login node",
     "cluster.secrets=[MY_TOKEN]": "cluster.secrets=MY_TOKEN: MY_TOKEN has no value. Export it, or add MY_TOKEN=... to ~/.config",
     "resume=thesis": "resume=thesis: is not a run folder: it has no config.yaml",
-    "--config-name nowhere": "Cannot find primary config 'nowhere'",
+    "--config-name nowhere": "--config-name: every run begins with Muster's own config",
     "data.path=odd.jsonl": "{here}/odd.jsonl: has the columns question, reply, but alpaca needs instruction",
 }
 
@@ -120,11 +120,39 @@ def test_a_run_folder_of_another_config_is_refused(launch: Launch, stored: Path)
     assert (stored / "config.yaml").read_text() == before
 
 
-def test_a_resumed_run_refuses_another_learning_rate(launch: Launch, stored: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_refuses_another_seed(launch: Launch, stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    [line] = refused(launch("resume=run", "train.learning_rate=0.5", "submit=script"))
-    assert line.startswith("train.learning_rate: cannot change in a run that has trained. Start a new run")
+    [line] = refused(launch("resume=run", "train.seed=7", "submit=script"))
+    assert line.startswith("train.seed: cannot change in a run that has trained. Start a new run")
+
+
+def test_a_run_goes_on_from_a_chosen_checkpoint_with_another_rate(launch: Launch, stored: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stored, run)
+    for step in (5, 10):
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    words = ["resume=run", "train.resume_step=5", "train.learning_rate=0.5"]
+    preview = launch(*words, "dry_run=true")
+    assert "resume    from the checkpoint of step 5; the newer ones (10) " in preview.stdout, preview.stderr
+    assert (run / "checkpoints/step-00000010").exists()  # a preview changes nothing
+    done = launch(*words, "submit=script")
+    assert "to 0.5: after step 5 the schedule is that of 0.5" in done.stdout, done.stderr
+    assert (run / "checkpoints/replaced-1/step-00000010").exists()
+    config = resolve.load(run / "config.yaml")
+    assert (config.train.resume_step, config.train.learning_rate) == (None, 0.5)
+
+
+def test_groups_of_another_folder(launch: Launch, tmp_path: Path) -> None:
+    """As Hydra's users keep the files of a site outside of the clone."""
+    (tmp_path / "site/cluster").mkdir(parents=True)
+    text = (ROOT / "conf/cluster/slurm.yaml").read_text()
+    (tmp_path / "site/cluster/ours.yaml").write_text(text.replace("name: slurm", "name: ours\naccount: ours"))
+    for flag in (["--config-dir", "site"], ["--config-dir=site"], ["-cd", "site"]):
+        done = launch(*flag, "cluster=ours", "dry_run=true")
+        assert "#SBATCH --account=ours" in done.stdout, done.stderr
+    [line] = refused(launch("--config-dir", "site", "cluster=our"))
+    assert "did you mean 'ours'?" in line
 
 
 def test_a_run_that_has_not_trained_can_be_mended(launch: Launch, stored: Path, tmp_path: Path) -> None:
@@ -248,6 +276,47 @@ def test_help_lists_the_groups_and_their_options(launch: Launch) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for group, options in command_line.groups(ROOT / "conf").items():
         assert f"{group}: {', '.join(options)}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["train.learning_rate"], ["Peak learning rate, after warmup", "a number, 1e-20 to 100", "standard: 1e-05"]),
+        (["train.optimizer"], ["one of adamw, adamw_8bit", "default   adamw", "example   train.optimizer=adamw_8bit"]),
+        (["cluster"], ["cluster=local|slurm", "cluster.train.partition", "cluster.gpus"]),
+        (["data.sets.NAME.weight"], ["How often each row is used", "at least 0.0001"]),
+    ],
+)
+def test_help_explains_a_key(launch: Launch, words: list[str], shown: list[str]) -> None:
+    done = launch("--help", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in shown:
+        assert text in done.stdout
+
+
+def test_help_for_a_key_that_does_not_exist_names_similar_ones(launch: Launch) -> None:
+    done = launch("--help", "train.learning_rat", "warmup")
+    assert done.returncode == 2
+    assert "train.learning_rat: no such key. Similar: train.learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shells_completion_is_printed(launch: Launch, shell: str) -> None:
+    done = launch("-sc", f"install={shell}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "hydra_" in done.stdout
+
+
+def test_a_key_is_completed(launch: Launch, surroundings: dict[str, str]) -> None:
+    surroundings["COMP_LINE"] = "launch.py train.warmup_r"
+    assert launch("-sc", "query=bash").stdout.split() == ["train.warmup_ratio="]
+
+
+def test_a_key_of_muster_run_is_completed(surroundings: dict[str, str], tmp_path: Path) -> None:
+    env = surroundings | {"COMP_LINE": "muster run train.warmup_r", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launcher", "-sc", "query=bash"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["train.warmup_ratio="], done.stderr
 
 
 def test_the_composed_config_can_be_printed(launch: Launch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import slurm, slurm_command
+from launcher import slurm, slurm_array, slurm_command
 from tests.conftest import Programs
 
 FAILS = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -140,6 +140,13 @@ def test_jobs_are_cancelled_with_one_call(programs: Programs) -> None:
 def test_seconds_left(programs: Programs, printed: str, seconds: float | None) -> None:
     programs(squeue=f"echo ' {printed}'")
     assert slurm.seconds_left("7") == seconds
+
+
+def test_the_time_left_of_several_jobs_is_asked_once(programs: Programs) -> None:
+    folder = programs(squeue="echo 'CLUSTER: a'; echo '7|1:00:00'; echo '8|UNLIMITED'; echo '9|00:30'")
+    assert slurm.all_seconds_left(["7", "8", "9"]) == {"7": 3600.0, "9": 30.0}
+    assert slurm.all_seconds_left([]) == {}
+    assert len((folder / "squeue.calls").read_text().splitlines()) == 1
 
 
 def test_show_job_returns_the_controllers_fields(programs: Programs) -> None:
@@ -313,7 +320,7 @@ def test_who_requeues_a_preempted_job(
     ],
 )
 def test_a_line_about_waiting_tasks_of_an_array_is_one_about_each(printed: str, tasks: list[str]) -> None:
-    assert slurm.tasks_of(printed) == tasks
+    assert slurm_array.tasks_of(printed) == tasks
 
 
 def test_tasks_of_an_array_are_known_one_by_one(programs: Programs) -> None:
@@ -325,6 +332,6 @@ def test_tasks_of_an_array_are_known_one_by_one(programs: Programs) -> None:
 
 def test_a_task_of_an_array_has_the_id_that_sbatch_knows() -> None:
     inside = {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
-    assert slurm.own_id(inside) == "12_0"
-    assert slurm.own_id({"SLURM_JOB_ID": "14"}) == "14"
-    assert slurm.own_id({}) is None
+    assert slurm_array.own_id(inside) == "12_0"
+    assert slurm_array.own_id({"SLURM_JOB_ID": "14"}) == "14"
+    assert slurm_array.own_id({}) is None

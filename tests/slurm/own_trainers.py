@@ -1,6 +1,6 @@
 """Runs every program of examples/custom on a real Slurm, stops each once, and writes the table of docs/own-trainer.md.
 
-`python -m tests.slurm.own_trainers`, which needs TRL: `make custom` installs it.
+`python -m tests.slurm.own_trainers`, which needs TRL and Ray: `make custom` installs them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.files import write_text
 from launcher import slurm
 from launcher.run_folder import attempts
-from launcher.status import state
+from launcher.status import requests
 from tests.slurm import cluster, runs
 
 STEPS, SAVE_EVERY = 100, 10
@@ -44,9 +44,12 @@ EXAMPLES = (
     Example("torch.distributed with FSDP2", "torch_train.py", "torchrun", "fsdp"),
     Example("torch.distributed with FSDP2", "torch_train.py", "srun", "fsdp"),
     Example("Accelerate", "accelerate_train.py", "accelerate", "ddp"),
+    Example("Accelerate with DeepSpeed", "accelerate_train.py", "accelerate", "zero2"),
     Example("transformers.Trainer", "trainer_train.py", "torchrun", "ddp"),
+    Example("transformers.Trainer with DeepSpeed", "trainer_train.py", "torchrun", "zero3"),
     Example("TRL SFTTrainer", "sft_train.py", "accelerate", "ddp", data="rows.jsonl"),
     Example("TRL DPOTrainer", "dpo_train.py", "torchrun", "ddp", data="pairs.jsonl"),
+    Example("Ray Train", "ray_train.py", "ray", "ddp"),
 )
 
 
@@ -135,7 +138,7 @@ def write_table(page: Path, lines: list[str]) -> None:
 def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.own_trainers", description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="SCRIPT", help="names of scripts (all)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="scripts, launchers or layouts (all)")
     parser.add_argument("--work", type=Path, default=runs.CLONE / "runs/own-trainers", help="folder for the runs")
     options = parser.parse_args()
     work = options.work.absolute()
@@ -146,15 +149,20 @@ def main() -> int:
     running = already_up or cluster.up()
     os.environ["SLURM_CONF"] = str(running.conf)
     lines: list[str] = []
-    chosen = [example for example in EXAMPLES if not options.only or example.script in options.only]
+    chosen = [
+        example
+        for example in EXAMPLES
+        if not options.only or {example.script, example.launcher, example.layout} & set(options.only)
+    ]
     for example in chosen:
-        begun, name = time.monotonic(), f"{example.script.partition('.')[0]}-{example.launcher}"
+        begun = time.monotonic()
+        name = f"{example.script.partition('.')[0]}-{example.launcher}-{example.layout}"
         try:
             result = check(work / name, inputs, example)
             lines.append(line(example, result))
         except AssertionError as error:
             lines.append(line(example, re.sub(r"\s+", " ", str(error))[:100]))
-            state.cancel(work / name)
+            requests.cancel(work / name)
         print(f"{lines[-1]} {time.monotonic() - begun:.0f} s", flush=True)
         write_table(PAGE, lines)
     failed = sum("failed:" in item for item in lines)

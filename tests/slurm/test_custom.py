@@ -24,13 +24,14 @@ def test_a_torch_program_is_preempted_resumed_and_merged(slurm: Cluster, inputs:
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    "example", own_trainers.EXAMPLES[1:], ids=lambda example: f"{example.script}-{example.launcher}"
+    "example", own_trainers.EXAMPLES[1:], ids=lambda item: f"{item.script}-{item.launcher}-{item.layout}"
 )
 def test_every_example_is_preempted_resumed_and_merged(
     slurm: Cluster, inputs: Path, tmp_path: Path, example: own_trainers.Example
 ) -> None:
-    if example.data and importlib.util.find_spec("trl") is None:
-        pytest.skip("needs TRL: make custom")
+    needs = "trl" if example.data else "ray" if example.launcher == "ray" else "torch"
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"needs {needs}: make custom")
     own_trainers.check(tmp_path / "run", inputs, example)
 
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conf import resolve
-from launcher.status import state
+from launcher.status import log_files
 from tests.jobs import ranks, reference
 
 STEPS = 20
@@ -124,7 +124,7 @@ def check(run, curve):
         assert line["grad_norm"] == pytest.approx(norm, rel=2e-3)
     fingerprint = json.loads((run / f"checkpoints/step-{STEPS:08d}/fingerprint.json").read_text())
     assert len(fingerprint) >= 38  # every weight of the tiny model, or both matrices of every adapter
-    assert "weights equal those in training, bit for bit" in state.logs(run, "consolidate", 0).read_text()
+    assert "weights equal those in training, bit for bit" in log_files.newest(run, "consolidate", 0).read_text()
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert json.loads((run / "evaluate.json").read_text())["loss"] == pytest.approx(held_out[-1], abs=1e-3)
     merged = {key: value for path in run.glob("model/*.safetensors") for key, value in load_file(path).items()}

@@ -53,6 +53,23 @@ def test_the_stop_file_is_checked_every_few_seconds(tmp_path, monkeypatch) -> No
     assert stop.request[0] == "stopped"
 
 
+def test_a_request_to_save_is_answered_once(tmp_path, monkeypatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now)
+    stop = StopFlag()
+    assert not stop.save_requested(), "only rank 0 has a file"
+    stop.save_file = tmp_path / "save"
+    stop.save_file.touch()
+    assert stop.save_requested()
+    now += stop_signals.FILE_CHECK_S
+    assert not stop.save_requested()
+    stop.save_file.touch()
+    assert not stop.save_requested(), "it was looked for just before"
+    now += stop_signals.FILE_CHECK_S
+    assert stop.save_requested()
+    assert not stop.requested()
+
+
 def test_the_first_request_stays() -> None:
     stop = StopFlag()
     stop.set(signal.SIGUSR1)

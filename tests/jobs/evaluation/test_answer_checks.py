@@ -10,7 +10,7 @@ from conf.errors import DataError
 from jobs import generate
 from jobs.evaluation import answer_checks, prompts
 from tests.conftest import ROOT
-from tests.jobs.report.test_data_preview import Parsed
+from tests.pages.html import Parsed
 
 EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 
@@ -120,13 +120,15 @@ def test_the_page_is_complete_and_escapes_all_text() -> None:
         "faults": ["looping"],
     }
     counts = dict.fromkeys(answer_checks.FAULTS, 0) | {"looping": 1}
-    page = generate.render_html(EVIL, {"model": "step-1 in bf16", "prompts": 1, "faults": counts}, [one])
+    settings = {"max_new_tokens": 9, "system": EVIL}
+    summary = {"model": "step-1 in bf16", "prompts": 1, "faults": counts, "settings": settings}
+    page = generate.render_html(EVIL, [("model", EVIL)], summary, [one])
     parsed = Parsed()
     parsed.feed(page)
     parsed.close()
     assert not parsed.opened
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "link", "iframe"})
-    assert (
-        "".join(parsed.texts).count(EVIL) == 8
-    )  # title, heading, system, prompt, answer, base, reference, and with its special tokens
+    # title, heading, base model, settings, system, prompt, answer, base, reference, and with its special tokens
+    assert "".join(parsed.texts).count(EVIL) == 10
+    assert "max_new_tokens=9" in page
     assert "1 end in a loop" in page and "looping</span>" in page

@@ -67,3 +67,10 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     writer.write(1, loss=1.0)
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The config of these tests lacks what the page shows."""
+    attempt(tmp_path, 1, 2, resumed=0)
+    assert "report.html: cannot be written (AttributeError" in caplog.text
+    assert steps_with(tmp_path, "loss") == [1, 2]

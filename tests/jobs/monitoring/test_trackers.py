@@ -14,6 +14,7 @@ from jobs.monitoring import trackers
 from jobs.monitoring.trackers import Trackers
 from launcher import sync
 from tests.conftest import Compose
+from tests.jobs.monitoring import recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WORDS = [
@@ -23,17 +24,22 @@ WORDS = [
     "tracker.notes=hello",
     "cluster.offline=true",
 ]
+LOSSES = {step: pytest.approx(1 / step) for step in range(1, 11)}
 
 
 @pytest.fixture
 def train_twice(compose: Compose, tmp_path: Path) -> Callable[..., Path]:
-    """Steps 1 to 6, then 6 to 10 after a resume from step 5, as a killed attempt and its successor write them."""
+    """Steps 1 to 6, then 6 to 10 after a resume from step 5, as a killed attempt and its successor write them.
+
+    The learning rate changes at the resume.
+    """
 
     def train(tracker: str, *words: str) -> Path:
         config = compose(f"run_dir={tmp_path}/run", f"tracker={tracker}", *WORDS, *words)
         assert not list(packages.missing(config))
         Path(config.run_dir).mkdir()
         for first, last, resumed in ((1, 6, 0), (6, 10, 5)):
+            config.train.learning_rate = 0.5 if resumed else 0.25
             running = Trackers(config, resumed)
             assert [each.name for each in running.trackers] == [tracker]
             for step in range(first, last + 1):
@@ -45,50 +51,16 @@ def train_twice(compose: Compose, tmp_path: Path) -> Callable[..., Path]:
     return train
 
 
-def _wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format in blocks of 32 KiB, after W&B's header of 7 bytes."""
-    at, parts = 7, b""
-    while at + 7 <= len(content):
-        if (left := 2**15 - at % 2**15) < 7:  # the rest of a block that has no room for a header
-            at += left
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
 @pytest.mark.slow
 def test_wandb_keeps_one_run_with_its_config(train_twice: Callable[..., Path]) -> None:
     wandb = pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    run, found, ids = train_twice("wandb"), {}, set()
+    run = train_twice("wandb")
     wandb.teardown()  # as at the end of a process: its service has then written everything
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for data in _wandb_records(path.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                ids.add(
-                    (
-                        record.run.run_id,
-                        record.run.project,
-                        record.run.run_group,
-                        record.run.display_name,
-                        *record.run.tags,
-                    )
-                )
-                config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-                assert config["train"]["global_batch"] == 64
-            if record.HasField("history"):
-                values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                found[values["_step"]] = values["loss"]
-    assert found == {step: pytest.approx(1 / step) for step in range(1, 11)}
-    [(identifier, *rest)] = ids
+    found = recorded.wandb_run(run, "loss")
+    assert dict(found.points) == LOSSES
+    [(identifier, *rest)] = found.ids
     assert rest == ["tunes", "g", "run", "first", "second"]
+    assert found.config["train"]["learning_rate"] == 0.5 and found.config["train"]["global_batch"] == 64
     [command] = sync.commands(run, sys.executable)
     assert command[1:4] == ["-m", "wandb", "sync"] and len(command) == 6
 
@@ -103,16 +75,11 @@ def no_server_of_another_test() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_mlflow_keeps_one_run_with_its_config(train_twice: Callable[..., Path]) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    run = train_twice("mlflow")
-    client = mlflow.MlflowClient((run / "mlruns").as_uri())
-    [experiment] = [item for item in client.search_experiments() if item.name == "tunes"]
-    [only] = client.search_runs([experiment.experiment_id])
-    assert {point.step: point.value for point in client.get_metric_history(only.info.run_id, "loss")} == {
-        step: pytest.approx(1 / step) for step in range(1, 11)
-    }
-    assert only.info.status == "FINISHED" and only.data.tags["group"] == "g" and only.info.run_name == "run"
-    assert only.data.params["train.global_batch"] == "64"
+    pytest.importorskip("mlflow")
+    only = recorded.mlflow_run(train_twice("mlflow"), "tunes")
+    assert dict(only.points("loss")) == LOSSES and len(only.points("loss")) == len(LOSSES)
+    assert only.info.status == "FINISHED" and only.tags["group"] == "g" and only.info.run_name == "run"
+    assert only.params["train.global_batch"] == "64" and only.tags["train.learning_rate after step 5"] == "0.5"
 
 
 @pytest.mark.slow
@@ -134,11 +101,10 @@ def test_comet_keeps_one_experiment(train_twice: Callable[..., Path]) -> None:
 
 @pytest.mark.slow
 def test_tensorboard_shows_one_curve(train_twice: Callable[..., Path]) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(train_twice("tensorboard") / "tensorboard"))
-    events.Reload()
-    assert sorted(event.step for event in events.Scalars("loss")) == list(range(1, 11))
-    assert "config/text_summary" in events.Tags()["tensors"]
+    pytest.importorskip("tensorboard")
+    points, tags = recorded.tensorboard_run(train_twice("tensorboard"), "loss")
+    assert dict(points) == LOSSES and len(points) == len(LOSSES)
+    assert "config/text_summary" in tags
 
 
 def test_a_tracker_that_fails_does_not_end_training(

@@ -1,17 +1,20 @@
 """jobs/programs: the command line of a task, its environment, and what the output of a failed program says."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from conf import packages
 from conf.program_checkpoints import numbered
 from jobs.programs import failure
 from jobs.programs.command import Place, words
 from jobs.programs.peer_access import all_peers
 from jobs.programs.variables import program_variables
-from launcher.supervise.program_failure import status_and_remedy
+from launcher.supervise.program_failure import ALONE, status_and_remedy
+from muster import ray_lines
 from tests.conftest import Compose
 
 PLACE = Place(task=1, tasks=2, address="n1", port="20000")
@@ -54,6 +57,50 @@ def test_accelerate_is_told_where_it_runs(compose: Compose) -> None:
     assert (options.main_process_port, options.config_file) == (20000, "/l/accelerate.json")
 
 
+def test_ray_is_told_where_it_runs_and_what_the_node_has(compose: Compose) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", "custom.launcher=ray", "cluster.train.cpus_per_rank=4")
+    config.custom.command = "/x/python train.py --x"
+    values = program_variables(config, {"RAY_DEDUP_LOGS": "1"}, Path("/attempt"), Path("/l"))
+    found = words(config, PLACE, "PY", values)
+    assert found[:3] == ["/x/python", "-m", "muster.ray_node"]
+    assert found[-3:] == ["--", "train.py", "--x"]
+    place = {"--node=1", "--nodes=2", "--address=n1", "--port=20000", "--shared=/attempt/ray", "--local=/l"}
+    assert place | {"--cpus=32", "--gpus=8"} <= set(found)
+    assert (values["MUSTER_RANKS"], values["RAY_DEDUP_LOGS"]) == (str(config.cluster.train.nodes * 8), "1")
+
+
+def test_lines_of_workers_of_ray_go_to_the_logs_of_their_ranks() -> None:
+    marks = ray_lines.Marks("muster-rank-", "10.0.0.1")
+    color = b"\x1b[36m(%s)\x1b[0m %s\n"
+    assert marks.lines(color % (b"RayTrainWorker pid=7, ip=10.0.0.2", b"step 1")) == []  # its rank comes later
+    placed = color % (b"TrainController pid=5", b"- (ip=10.0.0.2, pid=7) world_rank=3, local_rank=1, node_rank=1")
+    assert marks.lines(b"(RayTrainWorker pid=7) step 0\n") == []
+    assert marks.lines(placed) == [b"[muster-rank-3]:step 1\n", placed]
+    first = b"(TrainController pid=5) - (ip=10.0.0.1, pid=7) world_rank=0, local_rank=0, node_rank=0\n"
+    assert marks.lines(first) == [b"[muster-rank-0]:step 0\n", first]
+    assert marks.lines(color % (b"RayTrainWorker pid=7, ip=10.0.0.2", b"step 2")) == [b"[muster-rank-3]:step 2\n"]
+    assert marks.lines(b"(RayTrainWorker pid=7) step 1\n") == [b"[muster-rank-0]:step 1\n"]
+    assert marks.lines(b"(PlacementGroupCleaner pid=9) Failed\n") == []
+    assert marks.lines(b"(a) my own line\n") == [b"(a) my own line\n"]
+
+
+def test_no_line_is_lost_if_ray_names_no_ranks() -> None:
+    marks = ray_lines.Marks("muster-rank-", "10.0.0.1")
+    sent = [b"(RayTrainWorker pid=7) step %d\n" % number for number in range(ray_lines.KEPT + 2)]
+    found = [item for line in sent for item in marks.lines(line)] + marks.rest()
+    assert found == sent
+
+
+def test_a_python_without_ray_is_named(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("cluster=slurm", "pipeline=custom", "custom.launcher=ray")
+    config.custom.command = "python train.py"
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    assert ["pip install 'ray[train]'" in str(problem) for problem in packages.missing(config)] == [True]
+    config.custom.command = "/other/python train.py"
+    assert not list(packages.missing(config))
+
+
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_program_sees_only_the_package_muster(compose: Compose, launcher: str) -> None:
     config = compose("cluster=slurm", "pipeline=custom", f"custom.launcher={launcher}")
@@ -77,6 +124,16 @@ Traceback (most recent call last):
   File "run.py", line 1, in main
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: train.py FAILED
 """
+OF_RAY = """\
+Traceback (most recent call last):
+  File "train.py", line 21, in <module>
+ray.train.WorkerGroupError: Training failed due to worker errors:
+[Rank 2 Error Snippet]:
+Traceback (most recent call last):
+  File "train.py", line 14, in work
+ValueError: no such column
+"""
+NOT_COUNTED = f"Traceback (most recent call last):\nAssertionError: {ALONE} 4 != 4 * 1 * 2\n"
 LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection closed by peer\n"
 
 
@@ -85,6 +142,8 @@ LOST = "Traceback (most recent call last):\n  File\nRuntimeError: Connection clo
     [
         ({0: OF_TORCHRUN, 5: OUT_OF_MEMORY, 2: LOST}, 5, "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
         ({0: OF_TORCHRUN, 2: LOST}, 2, "failed", "RuntimeError: Connection closed"),
+        ({0: OF_RAY}, 2, "failed", "ValueError: no such column"),
+        ({1: NOT_COUNTED}, 1, "user_error", "AssertionError: train_batch_size"),
         ({4: "done"}, 4, "failed", "the program ended with exit code 1; its log has no traceback"),
         ({0: "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'"}, 0, "user_error", "Mod"),
     ],

@@ -1,6 +1,7 @@
 """The Python stacks of a program that hangs: real processes are aborted, and the diagnosis names the line of the program."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,3 +74,37 @@ def test_the_rank_that_the_others_wait_for_comes_last() -> None:
     evidence = {"answered": True, "count": 2, "step": 3, "phase": "train", "state": "S", "host": "n1", "stack": text}
     reason = diagnose({0: evidence}, 1, "/me")["reason"]
     assert "at train.py:7 load_rows, inside read (data.py:2)" in reason
+
+
+RAY_WORKER = """
+import os, threading, time
+from muster import beat
+def train():
+    beat(1)
+    print("ready", flush=True)
+    time.sleep(1000)
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_worker_of_ray_writes_the_stack_of_its_training_thread(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RAY_WORKER)
+    environ = os.environ | {
+        "MUSTER_BEATS": str(tmp_path),
+        "MUSTER_RANKS": "4",
+        "RANK": "3",
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    words = [sys.executable, tmp_path / "train.py"]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        processes.tell(worker.pid, signal.SIGQUIT)
+        time.sleep(0.5)
+        stacks = hang_stacks.of_workers(tmp_path)
+        worker.kill()
+    assert 'train.py", line 7 in train' in "\n".join(stacks[3])
+    assert sum("most recent call first" in line for line in stacks[3]) == 1

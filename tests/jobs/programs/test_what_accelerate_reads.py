@@ -67,10 +67,18 @@ def test_a_deepspeed_program_gets_our_stage_and_keeps_its_batch(
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
 
 
+def test_a_deepspeed_program_learns_which_ranks_share_rows(compose: Compose, export: object) -> None:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    export(compose(*LLAMA, "parallel=zero3", "parallel.context_ranks=2"))  # type: ignore[operator]
+    layout = ParallelismConfig()
+    assert (layout.sp_size, layout.sp_backend, layout.cp_size, layout.tp_size) == (2, "deepspeed", 1, 1)
+
+
 PROGRAM = """
 import json, os, sys
-from accelerate import Accelerator
-accelerator = Accelerator()
+from accelerate import Accelerator, InitProcessGroupKwargs
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
 found = [accelerator.distributed_type.value, accelerator.num_processes, accelerator.mixed_precision,
          accelerator.gradient_accumulation_steps, os.environ["OMP_NUM_THREADS"], "NCCL_P2P_DISABLE" in os.environ]
 with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
@@ -80,15 +88,28 @@ accelerator.end_training()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_ranks_on_cpus_train_together(compose: Compose, tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "layout", "kind"),
+    [
+        ("torchrun", "ddp", "MULTI_CPU"),
+        ("accelerate", "ddp", "MULTI_CPU"),
+        pytest.param("torchrun", "zero3", "DEEPSPEED", marks=pytest.mark.proof),  # DeepSpeed compiles code here
+        pytest.param("accelerate", "zero2", "DEEPSPEED", marks=pytest.mark.proof),
+    ],
+)
+def test_ranks_on_cpus_train_together(compose: Compose, tmp_path: Path, launcher: str, layout: str, kind: str) -> None:
     """Without ACCELERATE_USE_CPU each rank would train alone, and each would save."""
     (tmp_path / "train.py").write_text(PROGRAM)
     config = compose(
-        *LLAMA, f"custom.launcher={launcher}", "parallel=ddp", "train.precision=bf16", "cluster.train.gpus_per_node=0"
+        *LLAMA,
+        f"custom.launcher={launcher}",
+        f"parallel={layout}",
+        "train.precision=bf16",
+        "cluster.train.gpus_per_node=0",
     )
     values = {"cluster.train.nodes": 1, "cluster.train.ranks_per_node": 2, "cluster.train.cpus_per_rank": 1}
     config = put(config, {**values, "run_dir": str(tmp_path), "custom.command": f"train.py {tmp_path}"})
+    write_json(tmp_path / "deepspeed.json", deepspeed.exported_config(config, 2))
     custom = next(job for job in plan(config) if job.name == "custom")
     environ = os.environ | job_variables(config, custom) | {"MUSTER_LOCAL": str(tmp_path)}
     write_json(tmp_path / command.ACCELERATE_FILE, command.accelerate_settings(environ))
@@ -96,4 +117,4 @@ def test_ranks_on_cpus_train_together(compose: Compose, tmp_path: Path, launcher
     words = command.words(config, command.Place(0, 1, "127.0.0.1", port), sys.executable, environ)
     subprocess.run(words, cwd=tmp_path, env=environ, check=True, timeout=400)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found == [["MULTI_CPU", 2, "bf16", 1, "1", False]] * 2
+    assert found == [[kind, 2, "bf16", 1, "1", False]] * 2

@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,48 +12,12 @@ from jobs.data import batches, quality_gates, token_dataset
 from jobs.data.quality_gates import Findings
 from jobs.report import charts, data_preview, token_view
 from tests.conftest import ROOT
-
-EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
-VOID = {"meta", "line", "rect", "link", "img", "br"}
-OPTIONAL = {"th", "td", "tr", "li"}
-"""Elements whose end tag HTML allows to leave out."""
+from tests.pages.html import EVIL, parsed
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
-
-
-@dataclass
-class Parsed(HTMLParser):
-    """Collects the elements and the text of a page, and checks that elements are closed in order."""
-
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    opened: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        super().__init__()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID | OPTIONAL:
-            self.opened.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID | OPTIONAL:
-            assert self.opened.pop() == tag
-
-    def handle_data(self, text):
-        self.texts.append(text)
-
-
-def parsed(text):
-    found = Parsed()
-    found.feed(text)
-    found.close()
-    assert not found.opened
-    return found
 
 
 def encoded(tokenizer, *turns):
@@ -121,6 +83,9 @@ def made_page(tokenizer, rows, *, sizes=None, validation=None, verdicts=(), max_
         max_length=max_length,
         packed=packed,
         verdicts=verdicts,
+        limits=Gates(),
+        name="tiny",
+        about=[("model", "llama8b"), ("chat template", "the tokenizer's own")],
         **more,
     )
 
@@ -221,6 +186,9 @@ def test_contents_of_rows_are_escaped(tokenizer: PreTrainedTokenizerBase) -> Non
             max_length=512,
             packed=False,
             verdicts=quality_gates.judge(findings, 1, Gates()),
+            limits=Gates(),
+            name=EVIL,
+            about=[("model", EVIL)],
         )
     )
     names = {tag for tag, _ in found.tags}
@@ -250,6 +218,24 @@ def test_the_page_shows_tokens_with_ids_marks_and_locations(tokenizer: PreTraine
     assert "Why··so?⏎\n日本·⏎\n<|im_end|>" in "".join(found.texts)
     assert text.count("<s>·</s>") == 2 * 3 + 1, "once in the legend"
     assert f"<code>rows.jsonl:1</code> &middot; {len(ids)} tokens, {sum(trained)} trained" in text
+
+
+def test_the_page_names_the_run_its_axes_and_the_gates(tokenizer: PreTrainedTokenizerBase) -> None:
+    findings = Findings()
+    findings.add_many("duplicates", ["rows.jsonl:7"], 1)
+    verdicts = quality_gates.judge(findings, 9, Gates())
+    text = made_page(tokenizer, split([encoded(tokenizer, "q", "a")] * 9), verdicts=verdicts)
+    shown = " ".join(" ".join(parsed(text).texts).split())
+    for words in (
+        "Training data of tiny",
+        "model llama8b",
+        "chat template the tokenizer's own",
+        "tokens of a sample, log scale",
+    ):
+        assert words in shown
+    assert "the 12 gates that looked" in shown
+    assert "duplicates are equal to an earlier row 1 20.0%" in shown
+    assert "overlong are longer than data.max_length 0 20.0%" in shown
 
 
 def test_cut_samples_have_a_note(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from conf import sweep
 from conf.files import read_json, write_json
-from jobs.training.sweep_rung import SweepRung, recorded_step
+from jobs.training.sweep_rung import PlannedRung, recorded_step
 from launcher.run_folder import attempts, sweep_record
 from tests.conftest import Compose, put
 from tests.jobs import ranks
@@ -37,7 +37,7 @@ def test_a_run_ends_if_it_is_in_the_worse_half_of_those_so_far(
 ) -> None:
     other_runs(tmp_path, losses)
     config = put(compose(), {"run_dir": str(tmp_path / "run"), "sweep.stop_worst": "0.5@25%"})
-    rung = SweepRung(config, 40)
+    rung = PlannedRung(config, 40)
     assert [step for step in range(41) if rung.is_due(step)] == [10]
     assert rung.compare(10, 2.0) == expected
     assert read_json(tmp_path / "run" / sweep.RUNG) == {"step": 10, "loss": 2.0, "goes_on": not expected}
@@ -47,14 +47,14 @@ def test_a_run_ends_if_it_is_in_the_worse_half_of_those_so_far(
 def test_without_held_out_rows_the_median_of_the_last_losses_counts(compose: Compose, tmp_path: Path) -> None:
     other_runs(tmp_path, [1.9])
     config = put(compose(), {"run_dir": str(tmp_path / "run"), "sweep.stop_worst": "0.5@25%"})
-    rung = SweepRung(config, 40, [9.0, 2.0])
+    rung = PlannedRung(config, 40, [9.0, 2.0])
     rung.add_loss(1.0)
     assert rung.compare(10, None).startswith("training loss 2.0000, 1 of 1")
 
 
 def test_a_training_too_short_for_a_comparison_has_none(compose: Compose) -> None:
-    assert SweepRung(put(compose(), {"sweep.stop_worst": "0.5@99%"}), 5).step is None
-    assert SweepRung(compose(), 5).step is None
+    assert PlannedRung(put(compose(), {"sweep.stop_worst": "0.5@99%"}), 5).step is None
+    assert PlannedRung(compose(), 5).step is None
 
 
 @pytest.mark.slow

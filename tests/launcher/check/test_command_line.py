@@ -48,7 +48,9 @@ def messages(*words: str) -> list[str]:
         ("gradient_accumulation_steps=8", "gradient_accumulation_steps", "train.global_batch"),
         ("cutoff_len=8", "cutoff_len", "use data.max_length"),
         ("sequence_len=4096", "sequence_len", "use data.max_length"),
-        ("cluster.partition=gpu", "cluster.partition", "use cluster.train.partition"),
+        ("partition=gpu", "partition", "use cluster.partition"),
+        ("num_gpus=8", "num_gpus", "use cluster.gpus"),
+        ("nodes=2", "nodes", "use cluster.gpus"),
         ("output_dir=x", "output_dir", "use run_dir"),
         ("report_to=wandb", "report_to", "use tracker"),
         ("base_model=x", "base_model", "use model.source"),
@@ -111,6 +113,26 @@ def test_a_shape_for_a_model_without_one_is_refused() -> None:
 )
 def test_valid_overrides_pass(words: list[str]) -> None:
     assert messages(*words) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.steps=3,4", "-m", "dry_run=true"], ["-m", "train.steps=3,4", "dry_run=true"]),
+        (["model=tiny", "--cfg", "job", "data=sample"], ["--cfg", "job", "model=tiny", "data=sample"]),
+        (["experiment=llama8b_lora", "experiment=null", "model=tiny"], ["model=tiny"]),
+        (["experiment=null", "experiment=llama8b_lora"], ["experiment=llama8b_lora"]),
+    ],
+    ids=" ".join,
+)
+def test_hydra_gets_flags_first_and_no_empty_experiment(words: list[str], expected: list[str]) -> None:
+    assert command_line.in_hydras_order(words) == expected
+
+
+@pytest.mark.parametrize("words", [["-cn", "axo"], ["--config-name=axo"], ["--config-path", "/x"]])
+def test_another_main_config_is_refused(words: list[str]) -> None:
+    (message,) = messages(*words)
+    assert "launch.py FILE.yaml" in message
 
 
 def test_a_flag_takes_one_value_only() -> None:

@@ -60,23 +60,25 @@ def test_the_current_folder_comes_before_the_clone(compose: Compose, here: Path)
 @pytest.mark.parametrize(
     ("words", "gpus", "expected"),
     [
-        (["cluster=local"], 0, (0, Precision.fp32)),
-        (["cluster=local"], 1, (0, Precision.fp32)),
-        (["cluster=local"], 2, (2, Precision.auto)),
-        (["cluster=local"], 8, (2, Precision.auto)),
-        (["cluster=local", "cluster.train.ranks_per_node=1"], 1, (1, Precision.auto)),
-        (["cluster=local", "cluster.train.gpus_per_node=0"], 8, (0, Precision.fp32)),
-        (["cluster=slurm"], 0, (8, Precision.auto)),
-        (["cluster=slurm", "cluster.train.gpus_per_node=null"], 8, (None, Precision.fp32)),  # rules.py refuses it
-        (["cluster=slurm", "train.precision=fp32"], 0, (8, Precision.fp32)),
+        (["cluster=local"], 0, (2, 0, Precision.fp32)),
+        (["cluster=local"], 1, (1, 1, Precision.auto)),
+        (["cluster=local"], 8, (8, 8, Precision.auto)),
+        (["cluster=local", "cluster.train.ranks_per_node=1"], 8, (1, 1, Precision.auto)),
+        (["cluster=local", "cluster.train.ranks_per_node=2"], 1, (2, 2, Precision.auto)),  # rules.py refuses it
+        (["cluster=local", "cluster.train.gpus_per_node=4"], 8, (4, 4, Precision.auto)),
+        (["cluster=local", "cluster.train.gpus_per_node=0"], 8, (2, 0, Precision.fp32)),
+        (["cluster=slurm"], 0, (8, 8, Precision.auto)),
+        (["cluster=slurm", "cluster.train.gpus_per_node=null"], 8, (8, None, Precision.fp32)),  # rules.py refuses it
+        (["cluster=slurm", "train.precision=fp32"], 0, (8, 8, Precision.fp32)),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
-def test_local_ranks_use_gpus_if_there_is_one_for_each(
-    compose: Compose, words: list[str], gpus: int, expected: tuple[int | None, Precision]
+def test_local_ranks_are_the_gpus_that_are_here(
+    compose: Compose, words: list[str], gpus: int, expected: tuple[int, int | None, Precision]
 ) -> None:
     config = compose(*words, gpus=gpus)
-    assert (config.cluster.train.gpus_per_node, config.train.precision) == expected
+    train = config.cluster.train
+    assert (train.ranks_per_node, train.gpus_per_node, config.train.precision) == expected
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,47 @@ def test_secrets_are_looked_for_in_the_environment_and_in_the_file(
     assert observe.observe(config).secrets_missing == missing
 
 
+def nvidia(root: Path, *names: str) -> None:
+    """The files by which the kernel shows NVIDIA's GPUs."""
+    (root / "dev").mkdir(exist_ok=True)
+    (root / "proc/driver/nvidia").mkdir(parents=True)
+    (root / "proc/driver/nvidia/version").touch()
+    for number, name in enumerate(names):
+        (root / f"dev/nvidia{number}").touch()
+        (root / f"proc/driver/nvidia/gpus/0000:0{number}:00.0").mkdir(parents=True)
+        information = root / f"proc/driver/nvidia/gpus/0000:0{number}:00.0/information"
+        information.write_text(f"Model: \t\t {name}\nIRQ:   \t\t 42\n")
+
+
+@pytest.mark.parametrize(
+    ("used", "torch", "devices", "text"),
+    [
+        (2, "2.13.0", None, "on 2 GPUs (NVIDIA H100 80GB HBM3)"),
+        (0, "2.13.0", None, "on the CPU: 2 GPUs not used, because gpus_per_node=0"),
+        (0, "2.13.0+cpu", None, "on the CPU: torch 2.13.0+cpu is built without GPUs"),
+        (0, "2.13.0", "", "on the CPU: CUDA_VISIBLE_DEVICES= hides the GPUs"),
+        (0, "2.13.0", "-1", "on the CPU: CUDA_VISIBLE_DEVICES=-1 hides the GPUs"),
+    ],
+)
+def test_the_device_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int, torch: str, devices: str | None, text: str
+) -> None:
+    nvidia(tmp_path, "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    monkeypatch.setattr(local_gpus.metadata, "version", lambda _: torch)
+    assert local_gpus.described(used, tmp_path).startswith(text)
+    assert local_gpus.usable(tmp_path) == (2 if torch == "2.13.0" and devices is None else 0)
+
+
+def test_a_machine_without_gpus_says_so(tmp_path: Path) -> None:
+    assert local_gpus.described(0, tmp_path) == "on the CPU: no GPU was found"
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    assert "driver of the NVIDIA GPU is not loaded" in local_gpus.described(0, tmp_path)
+
+
 def test_no_gpu_is_counted_if_none_is_visible() -> None:
     assert local_gpus.local_gpus() == 0
 
@@ -286,3 +329,4 @@ def test_amds_gpus_are_counted(
     (tmp_path / "dev/kfd").touch()
     assert local_gpus.local_gpus(tmp_path) == expected
     assert local_gpus.local_memory_gib(tmp_path) == 191
+    assert "AMD gfx942" in local_gpus.described(1, tmp_path)

@@ -22,11 +22,8 @@ from tests.conftest import Compose
         (["custom.launcher=accelerate"], "--mixed-precision=fp16 -m a", "your own file with parallel=ddp"),
         (["custom.launcher=torchrun"], "bash a.sh", "Use custom.launcher=srun"),
         ([], "", "names no program"),
-        (
-            ["parallel=zero3", "cluster.train.gpus_per_node=0"],
-            "python a.py",
-            "Set cluster.train.gpus_per_node, or parallel=ddp",
-        ),
+        ([], "ray start --head", "choose custom.launcher=ray"),
+        (["custom.launcher=ray"], "bash a.sh", "Use custom.launcher=srun"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(
@@ -54,6 +51,8 @@ def test_what_sbatch_counts_per_task_is_refused_where_a_task_is_a_node(compose: 
         (["custom.launcher=srun"], "python a.py"),
         (["custom.launcher=torchrun"], "a.py"),
         (["custom.launcher=torchrun"], "python -m a.b --x y"),
+        (["custom.launcher=torchrun", "parallel=zero3", "cluster.train.gpus_per_node=0"], "a.py"),
+        (["custom.launcher=ray"], "a.py"),
         (["custom.launcher=accelerate"], "a.py --mixed_precision bf16"),
         (["custom.launcher=accelerate"], "--dynamo_backend=inductor -m a"),
         (["custom.launcher=accelerate", "parallel=ddp"], "--config_file a.yaml a.py"),

@@ -52,6 +52,8 @@ def test_a_relative_folder_starts_at_the_current_folder(
     [
         ("train.steps=7", "train.steps", 7),
         ("train.epochs=7", "train.epochs", 7.0),
+        ("train.learning_rate=0.5", "train.learning_rate", 0.5),
+        ("train.resume_step=7", "train.resume_step", 7),
         ("train.save_every=7", "train.save_every", 7),
         ("train.micro_batch=2", "train.micro_batch", 2),
         ("cluster.train.nodes=8", "cluster.train.nodes", 8),
@@ -84,7 +86,7 @@ def test_a_change_leaves_other_keys_unchanged(compose: Compose, run: Path) -> No
 @pytest.mark.parametrize(
     "word",
     [
-        "train.learning_rate=0.5",
+        "train.weight_decay=0.5",
         "train.global_batch=128",
         "train.seed=7",
         "model=tiny",
@@ -95,7 +97,7 @@ def test_a_change_leaves_other_keys_unchanged(compose: Compose, run: Path) -> No
         "experiment=llama8b_fsdp",
         "name=other",
         "run_dir=/elsewhere",
-        "++train.learning_rate=0.5",
+        "++train.weight_decay=0.5",
     ],
 )
 def test_keys_of_what_is_computed_may_not_change_once_it_has_trained(compose: Compose, run: Path, word: str) -> None:
@@ -260,3 +262,10 @@ def test_only_requested_jobs_count_as_done(compose: Compose, tmp_path: Path) -> 
     config = put(compose(*BASE), {"run_dir": str(tmp_path)})
     end(config, "preprocess", "completed")
     assert resume.completed_jobs(put(config, {"jobs": ["train"]})) == set()
+
+
+def test_training_from_a_chosen_checkpoint_is_never_done(compose: Compose, tmp_path: Path) -> None:
+    config = put(compose(*BASE), {"run_dir": str(tmp_path)})
+    for job in ("preprocess", "train"):
+        end(config, job, "completed")
+    assert resume.completed_jobs(put(config, {"train.resume_step": 5})) == {"preprocess"}

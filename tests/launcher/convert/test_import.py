@@ -150,6 +150,27 @@ def test_an_older_adapter_and_whole_layers_are_kept(
     assert row.outcome is (Outcome.kept if expected else Outcome.refused)
 
 
+@pytest.mark.parametrize(
+    ("program", "text", "expected"),
+    [
+        ("axolotl", "peft_init_lora_weights: pissa_niter_4", "pissa"),
+        ("axolotl", "peft_init_lora_weights: true", None),
+        ("axolotl", "peft_init_lora_weights: olora", "olora"),
+        ("axolotl", "peft_init_lora_weights: eva", None),
+        ("llamafactory", "pissa_init: true", "pissa"),
+        ("ms_swift", "init_weights: gaussian", "gaussian"),
+    ],
+)
+def test_where_an_adapter_begins_is_kept(tmp_path: Path, program: str, text: str, expected: str | None) -> None:
+    stem = "axolotl-qlora-zero3" if program == "axolotl" else f"{program}-lora"
+    path = next(path for path in CONFIGS if path.stem == stem)
+    (tmp_path / path.name).write_text(f"{path.read_text()}\n{text}\n")
+    _, _, rows, ours = imported(tmp_path / path.name)
+    assert ours.get("adapter.init") == expected
+    [row] = [row for row in rows if row.key == text.partition(":")[0]]
+    assert row.outcome is (Outcome.refused if "eva" in text else Outcome.kept)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("[0, 1]", [0, 1])])
 def test_blocks_with_adapters_are_kept(tmp_path: Path, text: str, expected: list[int]) -> None:
     _, ours = rows_of(tmp_path, f"adapter: lora\npeft_layers_to_transform: {text}")
@@ -196,6 +217,70 @@ def rows_of(tmp_path: Path, content: str) -> tuple[dict[str, Row], dict[str, obj
     (tmp_path / "x.yml").write_text("base_model: a\nmicro_batch_size: 1\nsequence_len: 8\n" + content)
     _, _, rows, ours = imported(tmp_path / "x.yml")
     return {row.key: row for row in rows}, ours
+
+
+NAMED = [
+    ("lr_scheduler: cosine_with_restarts", "train.lr_schedule", "cosine_restarts"),
+    ("warmup_ratio: 0.1", "train.warmup_ratio", 0.1),
+    ("evals_per_epoch: 4", "train.evals_per_epoch", 4),
+    ("saves_per_epoch: 2", "train.saves_per_epoch", 2),
+    ("early_stopping_patience: 3", "train.early_stopping.patience", 3),
+    ("load_best_model_at_end: true", "consolidate.step", "best"),
+    ("pad_to_sequence_len: true", "data.pad_to_max", True),
+    ("group_by_length: true", "data.order", "length"),
+    ("datasets: [{path: a, roles_to_train: [gpt, user]}]", "data.train_on", ["assistant", "user"]),
+    ("datasets: [{path: a, train_on_eos: none}]", "data.train_on_end", "none"),
+    ("datasets: [{path: a, train_on_eot: last}]", "data.train_on_end", "last"),
+    ("datasets: [{path: a, name: sub}]", "data.subset", "sub"),
+    ("datasets: [{path: a, revision: abc}]", "data.revision", "abc"),
+    ("datasets: [{path: a, data_files: x.jsonl}]", "data.files", ["x.jsonl"]),
+    ("datasets: [{path: a, message_field_training: learn}]", "data.fields", {"train": "learn?"}),
+    ("datasets: [{path: a, message_field_training: training}]", "data.fields", None),
+    ("datasets: [{path: a, message_property_mappings: {tool_calls: calls}}]", "data.fields", {"tool_calls": "calls?"}),
+    ("tokens: [<x>]", "data.special_tokens", ["<x>"]),
+    ("special_tokens: {pad_token: <p>}", "data.pad_token", "<p>"),
+    ("adapter: lora\nlora_modules_to_save: [lm_head]", "adapter.modules_to_save", ["lm_head"]),
+    ("adapter: lora\nlora_model_dir: ./out", "adapter.source", "./out"),
+    ("unfrozen_parameters: [lm_head]", "train.unfrozen", ["lm_head"]),
+    ("neftune_noise_alpha: 5", "train.neftune_alpha", 5.0),
+    ("bf16: auto", "train.precision", "auto"),
+    ("tf32: true", "train.tf32", True),
+    ("gradient_checkpointing: offload", "train.activation_checkpointing", "offload"),
+    ("deepspeed: {zero_optimization: {stage: 3}}", "/parallel", "zero3"),
+    ("fsdp_config: {fsdp_offload_params: true}", "/parallel", "fsdp_offload"),
+    ("wandb_project: p", "tracker.project", "p"),
+    ("wandb_project: p\nwandb_entity: e", "tracker.entity", "e"),
+    ("wandb_project: p\nwandb_name: n", "tracker.run_name", "n"),
+    ("hub_model_id: me/x", "hub.push", "me/x"),
+]
+"""What Axolotl's guides to several GPUs, DeepSpeed and clouds name, and Muster's word for it."""
+
+
+@pytest.mark.parametrize(("text", "key", "expected"), NAMED, ids=[key for _, key, _ in NAMED])
+def test_what_the_guides_name_has_our_word(tmp_path: Path, text: str, key: str, expected: object) -> None:
+    rows, ours = rows_of(tmp_path, text)
+    assert ours.get(key) == expected
+    assert not [row for row in rows.values() if row.outcome is Outcome.refused]
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "word"),
+    [
+        ("wandb_run_id: abc", Outcome.unneeded, "one id"),
+        ("wandb_watch: gradients", Outcome.refused, "gradient norms are in the metrics"),
+        ('wandb_watch: "false"', Outcome.unneeded, "asks for nothing"),
+        ("wandb_log_model: end", Outcome.refused, "hub.push=owner/name"),
+        ('wandb_log_model: "false"', Outcome.unneeded, "asks for nothing"),
+        ("hub_strategy: every_save", Outcome.unneeded, "once"),
+        ("resume_from_checkpoint: out/checkpoint-5", Outcome.unneeded, "train.resume_step=N"),
+        ("use_ray: true", Outcome.refused, "Slurm starts the ranks"),
+        ("datasets: [{path: a, train_on_eos: some}]", Outcome.refused, "data.train_on_end=turn, all, last and none"),
+        ("datasets: [{path: a, message_property_mappings: {mood: x}}]", Outcome.refused, "property mood"),
+    ],
+)
+def test_what_the_guides_name_and_muster_does_otherwise(tmp_path: Path, text: str, outcome: Outcome, word: str) -> None:
+    row = rows_of(tmp_path, text)[0][text.partition(":")[0]]
+    assert row.outcome is outcome and word in row.why
 
 
 def test_two_trackers_are_both_kept(tmp_path: Path) -> None:
@@ -302,7 +387,7 @@ def test_a_foreign_config_as_an_experiment_is_refused_with_the_command(tmp_path:
         [sys.executable, ROOT / "launch.py", path], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert f"python -m launcher import {path}" in done.stderr
+    assert f"muster import {path}" in done.stderr
 
 
 def test_the_page_has_every_key() -> None:

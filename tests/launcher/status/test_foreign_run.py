@@ -16,10 +16,11 @@ from tests.conftest import Programs
 
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**70, 1.5, "", "x", "../..", "--user=root", "-1", "1;id", "a\nb", "\x1b]0;x\x07", [], {}, [[]], {"a": []},
-    "x" * 5000, "\ud800", "[bold", "[/]", "$(touch CANARY)",
+    "x" * 5000, float("nan"), 1e300, "\ud800", "[bold", "[/]", "$(touch CANARY)",
 )  # fmt: skip
 VERDICT = {"status": "failed", "reason": "no rows", "rank": 1, "host": "n1", "step": 3, "exit": 1, "error": "Traceback",
-           "log": "a\nb", "remedy": "Try", "next": "requeued", "job_id": "7", "saved": 1, "requeued": True}  # fmt: skip
+           "started": 1.0, "ended": 9.0, "log": "a\nb", "remedy": "Try", "next": "requeued", "job_id": "7", "saved": 1,
+           "requeued": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def run(tmp_path: Path) -> Path:
     (folder / "attempt-2/node-0.json").write_text(json.dumps({"ranks": {"0": beat}}))
     launch = {"command": ["launch.py"], "time": "now", "cluster": "slurm", "python": "3.11", "jobs": {"train": "7"}}
     (run / "run.json").write_text(json.dumps({"launches": [launch]}))
-    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.0, "tokens_per_s": 1.0}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 2.0, "tokens_per_s": 1.0, "seconds": 2.0, "mfu": 0.4, "left_s": 60, "steps": 9, "time": 1.0}\n'
+    )
     return run
 
 
@@ -70,6 +73,7 @@ def test_damaged_records_are_shown_or_refused(
     run: Path, tmp_path: Path, programs: Programs, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     folder = programs(squeue="echo '7|RUNNING'", sacct="", scontrol="", scancel="")
+    (run / "config.yaml").write_text("jobs: [train]\n")
     kept = tmp_path / "kept"
     shutil.copytree(run, kept)
     for number in range(count):
@@ -78,8 +82,8 @@ def test_damaged_records_are_shown_or_refused(
         shutil.copytree(kept, run)
         path = rng.choice(sorted(item for item in run.rglob("*.json*") if item.is_file()))
         change(path, rng)
-        for command in (["status"], ["why"], ["cancel"]):
-            code = muster.main([command[0], str(run), *command[1:]])
+        for command in ("status", "why", "cancel", "ls", *(() if number % 4 else ("efficiency",))):
+            code = muster.main([command, str(run)])
             assert code in (0, 1, 2), f"{number} {path}"
         assert "Traceback (most" not in capsys.readouterr().err
     assert not list(tmp_path.rglob("CANARY"))

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,18 @@ def test_a_run_is_running_while_its_launch_holds_it(tmp_path: Path) -> None:
     assert listing.summaries(run)[0].state == "no job"
     with lock.held(run):
         assert listing.summaries(run)[0].state == "running"
+
+
+def test_a_list_reads_no_file_twice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`muster ls` of 500 runs has to take less than three times `import hydra, submitit`."""
+    opened: Counter[str] = Counter()
+    real = Path.open
+
+    def counted(path: Path, *words: object, **names: object) -> object:
+        opened[str(path)] += 1
+        return real(path, *words, **names)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", counted)
+    assert len(listing.summaries(runs)) == 5
+    assert opened[str(runs / "done/run.json")] == opened[str(runs / "done/jobs/train/attempt-1.json")] == 1
+    assert max(opened.values()) == 1

@@ -13,6 +13,7 @@ import pytest
 from conf.errors import RunError
 from conf.files import read_json, write_json
 from launcher.run_folder import record
+from launcher.status import log_files
 from launcher.status import state as state_module
 from launcher.supervise import attempt
 from tests.conftest import Programs, module, tool
@@ -168,14 +169,14 @@ def test_the_log_of_a_rank_is_its_newest(tmp_path: Path) -> None:
         log(tmp_path, name, age_s=60)
     for name in ("10_1_log.out", "10_10_log.out", "10_0_log.err"):
         log(tmp_path, name)
-    assert state_module.logs(tmp_path, "train", 0) == newest
+    assert log_files.newest(tmp_path, "train", 0) == newest
 
 
 def test_a_missing_log_names_the_ranks_that_have_one(tmp_path: Path) -> None:
     for rank in (10, 9, 0):
         log(tmp_path, f"7_{rank}_log.out")
     with pytest.raises(RunError, match="^RANK=11: no log of train: there are ranks 0 to 10$"):
-        state_module.logs(tmp_path, "train", 11)
+        log_files.newest(tmp_path, "train", 11)
 
 
 def test_a_job_without_logs_is_reported(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_job_without_logs_is_reported(tmp_path: Path) -> None:
         RunError,
         match=f"^RANK=0: no log of train: the job has not written any yet. Its state: muster status {tmp_path}$",
     ):
-        state_module.logs(tmp_path, "train", 0)
+        log_files.newest(tmp_path, "train", 0)
 
 
 def test_status_shows_every_job(run: Path, programs: Programs, surroundings: dict[str, str]) -> None:
@@ -191,9 +192,9 @@ def test_status_shows_every_job(run: Path, programs: Programs, surroundings: dic
     done = module("launcher", "status", run, env=surroundings)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert rows[0] == ["job", "id", "state", "attempt", "verdict", "step", "where", "reason"]
+    assert rows[0] == ["job", "id", "state", "attempt", "verdict", "elapsed", "reason"]
     assert rows[1:] == [
-        ["preprocess", "101", "completed", "1", "completed"],
+        ["preprocess", "101", "completed", "1", "completed", "0:00:00"],
         ["train", "102", "running"],
         ["consolidate", "103", "pending", "waits", "for", "another", "job", "[Dependency]"],
     ]
@@ -321,17 +322,18 @@ def test_the_log_of_a_rank_is_that_of_its_newest_attempt(tmp_path: Path) -> None
     log(tmp_path, "attempt-1/rank-0.log", age_s=60)
     newest = log(tmp_path, "attempt-2/rank-0.log", age_s=30)
     log(tmp_path, "7_0_log.out")  # the batch script's
-    assert state_module.logs(tmp_path, "train", 0) == newest
+    assert log_files.newest(tmp_path, "train", 0) == newest
     with pytest.raises(RunError, match="ranks 0 to 0"):
-        state_module.logs(tmp_path, "train", 1)
+        log_files.newest(tmp_path, "train", 1)
     here = log(tmp_path, "123_0_log.out")  # a later start on this machine
-    assert state_module.logs(tmp_path, "train", 0) == here
+    assert log_files.newest(tmp_path, "train", 0) == here
 
 
 def test_the_log_of_the_batch_script_of_an_array_is_not_that_of_a_rank(tmp_path: Path) -> None:
     write_json(tmp_path / "jobs/train/attempt-1/begin.json", {"job_id": "123_4"})
     newest = log(tmp_path, "attempt-1/rank-0.log", age_s=30)
     log(tmp_path, "123_4_0_log.out")
-    assert state_module.logs(tmp_path, "train", 0) == newest
+    assert log_files.newest(tmp_path, "train", 0) == newest
+    assert log_files.newest_of_all(tmp_path, "train") == [newest]
     with pytest.raises(RunError, match="ranks 0 to 0"):
-        state_module.logs(tmp_path, "train", 1)
+        log_files.newest(tmp_path, "train", 1)

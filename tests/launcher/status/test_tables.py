@@ -10,7 +10,8 @@ import pytest
 
 from conf.files import write_json
 from launcher.status import state as state_module
-from launcher.status import tables
+from launcher.status import status_table, tables
+from launcher.status.overview import Overview
 from launcher.status.state import JobState
 
 
@@ -57,7 +58,9 @@ def state(**more: Any) -> JobState:
 def test_a_running_job_shows_its_last_heartbeat(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tables.status([state(beat={"phase": "save", "step": 40, "time": time.time() - 90, "count": 3})])
+    status_table.show(
+        [Overview(Path("run"), [state(beat={"phase": "save", "step": 40, "time": time.time() - 90, "count": 3})])]
+    )
     output = capsys.readouterr().out
     assert re.search(r"train +7 +running +2 +40 +save, last heartbeat 9[01] s ago", output)
 
@@ -73,7 +76,7 @@ def test_a_failed_job_shows_the_remedy_and_the_end_of_its_log(
         "remedy": "do this",
         "log": "a\nb\nc\nd\ne\nf",
     }
-    tables.status([state(state="FAILED", verdict=verdict)])
+    status_table.show([Overview(Path("run"), [state(state="FAILED", verdict=verdict)])])
     output = capsys.readouterr().out
     assert "rank 3 on n2  gone" in output
     assert output.endswith("train: do this\ntrain, last lines of its log:\n  b\n  c\n  d\n  e\n  f\n")
@@ -86,8 +89,8 @@ def test_the_log_of_a_failed_job_does_not_repeat_its_error(capsys: pytest.Captur
         "log": f"{prefix} INFO format text\n\n{prefix} ERROR data.path: no rows\n{prefix} ERROR   a:1\nlast words",
     }
     failed = state(state="FAILED", verdict=verdict)
-    tables.status([failed])
-    tables.attempts(failed)
+    status_table.show([Overview(Path("run"), [failed])])
+    status_table.attempts(failed)
     output = capsys.readouterr().out
     assert output.count("data.path: no rows") == output.count("a:1") == 2, "once in each of the two tables"
     assert output.count(f"{prefix} INFO format text") == output.count("last words") == 2
@@ -124,8 +127,8 @@ BRACKETS = [
 def test_brackets_are_shown_as_they_are(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = {"status": "failed", "reason": text, "rank": 1, "host": text, "remedy": text, "log": f"log {text}"}
     job = state(name="train", state="FAILED", verdict=verdict, before=[verdict | {"attempt": 1}])
-    tables.status([job])
-    tables.attempts(job)
+    status_table.show([Overview(Path("run"), [job])])
+    status_table.attempts(job)
     assert capsys.readouterr().out.count(text) == 9
     answers = [{"prompt": f"{text}?", "answer": text}]
     run = tmp_path / "[bold]"
@@ -146,8 +149,8 @@ def test_escape_sequences_are_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = "\x1b]52;c;cm0=\x07 \u202eabc"
     verdict = {"status": "failed", "reason": text, "rank": 1, "host": "n1", "remedy": text, "log": text, "error": text}
     job = state(name="train", state="FAILED", verdict=verdict)
-    tables.status([job])
-    tables.attempts(job)
+    status_table.show([Overview(Path("run"), [job])])
+    status_table.attempts(job)
     write_json(tmp_path / "generations.json", {"answers": [{"prompt": text, "answer": text}]})
     tables.show_result(tmp_path)
     shown = capsys.readouterr().out

@@ -82,6 +82,7 @@ def test_the_run_folder_has_all_inputs_of_the_jobs(submitted: Submitted) -> None
     assert {"config.yaml", "run.json", "code", "jobs", "deepspeed.json"} <= {path.name for path in run.iterdir()}
     assert {path.name for path in (run / "code").iterdir()} == {
         "conf",
+        "pages",
         "launcher",
         "jobs",
         "slurm_templates",

@@ -337,10 +337,11 @@ def test_the_verdict_names_the_first_and_the_last_checkpoint(folder: Path) -> No
 
 
 def test_leftovers_of_an_earlier_attempt_are_removed(folder: Path) -> None:
-    for name in ("stop", "7_0_result.pkl.save_tmp"):
+    for name in ("stop", "save", "7_0_result.pkl.save_tmp"):
         (folder / name).touch()
     attempt.begin(folder)
     assert not (folder / "stop").exists()
+    assert not (folder / "save").exists()
     assert not (folder / "7_0_result.pkl.save_tmp").exists()
 
 

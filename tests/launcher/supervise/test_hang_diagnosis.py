@@ -157,6 +157,14 @@ def test_a_rank_without_any_heartbeat_is_named() -> None:
     )
 
 
+@pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=["one has never started", "all hang"])
+def test_the_remedy_at_the_start_names_its_limit(ranks: list[int]) -> None:
+    """The others wait for it in init_process_group."""
+    started = {number: rank(number, count=1, phase="start") for number in ranks}
+    remedy = hang_diagnosis.diagnose(started, 2, "/run/code")["remedy"]
+    assert "start" in remedy and "raise cluster.network.nccl_timeout_s" in remedy
+
+
 def test_a_rank_that_has_ended_is_not_named() -> None:
     assert line(rank(0, count=1, phase="ended"), rank(1, count=39, text=ASLEEP), rank(2), rank(3))[0] == 1
 

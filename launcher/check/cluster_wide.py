@@ -1,0 +1,66 @@
+"""Applies `cluster.gpus` and `cluster.partition`, each of which sets keys in the sections of `cluster`; pure."""
+
+from collections.abc import Iterator, Sequence
+
+from conf.choices import Executor
+from conf.errors import ConfigError, Problem
+from conf.schema import Config
+
+SECTIONS = ("train", "cpu", "inference")
+SET_BY_GPUS = ("cluster.train.nodes", "cluster.train.ranks_per_node", "cluster.train.gpus_per_node")
+RANKS_ON_CPU = 2
+"""Ranks of a training on this machine if it uses no GPU: enough to show what ranks do."""
+
+
+def apply(config: Config, words: Sequence[str]) -> None:
+    """Set the keys that these two stand for, in place, and the two to null: the run keeps only what follows from them.
+
+    `words` are the command line. Raises ConfigError that names each key with another value.
+    """
+    if problems := [*_conflicts(config, words), *_gpus(config), *_partition(config)]:
+        raise ConfigError(*problems)
+    config.cluster.gpus = config.cluster.partition = None
+
+
+def _conflicts(config: Config, words: Sequence[str]) -> Iterator[Problem]:
+    """Keys that were typed beside `cluster.gpus`, which sets them. A cluster's YAML may have them: it says what a node has."""
+    typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    for key in SET_BY_GPUS if config.cluster.gpus is not None else ():
+        if key in typed:
+            yield Problem(key, typed[key], f"cluster.gpus={config.cluster.gpus} sets it. Remove one of them")
+
+
+def _gpus(config: Config) -> Iterator[Problem]:
+    gpus, train = config.cluster.gpus, config.cluster.train
+    if gpus is None:
+        return
+    if config.cluster.executor is Executor.local:
+        train.nodes, train.ranks_per_node, train.gpus_per_node = 1, gpus or RANKS_ON_CPU, gpus
+        return
+    per_node = train.gpus_per_node or train.ranks_per_node
+    if gpus == 0:
+        message = "only cluster=local trains on the CPU in this way. For CPU ranks set cluster.train.gpus_per_node=0"
+        yield Problem("cluster.gpus", gpus, message)
+    elif gpus > per_node and gpus % per_node:
+        fitting = f"{gpus // per_node * per_node} or {(gpus // per_node + 1) * per_node}"
+        message = f"does not fill nodes of {per_node} GPUs (cluster.train.gpus_per_node). Use {fitting}"
+        yield Problem("cluster.gpus", gpus, message)
+    else:
+        train.nodes, local = max(1, gpus // per_node), min(gpus, per_node)
+        train.ranks_per_node = train.gpus_per_node = local
+
+
+def _partition(config: Config) -> Iterator[Problem]:
+    partition = config.cluster.partition
+    if partition is None:
+        return
+    if config.cluster.executor is Executor.local:
+        message = "has no effect, because cluster=local does not use Slurm. Use cluster=slurm, or remove it"
+        yield Problem("cluster.partition", partition, message)
+        return
+    for name in SECTIONS:
+        section = getattr(config.cluster, name)
+        if section.partition not in (None, partition):
+            message = f"cluster.partition={partition} sets it too. Remove one of them, or set cluster.{name}.partition={partition}"
+            yield Problem(f"cluster.{name}.partition", section.partition, message)
+        section.partition = partition

@@ -1,0 +1,103 @@
+"""Says what is wrong in the YAML files of config groups that a launch has chosen: file, line, key and the nearest key that exists.
+
+Hydra and OmegaConf name neither the key nor the line, so this runs where they have refused a file.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf import resolve
+from conf.errors import Problem
+from conf.schema import Architecture, Config
+from launcher.check import command_line
+
+GLOBAL = "# @package _global_"
+
+
+def problems(words: Sequence[str], folders: Sequence[Path], experiments: Sequence[Path] = ()) -> list[Problem]:
+    """What is wrong in the files that the overrides `words` choose in `folders`, and in experiments that were given by path."""
+    found: dict[Path, str] = {path.resolve(): "" for path in experiments}
+    for word in words:
+        group, _, value = word.lstrip("+").partition("=")
+        found |= _files(group.split("@")[0], value.strip("[]").split(","), folders)
+    for path in [path for path, group in found.items() if group in ("", "experiment")]:
+        for group, option in _defaults(path):
+            found |= _files(group, [option], folders)
+    return [problem for path, group in found.items() for problem in _check(path, group)]
+
+
+def _files(group: str, options: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
+    paths = (folder / group / f"{option.strip()}.yaml" for folder in folders for option in options)
+    return {path.resolve(): group for path in paths if group and path.is_file()}
+
+
+def _defaults(path: Path) -> Iterator[tuple[str, str]]:
+    """(group, option) of each entry in the defaults of an experiment."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    entries = content.get("defaults") if isinstance(content, dict) else None
+    for entry in entries if isinstance(entries, list) else []:
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            yield str(group).removeprefix("override").strip().lstrip("/").split("@")[0], str(option)
+
+
+def _check(path: Path, group: str) -> Iterator[Problem]:
+    """What is wrong in one file, whose keys lie in the section `group`, or anywhere if it says so."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem(str(path), None, f"cannot be read: {error}")
+        return
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        message = f"is not YAML: {getattr(error, 'problem', error)}. Keys of one section begin in the same column"
+        yield Problem(f"{path}{line}", None, message)
+        return
+    if tree is not None and not isinstance(tree, yaml.MappingNode):
+        yield Problem(f"{path}:{tree.start_mark.line + 1}", None, "has no keys. Write key: value")
+    elif group == "experiment" and GLOBAL not in text:
+        yield Problem(f"{path}:1", None, f"must begin with the line {GLOBAL}: it sets keys of all sections")
+    elif tree is not None:
+        schema = OmegaConf.structured(Config)
+        schema.model.architecture = Architecture  # null in the schema, so its keys could not be checked
+        prefix = "" if GLOBAL in text or not group else f"{group}."
+        yield from _mapping(tree, prefix, path, schema)
+
+
+def _mapping(tree: yaml.MappingNode, prefix: str, path: Path, schema: DictConfig) -> Iterator[Problem]:
+    known, seen = resolve.keys(), set[str]()
+    for key_node, value_node in tree.value:
+        name = str(key_node.value)
+        key, where = f"{prefix}{name}", f"{path}:{key_node.start_mark.line + 1}: "
+        if name in seen:
+            yield Problem(f"{where}{key}", None, "is there twice. Remove one of them")
+        seen.add(name)
+        if prefix.count(".") <= 1 and name in ("defaults", "hydra"):
+            continue
+        if key not in known:
+            yield Problem(f"{where}{key}", None, f"no such key{command_line.instead(key, list(known))}")
+        elif resolve.section_of(known[key]) and isinstance(value_node, yaml.MappingNode):
+            yield from _mapping(value_node, f"{key}.", path, schema)
+        elif not str(known[key]).startswith("dict"):
+            yield from _value(key, where, value_node, schema)
+
+
+def _value(key: str, where: str, node: yaml.Node, schema: DictConfig) -> Iterator[Problem]:
+    """A value of a wrong type. Interpolations and values that are still missing have none yet."""
+    loader = yaml.SafeLoader("")
+    value: Any = loader.construct_object(node, deep=True)
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return
+    try:
+        OmegaConf.update(schema, key, value)
+    except OmegaConfBaseException:
+        yield Problem(f"{where}{key}", value, command_line.not_of_type(key, resolve.keys()))

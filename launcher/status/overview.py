@@ -1,0 +1,111 @@
+"""Gathers all that `muster status` shows of runs: jobs, why they wait, times, progress, and the jobs that are still to come."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.jobs import JOB_KINDS, RESUMABLE
+from launcher import slurm
+from launcher.run_folder import lock
+from launcher.run_folder.attempts import number
+from launcher.status import pending, state
+from launcher.status.progress import Progress
+from launcher.status.progress import read as read_progress
+from launcher.status.state import JobState
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One run as `muster status` shows it."""
+
+    run: Path
+    jobs: list[JobState]
+    waits: dict[str, str] = field(default_factory=dict)
+    """Why each pending job waits, by name."""
+    left_s: dict[str, float] = field(default_factory=dict)
+    """Seconds until Slurm's time limit of each running job, by name."""
+    progress: Progress = field(default_factory=Progress)
+    """Of the job that trains."""
+    to_come: tuple[str, ...] = ()
+    """Jobs of the run that have not been started."""
+    is_held: bool = False
+    """Whether a launch on some machine is starting jobs of the run."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether something of the run is pending or running."""
+        return self.is_held or any(job.state in slurm.LIVE_STATES for job in self.jobs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a job has failed."""
+        return any(job.failed for job in self.jobs)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield each job with everything that is known of it, for JSON."""
+        for job in self.jobs:
+            yield asdict(job) | {
+                "run": str(self.run),
+                "failed": job.failed,
+                "waits_for": self.waits.get(job.name),
+                "elapsed_s": elapsed_s(job),
+                "time_left_s": self.left_s.get(job.name),
+                "progress": asdict(self.progress) if job.name in RESUMABLE else None,
+            }
+        for name in self.to_come:
+            yield asdict(JobState(name, "", "TO_COME", None)) | {"run": str(self.run), "failed": False}
+
+
+def elapsed_s(job: JobState) -> float | None:
+    """Return how long the newest attempt of a job has run, or ran; None before the first."""
+    if job.began is None:
+        return None
+    ended = number((job.verdict or {}).get("ended"))
+    if job.verdict is None and job.state in slurm.LIVE_STATES:
+        ended = time.time()
+    return None if ended is None else max(0.0, ended - job.began)
+
+
+def read(runs: Sequence[Path]) -> list[Overview]:
+    """Return what is known of the runs. Slurm is asked once for the states of all jobs. Raises RunError, BusyError."""
+    found = state.of_runs(runs)
+    running = [
+        job.job_id for jobs in found.values() for job in jobs if job.cluster == "slurm" and job.state == "RUNNING"
+    ]
+    left_s: dict[str, float] = {}
+    with suppress(slurm.SlurmError):  # the states are there already
+        left_s = slurm.all_seconds_left(running)
+    return [_overview(run, jobs, left_s) for run, jobs in found.items()]
+
+
+def _overview(run: Path, jobs: list[JobState], left_s: dict[str, float]) -> Overview:
+    progress = read_progress(run)
+    if not any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs):
+        progress = Progress(progress.step, progress.steps, progress.loss, progress.tokens_per_s)
+    return Overview(
+        run,
+        jobs,
+        pending.reasons(jobs),
+        {job.name: left_s[job.job_id] for job in jobs if job.job_id in left_s},
+        progress,
+        tuple(name for name in _planned(run) if name not in {job.name for job in jobs}),
+        lock.holder(run) is not None,
+    )
+
+
+def _planned(run: Path) -> list[str]:
+    """Return the jobs that the run's config asks for, in the order of the pipeline."""
+    try:
+        lines = (run / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    names: set[str] = set()
+    if "jobs:" in lines:
+        for line in lines[lines.index("jobs:") + 1 :]:
+            if not line.startswith("- "):
+                break
+            names.add(line[2:].strip())
+    return [name for name in JOB_KINDS if name in names]

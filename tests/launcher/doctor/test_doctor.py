@@ -1,0 +1,209 @@
+"""`muster doctor`: what it finds on a machine made for the test, the judgement of each finding, and the whole command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import Config
+from jobs import probe
+from launcher import __main__ as muster
+from launcher.doctor import examine, machine, services, site, training
+from launcher.doctor.check import Check, Level
+from launcher.hub_client import Reply, Unreachable
+from tests.conftest import Programs
+
+GPU = {"name": "NVIDIA H200", "memory_gib": 139.8, "free_gib": 139.0, "capability": "9.0"}
+FOUND: dict[str, Any] = {
+    "python": "3.11.7",
+    "packages": dict.fromkeys((*training.NEEDED, *training.FOR, "wandb"), "1.0"),
+    "cuda": "12.8",
+    "hip": None,
+    "nccl": "2.27.3",
+    "gpus": [GPU],
+    "operations": [{"name": "attention", "works": True, "detail": "right on cuda", "seconds": 0.1}],
+}
+
+
+def levels(checks: list[Check]) -> dict[str, Level]:
+    return {check.name: check.level for check in checks if check.level is not Level.green}
+
+
+def judged(**changes: Any) -> dict[str, Level]:
+    return levels(list(training.checks("python", FOUND | changes, 1)))
+
+
+def test_a_node_that_trains_is_green() -> None:
+    assert judged() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"packages": {"torch": "2"}, "torch_error": "OSError: libcudart"}, {"transformers": Level.red, "torch": Level.red}),
+        ({"packages": {name: "1" for name in FOUND["packages"] if name != "peft"}}, {"peft": Level.yellow}),
+        ({"gpus": [], "cuda_error": "RuntimeError: driver too old"}, {"GPUs": Level.red}),
+        ({"gpus": [], "cuda": None}, {"GPUs": Level.red}),
+        ({"gpus": [GPU | {"free_gib": 1.0}]}, {"GPU 0": Level.yellow}),
+        ({"operations": [{"name": "attention", "works": False, "detail": "x", "seconds": 0}]}, {"attention": Level.red}),
+        ({"operations": [{"name": "bitsandbytes", "works": False, "detail": "x", "seconds": 0}]}, {"bitsandbytes": Level.yellow}),
+    ],
+)  # fmt: skip
+def test_what_does_not_work_has_a_level(changes: dict[str, Any], expected: dict[str, Level]) -> None:
+    assert judged(**changes).items() >= expected.items()
+
+
+def test_a_python_without_the_packages_is_an_error(tmp_path: Path) -> None:
+    assert training.ask(str(tmp_path / "none")) == f"{tmp_path}/none is not here"
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'No module named torch' >&2; exit 1\n")
+    broken.chmod(0o755)
+    answer = training.ask(str(broken))
+    assert answer == "ended with 1: No module named torch"
+    assert levels(list(training.checks("python", answer, 0))) == {"Python": Level.red}
+
+
+def test_the_probe_says_that_everything_is_missing(tmp_path: Path) -> None:
+    """A Python without any package: the one of this environment, without its site-packages."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    found = training.ask(str(bare))
+    assert not isinstance(found, str)
+    assert (found["packages"], found["torch_error"]) == ({}, "ModuleNotFoundError: No module named 'torch'")
+    assert {name for name, level in levels(list(training.checks("p", found, 1))).items() if level is Level.red} == {
+        *training.NEEDED
+    }
+
+
+def test_a_wrong_operation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert probe._tried("attention", lambda: probe._attention(False))["works"]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: torch.zeros(1, 4, 64, 32))
+    tried = probe._tried("attention", lambda: probe._attention(False))
+    assert (tried["works"], "differs from the formula" in tried["detail"]) == (False, True)
+
+
+SINFO = "echo 'gpu*|up|2-00:00:00|16|gpu:h100:8'; echo 'cpu|up|infinite|4|(null)'"
+SACCTMGR = "echo 'proj1||normal'; echo 'proj2||normal'"
+
+
+@pytest.mark.parametrize(
+    ("partition", "account", "expected"),
+    [
+        ("gpu", "proj1", {}),
+        (None, None, {}),
+        ("gpus", "proj1", {"cluster.train.partition": Level.red}),
+        ("gpu", "other", {"cluster.account": Level.red}),
+    ],
+)
+def test_slurm_has_the_partition_and_the_account(
+    programs: Programs, partition: str | None, account: str | None, expected: dict[str, Level]
+) -> None:
+    programs(squeue="", scontrol="echo 'slurm 24.11.5'", sinfo=SINFO, sacctmgr=SACCTMGR)
+    config = Config()
+    config.cluster.train.partition, config.cluster.account = partition, account
+    found = list(site.checks(config.cluster, "me", needed=True))
+    assert levels(found) == expected
+    assert [check.found for check in found if check.name == "partition gpu*"] == [
+        "up, 16 nodes, at most 2-00:00:00, gpu:h100:8"
+    ]
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(True, {"commands": Level.red}), (False, {})])
+def test_slurm_is_needed_for_its_clusters_only(programs: Programs, needed: bool, expected: dict[str, Level]) -> None:
+    programs()
+    assert levels(list(site.checks(Config().cluster, "me", needed=needed))) == expected
+
+
+@pytest.mark.parametrize(
+    ("token", "reply", "expected"),
+    [
+        ("hf_secretsecretsecret", Reply(200), {}),
+        ("hf_secretsecretsecret", Reply(401), {"token": Level.red}),
+        (None, Reply(401), {"token": Level.yellow}),
+        ("hf_secretsecretsecret", Unreachable("no route"), {"network": Level.yellow}),
+    ],
+)
+def test_the_hub_judges_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, reply: Any, expected: dict[str, Level]
+) -> None:
+    def ask(*_: object) -> Reply:
+        if isinstance(reply, Unreachable):
+            raise reply
+        return reply  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(services.HubClient, "ask", ask)
+    environ = {"HF_TOKEN": token} if token else {}
+    found = list(services.hub(environ, tmp_path, tmp_path / "hub", offline=False))
+    assert levels(found) == expected
+    assert "secret" not in str(found)
+
+
+def test_the_limits_and_disks_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.python((3, 10, 1)).level is Level.red
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**29, "total": 2**29}))
+    assert machine.disk("runs", tmp_path / "not/there").level is Level.red
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 1024))
+    assert levels(list(machine.limits())) == {
+        "open files": Level.yellow,
+        "processes": Level.yellow,
+        "/dev/shm": Level.yellow,
+    } | levels([check for check in machine.limits() if check.name == "locked memory"])
+    monkeypatch.setattr(machine.time, "time", lambda: 0.0)
+    assert machine.clock(tmp_path).level is Level.yellow
+
+
+def test_the_text_holds_no_secret_and_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrst")
+    text = f"{Path.home()}/x https://me:password1@mirror/ hf_abcdefghijklmnopqrst"
+    shown = examine.shown(text)
+    assert shown.startswith("~/x")
+    assert "password1" not in shown
+    assert "abcdefghijkl" not in shown
+
+
+def test_the_command_exits_with_1_on_an_error(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With a Python that answers at once, in place of minutes of imports."""
+    programs()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(training, "ask", lambda _: FOUND)
+    monkeypatch.setattr(examine, "local_gpus", lambda: 1)
+    assert muster.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok       training: GPU 0") and "NVIDIA H200, 139.8 GiB" in line for line in lines)
+    assert any(line.startswith("warning  trackers: wandb") for line in lines) or "WANDB_API_KEY" in os.environ
+    monkeypatch.setattr(training, "ask", lambda _: "ended with 1: No module named torch")
+    assert muster.main(["doctor", "--json"]) == 1
+    red = [item for item in json.loads(capsys.readouterr().out) if item["level"] == "error"]
+    assert [(item["name"], "pip install" in item["remedy"]) for item in red] == [("Python", True)]
+
+
+def test_a_cluster_on_slurm_also_checks_a_node(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = programs(
+        squeue="",
+        sinfo=SINFO,
+        sacctmgr=SACCTMGR,
+        sbatch="echo 'Submitted batch job 7'",
+        srun="",
+        scontrol="echo 'slurm 24.11.5'",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(training, "ask", lambda _: FOUND)
+    monkeypatch.setattr(examine, "local_gpus", lambda: 1)
+    assert muster.main(["doctor", "--cluster", "slurm", "--no-submit"]) == 0
+    assert not (folder / "sbatch.calls").exists()
+    assert muster.main(["doctor", "--cluster", "slurm"]) == 0
+    assert "submitted preflight    7" in capsys.readouterr().out
+    [script] = tmp_path.glob("runs/doctor-slurm-*/jobs/preflight.sbatch")
+    assert "#SBATCH --nodes=1\n" in script.read_text()
