@@ -251,7 +251,8 @@ def test_a_preview_of_a_local_run_has_no_sbatch_text(launch: Launch, tmp_path: P
 def test_a_preview_of_several_values_is_one_run_each(launch: Launch, tmp_path: Path) -> None:
     done = launch("-m", "train.seed=7,8", "dry_run=true", "run_dir=sweep")
     assert (done.returncode, done.stderr) == (0, "")
-    first, *runs = done.stdout.splitlines()[:3]
+    device, first, *runs = done.stdout.splitlines()[:4]
+    assert device.startswith("device    on ")
     assert first == f"sweep     {tmp_path}/sweep: 2 runs"
     assert [line.strip() for line in runs] == ["train.seed=7", "train.seed=8"]
     assert list(tmp_path.iterdir()) == []
