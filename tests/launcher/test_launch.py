@@ -153,6 +153,12 @@ def test_groups_of_another_folder(launch: Launch, tmp_path: Path) -> None:
         assert "#SBATCH --account=ours" in done.stdout, done.stderr
     [line] = refused(launch("--config-dir", "site", "cluster=our"))
     assert "did you mean 'ours'?" in line
+    done = launch("-m", "--config-dir", "site", "cluster=ours", "cluster.gpus=8,16", "dry_run=true")
+    assert [line for line in done.stdout.splitlines() if "cluster.gpus=" in line][:2] == [
+        "          cluster.gpus=8",
+        "          cluster.gpus=16",
+    ]
+    assert "#SBATCH --account=ours" in done.stdout, done.stderr
 
 
 def test_a_run_that_has_not_trained_can_be_mended(launch: Launch, stored: Path, tmp_path: Path) -> None:

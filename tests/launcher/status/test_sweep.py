@@ -130,7 +130,7 @@ def test_only_the_jobs_of_one_kind_are_cancelled(
 
 def test_cancel_ends_the_launch_that_would_start_the_next_run(sweep: Path, programs: Programs) -> None:
     programs(squeue="exit 0", sacct="echo '12_0|COMPLETED'", scancel=":")
-    code = "import sys, time, pathlib; from launcher.run_folder import lock\nwith lock.held(pathlib.Path(sys.argv[1])): time.sleep(60)"
+    code = "import sys, time; from launcher.run_folder.lock import *\nwith held(Path(sys.argv[1])): time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, sweep], cwd=ROOT) as launch:
         while lock.holder(sweep) is None:
             assert launch.poll() is None
