@@ -5,7 +5,8 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -15,31 +16,15 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.choices import Executor
 from conf.errors import ConfigError, UserError
-from conf.resolve import resolve
 from conf.schema import Config
 from conf.visible import visible
-from launcher import plan, slurm
-from launcher.check import (
-    cluster_wide,
-    command_line,
-    help_text,
-    local_gpus,
-    localize,
-    model_rules,
-    observe,
-    quoting,
-    resume,
-    rules,
-    search_path,
-    yaml_files,
-)
+from launcher import slurm
+from launcher.check import command_line, help_text, quoting, resume, search_path, sweep_words, yaml_files
 from launcher.convert import experiment_file
-from launcher.estimate import auto_settings
 from launcher.paths import CLONE
 from launcher.run_folder import names, record
-from launcher.submit import preview, rewind, submit
+from launcher.submit import planned_run, preview, submit, sweep_launch
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -53,19 +38,20 @@ _composed: list[DictConfig] = []
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def hydra_command_line(config: DictConfig) -> None:
-    """Only store what Hydra composed: Hydra prints an error that is raised in here twice. With -m it calls this per config."""
+    """Only store what Hydra composed: Hydra prints an error that is raised in here twice."""
     _composed.append(config)
 
 
 def compose(words: Sequence[str]) -> list[DictConfig]:
-    """The configs that the command line asks for: one, several with -m, none if Hydra only printed something (--help, --cfg job).
+    """The config that the command line asks for, in a list; none if Hydra only printed something (--cfg job).
 
     hydra.main composes every config twice: the first time only to learn whether there are several. That takes as long as
     everything else in a dry run. So it is called only for Hydra's own flags and for keys of `hydra`.
     """
     if any(word.lstrip("+~").startswith(("-", "hydra")) and not word.startswith(search_path.KEY) for word in words):
+        _composed.clear()
         hydra_command_line()
-        return _composed
+        return [*_composed]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONF):
         config = hydra.compose("config", overrides=list(words), return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # for interpolations of ${hydra:...}
@@ -74,54 +60,16 @@ def compose(words: Sequence[str]) -> list[DictConfig]:
     return [config]
 
 
-def launch(composed: DictConfig, suffix: str = "") -> int:
-    """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
-    config = resolve(composed)
-    config.run_dir += suffix
-    if not config.resume:
-        cluster_wide.apply(config, sys.argv[1:])
-    localize.localize(config, local_gpus.usable())
-    if config.resume:
-        config = resume.resumed_config(config, sys.argv[1:])
-        cluster_wide.apply(config, sys.argv[1:])
-    elif names.is_named(sys.argv[1:]):
-        config.run_dir = resume.stored_path(Path(config.run_dir))
-    else:
-        config.run_dir = names.free(config.run_dir)
-    plan.add_push(config)
-    facts = observe.observe(config)
-    if problems := rules.problems(config, facts):
-        raise ConfigError(*problems)
-    config, chosen = auto_settings.choose(config)
-    if facts.existing:
-        resume.require_same(facts.existing, config)
-    for line in (*_announcement(config, facts, chosen), *rewind.notes(facts.existing, config)):
-        print(line, flush=True)
-    jobs = plan.plan(config, done=resume.completed_jobs(config))
-    if config.dry_run:
-        print(visible(preview.text(config, jobs)), flush=True)
-        return 0
-    if jobs and not names.is_named(sys.argv[1:]):
-        config.run_dir = names.reserve(config.run_dir)
-    return submit.submit(config, jobs, command=sys.argv)
+def read(
+    given: list[str], folders: Sequence[Path], experiments: Sequence[Path], *, in_sweep: bool = False
+) -> list[DictConfig]:
+    """Check the words of a run, and compose what they ask for. Raises ConfigError with every problem.
 
-
-def _announcement(config: Config, facts: observe.Facts, chosen: Sequence[str]) -> Iterator[str]:
-    """The lines before the summary: the device, what the checks have to say, and variables that the jobs do not get."""
-    if "train" in config.jobs and config.cluster.executor is Executor.local:
-        yield f"device    {local_gpus.described(config.cluster.train.gpus_per_node or 0)}"
-    yield from facts.hub.notes
-    if "train" in config.jobs:
-        yield from (*model_rules.notes(config, facts.model), *chosen)
-    if not plan.runs_here(config):
-        yield from preview.ignored_variables(os.environ)
-
-
-def _launch_all(words: list[str], folders: Sequence[Path]) -> int:
-    """Launch every run that the words of a command line ask for. `folders` hold groups beside Muster's. Returns the exit code."""
-    given, experiments = experiment_file.register(words)
+    `folders` hold groups beside Muster's; `experiments` are those given by path. `in_sweep`: it is one run of a sweep.
+    """
     words, entries = quoting.read_words(given)
-    if problems := command_line.problems(words, CLONE / "conf", [path.stem for path in experiments], folders):
+    names_given = [path.stem for path in experiments]
+    if problems := command_line.problems(words, CLONE / "conf", names_given, folders, in_sweep=in_sweep):
         raise ConfigError(*problems)
     sys.argv[1:] = command_line.in_hydras_order(command_line.allow_new_entries(words))
     try:
@@ -130,15 +78,42 @@ def _launch_all(words: list[str], folders: Sequence[Path]) -> int:
         if problems := yaml_files.problems(words, [CLONE / "conf", *folders], experiments):
             raise ConfigError(*problems) from error
         raise
+    for config in configs:
+        quoting.apply(config, entries)
+    return configs
+
+
+def launch(composed: DictConfig) -> int:
+    """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
+    config = planned_run.config_of(composed, sys.argv[1:])
+    if not config.resume:
+        named = names.is_named(sys.argv[1:])
+        config.run_dir = resume.stored_path(Path(config.run_dir)) if named else names.free(config.run_dir)
+    (config, jobs), notes = planned_run.checked(config)
+    for line in notes:
+        print(line, flush=True)
+    if config.dry_run:
+        print(visible(preview.text(config, jobs)), flush=True)
+        return 0
+    if jobs and not names.is_named(sys.argv[1:]):
+        config.run_dir = names.reserve(config.run_dir)
+    return submit.submit(config, jobs, command=sys.argv)
+
+
+def launch_words(words: Sequence[str], folders: Sequence[Path]) -> int:
+    """Launch what the words of a command line ask for: one run, or a sweep. Returns the exit code."""
+    given, experiments = experiment_file.register(words)
+    compose_run = partial(read, folders=folders, experiments=experiments, in_sweep=True)
+    if sweep_words.is_sweep(given):
+        return sweep_launch.launch(given, compose_run)
+    if sweep := sweep_words.resumed(given):
+        return sweep_launch.resume(sweep, given, compose_run)
+    configs = read(given, folders, experiments)
     for line in command_line.notes(given) if configs else ():
         print(line, flush=True)
     # recorded in run.json, with the entries that Hydra cannot take
     sys.argv[1:] = command_line.allow_new_entries(given)
-    for config in configs:
-        quoting.apply(config, entries)
-    suffixes = [f"-{number}" for number, _ in enumerate(configs)] if len(configs) > 1 else [""]
-    with slurm.retrying(WAIT_S):
-        return max((launch(*each) for each in zip(configs, suffixes, strict=False)), default=0)
+    return max(map(launch, configs), default=0)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int:
@@ -146,7 +121,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise, so that every message below is ours
     if arguments is not None:
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
-    _composed.clear()
     try:
         words, folders = search_path.read(sys.argv[1:])
         if (keys := help_text.asked(words)) is not None:
@@ -155,7 +129,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
             return 0
         # Hydra's completion reads it, also when no shell has set it, and does not know the word `run`
         os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", f"{prog} ").replace("muster run ", "muster ", 1)
-        return _launch_all(words, folders)
+        with slurm.retrying(WAIT_S):
+            return launch_words(words, folders)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code

@@ -163,6 +163,11 @@ class MergeBase(Enum):
     dequantised = "dequantised"
 
 
+class SweepMerge(Enum):
+    best = "best"
+    all = "all"
+
+
 class Executor(Enum):
     local = "local"
     slurm = "slurm"

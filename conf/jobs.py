@@ -44,3 +44,8 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
 
 RESUMABLE = frozenset(name for name, kind in JOB_KINDS.items() if kind.resumable)
 """Names of the kinds that save checkpoints."""
+
+AFTER_TRAINING = frozenset(("consolidate", "evaluate", "generate", "push"))
+"""Names of the kinds that read what training has made."""
+BEFORE_TRAINING = frozenset(JOB_KINDS) - AFTER_TRAINING - RESUMABLE
+"""Names of the kinds that come before training. The runs of a sweep with the same data and model share them."""

@@ -44,6 +44,8 @@ def resolve(composed: DictConfig) -> Config:
 
 LAUNCH_ONLY = ("resume", "dry_run", "submit")
 """Keys that belong to one command, not to the run. They are not stored."""
+NOT_COMPUTED = (*LAUNCH_ONLY, "jobs", "hub", "sweep")
+"""Keys that change which jobs of a run start, or when, but not what they compute."""
 
 
 def dump(config: Config) -> str:
@@ -52,11 +54,8 @@ def dump(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """A hash of what the run computes, 16 hexadecimal digits.
-
-    `jobs`, `hub`, `train.resume_step` and the keys in `LAUNCH_ONLY` do not change it.
-    """
-    values = plain(config, without=(*LAUNCH_ONLY, "jobs", "hub"))
+    """A hash of what the run computes, 16 hexadecimal digits. `NOT_COMPUTED` and `train.resume_step` do not change it."""
+    values = plain(config, without=NOT_COMPUTED)
     del values["train"]["resume_step"]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 

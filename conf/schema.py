@@ -36,6 +36,7 @@ from conf.choices import (
     Runtime,
     Schedule,
     Submit,
+    SweepMerge,
     TrainOnEnd,
     Verify,
     Where,
@@ -715,6 +716,22 @@ class Custom:
 
 
 @dataclass
+class Sweep:
+    """Several runs from one command: `muster sweep KEY=a,b`. See docs/sweeps.md."""
+
+    at_once: int | None = at_least(1, None, at_most=100_000)
+    """Trainings of the sweep that Slurm runs at the same time. Null: as many as there is room for. With `cluster=local` it is
+    always one."""
+    stop_worst: str | None = None
+    """`0.5@25%`: after 25 % of its steps, a training ends if its loss is not among the better half of those that have come as
+    far. Null: all train to the end."""
+    merge: SweepMerge = SweepMerge.best
+    """Which runs are consolidated, evaluated and so on. `best`: when all trainings have ended, the one with the lowest loss of
+    those that were trained to the end. `all`: each, as soon as it is trained. The loss is the held-out one; the training loss
+    where nothing is held out."""
+
+
+@dataclass
 class Config:
     """The whole config of a run, as stored in RUN/config.yaml."""
 
@@ -740,4 +757,5 @@ class Config:
     tracker: Tracker = field(default_factory=Tracker)
     hub: Hub = field(default_factory=Hub)
     custom: Custom = field(default_factory=Custom)
+    sweep: Sweep = field(default_factory=Sweep)
     cluster: Cluster = field(default_factory=Cluster)

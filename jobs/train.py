@@ -29,7 +29,7 @@ from jobs.monitoring.profiler import Profiler
 from jobs.monitoring.step_monitor import StepMonitor
 from jobs.tokenization.tokenizer import load_tokenizer
 from jobs.train_state import Training
-from jobs.training import loss
+from jobs.training import loss, sweep_rung
 from jobs.training.divergence import DivergenceDetector
 from jobs.training.early_stopping import HeldOutLosses
 from jobs.training.flat_loss import FlatLossWatch
@@ -110,6 +110,12 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
         flat_loss=FlatLossWatch(
             schedule.warmup_steps(config.train, last_step), config.train.learning_rate, earlier_losses
         ),
+        sweep_rung=sweep_rung.PlannedRung(
+            config,
+            last_step,
+            earlier_losses,
+            recorded_step=broadcast_from_rank0(lambda: sweep_rung.recorded_step(Path(config.run_dir))),
+        ),
         profiler=Profiler(config, world, first_step=step, last_step=last_step),
         saver=Saver(config, world, metrics),
     )
@@ -119,17 +125,19 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
 def _train(training: Training, step: int) -> tuple[int, bool]:
     """Train from `step`, the number of steps already done. Returns (last step done, whether a stop was requested).
 
-    Ends before the last step if a stop was requested, or if the held-out loss has stopped falling (`train.early_stopping`).
+    Ends before the last step if a stop was requested, if the held-out loss has stopped falling (`train.early_stopping`), or if
+    the loss is among the worst of a sweep (`sweep.stop_worst`).
     """
     last_step, first_step, stopped = training.last_step, step, False
     evaluations, saves = training.evaluations, training.saves
     # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
-    evaluation_is_due = step in (0, last_step) or evaluations.is_due(step)
+    rung_is_due = training.sweep_rung.is_due(step) and training.sweep_rung.recorded_step != step
+    evaluation_is_due = step in (0, last_step) or evaluations.is_due(step) or rung_is_due
     if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.held_out_losses):
         stopped = not _evaluate(training, step)
     set_timeout(training.config.cluster.network.step_timeout_s)
 
-    while step < last_step and not stopped and not training.held_out.is_over:
+    while step < last_step and not stopped and not training.is_over:
         stopped, save = train_step.run(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
@@ -138,11 +146,11 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
         # Save before the evaluation: a requested stop may leave little time.
         if step == last_step or stopped or save or saves.is_due(step):
             _save_checkpoint(training, step, wait=step == last_step or stopped)
-        if (step == last_step or evaluations.is_due(step)) and not stopped:
+        if (step == last_step or evaluations.is_due(step) or training.sweep_rung.is_due(step)) and not stopped:
             stopped = not _evaluate(training, step)
-            is_over = training.held_out.is_over and step < last_step
+            is_over = training.is_over and step < last_step
             is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
-            if is_over:
+            if is_over and training.held_out.is_over:
                 _log_early_end(training, step)
             if step < last_step and (stopped or is_over or (is_kept and not (save or saves.is_due(step)))):
                 # where training ends here, a save that was due is only completed
@@ -151,8 +159,12 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
 
 
 def _evaluate(training: Training, step: int) -> bool:
-    """Compute and report the mean loss over all validation tokens. False, with nothing reported, if a stop cut it short."""
+    """Compute and report the mean loss over all validation tokens, and compare it with that of the other runs of a sweep.
+
+    False, with nothing reported, if a stop cut it short.
+    """
     if not len(training.validation_rows):  # nothing is held out
+        _compare_with_sweep(training, step, None)
         return True
     world, began = training.world, time.perf_counter()
 
@@ -169,7 +181,18 @@ def _evaluate(training: Training, step: int) -> bool:
     training.held_out.add(step, loss_sum / tokens)
     training.metrics.write(step, eval_loss=loss_sum / tokens, evaluation_s=round(time.perf_counter() - began, 3))
     training.metrics.log_step(step, **{"held-out loss": f"{loss_sum / tokens:.4f}"})
+    _compare_with_sweep(training, step, loss_sum / tokens)
     return True
+
+
+def _compare_with_sweep(training: Training, step: int, held_out_loss: float | None) -> None:
+    """Let all ranks know whether this training ends because it is among the worst of a sweep, where that is decided now."""
+    rung = training.sweep_rung
+    if rung.is_due(step):
+        rung.reason = broadcast_from_rank0(lambda: rung.compare(step, held_out_loss))
+        if rung.is_over:
+            why = f"sweep.stop_worst={training.config.sweep.stop_worst}: {rung.reason}"
+            training.metrics.log_lines([f"training ends at step {step}: {why}"])
 
 
 def _log_early_end(training: Training, step: int) -> None:
@@ -190,7 +213,7 @@ def _save_checkpoint(training: Training, step: int, *, wait: bool) -> None:
     }
     set_timeout(config.cluster.network.save_timeout_s)
     path = training.saver.save(backend, engine, step, description, wait=wait)
-    is_last = step == training.last_step or training.held_out.is_over
+    is_last = step == training.last_step or training.is_over
     if is_last and config.train.fingerprint:
         # gathering a weight is collective: all ranks go through all of them, rank 0 writes
         fingerprints = {name: checkpointing.fingerprint(value) for name, value in backend.weights(engine)}

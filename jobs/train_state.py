@@ -17,6 +17,7 @@ from jobs.monitoring.step_monitor import StepMonitor
 from jobs.training.divergence import DivergenceDetector
 from jobs.training.early_stopping import HeldOutLosses
 from jobs.training.flat_loss import FlatLossWatch
+from jobs.training.sweep_rung import PlannedRung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,14 @@ class Training:
     monitor: StepMonitor
     divergence: DivergenceDetector
     flat_loss: FlatLossWatch
+    sweep_rung: PlannedRung
     profiler: Profiler
     saver: Saver
+
+    @property
+    def is_over(self) -> bool:
+        """Whether training ends before its last step, because of its losses."""
+        return self.held_out.is_over or self.sweep_rung.is_over
 
 
 class StepTotals(NamedTuple):

@@ -116,6 +116,7 @@ def _report(training: Training, step: int, values: dict[str, float]) -> None:
     metrics.write(step, **values)
     if log_is_due:
         metrics.log_step(step, **log_fields(values, on_gpu=training.world.device.type == "cuda"))
+    training.sweep_rung.add_loss(values["loss"])
     if flat := training.flat_loss.add_loss(step, values["loss"]):
         metrics.warn(step, [flat])
     try:

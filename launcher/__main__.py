@@ -8,6 +8,7 @@ from importlib import import_module
 from conf.errors import UserError
 from conf.visible import visible
 from launcher import slurm, version
+from launcher.commands import sweep
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
@@ -18,6 +19,7 @@ WAIT_S = 120.0
 
 COMMANDS = {
     "run": "run",
+    "sweep": "sweep",
     "doctor": "doctor",
     "import": "import_config",
     "ls": "ls",
@@ -58,10 +60,10 @@ def parser(prog: str, names: Sequence[str]) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher") -> int:
     """Run one command and return its exit code: 2 for a user's error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["run"]:
-        return launch(words[1:], prog=f"{prog} run")
-    if words[:1] in (["-sc"], ["--shell-completion"]):  # what a shell calls to complete `muster run ...`
-        return launch(words, prog=prog)
+    if words[:1] in (["run"], ["-sc"], ["--shell-completion"]):  # a shell calls the latter to complete `muster run ...`
+        return launch(words[1:], f"{prog} run") if words[0] == "run" else launch(words, prog)
+    if words[:1] == ["sweep"] and any("=" in word for word in words):
+        return sweep.launch(words[1:], f"{prog} sweep")
     if words and "=" in words[0]:
         print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
         return 2

@@ -44,6 +44,8 @@ def needed(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (config key, path) of what every job reads and writes, apart from data and models."""
     cluster = config.cluster
     yield "run_dir", config.run_dir
+    if config.sweep.stop_worst:
+        yield "run_dir", str(Path(config.run_dir).parent)  # the losses of the other runs
     yield "data.cache", cache(config)
     yield "cluster.scratch", cluster.scratch
     if cluster.hf_home:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from launcher import slurm_array
 from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
 
 __all__ = ["BusyError", "NoSlurmError", "SlurmError", "call", "retrying"]
@@ -221,10 +222,10 @@ def installed() -> bool:
 
 def own_jobs() -> list[SlurmJob]:
     """Return all jobs of this user, also those that have just ended. Raises SlurmError."""
-    printed = call("squeue", "--noheader", "--me", "--states=all", "--format", f"%o|{FIELDS}")
+    printed = call("squeue", "--noheader", "--array", "--me", "--states=all", "--format", f"%o|{FIELDS}")
     rows = (line.partition("|") for line in printed.splitlines())
     found = [(_parse(line), script.strip()) for script, _, line in rows]
-    return [replace(job, script=script) for job, script in found if job and job.job_id.isdigit()]
+    return [replace(job, script=script) for job, script in found if job and slurm_array.ID.fullmatch(job.job_id)]
 
 
 def accounted(job_ids: Iterable[str]) -> list[dict[str, str]]:
@@ -254,14 +255,16 @@ def _parse(line: str) -> SlurmJob | None:
 def _squeue(job_ids: list[str], user: str | None) -> list[SlurmJob]:
     # On old versions one unknown id makes a whole --jobs list fail, so list all jobs of the user and pick ours.
     whose = "--me" if user is None else f"--user={user},{os.getuid()}"
-    lines = call("squeue", "--noheader", whose, "--states=all", "--format", FIELDS).splitlines()
+    lines = call("squeue", "--noheader", "--array", whose, "--states=all", "--format", FIELDS).splitlines()
     return [job for line in lines if (job := _parse(line)) and job.job_id in job_ids]
 
 
 def _sacct(job_ids: list[str]) -> list[SlurmJob]:
     fields, ids = "--format=JobID,State,User,JobName,WorkDir", ",".join(job_ids)
     words = ("--noheader", "--allocations", "--allusers", "--parsable2", fields, "--jobs", ids)
-    return [job for line in call("sacct", *words).splitlines() if (job := _parse(line)) and job.job_id in job_ids]
+    found = (job for line in call("sacct", *words).splitlines() if (job := _parse(line)))
+    tasks = (replace(job, job_id=job_id) for job in found for job_id in slurm_array.tasks_of(job.job_id))
+    return [job for job in tasks if job.job_id in job_ids]
 
 
 def _scontrol(job_ids: list[str]) -> list[SlurmJob]:

@@ -67,7 +67,7 @@ FINDS_THE_CLUSTER = (
 
 OF_A_JOB = (
     "SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SUBMITIT_",
-    "PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PALS_", "MUSTER_ATTEMPT", "MUSTER_STOP_AT", "TORCHELASTIC_",
+    "PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PALS_", "MUSTER_ATTEMPT", "MUSTER_STOP_AT", "MUSTER_SWEEP", "TORCHELASTIC_",
 )  # fmt: skip
 """Beginnings of variables that a job, one of its steps or a profile sets, and that would change what a command does.
 

@@ -14,7 +14,13 @@ import pytest
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "numpy", "bitsandbytes", "triton"}
-BARE = ("conf.files", "launcher.supervise.attempt", "launcher.supervise.rendezvous", "launcher.slurm")
+BARE = (
+    "conf.files",
+    "launcher.supervise.attempt",
+    "launcher.supervise.rendezvous",
+    "launcher.supervise.best_run",
+    "launcher.slurm",
+)
 """These run on the node's own Python, outside the container."""
 
 JOBS_FOLDERS = (
@@ -61,9 +67,11 @@ PURE = (
     "launcher.check.parallel_rules",
     "launcher.check.program_rules",
     "launcher.check.command_line",
+    "launcher.check.sweep_rules",
     "launcher.check.synonyms",
     "launcher.submit.render",
     "launcher.submit.preview",
+    "launcher.submit.sweep_scripts",
     "launcher.supervise.error_classes",
     "launcher.supervise.hang_diagnosis",
     "launcher.supervise.start_failures",

@@ -69,6 +69,7 @@ def documented_commands() -> list[str]:
     pages = [CLONE / "README.md", *sorted(CLONE.glob("docs/*.md"))]
     texts = [page.read_text().replace("\\\n", " ") for page in pages]
     lines = [line.split(" #")[0].split(" | ")[0].strip() for text in texts for line in text.splitlines()]
+    lines = [line.replace("muster sweep ", "muster run -m ") for line in lines]
     found = [
         match[1] for line in lines if (match := re.fullmatch(r"(?:\$ )?(?:python launch\.py|muster run) (.*)", line))
     ]

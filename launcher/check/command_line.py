@@ -56,12 +56,17 @@ def groups(folder: Path, *more: Path) -> dict[str, list[str]]:
 
 
 def problems(
-    words: list[str], folder: Path, experiments: Sequence[str] = (), more: Sequence[Path] = ()
+    words: list[str],
+    folder: Path,
+    experiments: Sequence[str] = (),
+    more: Sequence[Path] = (),
+    *,
+    in_sweep: bool = False,
 ) -> list[Problem]:
     """What is wrong with the overrides among `words`, in their order.
 
     `folder` holds the config groups, and the folders `more` add to them; `experiments` are names of other experiments. Flags
-    such as `--help` are skipped: Hydra checks them.
+    such as `--help` are skipped: Hydra checks them. `in_sweep`: they are those of one run of a sweep.
     """
     if {"-sc", "--shell-completion"} & set(words):  # its words, such as install=bash, are no keys
         return []
@@ -89,6 +94,9 @@ def problems(
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
+        elif override.key_or_group.startswith("sweep.") and not (is_sweep or in_sweep):
+            message = "has no effect on one run. Give several values of a key, as in muster sweep train.seed=0,1"
+            reported.append(Problem(override.key_or_group, word.partition("=")[2], message))
         elif override.is_sweep_override() and not is_sweep:
             key, _, value = word.partition("=")
             reported.append(Problem(key, value, _several_values(key, value)))
@@ -140,7 +148,7 @@ def _not_parsed(word: str) -> str:
 
 
 def _several_values(key: str, value: str) -> str:
-    message = "has several values. Add -m to start one run for each"
+    message = "has several values. Add -m to start one run for each (muster sweep does the same)"
     if quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value)):
         return f"{message}, or write one value that has commas as {typed}"
     return f"{message}, or write a list as [a,b]"

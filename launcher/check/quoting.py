@@ -70,7 +70,7 @@ def _entries(word: str) -> list[Entry]:
     for path, of_texts in _dictionaries(key).items():
         prefix = ".".join(path)
         if key == prefix and value.strip().startswith("{") and not parsed:
-            pairs = _split_items(value, "{}")
+            pairs = split_items(value, "{}")
             items = [_split_pair(item) for item in pairs or []]
             if items and all(items):
                 return [((*path, item[0]), item[1]) for item in items if item]
@@ -115,7 +115,7 @@ def _quoted_word(word: str) -> str | None:
         return None
     if is_text(key.lstrip("+")) and value[:1] not in ("'", '"'):
         return _with_quotes(key, value)
-    if type_of(key.lstrip("+")) == "list[str]" and (items := _split_items(value, "[]")):
+    if type_of(key.lstrip("+")) == "list[str]" and (items := split_items(value, "[]")):
         texts = [_unquoted(item) if item[:1] in ("'", '"') else item for item in items]
         if None not in texts:
             joined = f"{key}=[{','.join(_quotes(str(text)) for text in texts)}]"
@@ -143,7 +143,7 @@ def _with_quotes(key: str, value: str) -> str | None:
     return word if same else None
 
 
-def _split_items(text: str, brackets: str) -> list[str] | None:
+def split_items(text: str, brackets: str) -> list[str] | None:
     """The items of `{a, b}` or `[a, b]`, split at commas outside quotes; None if there are no such brackets, or inner ones."""
     text = text.strip()
     if len(text) < 2 or (text[0], text[-1]) != tuple(brackets):

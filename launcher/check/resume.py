@@ -5,13 +5,13 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from conf import resolve
+from conf import resolve, sweep
 from conf.choices import Init
 from conf.errors import Problem, RunError, as_typed
-from conf.jobs import JOB_KINDS
+from conf.jobs import BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from conf.schema import Config
 from launcher.check import adapter_source, localize
-from launcher.run_folder.attempts import last_verdict, metrics
+from launcher.run_folder.attempts import last_verdict, metrics, newest_attempt
 from launcher.run_folder.status import COMPLETED
 
 CHANGEABLE = (
@@ -25,6 +25,7 @@ CHANGEABLE = (
     "hub",
     "tracker",
     "resume",
+    "sweep",
     "dry_run",
     "submit",
     "train.steps",
@@ -174,12 +175,22 @@ def completed_jobs(config: Config) -> set[str]:
         name: last_verdict(jobs / name) for name in config.jobs if (jobs / name).is_dir() and not _asks_the_hub(name)
     }
     digest = resolve.digest(config)
-    return {
+    completed = {
         name
         for name, verdict in verdicts.items()
         if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
         if name != "train" or config.train.resume_step is None
     }
+    return completed | {name for name in _done_by_another_run(config, digest) if verdicts.get(name) is None}
+
+
+def _done_by_another_run(config: Config, digest: str) -> frozenset[str]:
+    """The jobs that one run of a sweep has done for others too: if this run has begun to train, they had completed."""
+    run = Path(config.run_dir)
+    if not (run.parent / sweep.FILE).is_file():
+        return frozenset()
+    has_begun = any(newest_attempt(run / "jobs" / name) for name in RESUMABLE)
+    return BEFORE_TRAINING if has_begun and resolve.digest(resolve.load(run / "config.yaml")) == digest else frozenset()
 
 
 def _asks_the_hub(name: str) -> bool:

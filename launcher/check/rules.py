@@ -31,6 +31,7 @@ from launcher.check import (
     program_rules,
     secret_rules,
     site_rules,
+    sweep_rules,
     text_rules,
 )
 from launcher.check.observe import Facts
@@ -65,6 +66,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
     reported += packing_rules.problems(config, facts.model, facts.kernels)
     reported += hub_rules.problems(config, facts.hub)
     reported += [*facts.packages_missing, *_site(config, facts), *site_rules.problems(config), *_signal(config)]
+    reported += sweep_rules.problems(config)
     reported += secret_rules.problems(config, facts)
     return [*reported, *_run_folder(config, facts)]
 

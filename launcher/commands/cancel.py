@@ -1,11 +1,12 @@
-"""End every pending and running job of the run, or one of them, without saving."""
+"""End every pending and running job of the run or sweep, or those of one kind, without saving."""
 
 import argparse
 
 from conf.jobs import JOB_KINDS
 from conf.plural import plural
 from launcher.commands.arguments import add_run
-from launcher.status import requests
+from launcher.run_folder import sweep_record
+from launcher.status import requests, sweep
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,5 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    print(f"cancelled {plural(len(requests.cancel(options.run, options.job)), 'job')}")
+    if sweep_record.is_sweep(options.run):
+        count = sweep.cancel(options.run, options.job)
+    else:
+        count = len(requests.cancel(options.run, options.job))
+    print(f"cancelled {plural(count, 'job')}")
     return 0

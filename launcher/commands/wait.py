@@ -6,8 +6,8 @@ import time
 from conf.visible import visible
 from launcher import slurm
 from launcher.commands.arguments import add_run
-from launcher.run_folder import lock
-from launcher.status import state
+from launcher.run_folder import lock, sweep_record
+from launcher.status import state, sweep
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    if sweep_record.is_sweep(options.run):
+        while (found := sweep.look(options.run)).is_live or found.notes:
+            time.sleep(options.every)
+        return 1 if found.failed or not all(map(sweep_record.has_ended, sweep_record.runs(options.run))) else 0
     said: set[str] = set()
     while True:
         jobs = state.job_states(options.run)

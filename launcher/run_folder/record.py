@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conf import sweep
 from conf.errors import Problem, RunError
 from conf.files import write_json
 from launcher.run_folder.attempts import read_record
@@ -33,6 +34,8 @@ class StartedJob(NamedTuple):
 
 def read_launches(run: Path) -> list[dict[str, Any]]:
     """Return the launches of a run, oldest first. Raises RunError if `run` is not a run folder."""
+    if not (run / "run.json").exists() and (run / sweep.FILE).exists():
+        raise RunError(Problem("RUN", run, f"is a sweep. Name one of its runs: muster ls {run}"))
     if not (run / "run.json").exists():
         raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
     launches = (read_record(run / "run.json") or {}).get("launches")
@@ -80,7 +83,8 @@ def newest_jobs(run: Path) -> dict[str, StartedJob]:
 def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, StartedJob]:
     """The same from what `read_launches` has returned.
 
-    A script that was submitted by hand is not in run.json. Its job id comes from the attempt that it opened.
+    A script that was submitted by hand is not in run.json, nor is a job of the best run of a sweep. Their ids come from the
+    attempts that they opened.
     """
     recorded = {  # later launches come last and win
         name: StartedJob(job_id, launch["cluster"], *_in_slurm(launch, name))
@@ -91,9 +95,12 @@ def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, S
         return recorded
     begun = (path for path in run.glob("jobs/*/attempt-*/begin.json") if path.parent.parent.name not in recorded)
     for path in sorted(begun, key=lambda path: path.stat().st_mtime):
-        job_id = str((read_record(path) or {}).get("job_id"))
-        if JOB_ID.fullmatch(job_id):
-            recorded[path.parent.parent.name] = StartedJob(job_id, "slurm")
+        begin = read_record(path) or {}
+        if JOB_ID.fullmatch(job_id := str(begin.get("job_id"))):
+            folder = (
+                ".." if begin.get("folder") == ".." else "code"
+            )  # a job of a sweep starts in the folder of the sweep
+            recorded[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
     return recorded
 
 

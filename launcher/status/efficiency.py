@@ -72,7 +72,10 @@ def read(run: Path) -> list[Efficiency]:
         raise RunError(Problem("RUN", run, "has no config.yaml, so what its jobs asked for is unknown"))
     config = resolve.load(run / "config.yaml")
     tried = {name: found for name in JOB_KINDS if (found := _attempts(run / "jobs" / name))}
-    used = accounting.read(sorted({each.job_id for name in tried for each in tried[name]} & _slurm_ids(launches)))
+    # the jobs of the best run of a sweep are not in run.json
+    newest = {job.job_id for job in record.newest_jobs_of(run, launches).values() if job.cluster == "slurm"}
+    ids = _slurm_ids(launches) | newest
+    used = accounting.read(sorted({each.job_id for name in tried for each in tried[name]} & ids))
     ends = {name: [each.ended for each in found if each.status == COMPLETED] for name, found in tried.items()}
     return [_efficiency(run, config, name, tried[name], launches, ends, used) for name in tried]
 

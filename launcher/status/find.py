@@ -1,11 +1,11 @@
-"""Finds the run of a Slurm job by the job's id."""
+"""Finds runs: that of a Slurm job by the job's id, and all those below a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conf.errors import MusterError, Problem, RunError
 from launcher import slurm
-from launcher.run_folder import record
+from launcher.run_folder import record, sweep_record
 
 FOLDER = "runs"
 """Where runs are looked for that Slurm no longer knows; also the folder that `muster ls` lists."""
@@ -14,7 +14,7 @@ DEEPEST = 3
 
 
 def run_of(word: Path) -> Path:
-    """Return the folder of a run, given as its path or as the id of one of its jobs. Raises RunError for an id of no run."""
+    """Return the folder of a run or sweep, given as its path or as the id of one of its jobs. Raises RunError for any other id."""
     job_id = str(word)
     if word.exists() or not record.JOB_ID.fullmatch(job_id):
         return word.resolve()
@@ -22,14 +22,28 @@ def run_of(word: Path) -> Path:
     for folder in (Path(job.folder), *Path(job.folder).parents) if job.folder else ():
         if (folder / "run.json").is_file():
             return folder
-    for run in runs_below(Path(FOLDER).resolve()):
-        try:
-            if job_id in record.known_ids(run):
-                return run
-        except (MusterError, OSError):  # a damaged or closed run is not the one
-            continue
+        if sweep_record.is_sweep(folder):
+            return _started_by(folder, job_id) or folder
+    if found := _started_by(Path(FOLDER).resolve(), job_id):
+        return found
     where = f"starts in {job.folder}, which is no run" if job.folder else job.silence or "is not known to Slurm"
     raise RunError(Problem("RUN", job_id, f"is no folder, and the job {where}; no run below {FOLDER}/ has started it"))
+
+
+def _started_by(folder: Path, job_id: str) -> Path | None:
+    """Return the run in `folder`, or below it, that has started a job; the sweep, if it is an array or a job of its best run."""
+    for run in runs_below(folder):
+        try:
+            ids = record.known_ids(run)
+            if job_id in ids:
+                return run
+            if sweep_record.is_sweep(run.parent):
+                arrays = {known.partition("_")[0] for known in ids if "_" in known}
+                if job_id in arrays or job_id in sweep_record.jobs(run.parent).values():
+                    return run.parent
+        except (MusterError, OSError):  # a damaged or closed run is not the one
+            continue
+    return None
 
 
 def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
@@ -43,3 +57,16 @@ def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
         return
     for path in inside if levels else []:
         yield from runs_below(path, levels - 1)
+
+
+def each_run(folders: Sequence[Path]) -> list[Path]:
+    """Return the runs, with those of a sweep that have been started in its place."""
+    return [
+        run
+        for folder in folders
+        for run in (
+            [path for path in sweep_record.runs(folder) if (path / "run.json").is_file()]
+            if sweep_record.is_sweep(folder)
+            else [folder]
+        )
+    ]

@@ -40,7 +40,7 @@ def of_rank(folder: Path, rank: int | None) -> list[Path]:
         for attempt in {path.parent for path in rank_logs}
     }
     submitit_logs = folder.glob(f"*_{pattern}_log.out")
-    found = [*rank_logs, *(path for path in submitit_logs if path.name.split("_")[0] not in slurm_ids)]
+    found = [*rank_logs, *(path for path in submitit_logs if _id(path) not in slurm_ids)]
     return sorted((path for path in found if _rank(path) is not None), key=lambda path: path.stat().st_mtime)
 
 
@@ -50,10 +50,15 @@ def rank_of(log: Path) -> int:
 
 
 def _rank(log: Path) -> int | None:
-    text = log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.split("_")[1]
+    text = log.stem.removeprefix("rank-") if log.suffix == ".log" else log.stem.rsplit("_", 2)[1]
     return int(text) if text.isdecimal() else None
 
 
 def _start(log: Path) -> str:
     """What the logs of the ranks of one attempt have in common: its folder, or the id in their names."""
-    return log.parent.name if log.suffix == ".log" else log.name.split("_")[0]
+    return log.parent.name if log.suffix == ".log" else _id(log)
+
+
+def _id(log: Path) -> str:
+    """The id in the name of a log of submitit: that of a task of an array has a `_` too, as in 123_4_0_log.out."""
+    return log.name.rsplit("_", 2)[0]

@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.jobs import JOB_KINDS, RESUMABLE
+from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher import slurm
-from launcher.run_folder import lock
+from launcher.run_folder import lock, sweep_record
 from launcher.run_folder.attempts import number
 from launcher.status import pending, state
 from launcher.status.progress import Progress
 from launcher.status.progress import read as read_progress
 from launcher.status.state import JobState
+
+MERGES_BEST = "  merge: best"
+"""The line of sweep.merge in config.yaml."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ def _overview(run: Path, jobs: list[JobState], left_s: dict[str, float]) -> Over
 
 
 def _planned(run: Path) -> list[str]:
-    """Return the jobs that the run's config asks for, in the order of the pipeline."""
+    """Return the jobs that the run's config asks for, in the order of the pipeline.
+
+    Of a run of a sweep, those that are its own: other runs may do its preprocess job, and only the best run may be merged.
+    """
     try:
         lines = (run / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -108,4 +114,6 @@ def _planned(run: Path) -> list[str]:
             if not line.startswith("- "):
                 break
             names.add(line[2:].strip())
+    if sweep_record.is_sweep(run.parent):
+        names -= BEFORE_TRAINING | (AFTER_TRAINING if MERGES_BEST in lines else frozenset())
     return [name for name in JOB_KINDS if name in names]

@@ -169,7 +169,8 @@ def _details(waiting: Waiting) -> Iterator[tuple[str, str]]:
 def _parents(dependency: str, names: Mapping[str, str]) -> str:
     """The jobs of a dependency such as `afterok:12(unfulfilled),singleton`, with the names that they have in the run."""
     parts = [
-        f"{names[job]} {job}" if job in names else f"job {job}" for job in re.findall(r"(?<![\d_])\d+", dependency)
+        f"{names[job]} {job}" if job in names else f"job {job}"
+        for job in re.findall(r"(?<![\d_])\d+(?:_\d+)?", dependency)
     ]
     parts += ["another job of the same name"] if "singleton" in dependency else []
     return " and ".join(parts) or "another job"

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conf.visible import visible
-from launcher.status import overview, status_table
+from launcher.run_folder import sweep_record
+from launcher.status import find, overview, status_table, sweep
 from launcher.status.overview import Overview
 from launcher.status.tables import console
 
 
 def watch(runs: Sequence[Path], every_s: float) -> list[Overview]:
-    """Show the runs every `every_s` seconds until none has a job that is pending or running. Returns the last state."""
+    """Show the runs, also those of sweeps, every `every_s` seconds until no job is pending or running. Returns the last state."""
     return _on_terminal(runs, every_s) if console().is_terminal else _in_lines(runs, every_s)
 
 
@@ -22,7 +23,7 @@ def _on_terminal(runs: Sequence[Path], every_s: float) -> list[Overview]:
     found: list[Overview] = []
     with Live(console=console(), auto_refresh=False, transient=True) as live:
         for found in _states(runs, every_s):
-            shown = (status_table.drawn(item, with_name=len(runs) > 1) for item in found)
+            shown = (status_table.drawn(item, with_name=len(found) > 1) for item in found)
             live.update(Group(*shown), refresh=True)
     status_table.show(found)
     return found
@@ -42,10 +43,11 @@ def _in_lines(runs: Sequence[Path], every_s: float) -> list[Overview]:
 
 def _states(runs: Sequence[Path], every_s: float) -> Iterator[list[Overview]]:
     """Yield the state of the runs, now and every `every_s` seconds, the last time when nothing is pending or running."""
+    sweeps = [folder for folder in runs if sweep_record.is_sweep(folder)]
     while True:
-        found = overview.read(runs)
+        found = overview.read(find.each_run(runs))
         yield found
         is_silent = any("does not answer" in job.note for item in found for job in item.jobs)
-        if not (is_silent or any(item.is_live for item in found)):
+        if not (is_silent or any(item.is_live for item in found) or any(sweep.look(item).is_live for item in sweeps)):
             return
         time.sleep(every_s)

@@ -36,11 +36,11 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
     on_slurm = config.cluster.executor is Executor.slurm
     for job in jobs:
         if job.name == "train" and (estimate := memory.estimate(config)):
-            parts += [_heading("train: memory"), *table.table(estimate)]
-        parts.append(_heading(f"{job.name}: {'sbatch' if on_slurm else 'local'}"))
+            parts += [heading("train: memory"), *table.table(estimate)]
+        parts.append(heading(f"{job.name}: {'sbatch' if on_slurm else 'local'}"))
         if on_slurm:
             parts.append(render.sbatch_text(config, job, [f"<{name}>" for name in job.after]))
-        parts.append(_heading(f"{job.name}: environment"))
+        parts.append(heading(f"{job.name}: environment"))
         parts.append(f"PYTHONPATH={config.run_dir}/code, then the value that it has already")
         parts += [f"{key}={value}" for key, value in environment.job_variables(config, job).items()]
         if job.distributed:
@@ -151,5 +151,5 @@ def ignored_variables(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _heading(title: str) -> str:
+def heading(title: str) -> str:
     return f"\n==== {title} {'=' * max(4, 100 - len(title))}"

@@ -106,8 +106,8 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
     srun = shlex.join(["srun", "--unbuffered", "--output", stdout, *_srun_args(config, job)])
     command = f"{srun} {python_command(config, job)} -u -m launcher.supervise.worker {job.name} {shlex.quote(str(config_path))}"
     return (
-        _template("job.sbatch.j2").render(
-            name=job.name, run=config.run_dir, directives=directives, command=command, **_values(config, job)
+        template("job.sbatch.j2").render(
+            name=job.name, run=config.run_dir, directives=directives, command=command, **values(config, job)
         )
         + "\n"
     )
@@ -116,7 +116,7 @@ def script_text(config: Config, job: Job, config_path: Path) -> str:
 def chain_text(config: Config, jobs: Sequence[Job]) -> str:
     """Return a script that submits the scripts of all jobs with their dependencies."""
     own = {job.name: sbatch_options.given(job.resources).get("dependency") for job in jobs}
-    text = _template("chain.sh.j2").render(
+    text = template("chain.sh.j2").render(
         run=config.run_dir, jobs=jobs, own=own, keep=FINDS_THE_CLUSTER, of_a_job=OF_A_JOB, devices=DEVICES_OF_A_JOB
     )
     return text + "\n"
@@ -128,7 +128,7 @@ def _srun_args(config: Config, job: Job) -> list[str]:
     return ["--kill-on-bad-exit=1", "--wait=0" if job.name == "custom" else "--wait=60", *config.cluster.srun_args]
 
 
-def _values(config: Config, job: Job) -> dict[str, Any]:
+def values(config: Config, job: Job) -> dict[str, Any]:
     """Return the variables of the templates."""
     container = config.cluster.container
     return {
@@ -152,11 +152,11 @@ def _values(config: Config, job: Job) -> dict[str, Any]:
 
 
 def _fragment(name: str, config: Config, job: Job) -> str:
-    return _template(f"{name}.sh.j2").render(**_values(config, job))
+    return template(f"{name}.sh.j2").render(**values(config, job))
 
 
 @cache
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         trim_blocks=True,

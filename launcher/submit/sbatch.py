@@ -5,6 +5,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,17 @@ def submitted_id(printed: str) -> str | None:
 
 
 def _jobs_of_script(script: Path, is_ours: Callable[[slurm.SlurmJob], bool]) -> list[slurm.SlurmJob]:
-    """Return the jobs of a script, oldest first. Asks twice, so that the controller has time to queue what it had received."""
-    found: list[slurm.SlurmJob] = []
+    """Return the jobs of a script, oldest first. Asks twice, so that the controller has time to queue what it had received.
+
+    An array counts as one job, with the id that sbatch gives to it.
+    """
+    found: dict[str, slurm.SlurmJob] = {}
     for pause_s in (0.0, SETTLE_S):
         time.sleep(pause_s)
-        found = [job for job in slurm.own_jobs() if job.script == str(script) or is_ours(job)]
+        for job in slurm.own_jobs():
+            if job.script == str(script) or is_ours(job):
+                job_id = job.job_id.partition("_")[0]
+                found[job_id] = replace(job, job_id=job_id)
         if found:
             break
-    return sorted(found, key=lambda job: int(job.job_id))
+    return [found[job_id] for job_id in sorted(found, key=int)]

@@ -1,7 +1,8 @@
 """Starts the jobs of a run: writes the run folder, then submits a chain of Slurm jobs, or runs the jobs on this machine."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
             f"nothing to do: {', '.join(config.jobs)} completed with this configuration before"
         )
         return 0
+    with opened(config):
+        print(visible(preview.summary(config, jobs)), flush=True)
+        return _start(config, jobs, write_run_folder(config, jobs, command))
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[None]:
+    """Hold the run folder during the block, which starts jobs of the run. Raises RunError if it cannot be used."""
     run = Path(config.run_dir)
     with lock.held(run):
         stored = resolve.load(run / "config.yaml") if (run / "config.yaml").exists() else None
@@ -45,8 +54,7 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
             raise RunError(Problem("run_dir", run, remedy))
         if stored and (made := resume.remove_what_changed(stored, config)):
             print(f"changed   {', '.join(made)} of this run will be made again", flush=True)
-        print(visible(preview.summary(config, jobs)), flush=True)
-        return _start(config, jobs, write_run_folder(config, jobs, command))
+        yield
 
 
 def _start(config: Config, jobs: Sequence[Job], config_path: Path) -> int:
@@ -102,21 +110,21 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
     ids: dict[str, str] = {}
     try:
         for job in jobs:
-            ids[job.name] = _submit_job(config, job, config_path, [ids[name] for name in job.after])
+            ids[job.name] = submit_job(config, job, config_path, [ids[name] for name in job.after])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except slurm.SlurmError as error:
-        cancelled = _cancel_submitted(ids)
+        cancelled = cancel_submitted(ids)
         why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
         remedy = f"Slurm {why} {job.name}: {error}{cancelled}"
         raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
     except KeyboardInterrupt:  # half a chain would be of no use
-        if cancelled := _cancel_submitted(ids):
+        if cancelled := cancel_submitted(ids):
             print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
         raise
     print(f"\nwatch with   muster status {config.run_dir}   muster logs {config.run_dir} --follow")
 
 
-def _submit_job(config: Config, job: Job, config_path: Path, dependency: Sequence[str]) -> str:
+def submit_job(config: Config, job: Job, config_path: Path, dependency: Sequence[str]) -> str:
     """Submit one job and record it. Returns its id. Raises SlurmError."""
     run, parameters = Path(config.run_dir), render.parameters(config, job, dependency)
     name = str(parameters["job_name"])
@@ -136,7 +144,7 @@ def _submit_job(config: Config, job: Job, config_path: Path, dependency: Sequenc
     return job_id
 
 
-def _cancel_submitted(ids: dict[str, str]) -> str:
+def cancel_submitted(ids: dict[str, str]) -> str:
     """Cancel the jobs submitted before one was refused. Returns the result as the end of a message."""
     if not ids:
         return ""

@@ -10,7 +10,7 @@ import socket
 import time
 
 from conf.errors import ConfigError, Problem
-from launcher import hostlist, slurm
+from launcher import hostlist, slurm, slurm_array
 from launcher.supervise import rendezvous
 
 WAIT_S = 120.0
@@ -54,11 +54,12 @@ def stop_time(before_s: float) -> dict[str, str]:
     It is `before_s` before the time limit, but never in the first half of the time: with a limit shorter than
     `before_s`, not a single step would run. Empty outside Slurm and for a job without a limit.
     """
+    job_id = slurm_array.own_id(os.environ)
+    if job_id is None:
+        return {}
     try:
         with slurm.retrying(WAIT_S):
-            left_s = slurm.seconds_left(os.environ["SLURM_JOB_ID"])
-    except KeyError:
-        return {}
+            left_s = slurm.seconds_left(job_id)
     except slurm.SlurmError:  # no squeue on this node, or no answer
         end = os.environ.get("SLURM_JOB_END_TIME", "")  # from Slurm 22.05 on
         left_s = float(end) - time.time() if end.isdecimal() else None

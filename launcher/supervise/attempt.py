@@ -19,7 +19,7 @@ from conf import node_paths
 from conf.errors import ConfigError
 from conf.files import write_json
 from conf.visible import visible
-from launcher import slurm
+from launcher import slurm, slurm_array
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
 from launcher.supervise import allocation, rendezvous, requeue
@@ -45,10 +45,13 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
             number += 1
     begin_record = {
         "host": allocation.host(),
-        "job_id": os.environ.get("SLURM_JOB_ID", str(os.getpid())),
+        "job_id": slurm_array.own_id(os.environ) or str(os.getpid()),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
         "resumed": attempts.newest_checkpoint(folder),
+        **(
+            {"folder": ".."} if "MUSTER_SWEEP" in os.environ else {}
+        ),  # where the Slurm job starts, see record.newest_jobs
     }
     write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
     _remove_leftovers(folder)
@@ -91,12 +94,14 @@ def finish_for_killed_script(folder: Path, number: int, world_size: int, max_res
     """Write the verdict and requeue the job if its batch script was killed. Rank 0 calls this after its work is saved."""
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # a job around it is none of ours
         return
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    restarts, job_id = int(os.environ.get("SLURM_RESTART_COUNT", 0)), slurm_array.own_id(os.environ)
+    if job_id is None:
+        return
     try:
         with slurm.retrying():
-            if requeue.view_of_job(os.environ["SLURM_JOB_ID"], restarts) is not requeue.SlurmView.ORPHANED:
+            if requeue.view_of_job(job_id, restarts) is not requeue.SlurmView.ORPHANED:
                 return
-    except (KeyError, slurm.SlurmError):  # outside Slurm, or in a container without Slurm's commands
+    except slurm.SlurmError:  # in a container without Slurm's commands
         return
     verdict = finish(folder, number, 137, world_size)  # 137: as if the script had seen SIGKILL
     requeue.decide_and_requeue(folder, verdict, max_restarts, restarts)
@@ -207,9 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _has_completed(folder: Path) -> bool:
     """Return whether an earlier start of this Slurm job has completed: Slurm requeues some jobs twice, and admins do so."""
     verdict = attempts.last_verdict(folder)
-    if verdict is None or verdict["status"] != COMPLETED or "SLURM_JOB_ID" not in os.environ:
+    job_id = slurm_array.own_id(os.environ)
+    if verdict is None or verdict["status"] != COMPLETED or job_id is None:
         return False
-    same_job = str(verdict.get("job_id")) == os.environ["SLURM_JOB_ID"] and "SLURM_RESTART_COUNT" in os.environ
+    same_job = str(verdict.get("job_id")) == job_id and "SLURM_RESTART_COUNT" in os.environ
     return same_job and verdict.get("config") == os.environ.get("MUSTER_CONFIG")
 
 

@@ -153,6 +153,12 @@ def test_groups_of_another_folder(launch: Launch, tmp_path: Path) -> None:
         assert "#SBATCH --account=ours" in done.stdout, done.stderr
     [line] = refused(launch("--config-dir", "site", "cluster=our"))
     assert "did you mean 'ours'?" in line
+    done = launch("-m", "--config-dir", "site", "cluster=ours", "cluster.gpus=8,16", "dry_run=true")
+    assert [line for line in done.stdout.splitlines() if "cluster.gpus=" in line][:2] == [
+        "          cluster.gpus=8",
+        "          cluster.gpus=16",
+    ]
+    assert "#SBATCH --account=ours" in done.stdout, done.stderr
 
 
 def test_a_run_that_has_not_trained_can_be_mended(launch: Launch, stored: Path, tmp_path: Path) -> None:
@@ -249,11 +255,27 @@ def test_a_preview_of_a_local_run_has_no_sbatch_text(launch: Launch, tmp_path: P
 
 
 def test_a_preview_of_several_values_is_one_run_each(launch: Launch, tmp_path: Path) -> None:
-    done = launch("-m", "train.seed=7,8", "dry_run=true", "run_dir=run", env={"TMPDIR": str(tmp_path / "tmp")})
+    done = launch("-m", "train.seed=7,8", "dry_run=true", "run_dir=sweep")
     assert (done.returncode, done.stderr) == (0, "")
-    runs = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run ")]
-    assert runs == [str(tmp_path / "run-0"), str(tmp_path / "run-1")]
-    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+    device, first, *runs = done.stdout.splitlines()[:4]
+    assert device.startswith("device    on ")
+    assert first == f"sweep     {tmp_path}/sweep: 2 runs"
+    assert [line.strip() for line in runs] == ["train.seed=7", "train.seed=8"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_runs_of_a_sweep_are_checked_before_any_starts(launch: Launch, tmp_path: Path) -> None:
+    lines = refused(launch("-m", "trian.steps=7", "train.seed=7,8", "model=tiny,lama8b"))
+    assert lines[0] == "trian.steps: no such key: did you mean 'train.steps'?"
+    assert lines[1].startswith("model=lama8b: no such option: did you mean 'llama8b'? Choose from")
+    [line] = refused(launch("-m", "train.global_batch=8,7,6", "train.seed=7,8"))
+    assert line.startswith("train.global_batch=7: must be divisible by the 2 ranks of cluster.train. Use 6 or 8 (in ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_of_a_sweep_has_no_effect_on_one_run(launch: Launch) -> None:
+    [line] = refused(launch("sweep.at_once=2"))
+    assert line.startswith("sweep.at_once=2: has no effect on one run. Give several values of a key")
 
 
 def test_help_lists_the_groups_and_their_options(launch: Launch) -> None:

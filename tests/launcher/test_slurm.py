@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import slurm, slurm_command
+from launcher import slurm, slurm_array, slurm_command
 from tests.conftest import Programs
 
 FAILS = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -307,3 +307,31 @@ def test_who_requeues_a_preempted_job(
         sacctmgr='case "$*" in *"qos low"*) echo cluster;; *"qos high"*) echo cancel;; *) exit 1;; esac',
     )
     assert slurm.requeues_by_itself(job) is expected
+
+
+@pytest.mark.parametrize(
+    ("printed", "tasks"),
+    [
+        ("12", ["12"]),
+        ("12_3", ["12_3"]),
+        ("12_[3]", ["12_3"]),
+        ("12_[0,2-4%2]", ["12_0", "12_2", "12_3", "12_4"]),
+        ("12_[0-4:2]", ["12_0", "12_2", "12_4"]),
+    ],
+)
+def test_a_line_about_waiting_tasks_of_an_array_is_one_about_each(printed: str, tasks: list[str]) -> None:
+    assert slurm_array.tasks_of(printed) == tasks
+
+
+def test_tasks_of_an_array_are_known_one_by_one(programs: Programs) -> None:
+    folder = programs(squeue="echo '12_1|RUNNING'; echo '12|PENDING'", sacct="echo '12_[2-4%2]|CANCELLED by 0'")
+    found = slurm.jobs(["12_1", "12_3"])
+    assert {job_id: job.state for job_id, job in found.items()} == {"12_1": "RUNNING", "12_3": "CANCELLED"}
+    assert "--array" in (folder / "squeue.calls").read_text().split()
+
+
+def test_a_task_of_an_array_has_the_id_that_sbatch_knows() -> None:
+    inside = {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    assert slurm_array.own_id(inside) == "12_0"
+    assert slurm_array.own_id({"SLURM_JOB_ID": "14"}) == "14"
+    assert slurm_array.own_id({}) is None

@@ -48,7 +48,7 @@ FIELDS = {
     "Partition": "gpu",
     "TimeLimit": "04:00:00",
     "NumNodes": "9-9",
-    "Dependency": "afterok:12(unfulfilled),afterok:99",
+    "Dependency": "afterok:12(unfulfilled),afterok:99_3(unfulfilled),afterany:98_*(unfulfilled)",
 }
 
 
@@ -74,8 +74,8 @@ def test_every_reason_of_slurm_has_plain_words(reason: str) -> None:
             NEVER + "partition gpu allows 2 h, and the job asks for 4 h. Set cluster.train.time_min=120",
         ),
         ("JobHeldUser", "Type scontrol release 7"),
-        ("Dependency", "waits for preprocess 12 and job 99"),
-        ("DependencyNeverSatisfied", NEVER + "preprocess 12 and job 99 did not complete"),
+        ("Dependency", "waits for preprocess 12 and job 99_3 and job 98"),
+        ("DependencyNeverSatisfied", NEVER + "preprocess 12 and job 99_3 and job 98 did not complete"),
         ("Priority", "come first; Slurm expects to start it at 2026-11-29T12:00:00"),
         ("Resources", "in use; Slurm expects to start it at 2026-11-29T12:00:00"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "(UnavailableNodes:n[1-2])"),

@@ -327,3 +327,13 @@ def test_the_log_of_a_rank_is_that_of_its_newest_attempt(tmp_path: Path) -> None
         log_files.newest(tmp_path, "train", 1)
     here = log(tmp_path, "123_0_log.out")  # a later start on this machine
     assert log_files.newest(tmp_path, "train", 0) == here
+
+
+def test_the_log_of_the_batch_script_of_an_array_is_not_that_of_a_rank(tmp_path: Path) -> None:
+    write_json(tmp_path / "jobs/train/attempt-1/begin.json", {"job_id": "123_4"})
+    newest = log(tmp_path, "attempt-1/rank-0.log", age_s=30)
+    log(tmp_path, "123_4_0_log.out")
+    assert log_files.newest(tmp_path, "train", 0) == newest
+    assert log_files.newest_of_all(tmp_path, "train") == [newest]
+    with pytest.raises(RunError, match="ranks 0 to 0"):
+        log_files.newest(tmp_path, "train", 1)

@@ -117,6 +117,16 @@ def test_a_job_that_shows_up_late_is_cancelled(programs: Programs, tmp_path: Pat
     assert (folder / "scancel.calls").read_text() == "7\n"
 
 
+def test_the_tasks_of_an_array_are_one_job(programs: Programs, tmp_path: Path, quick: None) -> None:
+    script = tmp_path / "script.sh"
+    programs(
+        sbatch=f"echo '{TIMED_OUT}' >&2; exit 1",
+        squeue="\n".join(f"echo '{script}|{job}|PENDING'" for job in ("12_0", "12_1")),
+    )
+    with slurm.retrying(60):
+        assert sbatch.submit(script, lambda job: False) == "12"
+
+
 def test_a_submission_that_stays_open_says_how_to_look(programs: Programs, tmp_path: Path, quick: None) -> None:
     programs(sbatch=f"echo '{TIMED_OUT}' >&2; exit 1", squeue=f"echo '{BUSY[0]}' >&2; exit 1")
     with slurm.retrying(0.2), pytest.raises(slurm.BusyError, match="may be queued for all that: look with squeue --me"):

@@ -1,0 +1,167 @@
+"""`muster status`, `cancel` and `wait` on a sweep: folders made by hand, and small programs that stand for Slurm's."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.errors import RunError
+from conf.files import write_json
+from launcher import __main__ as muster
+from launcher.run_folder import lock, sweep_record
+from launcher.status import find, state
+from launcher.status import sweep as sweep_status
+from tests.conftest import ROOT, Programs
+from tests.launcher.status.test_state import ended
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep of three runs: the first completed, the second is task 1 of array 12, the third was not started."""
+    folder = tmp_path / "sweep"
+    for number, name in enumerate(("a", "b")):
+        slurm = {"train": {"slurm_name": "sweep/train", "folder": ".."}}
+        launch = {"command": [], "cluster": "slurm", "jobs": {"train": f"12_{number}"}, "slurm": slurm}
+        write_json(folder / name / "run.json", {"launches": [launch]})
+    ended(folder / "a", "train", "12_0", "completed")
+    (folder / "a/metrics.jsonl").write_text('{"step": 4, "loss": 1.5, "eval_loss": 2.0}\n')
+    sweep_record.write(folder, {"a": {}, "b": {}, "c": {}}, [], merges_best_step=False)
+    sweep_record.set_jobs(folder, {"consolidate": "13"})
+    return folder
+
+
+def squeue(sweep: Path, state: str = "RUNNING") -> str:
+    lines = [f"12_1|{state}|me|sweep/train|{sweep}", f"13|PENDING|me|sweep/consolidate|{sweep}"]
+    return "; ".join(f"echo '{line}'" for line in lines)
+
+
+def test_status_shows_the_runs_and_the_jobs_of_the_best_one(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'")
+    assert muster.main(["status", str(sweep)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "completed", "4", "1.5000"] in shown
+    assert ["b", "running", "train"] in shown
+    assert ["not", "started:", "1", "run"] in shown
+    assert ["consolidate", "13", "of", "the", "best", "run:", "pending"] in shown
+    assert ["best", "so", "far", "a"] in shown
+    assert muster.main(["why", str(sweep)]) == 2
+    assert "is a sweep. Name one of its runs: muster ls" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_seen_in_the_exit_code(sweep: Path, programs: Programs) -> None:
+    programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'")
+    ended(sweep / "b", "train", "12_1", "failed")
+    assert muster.main(["status", str(sweep)]) == 1
+
+
+def test_cancel_ends_the_task_and_what_waits_for_it(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'", scancel=":")
+    assert muster.main(["cancel", str(sweep)]) == 0
+    assert capsys.readouterr().out == "cancelled 2 jobs\n"
+    assert (folder / "scancel.calls").read_text() == "13\n12_1\n"
+
+
+def test_a_task_of_another_sweep_with_the_same_id_is_left_alone(sweep: Path, programs: Programs) -> None:
+    folder = programs(squeue=squeue(sweep.parent), sacct="exit 1", scontrol="exit 1", scancel=":")
+    [job] = state.job_states(sweep / "b")
+    assert (job.state, "now belongs to another job" in job.note) == ("UNKNOWN", True)
+    assert muster.main(["cancel", str(sweep)]) == 0
+    assert not (folder / "scancel.calls").exists()
+
+
+def test_wait_returns_when_no_job_is_left(sweep: Path, programs: Programs) -> None:
+    programs(squeue="echo '12_1|COMPLETED'", sacct="echo '12_0|COMPLETED'; echo '13|COMPLETED'")
+    assert muster.main(["wait", str(sweep)]) == 1  # the third run was not started
+    ended(sweep / "b", "train", "12_1", "completed")
+    sweep_record.write(sweep, {"a": {}, "b": {}}, [], merges_best_step=False)
+    assert muster.main(["wait", str(sweep)]) == 0
+
+
+def test_a_job_of_the_best_run_is_known_by_the_attempt_that_it_opened(sweep: Path, programs: Programs) -> None:
+    begun = {"job_id": "13", "folder": "..", "host": "n1", "started": 0.0}
+    write_json(sweep / "a/jobs/consolidate/attempt-1/begin.json", begun)
+    programs(squeue=squeue(sweep).replace("PENDING", "RUNNING"), sacct="echo '12_0|COMPLETED'")
+    assert {job.name: job.state for job in state.job_states(sweep / "a")} == {
+        "train": "COMPLETED",
+        "consolidate": "RUNNING",
+    }
+
+
+def test_the_run_of_a_task_is_found_by_its_id(sweep: Path, programs: Programs) -> None:
+    programs(squeue=squeue(sweep), sacct="exit 1", scontrol="exit 1")
+    assert find.run_of(Path("12_1")) == sweep / "b"
+    assert find.run_of(Path("13")) == sweep, "the best run is not known yet"
+    write_json(sweep / "a/jobs/consolidate/attempt-1/begin.json", {"job_id": "13", "folder": ".."})
+    assert find.run_of(Path("13")) == sweep / "a"
+
+
+def test_the_run_of_a_task_that_slurm_has_forgotten_is_found_in_runs(
+    sweep: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(squeue="exit 0", sacct="exit 1", scontrol="exit 1")
+    sweep.parent.joinpath("runs").mkdir()
+    sweep.rename(sweep.parent / "runs/sweep")
+    monkeypatch.chdir(sweep.parent)
+    found = {word: find.run_of(Path(word)) for word in ("12_0", "12", "13")}
+    runs = sweep.parent / "runs/sweep"
+    assert found == {"12_0": runs / "a", "12": runs, "13": runs}
+    with pytest.raises(RunError, match="no run below runs/ has started it"):
+        find.run_of(Path("12_2"))
+
+
+def test_only_the_jobs_of_one_kind_are_cancelled(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'", scancel=":")
+    assert muster.main(["cancel", str(sweep), "--job", "train"]) == 0
+    assert (folder / "scancel.calls").read_text() == "12_1\n"
+    assert muster.main(["cancel", str(sweep), "--job", "consolidate"]) == 0
+    assert (folder / "scancel.calls").read_text() == "12_1\n13\n"
+    assert muster.main(["cancel", str(sweep), "--job", "push"]) == 2
+    assert "JOB=push: is not pending or running in any run of the sweep" in capsys.readouterr().err
+
+
+def test_cancel_ends_the_launch_that_would_start_the_next_run(sweep: Path, programs: Programs) -> None:
+    programs(squeue="exit 0", sacct="echo '12_0|COMPLETED'", scancel=":")
+    code = "import sys, time; from launcher.run_folder.lock import *\nwith held(Path(sys.argv[1])): time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, sweep], cwd=ROOT) as launch:
+        while lock.holder(sweep) is None:
+            assert launch.poll() is None
+        assert sweep_status.look(sweep).is_live
+        assert muster.main(["cancel", str(sweep)]) == 0
+        assert launch.wait() == -signal.SIGTERM
+    assert lock.holder(sweep) is None
+
+
+def test_watch_ends_with_the_last_job_of_a_sweep(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue="echo '12_1|COMPLETED'", sacct="echo '12_0|COMPLETED'; echo '13|COMPLETED'")
+    ended(sweep / "b", "train", "12_1", "failed", "out of memory")
+    assert muster.main(["status", str(sweep), "--watch", "--every", "0.1"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[2:4] for line in shown[:2]] == [["a", "completed"], ["b", "train"]]
+    assert shown[-1] == "best a"
+
+
+def test_the_state_of_a_sweep_for_scripts_is_that_of_all_its_jobs(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'")
+    jobs_of_run = "jobs:\n- preprocess\n- train\n- consolidate\nsweep:\n  merge: best\n"
+    (sweep / "b/config.yaml").write_text(jobs_of_run)
+    (sweep / "a/config.yaml").write_text(jobs_of_run.replace("best", "all"))
+    assert muster.main(["status", str(sweep), "--json"]) == 0
+    jobs = json.loads(capsys.readouterr().out)
+    assert [(Path(job["run"]).name, job["job_id"], job["state"]) for job in jobs] == [
+        ("a", "12_0", "COMPLETED"),
+        ("a", "", "TO_COME"),
+        ("b", "12_1", "RUNNING"),
+    ]
