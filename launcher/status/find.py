@@ -32,6 +32,7 @@ def run_of(word: Path) -> Path:
 
 def _started_by(folder: Path, job_id: str) -> Path | None:
     """Return the run in `folder`, or below it, that has started a job; the sweep, if it is an array or a job of its best run."""
+    sweep = None
     for run in runs_below(folder):
         try:
             ids = record.known_ids(run)
@@ -40,10 +41,10 @@ def _started_by(folder: Path, job_id: str) -> Path | None:
             if sweep_record.is_sweep(run.parent):
                 arrays = {known.partition("_")[0] for known in ids if "_" in known}
                 if job_id in arrays or job_id in sweep_record.jobs(run.parent).values():
-                    return run.parent
+                    sweep = run.parent  # unless a run that comes later is the best one
         except (MusterError, OSError):  # a damaged or closed run is not the one
             continue
-    return None
+    return sweep
 
 
 def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:

@@ -98,8 +98,8 @@ def test_the_run_of_a_task_is_found_by_its_id(sweep: Path, programs: Programs) -
     programs(squeue=squeue(sweep), sacct="exit 1", scontrol="exit 1")
     assert find.run_of(Path("12_1")) == sweep / "b"
     assert find.run_of(Path("13")) == sweep, "the best run is not known yet"
-    write_json(sweep / "a/jobs/consolidate/attempt-1/begin.json", {"job_id": "13", "folder": ".."})
-    assert find.run_of(Path("13")) == sweep / "a"
+    write_json(sweep / "b/jobs/consolidate/attempt-1/begin.json", {"job_id": "13", "folder": ".."})
+    assert find.run_of(Path("13")) == sweep / "b"
 
 
 def test_the_run_of_a_task_that_slurm_has_forgotten_is_found_in_runs(
