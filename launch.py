@@ -89,7 +89,7 @@ def launch(composed: DictConfig) -> int:
     if not config.resume:
         named = names.is_named(sys.argv[1:])
         config.run_dir = resume.stored_path(Path(config.run_dir)) if named else names.free(config.run_dir)
-    (config, jobs), notes = planned_run.checked(config)
+    (config, jobs), notes = planned_run.checked(config, sys.argv[1:])
     for line in notes:
         print(line, flush=True)
     if config.dry_run:

@@ -4,7 +4,7 @@ Hydra stops at the first wrong override. This reports all of them, each with the
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ def groups(folder: Path, *more: Path) -> dict[str, list[str]]:
     for group, known in options.items():
         known += sorted({path.stem for other in more for path in other.glob(f"{group}/*.yaml")} - {*known})
     return options
+
+
+def keys(words: Iterable[str]) -> list[str]:
+    """The keys and groups that the words of a command line set, without those of Hydra itself."""
+    return [word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))]
 
 
 def problems(

@@ -16,7 +16,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
 
 
 def _of_the_config(config: Config, facts: Facts) -> Iterator[Problem]:
-    yield from unused_rules.problems(config)
+    yield from unused_rules.problems(config, facts.typed)
     yield from shape_rules.problems(config, facts.model, facts.families, facts.inputs.tokens)
     yield from gpu_rules.problems(config)
     yield from layer_rules.problems(config, facts.layers)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,8 @@ SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 class Facts:
     """What was seen on the machine where launch.py runs."""
 
+    typed: frozenset[str] = frozenset()
+    """Keys that the command line sets."""
     gpus: int = 0
     """GPUs of this machine, at most as many as CUDA_VISIBLE_DEVICES or AMD's variables name."""
     slurm_missing: tuple[str, ...] = ()
@@ -76,8 +78,11 @@ class Facts:
     """(key, which secret) of each value that holds a secret of the environment or of `cluster.secrets_file`."""
 
 
-def observe(config: Config) -> Facts:
-    """Look at everything that the checks ask about. `launcher.check.localize` must have run: paths must be absolute."""
+def observe(config: Config, typed: Iterable[str] = ()) -> Facts:
+    """Look at everything that the checks ask about. `typed`: the keys of the command line.
+
+    `launcher.check.localize` must have run: paths must be absolute.
+    """
     try:
         existing, run_dir_error = _run_dir(Path(config.run_dir))
     except OSError as error:
@@ -85,6 +90,7 @@ def observe(config: Config) -> Facts:
     model = _model(config)
     in_file, file_problems = _secrets_file(config)
     return Facts(
+        typed=frozenset(typed),
         gpus=local_gpus(),
         slurm_missing=tuple(name for name in SLURM_COMMANDS if shutil.which(name) is None),
         files_missing=tuple(_missing_files(config)),

@@ -10,7 +10,7 @@ from conf.choices import Init
 from conf.errors import Problem, RunError, as_typed
 from conf.jobs import BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from conf.schema import Config
-from launcher.check import adapter_source, localize
+from launcher.check import adapter_source, command_line, localize
 from launcher.run_folder.attempts import last_verdict, metrics, newest_attempt
 from launcher.run_folder.status import COMPLETED
 
@@ -71,9 +71,7 @@ def resumed_config(composed: Config, words: list[str]) -> Config:
         message = "is not a run folder: it has no config.yaml. Use the run_dir of an earlier run"
         raise RunError(Problem("resume", composed.resume, message))
     config = resolve.load(folder / "config.yaml")
-    overridden = [
-        word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))
-    ]
+    overridden = command_line.keys(words)
     fixed = [key for key in overridden if not _may_change(key)]
     if fixed and has_trained(folder):
         message = (

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.files import read_json
 from conf.visible import visible
 from launcher.run_folder.log_lines import LOG_PREFIX
+from launcher.run_folder.status import COMPLETED
 from launcher.submit.activity import BAR
 from launcher.submit.display import Plain
 
@@ -44,13 +46,18 @@ class Log:
             self._print(lines)
         if ended:
             return False
-        if self._failed_at is None and any(self.attempt.glob("rank-*.json")):
+        if self._failed_at is None and self._has_failed():
             self._failed_at = time.monotonic()
         if self._failed_at is not None and time.monotonic() - self._failed_at > GRACE_S:
             return False
         self._display.tick()
         time.sleep(PAUSE_S)
         return True
+
+    def _has_failed(self) -> bool:
+        """Whether a rank has recorded another end than a good one. On a busy machine, ranks take a while to leave after that."""
+        records = map(read_json, self.attempt.glob("rank-*.json"))
+        return any(record is not None and record["status"] != COMPLETED for record in records)
 
     def _print(self, lines: Sequence[str]) -> None:
         """Print log lines without their prefix, but with a level other than INFO.

@@ -13,7 +13,7 @@ from conf.jobs import RESUMABLE
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher import plan
-from launcher.check import cluster_wide, local_gpus, localize, model_rules, observe, resume, rules
+from launcher.check import cluster_wide, command_line, local_gpus, localize, model_rules, observe, resume, rules
 from launcher.estimate import auto_settings
 from launcher.plan import Job
 from launcher.submit import preview, rewind
@@ -51,10 +51,10 @@ def config_of(composed: DictConfig, words: Sequence[str]) -> Config:
     return config
 
 
-def checked(config: Config) -> tuple[PlannedRun, list[str]]:
-    """The run with what is chosen for it, and notes to print. Raises UserError with every problem."""
+def checked(config: Config, words: Sequence[str]) -> tuple[PlannedRun, list[str]]:
+    """The run with what is chosen for it, and notes to print. `words`: its command line. Raises UserError with every problem."""
     plan.add_push(config)
-    facts = observe.observe(config)
+    facts = observe.observe(config, command_line.keys(words))
     if problems := rules.problems(config, facts):
         raise ConfigError(*problems)
     config, chosen = auto_settings.choose(config)

@@ -56,7 +56,7 @@ def _start(
 ) -> int:
     """Check the runs of a sweep on this site, then preview or start them."""
     by_name = {item.name: config for item, config in zip(combinations, configs, strict=True)}
-    found = sweep_words.for_each(combinations, lambda item: planned_run.checked(by_name[item.name]))
+    found = sweep_words.for_each(combinations, lambda item: planned_run.checked(by_name[item.name], item.words))
     runs = [run for run, _ in found]
     if problems := sweep_rules.across([run.config for run in runs]):
         raise ConfigError(*problems)
