@@ -10,7 +10,12 @@ RAY ?= 2.60.0
 CLUSTER ?= local
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 or_none = || [ $$? -eq 5 ] # 5: ARGS selects none of these tests
-need_run = $(if $(RUN),,$(error name the run, as in make $@ RUN=runs/...))
+of_a_run := $(filter merge status logs,$(MAKECMDGOALS))
+ifneq ($(of_a_run),)
+ifndef RUN
+$(error name the run, as in make $(firstword $(of_a_run)) RUN=runs/...)
+endif
+endif
 
 .PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs screenshots test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
@@ -116,13 +121,16 @@ preview: setup ## print what would be submitted for llama70b with zero3
 	$(V)/python launch.py cluster=slurm model=llama70b parallel=zero3 dry_run=true $(ARGS)
 
 merge: setup ## consolidate a run's newest checkpoint: RUN=... [STEP=500] [DTYPE=bf16] [CLUSTER=slurm]
-	$(need_run)$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(STEP),consolidate.step=$(STEP)) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
+	$(V)/python -m launcher merge $(RUN) cluster=$(CLUSTER) $(if $(STEP),consolidate.step=$(STEP)) $(if $(DTYPE),consolidate.dtype=$(DTYPE)) $(ARGS)
 
-status: ## show the jobs of a run: RUN=...
-	@$(need_run)$(V)/python -m launcher status $(RUN) || [ $$? -eq 1 ] # 1: a job has failed, as shown
+$(V)/python:
+	@echo "Muster is not installed here. Type make setup, or name another environment, as in make $(of_a_run) V=/path/to/bin RUN=$(RUN)" >&2; exit 2
 
-logs: ## print the log of a rank: RUN=... [JOB=train RANK=0]
-	@$(need_run)$(V)/python -m launcher logs $(RUN) --job $(JOB) --rank $(RANK) $(ARGS)
+status: | $(V)/python ## show the jobs of a run: RUN=...
+	@$(V)/python -m launcher status $(RUN) || [ $$? -eq 1 ] # 1: a job has failed, as shown
+
+logs: | $(V)/python ## print the log of a rank: RUN=... [JOB=train RANK=0]
+	@$(V)/python -m launcher logs $(RUN) --job $(JOB) --rank $(RANK) $(ARGS)
 
 constraints: setup ## write constraints.txt from .venv
 	@{ grep '^#' constraints.txt; $(V)/pip list --format=freeze | grep -viE '^(pip|setuptools|muster)=' | sed 's/+cpu//'; } > .constraints && mv .constraints constraints.txt

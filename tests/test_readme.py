@@ -53,6 +53,19 @@ def test_make_targets_exist_and_make_alone_lists_them():
     assert not [target for target in named if not re.search(rf"^{target}\s", listed, re.MULTILINE)]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["merge"], "name the run, as in make merge RUN=runs/..."),
+        (["status", "RUN=x", "V=/none/bin"], "Muster is not installed here. Type make setup"),
+    ],
+)
+def test_a_target_of_a_run_says_what_is_missing_at_once(words: list[str], said: str) -> None:
+    done = subprocess.run(["make", *words], cwd=CLONE, capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_links_lead_somewhere():
     pages = [CLONE / "README.md", *CLONE.glob("docs/*.md")]
     dead = [
