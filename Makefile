@@ -17,7 +17,7 @@ $(error name the run, as in make $(firstword $(of_a_run)) RUN=runs/...)
 endif
 endif
 
-.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs screenshots test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
+.PHONY: help setup demo test test-oldest proof numerics families foreign custom chaos slurm-versions sites wrong-configs screenshots recording test-system lint format check bench-data bench-templates slurm-up slurm-down preview merge status logs constraints clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ wrong-configs: setup ## launch wrong and right configs as dry runs, and write do
 screenshots: setup ## take the pictures of docs/pages in headless Chromium, and check the pages for accessibility (five minutes)
 	@tests/install_browser.sh .browser
 	$(V)/python -m tests.pages.screenshots $(ARGS)
+
+recording: setup ## type what a new user types, and write docs/terminal.md (five minutes)
+	$(V)/python -m tests.terminal_recording
 
 custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
 	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
