@@ -1,5 +1,6 @@
 """Prints the logs of the ranks of a job: what they have, or also what is added until the job ends."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ POLL_S = 0.5
 ASK_S = 10.0
 """Seconds between two questions to Slurm whether the job still runs. A verdict is seen at once."""
 STAMP = len("2026-11-30 10:00:00")
+SUBMITIT_TIME = re.compile(r"submitit [A-Z]+ \((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+\) - ")
+"""Start of a line that submitit writes around the work of a rank."""
 
 
 @dataclass
@@ -50,6 +53,9 @@ class _Log:
     def _timed(self, line: str, now: str) -> tuple[str, str]:
         if LOG_PREFIX.match(line):
             self.stamp = line[:STAMP]
+            return self.stamp, line
+        if own := SUBMITIT_TIME.match(line):
+            self.stamp = own[1]
             return self.stamp, line
         return now or self.stamp, line
 

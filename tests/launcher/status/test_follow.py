@@ -54,6 +54,12 @@ def test_lines_without_a_time_get_that_of_the_line_before(run: Path, capsys: pyt
     assert (first, last) == (f"{'':19} starting", f"{DAY}:03   a detail")
 
 
+def test_a_line_of_submitit_has_its_own_time(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt_log(run, 1, 0, f"{DAY}:01 rank 0 INFO one\nsubmitit INFO ({DAY}:09,162) - Job completed successfully\n")
+    assert muster.main(["logs", str(run), "--time"]) == 0
+    assert printed(capsys)[-1].startswith(f"{DAY}:09 submitit INFO")
+
+
 def test_only_the_newest_attempt_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 11):
         log(run, f"attempt-1/rank-{rank}.log", age_s=60)
