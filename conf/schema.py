@@ -237,7 +237,7 @@ class Data:
     validation_fraction: float = at_least(0, 0.05, at_most=0.5)
     """Share of the rows that is used for validation if there is no `validation_path`. At least one row is held out; 0 holds
     out nothing, and there is then no held-out loss. Rows are chosen by their content and
-    `seed`, so that equal rows are never in both parts, and adding rows to the file does not move the others."""
+    `seed`: equal rows are never in both parts. If rows are added to the file, the others stay where they are."""
     max_length: int = at_least(2, 2048, at_most=100_000_000)
     """Longest row, in tokens."""
     overlong: Overlong = Overlong.truncate

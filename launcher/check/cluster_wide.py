@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from conf.choices import Executor
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
+from launcher.check import command_line
 
 SECTIONS = ("train", "cpu", "inference")
 SET_BY_GPUS = ("cluster.train.nodes", "cluster.train.ranks_per_node", "cluster.train.gpus_per_node")
@@ -24,7 +25,7 @@ def apply(config: Config, words: Sequence[str]) -> None:
 
 def _conflicts(config: Config, words: Sequence[str]) -> Iterator[Problem]:
     """Keys that were typed beside `cluster.gpus`, which sets them. A cluster's YAML may have them: it says what a node has."""
-    typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    typed = dict(command_line.settings(words))
     for key in SET_BY_GPUS if config.cluster.gpus is not None else ():
         if key in typed:
             yield Problem(key, typed[key], f"cluster.gpus={config.cluster.gpus} sets it. Remove one of them")

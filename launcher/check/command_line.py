@@ -55,9 +55,15 @@ def groups(folder: Path, *more: Path) -> dict[str, list[str]]:
     return options
 
 
+def settings(words: Iterable[str]) -> list[tuple[str, str]]:
+    """(key or group, value) of each word that sets one, in their order."""
+    pairs = (word.lstrip("+").partition("=") for word in words if "=" in word and not word.startswith("-"))
+    return [(key, value) for key, _, value in pairs]
+
+
 def keys(words: Iterable[str]) -> list[str]:
     """The keys and groups that the words of a command line set, without those of Hydra itself."""
-    return [word.lstrip("+").split("=", 1)[0] for word in words if "=" in word and not word.startswith(("-", "hydra."))]
+    return [key for key, _ in settings(words) if not key.startswith("hydra.")]
 
 
 def problems(
@@ -112,9 +118,9 @@ def problems(
 
 def notes(words: Sequence[str]) -> list[str]:
     """A line for each `key=value` that another value of the same key comes after. Hydra takes the last one without a word."""
-    pairs = [word.lstrip("+").partition("=") for word in words if "=" in word and not word.startswith(("-", "~"))]
-    last = {key: value for key, _, value in pairs}
-    earlier = dict.fromkeys((key, value) for key, _, value in pairs if value != last[key])
+    pairs = [(key, value) for key, value in settings(words) if not key.startswith("~")]
+    last = dict(pairs)
+    earlier = dict.fromkeys((key, value) for key, value in pairs if value != last[key])
     lines = (f"warning   {key}={value} is not used: {key}={last[key]} comes after it" for key, value in earlier)
     return [visible(masked(line)) for line in lines]
 

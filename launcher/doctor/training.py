@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conf import packages
 from launcher.doctor.check import Check, error, warning
 from launcher.paths import CLONE
 
@@ -23,7 +24,7 @@ FOR = {
     "bitsandbytes": "QLoRA and 8-bit optimizers need it: pip install bitsandbytes",
 }
 """Packages of the extra `train` that some runs can do without, and what needs them."""
-OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "torchao", "triton")
+OPTIONAL = (*packages.PIP_NAMES.values(), "torchao", "triton")
 REMEDIES = {
     "compiler": "DeepSpeed's and torch.compile's kernels are built with it: load a module with a compiler in cluster.setup",
     "all-reduce (nccl)": "set NCCL_DEBUG=INFO and read what it says; see docs/cluster.md",
