@@ -7,7 +7,7 @@ from typing import Any
 from conf.choices import Format
 from conf.columns import SPLIT
 from conf.errors import DataError, Problem
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 
 FILE_NAME = "dataset_info.json"
 FORMATS = {"alpaca": Format.alpaca, "sharegpt": Format.sharegpt, "openai": Format.messages}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from conf import dataset_info
-from conf.schema import Data, DataSet
+from conf.schema_model import Data, DataSet
 
 
 def training(data: Data) -> dict[str, DataSet]:

@@ -1,4 +1,4 @@
-"""What conf/schema.py says about each key: sentence, type, choices, default. `python -m conf.key_reference` writes docs/keys.md."""
+"""What the schema says about each key: sentence, type, choices, default. `python -m conf.key_reference` writes docs/keys.md."""
 
 import ast
 import inspect
@@ -27,7 +27,7 @@ Set any of them on the command line (`train.learning_rate=2e-5`), in an experime
 `python launch.py --help KEY` prints what stands here about one key. A key without a default gets its value from a config group,
 such as `train=standard`.
 
-<!-- Written from conf/schema.py by `python -m conf.key_reference`. -->
+<!-- Written from conf/schema*.py by `python -m conf.key_reference`. -->
 """
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from conf.choices import Backend
 from conf.plural import plural
-from conf.schema import Parallel
+from conf.schema_training import Parallel
 
 MAX_NODES = 8
 """With more nodes than this, only the first and last ones are drawn."""

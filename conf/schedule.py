@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from conf.schema import Train
+from conf.schema_training import Train
 
 WARMUP_STEPS = 10
 """Steps of warmup if neither `train.warmup_steps` nor `train.warmup_ratio` is set, but at most a tenth of the training."""

@@ -12,7 +12,8 @@ from conf import fetched
 from conf.choices import Init
 from conf.datasets import all_sets
 from conf.errors import Problem, RunError, first_line
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from jobs.data import data_files, hub
 from jobs.tensor_io.model_files import find_or_download
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from conf import node_paths
 from conf.choices import Runtime
-from conf.schema import Config, Container
+from conf.schema import Config
+from conf.schema_cluster import Container
 
 GPU_FLAGS = ("--nv", "--nvccli", "--rocm")
 

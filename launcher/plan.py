@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from conf.choices import Executor, ProgramLauncher, Where
 from conf.jobs import JOB_KINDS
-from conf.schema import Config, Resources
+from conf.schema import Config
+from conf.schema_cluster import Resources
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from conf.schema import Resources
+from conf.schema_cluster import Resources
 
 SHORT = {
     "A": "account", "B": "extra-node-info", "C": "constraint", "D": "chdir", "F": "nodefile", "G": "gpus", "H": "hold",

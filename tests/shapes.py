@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Architecture
+from conf.schema_model import Architecture
 
 SMALL = {
     "vocab_size": 64,

@@ -213,6 +213,8 @@ def test_an_estimate_reads_nothing_but_the_config(name: str) -> None:
         "conf.deepspeed",
         "conf.mesh",
         "conf.schema",
+        "conf.schema_model",
+        "conf.schema_training",
         "launcher.estimate",
         *ESTIMATE,
     }

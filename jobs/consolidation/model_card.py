@@ -14,7 +14,8 @@ from conf import stored_quantization
 from conf.choices import AdapterInit, AdapterKind, Frozen
 from conf.errors import ConfigError, Problem, first_line
 from conf.files import read_json, write_json
-from conf.schema import Adapter, Config
+from conf.schema import Config
+from conf.schema_training import Adapter
 from jobs.consolidation.merge import Merge
 from jobs.tensor_io.untrusted import stays_inside
 

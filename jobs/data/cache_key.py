@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from conf.files import read_json, write_json
-from conf.schema import Data, DataSet
+from conf.schema_model import Data, DataSet
 from jobs.data import hub
 from jobs.data.data_files import find_files
 from jobs.data.file_readers import BLOCK_ROWS, CHUNK

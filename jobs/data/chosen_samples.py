@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 
 from conf import datasets
-from conf.schema import Data
+from conf.schema_model import Data
 from jobs.data import splits, token_dataset
 from jobs.data.splits import SampleNumbers
 from jobs.data.tokenized_set import TokenizedSet

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf.data_endings import ENDINGS
 from conf.errors import DataError, Problem, first_line
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import remote_files, split_names
 from jobs.data.file_trees import DataFile, LocalTree, RemoteTree, Tree
 from jobs.distributed.log_once import log_once

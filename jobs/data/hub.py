@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from conf.errors import DataError, Problem, first_line
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data.arrow_rows import plain_rows
 from jobs.data.file_readers import BLOCK_ROWS
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from conf.errors import Problem
-from conf.schema import Gates
+from conf.schema_model import Gates
 from jobs.data.file_readers import Unreadable
 from jobs.tokenization.conversation import EmptyText, Sample, UnknownRole
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from conf.columns import SPLIT
 from conf.data_endings import ENDINGS
 from conf.errors import DataError, Problem, UserError, first_line
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import hub
 from jobs.data.arrow_rows import arrow_rows, parquet_rows
 from jobs.data.csv_rows import csv_rows

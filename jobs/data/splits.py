@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 
 SampleNumbers = NDArray[np.int64]
 """Numbers of samples, counted from 0 across all sets in order."""

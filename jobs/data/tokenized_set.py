@@ -15,7 +15,8 @@ from conf.choices import Executor, Format
 from conf.errors import DataError, Problem
 from conf.files import read_json
 from conf.node_paths import expanded
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from jobs.data import cache, cache_key, cache_trust, formats, sources
 from jobs.data.file_readers import Unreadable
 from jobs.data.tokenize import TokenizeSettings

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem
-from conf.schema import Adapter, Config
+from conf.schema import Config
+from conf.schema_training import Adapter
 
 KEY = "adapter.layers_to_transform"
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from conf.schema import Gates
+from conf.schema_model import Gates
 from conf.visible import visible
 from jobs.data.batches import Rows
 from jobs.data.quality_gates import MEANINGS, Verdict

@@ -3,7 +3,8 @@
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.errors import DataError, Problem, first_line
-from conf.schema import Config, Data
+from conf.schema import Config
+from conf.schema_model import Data
 from jobs.tokenization import chat_settings
 from jobs.tokenization.chat_template import template_source
 from jobs.tokenization.template_inputs import reads

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from conf.schema import EarlyStopping
+from conf.schema_training import EarlyStopping
 
 
 class HeldOutLosses:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from conf import schedule
 from conf.choices import Schedule
-from conf.schema import Config, Train
+from conf.schema import Config
+from conf.schema_training import Train
 
 INVERSE_SQRT_STEPS = 10_000
 """Time scale of `inverse_sqrt` without warmup, in steps, as in transformers."""

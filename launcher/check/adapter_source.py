@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError, Problem, as_typed, first_line
-from conf.schema import Adapter, Config
+from conf.schema import Config
+from conf.schema_training import Adapter
 from launcher.check import model_files
 from launcher.check.observe import hub_cache
 

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import resolve
 from conf.errors import Problem
 from conf.key_reference import describe_type
-from conf.schema import Architecture, Config
+from conf.schema import Config
+from conf.schema_model import Architecture
 from conf.visible import visible
 from launcher.check import quoting
 from launcher.secret_names import MASK, found, masked

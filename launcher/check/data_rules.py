@@ -9,7 +9,8 @@ from conf.columns import COLUMNS as ALL_COLUMNS
 from conf.columns import INPUT, INSTRUCTION, KEYS, MESSAGES, OUTPUT, ROLES, SPLIT
 from conf.datasets import training, training_by_key
 from conf.errors import Problem
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from launcher.check.first_row import FirstRow
 from launcher.check.observe import Facts
 

@@ -11,7 +11,8 @@ from conf.choices import Backend
 from conf.deepspeed import ANY, COUNT, NUMBER, PRECISION, SWITCH, TUNABLE
 from conf.errors import Problem, as_typed
 from conf.resolve import flat
-from conf.schema import Config, Parallel
+from conf.schema import Config
+from conf.schema_training import Parallel
 from launcher.convert.keys import Outcome
 from launcher.convert.sharding_keys import DEEPSPEED
 

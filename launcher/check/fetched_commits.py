@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf import fetched, resolve
-from conf.schema import Config, Data, DataSet
+from conf.schema import Config
+from conf.schema_model import Data, DataSet
 from launcher.check.hub_files import hub_name, is_hub_id
 
 

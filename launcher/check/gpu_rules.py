@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from conf.choices import Attention, Float8, Frozen, Precision
 from conf.errors import Problem
 from conf.precision import LOWEST_CAPABILITY
-from conf.schema import Config, Resources
+from conf.schema import Config
+from conf.schema_cluster import Resources
 
 CAPABILITIES = {
     r"p100l?|p40|p4|k80|k40|m40|m60|gtx.*|titan_?xp?|1080.*|pascal": (6, 0),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from conf.choices import Init
 from conf.datasets import all_sets
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from launcher.check import model_files
 
 READS_MODEL = frozenset({"fetch", "preprocess", "train", "consolidate", "evaluate", "generate"})

@@ -15,7 +15,8 @@ from conf.chat_templates import BUNDLED
 from conf.choices import Overlong
 from conf.data_endings import COMPRESSIONS, ENDINGS
 from conf.datasets import held_out, training, training_paths
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from launcher.check import model_files
 from launcher.check.model_files import read_json
 from launcher.run_folder import attempts

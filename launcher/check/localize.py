@@ -8,7 +8,9 @@ from typing import Any
 
 from conf import resolve
 from conf.choices import AdapterKind, Executor, Init, Precision
-from conf.schema import Adapter, Architecture, Config
+from conf.schema import Config
+from conf.schema_model import Architecture
+from conf.schema_training import Adapter
 from launcher.check import adapter_source, container_paths, deepspeed_file, fetched_commits, model_files
 from launcher.check.cluster_wide import RANKS_ON_CPU
 from launcher.check.local_gpus import local_memory_gib

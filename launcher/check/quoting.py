@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from conf import resolve
 from conf.columns import SPLIT
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 
 Entry = tuple[tuple[str, ...], Any]
 """(path of a key, its value): an override that Hydra cannot take, set in the config that it composed."""

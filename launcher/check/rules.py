@@ -17,7 +17,8 @@ from conf.errors import Problem
 from conf.held_out import BEST
 from conf.jobs import JOB_KINDS, RESUMABLE
 from conf.plural import plural
-from conf.schema import Config, Train
+from conf.schema import Config
+from conf.schema_training import Train
 from launcher import plan
 from launcher.check import (
     combinations,

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from conf.choices import AdapterKind, Init
 from conf.errors import Problem
 from conf.families import FIXED_POSITIONS
-from conf.schema import Architecture, Config
+from conf.schema import Config
+from conf.schema_model import Architecture
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.config_json import positions, positions_of
 from launcher.estimate.family_defaults import DEFAULTS

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from conf import node_paths
 from conf.choices import Executor, Runtime
 from conf.errors import Problem
-from conf.schema import Config, Resources
+from conf.schema import Config
+from conf.schema_cluster import Resources
 from launcher import containers, plan, sbatch_options
 
 SHELL_NAMES = re.compile(

@@ -6,7 +6,10 @@ from typing import Any
 
 from conf.choices import AdapterKind, Backend, Executor, Init, Mask, MergeBase, Optimizer, Role
 from conf.errors import Problem, as_typed
-from conf.schema import Adapter, Config, Container, Data, EarlyStopping, Generate, Parallel, Resources, Tracker, Train
+from conf.schema import Config, Generate, Tracker
+from conf.schema_cluster import Container, Resources
+from conf.schema_model import Data
+from conf.schema_training import Adapter, EarlyStopping, Parallel, Train
 
 SLURM_ONLY = ("gpu_type", "partition", "qos", "constraint", "exclude", "exclusive", "sbatch")
 CONTAINER_KEYS = ("runtime", "program", "flags", "mounts")

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
 from conf.errors import Problem
-from conf.schema import Architecture, Config
+from conf.schema import Config
+from conf.schema_model import Architecture
 from launcher.check import command_line
 
 GLOBAL = "# @package _global_"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from conf.schema import Cluster
+from conf.schema_cluster import Cluster
 from launcher import slurm
 from launcher.doctor.check import Check, error, warning
 

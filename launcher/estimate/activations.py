@@ -8,7 +8,8 @@ from enum import Enum
 
 from conf.batch import micro_batch_limit, split
 from conf.choices import AdapterKind, Checkpointing, Float8, Precision
-from conf.schema import Architecture, Config
+from conf.schema import Config
+from conf.schema_model import Architecture
 from launcher.estimate.blocks import Block, head_dim, largest, values_of
 from launcher.estimate.layer_kinds import norms_heads
 from launcher.estimate.parameters import Counts, on_experts, targets

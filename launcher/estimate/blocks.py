@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from conf.schema import Architecture
+from conf.schema_model import Architecture
 from launcher.estimate import layer_kinds
 from launcher.estimate.config_json import KEPT
 from launcher.estimate.family_defaults import ALIASES, DEFAULTS

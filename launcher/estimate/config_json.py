@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from conf.schema import Architecture
+from conf.schema_model import Architecture
 from launcher.estimate.family_defaults import ALIASES, DEFAULTS
 
 NAMED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

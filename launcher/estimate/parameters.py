@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.choices import AdapterKind
-from conf.schema import Adapter, Architecture
+from conf.schema_model import Architecture
+from conf.schema_training import Adapter
 from launcher.estimate import blocks, layer_kinds
 from launcher.estimate.blocks import Block
 

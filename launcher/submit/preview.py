@@ -7,7 +7,8 @@ from conf.batch import ranks_per_row, split
 from conf.choices import Executor, Frozen, Schedule
 from conf.datasets import training_paths
 from conf.plural import plural
-from conf.schema import Config, Train
+from conf.schema import Config
+from conf.schema_training import Train
 from launcher import environment
 from launcher.estimate import memory, parameters, table
 from launcher.plan import Job

@@ -10,7 +10,7 @@ import pytest
 from conf import datasets
 from conf.choices import Format
 from conf.errors import DataError
-from conf.schema import Data, DataSet
+from conf.schema_model import Data, DataSet
 from jobs.data import formats, sources
 
 CHAT = {

@@ -4,7 +4,7 @@ import pytest
 
 from conf import mesh
 from conf.choices import Backend
-from conf.schema import Parallel
+from conf.schema_training import Parallel
 from tests.conftest import Compose, Launch
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from conf import schedule
-from conf.schema import Train
+from conf.schema_training import Train
 
 
 def due(interval: schedule.Interval, steps: int) -> list[int]:

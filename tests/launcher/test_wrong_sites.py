@@ -16,7 +16,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from conf.errors import UserError
-from conf.schema import Cluster, Config
+from conf.schema import Config
+from conf.schema_cluster import Cluster
 from launcher import sbatch_options, slurm
 from launcher.check import localize, rules
 from launcher.check.observe import Facts

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import DataError
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import formats, sources
 from jobs.data.file_readers import Unreadable
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from conf.errors import DataError
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import sources, split_names
 from jobs.distributed.log_once import log_once
 

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from conf.errors import DataError
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import cache_key, hub, sources
 
 README = """---

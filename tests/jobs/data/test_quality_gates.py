@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conf.errors import Problem
-from conf.schema import Gates
+from conf.schema_model import Gates
 from jobs.data import quality_gates
 from jobs.data.file_readers import Unreadable
 from jobs.data.quality_gates import Findings, judge

@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import DataError
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import cache_key, data_files, remote_files, sources
 
 ROWS = [{"text": f"row {number}"} for number in range(5)]

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conf.errors import DataError, Problem
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import data_files, file_readers, sources
 
 ROWS = [{"instruction": f"Say {n}.", "output": "é\nü" if n == 3 else "x" * n} for n in range(7)]

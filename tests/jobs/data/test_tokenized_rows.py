@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conf.choices import Format, Overlong
 from conf.errors import DataError
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs.data import tokenized_set
 from jobs.data.sources import Block
 from jobs.data.tokenize import BlockTokenizer, TokenizeSettings

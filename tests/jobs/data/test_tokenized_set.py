@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.files import read_json
-from conf.schema import DataSet
+from conf.schema_model import DataSet
 from jobs import preprocess
 from jobs.data import sources, tokenized_set
 

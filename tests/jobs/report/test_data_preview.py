@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from conf.schema import Gates
+from conf.schema_model import Gates
 from jobs.data import batches, quality_gates, token_dataset
 from jobs.data.quality_gates import Findings
 from jobs.report import charts, data_preview, token_view

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from conf.schema import EarlyStopping
+from conf.schema_training import EarlyStopping
 from jobs.training.early_stopping import HeldOutLosses
 from tests.jobs import ranks
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from conf import resolve
-from conf.schema import Adapter, Config
+from conf.schema import Config
+from conf.schema_training import Adapter
 from launcher.check import localize, model_files, observe, parallel_rules, shape_rules
 from launcher.check.model_rules import notes, problems
 from launcher.estimate import auto_settings, memory

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import launch
 from conf.resolve import dump, load, resolve
-from conf.schema import Data
+from conf.schema_model import Data
 from launcher.check import command_line, quoting
 from tests.conftest import ROOT, Launch
 

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from conf import resolve
 from conf.errors import ConfigError
-from conf.schema import Config, DataSet
+from conf.schema import Config
+from conf.schema_model import DataSet
 from conf.text import problems as text_problems
 from launcher.check import rules
 from launcher.check.observe import Facts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind, Precision
-from conf.schema import Architecture
+from conf.schema_model import Architecture
 from launcher.estimate import activations
 from launcher.estimate.activations import Loss
 from launcher.estimate.parameters import count

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind
-from conf.schema import Adapter
+from conf.schema_training import Adapter
 from launcher.estimate.config_json import architecture
 from launcher.estimate.family_defaults import DEFAULTS
 from launcher.estimate.parameters import count

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind
-from conf.schema import Adapter, Architecture
+from conf.schema_model import Architecture
+from conf.schema_training import Adapter
 from launcher.estimate.parameters import count
 from tests.conftest import ROOT, Compose
 from tests.launcher.estimate.test_families import on_meta
