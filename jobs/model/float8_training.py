@@ -30,7 +30,9 @@ def convert_linears(model: nn.Module, config: Config, world: World) -> None:
             convert_to_float8_training,
         )
     except ImportError as error:
-        message = f"needs torchao, which cannot be imported here ({error}): pip install {TORCHAO}, or set train.float8=none"
+        message = (
+            f"needs torchao, which cannot be imported here ({error}): pip install {TORCHAO}, or set train.float8=none"
+        )
         raise ConfigError(Problem("train.float8", recipe.name, message)) from error
     if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < LOWEST_CAPABILITY["float8"]:
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "a CPU"

@@ -144,7 +144,9 @@ def _low_memory_adamw(config: Config) -> Any:
     except ImportError as error:
         package, alternative = module.split(".")[0], "parallel=zero2" if fsdp else "parallel=fsdp"
         pip_name = TORCHAO if fsdp else package
-        message = f"needs {package}, which cannot be imported here ({error}): pip install {pip_name}, or set {alternative}"
+        message = (
+            f"needs {package}, which cannot be imported here ({error}): pip install {pip_name}, or set {alternative}"
+        )
         raise ConfigError(Problem("train.optimizer", kind.name, message)) from error
 
 
