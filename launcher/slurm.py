@@ -56,11 +56,6 @@ class SlurmJob:
     """Why Slurm gave no answer about the id; its state is UNKNOWN then."""
 
 
-def hostnames(nodelist: str) -> list[str]:
-    """Expand a node list: `n[1-2]` becomes n1, n2. Ranks are numbered in this order."""
-    return call("scontrol", "show", "hostnames", nodelist).split()
-
-
 def node_address(node: str) -> str | None:
     """Return the address that the controller uses for a node (NodeAddr), for clusters whose node names do not resolve."""
     match = re.search(r"NodeAddr=(\S+)", call("scontrol", "show", "node", node))

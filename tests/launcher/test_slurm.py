@@ -89,12 +89,6 @@ def test_a_missing_command_is_named(programs: Programs) -> None:
         slurm.call("squeue")
 
 
-def test_hostnames_keep_the_order_of_the_ranks(programs: Programs) -> None:
-    folder = programs(scontrol="echo n10; echo n2; echo n1")
-    assert slurm.hostnames("n[10,2,1]") == ["n10", "n2", "n1"]
-    assert (folder / "scontrol.calls").read_text() == "show hostnames n[10,2,1]\n"
-
-
 @pytest.mark.parametrize(
     ("printed", "address"),
     [("NodeName=n1 Arch=x86\n   NodeAddr=10.1.2.3 NodeHostName=n1", "10.1.2.3"), ("NodeName=n1", None)],
