@@ -94,8 +94,7 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
         if config.cluster.executor is Executor.slurm:
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=PROGRAM)
         if config.parallel.backend is Backend.zero:
-            train = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.exported_config(config, train.nodes * train.ranks_per_node))
+            write_json(run / "deepspeed.json", deepspeed.exported_config(config, config.cluster.train.ranks))
         snapshot.copy_code(CLONE, run)
         where = "local" if plan.runs_here(config) else config.cluster.executor.name
         record.add_launch(run, command, where, snapshot.provenance(CLONE, run))
