@@ -32,7 +32,7 @@ class SweepState:
     @property
     def notes(self) -> list[str]:
         """Why Slurm gave no answer."""
-        return [job.note for jobs in self.runs.values() for job in jobs if "does not answer" in job.note]
+        return [job.note for jobs in self.runs.values() for job in jobs if job.is_silent]
 
     @property
     def failed(self) -> list[Path]:
