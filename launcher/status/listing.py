@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,13 @@ def summaries(folder: Path) -> list[Summary]:
             launches[run] = record.read_launches(run)
             started[run] = record.newest_jobs_of(run, launches[run])
         except (MusterError, OSError) as error:
-            found.append(Summary(run, str(error).splitlines()[0]))
+            found.append(_unreadable(run, error))
     in_slurm = state.ask_slurm(started)
-    found += [_summary(run, jobs, launches[run], in_slurm) for run, jobs in started.items()]
+    for run, jobs in started.items():
+        try:
+            found.append(_summary(run, jobs, launches[run], in_slurm))
+        except OSError as error:
+            found.append(_unreadable(run, error))
     return sorted(found, key=lambda item: (item.launched or 0.0, item.run))
 
 
@@ -62,7 +65,12 @@ def _summary(
     word = overall(jobs, is_held=lock.holder(run) is not None)
     is_training = any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs)
     left_s = training.left_s if is_training else None
-    return Summary(run, word, training.step, training.steps, training.loss, left_s, _first_launch(launches))
+    launched = record.launched_at(launches[0]) if launches else None
+    return Summary(run, word, training.step, training.steps, training.loss, left_s, launched)
+
+
+def _unreadable(run: Path, error: Exception) -> Summary:
+    return Summary(run, "closed to you" if isinstance(error, PermissionError) else str(error).splitlines()[0])
 
 
 def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
@@ -78,10 +86,3 @@ def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
     if unknown := next((job for job in jobs if job.verdict is None), None):
         return f"{'unknown' if unknown.state == 'UNKNOWN' else 'ended'} {unknown.name}"
     return "completed" if jobs else "no job"
-
-
-def _first_launch(launches: list[dict[str, Any]]) -> float | None:
-    try:
-        return datetime.strptime(launches[0]["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (LookupError, TypeError, ValueError):
-        return None
