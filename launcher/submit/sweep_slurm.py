@@ -35,7 +35,8 @@ def submit_all(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str])
             remedy = f"Slurm {why} a job: {error}{submit.cancel_submitted(submitted)}"
             raise SiteError(Problem("cluster", runs[0].config.cluster.name, remedy)) from None
         except KeyboardInterrupt:  # half a sweep would be of no use
-            print(submit.cancel_submitted(submitted).removeprefix("; "), file=sys.stderr, flush=True)
+            if cancelled := submit.cancel_submitted(submitted):
+                print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
             raise
     return 0
 
