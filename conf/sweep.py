@@ -10,8 +10,6 @@ FILE = "sweep.json"
 """In the folder of a sweep: its runs and its jobs."""
 RUNG = "rung.json"
 """In the folder of a run: its loss at the step at which the worst runs of the sweep end, and whether it ended there."""
-LAST_LOSSES = 21
-"""Training losses whose median is compared where nothing is held out: that of one step depends on its rows."""
 FORM = re.compile(r"(0?\.\d+)@(\d+(?:\.\d+)?)%")
 
 

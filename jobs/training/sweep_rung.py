@@ -13,6 +13,9 @@ from conf import sweep
 from conf.files import read_json, write_json
 from conf.schema import Config
 
+LAST_LOSSES = 21
+"""Training losses whose median is compared where nothing is held out: that of one step depends on its rows."""
+
 
 def recorded_step(run: Path) -> int | None:
     """The step at which a run was compared in an earlier attempt. Rank 0 calls this for all ranks."""
@@ -36,7 +39,7 @@ class PlannedRung:
         """The step at which it was compared in an earlier attempt."""
         self.reason = ""
         """Why the training ends early; empty while it goes on."""
-        self._losses = deque(losses, maxlen=sweep.LAST_LOSSES)
+        self._losses = deque(losses, maxlen=LAST_LOSSES)
 
     @property
     def is_over(self) -> bool:

@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from launcher.run_folder.attempts import read_record
 JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
 """A job id of Slurm, also of a part of an array or a heterogeneous job."""
 ANY = re.compile(r".*", re.DOTALL)
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class StartedJob(NamedTuple):
@@ -59,7 +57,7 @@ def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, 
     launches = read_launches(run) if (run / "run.json").exists() else []
     launch = {
         "command": list(command),
-        "time": time.strftime(TIME_FORMAT),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cluster": cluster,
         "python": sys.version.split()[0],
         **code,
@@ -75,14 +73,6 @@ def add_job(run: Path, name: str, job_id: str, slurm_name: str = "", folder: str
     if slurm_name:
         launches[-1].setdefault("slurm", {})[name] = {"slurm_name": slurm_name, "folder": folder}
     write_json(run / "run.json", {"launches": launches})
-
-
-def launched_at(launch: dict[str, Any]) -> float | None:
-    """Return when a launch began, in seconds since 1970; None if its record does not say."""
-    try:
-        return datetime.strptime(launch["time"], TIME_FORMAT).timestamp()
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def newest_jobs(run: Path) -> dict[str, StartedJob]:
@@ -107,8 +97,9 @@ def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, S
     for path in sorted(begun, key=lambda path: path.stat().st_mtime):
         begin = read_record(path) or {}
         if JOB_ID.fullmatch(job_id := str(begin.get("job_id"))):
-            # a job of a sweep starts in the folder of the sweep
-            folder = ".." if begin.get("folder") == ".." else "code"
+            folder = (
+                ".." if begin.get("folder") == ".." else "code"
+            )  # a job of a sweep starts in the folder of the sweep
             recorded[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
     return recorded
 

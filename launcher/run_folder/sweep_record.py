@@ -17,6 +17,9 @@ from conf.jobs import RESUMABLE
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED
 
+LAST_STEPS = 21
+"""Steps over which a training loss is the median: that of one step depends on its rows."""
+
 
 def is_sweep(folder: Path) -> bool:
     """Whether this is the folder of a sweep."""
@@ -83,7 +86,7 @@ def held_out_loss(run: Path, *, lowest: bool = False) -> float | None:
 
 def training_loss(run: Path) -> float | None:
     """Return the median of the last training losses; None before the first step."""
-    losses = _numbers(run, "loss")[-sweep.LAST_LOSSES :]
+    losses = _numbers(run, "loss")[-LAST_STEPS:]
     return median(losses) if losses else None
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,7 +98,9 @@ def _efficiency(
     cpus = ranks * part.cpus_per_rank
     own = [(each.cpu_s, each.ended - each.began) for each in tried if each.cpu_s is not None]
     own_s = sum(elapsed for _, elapsed in own) * part.cpus_per_rank
-    is_queued = _slurm_ids(launches) and not record.is_by_hand(run)  # by hand: it is not known when
+    own_start = record.is_by_hand(run) or not _slurm_ids(
+        launches
+    )  # it is not known when it was submitted, or it was not
     asked_gib = part.memory_gib * part.nodes if part.memory_gib else None
     return Efficiency(
         job=name,
@@ -105,7 +108,7 @@ def _efficiency(
         gpus=gpus,
         cpus=accounted.cpus or cpus,
         ran_s=ran_s,
-        waited_s=_waited_s(name, tried, launches, ends) if is_queued else None,
+        waited_s=None if own_start else _waited_s(name, tried, launches, ends),
         lost_s=_lost_s(name, tried, median(step_s) if step_s else 0.0),
         gpu_hours=gpus * ran_s / 3600,
         in_steps=min(1.0, sum(step_s) / ran_s) if step_s and ran_s else None,
@@ -162,7 +165,7 @@ def _waited_s(
     name: str, tried: list[_Attempt], launches: Sequence[dict[str, Any]], ends: dict[str, list[float]]
 ) -> float:
     """Return the seconds between the moment from which each attempt could have begun and that at which it did."""
-    starts = [seconds for launch in launches if (seconds := record.launched_at(launch)) is not None]
+    starts = [seconds for launch in launches if (seconds := _time(launch)) is not None]
     inputs = [end for parent in JOB_KINDS[name].after for end in ends.get(parent, [])]
     total = 0.0
     for number, each in enumerate(tried):
@@ -175,3 +178,10 @@ def _waited_s(
 def _slurm_ids(launches: Sequence[dict[str, Any]]) -> set[str]:
     """Return the ids of the jobs that were submitted to Slurm; begin.json of a local attempt has a process id."""
     return {job_id for launch in launches if launch["cluster"] == "slurm" for job_id in launch["jobs"].values()}
+
+
+def _time(launch: dict[str, Any]) -> float | None:
+    try:
+        return datetime.strptime(launch["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ def _summary(
     word = overall(jobs, is_held=lock.holder(run) is not None)
     is_training = any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs)
     left_s = training.left_s if is_training else None
-    launched = record.launched_at(launches[0]) if launches else None
-    return Summary(run, word, training.step, training.steps, training.loss, left_s, launched)
+    return Summary(run, word, training.step, training.steps, training.loss, left_s, _first_launch(launches))
 
 
 def _unreadable(run: Path, error: Exception) -> Summary:
@@ -86,3 +86,10 @@ def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
     if unknown := next((job for job in jobs if job.verdict is None), None):
         return f"{'unknown' if unknown.state == 'UNKNOWN' else 'ended'} {unknown.name}"
     return "completed" if jobs else "no job"
+
+
+def _first_launch(launches: list[dict[str, Any]]) -> float | None:
+    try:
+        return datetime.strptime(launches[0]["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (LookupError, TypeError, ValueError):
+        return None
