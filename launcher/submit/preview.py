@@ -93,7 +93,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
 def training(config: Config) -> str:
     """Return the line that says how much is trained in a step, and how."""
     train, resources = config.train, config.cluster.train
-    world = resources.ranks
+    world = resources.nodes * resources.ranks_per_node
     length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs in steps"
     rows = f"{train.global_batch:,} rows"
     groups = world // ranks_per_row(config)
