@@ -33,6 +33,8 @@ Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 Programs = Callable[..., Path]
 
 
+ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # `pytest ... &` in a script ignores Ctrl-C, and so would every program that the tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,7 +60,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @cache
 def _composed(words: tuple[str, ...], gpus: int) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         config = resolve(hydra.compose("config", overrides=[f"run_dir={RUN_DIR}", *words]))
     localize.localize(config, gpus)
