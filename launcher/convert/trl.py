@@ -39,7 +39,8 @@ def defaults(config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     """Defaults of TRL that differ from Muster's, under Muster's keys."""
     found = trainer_keys.defaults(config, gpus, micro=8) | FIXED
     if not config.get("assistant_only_loss") and config.get("completion_only_loss") is None:
-        found["data.mask"] = "all"  # of chats, TRL trains on every token unless told otherwise
+        why = "as TRL trains on chats. Of rows with prompt and completion it trains on the completion: data.mask=assistant"
+        found["data.mask"] = Row("default: data.mask", "all", Outcome.changed, {"data.mask": "all"}, why)
     evaluates = config.get("eval_strategy") not in (None, False, "no")
     if evaluates and config.get("dataset_name") and not config.get("dataset_test_split"):
         found["data.validation_path"] = f"{config['dataset_name']}:test"
