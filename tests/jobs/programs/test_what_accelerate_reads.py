@@ -65,6 +65,8 @@ def test_a_deepspeed_program_gets_our_stage_and_keeps_its_batch(
     assert plugin.is_zero3_init_enabled() is (stage == 3)
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == "auto"
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    export(compose(*LLAMA, f"parallel={layout}", "+cluster.environment.ACCELERATE_GRADIENT_CLIPPING=0.5"))  # type: ignore[operator]
+    assert DeepSpeedPlugin().deepspeed_config["gradient_clipping"] == 0.5
 
 
 def test_a_deepspeed_program_learns_which_ranks_share_rows(compose: Compose, export: object) -> None:
