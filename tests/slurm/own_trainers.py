@@ -152,7 +152,7 @@ def check(run: Path, inputs: Path, example: Example, *overrides: str, timeout_s:
 def losses(run: Path, attempt: int) -> int:
     """How many losses of training steps the log of rank 0 has: every program prints one after each step."""
     text = (run / f"jobs/custom/attempt-{attempt}/rank-0.log").read_text()
-    return len(re.findall(r"^step \d+ loss |'loss': ", text, re.MULTILINE))
+    return len(re.findall(r"^step \d+ loss |\{'loss': ", text, re.MULTILINE))
 
 
 def line(example: Example, result: dict[str, object] | str) -> str:
