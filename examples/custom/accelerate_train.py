@@ -6,6 +6,7 @@ python launch.py cluster=slurm pipeline=custom parallel=zero3 custom.launcher=ac
 
 import argparse
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +29,8 @@ timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")))
 backend = "nccl" if torch.cuda.is_available() else "gloo"  # without GPUs, DeepSpeed has to be told
 handlers = [InitProcessGroupKwargs(backend, timeout=timeout)]
 accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, kwargs_handlers=handlers)
+if accelerator.is_main_process:
+    shutil.rmtree(checkpoints / ".unfinished", ignore_errors=True)  # left by a kill
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
