@@ -156,7 +156,8 @@ def check(run: Path, inputs: Path, example: Example, *overrides: str, timeout_s:
 
 def losses(run: Path, attempt: int) -> int:
     """How many losses of training steps the log of rank 0 has: every program prints one after each step."""
-    text = (run / f"jobs/custom/attempt-{attempt}/rank-0.log").read_text()
+    log = run / f"jobs/custom/attempt-{attempt}/rank-0.log"
+    text = log.read_text() if log.exists() else ""  # preempted before the program has printed anything
     return len(re.findall(r"^step \d+ loss |\{'loss': ", text, re.MULTILINE))
 
 
