@@ -140,7 +140,7 @@ class Cluster:
     """Restart a job that was preempted, reached its time limit or failed, with the same job id, so that dependent jobs wait for
     it. Never after a user error. False: you restart it with `muster resume RUN`."""
     max_restarts: int = at_least(0, 3)
-    """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
+    """Restarts after failures since the last new checkpoint. Time limits do not count, preemption only before the first step."""
     network: Network = field(default_factory=Network)
     container: Container = field(default_factory=Container)
     srun_args: list[str] = field(default_factory=list)
