@@ -96,6 +96,10 @@ def write_files(folder: Path) -> None:
             {"model_type": "gpt2", "vocab_size": 1024, "n_embd": 96, "n_layer": 2, "n_head": 4, "n_positions": 1024}
         ),
         "gpt2/model.safetensors": "",
+        "dbrx/config.json": json.dumps(
+            {"model_type": "dbrx", "vocab_size": 1024, "d_model": 96, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096}
+        ),
+        "dbrx/model.safetensors": "",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -104,10 +108,11 @@ def write_files(folder: Path) -> None:
     (folder / "empty").mkdir()
     example = Path(launch.CLONE) / "examples/tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        for target in ("gpt2", "plain"):
+        for target in ("gpt2", "dbrx", "plain"):
             (folder / target).mkdir(exist_ok=True)
             (folder / target / name).write_bytes((example / name).read_bytes())
-    (folder / "gpt2/chat_template.jinja").write_bytes((example / "chat_template.jinja").read_bytes())
+    for target in ("gpt2", "dbrx"):
+        (folder / target / "chat_template.jinja").write_bytes((example / "chat_template.jinja").read_bytes())
     _write_run(folder / "run")
 
 
