@@ -101,4 +101,4 @@ def _value(key: str, where: str, node: yaml.Node, schema: DictConfig) -> Iterato
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        yield Problem(f"{where}{key}", value, command_line.not_of_type(key, resolve.keys()))
+        yield Problem(f"{where}{key}", value, command_line.not_of_type(key, resolve.keys(), value))
