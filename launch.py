@@ -78,6 +78,8 @@ def read(
         if problems := yaml_files.problems(words, [CLONE / "conf", *folders], experiments):
             raise ConfigError(*problems) from error
         raise
+    if problems := yaml_files.misread(words, [CLONE / "conf", *folders], experiments):
+        raise ConfigError(*problems)
     for config in configs:
         quoting.apply(config, entries)
     return configs

@@ -187,16 +187,20 @@ def _option(group: str, value: Any, known: list[str]) -> Problem | None:
     """A value of a group that is none of its options, or several of them where only one can be."""
     values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     if unknown := next((item for item in values if item not in known), None):
-        return Problem(group, unknown, _own_files(group, unknown) or _unknown("option", unknown, known))
+        return Problem(group, unknown, _own_files(group, unknown, known) or _unknown("option", unknown, known))
     if isinstance(value, list) and group not in LISTED:
         return Problem(group, _as_typed(value), f"takes one option. Type {group}={values[-1] if values else known[0]}")
     return None
 
 
-def _own_files(group: str, value: str) -> str:
+def _own_files(group: str, value: str, known: list[str]) -> str:
     """What to type for a path or a repository of the Hub in place of an option; "" for another value."""
+    path = Path(value)
+    if path.suffix in (".yaml", ".yml") and path.stem not in known:
+        copy = f"~/.config/muster/conf/{group}/{path.stem}.yaml"
+        return f"is the name of a file, not of an option. Copy the file to {copy}, and type {group}={path.stem}"
     words = {"model": f"model=hub model.source={value}", "data": f"data=jsonl data.path={value}"}
-    is_path = "/" in value or Path(value).suffix in (".gguf", ".safetensors", *ENDINGS)
+    is_path = "/" in value or path.suffix in (".gguf", ".safetensors", *ENDINGS)
     return f"is no option of this group. Write {words[group]}" if group in words and is_path else ""
 
 

@@ -78,6 +78,7 @@ def messages(*words: str) -> list[str]:
         ("data.packing=2", "data.packing=2", "true or false"),
         ("cluster.train.time_min=1-00:00:00", "cluster.train.time_min=1-00:00:00", "cluster.train.time_min=1440"),
         ("model=owner/name", "model=owner/name", "Write model=hub model.source=owner/name"),
+        ("cluster=my/mine.yaml", "cluster=my/mine.yaml", "conf/cluster/mine.yaml, and type cluster=mine"),
         ("data=my.csv", "data=my.csv", "Write data=jsonl data.path=my.csv"),
         ("steps 7", "steps 7", "key=value"),
         ("name='a", "name='a", "quote"),
