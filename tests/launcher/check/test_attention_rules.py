@@ -32,4 +32,5 @@ def test_features_are_those_that_the_job_finds(family, given, expected, compose:
     config = compose("model=tiny")
     config.model.architecture = config_json.architecture(fields)
     assert attention_rules.feature(config, fields) == expected
-    assert _unsupported_feature(AutoConfig.for_model(**fields)) == expected
+    found = {"qwen3_next": "custom code"}.get(family, expected)  # the job also looks at the model's class
+    assert _unsupported_feature(AutoConfig.for_model(**fields)) == found
