@@ -18,7 +18,7 @@ from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
 from conf.schema_model import DataSet
 from launcher.check import model_files
-from launcher.check.model_files import read_json
+from launcher.check.json_file import read_json
 from launcher.run_folder import attempts
 
 MOST_COUNTED = 2**26

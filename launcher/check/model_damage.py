@@ -41,8 +41,8 @@ def of_tokenizer(folder: Path) -> str | None:
         return "has no tokenizer (tokenizer.json, tokenizer.model)"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = folder / name
-        if name in names and path.stat().st_size < LONGEST_READ and (error := read_json(path)[1]):
-            return "tokenizer.json is a pointer of Git LFS" if _is_pointer(path) else error
+        if name in names and path.stat().st_size < LONGEST_READ and (why := read_json(path)[1]):
+            return f"{name} is a pointer of Git LFS" if _is_pointer(path) else why
     return None
 
 
