@@ -19,6 +19,11 @@ def execute(options: argparse.Namespace) -> int:
         if job.state == "PENDING":
             print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
         elif job.verdict is None or job.verdict["status"] == "completed":
-            print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
+            reason = f": {job.verdict['reason']}" if job.verdict and job.verdict.get("reason") else ""
+            print(
+                visible(
+                    f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}{reason}"
+                )
+            )
         status_table.attempts(job)
     return exit_code(options, jobs)

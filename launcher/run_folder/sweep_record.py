@@ -72,10 +72,9 @@ def has_ended(run: Path) -> bool:
 
 
 def ended_early(run: Path) -> bool:
-    """Whether the run ended early because it was one of the worst (`sweep.stop_worst`)."""
-    rung = attempts.read_record(run / sweep.RUNG) or {}
-    last = next((line["step"] for line in reversed(attempts.metrics(run)) if "step" in line), None)
-    return rung.get("goes_on") is False and rung.get("step") == last
+    """Whether the run's newest attempt to train ended early because it was one of the worst (`sweep.stop_worst`)."""
+    verdicts = (attempts.last_verdict(run / "jobs" / name) for name in sorted(RESUMABLE))
+    return any(verdict is not None and verdict.get("ended_early") is True for verdict in verdicts)
 
 
 def held_out_loss(run: Path, *, lowest: bool = False) -> float | None:
