@@ -112,6 +112,7 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         }
         values |= _accelerate(config)
     if job.resources.gpus_per_node:
+        values["MUSTER_GPUS"] = str(job.resources.nodes * job.resources.gpus_per_node)
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
 

@@ -17,6 +17,8 @@ from conf.jobs import RESUMABLE
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED
 
+CANCELLED = ".cancelled.json"
+"""In the folder of a sweep: the kinds of jobs that the user has cancelled while the sweep runs on this machine."""
 LAST_STEPS = 21
 """Steps over which a training loss is the median: that of one step depends on its rows."""
 
@@ -49,6 +51,17 @@ def jobs(folder: Path) -> dict[str, str]:
 def set_jobs(folder: Path, ids: Mapping[str, str]) -> None:
     """Record the ids of the jobs of the best run."""
     write_json(folder / sweep.FILE, _read(folder) | {"jobs": dict(ids)})
+
+
+def cancelled(folder: Path) -> set[str]:
+    """Return the kinds of jobs that a launch on this machine must not start any more, because the user has cancelled them."""
+    names = (attempts.read_record(folder / CANCELLED) or {}).get("jobs")
+    return set(map(str, names)) if isinstance(names, list) else set()
+
+
+def set_cancelled(folder: Path, names: set[str]) -> None:
+    """Record these kinds of jobs."""
+    write_json(folder / CANCELLED, {"jobs": sorted(names)})
 
 
 def best(folder: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Combines Slurm's job states with the run folder: jobs with verdicts and logs. `muster status` shows the result."""
 
 import os
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from launcher import slurm
 from launcher.run_folder import attempts, lock, record
 from launcher.run_folder.status import COMPLETED
 from launcher.status import missing_verdict, ownership
+from launcher.supervise import report_page
 
 STARTS_AGAIN_S = 5.0
 """How long an ended job is watched that Slurm may put back into the queue."""
@@ -43,6 +45,8 @@ class JobState:
     """Where it runs: `slurm` or `local`."""
     began: float | None = None
     """When the newest attempt began, in seconds since 1970; None before the first."""
+    gpu_s: float | None = None
+    """GPUs times seconds of all attempts, also of earlier submissions; None if no attempt has recorded its GPUs."""
 
     @property
     def failed(self) -> bool:
@@ -64,6 +68,8 @@ class AttemptHistory:
     """Verdicts of the earlier attempts, oldest first."""
     began: float | None = None
     """When the newest attempt began, in seconds since 1970."""
+    job_id: str = ""
+    """Of the newest attempt."""
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
@@ -81,9 +87,45 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
 
 def of_runs(runs: Sequence[Path], strict: bool = False) -> dict[Path, list[JobState]]:
     """Return the same of several runs. Slurm is asked once for all of them."""
-    started = {run: record.newest_jobs(run) for run in runs}
+    launches = {run: record.read_launches(run) for run in runs}
+    return of_launches(launches, strict)
+
+
+def of_launches(launches: Mapping[Path, list[dict[str, Any]]], strict: bool = False) -> dict[Path, list[JobState]]:
+    """Return the same from what `record.read_launches` has returned of each run.
+
+    Also finds jobs that wait in Slurm and whose scripts were submitted by hand, as after a launch with `submit=script`. Once such
+    a job runs, it has opened an attempt, and is known by that.
+    """
+    started = {run: record.newest_jobs_of(run, found) for run, found in launches.items()}
     in_slurm = ask_slurm(started, strict)
-    return {run: by_hand(run, states_of(run, jobs, in_slurm), strict) for run, jobs in started.items()}
+    jobs = {run: states_of(run, found, in_slurm) for run, found in started.items()}
+    for run, found_jobs in jobs.items():
+        _settle_page(run, found_jobs)
+    if not any(map(record.is_by_hand, launches.values())):
+        return jobs
+    try:
+        own = slurm.own_jobs()
+    except slurm.BusyError:
+        if strict:
+            raise
+        return jobs
+    except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
+        return jobs
+    return {
+        run: _with_those_by_hand(run, found, own) if record.is_by_hand(launches[run]) else found
+        for run, found in jobs.items()
+    }
+
+
+def _settle_page(run: Path, jobs: Sequence[JobState]) -> None:
+    """Write how a training has ended onto RUN/report.html, if it was killed before it could do so."""
+    for job in jobs:
+        if job.name in RESUMABLE and job.state not in slurm.LIVE_STATES:
+            if job.verdict and job.verdict["status"] != COMPLETED:
+                report_page.settle(run, job.verdict)
+            elif job.verdict is None and job.state == "ENDED":
+                report_page.settle(run, {"status": "failed", "reason": "its processes are gone, and left no verdict"})
 
 
 def ask_slurm(
@@ -95,24 +137,26 @@ def ask_slurm(
     return slurm.jobs(ids, ",".join(sorted(owners)) or None, strict)
 
 
-def by_hand(run: Path, jobs: list[JobState], strict: bool = False) -> list[JobState]:
-    """Add the jobs that wait in Slurm and whose scripts were submitted by hand, as after a launch with `submit=script`.
-
-    Once such a job runs, it has opened an attempt, and is known by that. With `strict`, raises BusyError.
-    """
-    if not record.is_by_hand(run):
-        return jobs
-    try:
-        found = unrecorded_jobs(run, jobs)
-    except slurm.BusyError:
-        if strict:
-            raise
-        return jobs
-    waiting = {name: job for job in found if (name := _kind_of(job))}
+def _with_those_by_hand(run: Path, jobs: list[JobState], own: Sequence[slurm.SlurmJob]) -> list[JobState]:
+    waiting = {name: job for job in _starting_in(run, jobs, own) if (name := _kind_of(job))}
     newest = {job.name: job for job in jobs} | {
         name: JobState(name, job.job_id, job.state, None, user=job.user) for name, job in waiting.items()
     }
     return [newest[name] for name in JOB_KINDS if name in newest]
+
+
+def not_submitted(run: Path, launches: Sequence[dict[str, Any]], jobs: Sequence[JobState]) -> dict[str, str]:
+    """Return the jobs whose scripts wait for the user, and the command that submits each."""
+    live = {job.name for job in jobs if job.state in slurm.LIVE_STATES}
+    names = [name for name in record.not_submitted(run, launches) if name not in live]
+    return {name: f"sbatch {shlex.quote(str(run / 'jobs' / f'{name}.sbatch'))}" for name in names}
+
+
+def submit_command(run: Path, waiting: Mapping[str, str]) -> str:
+    """Return the command that submits all jobs of `not_submitted`; empty if there are none."""
+    if len(waiting) > 1:
+        return f"bash {shlex.quote(str(run / 'jobs' / 'submit.sh'))}"
+    return next(iter(waiting.values()), "")
 
 
 def _kind_of(job: slurm.SlurmJob) -> str | None:
@@ -136,17 +180,19 @@ def states_of(
 
 def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[str, slurm.SlurmJob]) -> JobState:
     folder, user, note = run / "jobs" / name, "", ""
+    number, found = attempts.history(folder)
+    everything = _all_attempts(folder, number, found)
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
         state, user, note = seen.state, seen.user, seen.silence
         if not ownership.is_of_run(seen, run, job):
             state, note = "UNKNOWN", ownership.describe(seen)
-        history = _attempts_of_slurm_job(folder, job.job_id)
+        history = _of_slurm_job(everything, job.job_id)
         if history.verdict is None and not note:
             verdict = missing_verdict.explain(folder, job.job_id, state, history.number)
             history = replace(history, verdict=verdict)
     else:
-        history = _all_attempts(folder)
+        history = everything
         is_running = _is_alive(job.job_id, run) or (history.verdict is None and is_elsewhere(lock.holder(run)))
         state = "RUNNING" if is_running else "ENDED"
     running = state == "RUNNING" and history.number is not None and history.verdict is None
@@ -163,28 +209,25 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[s
         note,
         job.cluster,
         history.began,
+        attempts.gpu_seconds(folder, number, found, is_live=running),
     )
 
 
-def _all_attempts(folder: Path) -> AttemptHistory:
+def _all_attempts(folder: Path, number: int | None, found: list[dict[str, Any]]) -> AttemptHistory:
     """Return the attempts of all starts of a job. On this machine every start is one attempt."""
-    number, found = attempts.history(folder)
     verdicts = {verdict["attempt"]: verdict for verdict in found}
     if number is None:
         return AttemptHistory(before=found)
     newest = verdicts.pop(number, None)
-    began = attempts.number((newest or attempts.begin_record(folder, number)).get("started"))
-    return AttemptHistory(number, newest, list(verdicts.values()), began)
+    record = newest if newest and "job_id" in newest else attempts.begin_record(folder, number)
+    began = attempts.number((newest or record).get("started"))
+    return AttemptHistory(number, newest, list(verdicts.values()), began, str(record.get("job_id")))
 
 
-def _attempts_of_slurm_job(folder: Path, job_id: str) -> AttemptHistory:
+def _of_slurm_job(history: AttemptHistory, job_id: str) -> AttemptHistory:
     """Return the attempts that one Slurm job has made, without those of earlier submissions."""
-    history = _all_attempts(folder)
     before = [verdict for verdict in history.before if str(verdict.get("job_id")) == job_id]
-    newest = history.verdict
-    if newest is None or "job_id" not in newest:
-        newest = attempts.begin_record(folder, history.number) if history.number else {}
-    if str(newest.get("job_id")) != job_id:  # the newest attempt is that of another submission
+    if history.job_id != job_id:  # the newest attempt is that of another submission
         return AttemptHistory(before=before)
     return replace(history, before=before)
 
@@ -222,15 +265,20 @@ def unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob]
     """
     if not any(run.glob("jobs/*.sbatch")):  # it was never launched on Slurm
         return []
-    known = {job.job_id for job in jobs}
     try:
-        own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+        own = slurm.own_jobs()
     except slurm.BusyError:
         raise
     except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
         return []
-    started = record.StartedJob("", "slurm")
-    return [job for job in own if job.job_id not in known and ownership.is_of_run(job, run, started)]
+    return _starting_in(run, jobs, own)
+
+
+def _starting_in(run: Path, jobs: Sequence[JobState], own: Sequence[slurm.SlurmJob]) -> list[slurm.SlurmJob]:
+    """Return the pending and running jobs of `own` that start in the run's folder and are not in `jobs`."""
+    known, started = {job.job_id for job in jobs}, record.StartedJob("", "slurm")
+    live = [job for job in own if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+    return [job for job in live if job.job_id not in known and ownership.is_of_run(job, run, started)]
 
 
 def is_elsewhere(holder: lock.Holder | None) -> bool:

@@ -98,7 +98,8 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             write_json(run / "deepspeed.json", deepspeed.exported_config(config, train.nodes * train.ranks_per_node))
         snapshot.copy_code(CLONE, run)
         where = "local" if plan.runs_here(config) else config.cluster.executor.name
-        record.add_launch(run, command, where, snapshot.provenance(CLONE, run))
+        scripts = [job.name for job in jobs] if config.submit is Submit.script else []
+        record.add_launch(run, command, where, snapshot.provenance(CLONE, run), scripts)
     except OSError as error:
         remedy = f"cannot be written: {error.strerror} ({error.filename})"
         raise RunError(Problem("run_dir", config.run_dir, remedy)) from error
