@@ -8,7 +8,7 @@ from conf.errors import MusterError
 from conf.jobs import RESUMABLE
 from launcher import slurm
 from launcher.run_folder import lock, record
-from launcher.status import progress, state
+from launcher.status import progress, scripts, state
 from launcher.status.find import runs_below
 
 
@@ -51,7 +51,7 @@ def summaries(folder: Path) -> list[Summary]:
 
 def _summary(run: Path, launches: list[dict[str, Any]], jobs: list[state.JobState]) -> Summary:
     training = progress.read(run)
-    to_submit = state.submit_command(run, state.not_submitted(run, launches, jobs))
+    to_submit = scripts.submit_command(run, scripts.not_submitted(run, launches, jobs))
     word = overall(jobs, is_held=lock.holder(run) is not None, to_submit=to_submit)
     is_training = any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs)
     gpu_s = [job.gpu_s for job in jobs if job.gpu_s is not None]

@@ -11,7 +11,7 @@ from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import lock, record, sweep_record
 from launcher.run_folder.attempts import number
-from launcher.status import pending, state
+from launcher.status import pending, scripts, state
 from launcher.status.progress import Progress
 from launcher.status.progress import read as read_progress
 from launcher.status.state import JobState
@@ -94,7 +94,7 @@ def read(runs: Sequence[Path]) -> list[Overview]:
 
 
 def _overview(run: Path, launches: list[dict[str, Any]], jobs: list[JobState], left_s: dict[str, float]) -> Overview:
-    not_submitted = state.not_submitted(run, launches, jobs)
+    not_submitted = scripts.not_submitted(run, launches, jobs)
     jobs = [job for job in jobs if job.name not in not_submitted]
     planned = _planned(run) | not_submitted.keys()
     progress = read_progress(run)

@@ -1,7 +1,6 @@
 """Combines Slurm's job states with the run folder: jobs with verdicts and logs. `muster status` shows the result."""
 
 import os
-import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from conf.errors import Problem, SiteError
 from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts, lock, record
-from launcher.run_folder.status import COMPLETED
+from launcher.run_folder.status import COMPLETED, FAILED
 from launcher.status import missing_verdict, ownership
 from launcher.supervise import report_page
 
@@ -100,8 +99,8 @@ def of_launches(launches: Mapping[Path, list[dict[str, Any]]], strict: bool = Fa
     started = {run: record.newest_jobs_of(run, found) for run, found in launches.items()}
     in_slurm = ask_slurm(started, strict)
     jobs = {run: states_of(run, found, in_slurm) for run, found in started.items()}
-    for run, found_jobs in jobs.items():
-        _settle_page(run, found_jobs)
+    for run, listed in jobs.items():
+        settle_page(run, listed)
     if not any(map(record.is_by_hand, launches.values())):
         return jobs
     try:
@@ -116,16 +115,6 @@ def of_launches(launches: Mapping[Path, list[dict[str, Any]]], strict: bool = Fa
         run: _with_those_by_hand(run, found, own) if record.is_by_hand(launches[run]) else found
         for run, found in jobs.items()
     }
-
-
-def _settle_page(run: Path, jobs: Sequence[JobState]) -> None:
-    """Write how a training has ended onto RUN/report.html, if it was killed before it could do so."""
-    for job in jobs:
-        if job.name in RESUMABLE and job.state not in slurm.LIVE_STATES:
-            if job.verdict and job.verdict["status"] != COMPLETED:
-                report_page.settle(run, job.verdict)
-            elif job.verdict is None and job.state == "ENDED":
-                report_page.settle(run, {"status": "failed", "reason": "its processes are gone, and left no verdict"})
 
 
 def ask_slurm(
@@ -143,20 +132,6 @@ def _with_those_by_hand(run: Path, jobs: list[JobState], own: Sequence[slurm.Slu
         name: JobState(name, job.job_id, job.state, None, user=job.user) for name, job in waiting.items()
     }
     return [newest[name] for name in JOB_KINDS if name in newest]
-
-
-def not_submitted(run: Path, launches: Sequence[dict[str, Any]], jobs: Sequence[JobState]) -> dict[str, str]:
-    """Return the jobs whose scripts wait for the user, and the command that submits each."""
-    live = {job.name for job in jobs if job.state in slurm.LIVE_STATES}
-    names = [name for name in record.not_submitted(run, launches) if name not in live]
-    return {name: f"sbatch {shlex.quote(str(run / 'jobs' / f'{name}.sbatch'))}" for name in names}
-
-
-def submit_command(run: Path, waiting: Mapping[str, str]) -> str:
-    """Return the command that submits all jobs of `not_submitted`; empty if there are none."""
-    if len(waiting) > 1:
-        return f"bash {shlex.quote(str(run / 'jobs' / 'submit.sh'))}"
-    return next(iter(waiting.values()), "")
 
 
 def _kind_of(job: slurm.SlurmJob) -> str | None:
@@ -301,3 +276,13 @@ def _is_alive(process_id: str, run: Path) -> bool:
 def training_job(run: Path) -> str:
     """Return the name of the run's job that trains: `train`, or `custom` for a program of the user."""
     return next((name for name in JOB_KINDS if name in RESUMABLE and (run / "jobs" / name).is_dir()), "train")
+
+
+def settle_page(run: Path, jobs: Sequence[JobState]) -> None:
+    """Write how a training has ended onto RUN/report.html, if it was killed before it could do so."""
+    for job in jobs:
+        if job.name in RESUMABLE and job.state not in slurm.LIVE_STATES:
+            if job.verdict and job.verdict["status"] != COMPLETED:
+                report_page.settle(run, job.verdict)
+            elif job.verdict is None and job.state == "ENDED":
+                report_page.settle(run, {"status": FAILED, "reason": "its processes are gone, and left no verdict"})

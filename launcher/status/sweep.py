@@ -66,7 +66,7 @@ def cancel(folder: Path, name: str | None = None) -> int:
     count = waiting + _cancel_later(look(folder), folder, name)
     found = look(folder)
     for run, jobs in found.runs.items():
-        live = {job.name for job in jobs if job.state in slurm.LIVE_STATES | {"UNKNOWN"}}
+        live = {job.name for job in jobs if job.state in slurm.LIVE_STATES or "does not answer" in job.note}
         if name is None or name in live:
             count += len(requests.cancel(run, name))
     if name is not None and not count:
@@ -143,7 +143,8 @@ def _keep_from_starting(folder: Path, name: str) -> int:
         for run in sweep_record.runs(folder)
         if name in overview.configured_jobs(run)[0] and attempts.newest_attempt(run / "jobs" / name) is None
     ]
-    sweep_record.set_cancelled(folder, cancelled | {name})
+    if waiting:
+        sweep_record.set_cancelled(folder, cancelled | {name})
     if name in cancelled:
         return 0
     of_best_only = name in AFTER_TRAINING and sweep_record.best(folder) is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 from conf.schema import Config
 from jobs import probe
 from launcher import __main__ as muster
-from launcher.doctor import examine, machine, services, site, training
+from launcher.doctor import examine, machine, nodes, services, site, training
 from launcher.doctor.check import Check, Level
 from launcher.hub_client import Reply, Unreachable
-from tests.conftest import Programs
+from tests.conftest import Compose, Programs, put
 
 GPU = {"name": "NVIDIA H200", "memory_gib": 139.8, "free_gib": 139.0, "capability": "9.0"}
 FOUND: dict[str, Any] = {
@@ -207,3 +208,59 @@ def test_a_cluster_on_slurm_also_checks_a_node(
     assert "submitted preflight    7" in capsys.readouterr().out
     [script] = tmp_path.glob("runs/doctor-slurm-*/jobs/preflight.sbatch")
     assert "#SBATCH --nodes=1\n" in script.read_text()
+
+
+def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
+    same, login = Check("muster", "version", "1.0"), Check("training", "torch", "missing", Level.yellow, "install it")
+    node = Check("training", "torch", "built for CUDA", Level.green)
+    places = [
+        nodes.Place("login node", [same, login]),
+        nodes.Place("train on n1", [same, node, Check("preflight", "ranks", "slow", Level.red, "exclude it")]),
+    ]
+    assert [line.rstrip() for line, _ in nodes.side_by_side(places, examine.MARKS)] == [
+        "login node   train on n1  check",
+        "ok           ok           muster: version  1.0",
+        "warning      ok           training: torch",
+        "                            login node: missing",
+        "                            train on n1: built for CUDA",
+        "                          -> install it",
+        "-            ERROR        preflight: ranks  slow",
+        "                          -> exclude it",
+    ]
+
+
+def test_each_kind_of_node_is_looked_at_once_with_what_its_jobs_get(compose: Compose, tmp_path: Path) -> None:
+    words = [
+        "cluster=slurm",
+        "cluster.train.partition=gpu",
+        "cluster.inference.partition=gpu",
+        "cluster.cpu.partition=cpu",
+    ]
+    overrides += ["cluster.inference.gpu_type=null", "cluster.modules=[cuda]", "cluster.setup=['ulimit -n 99']"]
+    config = put(compose(*overrides, "cluster.python=/opt/my python"), {"run_dir": str(tmp_path)})
+    assert nodes.kinds(config) == [("train", "inference"), ("cpu",)]
+    name, text = nodes.script(config, ("train", "inference"), tmp_path)
+    assert name == "doctor/train"
+    lines = text.splitlines()
+    for wanted in (
+        "--partition=gpu",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=1",
+        "--nodes=1",
+        "--job-name=doctor/train",
+    ):
+        assert f"#SBATCH {wanted}" in lines, text
+    assert text.index("module load cuda") < text.index("ulimit -n 99") < text.index("srun --nodes=1 --ntasks=1")
+    assert lines[-1].endswith(
+        f"'/opt/my python' -u -m launcher.doctor.node {tmp_path}/config.yaml train {tmp_path}/doctor-train.json"
+    )
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_node_says_what_its_job_lacks(compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "ask", lambda _: FOUND)
+    config = put(compose("cluster=slurm"), {"run_dir": str(tmp_path / "run")})
+    found = list(examine.of_node(config, config.cluster.train))
+    [gpus] = [check for check in found if check.name == "GPUs of the job"]
+    assert (gpus.level, gpus.found) == (Level.red, "torch sees 1, asked for 8")
+    assert not [check for check in found if check.topic == "slurm"]
