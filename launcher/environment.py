@@ -111,12 +111,8 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         }
         values |= _accelerate(config)
     if job.resources.gpus_per_node:
-        gpus = str(job.resources.nodes * job.resources.gpus_per_node)
-        return (
-            values
-            | {"MUSTER_GPUS": gpus, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-            | config.cluster.environment
-        )
+        values["MUSTER_GPUS"] = str(job.resources.nodes * job.resources.gpus_per_node)
+        values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
 
 

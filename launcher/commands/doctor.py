@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.visible import visible
-from launcher.paths import CLONE
 from launcher.status.tables import console
 
 if TYPE_CHECKING:
@@ -65,14 +64,11 @@ def execute(options: argparse.Namespace) -> int:
 def _config(cluster: str) -> "Config":
     """Return the config of a run on this cluster. Raises ConfigError if there is no such cluster."""
     import launch  # imports Hydra
-    from conf.errors import ConfigError
     from conf.resolve import resolve
-    from launcher.check import command_line
+    from launcher.check import search_path
 
-    words = [f"cluster={cluster}"]
-    if problems := command_line.problems(words, CLONE / "conf"):
-        raise ConfigError(*problems)
-    return resolve(launch.compose(words)[0])
+    words, folders = search_path.read([f"cluster={cluster}"])  # also ~/.config/muster/conf
+    return resolve(launch.read(words, folders, [])[0])
 
 
 def _show(check: "Check") -> None:
@@ -109,7 +105,7 @@ def _look_at_nodes(options: argparse.Namespace) -> "tuple[list[Place], int]":
     """Check a compute node of each kind, and let the preflight measure all GPUs of one. Returns (what was found, exit code)."""
     import launch
     from conf import resolve
-    from launcher.doctor import nodes
+    from launcher.doctor import examine, nodes
     from launcher.status import requests
 
     run = Path(f"runs/doctor-{options.cluster}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
@@ -125,4 +121,10 @@ def _look_at_nodes(options: argparse.Namespace) -> "tuple[list[Place], int]":
         nodes.cancel(submitted)
         requests.cancel(run)
         raise
-    return nodes.results(submitted, run), 0
+    places = nodes.results(submitted, run)
+    for place in places:
+        place.checks = [
+            replace(check, found=examine.shown(check.found), remedy=examine.shown(check.remedy))
+            for check in place.checks
+        ]
+    return places, 0

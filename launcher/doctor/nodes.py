@@ -159,7 +159,8 @@ def results(nodes: list[_Node], run: Path) -> list[Place]:
 
 
 def _place(node: _Node) -> Place:
-    deadline = time.monotonic() + SETTLE_S
+    seen = slurm.jobs([node.job_id]).get(node.job_id, slurm.SlurmJob(node.job_id, "UNKNOWN"))
+    deadline = time.monotonic() + (SETTLE_S if seen.state == "COMPLETED" else 0)
     while not node.result.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
     try:
@@ -169,15 +170,14 @@ def _place(node: _Node) -> Place:
     except (OSError, ValueError, KeyError, TypeError):
         lines = file_tail(node.log).strip().splitlines()
         said = lines[-1].strip() if lines else "its log is empty"
-        state_now = slurm.jobs([node.job_id]).get(node.job_id, slurm.SlurmJob(node.job_id, "UNKNOWN")).state
-        found_state = f"job {node.job_id} {state_now.lower()} without an answer: {said}"
-        remedy = f"see {node.log}. cluster.python, container, modules and setup decide what the job finds there"
-        return Place(node.title, [error("node", "checks", found_state, remedy)])
+        text = f"job {node.job_id} {seen.state.lower()} without an answer: {said}"
+        remedy = f"see {node.log}: cluster.python, container, modules and setup decide what the job finds there"
+        return Place(node.title, [error("node", "checks", text, remedy)])
 
 
 def preflight(run: Path) -> Check:
     """Return what the preflight job has measured: matrix products and all-reduce of all ranks of one node."""
-    [job] = [job for job in state.job_states(run) if job.name == "preflight"] or [None]
+    job = next((job for job in state.job_states(run) if job.name == "preflight"), None)
     verdict = (job and job.verdict) or {}
     if job is None or verdict.get("status") != "completed":
         why = verdict.get("reason") or (job.state.lower() if job else "not submitted")

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conf.files import write_json
 from conf.schema import Config
 from jobs import probe
 from launcher import __main__ as muster
@@ -194,7 +196,12 @@ def test_a_cluster_on_slurm_also_checks_a_node(
         squeue="",
         sinfo=SINFO,
         sacctmgr=SACCTMGR,
-        sbatch="echo 'Submitted batch job 7'",
+        # the checks of the node of train are answered, those of the cpu node are not; each script has an id of its own
+        sbatch=(
+            "case $1 in *preflight*) id=7;; *doctor-train*) id=8;; *) id=9;; esac; "
+            f"[ $id = 8 ] && cp {tmp_path}/answer.json $(dirname $1)/../doctor-train.json; "
+            "[ $id = 9 ] && echo 'sh: /opt/python: not found' > $(dirname $1)/doctor-cpu.log; echo Submitted batch job $id"
+        ),
         srun="",
         scontrol="echo 'slurm 24.11.5'",
     )
@@ -204,10 +211,24 @@ def test_a_cluster_on_slurm_also_checks_a_node(
     monkeypatch.setattr(examine, "local_gpus", lambda: 1)
     assert muster.main(["doctor", "--cluster", "slurm", "--no-submit"]) == 0
     assert not (folder / "sbatch.calls").exists()
-    assert muster.main(["doctor", "--cluster", "slurm"]) == 0
-    assert "submitted preflight    7" in capsys.readouterr().out
+    answer = {"host": "n1", "checks": [asdict(Check("training", "torch", "built for CUDA 12.8, NCCL 2.27.3"))]}
+    write_json(tmp_path / "answer.json", answer)
+    capsys.readouterr()
+    assert muster.main(["doctor", "--cluster", "slurm"]) == 1, "the cpu node did not answer"
+    said = capsys.readouterr()
+    assert "submitted preflight    7" in said.err
+    rows = said.out.splitlines()
+    assert rows[0].split("  ")[0] == "login node"
+    assert ["ok", "ok", "-", "training:", "torch", "built"] in [row.split()[:6] for row in rows]
+    assert any("node: checks  job 9 unknown without an answer: sh: /opt/python: not found" in row for row in rows)
     [script] = tmp_path.glob("runs/doctor-slurm-*/jobs/preflight.sbatch")
     assert "#SBATCH --nodes=1\n" in script.read_text()
+    # a refused launch leaves what was found on the login node, and its exit code
+    programs(sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1")
+    assert muster.main(["doctor", "--cluster", "slurm"]) != 0
+    said = capsys.readouterr()
+    assert "Invalid account" in said.err
+    assert "training: torch" in said.out
 
 
 def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
@@ -230,7 +251,7 @@ def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
 
 
 def test_each_kind_of_node_is_looked_at_once_with_what_its_jobs_get(compose: Compose, tmp_path: Path) -> None:
-    words = [
+    overrides = [
         "cluster=slurm",
         "cluster.train.partition=gpu",
         "cluster.inference.partition=gpu",
