@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.visible import visible
+from launcher import slurm
 from launcher.status.tables import console
 
 if TYPE_CHECKING:
@@ -114,10 +115,16 @@ def _look_at_nodes(options: argparse.Namespace) -> "tuple[list[Place], int]":
     with redirect_stdout(sys.stderr):  # what is printed is to be pasted into an issue
         if code := launch.main(words, prog=f"{options.prog} doctor"):
             return [], code
-    submitted = nodes.submit(resolve.load(run / "config.yaml"), run)
+    submitted: list[nodes.Node] = []
     try:
+        nodes.submit(resolve.load(run / "config.yaml"), run, submitted)
         nodes.wait(submitted, run)
-    except BaseException:
+    except slurm.SlurmError as problem:
+        nodes.cancel(submitted)
+        requests.cancel(run)
+        print(visible(f"{options.prog} doctor: a compute node cannot be checked: {problem}"), file=sys.stderr)
+        return [], 2
+    except KeyboardInterrupt:  # nobody waits for them any more
         nodes.cancel(submitted)
         requests.cancel(run)
         raise

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from conf.files import write_text
@@ -37,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Node:
+class Node:
     """A job that looks at one node."""
 
     sections: tuple[str, ...]
@@ -91,37 +92,27 @@ def script(config: Config, sections: tuple[str, ...], run: Path) -> tuple[str, s
     return name, text + "\n"
 
 
-def submit(config: Config, run: Path) -> list[_Node]:
-    """Submit a job for each kind of node. Raises SlurmError; those submitted before are then cancelled."""
-    nodes: list[_Node] = []
-    try:
-        for sections in kinds(config):
-            name, text = script(config, sections, run)
-            path = run / "jobs" / f"doctor-{sections[0]}.sbatch"
-            write_text(path, text)
-            known = {node.job_id for node in nodes} | record.known_ids(run)
-            job_id = sbatch.submit(
-                path,
-                lambda seen, name=name, known=known: (
-                    seen.name == name  # type: ignore[misc]
-                    and seen.folder == str(run / "code")
-                    and seen.job_id not in known
-                ),
-            )
-            nodes.append(_Node(sections, job_id, name, run))
-    except BaseException:
-        cancel(nodes)
-        raise
-    return nodes
+def submit(config: Config, run: Path, nodes: list[Node]) -> None:
+    """Submit a job for each kind of node, and add each to `nodes` as soon as it is queued. Raises SlurmError."""
+    for sections in kinds(config):
+        name, text = script(config, sections, run)
+        path = run / "jobs" / f"doctor-{sections[0]}.sbatch"
+        write_text(path, text)
+        known = frozenset((*(node.job_id for node in nodes), *record.known_ids(run)))
+        nodes.append(Node(sections, sbatch.submit(path, partial(_is_ours, name, run / "code", known)), name, run))
 
 
-def cancel(nodes: list[_Node]) -> None:
+def _is_ours(name: str, folder: Path, known: frozenset[str], seen: slurm.SlurmJob) -> bool:
+    return seen.name == name and seen.folder == str(folder) and seen.job_id not in known
+
+
+def cancel(nodes: list[Node]) -> None:
     """End the jobs that still wait or run."""
     if nodes:
         slurm.cancel([node.job_id for node in nodes])
 
 
-def wait(nodes: list[_Node], run: Path) -> None:
+def wait(nodes: list[Node], run: Path) -> None:
     """Wait until no job is pending or running, and say again and again on stderr what they do and for how long."""
     began, said, said_at = time.monotonic(), "", 0.0
     while live := _live(nodes, run):
@@ -132,7 +123,7 @@ def wait(nodes: list[_Node], run: Path) -> None:
         time.sleep(POLL_S)
 
 
-def _live(nodes: list[_Node], run: Path) -> list[str]:
+def _live(nodes: list[Node], run: Path) -> list[str]:
     """Return what each job does that has not ended."""
     found = slurm.jobs([node.job_id for node in nodes])
     lines = []
@@ -149,7 +140,7 @@ def _described(title: str, job: state.JobState) -> str:
     return f"{title} {job.job_id} {job.state.lower()}{f' ({why})' if why else ''}"
 
 
-def results(nodes: list[_Node], run: Path) -> list[Place]:
+def results(nodes: list[Node], run: Path) -> list[Place]:
     """Return what was found on each node; for a job without a result, the end of its log."""
     places = [_place(node) for node in nodes]
     for node, place in zip(nodes, places, strict=True):
@@ -158,7 +149,7 @@ def results(nodes: list[_Node], run: Path) -> list[Place]:
     return places
 
 
-def _place(node: _Node) -> Place:
+def _place(node: Node) -> Place:
     seen = slurm.jobs([node.job_id]).get(node.job_id, slurm.SlurmJob(node.job_id, "UNKNOWN"))
     deadline = time.monotonic() + (SETTLE_S if seen.state == "COMPLETED" else 0)
     while not node.result.exists() and time.monotonic() < deadline:

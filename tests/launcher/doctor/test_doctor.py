@@ -199,8 +199,8 @@ def test_a_cluster_on_slurm_also_checks_a_node(
         # the checks of the node of train are answered, those of the cpu node are not; each script has an id of its own
         sbatch=(
             "case $1 in *preflight*) id=7;; *doctor-train*) id=8;; *) id=9;; esac; "
-            f"[ $id = 8 ] && cp {tmp_path}/answer.json $(dirname $1)/../doctor-train.json; "
-            "[ $id = 9 ] && echo 'sh: /opt/python: not found' > $(dirname $1)/doctor-cpu.log; echo Submitted batch job $id"
+            f"[ $id = 8 ] && /bin/cp {tmp_path}/answer.json ${{1%/*}}/../doctor-train.json; "
+            "[ $id = 9 ] && echo 'sh: /opt/python: not found' > ${1%/*}/doctor-cpu.log; echo Submitted batch job $id"
         ),
         srun="",
         scontrol="echo 'slurm 24.11.5'",
@@ -244,9 +244,9 @@ def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
         "warning      ok           training: torch",
         "                            login node: missing",
         "                            train on n1: built for CUDA",
-        "                          -> install it",
+        "                            -> install it",
         "-            ERROR        preflight: ranks  slow",
-        "                          -> exclude it",
+        "                            -> exclude it",
     ]
 
 
