@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,24 @@ def test_on_this_machine_all_trainings_are_cancelled_not_only_the_one_that_runs(
         assert sweep_record.cancelled(sweep) == {"train"}
         assert muster.main(["cancel", str(sweep), "--job", "push"]) == 2
         assert sweep_record.cancelled(sweep) == {"train"}
+
+
+@pytest.mark.proof
+def test_cancelled_trainings_of_this_machine_do_not_start_and_the_best_run_is_merged(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = [
+        "cluster.train.ranks_per_node=1", "train.global_batch=8", "train.steps=8", "data.max_rows=60", "train.eval_every=0",
+        "train.precision=fp32", "jobs=[preprocess,train,consolidate]", "consolidate.verify=weights", f"run_dir={sweep}",
+    ]  # fmt: skip
+    command = [sys.executable, ROOT / "launch.py", "-m", "train.learning_rate=1e-3,2e-3,3e-3", *words]
+    first, second, third = (sweep / f"train.learning_rate={rate}" for rate in ("1e-3", "2e-3", "3e-3"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launch:
+        while not (second / "jobs/train/attempt-1/begin.json").exists():
+            assert launch.poll() is None
+            time.sleep(0.2)
+        assert muster.main(["cancel", str(sweep), "--job", "train"]) == 0
+        said = launch.communicate(timeout=300)[0]
+    assert launch.returncode == 1
+    assert "==== run 3 of 3: train.learning_rate=3e-3\ncancelled by muster cancel" in said
+    assert [sweep_record.has_ended(run) for run in (first, second, third)] == [True, False, False]
+    assert [(run / "model").exists() for run in (first, second, third)] == [True, False, False]
