@@ -137,18 +137,15 @@ def _cancel_later(found: SweepState, folder: Path, name: str | None) -> int:
 
 def _keep_from_starting(folder: Path, name: str) -> int:
     """Keep the launch that runs the sweep on this machine from starting jobs called `name`. Returns how many it had left."""
-    cancelled = sweep_record.cancelled(folder)
-    waiting = [
-        run
-        for run in sweep_record.runs(folder)
-        if name in overview.configured_jobs(run)[0] and attempts.newest_attempt(run / "jobs" / name) is None
-    ]
-    if waiting:
-        sweep_record.set_cancelled(folder, cancelled | {name})
-    if name in cancelled:
+    cancelled, waiting, is_of_best = sweep_record.cancelled(folder), 0, False
+    for run in sweep_record.runs(folder):
+        names, lines = overview.configured_jobs(run)
+        waiting += name in names and attempts.newest_attempt(run / "jobs" / name) is None
+        is_of_best = is_of_best or (name in AFTER_TRAINING and overview.MERGES_BEST in lines)
+    if not waiting or name in cancelled:
         return 0
-    of_best_only = name in AFTER_TRAINING and sweep_record.best(folder) is not None
-    return min(1, len(waiting)) if of_best_only else len(waiting)
+    sweep_record.set_cancelled(folder, cancelled | {name})
+    return 1 if is_of_best else waiting
 
 
 def _end_launch(folder: Path) -> None:

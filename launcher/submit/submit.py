@@ -54,6 +54,8 @@ def opened(config: Config) -> Iterator[None]:
             raise RunError(Problem("run_dir", run, remedy))
         if stored and (made := resume.remove_what_changed(stored, config)):
             print(f"changed   {', '.join(made)} of this run will be made again", flush=True)
+        if stored:
+            resume.forget_comparison(stored, config)
         yield
 
 
