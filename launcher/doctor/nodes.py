@@ -87,7 +87,11 @@ def script(config: Config, sections: tuple[str, ...], run: Path) -> tuple[str, s
     ]
     lines += [f"#SBATCH --{option}={render.quoted([value])}" for option, value in own]
     text = render.template("doctor.sbatch.j2").render(
-        places=", ".join(sections), directives=lines, command=command, **render.values(config, job)
+        places=", ".join(sections),
+        directives=lines,
+        command=command,
+        srun_args=config.cluster.srun_args,
+        **render.values(config, job),
     )
     return name, text + "\n"
 

@@ -257,7 +257,12 @@ def test_each_kind_of_node_is_looked_at_once_with_what_its_jobs_get(compose: Com
         "cluster.inference.partition=gpu",
         "cluster.cpu.partition=cpu",
     ]
-    overrides += ["cluster.inference.gpu_type=null", "cluster.modules=[cuda]", "cluster.setup=['ulimit -n 99']"]
+    overrides += [
+        "cluster.inference.gpu_type=null",
+        "cluster.modules=[cuda]",
+        "cluster.setup=['ulimit -n 99']",
+        "cluster.srun_args=[--mpi=none]",
+    ]
     config = put(compose(*overrides, "cluster.python=/opt/my python"), {"run_dir": str(tmp_path)})
     assert nodes.kinds(config) == [("train", "inference"), ("cpu",)]
     name, text = nodes.script(config, ("train", "inference"), tmp_path)
