@@ -261,7 +261,7 @@ def test_each_kind_of_node_is_looked_at_once_with_what_its_jobs_get(compose: Com
         "cluster.inference.gpu_type=null",
         "cluster.modules=[cuda]",
         "cluster.setup=['ulimit -n 99']",
-        "cluster.srun_args=[--mpi=none]",
+        "cluster.srun_args=['--mpi=none']",
     ]
     config = put(compose(*overrides, "cluster.python=/opt/my python"), {"run_dir": str(tmp_path)})
     assert nodes.kinds(config) == [("train", "inference"), ("cpu",)]
