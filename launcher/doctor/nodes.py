@@ -1,6 +1,7 @@
 """Submits the checks of `muster doctor` to a node of each kind that the jobs ask for, waits for them, and reads what they found."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ JOB_OF = {"train": "preflight", "cpu": "preprocess", "inference": "evaluate"}
 TIME_MIN = 15
 POLL_S = 2.0
 SAY_EVERY_S = 30.0
+SECONDS = re.compile(r" \(\d+\.\d s\)$")
+"""How long an operation took, which differs from place to place."""
 SETTLE_S = 20.0
 """How long a file that a node has written may need to be seen on this machine."""
 
@@ -200,7 +203,7 @@ def side_by_side(places: list[Place], marks: Mapping[Level, tuple[str, str]]) ->
         worst = max((check.level for check in found.values()), key=list(Level).index)
         words = [marks[found[number].level][1].strip() if number in found else "-" for number in range(len(places))]
         row = "".join(f"{word:<{width}}" for word in words)
-        texts = dict.fromkeys(check.found for check in found.values())
+        texts = dict.fromkeys(SECONDS.sub("", check.found) for check in found.values())
         if len(texts) == 1:
             yield f"{row}{topic}: {name}  {next(iter(texts))}", worst
         else:

@@ -232,11 +232,12 @@ def test_a_cluster_on_slurm_also_checks_a_node(
 
 
 def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
+    took = [Check("training", "peft", f"can be imported ({seconds} s)") for seconds in (1.5, 20.1)]
     same, login = Check("muster", "version", "1.0"), Check("training", "torch", "missing", Level.yellow, "install it")
     node = Check("training", "torch", "built for CUDA", Level.green)
     places = [
-        nodes.Place("login node", [same, login]),
-        nodes.Place("train on n1", [same, node, Check("preflight", "ranks", "slow", Level.red, "exclude it")]),
+        nodes.Place("login node", [same, login, took[0]]),
+        nodes.Place("train on n1", [same, node, took[1], Check("preflight", "ranks", "slow", Level.red, "exclude it")]),
     ]
     assert [line.rstrip() for line, _ in nodes.side_by_side(places, examine.MARKS)] == [
         "login node   train on n1  check",
@@ -245,6 +246,7 @@ def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
         "                            login node: missing",
         "                            train on n1: built for CUDA",
         "                            -> install it",
+        "ok           ok           training: peft  can be imported",
         "-            ERROR        preflight: ranks  slow",
         "                            -> exclude it",
     ]
