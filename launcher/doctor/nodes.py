@@ -208,7 +208,9 @@ def side_by_side(places: list[Place], marks: Mapping[Level, tuple[str, str]]) ->
             yield f"{row}{topic}: {name}  {next(iter(texts))}", worst
         else:
             yield f"{row}{topic}: {name}", worst
-            for number, check in found.items():
-                yield f"{'':{width * len(places)}}  {places[number].name}: {check.found}", check.level
+            for text in texts:
+                of_text = [number for number, check in found.items() if SECONDS.sub("", check.found) == text]
+                names = ", ".join(places[number].name for number in of_text)
+                yield f"{'':{width * len(places)}}  {names}: {text}", found[of_text[0]].level
         for remedy in dict.fromkeys(check.remedy for check in found.values() if check.remedy):
             yield f"{'':{width * len(places)}}  -> {remedy}", Level.green
