@@ -153,7 +153,7 @@ class Supervisor:
             if self.stop.requested():
                 self.request = self.stop.request
             elif self.stop_file.exists():  # another task was asked
-                status, _, reason = self.stop_file.read_text().partition(" ")
+                status, _, reason = self.stop_file.read_text(encoding="utf-8", errors="replace").partition(" ")
                 self.request = (status or "stopped", reason.strip() or "asked to stop by a file")
             if self.request is not None:
                 if not self.stop_file.exists():

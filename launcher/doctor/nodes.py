@@ -19,6 +19,7 @@ from launcher.run_folder import record
 from launcher.status import pending, state
 from launcher.status.tables import duration
 from launcher.submit import render, sbatch, sweep_scripts
+from launcher.supervise import start_failures
 from launcher.supervise.exit_diagnosis import file_tail
 
 JOB_OF = {"train": "preflight", "cpu": "preprocess", "inference": "evaluate"}
@@ -166,11 +167,13 @@ def _place(node: Node) -> Place:
         checks = [Check(**item | {"level": Level(item["level"])}) for item in found["checks"]]
         return Place(f"{node.title} on {found['host']}", checks)
     except (OSError, ValueError, KeyError, TypeError):
-        lines = file_tail(node.log).strip().splitlines()
-        said = lines[-1].strip() if lines else "its log is empty"
-        text = f"job {node.job_id} {seen.state.lower()} without an answer: {said}"
-        remedy = f"see {node.log}: cluster.python, container, modules and setup decide what the job finds there"
-        return Place(node.title, [error("node", "checks", text, remedy)])
+        log = file_tail(node.log)
+        lines = log.strip().splitlines()
+        said = start_failures.last_error(log) or (lines[-1].strip() if lines else "its log is empty")
+        known = start_failures.find(log) or {"reason": said, "remedy": ""}
+        text = f"job {node.job_id} {seen.state.lower()} without an answer: {known['reason']}"
+        remedy = known["remedy"] or "cluster.python, container, modules and setup decide what the job finds there"
+        return Place(node.title, [error("node", "checks", text, f"{remedy}. See {node.log}")])
 
 
 def preflight(run: Path) -> Check:

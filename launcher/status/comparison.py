@@ -22,22 +22,8 @@ FIRST = ("train.", "adapter.", "model.", "data.", "parallel.")
 """Sections of the config that come first in a list of keys."""
 NOT_THERE = "(not there)"
 HELD_OUT_KEYS = (
-    "model.source",
-    "model.tokenizer",
-    *(
-        f"data.{name}"
-        for name in (
-            "path",
-            "sets",
-            "format",
-            "fields",
-            "chat_template",
-            "mask",
-            "train_on",
-            "validation",
-            "max_length",
-        )
-    ),
+    *("model.source", "model.tokenizer", "data.path", "data.sets", "data.format", "data.fields"),
+    *("data.chat_template", "data.mask", "data.train_on", "data.validation", "data.max_length"),
 )
 """Beginnings of keys that change which tokens are held out, or how a text is divided into them."""
 

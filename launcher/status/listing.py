@@ -44,8 +44,14 @@ def summaries(folder: Path) -> list[Summary]:
         try:
             launches[run] = record.read_launches(run)
         except (MusterError, OSError) as error:
-            found.append(Summary(run, str(error).splitlines()[0]))
-    found += [_summary(run, launches[run], jobs) for run, jobs in state.of_launches(launches).items()]
+            found.append(_unreadable(run, error))
+    closed: dict[Path, OSError] = {}
+    for run, jobs in state.of_launches(launches, closed=closed).items():
+        try:
+            found.append(_summary(run, launches[run], jobs))
+        except OSError as error:
+            closed[run] = error
+    found += [_unreadable(run, error) for run, error in closed.items()]
     return sorted(found, key=lambda item: (item.launched or 0.0, item.run))
 
 
@@ -65,6 +71,10 @@ def _summary(run: Path, launches: list[dict[str, Any]], jobs: list[state.JobStat
         sum(gpu_s) / 3600 if gpu_s else None,
         record.launched_at(launches[0]) if launches else None,
     )
+
+
+def _unreadable(run: Path, error: Exception) -> Summary:
+    return Summary(run, "closed to you" if isinstance(error, PermissionError) else str(error).splitlines()[0])
 
 
 def overall(jobs: list[state.JobState], *, is_held: bool, to_submit: str = "") -> str:

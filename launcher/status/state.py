@@ -3,10 +3,10 @@
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.errors import Problem, SiteError
 from conf.jobs import JOB_KINDS, RESUMABLE
@@ -14,8 +14,10 @@ from launcher import slurm
 from launcher.run_folder import attempts, lock, record
 from launcher.run_folder.status import COMPLETED, FAILED
 from launcher.status import missing_verdict, ownership
+from launcher.status.attempt_history import of_all_starts, of_slurm_job
 from launcher.supervise import report_page
 
+T = TypeVar("T")
 STARTS_AGAIN_S = 5.0
 """How long an ended job is watched that Slurm may put back into the queue."""
 
@@ -40,6 +42,8 @@ class JobState:
     """Whose job it is in Slurm; empty if Slurm did not say so."""
     note: str = ""
     """Why the state is UNKNOWN, if that is known."""
+    is_silent: bool = False
+    """Whether it is UNKNOWN because Slurm did not answer: the job may still wait or run."""
     cluster: str = "slurm"
     """Where it runs: `slurm` or `local`."""
     began: float | None = None
@@ -53,22 +57,6 @@ class JobState:
         if self.verdict is None or self.verdict["status"] == COMPLETED:
             return False
         return not (self.verdict.get("requeued") and self.state in slurm.LIVE_STATES)
-
-
-@dataclass(frozen=True)
-class AttemptHistory:
-    """The attempts of one start (submission) of a job."""
-
-    number: int | None = None
-    """Of the newest attempt; None before the first."""
-    verdict: dict[str, Any] | None = None
-    """Of the newest attempt; None while it runs."""
-    before: list[dict[str, Any]] = field(default_factory=list)
-    """Verdicts of the earlier attempts, oldest first."""
-    began: float | None = None
-    """When the newest attempt began, in seconds since 1970."""
-    job_id: str = ""
-    """Of the newest attempt."""
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
@@ -90,18 +78,22 @@ def of_runs(runs: Sequence[Path], strict: bool = False) -> dict[Path, list[JobSt
     return of_launches(launches, strict)
 
 
-def of_launches(launches: Mapping[Path, list[dict[str, Any]]], strict: bool = False) -> dict[Path, list[JobState]]:
+def of_launches(
+    launches: Mapping[Path, list[dict[str, Any]]], strict: bool = False, closed: dict[Path, OSError] | None = None
+) -> dict[Path, list[JobState]]:
     """Return the same from what `record.read_launches` has returned of each run.
 
     Also finds jobs that wait in Slurm and whose scripts were submitted by hand, as after a launch with `submit=script`. Once such
-    a job runs, it has opened an attempt, and is known by that.
+    a job runs, it has opened an attempt, and is known by that. `closed` gets the error of each run that cannot be read; without
+    it, the error is raised.
     """
-    started = {run: record.newest_jobs_of(run, found) for run, found in launches.items()}
+
+    started = _of_each(launches, lambda run: record.newest_jobs_of(run, launches[run]), closed)
     in_slurm = ask_slurm(started, strict)
-    jobs = {run: states_of(run, found, in_slurm) for run, found in started.items()}
+    jobs = _of_each(started, lambda run: states_of(run, started[run], in_slurm), closed)
     for run, listed in jobs.items():
         settle_page(run, listed)
-    if not any(map(record.is_by_hand, launches.values())):
+    if not any(record.is_by_hand(launches[run]) for run in jobs):
         return jobs
     try:
         own = slurm.own_jobs()
@@ -115,6 +107,19 @@ def of_launches(launches: Mapping[Path, list[dict[str, Any]]], strict: bool = Fa
         run: _with_those_by_hand(run, found, own) if record.is_by_hand(launches[run]) else found
         for run, found in jobs.items()
     }
+
+
+def _of_each(runs: Iterable[Path], work: Callable[[Path], T], closed: dict[Path, OSError] | None) -> dict[Path, T]:
+    """Return the result of `work` for each run. `closed` gets the error of each that cannot be read; without it, it is raised."""
+    found = {}
+    for run in runs:
+        try:
+            found[run] = work(run)
+        except OSError as error:
+            if closed is None:
+                raise
+            closed[run] = error
+    return found
 
 
 def ask_slurm(
@@ -154,15 +159,15 @@ def states_of(
 
 
 def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[str, slurm.SlurmJob]) -> JobState:
-    folder, user, note = run / "jobs" / name, "", ""
+    folder, user, note, is_silent = run / "jobs" / name, "", "", False
     number, found = attempts.history(folder)
-    everything = _all_attempts(folder, number, found)
+    everything = of_all_starts(folder, number, found)
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
-        state, user, note = seen.state, seen.user, seen.silence
+        state, user, note, is_silent = seen.state, seen.user, seen.silence, bool(seen.silence)
         if not ownership.is_of_run(seen, run, job):
             state, note = "UNKNOWN", ownership.describe(seen)
-        history = _of_slurm_job(everything, job.job_id)
+        history = of_slurm_job(everything, job.job_id)
         if history.verdict is None and not note:
             verdict = missing_verdict.explain(folder, job.job_id, state, history.number)
             history = replace(history, verdict=verdict)
@@ -179,32 +184,14 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[s
         history.verdict,
         history.number,
         history.before,
-        heartbeat,
-        user,
-        note,
-        job.cluster,
-        history.began,
-        attempts.gpu_seconds(folder, number, found, is_live=running),
+        beat=heartbeat,
+        user=user,
+        note=note,
+        is_silent=is_silent,
+        cluster=job.cluster,
+        began=history.began,
+        gpu_s=attempts.gpu_seconds(folder, number, found, is_live=running),
     )
-
-
-def _all_attempts(folder: Path, number: int | None, found: list[dict[str, Any]]) -> AttemptHistory:
-    """Return the attempts of all starts of a job. On this machine every start is one attempt."""
-    verdicts = {verdict["attempt"]: verdict for verdict in found}
-    if number is None:
-        return AttemptHistory(before=found)
-    newest = verdicts.pop(number, None)
-    record = newest if newest and "job_id" in newest else attempts.begin_record(folder, number)
-    began = attempts.number((newest or record).get("started"))
-    return AttemptHistory(number, newest, list(verdicts.values()), began, str(record.get("job_id")))
-
-
-def _of_slurm_job(history: AttemptHistory, job_id: str) -> AttemptHistory:
-    """Return the attempts that one Slurm job has made, without those of earlier submissions."""
-    before = [verdict for verdict in history.before if str(verdict.get("job_id")) == job_id]
-    if history.job_id != job_id:  # the newest attempt is that of another submission
-        return AttemptHistory(before=before)
-    return replace(history, before=before)
 
 
 def _slowest_heartbeat(folder: Path, number: int | None) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ class SweepState:
     @property
     def notes(self) -> list[str]:
         """Why Slurm gave no answer."""
-        return [job.note for jobs in self.runs.values() for job in jobs if "does not answer" in job.note]
+        return [job.note for jobs in self.runs.values() for job in jobs if job.is_silent]
 
     @property
     def failed(self) -> list[Path]:
@@ -66,7 +66,7 @@ def cancel(folder: Path, name: str | None = None) -> int:
     count = waiting + _cancel_later(look(folder), folder, name)
     found = look(folder)
     for run, jobs in found.runs.items():
-        live = {job.name for job in jobs if job.state in slurm.LIVE_STATES or "does not answer" in job.note}
+        live = {job.name for job in jobs if job.state in slurm.LIVE_STATES or job.is_silent}
         if name is None or name in live:
             count += len(requests.cancel(run, name))
     if name is not None and not count:
@@ -164,4 +164,7 @@ def _may_change_launch(folder: Path) -> bool:
         raise RunError(Problem("SWEEP", folder, f"is used by {holder}. Type this there"))
     if os.getuid() not in (0, folder.stat().st_uid) and holder.user != record.user_name(os.getuid()):
         raise RunError(Problem("SWEEP", folder, f"is used by {holder}: only {holder.user} can cancel it"))
+    if not lock.is_held_by(folder, holder.pid):
+        message = f"has a record of {holder}, which is another process now. If no launch runs it, delete {folder / lock.RECORD}"
+        raise RunError(Problem("SWEEP", folder, message))
     return True
