@@ -77,7 +77,7 @@ def _table(overview: Overview) -> Any:
 
 def _cells(overview: Overview, job: JobState) -> tuple[str, ...]:
     verdict = job.verdict or {}
-    has_failed_rank = verdict.get("rank") is not None and verdict.get("reason")
+    has_failed_rank = verdict.get("rank") is not None and verdict.get("reason") and not verdict.get("ended_early")
     step = (job.beat or verdict).get("step")
     reasons = (_reason_and_next(verdict) or _activity(job.beat), overview.waits.get(job.name))
     return (

@@ -95,7 +95,7 @@ def test_a_task_of_an_array_is_requeued_stopped_continued_and_cancelled_by_its_r
 def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
     """The worst two come first, so they are overtaken later. One run fails before the comparison, the best one is requeued."""
     sweep, rates = tmp_path / "sweep", ["1e-5", "1e-4", "3e-3", "1e-2", "100"]
-    long = ["train.steps=100", "train.save_every=5", "jobs=[preprocess,train,consolidate]"]
+    long = ["train.steps=60", "train.save_every=5", "jobs=[preprocess,train,consolidate]"]
     rung = [f"train.learning_rate={','.join(rates)}", "sweep.stop_worst=0.5@30%"]
     done = runs.launch(*SMALL, f"run_dir={sweep}", *rung, *long)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -112,15 +112,16 @@ def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm
     early = {rate for rate, verdict in ended.items() if verdict.get("ended_early")}
     assert early == {"1e-5", "1e-4"}
     for rate in early:
-        assert "by sweep.stop_worst=0.5@30%: at step 30, with a held-out loss of" in ended[rate]["reason"]
-        assert 30 <= runs.step(folders[rate]) < 100
-    assert [item["status"] for item in attempts.verdicts(folders["3e-3"] / "jobs/train")] == ["preempted", "completed"]
+        assert "by sweep.stop_worst=0.5@30%: at step 18, with a held-out loss of" in ended[rate]["reason"]
+        assert 18 <= runs.step(folders[rate]) < 60
+    requeued, completed = attempts.verdicts(folders["3e-3"] / "jobs/train")  # it saved first, or had no time to
+    assert (requeued["requeued"], completed["status"]) == (True, "completed")
     assert [run for run in folders.values() if (run / "model").exists()] == [folders["3e-3"]]
     assert runs.command("status", sweep).stdout.count("ended early") == 2
     assert runs.command("compare", sweep, "--out", tmp_path / "compare.html").stdout.count("ended early") == 2
     assert (tmp_path / "compare.html").read_text().count("ended early") == 2
     alone = tmp_path / "alone"
-    runs.complete(alone, *SMALL[1:], "train.learning_rate=3e-3", "train.steps=100", "jobs=[preprocess,train]")
+    runs.complete(alone, *SMALL[1:], "train.learning_rate=3e-3", "train.steps=60", "jobs=[preprocess,train]")
 
     def losses(run: Path) -> list[float]:
         return [line["loss"] for line in runs.metrics(run) if "loss" in line]
@@ -129,4 +130,4 @@ def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm
     again = runs.command("resume", folders["1e-5"], "sweep.stop_worst=null")
     assert again.returncode == 0, again.stderr
     assert not runs.final_verdict(folders["1e-5"], "train").get("ended_early")
-    assert runs.step(folders["1e-5"]) == 100
+    assert runs.step(folders["1e-5"]) == 60
