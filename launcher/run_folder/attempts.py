@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf import program_checkpoints
 from conf.jobs import RESUMABLE
-from conf.program_checkpoints import numbered
 from launcher.run_folder.status import FAILED
 
 NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
@@ -133,7 +133,8 @@ def newest_checkpoint(folder: Path) -> int | None:
     if folder.name not in RESUMABLE:
         return None
     if folder.name == "custom":
-        return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
+        found = program_checkpoints.newest(folder.parent.parent / "checkpoints")
+        return found[0] if found else None
     return max(checkpoints(folder.parent.parent), default=None)
 
 

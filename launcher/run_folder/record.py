@@ -43,7 +43,7 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
     if not (run / "run.json").exists() and (run / sweep.FILE).exists():
         raise RunError(Problem("RUN", run, f"is a sweep. Name one of its runs: muster ls {run}"))
     if not (run / "run.json").exists():
-        raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
+        raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json. Name one that `muster ls` lists"))
     launches = (read_record(run / "run.json") or {}).get("launches")
     if not isinstance(launches, list) or not all(_is_launch(item) for item in launches):
         raise RunError(Problem("RUN", run, "has a run.json that is damaged, or that Muster did not write"))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf import node_paths, sweep
+from conf import node_paths, program_checkpoints, sweep
 from conf.errors import ConfigError
 from conf.files import write_json
 from conf.jobs import RESUMABLE
@@ -44,6 +44,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
             break
         except FileExistsError:
             number += 1
+    _remove_leftovers(folder)
     begin_record = {
         "host": allocation.host(),
         "job_id": slurm_array.own_id(os.environ) or str(os.getpid()),
@@ -55,7 +56,6 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
     if "MUSTER_SWEEP" in os.environ:
         begin_record["folder"] = ".."  # where the Slurm job starts, see record.newest_jobs
     write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
-    _remove_leftovers(folder)
     close_unfinished_attempt(folder, number - 1, begin_record)
     values = {"MUSTER_ATTEMPT": str(number)}
     for need in os.environ.get("MUSTER_NEEDS", "").split():  # NAME:KEY of variables that the batch script will expand
@@ -142,6 +142,9 @@ def _remove_leftovers(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.save_tmp"):
         path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
+    if folder.name == "custom":
+        for line in program_checkpoints.set_aside(folder.parent.parent / "checkpoints"):
+            print(visible(f"muster: {line}"), file=sys.stderr, flush=True)
 
 
 def close_unfinished_attempt(folder: Path, number: int, next_begin: dict[str, Any]) -> None:
