@@ -81,9 +81,9 @@ def problems(
     is_sweep = bool({"-m", "--multirun"} & set(words))
     reported += word_forms.problems(words, {**known, **options}, lambda key: instead(key, [*known, *options]))
     words = word_forms.without_these(words)
-    is_resumed = any(
+    in_sweep = in_sweep or any(
         word.startswith("resume=") for word in words
-    )  # perhaps a run of a sweep, without its sweep.stop_worst
+    )  # of a sweep, perhaps: sweep.stop_worst=null
     for previous, word in zip(["", *words], words, strict=False):
         if word.split("=")[0] in OTHER_CONFIG:
             reported.append(Problem(word.split("=")[0], None, OTHER_CONFIG_REMEDY))
@@ -100,9 +100,7 @@ def problems(
         problem = _problem(override, known, options, schema)
         if problem:
             reported.append(problem)
-        elif override.key_or_group.startswith("sweep.") and not (
-            is_sweep or in_sweep or _resumes_with(override, words)
-        ):
+        elif override.key_or_group.startswith("sweep.") and not (is_sweep or in_sweep):
             message = "has no effect on one run. Give several values of a key, as in muster sweep train.seed=0,1"
             reported.append(Problem(override.key_or_group, word.partition("=")[2], message))
         elif override.is_sweep_override() and not is_sweep:
