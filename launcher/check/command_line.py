@@ -81,6 +81,9 @@ def problems(
     is_sweep = bool({"-m", "--multirun"} & set(words))
     reported += word_forms.problems(words, {**known, **options}, lambda key: instead(key, [*known, *options]))
     words = word_forms.without_these(words)
+    in_sweep = in_sweep or any(
+        word.startswith("resume=") for word in words
+    )  # of a sweep, perhaps: sweep.stop_worst=null
     for previous, word in zip(["", *words], words, strict=False):
         if word.split("=")[0] in OTHER_CONFIG:
             reported.append(Problem(word.split("=")[0], None, OTHER_CONFIG_REMEDY))

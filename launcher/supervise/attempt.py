@@ -15,18 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf import node_paths, program_checkpoints
+from conf import node_paths, program_checkpoints, sweep
 from conf.errors import ConfigError
 from conf.files import write_json
+from conf.jobs import RESUMABLE
 from conf.visible import visible
 from launcher import slurm, slurm_array
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
-from launcher.supervise import allocation, rendezvous, requeue
+from launcher.supervise import allocation, rendezvous, report_page, requeue
 from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
-COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
+COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed", "gpus")
 """Fields of begin.json that the verdict repeats."""
 
 
@@ -49,6 +50,7 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         "job_id": slurm_array.own_id(os.environ) or str(os.getpid()),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
+        "gpus": int(os.environ.get("MUSTER_GPUS", "0")),
         "resumed": attempts.newest_checkpoint(folder),
     }
     if "MUSTER_SWEEP" in os.environ:
@@ -83,8 +85,20 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
         "ended": time.time(),
         **{key: begin_record.get(key) for key in COPIED_FROM_BEGIN},
     }
+    if verdict["status"] == COMPLETED and folder.name in RESUMABLE:
+        verdict |= _end_among_the_worst(folder.parent.parent, verdict["step"])
     write_json(folder / f"attempt-{number}.json", verdict)
+    if folder.name in RESUMABLE:
+        report_page.settle(folder.parent.parent, verdict)
     return verdict
+
+
+def _end_among_the_worst(run: Path, step: int | None) -> dict[str, Any]:
+    """Return what a verdict says of a training that ended at `step` as one of the worst of a sweep (`sweep.stop_worst`)."""
+    rung = attempts.read_record(run / sweep.RUNG) or {}
+    if rung.get("goes_on") is not False or rung.get("ended") != step:  # it was continued afterwards
+        return {}
+    return {"reason": str(rung.get("reason", "")), "ended_early": True}
 
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
