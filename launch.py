@@ -5,6 +5,12 @@
 
 import os
 import sys
+
+from launcher import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_with_a_line("launch.py")
+
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -122,6 +128,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
     if arguments is not None:
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     try:
+        ctrl_c.raises()
         words, folders = search_path.read(sys.argv[1:])
         if (keys := help_text.asked(words)) is not None:
             command = "python launch.py" if prog == "launch.py" else prog

@@ -5,6 +5,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from launcher import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_with_a_line("python -m launcher")
+
 from conf.errors import UserError
 from conf.visible import visible
 from launcher import slurm, version
@@ -69,6 +74,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
         return 2
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
     try:
+        ctrl_c.raises()
         with slurm.retrying(WAIT_S):
             if "run" in options:
                 options.run = find.run_of(options.run) if options.by_id else options.run.resolve()
@@ -85,6 +91,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141
     except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
         return 130
 
 
