@@ -78,7 +78,7 @@ def _submit(options: argparse.Namespace) -> int:
 
     run = f"runs/doctor-{options.cluster}-{time.strftime('%Y%m%d-%H%M%S')}"
     words = [f"cluster={options.cluster}", "model=tiny", "pipeline=preflight", f"run_dir={run}"]
-    words += ["cluster.train.nodes=1", "cluster.train.time_min=10"]
+    words += ["cluster.gpus=null", "cluster.train.nodes=1", "cluster.train.time_min=10"]
     print("\na compute node", flush=True)
     code = launch.main(words, prog=f"{options.prog} doctor")
     if code == 0:
