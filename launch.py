@@ -99,7 +99,7 @@ def launch(composed: DictConfig) -> int:
     for line in notes:
         print(line, flush=True)
     if config.dry_run:
-        print(visible(preview.text(config, jobs)), flush=True)
+        print(visible(preview.text(config, jobs, record.training_rows(config))), flush=True)
         return 0
     if jobs and not names.is_named(sys.argv[1:]):
         config.run_dir = names.reserve(config.run_dir)
