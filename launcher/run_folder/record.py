@@ -36,7 +36,8 @@ class StartedJob(NamedTuple):
 def training_rows(config: Config) -> int | None:
     """Return the rows of an epoch of a run whose data are prepared. None before that, and where samples are packed into rows."""
     described = read_record(Path(config.run_dir) / "data" / "data.json")
-    rows = described.get("train", {}).get("samples") if described and not config.data.packing else None
+    train = (described or {}).get("train")
+    rows = train.get("samples") if isinstance(train, dict) and not config.data.packing else None
     return rows if isinstance(rows, int) else None
 
 
