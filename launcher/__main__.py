@@ -41,6 +41,7 @@ COMMANDS = {
     "merge": "merge",
     "push": "push",
     "sync": "sync",
+    "completion": "completion",
 }
 """What is typed, and its module in launcher/commands. `--help` lists them in this order."""
 
@@ -58,7 +59,7 @@ def parser(prog: str, names: Sequence[str]) -> argparse.ArgumentParser:
         module = import_module(f"launcher.commands.{COMMANDS[name]}")
         sub = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
         module.arguments(sub)
-        sub.set_defaults(execute=module.execute, prog=prog)
+        sub.set_defaults(execute=module.execute, prog=prog, whole_parser=lambda: parser("muster", tuple(COMMANDS)))
     return result
 
 
