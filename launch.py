@@ -30,6 +30,7 @@ from launcher.check import command_line, help_text, quoting, resume, search_path
 from launcher.convert import experiment_file
 from launcher.paths import CLONE
 from launcher.run_folder import names, record
+from launcher.status import terminal
 from launcher.submit import planned_run, preview, submit, sweep_launch
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -139,14 +140,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         with slurm.retrying(WAIT_S):
             return launch_words(words, folders)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        terminal.error(prog, str(error))
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
-        print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
+        terminal.error(prog, ": ".join(causes))
         return 2
     except PermissionError as error:
-        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
+        terminal.error(prog, record.closed_file(error))
         return 2
     except BrokenPipeError:  # `... dry_run=true | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,13 +11,12 @@ if __name__ == "__main__":
     ctrl_c.ends_with_a_line("python -m launcher")
 
 from conf.errors import UserError
-from conf.visible import visible
 from launcher import slurm, version
 from launcher.commands import sweep
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
-from launcher.status import find
+from launcher.status import find, terminal
 
 WAIT_S = 120.0
 """How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
     if words[:1] == ["sweep"] and any("=" in word for word in words):
         return sweep.launch(words[1:], f"{prog} sweep")
     if words and "=" in words[0]:
-        print(f"{prog}: {words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}", file=sys.stderr)
+        terminal.error(prog, f"{words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}")
         return 2
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
     try:
@@ -81,13 +80,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
                 options.run = find.run_of(options.run) if options.by_id else options.run.resolve()
             return int(options.execute(options))
     except slurm.BusyError as error:
-        print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)
+        terminal.error(prog, f"Slurm does not answer ({error}), so nothing was changed. Try again later")
         return 2
     except (UserError, slurm.SlurmError) as error:
-        print(f"{prog}: {visible(str(error))}", file=sys.stderr)
+        terminal.error(prog, str(error))
         return 2
     except PermissionError as error:
-        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
+        terminal.error(prog, record.closed_file(error))
         return 2
     except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141

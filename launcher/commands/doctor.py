@@ -6,9 +6,8 @@ import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from conf.visible import visible
 from launcher.paths import CLONE
-from launcher.status.tables import console
+from launcher.status import terminal
 
 if TYPE_CHECKING:
     from conf.schema import Config
@@ -58,18 +57,10 @@ def _config(cluster: str) -> "Config":
 
 
 def _show(check: "Check") -> None:
-    from rich.text import Text
-
     from launcher.doctor import examine
 
-    terminal = console()
-    for line in map(visible, examine.lines(check)):
-        if terminal.is_terminal:
-            text = Text(line)
-            text.stylize(examine.MARKS[check.level][0], 0, examine.MARK_WIDTH)
-            terminal.print(text, soft_wrap=True)
-        else:
-            print(line, flush=True)
+    for line in examine.lines(check):
+        terminal.say(line, examine.MARKS[check.level][0], until=examine.MARK_WIDTH)
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 
-from conf.visible import visible
 from launcher.commands.answers import exit_code
 from launcher.commands.arguments import add_run
 from launcher.status import pending, state, status_table
@@ -17,8 +16,12 @@ def execute(options: argparse.Namespace) -> int:
     waits = pending.reasons(jobs)
     for job in jobs:
         if job.state == "PENDING":
-            print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
+            status_table.outcome(
+                f"{job.name} {job.job_id}", "pending", f": {waits.get(job.name, 'Slurm does not say why')}"
+            )
         elif job.verdict is None or job.verdict["status"] == "completed":
-            print(f"{job.name} {job.job_id} {job.verdict['status'] if job.verdict else job.state.lower()}")
+            status_table.outcome(
+                f"{job.name} {job.job_id}", job.verdict["status"] if job.verdict else job.state.lower()
+            )
         status_table.attempts(job)
     return exit_code(options, jobs)

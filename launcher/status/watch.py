@@ -8,7 +8,7 @@ from conf.visible import visible
 from launcher.run_folder import sweep_record
 from launcher.status import find, overview, status_table, sweep
 from launcher.status.overview import Overview
-from launcher.status.tables import console
+from launcher.status.terminal import console
 
 
 def watch(runs: Sequence[Path], every_s: float) -> list[Overview]:
