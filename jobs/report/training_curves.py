@@ -52,6 +52,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
         "report.html.j2",
         name=config.name,
         run_dir=config.run_dir,
+        about=[text for _, text in (of_run[0], *of_run[-2:])],
         state=progress.state,
         written=moment(now),
         until=moment(now),
@@ -70,6 +71,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
             "shared": False,
             "refresh_s": REFRESH_S,
             "written": round(now),
+            "silence": "The training may have ended: muster status shows its state.",
         },
     )
 
@@ -79,7 +81,7 @@ def _links(config: Config) -> list[tuple[str, str]]:
     has_preview = (Path(config.run_dir) / "data/preview.html").exists()
     links = [("training data (preview.html)", "data/preview.html")] * has_preview
     if "generate" in config.jobs:
-        links.append(("answers (generations.html, once the job generate has ended)", "generations.html"))
+        links.append(("answers (generations.html, after the job generate)", "generations.html"))
     return links
 
 

@@ -16,11 +16,13 @@ from pages.curves import Line, Point, median, number, points
 
 MOST_LINES = 800
 """Lines of a metrics.jsonl that are parsed beside those of evaluations. Of a longer one, every second (third, ...) line is."""
-OWN_KEYS = ("name", "run_dir")
-"""Keys that differ between all runs."""
+OWN_KEYS = ("name", "run_dir", "jobs")
+"""Keys that say nothing about how a run trains."""
 FIRST = ("train.", "adapter.", "model.", "data.", "parallel.")
 """Sections of the config that come first in a list of keys."""
 NOT_THERE = "(not there)"
+NO_VERDICT = "no verdict yet"
+"""The status of an attempt that runs."""
 HELD_OUT_KEYS = (
     "model.source",
     "model.tokenizer",
@@ -56,6 +58,11 @@ class ComparedRun:
     lines: list[Line]
     """Lines of metrics.jsonl: all evaluations, and one step in `every`."""
     every: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it trains, or was killed without a verdict."""
+        return self.status == NO_VERDICT
 
     @cached_property
     def last(self) -> Point | None:
@@ -157,7 +164,7 @@ def best_run(runs: Sequence[ComparedRun]) -> ComparedRun | None:
 
 def _read(run: Path, name: str) -> ComparedRun:
     found = attempts.read(run)
-    status = (found[-1].status or "no verdict yet") if found else "not started"
+    status = (found[-1].status or NO_VERDICT) if found else "not started"
     return ComparedRun(name, run, status, _config(run / "config.yaml"), *_lines(run / "metrics.jsonl"))
 
 
