@@ -81,6 +81,7 @@ test-system: # install Slurm for the tests, if this user may
 
 lint: setup ## ruff, mypy, and shellcheck of the shell scripts
 	$(V)/ruff check .
+	$(V)/ruff check --preview --select PLW1514 conf jobs launcher muster pages launch.py
 	$(V)/ruff format --check .
 	$(V)/mypy
 	$(V)/shellcheck .ci/run tests/*.sh

@@ -47,13 +47,18 @@ def exported_config(config: Config, world_size: int) -> dict[str, Any]:
     """The config that is written to RUN/deepspeed.json, for Accelerate and Trainer programs in a job.
 
     Such a program tells DeepSpeed which ranks share their rows, so the batch counts groups of ranks. A program of the user
-    (`custom.command`) has a batch of its own.
+    (`custom.command`) has a batch and a precision of its own.
     """
     settings = deepspeed_config(config, world_size)
     if config.custom.command is None:
         return settings | {"train_batch_size": settings["train_batch_size"] // config.parallel.context_ranks}
     own = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return settings | dict.fromkeys(own, "auto")
+    settings |= dict.fromkeys(own, "auto")
+    for kind in ("bf16", "fp16"):
+        settings[kind] |= {"enabled": "auto"}
+    if config.parallel.zero_stage == 1:
+        del settings["data_types"]  # see deepspeed_config; DeepSpeed then accumulates in the program's precision
+    return settings
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-SECRET, EVERYONE, PROGRAM = 0o600, 0o666, 0o777
-"""Modes of new files. The umask is taken from the last two, so a group can share a run with `umask 007` or `umask 027`."""
+EVERYONE, PROGRAM = 0o666, 0o777
+"""Modes of new files, before the umask: a group can share a run with `umask 007` or `umask 027`."""
 
 
 def write_text(path: Path, text: str, mode: int = EVERYONE) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -29,7 +31,7 @@ def resolve(composed: DictConfig) -> Config:
         plain = OmegaConf.to_container(composed, resolve=True)
         if problems := _schema_problems(plain, Config):
             raise ConfigError(*problems)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _escaped(plain)))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), _escaped(plain)))
     except OmegaConfBaseException as error:
         message = str(error.msg).splitlines()[0]
         if "Interpolation key" in message:
@@ -40,6 +42,13 @@ def resolve(composed: DictConfig) -> Config:
     if problems := list(text.problems(config)):
         raise ConfigError(*problems)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """The schema as OmegaConf needs it. Making it takes as long as reading a config; nothing may change it."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
 
 
 LAUNCH_ONLY = ("resume", "dry_run", "submit")
@@ -98,18 +107,23 @@ def save(config: Config, path: Path) -> None:
 def load(path: Path) -> Config:
     """Read a config that `save` wrote. Raises ConfigError if the file is missing, damaged or does not match the schema."""
     try:
-        stored = OmegaConf.load(path)
+        return deepcopy(_parsed(path.read_bytes(), str(path)))
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), None, "no such file. Use a run folder: it has a config.yaml")) from None
-    except OSError:
-        raise
+
+
+@lru_cache(maxsize=8)
+def _parsed(content: bytes, path: str) -> Config:
+    """The config in a file. Kept, because a launch reads the same file several times, and each time takes 200 ms."""
+    try:
+        stored = OmegaConf.create(content.decode())
     except Exception as error:  # whatever a YAML parser raises for a file that somebody else may have written
         reason = (
             f"is not the config of a run ({type(error).__name__}). Use the folder of a run that Muster has launched"
         )
-        raise ConfigError(Problem(str(path), None, reason)) from error
+        raise ConfigError(Problem(path, None, reason)) from error
     if not isinstance(stored, DictConfig):
-        raise ConfigError(Problem(str(path), None, "is not the config of a run: it has no keys"))
+        raise ConfigError(Problem(path, None, "is not the config of a run: it has no keys"))
     _rename_old_keys(stored)
     return resolve(stored)
 

@@ -44,6 +44,11 @@ class Resources:
     out an option that Muster sets. An option that asks for the same in another way replaces Muster's: `{gres: "gpu:8"}`,
     `{mem-per-cpu: 4G}`. `dependency` is added to the dependencies of the job. Put times into quotes."""
 
+    @property
+    def ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks_per_node
+
 
 @dataclass
 class Network:

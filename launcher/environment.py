@@ -155,7 +155,7 @@ def python_path(config: Config, environ: Mapping[str, str]) -> str:
 def _accelerate(config: Config) -> dict[str, str]:
     """Return the parallelism in Accelerate's variables, so that any Accelerate or Trainer program in the job uses the same."""
     parallel = config.parallel
-    world_size = config.cluster.train.nodes * config.cluster.train.ranks_per_node  # a task may start many ranks
+    world_size = config.cluster.train.ranks  # a task may start many ranks
     values = {}
     if config.custom.command is None:  # a program of the user has a batch of its own, and this would win over its code
         values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(split(config, world_size)[1])

@@ -20,7 +20,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        return self.resources.nodes * self.resources.ranks_per_node
+        return self.resources.ranks
 
     @property
     def distributed(self) -> bool:
@@ -31,7 +31,7 @@ def resources(config: Config, name: str) -> Resources:
     """Return the job's section of `cluster`, with as many ranks as Slurm starts: one for kinds that are a single process."""
     kind = JOB_KINDS[name]
     section: Resources = getattr(config.cluster, kind.section)
-    if kind.single_rank and section.nodes * section.ranks_per_node > 1:
+    if kind.single_rank and section.ranks > 1:
         return replace(section, nodes=1, ranks_per_node=1)
     if starts_whole_nodes(config, name):
         return replace(section, ranks_per_node=1, cpus_per_rank=section.ranks_per_node * section.cpus_per_rank)

@@ -113,7 +113,8 @@ WITH_VALUE = frozenset(
 )
 KNOWN = FLAGS | FLAGS_WITH_VALUE | WITH_VALUE
 """sbatch's options from Slurm 20.11 to 26.05. A site's plugins may add others."""
-ALIASES = {"tasks-per-node": "ntasks-per-node", "share": "oversubscribe", "workdir": "chdir"}
+OTHER_NAMES = {"tasks-per-node": "ntasks-per-node", "share": "oversubscribe", "workdir": "chdir"}
+"""Names that sbatch also takes, or took before Slurm 17.11, and today's name of the same option."""
 
 OWN = {
     "array": "a job of a run is one job. For several runs add -m to the command",
@@ -167,7 +168,7 @@ def long_name(key: str) -> str:
     if name in SHORT:
         return SHORT[name]
     name = name.lower().replace("_", "-")
-    name = ALIASES.get(name, name)
+    name = OTHER_NAMES.get(name, name)
     if name in KNOWN or not name:
         return name
     longer = [known for known in sorted(KNOWN) if known.startswith(name)]  # as getopt does

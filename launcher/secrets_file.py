@@ -23,7 +23,7 @@ def names(config: Config) -> list[str]:
 def read(path: Path) -> tuple[str, str]:
     """The text of a file, and a warning if others may read it: the launch refuses that, a job only says so.
 
-    Both are empty if there is no such file. Raises SiteError if others may write it, or if it is no text.
+    Both are empty if there is no such file. Raises SiteError if others may write it, if it is no text, or larger than MAX_BYTES.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -39,9 +39,12 @@ def read(path: Path) -> tuple[str, str]:
             raise SiteError(
                 Problem(KEY, path, "belongs to another user, who could change it. Copy it, and use the copy")
             )
-        content = os.read(descriptor, MAX_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
     finally:
         os.close(descriptor)
+    if len(content) > MAX_BYTES:
+        raise SiteError(Problem(KEY, path, "is larger than 1 MiB. Name a file that has only lines NAME=value"))
     warning = f"others may read or write it (mode {stat.S_IMODE(status.st_mode):o}). Type chmod 600 {path}"
     if status.st_mode & 0o022:
         raise SiteError(Problem(KEY, path, warning))

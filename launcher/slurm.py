@@ -9,8 +9,9 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher import slurm_array
 from launcher.slurm_command import BusyError, NoSlurmError, SlurmError, call, retrying
@@ -40,6 +41,10 @@ USE = ("JobID", "ElapsedRaw", "AllocCPUS", "TotalCPU", "ReqMem", "AllocTRES", "T
 """Fields of sacct of what a job had and used."""
 
 
+Ask = Callable[["list[str]"], "list[SlurmJob]"]
+"""Asks a command of Slurm about job ids. Raises SlurmError."""
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """What Slurm says about a job id. Empty text: the command does not say it."""
@@ -54,11 +59,6 @@ class SlurmJob:
     """The path that was given to sbatch. Only `own_jobs` knows it."""
     silence: str = ""
     """Why Slurm gave no answer about the id; its state is UNKNOWN then."""
-
-
-def hostnames(nodelist: str) -> list[str]:
-    """Expand a node list: `n[1-2]` becomes n1, n2. Ranks are numbered in this order."""
-    return call("scontrol", "show", "hostnames", nodelist).split()
 
 
 def node_address(node: str) -> str | None:
@@ -79,18 +79,13 @@ def jobs(job_ids: Iterable[str], user: str | None = None, strict: bool = False) 
     wanted = list(job_ids)
     known: dict[str, SlurmJob] = {}
     silence, busy = "", False
-    for name in ("squeue", "sacct", "scontrol"):
+    ways: dict[str, Ask] = {"squeue": partial(_squeue, user=user), "sacct": _sacct, "scontrol": _scontrol}
+    for name, ask in ways.items():
         unknown = [job_id for job_id in wanted if job_id not in known]
         if not unknown or (busy and name == "scontrol"):  # it asks the controller, as squeue did
             continue
         try:
-            found = (
-                _squeue(unknown, user)
-                if name == "squeue"
-                else _sacct(unknown)
-                if name == "sacct"
-                else _scontrol(unknown)
-            )
+            found = ask(unknown)
         except NoSlurmError:
             continue
         except SlurmError as error:

@@ -173,7 +173,13 @@ def run_once(words: tuple[str, ...], timeout_s: float) -> Output:
     """Run a command once. Raises BusyError for an error in TRANSIENT and for no answer, SlurmError for any other."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout_s, check=False, env=clean_environment(os.environ)
+            words,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # names of other users' jobs may have any bytes
+            timeout=timeout_s,
+            check=False,
+            env=clean_environment(os.environ),
         )
     except FileNotFoundError:
         raise NoSlurmError(f"{words[0]} is not on PATH") from None

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from functools import cache, partial
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
 
+import launch as launch_program
 from conf.resolve import resolve
 from conf.schema import Config
 from launcher.check import localize
@@ -28,6 +32,8 @@ Compose = Callable[..., Config]
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 Programs = Callable[..., Path]
 
+
+ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # `pytest ... &` in a script ignores Ctrl-C, and so would every program that the tests start
@@ -54,7 +60,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @cache
 def _composed(words: tuple[str, ...], gpus: int) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)  # as launch.py does
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         config = resolve(hydra.compose("config", overrides=[f"run_dir={RUN_DIR}", *words]))
     localize.localize(config, gpus)
@@ -103,9 +108,30 @@ def python(*words: object, cwd: Path, env: Mapping[str, str]) -> "subprocess.Com
     return subprocess.run(command, cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=60)
 
 
+def called(
+    main: Callable[[], int], *words: object, cwd: Path, env: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Call the `main` of a program with `words`, as `python` would run it: starting Python and importing Hydra takes longer."""
+    out, err = StringIO(), StringIO()
+    with chdir(cwd), pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name in {*os.environ} - {*env}:
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", [*map(str, words)])
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        os.environ.pop("HYDRA_FULL_ERROR", None)  # what `launch` has added
+        os.environ.pop("COMP_LINE", None)
+    return subprocess.CompletedProcess([*map(str, words)], code, out.getvalue(), err.getvalue())
+
+
 def module(name: str, *words: object, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m name words...` from the root of the project."""
-    return python("-m", name, *words, cwd=ROOT, env=env)
+    """Do what `python -m name words...` does from the root of the project, in this process."""
+    program = import_module(f"{name}.__main__" if name == "launcher" else name)
+    return called(program.main, name, *words, cwd=ROOT, env=env)
 
 
 def write_programs(folder: Path, **scripts: str) -> Path:
@@ -124,13 +150,28 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, surroundings: dict[str, str]) -> Launch:
-    """`launch("model=tiny", ...)` runs `python launch.py model=tiny ...` in `cwd`, in bare surroundings plus `env`."""
+def launch_process(tmp_path: Path, surroundings: dict[str, str]) -> Launch:
+    """`launch_process("model=tiny", ...)` runs `python launch.py model=tiny ...` in `cwd`, in bare surroundings plus `env`."""
 
     def run(
         *words: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         return python(ROOT / "launch.py", *words, cwd=cwd, env=surroundings | dict(env or {}))
+
+    return run
+
+
+@pytest.fixture
+def launch(tmp_path: Path, surroundings: dict[str, str], launch_process: Launch) -> Launch:
+    """The same in this process, but for the flags of Hydra's own program."""
+
+    def run(
+        *words: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        if {"-sc", "--cfg"} & {*words}:
+            return launch_process(*words, cwd=cwd, env=env)
+        env = surroundings | dict(env or {})
+        return called(launch_program.main, ROOT / "launch.py", *words, cwd=cwd, env=env)
 
     return run
 

@@ -20,6 +20,7 @@ parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--save-every", type=int, default=20)
 options = parser.parse_args()
 output = os.environ.get("MUSTER_CHECKPOINTS", "checkpoints")
+precision = os.environ.get("ACCELERATE_MIXED_PRECISION")  # TrainingArguments does not read it
 
 arguments = TrainingArguments(
     output_dir=output,
@@ -29,6 +30,8 @@ arguments = TrainingArguments(
     learning_rate=1e-3,
     logging_steps=1,
     report_to="none",
+    bf16=precision == "bf16",
+    fp16=precision == "fp16",
     ddp_backend=None if torch.cuda.is_available() else "gloo",  # without GPUs, DeepSpeed has to be told
     ddp_timeout=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")),
 )

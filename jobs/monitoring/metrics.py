@@ -126,7 +126,7 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
             if values["step"] <= step and step:
                 kept.append(values)
                 lines.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):  # or what somebody else has written
             continue
     write_text(path, "".join(lines))
     return kept

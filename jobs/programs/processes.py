@@ -18,7 +18,9 @@ def descendants(root: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                parent = int(
+                    (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+                )
                 children.setdefault(parent, []).append(int(entry.name))
     found = [root]
     for process in found:
@@ -29,7 +31,7 @@ def descendants(root: int) -> list[int]:
 def handles(process: int, number: signal.Signals) -> bool:
     """Return whether a process has a handler of its own for a signal. Without one, USR1 would end it."""
     with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text(errors="replace").splitlines():
+        for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False

@@ -14,15 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from conf import node_paths
-from conf.choices import ProgramLauncher
+from conf.choices import Precision, ProgramLauncher
 from conf.errors import ConfigError, Problem, Stopped
 from conf.files import write_json, write_text
 from conf.schema import Config
 from jobs.distributed import heartbeat
 from jobs.distributed.stop_signals import Request, StopFlag
-from jobs.programs import command, failure, hang_stacks, processes
+from jobs.programs import command, failure, hang_stacks, nvidia_driver, precision, processes
 from jobs.programs.output import Output
-from jobs.programs.peer_access import all_peers
 from jobs.programs.variables import program_variables
 
 log = logging.getLogger(__name__)
@@ -101,9 +100,8 @@ class Supervisor:
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", Output]:
         variables = program_variables(self.config, os.environ, self.attempt, self.local)
-        if self.config.cluster.train.gpus_per_node and "NCCL_P2P_DISABLE" not in variables and not all_peers():
-            variables["NCCL_P2P_DISABLE"] = "1"  # consumer cards hang in NCCL's first collective
-            log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")
+        if self.config.cluster.train.gpus_per_node:
+            self._fit_to_gpus(variables)
         if self.config.custom.launcher is ProgramLauncher.accelerate:
             write_json(self.local / command.ACCELERATE_FILE, command.accelerate_settings(variables))
         place = command.Place(self.task, self.tasks, variables["MASTER_ADDR"], variables["MASTER_PORT"])
@@ -131,6 +129,13 @@ class Supervisor:
         assert program.stdout is not None
         return program, Output(program.stdout, self.attempt, self.first_rank)
 
+    def _fit_to_gpus(self, variables: dict[str, str]) -> None:
+        if "NCCL_P2P_DISABLE" not in variables and not nvidia_driver.all_peers():
+            variables["NCCL_P2P_DISABLE"] = "1"  # consumer cards hang in NCCL's first collective
+            log.info("the GPUs of this node have no peer access: set NCCL_P2P_DISABLE=1")
+        if self.config.train.precision is Precision.auto:
+            variables["ACCELERATE_MIXED_PRECISION"] = precision.settle(self.config, self.task).name
+
     def _report_progress(self, output: Output, seen: tuple[int, int]) -> tuple[int, int]:
         """Write a heartbeat if the program has called `muster.beat` or written a line since the last look."""
         newest_ns, beat = newest_beat(self.local / "beats")
@@ -148,7 +153,7 @@ class Supervisor:
             if self.stop.requested():
                 self.request = self.stop.request
             elif self.stop_file.exists():  # another task was asked
-                status, _, reason = self.stop_file.read_text().partition(" ")
+                status, _, reason = self.stop_file.read_text(encoding="utf-8", errors="replace").partition(" ")
                 self.request = (status or "stopped", reason.strip() or "asked to stop by a file")
             if self.request is not None:
                 if not self.stop_file.exists():

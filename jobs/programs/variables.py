@@ -39,7 +39,7 @@ def _of_ray(config: Config, shared: Path) -> dict[str, str]:
     """Return the variables that Ray reads, unless the user has set them. `shared` is a folder that all nodes see."""
     train, timeout_s = config.cluster.train, str(config.cluster.network.nccl_timeout_s)
     return {
-        "MUSTER_RANKS": str(train.nodes * train.ranks_per_node),
+        "MUSTER_RANKS": str(train.ranks),
         "MUSTER_SHARED": str(shared),
         "RAY_DEDUP_LOGS": "0",  # each rank has a log of its own
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise a line that a worker prints appears twice

@@ -5,14 +5,11 @@ It only reports: `launcher.check.hub_rules` decides what is wrong.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from conf.choices import Init
-from conf.errors import SiteError
 from conf.schema import Config
-from launcher import environment, secrets_file
 from launcher.check.hub_files import HubHome, Repository, is_cached, repositories
 from launcher.hub_client import HubClient, Reply, Unreachable, endpoint, stored_token
 
@@ -76,7 +73,7 @@ def push(config: Config, hub: HubHome) -> HubFacts:
 
 
 def _refusals(config: Config, hub: HubHome) -> Iterator[Refusal]:
-    client = HubClient(endpoint(hub.environ), _token(config, hub, None))
+    client = HubClient(endpoint(hub.environ), _token(hub, None))
     for item in dict.fromkeys(repositories(config)):
         if is_cached(config, item, hub.cache):
             continue
@@ -95,7 +92,7 @@ def _refusals(config: Config, hub: HubHome) -> Iterator[Refusal]:
 def _writer(config: Config, hub: HubHome) -> Writer | None:
     if config.hub.push is None or "push" not in config.jobs:
         return None
-    client = HubClient(endpoint(hub.environ), _token(config, hub, config.hub.token))
+    client = HubClient(endpoint(hub.environ), _token(hub, config.hub.token))
     if client.token is None:
         return Writer(has_token=False)
     account = client.ask("/api/whoami-v2")
@@ -106,14 +103,8 @@ def _writer(config: Config, hub: HubHome) -> Writer | None:
     return Writer(True, True, account.content, public)
 
 
-def _token(config: Config, hub: HubHome, name: str | None) -> str | None:
+def _token(hub: HubHome, name: str | None) -> str | None:
     """The value of the variable `name`, or, without a name, the token that the jobs find."""
-    path = Path(config.cluster.secrets_file).expanduser()
-    try:
-        text, _ = secrets_file.read(path)
-    except SiteError:  # the checks report it
-        text = ""
-    known = {**environment.secret_values(config, hub.environ, text), **hub.environ}
     if name is not None:
-        return "".join(known.get(name, "").split()) or None
-    return stored_token(known, hub.home)
+        return "".join(hub.environ.get(name, "").split()) or None
+    return stored_token(hub.environ, hub.home)

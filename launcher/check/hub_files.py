@@ -22,13 +22,14 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 @dataclass(frozen=True)
 class HubHome:
-    """Where the jobs keep what they get from the Hub, and the environment of launch.py."""
+    """Where the jobs keep what they get from the Hub, and their environment."""
 
     home: Path
     """HF_HOME."""
     cache: Path
     """HF_HUB_CACHE."""
     environ: Mapping[str, str]
+    """That of launch.py, with the secrets that jobs take from `cluster.secrets_file`."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _names(root: Path) -> list[str]:
     """The names of the GPUs, as their driver tells them."""
     names = []
     for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     for folder in _amd(root):
         version = _property(folder / "properties", "gfx_target_version")  # 90402: gfx942
@@ -88,7 +88,7 @@ def _amd(root: Path) -> list[Path]:
 
 def _property(path: Path, name: str) -> int:
     try:
-        words = dict(line.split(maxsplit=1) for line in path.read_text().splitlines() if " " in line)
+        words = dict(line.split(maxsplit=1) for line in path.read_text(encoding="ascii").splitlines() if " " in line)
         return int(words.get(name, 0))
     except (OSError, ValueError):
         return 0
@@ -101,7 +101,7 @@ def local_memory_gib(root: Path = Path("/")) -> float | None:
         return math.floor(0.995 * min(sizes) / 2**30) if all(sizes) else None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(command, capture_output=True, encoding="ascii", timeout=30, check=True).stdout
         return min(math.floor(0.995 * int(line) / 1024) for line in output.split())  # lines are MiB
     except (OSError, subprocess.SubprocessError, ValueError):
         return None

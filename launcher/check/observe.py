@@ -103,7 +103,7 @@ def observe(config: Config, typed: Iterable[str] = ()) -> Facts:
         kernels=_kernels(config),
         existing=existing,
         run_dir_error=run_dir_error,
-        hub=_hub(config),
+        hub=_hub(config, in_file),
         secrets_missing=tuple(
             name for name in config.cluster.secrets if name not in os.environ and name not in in_file
         ),
@@ -126,11 +126,12 @@ def hub_cache(config: Config) -> Path:
     return Path(os.path.expandvars(cache)).expanduser() if cache else hub_home(config) / "hub"
 
 
-def _hub(config: Config) -> HubFacts:
+def _hub(config: Config, in_file: dict[str, str]) -> HubFacts:
     """What the Hub answers, or what its cache holds; nothing for a dry run, which may be on a machine that only previews."""
     if config.dry_run or not config.hub.check:
         return HubFacts()
-    home = HubHome(hub_home(config), hub_cache(config), os.environ)
+    secrets = {name: in_file[name] for name in secrets_file.names(config) if name in in_file}
+    home = HubHome(hub_home(config), hub_cache(config), secrets | os.environ)
     if config.cluster.offline:
         asked = hub_access.push(config, home) if "push" in config.jobs else HubFacts()
         return replace(asked, missing=tuple(hub_files.missing(config, home)), command=tuple(sys.argv))

@@ -17,7 +17,7 @@ CONTEXT_ATTENTION = (Attention.auto, Attention.cudnn, Attention.varlen)
 
 def batch(config: Config) -> Iterator[Problem]:
     """`train.global_batch` must be divisible by the ranks, or by the groups of ranks that share their rows."""
-    world, rows, sharing = _world_size(config), config.train.global_batch, ranks_per_row(config)
+    world, rows, sharing = config.cluster.train.ranks, config.train.global_batch, ranks_per_row(config)
     groups = world // math.gcd(world, sharing)  # `shared_rows_and_matrices` reports where `sharing` does not divide
     if rows % groups:
         nearest = " or ".join(str(count * groups) for count in (rows // groups, rows // groups + 1) if count)
@@ -47,7 +47,7 @@ def _zero(config: Config) -> Iterator[Problem]:
 
 
 def _fsdp(config: Config) -> Iterator[Problem]:
-    parallel, ranks_per_node, world = config.parallel, config.cluster.train.ranks_per_node, _world_size(config)
+    parallel, ranks_per_node, world = config.parallel, config.cluster.train.ranks_per_node, config.cluster.train.ranks
     shardable = world // parallel.tensor_ranks
     if ranks_per_node % parallel.tensor_ranks:
         message = (
@@ -69,7 +69,7 @@ def _fsdp(config: Config) -> Iterator[Problem]:
 
 def shared_rows_and_matrices(config: Config) -> Iterator[Problem]:
     """Context parallelism (ranks share the tokens of a row) and tensor parallelism (ranks share a matrix)."""
-    parallel, world = config.parallel, _world_size(config)
+    parallel, world = config.parallel, config.cluster.train.ranks
     if world % ranks_per_row(config):
         message = (
             f"parallel.context_ranks x parallel.tensor_ranks = {ranks_per_row(config)} must divide "
@@ -88,10 +88,6 @@ def shared_rows_and_matrices(config: Config) -> Iterator[Problem]:
     if parallel.tensor_ranks > 1 and config.adapter.kind is not AdapterKind.none:
         message = "does not support adapters. Use adapter=none or parallel.tensor_ranks=1"
         yield Problem("parallel.tensor_ranks", parallel.tensor_ranks, message)
-
-
-def _world_size(config: Config) -> int:
-    return config.cluster.train.nodes * config.cluster.train.ranks_per_node
 
 
 def _divisors(number: int) -> str:

@@ -56,7 +56,7 @@ def problems(config: Config, facts: Facts) -> list[Problem]:
         bad_layout = [*(() if own_batch else parallel_rules.batch(config)), *parallel_rules.layout(config)]
         reported += [*bad_layout, *parallel_rules.shared_rows_and_matrices(config), *_devices(config, facts)]
         if not bad_layout:
-            world_size = config.cluster.train.nodes * config.cluster.train.ranks_per_node
+            world_size = config.cluster.train.ranks
             bad_settings = list(deepspeed_rules.problems(config, world_size))
             # an estimate of a wrong layout says nothing
             reported += bad_settings or _memory(config)

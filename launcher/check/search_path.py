@@ -32,9 +32,12 @@ def read(words: Sequence[str]) -> tuple[list[str], list[Path]]:
             entries += _entries(word)
         else:
             kept.append(word)
+    if is_value:
+        given.append(("--config-dir", ""))
     given += [("hydra.searchpath", entry.removeprefix("file://")) for entry in entries if entry.startswith("file://")]
-    if missing := [item for item in given if not Path(item[1]).expanduser().is_dir()]:
-        raise ConfigError(*(Problem(key, folder, "no such folder") for key, folder in missing))
+    if missing := [item for item in given if not item[1] or not Path(item[1]).expanduser().is_dir()]:
+        reason = "no such folder. Give one that holds groups, as in --config-dir FOLDER for FOLDER/cluster/mine.yaml"
+        raise ConfigError(*(Problem(key, folder, reason) for key, folder in missing))
     folders = [Path(folder).expanduser().resolve() for _, folder in given]
     if Path(OWN).expanduser().is_dir():
         folders.append(Path(OWN).expanduser().resolve())

@@ -112,7 +112,7 @@ def _optimizer(config: Config, typed: Collection[str]) -> Iterator[Problem]:
 
 def _training(config: Config, typed: Collection[str]) -> Iterator[Problem]:
     train, generate = config.train, config.generate
-    world = config.cluster.train.nodes * config.cluster.train.ranks_per_node
+    world = config.cluster.train.ranks
     if not train.profile:
         yield from _set(train, Train, "train", ("profile_ranks",), "train.profile=false. Add train.profile=true", typed)
     for rank in train.profile_ranks if train.profile else ():

@@ -12,4 +12,4 @@ def exit_code(options: argparse.Namespace, jobs: Sequence[state.JobState]) -> in
     notes = {job.note: job for job in jobs if job.note}
     for note, job in notes.items():
         print(f"{options.prog}: {job.name}: state unknown: {note}", file=sys.stderr)
-    return 2 if any("does not answer" in note for note in notes) else 0
+    return 2 if any(job.is_silent for job in jobs) else 0

@@ -1,6 +1,7 @@
 """Arguments that several commands have."""
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -21,3 +22,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse._ActionsContainer) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print everything that is known, for scripts")
+
+
+def add_every(parser: argparse._ActionsContainer, when: str = "") -> None:
+    """--every: seconds between two questions to Slurm. `when`: what it is for, before the rest of its help."""
+    text = f"{when}how often to ask Slurm; default: 10"
+    parser.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help=text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds

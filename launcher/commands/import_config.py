@@ -12,9 +12,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--as", dest="program", choices=tuple(convert.PROGRAMS), help="the program; default: recognized by its keys"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: conf/experiment/NAME.yaml of Muster")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs that its batch size is meant for; default: 8")
+    parser.add_argument("--gpus", type=_gpus, default=8, help="GPUs that its batch size is meant for; default: 8")
     parser.add_argument("--force", action="store_true", help="overwrite an experiment of that name")
 
 
 def execute(options: argparse.Namespace) -> int:
     return command.run(options.file, options.program, options.out, options.gpus, force=options.force)
+
+
+def _gpus(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs: give at least 1")
+    return int(text)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.commands.answers import exit_code
-from launcher.commands.arguments import RUN_OR_ID, add_json
+from launcher.commands.arguments import RUN_OR_ID, add_every, add_json
 from launcher.run_folder import sweep_record
 from launcher.status import find, overview, status_table, sweep, sweep_table, watch
 
@@ -17,9 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     add_json(form)
     form.add_argument("--watch", action="store_true", help="again and again, until no job is pending or running")
-    parser.add_argument(
-        "--every", type=float, default=10.0, metavar="SECONDS", help="with --watch: how often to ask Slurm; default: 10"
-    )
+    add_every(parser, "with --watch: ")
 
 
 def execute(options: argparse.Namespace) -> int:

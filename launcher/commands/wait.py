@@ -5,16 +5,14 @@ import time
 
 from conf.visible import visible
 from launcher import slurm
-from launcher.commands.arguments import add_run
+from launcher.commands.arguments import add_every, add_run
 from launcher.run_folder import lock, sweep_record
 from launcher.status import state, sweep
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, by_id=True)
-    parser.add_argument(
-        "--every", type=float, default=10.0, metavar="SECONDS", help="how often to ask Slurm; default: 10"
-    )
+    add_every(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -25,7 +23,7 @@ def execute(options: argparse.Namespace) -> int:
     said: set[str] = set()
     while True:
         jobs = state.job_states(options.run)
-        is_silent = any("does not answer" in job.note for job in jobs)
+        is_silent = any(job.is_silent for job in jobs)
         is_live = any(job.state in slurm.LIVE_STATES for job in jobs) or lock.holder(options.run) is not None
         for job in jobs:
             if job.verdict and job.state not in slurm.LIVE_STATES and job.name not in said:

@@ -38,7 +38,13 @@ def ask(python: str) -> dict[str, Any] | str:
     command = [python, "-c", f"import runpy; runpy.run_path({str(CLONE / 'jobs/probe.py')!r}, run_name='__main__')"]
     try:
         done = subprocess.run(
-            command, cwd="/", env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
+            command,
+            cwd="/",
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
         )
     except FileNotFoundError:
         return f"{python} is not here"

@@ -42,8 +42,7 @@ def width_of(config: Config) -> int:
 def _tokens(config: Config) -> tuple[int, int]:
     """Most tokens of a rank (in a training micro batch, in an evaluation batch), padded as jobs/data/batches.py does."""
     length = -(-config.data.max_length // 8) * 8 // config.parallel.context_ranks
-    world = config.cluster.train.nodes * config.cluster.train.ranks_per_node
-    return split(config, world)[0] * length, micro_batch_limit(config) * length
+    return split(config, config.cluster.train.ranks)[0] * length, micro_batch_limit(config) * length
 
 
 def _local(config: Config) -> Architecture:

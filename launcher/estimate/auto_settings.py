@@ -92,8 +92,7 @@ def _candidates(config: Config) -> Iterator[Config]:
 
 def _micro_batches(config: Config) -> list[int]:
     """Micro batches from the largest: divisors of a rank's rows per step with at most ENOUGH_TOKENS tokens, and 1."""
-    train = config.cluster.train
-    rows = config.train.global_batch * ranks_per_row(config) // (train.nodes * train.ranks_per_node)
+    rows = config.train.global_batch * ranks_per_row(config) // config.cluster.train.ranks
     tokens = config.data.max_length // config.parallel.context_ranks
     return [size for size in range(rows, 0, -1) if rows % size == 0 and (size == 1 or size * tokens <= ENOUGH_TOKENS)]
 

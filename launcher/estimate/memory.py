@@ -81,7 +81,7 @@ def estimate(config: Config, loop: Loop | None = None) -> Estimate | None:
 
 def _ranks(config: Config) -> tuple[int, int]:
     """(all ranks, ranks that together hold one copy of the training state)."""
-    world = config.cluster.train.nodes * config.cluster.train.ranks_per_node
+    world = config.cluster.train.ranks
     return world, copy_ranks(config.parallel, world)
 
 

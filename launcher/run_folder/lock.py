@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,10 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, since {self.since}"
+
+
+UNKNOWN = Holder("an unknown host", 0, "an unknown user", "just now")
+"""Stands for the holder that a record does not tell."""
 
 
 @contextmanager
@@ -88,14 +92,31 @@ def holder(run: Path) -> Holder | None:
     return None if _is_stale(other, run, supported=True) else other
 
 
+def is_held_by(run: Path, pid: int) -> bool:
+    """Return whether a process of this user on this host has opened the lock: the record may be anybody's, and old.
+
+    Root sees this of all processes.
+    """
+    with suppress(OSError):
+        lock = (run / NAME).stat()
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.path.samestat(entry.stat(), lock):
+                    return True
+    return False
+
+
 def read(run: Path) -> Holder | None:
-    """Return what the record says; None without a record."""
+    """Return what the record says; None without a record. Others may have written it."""
     try:
-        return Holder(**json.loads((run / RECORD).read_text(encoding="utf-8")))
+        found = Holder(**json.loads((run / RECORD).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # it is just being written, or the disk was full
-        return Holder("an unknown host", 0, "an unknown user", "just now")
+    except (ValueError, TypeError, RecursionError):  # it is just being written, or the disk was full
+        return UNKNOWN
+    texts = (found.host, found.user, found.since)
+    is_good = type(found.pid) is int and found.pid > 0 and all(isinstance(text, str) for text in texts)
+    return found if is_good else UNKNOWN
 
 
 def _lock(descriptor: int, run: Path) -> bool:

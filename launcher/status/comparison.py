@@ -24,22 +24,8 @@ NOT_THERE = "(not there)"
 NO_VERDICT = "no verdict yet"
 """The status of an attempt that runs."""
 HELD_OUT_KEYS = (
-    "model.source",
-    "model.tokenizer",
-    *(
-        f"data.{name}"
-        for name in (
-            "path",
-            "sets",
-            "format",
-            "fields",
-            "chat_template",
-            "mask",
-            "train_on",
-            "validation",
-            "max_length",
-        )
-    ),
+    *("model.source", "model.tokenizer", "data.path", "data.sets", "data.format", "data.fields"),
+    *("data.chat_template", "data.mask", "data.train_on", "data.validation", "data.max_length"),
 )
 """Beginnings of keys that change which tokens are held out, or how a text is divided into them."""
 

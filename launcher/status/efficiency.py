@@ -90,7 +90,7 @@ def _efficiency(
     used: dict[str, accounting.Used],
 ) -> Efficiency:
     part = plan.resources(config, name)
-    ranks, gpus = part.nodes * part.ranks_per_node, part.nodes * (part.gpus_per_node or 0)
+    ranks, gpus = part.ranks, part.nodes * (part.gpus_per_node or 0)
     steps = [line for line in attempts.metrics(run) if "loss" in line] if name in RESUMABLE else []
     step_s, shares, memory = (_numbers(steps, key) for key in ("seconds", "mfu", "memory_gib_max"))
     ran_s = sum(each.ended - each.began for each in tried)

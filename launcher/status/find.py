@@ -48,13 +48,14 @@ def _started_by(folder: Path, job_id: str) -> Path | None:
 
 
 def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
-    """Yield every run in `folder`, or below it."""
-    if (folder / "run.json").is_file():
-        yield folder
-        return
+    """Yield every run in `folder`, or below it, that this user may look into."""
     try:
+        is_run = (folder / "run.json").is_file()
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
+    except OSError:  # it is closed, or gone
+        return
+    if is_run:
+        yield folder
         return
     for path in inside if levels else []:
         yield from runs_below(path, levels - 1)
@@ -62,12 +63,8 @@ def runs_below(folder: Path, levels: int = DEEPEST) -> Iterator[Path]:
 
 def each_run(folders: Sequence[Path]) -> list[Path]:
     """Return the runs, with those of a sweep that have been started in its place."""
-    return [
-        run
-        for folder in folders
-        for run in (
-            [path for path in sweep_record.runs(folder) if (path / "run.json").is_file()]
-            if sweep_record.is_sweep(folder)
-            else [folder]
-        )
-    ]
+    found: list[Path] = []
+    for folder in folders:
+        is_sweep = sweep_record.is_sweep(folder)
+        found += [run for run in sweep_record.runs(folder) if (run / "run.json").is_file()] if is_sweep else [folder]
+    return found

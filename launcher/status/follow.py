@@ -162,7 +162,7 @@ class End:
             return f"{job.name} {job.verdict['status']}"
         # a launch on this machine writes the verdict a moment after the last rank has ended
         is_held = job.cluster == "local" and job.verdict is None and lock.holder(self.run) is not None
-        if job.state in slurm.LIVE_STATES or "does not answer" in job.note or is_held:
+        if job.state in slurm.LIVE_STATES or job.is_silent or is_held:
             self._gone_since = None
             return None
         if state.starts_again(job):

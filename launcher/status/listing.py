@@ -46,9 +46,13 @@ def summaries(folder: Path) -> list[Summary]:
             launches[run] = record.read_launches(run)
             started[run] = record.newest_jobs_of(run, launches[run])
         except (MusterError, OSError) as error:
-            found.append(Summary(run, str(error).splitlines()[0]))
+            found.append(_unreadable(run, error))
     in_slurm = state.ask_slurm(started)
-    found += [_summary(run, jobs, launches[run], in_slurm) for run, jobs in started.items()]
+    for run, jobs in started.items():
+        try:
+            found.append(_summary(run, jobs, launches[run], in_slurm))
+        except OSError as error:
+            found.append(_unreadable(run, error))
     return sorted(found, key=lambda item: (item.launched or 0.0, item.run))
 
 
@@ -63,6 +67,10 @@ def _summary(
     is_training = any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs)
     left_s = training.left_s if is_training else None
     return Summary(run, word, training.step, training.steps, training.loss, left_s, _first_launch(launches))
+
+
+def _unreadable(run: Path, error: Exception) -> Summary:
+    return Summary(run, "closed to you" if isinstance(error, PermissionError) else str(error).splitlines()[0])
 
 
 def overall(jobs: list[state.JobState], *, is_held: bool) -> str:

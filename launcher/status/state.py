@@ -39,6 +39,8 @@ class JobState:
     """Whose job it is in Slurm; empty if Slurm did not say so."""
     note: str = ""
     """Why the state is UNKNOWN, if that is known."""
+    is_silent: bool = False
+    """Whether it is UNKNOWN because Slurm did not answer: the job may still wait or run."""
     cluster: str = "slurm"
     """Where it runs: `slurm` or `local`."""
     began: float | None = None
@@ -135,10 +137,10 @@ def states_of(
 
 
 def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[str, slurm.SlurmJob]) -> JobState:
-    folder, user, note = run / "jobs" / name, "", ""
+    folder, user, note, is_silent = run / "jobs" / name, "", "", False
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
-        state, user, note = seen.state, seen.user, seen.silence
+        state, user, note, is_silent = seen.state, seen.user, seen.silence, bool(seen.silence)
         if not ownership.is_of_run(seen, run, job):
             state, note = "UNKNOWN", ownership.describe(seen)
         history = _attempts_of_slurm_job(folder, job.job_id)
@@ -158,11 +160,12 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[s
         history.verdict,
         history.number,
         history.before,
-        heartbeat,
-        user,
-        note,
-        job.cluster,
-        history.began,
+        beat=heartbeat,
+        user=user,
+        note=note,
+        is_silent=is_silent,
+        cluster=job.cluster,
+        began=history.began,
     )
 
 

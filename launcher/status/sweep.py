@@ -32,7 +32,7 @@ class SweepState:
     @property
     def notes(self) -> list[str]:
         """Why Slurm gave no answer."""
-        return [job.note for jobs in self.runs.values() for job in jobs if "does not answer" in job.note]
+        return [job.note for jobs in self.runs.values() for job in jobs if job.is_silent]
 
     @property
     def failed(self) -> list[Path]:
@@ -82,5 +82,8 @@ def _end_launch(folder: Path) -> None:
         raise RunError(Problem("SWEEP", folder, f"is used by {holder}. Type this there"))
     if os.getuid() not in (0, folder.stat().st_uid) and holder.user != record.user_name(os.getuid()):
         raise RunError(Problem("SWEEP", folder, f"is used by {holder}: only {holder.user} can cancel it"))
+    if not lock.is_held_by(folder, holder.pid):
+        message = f"has a record of {holder}, which is another process now. If no launch runs it, delete {folder / lock.RECORD}"
+        raise RunError(Problem("SWEEP", folder, message))
     with suppress(ProcessLookupError):
         os.kill(holder.pid, signal.SIGTERM)

@@ -47,7 +47,7 @@ def states(runs: Sequence[Path], every_s: float) -> Iterator[list[Overview]]:
     while True:
         found = overview.read(find.each_run(runs))
         yield found
-        is_silent = any("does not answer" in job.note for item in found for job in item.jobs)
+        is_silent = any(job.is_silent for item in found for job in item.jobs)
         if not (is_silent or any(item.is_live for item in found) or any(sweep.look(item).is_live for item in sweeps)):
             return
         time.sleep(every_s)

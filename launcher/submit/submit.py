@@ -94,8 +94,7 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
         if config.cluster.executor is Executor.slurm:
             write_text(run / "jobs" / "submit.sh", render.chain_text(config, jobs), mode=PROGRAM)
         if config.parallel.backend is Backend.zero:
-            train = config.cluster.train
-            write_json(run / "deepspeed.json", deepspeed.exported_config(config, train.nodes * train.ranks_per_node))
+            write_json(run / "deepspeed.json", deepspeed.exported_config(config, config.cluster.train.ranks))
         snapshot.copy_code(CLONE, run)
         where = "local" if plan.runs_here(config) else config.cluster.executor.name
         record.add_launch(run, command, where, snapshot.provenance(CLONE, run))
@@ -113,10 +112,7 @@ def _submit_chain(config: Config, jobs: Sequence[Job], config_path: Path) -> Non
             ids[job.name] = submit_job(config, job, config_path, [ids[name] for name in job.after])
             print(f"submitted {job.name:<12} {ids[job.name]}", flush=True)
     except slurm.SlurmError as error:
-        cancelled = cancel_submitted(ids)
-        why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
-        remedy = f"Slurm {why} {job.name}: {error}{cancelled}"
-        raise SiteError(Problem("cluster", config.cluster.name, remedy)) from None
+        raise not_submitted(config, job.name, error, ids) from None
     except KeyboardInterrupt:  # half a chain would be of no use
         if cancelled := cancel_submitted(ids):
             print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
@@ -142,6 +138,12 @@ def submit_job(config: Config, job: Job, config_path: Path, dependency: Sequence
     job_id = str(executor.submit(worker.run, job.name, str(config_path)).job_id)
     record.add_job(run, job.name, job_id, name, folder)
     return job_id
+
+
+def not_submitted(config: Config, what: str, error: slurm.SlurmError, ids: dict[str, str]) -> SiteError:
+    """Cancel the jobs that were submitted before Slurm refused `what`, and return the error that says so."""
+    why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
+    return SiteError(Problem("cluster", config.cluster.name, f"Slurm {why} {what}: {error}{cancel_submitted(ids)}"))
 
 
 def cancel_submitted(ids: dict[str, str]) -> str:

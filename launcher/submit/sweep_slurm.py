@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from conf.errors import Problem, SiteError
 from conf.files import write_text
 from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS
 from conf.plural import plural
@@ -31,11 +30,10 @@ def submit_all(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str])
         try:
             _Submission(folder, runs, paths, submitted).run()
         except slurm.SlurmError as error:
-            why = "did not answer for" if isinstance(error, slurm.BusyError) else "refused"
-            remedy = f"Slurm {why} a job: {error}{submit.cancel_submitted(submitted)}"
-            raise SiteError(Problem("cluster", runs[0].config.cluster.name, remedy)) from None
+            raise submit.not_submitted(runs[0].config, "a job", error, submitted) from None
         except KeyboardInterrupt:  # half a sweep would be of no use
-            print(submit.cancel_submitted(submitted).removeprefix("; "), file=sys.stderr, flush=True)
+            if cancelled := submit.cancel_submitted(submitted):
+                print(cancelled.removeprefix("; "), file=sys.stderr, flush=True)
             raise
     return 0
 

@@ -49,10 +49,9 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
         "resumed": attempts.newest_checkpoint(folder),
-        **(
-            {"folder": ".."} if "MUSTER_SWEEP" in os.environ else {}
-        ),  # where the Slurm job starts, see record.newest_jobs
     }
+    if "MUSTER_SWEEP" in os.environ:
+        begin_record["folder"] = ".."  # where the Slurm job starts, see record.newest_jobs
     write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
     _remove_leftovers(folder)
     close_unfinished_attempt(folder, number - 1, begin_record)
@@ -62,11 +61,9 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
         node_paths.expanded(f"${name}", key)
     if port is None:
         return values, None
+    address = allocation.master_address()
     reservation = rendezvous.reserve_port(port or allocation.first_port(), only=port != 0)
-    return values | {
-        "MASTER_ADDR": allocation.master_address(),
-        "MASTER_PORT": str(reservation.getsockname()[1]),
-    }, reservation
+    return values | {"MASTER_ADDR": address, "MASTER_PORT": str(reservation.getsockname()[1])}, reservation
 
 
 def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, Any]:

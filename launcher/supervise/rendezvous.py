@@ -144,7 +144,7 @@ def _interface_of_ipv4(own: str) -> str | None:
 def _interface_of_ipv6(own: str) -> str | None:
     wanted = ipaddress.IPv6Address(own).packed.hex()
     with suppress(OSError):
-        for line in IPV6_ADDRESSES.read_text().splitlines():
+        for line in IPV6_ADDRESSES.read_text(encoding="utf-8", errors="replace").splitlines():
             digits, *_, name = line.split()
             if digits == wanted:
                 return name

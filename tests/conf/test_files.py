@@ -81,7 +81,7 @@ def test_a_new_text_replaces_the_old_and_no_temporary_file_is_left(tmp_path: Pat
     after="files follow the umask; only secrets are closed",
 )
 @pytest.mark.parametrize("umask", [0o002, 0o027, 0o077], ids=oct)
-@pytest.mark.parametrize("mode", [files.SECRET, files.EVERYONE, files.PROGRAM], ids=oct)
+@pytest.mark.parametrize("mode", [0o600, files.EVERYONE, files.PROGRAM], ids=oct)
 def test_a_file_follows_the_umask(tmp_path: Path, mode: int, umask: int) -> None:
     before = os.umask(umask)
     try:

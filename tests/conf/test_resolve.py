@@ -154,6 +154,24 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
         resolve.load(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("content", [b"5", b"- a", b"a: [b", b"\xff\xfe"])
+def test_a_file_that_is_no_config_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.yaml: is not the config of a run"):
+        resolve.load(tmp_path / "config.yaml")
+
+
+def test_a_file_is_parsed_once_and_its_reader_may_change_what_it_gets(compose: Compose, tmp_path: Path) -> None:
+    path, stored = tmp_path / "config.yaml", compose("train.steps=5")
+    resolve.save(stored, path)
+    resolve.load(path).train.steps = 6
+    parsed = resolve._parsed.cache_info().misses
+    assert resolve.load(path).train.steps == 5
+    assert resolve._parsed.cache_info().misses == parsed
+    path.write_text(path.read_text(encoding="utf-8").replace("  steps: 5", "  steps: 7"), encoding="utf-8")
+    assert resolve.load(path).train.steps == 7
+
+
 def test_keys_include_optional_sections_but_not_entries_of_free_form_dictionaries() -> None:
     known = resolve.keys()
     assert {"train", "train.steps", "cluster.network.interface", "model.architecture.hidden_size"} <= set(known)

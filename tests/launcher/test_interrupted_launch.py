@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
+import launch as launch_program
 from conf import resolve
 from launcher.run_folder import attempts, record
 from launcher.run_folder.status import STOPPED
 from launcher.submit import interrupts
+from tests.conftest import called
 from tests.slurm.runs import wait_until
 from tests.test_readme import CLONE
 
@@ -39,7 +41,8 @@ def test_a_killed_launch_can_be_repeated(tmp_path: Path) -> None:
             process.kill()
         for name in file_sizes(run):
             assert is_complete(run, name, expected[name]), name
-        launch(run)
+        done = called(launch_program.main, *command(run)[1:], cwd=tmp_path, env=os.environ)
+        assert done.returncode == 0, done.stderr
         assert file_sizes(run).keys() == expected.keys()
 
 

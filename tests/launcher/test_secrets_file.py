@@ -101,6 +101,14 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> N
         secrets_file.read(path)
 
 
+def test_a_file_that_is_too_large_is_refused_and_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "secrets"
+    path.write_text("A=1\n" + "#" * secrets_file.MAX_BYTES)
+    path.chmod(0o600)
+    with pytest.raises(SiteError, match="is larger than 1 MiB"):
+        secrets_file.read(path)
+
+
 def test_something_else_than_a_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)  # reading it would wait for ever
     for path in (tmp_path, tmp_path / "pipe"):

@@ -54,6 +54,11 @@ def test_the_state_comes_from_the_first_command_that_knows_the_job(
     assert {job_id: job.state for job_id, job in slurm.jobs(["7", "8"]).items() if not job.silence} == expected
 
 
+def test_the_name_of_a_job_may_have_any_bytes(programs: Programs) -> None:
+    programs(squeue="printf '6|RUNNING|you|caf\\351|/x\\n7|RUNNING|me|caf\\303\\251|/x\\n'")
+    assert {job_id: job.name for job_id, job in slurm.jobs(["6", "7"]).items()} == {"6": "caf\ufffd", "7": "café"}
+
+
 def test_later_commands_get_only_unknown_jobs(programs: Programs) -> None:
     folder = programs(squeue="echo '7|RUNNING'", sacct="echo '8|COMPLETED'", scontrol="exit 1")
     slurm.jobs(["7", "8"])
@@ -87,12 +92,6 @@ def test_a_missing_command_is_named(programs: Programs) -> None:
     programs()
     with pytest.raises(slurm.SlurmError, match="^squeue is not on PATH$"):
         slurm.call("squeue")
-
-
-def test_hostnames_keep_the_order_of_the_ranks(programs: Programs) -> None:
-    folder = programs(scontrol="echo n10; echo n2; echo n1")
-    assert slurm.hostnames("n[10,2,1]") == ["n10", "n2", "n1"]
-    assert (folder / "scontrol.calls").read_text() == "show hostnames n[10,2,1]\n"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from conf.files import read_json
-from launcher import slurm
+from launcher import hostlist, slurm
 from launcher.run_folder import attempts
 from launcher.run_folder.status import TIME_LIMIT
 from tests.slurm import runs
@@ -70,7 +70,7 @@ class Scene:
 
     @property
     def nodes(self) -> list[str]:
-        return slurm.hostnames(slurm.show_job(self.job_id)["NodeList"])
+        return hostlist.expand(slurm.show_job(self.job_id)["NodeList"])
 
     @property
     def checkpoints(self) -> list[Path]:

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from launcher import hostlist
 from launcher import slurm as commands
 from launcher.run_folder import attempts
 from launcher.supervise import requeue
@@ -177,7 +178,7 @@ def test_a_training_excludes_a_bad_node(whole: Path, start: runs.Start, tmp_path
     run = start(with_hook(tmp_path, BROKEN), "cluster.train.sbatch={exclude: n4}")
     runs.wait_until(lambda: any("without n2" in item.get("next", "") for item in attempts.verdicts(run / "jobs/train")))
     job = commands.show_job(runs.job_id(run, "train"))
-    assert sorted(commands.hostnames(job["ExcNodeList"])) == ["n2", "n4"]
+    assert sorted(hostlist.expand(job["ExcNodeList"])) == ["n2", "n4"]
     ends_as(run, whole)
     first = attempts.verdicts(run / "jobs/train")[0]
     assert (first["status"], first["host"], first["requeued"]) == ("bad_node", "n2", True)

@@ -40,10 +40,11 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     assert steps_with(tmp_path, "eval_loss") == [5, 10]
 
 
-def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"step": 3, "lo', "5\n", "[1]\n", '{"step": null}\n'])
+def test_a_line_that_is_none_is_dropped(tmp_path: Path, text: str) -> None:
     attempt(tmp_path, 1, 4, resumed=0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
+        file.write(text)
     attempt(tmp_path, 4, 6, resumed=3)
     assert steps_with(tmp_path, "loss") == list(range(1, 7))
 

@@ -11,7 +11,7 @@ from conf import packages
 from conf.program_checkpoints import numbered
 from jobs.programs import failure
 from jobs.programs.command import Place, words
-from jobs.programs.peer_access import all_peers
+from jobs.programs.nvidia_driver import all_peers, lowest_capability
 from jobs.programs.variables import program_variables
 from launcher.supervise.program_failure import ALONE, status_and_remedy
 from muster import ray_lines
@@ -169,7 +169,9 @@ DRIVER = """
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGetCount(int *count) { *count = 3; return 0; }
 int cuDeviceCanAccessPeer(int *answer, int device, int other) { *answer = ANSWER; return 0; }
+int cuDeviceGetAttribute(int *value, int number, int device) { *value = number == 75 ? (device == 1 ? 7 : 8) : 5; return 0; }
 """
+"""Three GPUs; the second is one of compute capability 7.5, the others are of 8.5."""
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("1", True), ("device != 2", False)])
@@ -178,7 +180,9 @@ def test_gpus_without_peer_access_are_noticed(tmp_path: Path, answer: str, expec
     library = tmp_path / "cuda.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "cuda.c"], check=True)
     assert all_peers(str(library)) is expected
+    assert lowest_capability(str(library)) == (7, 5)
 
 
 def test_without_a_driver_nothing_is_disabled() -> None:
     assert all_peers("libcuda-that-does-not-exist.so")
+    assert lowest_capability("libcuda-that-does-not-exist.so") is None

@@ -1,5 +1,6 @@
-"""The job `custom` runs a real program: what it gets on a node whose GPUs have no peer access, and what it leaves behind."""
+"""The job `custom` runs a real program: what it gets on a node whose GPUs lack peer access and bf16, and what it leaves behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conf.resolve import dump
 from tests.conftest import Compose, put
 from tests.jobs.programs.test_command import DRIVER
 
-REPORTS = "import os; print('P2P', os.environ.get('NCCL_P2P_DISABLE'))"
+REPORTS = "import os; print('P2P', os.environ.get('NCCL_P2P_DISABLE'), os.environ['ACCELERATE_MIXED_PRECISION'])"
 LEAVES_A_PROCESS = """
 import os, sys, time
 if os.fork() == 0:
@@ -35,7 +36,13 @@ def run(compose: Compose, folder: Path, program: str, variables: dict[str, str],
     values = {"custom.command": f"train.py {folder}/pid", "custom.folder": str(folder), "cluster.scratch": str(folder)}
     put(config, values | {"run_dir": str(folder / "run"), "cluster.train.gpus_per_node": gpus})
     (folder / "config.yaml").write_text(dump(config))
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    place = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     words = [sys.executable, "-m", "jobs", "custom", folder / "config.yaml"]
     done = subprocess.run(
         words, env=os.environ | place | variables, capture_output=True, text=True, timeout=60, check=False
@@ -45,13 +52,14 @@ def run(compose: Compose, folder: Path, program: str, variables: dict[str, str],
 
 
 @pytest.mark.parametrize(("variables", "expected"), [({}, "1"), ({"NCCL_P2P_DISABLE": "0"}, "0")])
-def test_a_program_learns_that_gpus_have_no_peer_access(
+def test_a_program_learns_what_the_gpus_of_its_node_lack(
     compose: Compose, tmp_path: Path, variables: dict[str, str], expected: str
 ) -> None:
     (tmp_path / "cuda.c").write_text(DRIVER.replace("ANSWER", "0"))
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     output = run(compose, tmp_path, REPORTS, {"LD_LIBRARY_PATH": str(tmp_path), **variables}, gpus=2)
-    assert f"P2P {expected}\n" in output
+    assert f"P2P {expected} fp16\n" in output
+    assert json.loads((tmp_path / "run/precision.json").read_text())["precision"] == "fp16"
 
 
 def test_a_process_that_the_program_leaves_behind_is_ended(compose: Compose, tmp_path: Path) -> None:

@@ -65,6 +65,21 @@ def test_a_deepspeed_program_gets_our_stage_and_keeps_its_batch(
     assert plugin.is_zero3_init_enabled() is (stage == 3)
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == "auto"
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])  # as Accelerator does
+    assert (plugin.deepspeed_config["bf16"]["enabled"], plugin.deepspeed_config["fp16"]["enabled"]) == (True, False)
+
+
+@pytest.mark.parametrize(("chosen", "enabled"), [({"bf16": True}, (True, False)), ({}, (False, False))])
+def test_a_trainer_under_deepspeed_keeps_its_own_precision(
+    compose: Compose, tmp_path: Path, chosen: dict[str, bool], enabled: tuple[bool, bool]
+) -> None:
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    from transformers.training_args import TrainingArguments
+
+    config = put(compose(*LLAMA, "parallel=zero3"), {"run_dir": str(tmp_path)})
+    settings = HfTrainerDeepSpeedConfig(deepspeed.exported_config(config, 32))
+    settings.trainer_config_process(TrainingArguments(str(tmp_path), use_cpu=True, **chosen))  # type: ignore[arg-type]
+    assert (settings.is_true("bf16.enabled"), settings.is_true("fp16.enabled")) == enabled
 
 
 def test_a_deepspeed_program_learns_which_ranks_share_rows(compose: Compose, export: object) -> None:

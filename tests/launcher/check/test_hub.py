@@ -251,15 +251,19 @@ def test_a_launch_refuses_before_anything_is_written(launch: Launch, hub: Hub, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_token_of_another_name_comes_from_the_secrets_file(ask: Ask, hub: Hub, tmp_path: Path) -> None:
-    hub.tokens["hf_w"] = account("me")
+def test_a_token_of_another_name_comes_from_the_secrets_file(
+    compose: Compose, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.tokens |= {"hf_r": account("reader", "read"), "hf_w": account("me")}
+    monkeypatch.setenv("HF_TOKEN", "hf_r")
     secrets = tmp_path / "secrets"
+    keys = {"hub.push": "me/x", "hub.token": "MY_TOKEN", "jobs": ["push"], "cluster.secrets_file": str(secrets)}
+    config = put(compose("model=tiny"), keys)
     secrets.write_text("MY_TOKEN=hf_w\n")
-    keys = {"hub__push": "me/x", "hub__token": "MY_TOKEN", "jobs": ["push"], "cluster__secrets_file": str(secrets)}
-    assert ask(None, ("model=tiny",), **keys) == []
-    secrets.write_text("")
-    [line] = ask("hf_r", ("model=tiny",), **keys)
-    assert line.startswith("hub.push=me/x: there is no token to push with: MY_TOKEN has no value.")
+    assert hub_rules.problems(config, observe.observe(config).hub) == []
+    secrets.write_text("OTHER=hf_w\n")
+    [problem] = hub_rules.problems(config, observe.observe(config).hub)
+    assert str(problem).startswith("hub.push=me/x: there is no token to push with: MY_TOKEN has no value.")
 
 
 @pytest.mark.parametrize(

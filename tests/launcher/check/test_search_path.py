@@ -41,7 +41,17 @@ def test_the_users_own_folder_comes_last(home: Path, tmp_path: Path) -> None:
     assert folders == [tmp_path / "a b", home / ".config/muster/conf"]
 
 
-@pytest.mark.parametrize("word", ["--config-dir=/nowhere", "hydra.searchpath=[file:///nowhere]", "hydra.searchpath=x"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--config-dir=/nowhere",
+        "--config-dir",
+        "-cd",
+        "--config-dir=",
+        "hydra.searchpath=[file:///nowhere]",
+        "hydra.searchpath=x",
+    ],
+)
 def test_a_folder_that_does_not_exist_is_refused(home: Path, word: str) -> None:
     with pytest.raises(ConfigError, match=r"no such folder|is not a list of folders"):
         search_path.read([word])

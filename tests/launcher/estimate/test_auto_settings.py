@@ -6,19 +6,22 @@ import pytest
 
 from conf import resolve
 from conf.choices import Checkpointing
+from conf.schema import Config
 from launcher.estimate import auto_settings, memory
 from launcher.estimate.table import GIB
-from tests.conftest import Compose, Launch
+from tests.conftest import Compose, Launch, put
 
 AUTO = ["cluster=slurm", "model=llama8b", "train.activation_checkpointing=auto"]
 LONG = ["data.max_length=8192", "cluster.train.nodes=1", "train.global_batch=64"]
 
 
 @pytest.mark.parametrize("capacity", [139, 79, 60, 47, 40, 34])
-@pytest.mark.parametrize("micro", ["null", "1", "2"])
-def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micro: str) -> None:
-    words = [*AUTO, *LONG, f"cluster.train.gpu_memory_gib={capacity}", f"train.micro_batch={micro}"]
-    config = compose(*words)
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micro: int | None) -> None:
+    config = put(
+        compose(*AUTO, *LONG, "cluster.train.gpu_memory_gib=139"),
+        {"cluster.train.gpu_memory_gib": capacity, "train.micro_batch": micro},
+    )
     found, (line,) = auto_settings.choose(config)
     faster = []
     for tried in auto_settings._candidates(config):
@@ -35,12 +38,17 @@ def test_the_fastest_that_fits_is_chosen(compose: Compose, capacity: float, micr
 
 
 def chosen(compose: Compose, *words: str) -> tuple[str, int | None, str]:
-    config, lines = auto_settings.choose(compose(*words))
+    return choice(compose(*words))
+
+
+def choice(given: Config) -> tuple[str, int | None, str]:
+    config, lines = auto_settings.choose(given)
     return config.train.activation_checkpointing.name, config.train.micro_batch, " ".join(lines)
 
 
 def test_more_memory_never_chooses_a_slower_mode(compose: Compose) -> None:
-    modes = [chosen(compose, *AUTO, *LONG, f"cluster.train.gpu_memory_gib={size}")[0] for size in range(30, 140, 3)]
+    config = compose(*AUTO, *LONG, "cluster.train.gpu_memory_gib=139")
+    modes = [choice(put(config, {"cluster.train.gpu_memory_gib": float(size)}))[0] for size in range(30, 140, 3)]
     positions = [[item.name for item in auto_settings.MODES].index(mode) for mode in modes]
     assert positions == sorted(positions, reverse=True)
     assert {"none", "selective", "full"} <= set(modes)

@@ -123,3 +123,18 @@ def test_a_damaged_record_does_not_stop_a_launch(tmp_path: Path) -> None:
     (tmp_path / lock.RECORD).write_text("")
     with lock.held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("changes", [{"pid": -1}, {"pid": 0}, {"pid": "1"}, {"pid": True}, {"host": None}, {"more": 1}])
+def test_what_is_no_record_names_no_process(tmp_path: Path, changes: dict[str, object]) -> None:
+    record(tmp_path, **changes)
+    assert lock.read(tmp_path) == lock.UNKNOWN
+
+
+def test_a_process_holds_the_folder_only_if_it_has_opened_the_lock(
+    tmp_path: Path, other: "subprocess.Popen[str]"
+) -> None:
+    assert lock.is_held_by(tmp_path / "run", other.pid)
+    assert not lock.is_held_by(tmp_path / "run", os.getpid())
+    assert not lock.is_held_by(tmp_path / "run", 99_999_999)
+    assert not lock.is_held_by(tmp_path / "none", other.pid)

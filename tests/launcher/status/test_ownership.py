@@ -6,35 +6,37 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from conf import resolve
 from conf.files import write_json
+from launcher import __main__ as launcher
+from launcher import slurm_command
 from launcher.run_folder import record
 from launcher.slurm import SlurmJob
 from launcher.status import ownership, state
-from tests.conftest import ROOT, Compose, Programs, module, put, write_programs
+from tests.conftest import Compose, Programs, module, put, write_programs
 
-AS_NOBODY = """
-import os, sys
-import encodings.utf_8_sig, rich.console, rich._unicode_data, rich.table, rich.text  # only root may be able to read this Python
-import launch
-from launcher.__main__ import main
 
-def drop(result=None):
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    return result
-
-if sys.argv[1] == "resume":  # Hydra reads its own files first
-    compose = launch.compose
-    launch.compose = lambda words: drop(compose(words))
-else:
-    drop()
-sys.exit(main(sys.argv[1:]))
-"""
-"""Runs one command as a user who owns nothing."""
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Be a user who owns nothing, and root again afterwards."""
+    for name in ("encodings.utf_8_sig", "rich.console", "rich._unicode_data", "rich.table", "rich.text"):
+        import_module(name)  # only root may be able to read this Python
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresgid(65534, 65534, 0)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
 
 
 @pytest.fixture
@@ -66,8 +68,9 @@ def squeue(user: str, name: str, folder: Path) -> str:
         ("tiny/train", "other/code", False),
         ("tiny/preprocess", "run/code", False),
         ("tiny/train", "gone/code", False),
+        ("Slurm does not answer", "run/code", False),
     ],
-    ids=["its own", "through a link", "another run's", "another job of the run", "a deleted run's"],
+    ids=["its own", "through a link", "another run's", "another job of the run", "a deleted run's", "with an odd name"],
 )
 def test_only_its_own_job_is_cancelled(
     run: Path, programs: Programs, surroundings: dict[str, str], name: str, folder: str, ours: bool
@@ -79,7 +82,7 @@ def test_only_its_own_job_is_cancelled(
     assert (done.returncode, done.stdout) == (0, f"cancelled {int(ours)} {'job' if ours else 'jobs'}\n")
     assert (path / "scancel.calls").exists() is ours
     shown = module("launcher", "status", run, env=surroundings)
-    assert ("now belongs to another job" in shown.stderr) is not ours
+    assert (shown.returncode, "now belongs to another job" in shown.stderr) == (0, not ours)
 
 
 def test_the_copy_of_a_run_does_not_cancel_the_original(
@@ -108,15 +111,13 @@ BUSY = "echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&
     after="they say that Slurm does not answer, and exit with 2",
 )
 @pytest.mark.parametrize("command", ["status", "why", "cancel", "stop"])
-def test_silence_of_slurm_is_an_error(run: Path, programs: Programs, command: str) -> None:
+def test_silence_of_slurm_is_an_error(
+    run: Path, programs: Programs, surroundings: dict[str, str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     programs(squeue=BUSY, scontrol=BUSY, sacct="exit 1", scancel="exit 0")
-    code = (
-        "import sys; from launcher import __main__ as m; from launcher import slurm_command as c; "
-        "m.WAIT_S, c.LONGEST_PAUSE_S = 0.2, 0.05; sys.exit(m.main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, run], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
-    )
+    monkeypatch.setattr(launcher, "WAIT_S", 0.2)
+    monkeypatch.setattr(slurm_command, "LONGEST_PAUSE_S", 0.05)
+    done = module("launcher", command, run, env=surroundings)
     assert done.returncode == 2
     assert "Socket timed out" in done.stderr.splitlines()[-1]
     assert "cancelled" not in done.stdout
@@ -171,16 +172,27 @@ def test_a_run_of_another_user(
         (run / "config.yaml").chmod(0o600)
     answer = squeue("daemon", "tiny/train", run / "code")
     write_programs(open_folder, squeue=answer, scancel="exit 0", sbatch="exit 1", srun="", scontrol="")
-    done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, command, run],
-        cwd=ROOT,
-        env=os.environ | {"HOME": "/", "PATH": str(open_folder)},
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"HOME": "/", "PATH": str(open_folder)}
+    with nobody():
+        done = module("launcher", command, run, env=env)
     assert "Traceback" not in done.stderr
     assert (done.returncode, len(done.stderr.splitlines())) == ((2, 1) if message else (0, 0)), done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be another user")
+def test_a_closed_run_does_not_hide_the_others(run: Path, open_folder: Path, surroundings: dict[str, str]) -> None:
+    for name in ("folder", "jobs", "lock", "open", "record"):
+        shutil.copytree(run, open_folder / name)
+    (open_folder / "lock/.launch.json").write_text("{}")
+    for path in ("folder", "jobs/jobs", "lock/.launch.json", "record/run.json"):
+        (open_folder / path).chmod(0)
+    write_programs(open_folder, squeue=squeue("daemon", "tiny/train", open_folder / "open/code"))
+    with nobody():
+        done = module("launcher", "ls", open_folder, env=surroundings | {"HOME": "/", "PATH": str(open_folder)})
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()[1:]]
+    closed = "closed to you"
+    assert rows == [["jobs", closed], ["lock", closed], ["open", "running train"], ["record", closed]], done.stderr
 
 
 @pytest.mark.site(

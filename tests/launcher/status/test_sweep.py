@@ -140,6 +140,19 @@ def test_cancel_ends_the_launch_that_would_start_the_next_run(sweep: Path, progr
     assert lock.holder(sweep) is None
 
 
+def test_cancel_ends_no_other_process_that_the_record_names(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue="exit 0", sacct="echo '12_0|COMPLETED'", scancel=":")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander, lock.held(sweep):
+        record = sweep / lock.RECORD
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": bystander.pid}))
+        assert muster.main(["cancel", str(sweep)]) == 2
+        assert f"has a record of process {bystander.pid} of " in capsys.readouterr().err
+        assert bystander.poll() is None
+        bystander.kill()
+
+
 def test_watch_ends_with_the_last_job_of_a_sweep(
     sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,9 +149,11 @@ def test_if_cancelling_fails_too_there_is_no_traceback(launch: Launch, slurm: Pa
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupted_launch_leaves_no_half_of_a_chain(launch: Launch, slurm: Path, programs: Programs) -> None:
+def test_an_interrupted_launch_leaves_no_half_of_a_chain(
+    launch_process: Launch, slurm: Path, programs: Programs
+) -> None:
     programs(sbatch=f'case "$1" in */jobs/train/*) kill -INT $PPID; exit 1;; esac\n{SBATCH}')
-    done = launch(*WORDS, "run_dir=run")
+    done = launch_process(*WORDS, "run_dir=run")
     assert done.returncode == 130
     assert done.stderr.startswith("cancelled preflight, preprocess\nlaunch.py: stopped\n")
     assert (slurm / "scancel.calls").read_text() == "101 102\n"
@@ -244,10 +246,10 @@ def test_a_banner_of_sbatch_is_not_taken_for_an_id(
     before="both wrote the folder and started a training in it",
     after="the second one says which process on which host holds the run",
 )
-def test_two_launches_at_once_start_one_run(launch: Launch, slurm: Path, programs: Programs, tmp_path: Path) -> None:
+def test_two_launches_at_once_start_one_run(launch_process: Launch, slurm: Path, programs: Programs) -> None:
     programs(sbatch=f"{SBATCH}\n{tool('sleep')} 0.3")
     with ThreadPoolExecutor(4) as pool:
-        done = [*pool.map(lambda _: launch(*WORDS, "run_dir=run"), range(4))]
+        done = [*pool.map(lambda _: launch_process(*WORDS, "run_dir=run"), range(4))]
     first = [item for item in done if item.returncode == 0]
     assert len(first) == 1, [item.stderr for item in done]
     for item in done:
