@@ -73,7 +73,7 @@ screenshots: setup ## take the pictures of docs/pages in headless Chromium, and 
 recording: setup ## type what a new user types, and write docs/terminal.md (five minutes)
 	$(V)/python -m tests.terminal_recording
 
-custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm, and write the table of docs/own-trainer.md (20 minutes)
+custom: .bench/.installed test-system ## run the programs of examples/custom on a real Slurm that preempts each, and write the table of docs/own-trainer.md (20 minutes)
 	.bench/bin/python -m tests.slurm.own_trainers $(ARGS)
 
 test-system: # install Slurm for the tests, if this user may

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.errors import ConfigError, UserError
+from conf.errors import ConfigError, Problem, UserError
 from conf.schema import Config
 from conf.visible import visible
 from launcher import slurm
@@ -85,6 +85,8 @@ def read(
         if problems := yaml_files.problems(words, [CLONE / "conf", *folders], experiments):
             raise ConfigError(*problems) from error
         raise
+    if problems := yaml_files.misread(words, [CLONE / "conf", *folders], experiments):
+        raise ConfigError(*problems)
     for config in configs:
         quoting.apply(config, entries)
     return configs
@@ -95,6 +97,10 @@ def launch(composed: DictConfig) -> int:
     config = planned_run.config_of(composed, sys.argv[1:])
     if not config.resume:
         named = names.is_named(sys.argv[1:])
+        if named and not config.run_dir:
+            raise ConfigError(
+                Problem("run_dir", "", "must not be empty. Name a folder, or remove it: Muster then chooses one")
+            )
         config.run_dir = resume.stored_path(Path(config.run_dir)) if named else names.free(config.run_dir)
     (config, jobs), notes = planned_run.checked(config, sys.argv[1:])
     for line in notes:

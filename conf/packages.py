@@ -44,6 +44,10 @@ def _of_program(config: Config) -> Iterator[Problem]:
         yield Problem("custom.launcher", "ray", message)
 
 
+TORCHAO = "'torchao>=0.18' (Muster's extra torchao)"
+"""What pip installs for float8 and for 8-bit optimizers under FSDP."""
+
+
 def _needed(config: Config) -> Iterator[tuple[str, object, str, str, str]]:
     """(key, value, module, name for pip, what to use instead) for each optional package."""
     train, zero = config.train, config.parallel.backend is Backend.zero
@@ -53,15 +57,10 @@ def _needed(config: Config) -> Iterator[tuple[str, object, str, str, str]]:
         if zero:
             yield "train.optimizer", train.optimizer.name, "bitsandbytes", "bitsandbytes", "use parallel=fsdp"
         else:
-            yield (
-                "train.optimizer",
-                train.optimizer.name,
-                "torchao",
-                "torchao",
-                "use train.optimizer=adamw or parallel=zero2",
-            )
+            instead = "use train.optimizer=adamw or parallel=zero2"
+            yield "train.optimizer", train.optimizer.name, "torchao", TORCHAO, instead
     if train.float8 is not Float8.none:
-        yield "train.float8", train.float8.name, "torchao", "torchao", "use train.float8=none"
+        yield "train.float8", train.float8.name, "torchao", TORCHAO, "use train.float8=none"
     if config.adapter.kind is not AdapterKind.none:
         yield "adapter.kind", config.adapter.kind.name, "peft", "peft", "use adapter=none"
         if config.adapter.base in (Frozen.nf4, Frozen.int8):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -36,6 +37,8 @@ def resolve(composed: DictConfig) -> Config:
         message = str(error.msg).splitlines()[0]
         if "Interpolation key" in message:
             message += ". For a variable that the node expands write $NAME, without braces"
+        if match := re.search(r"Environment variable '(\w+)' not found", message):
+            message = f"the variable {match[1]} is not set here. Export it, or write ${{oc.env:{match[1]},DEFAULT}}"
         raise ConfigError(Problem(str(error.full_key or "config"), None, message)) from error
     assert isinstance(config, Config)
     _type_named_sections(config)

@@ -12,7 +12,7 @@ from conf.schema_fields import at_least
 class Resources:
     """What one kind of job asks Slurm for."""
 
-    nodes: int = at_least(1, 1)
+    nodes: int = at_least(1, 1, at_most=100_000)
     ranks_per_node: int = at_least(1, 1)
     """Processes per node. With GPUs, one for each GPU. 0, with `cluster=local` only: one for each GPU of this machine; two
     if it has none."""
@@ -20,12 +20,12 @@ class Resources:
     """GPUs per node. Null, with `cluster=local` only: one for each rank if this machine has GPUs, else the CPU."""
     gpu_type: str | None = None
     """Slurm's name of the GPU type to ask for, on clusters with several types."""
-    gpu_memory_gib: float | None = at_least(1, None)
+    gpu_memory_gib: float | None = at_least(1, None, at_most=2048)
     """Memory of one GPU, in GiB (an 80 GB card has 79, an H200 has 139). Muster chooses settings that fit into it, and refuses a
     run that is estimated to need more before it is queued. Null: with `cluster=local`, the memory of this machine's GPUs;
     else nothing is compared, because a login node cannot see the GPUs of compute nodes."""
     cpus_per_rank: int = at_least(1, 1)
-    memory_gib: int | None = at_least(0, None)
+    memory_gib: int | None = at_least(0, None, at_most=32_768)
     """Host memory per node, in GiB. 0: all of it. Null: the partition's default."""
     time_min: int = at_least(1, 60, at_most=527_040)
     """Time limit, in minutes."""
@@ -140,7 +140,7 @@ class Cluster:
     """Restart a job that was preempted, reached its time limit or failed, with the same job id, so that dependent jobs wait for
     it. Never after a user error. False: you restart it with `muster resume RUN`."""
     max_restarts: int = at_least(0, 3)
-    """Restarts after failures since the last new checkpoint. Preemption and time limits do not count."""
+    """Restarts after failures since the last new checkpoint. Time limits do not count, preemption only before the first step."""
     network: Network = field(default_factory=Network)
     container: Container = field(default_factory=Container)
     srun_args: list[str] = field(default_factory=list)

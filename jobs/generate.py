@@ -14,10 +14,10 @@ from conf.schema import Config, Generate
 from jobs.evaluation import answer_checks, prompts
 from jobs.evaluation.load_model import describe, load, load_base
 from jobs.evaluation.prompts import Prompt
-from jobs.report import run_facts
-from jobs.report.run_facts import Fact
 from jobs.tokenization.tokenizer import load_tokenizer
+from pages import run_facts
 from pages.render import render_page
+from pages.run_facts import Fact
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,11 @@ from jobs.data.quality_gates import ROWS_PER_REASON, Findings
 from jobs.data.splits import SampleNumbers
 from jobs.data.tokenized_set import TokenizedSet
 from jobs.distributed.logs import SHOWN
-from jobs.report import data_preview, run_facts, sample_records, terminal
+from jobs.report import data_preview, sample_records, terminal
 from jobs.report.sample_records import FoundRow, SetSamples
 from jobs.report.token_view import Decoder
 from jobs.tokenization.tokenizer import load_tokenizer
+from pages import run_facts
 
 log = logging.getLogger(__name__)
 

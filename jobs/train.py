@@ -126,17 +126,13 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
     Ends before the last step if a stop was requested, if the held-out loss has stopped falling (`train.early_stopping`), or if
     the loss is among the worst of a sweep (`sweep.stop_worst`).
     """
-    last_step, first_step, stopped = training.last_step, step, False
+    last_step, first_step = training.last_step, step
     evaluations, saves = training.evaluations, training.saves
-    # Before training, and again if a stop cut this step's evaluation short in an earlier attempt
-    rung_is_due = training.sweep_rung.is_due(step) and training.sweep_rung.recorded_step != step
-    evaluation_is_due = step in (0, last_step) or evaluations.is_due(step) or rung_is_due
-    if evaluation_is_due and not broadcast_from_rank0(lambda: step in training.metrics.held_out_losses):
-        stopped = not _evaluate(training, step)
+    stopped = not _evaluate_first(training, step)
     set_timeout(training.config.cluster.network.step_timeout_s)
 
     while step < last_step and not stopped and not training.is_over:
-        stopped, save = train_step.run(training, step)
+        stopped, save, is_overtaken = train_step.run(training, step)
         step += 1
         # The optimizer state exists now. Pinning host memory for its copy is slow, so it runs during the next steps.
         if step == first_step + 1 and saves.steps and step + saves.steps < last_step:
@@ -144,16 +140,33 @@ def _train(training: Training, step: int) -> tuple[int, bool]:
         # Save before the evaluation: a requested stop may leave little time.
         if step == last_step or stopped or save or saves.is_due(step):
             _save_checkpoint(training, step, wait=step == last_step or stopped)
-        if (step == last_step or evaluations.is_due(step) or training.sweep_rung.is_due(step)) and not stopped:
+        if stopped:
+            break
+        evaluates = step == last_step or evaluations.is_due(step) or training.sweep_rung.is_due(step)
+        if evaluates:
             stopped = not _evaluate(training, step)
-            is_over = training.is_over and step < last_step
-            is_kept = held_out.keeps_best(training.config) and training.held_out.is_best(step)
-            if is_over and training.held_out.is_over:
-                _log_early_end(training, step)
-            if step < last_step and (stopped or is_over or (is_kept and not (save or saves.is_due(step)))):
-                # where training ends here, a save that was due is only completed
-                _save_checkpoint(training, step, wait=stopped or is_over)
+        if is_overtaken and not stopped and step < last_step:
+            _end_among_the_worst(training, step)
+        is_over = training.is_over and step < last_step
+        is_kept = evaluates and held_out.keeps_best(training.config) and training.held_out.is_best(step)
+        if is_over and training.held_out.is_over:
+            _log_early_end(training, step)
+        if step < last_step and (stopped or is_over or (is_kept and not (save or saves.is_due(step)))):
+            # where training ends here, a save that was due is only completed
+            _save_checkpoint(training, step, wait=stopped or is_over)
     return step, stopped
+
+
+def _evaluate_first(training: Training, step: int) -> bool:
+    """Evaluate before training, and again if a stop cut it short in an earlier attempt. Returns as `_evaluate` does."""
+    rung_is_due = training.sweep_rung.is_due(step) and training.sweep_rung.recorded_step != step
+    is_due = step in (0, training.last_step) or training.evaluations.is_due(step) or rung_is_due
+    known_loss = broadcast_from_rank0(lambda: training.metrics.held_out_losses.get(step))
+    if is_due and known_loss is None:
+        return _evaluate(training, step)
+    if rung_is_due:
+        _compare_with_sweep(training, step, known_loss)
+    return True
 
 
 def _evaluate(training: Training, step: int) -> bool:
@@ -186,11 +199,14 @@ def _evaluate(training: Training, step: int) -> bool:
 def _compare_with_sweep(training: Training, step: int, held_out_loss: float | None) -> None:
     """Let all ranks know whether this training ends because it is among the worst of a sweep, where that is decided now."""
     rung = training.sweep_rung
-    if rung.is_due(step):
-        rung.reason = broadcast_from_rank0(lambda: rung.compare(step, held_out_loss))
-        if rung.is_over:
-            why = f"sweep.stop_worst={training.config.sweep.stop_worst}: {rung.reason}"
-            training.metrics.log_lines([f"training ends at step {step}: {why}"])
+    if rung.is_due(step) and broadcast_from_rank0(lambda: rung.compare(step, held_out_loss)):
+        _end_among_the_worst(training, step)
+
+
+def _end_among_the_worst(training: Training, step: int) -> None:
+    """End this run of a sweep after `step`. All ranks call this."""
+    training.sweep_rung.is_over = True
+    training.metrics.log_lines([broadcast_from_rank0(lambda: training.sweep_rung.record_end(step))])
 
 
 def _log_early_end(training: Training, step: int) -> None:

@@ -64,6 +64,8 @@ class StepTotals(NamedTuple):
     """1 if rank 0 was asked for a checkpoint."""
     finished_writes: float
     """Ranks that have written their part of the pending checkpoint in the background."""
+    overtaken: float
+    """1 if rank 0 has found this run among the worst of a sweep."""
 
 
 class Requests(NamedTuple):
@@ -71,3 +73,5 @@ class Requests(NamedTuple):
 
     stop: bool
     save: bool
+    is_overtaken: bool
+    """Whether this run of a sweep is among the worst now, by the losses of runs that came as far later (`sweep.stop_worst`)."""

@@ -35,7 +35,8 @@ def run(training: Training, step: int) -> Requests:
         grad_norm = training.backend.step(training.engine, learning_rate)
 
     # One all-reduce for all that ranks must agree on. Reading the result waits until the GPU has finished the step.
-    asked = [stop_requested, save_requested, training.saver.written]
+    is_overtaken = world.is_main and training.sweep_rung.review(step + 1)
+    asked = [stop_requested, save_requested, training.saver.written, is_overtaken]
     flags = torch.tensor(asked, dtype=torch.float64, device=world.device)
     totals = StepTotals(*all_reduce_sum(torch.cat([loss_sums, flags])).tolist())
     seconds = time.perf_counter() - began
@@ -49,7 +50,7 @@ def run(training: Training, step: int) -> Requests:
     training.profiler.step()
     if totals.finished_writes == world.size:
         training.saver.publish_pending()
-    return Requests(stop=totals.stop_requests > 0, save=totals.save_requests > 0)
+    return Requests(totals.stop_requests > 0, totals.save_requests > 0, totals.overtaken > 0)
 
 
 def _forward_backward(training: Training, step: int, rows: NDArray[np.int64], tokens: int) -> torch.Tensor:

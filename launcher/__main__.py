@@ -1,6 +1,7 @@
 """The command `muster`: reads the command line and runs one module of launcher/commands. `python -m launcher` is the same."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -62,6 +63,22 @@ def parser(prog: str, names: Sequence[str]) -> argparse.ArgumentParser:
     return result
 
 
+def _no_command(words: Sequence[str], prog: str) -> int:
+    """Say what to type instead of the first word, which is no command; print the commands if nobody has typed one."""
+    if words[:1] in ([], ["help"]):
+        parser(prog, tuple(COMMANDS)).print_help()
+        return 0 if words else 2
+    if "=" in words[0]:
+        message = f"{words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}"
+    else:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        message = f"{words[0]}: no such command" + (
+            f": did you mean {prog} {near[0]}?" if near else f". {prog} help lists them"
+        )
+    terminal.error(prog, message)
+    return 2
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher") -> int:
     """Run one command and return its exit code: 2 for a user's error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -69,9 +86,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
         return launch(words[1:], f"{prog} run") if words[0] == "run" else launch(words, prog)
     if words[:1] == ["sweep"] and any("=" in word for word in words):
         return sweep.launch(words[1:], f"{prog} sweep")
-    if words and "=" in words[0]:
-        terminal.error(prog, f"{words[0]} is not a command; to launch a run: {prog} run {' '.join(words)}")
-        return 2
+    if not words or (words[0] not in COMMANDS and not words[0].startswith("-")):
+        return _no_command(words, prog)
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
     try:
         ctrl_c.raises()

@@ -1,7 +1,6 @@
 """The environment contract: every variable that Muster sets, computed from the config and from Slurm's own variables.
 
-Pure, except `set_variables` and `temporary_variables`.
-"""
+Pure, except `set_variables` and `temporary_variables`."""
 
 import math
 import os
@@ -112,6 +111,7 @@ def job_variables(config: Config, job: Job) -> dict[str, str]:
         }
         values |= _accelerate(config)
     if job.resources.gpus_per_node:
+        values["MUSTER_GPUS"] = str(job.resources.nodes * job.resources.gpus_per_node)
         values["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return values | config.cluster.environment
 

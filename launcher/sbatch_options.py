@@ -224,3 +224,14 @@ def dependency(own: list[str], user: str | bool | None) -> str | None:
         part for part in (f"afterok:{':'.join(own)}" if own else "", user if isinstance(user, str) else "") if part
     ]
     return ",".join(parts) or None
+
+
+def minutes(text: str) -> int | None:
+    """The minutes of a time limit in Slurm's forms: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. None for another text."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return None
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    if match[1] or match[4]:
+        return (days * 24 + first) * 60 + second + (third > 0)
+    return first + (second > 0)

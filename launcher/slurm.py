@@ -37,7 +37,17 @@ STARTED_AGAIN_AFTER = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 FIELDS = "%i|%T|%u|%j|%Z"
 """squeue's format of what `_parse` reads."""
 
-USE = ("JobID", "ElapsedRaw", "AllocCPUS", "TotalCPU", "ReqMem", "AllocTRES", "TRESUsageInTot", "TRESUsageInAve")
+USE = (
+    "JobID",
+    "WorkDir",
+    "ElapsedRaw",
+    "AllocCPUS",
+    "TotalCPU",
+    "ReqMem",
+    "AllocTRES",
+    "TRESUsageInTot",
+    "TRESUsageInAve",
+)
 """Fields of sacct of what a job had and used."""
 
 

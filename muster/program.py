@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = ".unfinished"
+"""A file in a folder of RUN/checkpoints while it is written: Muster takes the folder for no checkpoint."""
 _group: Any = None
 _stacks: Any = None
 
@@ -59,23 +62,52 @@ def stop_requested() -> bool:
     return bool(answer.item())
 
 
+class _Events:
+    """What the callback does at the events of a Trainer. It needs no transformers: `trainer_callback` adds the base class."""
+
+    def __init__(self) -> None:
+        self.mark: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if args.world_size < ranks:
+            raise RuntimeError(
+                f"the Trainer trains alone on each of {ranks} ranks (it counts {args.world_size}). On nodes without GPUs, "
+                'set TrainingArguments(ddp_backend="gloo")'
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if stop_requested():
+            control.should_save = control.should_training_stop = True
+        beat(state.global_step, "save" if control.should_save else "train")
+        self._mark(args, state, control)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._mark(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._unmark()
+
+    on_step_begin = on_train_end = on_save  # the Trainer may have decided against the save
+
+    def _mark(self, args: Any, state: Any, control: Any) -> None:
+        """Mark the folder that the Trainer is about to write: a kill leaves half a checkpoint there."""
+        if control.should_save and state.is_world_process_zero and "MUSTER_CHECKPOINTS" in os.environ:
+            self.mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / UNFINISHED
+            self.mark.parent.mkdir(parents=True, exist_ok=True)
+            self.mark.touch()
+
+    def _unmark(self) -> None:
+        if self.mark:
+            with suppress(OSError):
+                self.mark.unlink(missing_ok=True)
+                self.mark.parent.rmdir()  # fails if the Trainer has saved
+            self.mark = None
+
+
 def trainer_callback() -> Any:
     """A callback for transformers' and TRL's Trainers: beats at each step; saves and ends when the program should stop."""
     from transformers import TrainerCallback
 
-    class MusterCallback(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            if args.world_size < ranks:
-                raise RuntimeError(
-                    f"the Trainer trains alone on each of {ranks} ranks (it counts {args.world_size}). On nodes without GPUs, "
-                    'set TrainingArguments(ddp_backend="gloo")'
-                )
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
-            if stop_requested():
-                control.should_save = control.should_training_stop = True
-            beat(state.global_step, "save" if control.should_save else "train")
-            return control
-
-    return MusterCallback()
+    return type("MusterCallback", (_Events, TrainerCallback), {})()

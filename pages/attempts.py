@@ -24,6 +24,10 @@ class Attempt:
     resumed: int | None
     """The step of the checkpoint that it continued from; None: from the beginning."""
     host: str
+    gpus: int | None = None
+    """On all nodes; None: not recorded."""
+    ended_early: bool = False
+    """Whether it completed before its last step, as one of the worst of a sweep."""
 
 
 def read(run: Path) -> list[Attempt]:
@@ -41,6 +45,7 @@ def _read(folder: Path, count: int) -> Attempt | None:
     if started is None:
         return None
     step, resumed = number(verdict.get("step")), number(verdict.get("resumed", begin.get("resumed")))
+    gpus = number(verdict.get("gpus", begin.get("gpus")))
     return Attempt(
         number=count,
         started=started,
@@ -50,6 +55,8 @@ def _read(folder: Path, count: int) -> Attempt | None:
         step=None if step is None else int(step),
         resumed=None if resumed is None else int(resumed),
         host=str(verdict.get("host") or begin.get("host") or ""),
+        gpus=None if gpus is None else int(gpus),
+        ended_early=verdict.get("ended_early") is True,
     )
 
 

@@ -6,6 +6,7 @@ python launch.py cluster=slurm pipeline=custom parallel=zero3 custom.launcher=ac
 
 import argparse
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,12 +21,16 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--save-every", type=int, default=20)
+parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
 options = parser.parse_args()
 checkpoints = Path(os.environ.get("MUSTER_CHECKPOINTS", "checkpoints"))
 
 timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")))
 backend = "nccl" if torch.cuda.is_available() else "gloo"  # without GPUs, DeepSpeed has to be told
-accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend, timeout=timeout)])
+handlers = [InitProcessGroupKwargs(backend, timeout=timeout)]
+accelerator = Accelerator(gradient_accumulation_steps=options.accumulate, kwargs_handlers=handlers)
+if accelerator.is_main_process:
+    shutil.rmtree(checkpoints / ".unfinished", ignore_errors=True)  # left by a kill
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
@@ -50,13 +55,18 @@ def save() -> None:
     accelerator.wait_for_everyone()
 
 
-for tokens in accelerator.skip_first_batches(rows, step):
-    if step == options.steps or stop_requested():
+for tokens in accelerator.skip_first_batches(rows, step * options.accumulate):
+    if accelerator.sync_gradients and (step == options.steps or stop_requested()):
         break
-    loss = model(input_ids=tokens, labels=tokens).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
+    with accelerator.accumulate(model):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # under DeepSpeed, ACCELERATE_GRADIENT_CLIPPING counts
+        optimizer.step()
+        optimizer.zero_grad()
+    if not accelerator.sync_gradients:  # more batches of this step follow
+        continue
     step += 1
     beat(step)
     accelerator.print(f"step {step} loss {loss.item():.4f}", flush=True)

@@ -5,6 +5,7 @@ python launch.py cluster=slurm pipeline=custom custom.launcher=torchrun custom.c
 
 import argparse
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +27,8 @@ checkpoints = Path(os.environ.get("MUSTER_CHECKPOINTS", "checkpoints"))
 on_gpu = torch.cuda.is_available()
 timeout = timedelta(seconds=int(os.environ.get("MUSTER_NCCL_TIMEOUT", "1800")))
 dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+if dist.get_rank() == 0:
+    shutil.rmtree(checkpoints / ".unfinished", ignore_errors=True)  # left by a kill
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 if on_gpu:
     torch.cuda.set_device(device)

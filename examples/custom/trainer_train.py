@@ -18,6 +18,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--save-every", type=int, default=20)
+parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
 options = parser.parse_args()
 output = os.environ.get("MUSTER_CHECKPOINTS", "checkpoints")
 precision = os.environ.get("ACCELERATE_MIXED_PRECISION")  # TrainingArguments does not read it
@@ -27,6 +28,7 @@ arguments = TrainingArguments(
     max_steps=options.steps,
     save_steps=options.save_every,
     per_device_train_batch_size=4,
+    gradient_accumulation_steps=options.accumulate,
     learning_rate=1e-3,
     logging_steps=1,
     report_to="none",

@@ -19,12 +19,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from conf.errors import ConfigError, Problem
+from conf.families import TENSOR_STYLES
 from jobs.model.unwrap import causal_lm
 
 MESH_DIM = "tensor"
 """Name of the mesh dimension of tensor parallelism."""
-STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
-"""Styles in transformers' plans that work here: weight cut by rows, cut by columns, or whole but applied to some heads only."""
 
 
 def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
@@ -36,7 +35,7 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     language_model = causal_lm(model)
     plan = getattr(language_model.config.get_text_config(), "base_model_tp_plan", None) or {}
     plan = {name: style for name, style in plan.items() if not style.startswith("embedding")}  # embeddings stay whole
-    problems = [f"cannot cut {name} in the style {style}" for name, style in plan.items() if style not in STYLES]
+    problems = [f"cannot cut {name} in the style {style}" for name, style in plan.items() if style not in TENSOR_STYLES]
     if not plan or problems:
         no_plan = f"transformers has no tensor-parallel plan for {type(language_model).__name__}"
         raise _config_error(mesh, problems[0] if problems else no_plan)
@@ -46,7 +45,7 @@ def slice_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         style = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
         if style is None:
             continue
-        if style == STYLES[2]:
+        if style == TENSOR_STYLES[2]:
             parts.append(module)
             continue
         _slice_linear(name, module, 0 if style == "colwise" else 1, mesh)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from conf import deepspeed as deepspeed_settings
 from conf.choices import AdapterKind, Checkpointing
 from conf.errors import ConfigError, Problem
+from conf.families import NOT_UNDER_ZERO_3
 from conf.schema import Config
 from jobs.backends import Engine, zero_partitions
 from jobs.backends.host_staging import Stager, collect_storages
@@ -63,8 +64,7 @@ def _gathered_whole(model: nn.Module, config: Config, world: World) -> set[type[
     adapters = config.adapter.kind is not AdapterKind.none
     if adapters and any(weight.requires_grad for module in experts for weight in module.parameters()):
         # DeepSpeed 0.19.8 uses such a weight in backward when it has already partitioned it again
-        message = "experts that are called one by one cannot have adapters under ZeRO-3: use parallel=fsdp, or name other layers"
-        raise ConfigError(Problem("adapter.targets", config.adapter.targets, message))
+        raise ConfigError(Problem("adapter.targets", config.adapter.targets, NOT_UNDER_ZERO_3))
     return {type(module) for module in experts}
 
 

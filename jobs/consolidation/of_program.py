@@ -4,11 +4,12 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
+from conf import program_checkpoints
 from conf.choices import Init, OutputDtype, Precision
 from conf.errors import Problem, RunError
 from conf.precision import recorded
-from conf.program_checkpoints import numbered
 from conf.schema import Config
+from conf.unfinished_checkpoints import why_unfinished
 from jobs.consolidation import external
 from jobs.consolidation.execute import worker_count
 from jobs.tensor_io.open_checkpoint import Checkpoint, open_checkpoint
@@ -45,7 +46,7 @@ def _dtype(config: Config) -> str:
 
 def _select(config: Config) -> Path:
     folder, step = Path(config.run_dir) / "checkpoints", config.consolidate.step
-    checkpoints = numbered(folder)
+    checkpoints = program_checkpoints.numbered(folder)
     if step is not None:
         checkpoints = [item for item in checkpoints if item[0] == step]
     if not checkpoints:
@@ -56,7 +57,13 @@ def _select(config: Config) -> Path:
             "folder: python -m jobs.consolidate CHECKPOINT --out FOLDER --base MODEL"
         )
         raise RunError(Problem("checkpoints", folder, message))
-    return checkpoints[-1][1]
+    newest = checkpoints[-1][1]
+    if step is None and (why := why_unfinished(newest)):
+        whole = program_checkpoints.newest(folder)
+        instead = f"for the one before, set consolidate.step={whole[0]}" if whole else "there is no other"
+        message = f"was cut short: {why}; {instead}. To merge it nevertheless: consolidate.step={checkpoints[-1][0]}"
+        raise RunError(Problem("checkpoints", newest, message))
+    return newest
 
 
 def _weights(folder: Path) -> Checkpoint:

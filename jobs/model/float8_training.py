@@ -8,6 +8,7 @@ from torch import nn
 
 from conf.choices import Float8
 from conf.errors import ConfigError, Problem
+from conf.packages import TORCHAO
 from conf.precision import LOWEST_CAPABILITY
 from conf.schema import Config
 from jobs.distributed.process_group import World
@@ -30,7 +31,7 @@ def convert_linears(model: nn.Module, config: Config, world: World) -> None:
         )
     except ImportError as error:
         message = (
-            f"needs torchao, which cannot be imported here ({error}): pip install torchao, or set train.float8=none"
+            f"needs torchao, which cannot be imported here ({error}): pip install {TORCHAO}, or set train.float8=none"
         )
         raise ConfigError(Problem("train.float8", recipe.name, message)) from error
     if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < LOWEST_CAPABILITY["float8"]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem, first_line
+from conf.families import NO_DORA, NO_DROPOUT
 from conf.schema import Config
 from jobs.distributed.log_once import log_once
 from jobs.model import adapter_limits, saved_modules, shared_layers, uncalled_layers
@@ -119,12 +120,9 @@ def _problem(config: Config, reason: str) -> Problem:
     adapter = config.adapter
     if "ParamWrapper" not in reason:
         return Problem("adapter.targets", adapter.targets, reason)
-    remedy = "name only layers without experts in adapter.targets"
     if adapter.dropout:
-        return Problem(
-            "adapter.dropout", adapter.dropout, f"experts cannot have dropout: set adapter.dropout=0, or {remedy}"
-        )
-    return Problem("adapter.dora", adapter.dora, f"DoRA cannot adapt experts: set adapter.dora=false, or {remedy}")
+        return Problem("adapter.dropout", adapter.dropout, NO_DROPOUT)
+    return Problem("adapter.dora", adapter.dora, NO_DORA)
 
 
 def _log_left_out(wrapped: Any, known: Collection[str]) -> None:

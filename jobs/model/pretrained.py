@@ -24,7 +24,7 @@ from jobs.distributed.process_group import World
 from jobs.model import embedding_resize, multimodal, stored_quantization, stored_tensors, text_equality
 from jobs.model.multimodal import WholeModel
 from jobs.model.quantized_linear import QuantizedLinear
-from jobs.tensor_io import dequantize, slices
+from jobs.tensor_io import slices
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.slices import TensorPart
@@ -126,7 +126,8 @@ def _choose_method(base: PreTrainedModel, folder: Path | None, config: Config) -
     if getattr(base.config, "transformers_weights", None):
         return LoadMethod({}, f"{source} lists its files in config.json (transformers_weights)")
     shapes = embedding_resize.stored_shapes(base, {key: tuple(value.shape) for key, value in _expected(base).items()})
-    stored, untouched = _without_ignored(stored_tensors.find(folder, base, source), config), ""
+    found = stored_quantization.find_tensors(folder, stored_quantization.section(base), source)
+    stored, untouched = _without_ignored(found, config), ""
     if whole is None:
         stored, why_whole = stored_tensors.joined(base, stored, shapes, source)
     else:
@@ -256,7 +257,7 @@ def _load_with_transformers(
             trust_remote_code=config.model.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, dequantize.NotDequantized) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(Problem("model.source", source, f"cannot be loaded: {error}")) from error
     whole, info = loaded
     state = whole.state_dict()

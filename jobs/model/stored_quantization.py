@@ -1,6 +1,7 @@
 """Models whose files are quantized, but which are trained and merged with plain weights: their config, and how they are loaded."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from conf import stored_quantization
 from conf.errors import ConfigError, Problem
 from conf.schema import Config
 from jobs.model import multimodal
-from jobs.tensor_io import slices
-from jobs.tensor_io.dequantize import dequantized
+from jobs.tensor_io import dequantize, slices
+from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
 from jobs.tensor_io.slices import TensorPart
 
@@ -50,12 +51,21 @@ def section(model: PreTrainedModel) -> Mapping[str, Any] | None:
     return found
 
 
+def find_tensors(folder: Path, section: Mapping[str, Any] | None, source: str) -> dict[str, StoredTensor]:
+    """The tensors in the files of a model, with quantized weights as their numbers. Raises ConfigError if scales are missing."""
+    stored = slices.find_tensors(folder, "model.source", source)
+    try:
+        return dequantize.dequantized(stored, section)
+    except dequantize.NotDequantized as error:
+        raise ConfigError(Problem("model.source", source, f"{error}: download the model again")) from error
+
+
 def from_pretrained(source: str, revision: str | None, dtype: torch.dtype | str, **options: Any) -> Any:
     """A model as transformers loads it, with its towers, dequantized if it is stored in fp8 or mxfp4.
 
     transformers can dequantize too, but it refuses weights of which the rows or columns are not a multiple of the block (the 576
     rows of DeepSeek's `kv_a_proj_with_mqa`), or takes blocks of another size. So it is given all weights, in memory. Raises OSError
-    or ValueError if the files cannot be read, NotDequantized if scales are missing.
+    or ValueError if the files cannot be read, ConfigError if scales are missing.
     """
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=options.get("trust_remote_code"))
     section = stored_quantization.find(config.to_dict())
@@ -65,7 +75,7 @@ def from_pretrained(source: str, revision: str | None, dtype: torch.dtype | str,
     remove(config)
     wanted = torch.bfloat16 if isinstance(dtype, str) else dtype
     weights, parts = {}, []
-    for name, stored in dequantized(slices.find_tensors(folder, "model.source", source), section).items():
+    for name, stored in find_tensors(folder, section, source).items():
         weights[name] = torch.empty(
             stored.shape, dtype=wanted if stored.dtype.is_floating_point else stored.dtype.torch
         )

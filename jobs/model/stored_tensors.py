@@ -1,26 +1,15 @@
 """Finds the tensors of a model's files under the names in memory: renamed and fused ones joined, quantized ones as numbers."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from conf.errors import ConfigError, Problem, UserError
 from conf.schema import Config
-from jobs.model import stored_quantization
 from jobs.model.saved_names import CannotStream, join_stored, saved_names
-from jobs.tensor_io import dequantize, slices
+from jobs.tensor_io import slices
 from jobs.tensor_io.layout import StoredTensor
 from jobs.tensor_io.model_files import find_or_download
-
-
-def find(folder: Path, base: PreTrainedModel, source: str) -> dict[str, StoredTensor]:
-    """The tensors in the files of `base`, with quantized weights as their numbers. Raises ConfigError."""
-    stored = slices.find_tensors(folder, "model.source", source)
-    try:
-        return dequantize.dequantized(stored, stored_quantization.section(base))
-    except dequantize.NotDequantized as error:
-        raise ConfigError(Problem("model.source", source, f"{error}: download the model again")) from error
 
 
 def joined(

@@ -3,17 +3,18 @@
 import json
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conf.files import write_text
+from conf.files import write_json, write_text
 from conf.schema import Config
 from jobs.distributed.process_group import World
 from jobs.monitoring.trackers import Trackers
-from jobs.report.training_curves import Progress, hardware, render_html
 from pages.curves import clock
+from pages.report import Progress, hardware, render_html
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class Metrics:
             progress = Progress(state, self.last_step, self.ranks, self.hardware, self.warnings)
             page = render_html(self.config, self.path, progress)
             write_text(self.path.with_name("report.html"), page)
+            # for the launcher, which writes the page again if this training is killed
+            write_json(self.path.with_name("report.json"), asdict(progress))
         except Exception as error:  # whatever it is, a page is not worth a training
             log.warning(f"report.html: cannot be written ({type(error).__name__}: {error}); training continues")
         took_s = time.monotonic() - began

@@ -12,10 +12,10 @@ from conf.visible import visible
 from jobs.data.batches import Rows
 from jobs.data.quality_gates import MEANINGS, Verdict
 from jobs.report import charts
-from jobs.report.run_facts import Fact
 from jobs.report.terminal import GREEN, RESET
 from jobs.report.token_view import Decoder, LocationOf, SampleView, terminal_text, view_sample
 from pages.render import render_page
+from pages.run_facts import Fact
 
 SAMPLES = {"train": 8, "validation": 2}
 """Number of samples of each split on the page."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from conf.choices import Backend, Optimizer
 from conf.errors import ConfigError, Problem
+from conf.packages import TORCHAO
 from conf.schema import Config
 from jobs.model import trained_weights
 from jobs.model.unwrap import causal_lm
@@ -142,8 +143,9 @@ def _low_memory_adamw(config: Config) -> Any:
         return getattr(import_module(module), name)
     except ImportError as error:
         package, alternative = module.split(".")[0], "parallel=zero2" if fsdp else "parallel=fsdp"
+        pip_name = TORCHAO if fsdp else package
         message = (
-            f"needs {package}, which cannot be imported here ({error}): pip install {package}, or set {alternative}"
+            f"needs {package}, which cannot be imported here ({error}): pip install {pip_name}, or set {alternative}"
         )
         raise ConfigError(Problem("train.optimizer", kind.name, message)) from error
 

@@ -10,6 +10,7 @@ from conf.errors import ConfigError, Problem, as_typed, first_line
 from conf.schema import Config
 from conf.schema_training import Adapter
 from launcher.check import model_files
+from launcher.check.json_file import read_json
 from launcher.check.observe import hub_cache
 
 KEY = "adapter.source"
@@ -35,7 +36,7 @@ def take_settings(config: Config) -> None:
     """
     source = str(config.adapter.source)
     folder = model_files.find(source, None, hub_cache(config))
-    content, error = model_files.read_json(folder / SETTINGS) if folder else (None, None)
+    content, error = read_json(folder / SETTINGS) if folder else (None, None)
     if folder is None or content is None:
         reason = error or f"has no {SETTINGS} on this machine"
         message = f"{reason}. Give the folder of an adapter in PEFT's format, or fetch it first: hf download {source}"

@@ -16,29 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import resolve
+from conf.data_endings import ENDINGS
 from conf.errors import Problem
 from conf.key_reference import describe_type
 from conf.schema import Config
 from conf.schema_model import Architecture
 from conf.visible import visible
-from launcher.check import quoting
+from launcher import sbatch_options
+from launcher.check import quoting, word_forms
 from launcher.secret_names import MASK, found, masked
 
-FLAGS_WITH_VALUE = (
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-    "--info",
-    "-i",
-)
-
+LISTED = ("experiment", "tracker")
+"""Groups of which several options can be taken, as in experiment=[a,b]."""
 OTHER_CONFIG = ("--config-name", "-cn", "--config-path", "-cp")
 OTHER_CONFIG_REMEDY = (
     "every run begins with Muster's own config. Give your file as an experiment, launch.py FILE.yaml, "
@@ -90,10 +79,15 @@ def problems(
     )
     valid: list[Override] = []
     is_sweep = bool({"-m", "--multirun"} & set(words))
+    reported += word_forms.problems(words, {**known, **options}, lambda key: instead(key, [*known, *options]))
+    words = word_forms.without_these(words)
+    in_sweep = in_sweep or any(
+        word.startswith("resume=") for word in words
+    )  # of a sweep, perhaps: sweep.stop_worst=null
     for previous, word in zip(["", *words], words, strict=False):
         if word.split("=")[0] in OTHER_CONFIG:
             reported.append(Problem(word.split("=")[0], None, OTHER_CONFIG_REMEDY))
-        if word.startswith("-") or previous in FLAGS_WITH_VALUE:
+        if word.startswith("-") or previous in word_forms.FLAGS_WITH_VALUE:
             continue
         if (is_sweep or word.lstrip("+~").startswith("hydra")) and (problem := _secret(word)):
             reported.append(problem)
@@ -101,7 +95,7 @@ def problems(
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            reported.append(Problem(word, None, _not_parsed(word)))
+            reported.append(Problem(word, None, word_forms.not_parsed(word, known)))
             continue
         problem = _problem(override, known, options, schema)
         if problem:
@@ -143,22 +137,6 @@ def _secret(word: str) -> Problem | None:
     return None
 
 
-def _not_parsed(word: str) -> str:
-    """Why Hydra cannot read a word, and what to type."""
-    key, _, value = word.partition("=")
-    if "=" in word and quoting.type_of(key.lstrip("+")).startswith("dict"):
-        return (
-            f"is not a dictionary. Write it in quotes for the shell, '{key}={{name: value}}', with \"...\" around a name or a "
-            f"value that has a comma, a colon or brackets"
-        )
-    if "=" in word and quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value.strip("\"'"))):
-        return f"has a quote that is not closed, or one too many. Type {typed}"
-    return (
-        "is not of the form key=value. If the value has special characters, put quotes around it, "
-        "for the shell and for Hydra: 'key=\"value\"'"
-    )
-
-
 def _several_values(key: str, value: str) -> str:
     message = "has several values. Add -m to start one run for each (muster sweep does the same)"
     if quoting.is_text(key.lstrip("+")) and (typed := quoting.quoted(key, value)):
@@ -186,7 +164,7 @@ def in_hydras_order(words: Sequence[str]) -> list[str]:
             overrides = [item for item in overrides if not item.lstrip("+").startswith("experiment=")]
             continue
         (flags if is_value or word.startswith("-") else overrides).append(word)
-        is_value = word in FLAGS_WITH_VALUE
+        is_value = word in word_forms.FLAGS_WITH_VALUE
     return [*flags, *overrides]
 
 
@@ -199,17 +177,34 @@ def _problem(
     if key == "experiment" and override.value() is None:
         return None
     if key in options:
-        value = override.value()
-        unknown = [
-            str(item) for item in (value if isinstance(value, list) else [value]) if str(item) not in options[key]
-        ]
-        return Problem(key, unknown[0], _unknown("option", unknown[0], options[key])) if unknown else None
+        return _option(key, override.value(), options[key])
     if key in known:
         return _value(key, override, known, schema)
     for free, hint in known.items():
         if str(hint).startswith("dict") and key.startswith(f"{free}."):
             return _entry(key, key.removeprefix(f"{free}.").split(".", 1)[1:], resolve.named_sections().get(free))
     return Problem(key, None, f"no such key{instead(key, [*known, *options])}")
+
+
+def _option(group: str, value: Any, known: list[str]) -> Problem | None:
+    """A value of a group that is none of its options, or several of them where only one can be."""
+    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if unknown := next((item for item in values if item not in known), None):
+        return Problem(group, unknown, _own_files(group, unknown, known) or _unknown("option", unknown, known))
+    if isinstance(value, list) and group not in LISTED:
+        return Problem(group, _as_typed(value), f"takes one option. Type {group}={values[-1] if values else known[0]}")
+    return None
+
+
+def _own_files(group: str, value: str, known: list[str]) -> str:
+    """What to type for a path or a repository of the Hub in place of an option; "" for another value."""
+    path = Path(value)
+    if path.suffix in (".yaml", ".yml") and path.stem not in known:
+        copy = f"~/.config/muster/conf/{group}/{path.stem}.yaml"
+        return f"is the name of a file, not of an option. Copy the file to {copy}, and type {group}={path.stem}"
+    words = {"model": f"model=hub model.source={value}", "data": f"data=jsonl data.path={value}"}
+    is_path = "/" in value or path.suffix in (".gguf", ".safetensors", *ENDINGS)
+    return f"is no option of this group. Write {words[group]}" if group in words and is_path else ""
 
 
 def instead(key: str, candidates: list[str]) -> str:
@@ -263,17 +258,28 @@ def _value(key: str, override: Override, known: dict[str, Any], schema: DictConf
         isinstance(value, str) and value != value.strip() and not quoting.is_text(key)
     ):  # "64 " would be taken for a number
         return Problem(key, repr(value), f"must be {describe_type(known[key])}, without blanks")
+    if known[key] is bool and isinstance(value, int | float) and value not in (0, 1):
+        return Problem(key, value, not_of_type(key, known))
     try:
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return Problem(key, _as_typed(value), not_of_type(key, known))
+        return Problem(key, _as_typed(value), not_of_type(key, known, value))
     return None
 
 
-def not_of_type(key: str, known: dict[str, Any]) -> str:
+def not_of_type(key: str, known: dict[str, Any], value: Any = None) -> str:
     """The message for a value of a wrong type; a section has keys instead of a value."""
     inner = [name for name in known if name.startswith(f"{key}.")]
-    return f"has keys of its own. Set one of {', '.join(inner)}" if inner else f"must be {describe_type(known[key])}"
+    if inner:
+        return f"has keys of its own. Set one of {', '.join(inner)}"
+    message = f"must be {describe_type(known[key])}"
+    if key.endswith("time_min") and (minutes := sbatch_options.minutes(str(value))):
+        return f"{message}, in minutes. Write {key}={minutes}"
+    members = list(getattr(known[key], "__members__", ()))
+    if not members or not isinstance(value, str):
+        return message
+    begins = max((name for name in members if value.lower().startswith(name)), key=len, default=None)  # adamw_torch
+    return message + (f": did you mean '{begins}'?" if begins else nearest(value, members))
 
 
 def _as_typed(value: Any) -> Any:
@@ -283,9 +289,10 @@ def _as_typed(value: Any) -> Any:
 
 def nearest(word: str, candidates: list[str]) -> str:
     """`: did you mean 'x'?`, or an empty string if no candidate is similar. A key also matches by its last part alone."""
-    similar = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    lowered = {candidate.lower(): candidate for candidate in candidates}
+    similar = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     if not similar:
-        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-        leaves = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
-        similar = [by_leaf[leaf] for leaf in leaves]
-    return f": did you mean '{similar[0]}'?" if similar else ""
+        by_leaf = {candidate.rsplit(".", 1)[-1].lower(): candidate for candidate in candidates}
+        leaves = difflib.get_close_matches(word.lower().rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.75)
+        return f": did you mean '{by_leaf[leaves[0]]}'?" if leaves else ""
+    return f": did you mean '{lowered[similar[0]]}'?"

@@ -41,6 +41,7 @@ def problems(config: Config, facts: Facts) -> Iterator[Problem]:
         yield from _names(config)
         yield from _splits(config)
         yield from _keys_of_one_path(config)
+        yield from _held_out_rows(config)
         has_data = facts.inputs.run is not None and facts.inputs.run.has_data
         for key, data_set in training_by_key(config.data) if not has_data else ():
             yield from _names_of_columns_and_speakers(config, key.removesuffix(".path"), data_set)
@@ -70,6 +71,19 @@ def _keys_of_one_path(config: Config) -> Iterator[Problem]:
     if config.data.validation_split and not config.data.validation_path:
         message = "is a part of data.validation_path, which is not set. Set it: it may be the training file"
         yield Problem("data.validation_split", config.data.validation_split, message)
+
+
+def _held_out_rows(config: Config) -> Iterator[Problem]:
+    """Rows for validation that are the training rows: the gate `overlap` would stop preprocess."""
+    data = config.data
+    if not data.validation_path or data.gates.overlap == 1:
+        return
+    for key, data_set in training_by_key(data):
+        if data_set.path == data.validation_path and data.validation_split in (None, data_set.split):
+            message = f"holds rows of {key}, so the held-out loss would be that of training. Name another file, or take parts: "
+            message += f"{key.removesuffix('.path')}.split=[:90%] data.validation_split=[90%:]"
+            yield Problem("data.validation_path", data.validation_path, message)
+            return
 
 
 def _splits(config: Config) -> Iterator[Problem]:
@@ -130,10 +144,12 @@ def _first_row(first_row: FirstRow, data_set: DataSet) -> Iterator[Problem]:
         yield Problem(first_row.key, data_set.path, first_row.error)
     if first_row.columns is None or data_set.fields:  # `fields` maps columns of any name
         return
+    columns_left = [name for name in first_row.columns if name not in data_set.ignore]
     fixed = data_set.format not in (None, Format.auto)
     formats = [format for format in COLUMNS if not fixed or format is data_set.format]
-    if not any(columns <= set(first_row.columns) for format in formats for columns in COLUMNS[format]):
+    if not any(columns <= set(columns_left) for format in formats for columns in COLUMNS[format]):
         needed = "; ".join(f"{format.name} needs {' and '.join(sorted(COLUMNS[format][0]))}" for format in formats)
-        message = f"has the columns {', '.join(first_row.columns)}, but {needed}. "
+        without = " without those in data.ignore" if len(columns_left) < len(first_row.columns) else ""
+        message = f"has the columns {', '.join(columns_left) or '(none)'}{without}, but {needed}. "
         message += "Map your columns, for example 'data.fields={output: answer}'"
         yield Problem(first_row.key, data_set.path, message)

@@ -14,17 +14,37 @@ from launcher.check.hub_access import HubFacts, Refusal, Writer
 SETTINGS = "https://huggingface.co/settings/tokens"
 REPOSITORY = re.compile(r"(?!.*(--|\.\.))(?!.{97})[A-Za-z0-9][\w.-]*/[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?")
 """What the Hub takes as `owner/name`."""
+ADDRESS = re.compile(
+    r"(?:(?:https://(?:huggingface\.co|hf\.co)|hf:/)/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+)|/(?:tree|blob)/([\w.-]+).*)?/?"
+)
+"""Other ways to write a repository of the Hub: its page, or with a revision."""
 LATER = "Remove hub.push, and push afterwards from a node with network: muster push RUN hub.push="
 
 
 def problems(config: Config, facts: HubFacts) -> list[Problem]:
     """Everything that stands between the run and the Hub."""
     return [
+        *_names(config),
         *_keys(config),
         *(_refused(config, facts, item) for item in facts.refusals),
         *_writing(config, facts),
         *_offline(facts),
     ]
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    """Names that are neither a path nor a repository of the Hub. `localize` has made the paths of what exists absolute."""
+    for key, value in (("model.source", config.model.source), ("model.tokenizer", config.model.tokenizer)):
+        if not value or value.startswith(("/", ".", "~")) or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+            continue
+        message = "is neither a folder on this machine nor a repository of the Hub, owner/name"
+        name = ADDRESS.fullmatch(value)
+        if name:
+            revision = f" {key.replace('source', 'revision')}={name[2] or name[3]}" if name[2] or name[3] else ""
+            message += f". Write {key}={name[1]}{revision if key == 'model.source' else ''}"
+        else:
+            message += ". Copy the model to a folder, and name that"
+        yield Problem(key, value, message)
 
 
 def _keys(config: Config) -> Iterator[Problem]:

@@ -88,7 +88,12 @@ def _earlier_jobs(config: Config, run: RunFolder) -> Iterator[Problem]:
         yield Problem("jobs", "train", message)
     if "consolidate" in jobs and "train" not in jobs and config.custom.command is None:
         if not run.steps:
-            message = f"there is no checkpoint to merge in {where}. Name the run: muster merge RUN"
+            remedy = (
+                f"Train it first: muster resume {config.run_dir} pipeline=finetune"
+                if config.resume
+                else "Name the run: muster merge RUN"
+            )
+            message = f"there is no checkpoint to merge in {where}. {remedy}"
             yield Problem("jobs", "consolidate", message)
         elif config.consolidate.step not in (None, BEST, *run.steps):
             saved = ", ".join(str(step) for step in run.steps[-8:])

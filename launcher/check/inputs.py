@@ -18,7 +18,7 @@ from conf.datasets import held_out, training, training_paths
 from conf.schema import Config
 from conf.schema_model import DataSet
 from launcher.check import model_files
-from launcher.check.model_files import read_json
+from launcher.check.json_file import read_json
 from launcher.run_folder import attempts
 
 MOST_COUNTED = 2**26
@@ -98,6 +98,8 @@ def _unreadable(config: Config) -> Iterator[tuple[str, str, str]]:
         path = Path(data_set.path).expanduser()
         if path.is_file() and (why := _why_unreadable(path)):
             yield key, data_set.path, why
+        elif path.is_dir() and not any(item.is_file() for item in path.rglob("*")):
+            yield key, data_set.path, "is a folder without files. Name a folder or a file with rows"
         if path.is_file() and key != "data.validation_path":
             yield from _keys_of_the_hub(key.rpartition(".")[0], data_set)
 
@@ -109,6 +111,8 @@ def _why_unreadable(path: Path) -> str | None:
         return f"ends in none of {', '.join(ENDINGS)}. Convert the file, or rename it if it is one of these"
     begin = MAGIC.get(suffix)
     try:
+        if kind in (".csv", ".tsv", ".txt") and path.stat().st_size == 0:
+            return "has no rows. Name a file with rows"
         with path.open("rb") as file:
             if begin and file.read(len(begin)) != begin:
                 return f"is no {suffix.removeprefix('.')} file: its first bytes are others. Write the file again, or rename it"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from conf.errors import Problem
 from conf.schema import Config
-from launcher.check import gpu_rules, input_rules, layer_rules, shape_rules, unused_rules
+from launcher.check import attention_rules, gpu_rules, input_rules, layer_rules, shape_rules, unused_rules
 from launcher.check.observe import Facts
 
 
@@ -19,4 +19,5 @@ def _of_the_config(config: Config, facts: Facts) -> Iterator[Problem]:
     yield from unused_rules.problems(config, facts.typed)
     yield from shape_rules.problems(config, facts.model, facts.families, facts.inputs.tokens)
     yield from gpu_rules.problems(config)
+    yield from attention_rules.problems(config, facts.model.fields if facts.model else None)
     yield from layer_rules.problems(config, facts.layers)

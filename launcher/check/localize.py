@@ -13,6 +13,7 @@ from conf.schema_model import Architecture
 from conf.schema_training import Adapter
 from launcher.check import adapter_source, container_paths, deepspeed_file, fetched_commits, model_files
 from launcher.check.cluster_wide import RANKS_ON_CPU
+from launcher.check.json_file import read_json
 from launcher.check.local_gpus import local_memory_gib
 from launcher.check.observe import hub_cache, hub_home, path_exists, without_part
 from launcher.estimate import config_json, parameters
@@ -101,7 +102,7 @@ def architecture(config: Config) -> Architecture | None:
     if stored.exists() and (earlier := resolve.load(stored)).model.source == config.model.source:
         return earlier.model.architecture
     folder = model_files.find(config.model.source, config.model.revision, hub_cache(config))
-    fields, _ = model_files.read_json(folder / "config.json") if folder and folder.is_dir() else (None, None)
+    fields, _ = read_json(folder / "config.json") if folder and folder.is_dir() else (None, None)
     shape = config_json.architecture(fields) if fields else None
     if folder and fields and shape and config_json.is_multimodal(fields):
         shape.tower_gib = _tower_gib(folder, fields, shape)

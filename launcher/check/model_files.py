@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.check import model_damage
+from launcher.check.json_file import read_json
+
 SMALL_TOKENIZER = 2**22
 """Bytes of a tokenizer.json that is read as a whole. Of a larger one only the last entry of the vocabulary is read."""
 
@@ -37,6 +40,10 @@ class ModelFiles:
     """Tokens of its vocabulary (at least), without those that were added."""
     tokenizer: Mapping[str, Any] | None = None
     """The content of tokenizer_config.json, with that of special_tokens_map.json."""
+    damage: tuple[str, ...] = ()
+    """Why weights in a folder of the user cannot be read."""
+    tokenizer_damage: str | None = None
+    """Why no tokenizer can be read from its folder, if that is one of the user."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +95,9 @@ def read(folder: Path, tokenizer: Path | None, *, local: bool) -> ModelFiles:
         tokens,
         base_tokens,
         settings,
+        tuple(model_damage.of_weights(folder, names)) if local else (),
+        model_damage.of_tokenizer(tokenizer) if local and tokenizer else None,
     )
-
-
-def read_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """(the object in a JSON file, why it cannot be read); both None if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None, None
-    except (OSError, ValueError, RecursionError) as error:
-        return None, f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})"
-    return (content, None) if isinstance(content, dict) else (None, f"{path.name} is not a JSON object")
 
 
 def stored_bytes(folder: Path) -> int:

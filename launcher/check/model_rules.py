@@ -10,7 +10,7 @@ from conf.errors import Problem
 from conf.schema import Config
 from launcher.check.model_files import Families, ModelFiles
 from launcher.estimate.config_json import TEXTS, is_multimodal, text_fields
-from launcher.estimate.family_defaults import DEFAULTS
+from launcher.estimate.family_defaults import ALIASES, DEFAULTS
 from launcher.estimate.parameters import count
 
 ENCODERS = frozenset({
@@ -42,6 +42,8 @@ CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc"), "openai-gpt": ("c_attn", "c_proj
 """Families with layers that are not nn.Linear where other families have linear layers."""
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers that have no tokens besides those of the files."""
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Numbers that every family needs above 0, by the names that `ALIASES` gives them."""
 WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -57,8 +59,10 @@ def problems(config: Config, files: ModelFiles | None, families: Families | None
             yield Problem("model.ignore_tensors", pattern, message)
     if files is not None:
         yield from _files(config, files)
+        yield from _damage(config, files)
         if files.fields is not None:
             yield from _family(config, files.fields, families)
+            yield from _numbers(config, files.fields)
             yield from _quantization(config, files.fields, files.quantization)
             yield from _vocabulary(config, files)
             yield from _padding(config, files.tokenizer)
@@ -109,6 +113,16 @@ def _files(config: Config, files: ModelFiles) -> Iterator[Problem]:
         yield _source(config, message)
 
 
+def _damage(config: Config, files: ModelFiles) -> Iterator[Problem]:
+    """Files of a model that cannot be read."""
+    if files.fields is not None:
+        yield from (_source(config, f"{why}. Download the model again") for why in files.damage)
+    if files.tokenizer_damage and files.fields is not None:
+        key = "model.tokenizer" if config.model.tokenizer else "model.source"
+        remedy = "Set model.tokenizer to a folder with a tokenizer, or to owner/name on the Hub"
+        yield Problem(key, config.model.tokenizer or config.model.source, f"{files.tokenizer_damage}. {remedy}")
+
+
 def _family(config: Config, fields: Mapping[str, Any], families: Families | None) -> Iterator[Problem]:
     """The family: a decoder of text that transformers can build."""
     family, remote = fields.get("model_type"), fields.get("auto_map")
@@ -146,6 +160,15 @@ def _family(config: Config, fields: Mapping[str, Any], families: Families | None
     elif families and not built_in:
         message = f"has model_type={family}, which the installed transformers cannot build as a model of text. Install a newer "
         yield _source(config, message + "transformers, or name a model of another family")
+
+
+def _numbers(config: Config, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Sizes in config.json that no model can have."""
+    for name, value in text_fields(fields).items():
+        if ALIASES.get(name, name) in SIZES and (isinstance(value, str) or (type(value) is int and value < 1)):
+            yield _source(
+                config, f"its config.json has {name}={value!r}, which must be a whole number above 0. Correct it"
+            )
 
 
 def _quantization(config: Config, fields: Mapping[str, Any], older: Mapping[str, Any] | None) -> Iterator[Problem]:

@@ -128,6 +128,21 @@ def remove_what_changed(stored: Config, config: Config) -> list[str]:
     return there
 
 
+def forget_comparison(stored: Config, config: Config) -> None:
+    """Delete the loss that a run of a sweep was compared by (`sweep.stop_worst`), if it will now be compared at another step.
+
+    The other runs would compare theirs, at the new step, with one of the old step.
+    """
+
+    def step_of(values: Config) -> tuple[object, ...]:
+        rule = values.sweep.stop_worst
+        return (values.train.steps, values.train.epochs, sweep.stop_worst(rule).at if rule else None)
+
+    is_moved = config.sweep.stop_worst is not None and step_of(stored) != step_of(config)
+    if is_moved or config.train.resume_step is not None:
+        (Path(config.run_dir) / sweep.RUNG).unlink(missing_ok=True)
+
+
 def stored_path(run: Path) -> str:
     """Return the path of a run folder as its first launch wrote it, if it is still the same folder; else `run`.
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from conf import node_paths
 from conf.choices import Executor, Runtime
 from conf.errors import Problem
+from conf.plural import plural
 from conf.schema import Config
 from conf.schema_cluster import Resources
 from launcher import containers, plan, sbatch_options
 
+PARTS = ("train", "cpu", "inference")
 SHELL_NAMES = re.compile(
     r"BASH\w*|COMP_\w+|DIRSTACK|E?UID|FUNCNAME|GROUPS|IFS|LINENO|PIPESTATUS|POSIXLY_CORRECT|PPID|RANDOM|SECONDS|SHELLOPTS"
     r"|muster\w*|attempt|child|line|name|srun_log"
@@ -49,9 +51,11 @@ DEPENDENCY = re.compile(
 
 def problems(config: Config) -> Iterator[Problem]:
     """Yield what is wrong with the section `cluster`."""
-    for name in ("train", "cpu", "inference"):
+    for name in PARTS:
         yield from _sbatch(getattr(config.cluster, name), f"cluster.{name}")
+    yield from _names(config)
     yield from _variables(config)
+    yield from _visible_gpus(config)
     yield from _srun(config)
     yield from _network(config)
     yield from _paths(config)
@@ -81,7 +85,7 @@ def _option(name: str, key: str, text: str | None, section: str) -> Iterator[Pro
         return
     if name in sbatch_options.OWN:
         instead = sbatch_options.OWN[name].format(section=section)
-        minutes = _minutes(str(text)) if name == "time" else None
+        minutes = sbatch_options.minutes(str(text)) if name == "time" else None
         instead = instead.replace("time_min=...", f"time_min={minutes}") if minutes else instead
         yield Problem(key, text, f"Muster sets --{name} itself: {instead[0].lower() + instead[1:]}")
     elif name in sbatch_options.FLAGS and value is not True:
@@ -95,17 +99,6 @@ def _option(name: str, key: str, text: str | None, section: str) -> Iterator[Pro
         yield Problem(key, text, "is not a time. YAML reads 16:00 as a number: put it into quotes")
     elif name == "cpus-per-task" and not re.fullmatch(r"[1-9]\d*", str(text)):
         yield Problem(key, text, f"must be a whole number. Set {section}.cpus_per_rank=...")
-
-
-def _minutes(text: str) -> int | None:
-    """The minutes of a time limit in Slurm's forms: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. None for another text."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        return None
-    days, first, second, third = (int(part) if part else 0 for part in match.groups())
-    if match[1] or match[4]:
-        return (days * 24 + first) * 60 + second + (third > 0)
-    return first + (second > 0)
 
 
 def _gpu_options(part: Resources, section: str) -> Iterator[Problem]:
@@ -139,6 +132,27 @@ def _variables(config: Config) -> Iterator[Problem]:
             yield Problem(key, value, "is another one for each rank or attempt, and computed there. Remove it")
         elif name == "MASTER_PORT" and not (value.isdecimal() and 1024 <= int(value) <= 65535):
             yield Problem(key, value, "must be a number from 1024 to 65535. Set cluster.network.master_port instead")
+
+
+def _visible_gpus(config: Config) -> Iterator[Problem]:
+    """A list of GPUs that is the same for all jobs must name as many as training uses."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        value, gpus = config.cluster.environment.get(name), config.cluster.train.gpus_per_node
+        named = len([item for item in (value or "").split(",") if item.strip()])
+        if value is not None and gpus and named != gpus:
+            message = f"shows {plural(named, 'GPU')} to every rank, but cluster.train.gpus_per_node={gpus}. "
+            yield Problem(f"cluster.environment.{name}", value, f"{message}Remove it: Slurm says which GPUs a job has")
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    """Names that Slurm knows have no blanks; sbatch would refuse them after other jobs have been queued."""
+    cluster = config.cluster
+    named = {
+        f"cluster.{part}.{key}": getattr(getattr(cluster, part), key) for part in PARTS for key in ("partition", "qos")
+    }
+    for key, value in {"cluster.account": cluster.account, **named}.items():
+        if value and not re.fullmatch(r"[^\s,]+(,[^\s,]+)*", value):
+            yield Problem(key, value, "is no name. Write it without blanks, and several with a comma between them")
 
 
 def _srun(config: Config) -> Iterator[Problem]:

@@ -120,6 +120,8 @@ def several(word: str) -> list[str]:
     if override is None or not override.is_sweep_override() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         return []
     values = [str(value) for value in override.sweep_string_iterator()]
+    if override.value_type is not ValueType.SIMPLE_CHOICE_SWEEP:  # range(1,3), choice(a,b)
+        return values
     typed = quoting.split_items(f"[{word.partition('=')[2]}]", "[]") or []
     return typed if len(typed) == len(values) else values  # typed: 1e-4 instead of 0.0001
 

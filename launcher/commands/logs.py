@@ -1,8 +1,11 @@
 """Print the log of one rank or of all. With --follow, also print new lines until the job ends."""
 
 import argparse
+import shlex
 
+from conf.errors import Problem, RunError
 from launcher.commands.arguments import add_run
+from launcher.run_folder import sweep_record
 from launcher.status import state
 from launcher.status.follow import End, Follower
 
@@ -18,6 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    if sweep_record.is_sweep(options.run):
+        names = "\n".join(f"  muster logs {shlex.quote(str(run))}" for run in sweep_record.runs(options.run))
+        raise RunError(Problem("RUN", options.run, f"is a sweep. Name one of its runs:\n{names}"))
     job = options.job or state.training_job(options.run)
     logs = Follower(options.run, job, options.rank, options.time)
     if options.follow:

@@ -4,6 +4,7 @@ import argparse
 
 from launcher.commands import run
 from launcher.commands.arguments import add_overrides, add_run
+from launcher.commands.best import best_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,5 +14,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     return run.launch(
-        [f"resume={options.run}", "pipeline=consolidate", *options.overrides], prog=f"{options.prog} merge"
+        [f"resume={best_of(options.run)}", "pipeline=consolidate", *options.overrides], prog=f"{options.prog} merge"
     )

@@ -4,6 +4,7 @@ import argparse
 
 from launcher.commands import run
 from launcher.commands.arguments import add_overrides, add_run
+from launcher.commands.best import best_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,4 +13,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    return run.launch([f"resume={options.run}", "pipeline=push", *options.overrides], prog=f"{options.prog} push")
+    return run.launch(
+        [f"resume={best_of(options.run)}", "pipeline=push", *options.overrides], prog=f"{options.prog} push"
+    )

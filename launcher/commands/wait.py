@@ -7,7 +7,7 @@ from conf.visible import visible
 from launcher import slurm
 from launcher.commands.arguments import add_every, add_run
 from launcher.run_folder import lock, sweep_record
-from launcher.status import state, sweep
+from launcher.status import listing, state, sweep
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def execute(options: argparse.Namespace) -> int:
     if sweep_record.is_sweep(options.run):
         while (found := sweep.look(options.run)).is_live or found.notes:
             time.sleep(options.every)
+        for run, jobs in found.runs.items():
+            print(visible(f"{run.name} {listing.overall(jobs, is_held=False)}"))
         return 1 if found.failed or not all(map(sweep_record.has_ended, sweep_record.runs(options.run))) else 0
     said: set[str] = set()
     while True:

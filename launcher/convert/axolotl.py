@@ -2,16 +2,25 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from launcher.convert import axolotl_data, hub_keys, trainer_keys
+from launcher.convert import (
+    axolotl_data,
+    axolotl_others,
+    axolotl_set_keys,
+    hub_keys,
+    schedule_keys,
+    tracker_keys,
+    trainer_keys,
+)
 from launcher.convert.common_rules import (
-    ADAPTER_INIT,
     EMBEDDING_RATE,
     FUSED,
     NO_EFFECT,
     SOURCE,
     SYSTEM,
+    adapter_init,
     adapter_source,
     attention,
     flag,
@@ -20,18 +29,43 @@ from launcher.convert.common_rules import (
     saved_modules,
     targets,
 )
-from launcher.convert.keys import Outcome, Row, Rule, changed, choice, described, kept, number, refused, unneeded
+from launcher.convert.keys import (
+    Outcome,
+    Row,
+    Rule,
+    changed,
+    choice,
+    described,
+    joined,
+    kept,
+    number,
+    refused,
+    unneeded,
+)
 
 MARKERS = {"base_model", "sequence_len", "micro_batch_size", "datasets", "sample_packing", "val_set_size"}
 """Keys by which a file of Axolotl is recognized."""
-DEFAULTS: dict[str, Any] = {
+FIXED: dict[str, Any] = {
     "train.lr_schedule": "cosine",
     "train.min_lr_ratio": 0.0,
-    "train.warmup_ratio": 0.03,
     "train.beta2": 0.999,
-    "parallel": "ddp",
+    "train.epochs": 1.0,
+    "data.max_length": 512,
+    "data.overlong": "drop",
+    "data.validation_fraction": 0.0,
 }
-"""Defaults of Axolotl that differ from Muster's."""
+
+
+def defaults(config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """Defaults of Axolotl that differ from Muster's, under Muster's keys."""
+    micro = int(config.get("micro_batch_size") or 1)
+    rows = micro * trainer_keys.accumulation(config, micro) * trainer_keys.data_ranks(config, gpus)
+    steps = int(config.get("max_steps") or 0)
+    warmup = {"train.warmup_steps": min(steps * 3 // 100, 100)} if steps > 0 else {"train.warmup_ratio": 0.03}
+    found = FIXED | {"train.micro_batch": micro, "train.global_batch": rows} | warmup
+    if config.get("sample_packing") and config.get("pad_to_sequence_len") is None:
+        found["data.pad_to_max"] = True
+    return found
 
 
 def rules(gpus: int) -> dict[str, Rule]:
@@ -52,6 +86,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "label_smoothing_factor",
     )  # fmt: skip
     return {
+        **axolotl_others.RULES,
         **{name: trainer[name] for name in inherited},
         "hub_model_id": hub_keys.repository(needs_switch=False),
         "base_model": SOURCE,
@@ -71,9 +106,9 @@ def rules(gpus: int) -> dict[str, Rule]:
         "lora_r": kept("adapter.r"),
         "lora_alpha": number("adapter.alpha"),
         "lora_dropout": number("adapter.dropout"),
-        "lora_target_linear": flag({"adapter.targets": ["all-linear"]}),
-        "lora_target_modules": targets,
-        "lora_target_parameters": targets,
+        "lora_target_linear": TARGETS,
+        "lora_target_modules": TARGETS,
+        "lora_target_parameters": TARGETS,
         "lora_fan_in_fan_out": of_muster,
         "lora_modules_to_save": saved_modules,
         "lora_model_dir": adapter_source,
@@ -82,14 +117,16 @@ def rules(gpus: int) -> dict[str, Rule]:
         "peft_use_dora": flag({"adapter.dora": True}),
         "peft_use_rslora": flag({"adapter.rslora": True}),
         "peft_layers_to_transform": layers,
-        "peft_init_lora_weights": ADAPTER_INIT,
+        "lora_rank_pattern": kept("adapter.rank_pattern"),
+        "lora_alpha_pattern": kept("adapter.alpha_pattern"),
+        "peft_init_lora_weights": adapter_init,
         "peft_layers_pattern": refused("name layers in adapter.targets"),
         "loraplus_lr_ratio": kept("adapter.lora_plus_ratio"),
         "loraplus_lr_embedding": EMBEDDING_RATE,
         "unfrozen_parameters": _unfrozen,
         "datasets": axolotl_data.datasets,
         "test_datasets": axolotl_data.test_datasets,
-        "pretraining_dataset": refused("Muster tokenizes all rows before training. Use datasets with type: completion"),
+        "pretraining_dataset": _pretraining,
         "dataset_prepared_path": changed("data.cache", "Muster's own files, in the same folder"),
         "dataset_processes": kept("data.workers"),
         "dataset_num_proc": kept("data.workers"),
@@ -105,40 +142,44 @@ def rules(gpus: int) -> dict[str, Rule]:
             {"drop": {"data.overlong": "drop"}, "truncate": {"data.overlong": "truncate"}, "raise": {"data.overlong": "error"}},
             "Muster has data.overlong=truncate, split, drop and error",
         ),
-        "sample_packing": kept("data.packing"),
+        "sample_packing": choice(
+            {"true": {"data.packing": True}, "auto": {"data.packing": True}, "false": {"data.packing": False}}, "is true or false"
+        ),
         "eval_sample_packing": unneeded("held-out rows are never packed; their loss is the same"),
         "sample_packing_eff_est": NO_EFFECT,
         "sample_packing_group_size": NO_EFFECT,
         "sample_packing_bin_size": NO_EFFECT,
         "multipack_real_batches": NO_EFFECT,
         "pad_to_sequence_len": kept("data.pad_to_max"),
-        "chat_template": choice(axolotl_data.TEMPLATES, axolotl_data.TEMPLATE),
-        "chat_template_jinja": changed("data.chat_template", "a Jinja file"),
+        "chat_template": _chat_template,
+        "chat_template_jinja": kept("data.chat_template"),
+        "chat_template_kwargs": kept("data.template_kwargs"),
         "default_system_message": SYSTEM,
         "eot_tokens": kept("data.end_of_turn"),
         "special_tokens": _special_tokens,
-        "tokens": kept("data.special_tokens"),
+        "tokens": _tokens,
         "train_on_inputs": flag({"data.mask": "all"}),
-        **trackers(),
+        **tracker_keys.RULES,
         "micro_batch_size": trainer_keys.batch("micro_batch_size", gpus),
-        "batch_size": refused("set micro_batch_size and gradient_accumulation_steps"),
+        "batch_size": unneeded("rows of a GPU in a step: part of train.global_batch"),
         "eval_batch_size": trainer["per_device_eval_batch_size"],
         "num_epochs": number("train.epochs"),
-        "lr_scheduler": choice(trainer_keys.SCHEDULES, trainer_keys.OTHER_SCHEDULE),
-        "lr_scheduler_kwargs": trainer_keys.schedule_options,
+        "lr_scheduler": choice(schedule_keys.SCHEDULES, schedule_keys.OTHER_SCHEDULE),
+        "lr_scheduler_kwargs": schedule_keys.schedule_options,
         "cosine_min_lr_ratio": number("train.min_lr_ratio"),
-        "optimizer": choice(trainer_keys.OPTIMIZERS, trainer_keys.OTHER_OPTIMIZER),
+        "optimizer": schedule_keys.optimizer,
         "adam_epsilon": number("train.eps"),
         "embedding_lr": changed("train.learning_rates", "by name", make=lambda value: {"embed_tokens": float(value)}),
-        "evals_per_epoch": kept("train.evals_per_epoch"),
-        "saves_per_epoch": kept("train.saves_per_epoch"),
+        "evals_per_epoch": trainer_keys.count("train.evals_per_epoch"),
+        "saves_per_epoch": trainer_keys.count("train.saves_per_epoch"),
         "early_stopping_patience": kept("train.early_stopping.patience"),
         "noisy_embedding_alpha": number("train.neftune_alpha"),
-        "eval_table_size": refused("use pipeline=evaluate, which writes answers to prompts"),
         "eval_max_new_tokens": kept("generate.max_new_tokens"),
         "loss_watchdog_threshold": unneeded("train.max_loss_rise ends a training that has diverged"),
         "loss_watchdog_patience": unneeded("train.max_loss_rise ends a training that has diverged"),
-        "profiler_steps": choice({"0": {}}, "use train.profile=true"),
+        "profiler_steps": changed("train.profile", "three early steps", make=bool),
+        "evaluation_strategy": trainer["eval_strategy"],
+        "activation_checkpointing": trainer["gradient_checkpointing"],
         "auto_resume_from_checkpoints": unneeded("a preempted run always resumes"),
         "bfloat16": trainer["bf16"],
         "float16": trainer["fp16"],
@@ -151,47 +192,17 @@ def rules(gpus: int) -> dict[str, Rule]:
         "s2_attention": refused("it changes what attention sees. Use parallel.context_ranks for long rows"),
         **dict.fromkeys(("flash_rotary", "fused_mlp", "flash_attn_rms_norm", "flash_attn_cross_entropy", "flash_attn_fuse_qkv",
                          "flash_attn_fuse_mlp", "cut_cross_entropy", "unsloth_cross_entropy_loss"), of_muster),
-        "plugins": FUSED,
         "liger_*": FUSED,
         "sequence_parallel_degree": kept("parallel.context_ranks"),
         "context_parallel_size": kept("parallel.context_ranks"),
-        "tensor_parallel_size": kept("parallel.tensor_ranks"),
-        "dp_shard_size": kept("parallel.shard_ranks"),
         "fsdp_version": unneeded("Muster uses FSDP2"),
-        "activation_offloading": flag({"train.activation_checkpointing": "offload"}),
-        "rl": refused("Muster fine-tunes on rows. Use TRL for DPO, GRPO and others"),
-        "reward_model": refused("Muster trains causal language models. Use TRL"),
+        "activation_offloading": choice(
+            {**dict.fromkeys(("true", "legacy", "disk"), {"train.activation_checkpointing": "offload"}), "false": {}},
+            "is true, legacy or disk",
+        ),
         "debug": NO_EFFECT,
         "resize_token_embeddings_to_32x": refused("the embedding gets exactly the rows that the tokenizer needs"),
-        **dict.fromkeys(("use_ray", "ray_run_name", "ray_num_workers", "resources_per_worker"), refused("Slurm starts the ranks")),
     }  # fmt: skip
-
-
-def trackers() -> dict[str, Rule]:
-    """W&B, MLflow and Comet."""
-    return {
-        "wandb_project": changed("tracker.project", "with tracker.wandb=true", also={"tracker.wandb": True}),
-        "wandb_entity": kept("tracker.entity"),
-        "wandb_name": kept("tracker.run_name"),
-        "wandb_run_id": unneeded("Muster keeps one id over all attempts of a run"),
-        "wandb_mode": choice(
-            {"offline": {"cluster.offline": True}, "online": {}}, "is online or offline. To track nothing: tracker=none"
-        ),
-        "wandb_watch": refused("gradient norms are in the metrics; W&B's watch would read every weight"),
-        "wandb_log_model": refused(
-            "no tracker stores models here: hub.push=owner/name sends the merged model to the Hub"
-        ),
-        "use_wandb": flag({"tracker.wandb": True}),
-        "use_tensorboard": flag({"tracker.tensorboard": True}),
-        "use_mlflow": flag({"tracker.mlflow": True}),
-        "mlflow_tracking_uri": changed("tracker.uri", "with tracker.mlflow=true", also={"tracker.mlflow": True}),
-        "mlflow_experiment_name": kept("tracker.project"),
-        "mlflow_run_name": kept("tracker.run_name"),
-        "use_comet": flag({"tracker.comet": True}),
-        "comet_project_name": kept("tracker.project"),
-        "comet_workspace": kept("tracker.entity"),
-        "comet_api_key": refused("secrets are named, not written: cluster.secrets=[COMET_API_KEY]"),
-    }
 
 
 def _base(stored: str, group: str) -> Rule:
@@ -228,18 +239,54 @@ def _unfrozen(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.kept, {"train.unfrozen": patterns})
 
 
+TARGETS = targets("lora_target_modules", "lora_target_parameters", "lora_target_linear")
+
+
+@described("`data.chat_template`; null: the tokenizer's own")
+def _chat_template(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    outcome, ours, why = axolotl_set_keys.template_of(value)
+    return Row(key, value, outcome, ours, why)
+
+
+@described("`data.path`, with `data.format=text`; all rows are tokenized before training")
+def _pretraining(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    """Texts of a corpus, which Axolotl streams and packs."""
+    items = value if isinstance(value, list) else [{"path": value} if isinstance(value, str) else value]
+    typed = [{"path": item} if isinstance(item, str) else {"type": "completion", **item} for item in items]
+    row = axolotl_data.datasets(key, [{**item, "type": "completion"} for item in typed], config)
+    given = {
+        f"{key}.{number}.{name}" for number, item in enumerate(items) if isinstance(item, Mapping) for name in item
+    }
+    parts = tuple(part for part in row.parts if part.key in given)
+    why = "; ".join(
+        filter(None, [row.why, "all rows are tokenized before training: name a part of a large corpus in data.split"])
+    )
+    return replace(
+        row, value=value, outcome=Outcome.changed, why=why, parts=parts, ours={**row.ours, "data.packing": True}
+    )
+
+
+@described("`data.special_tokens`")
+def _tokens(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    """New tokens; older files give special tokens by their role here."""
+    if isinstance(value, Mapping):
+        return _special_tokens(key, value, config)
+    return Row(key, value, Outcome.kept, {"data.special_tokens": value if isinstance(value, list) else [value]})
+
+
 @described("`data.pad_token`, `data.eos_token`, `data.special_tokens`")
 def _special_tokens(key: str, value: Any, _: Mapping[str, Any]) -> Row:
-    ours, lost = {}, []
+    ours = {
+        "pad_token": "data.pad_token",
+        "eos_token": "data.eos_token",
+        "additional_special_tokens": "data.special_tokens",
+    }
+    parts = []
     for name, token in dict(value).items():
         if token is None:
-            continue
-        if name in ("pad_token", "eos_token"):
-            ours[f"data.{name}"] = token
-        elif name == "additional_special_tokens":
-            ours["data.special_tokens"] = token
+            parts.append(Row(name, token, Outcome.unneeded, why="is not set"))
+        elif name in ours:
+            parts.append(Row(name, token, Outcome.kept, {ours[name]: token}))
         else:
-            lost.append(name)
-    if lost:
-        return Row(key, value, Outcome.changed, ours, f"{', '.join(lost)}: the tokenizer's own is used")
-    return Row(key, value, Outcome.kept, ours)
+            parts.append(Row(name, token, Outcome.changed, why="the tokenizer's own is used"))
+    return joined(key, value, parts)

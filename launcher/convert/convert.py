@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,9 @@ import yaml
 
 from conf import resolve
 from conf.errors import ConfigError, Problem, first_line
-from launcher.convert import axolotl, llamafactory, ms_swift, sharding_keys, trl
-from launcher.convert.keys import Outcome, Row, apply
+from conf.visible import visible
+from launcher.convert import axolotl, llamafactory, ms_swift, other_files, sharding_keys, trl
+from launcher.convert.keys import Outcome, Row, apply, split
 from launcher.convert.reconcile import reconcile
 
 PROGRAMS: dict[str, ModuleType] = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "ms-swift": ms_swift}
@@ -38,56 +40,97 @@ def read(path: Path) -> dict[str, Any]:
 
 def program_of(config: Mapping[str, Any], path: Path) -> str:
     """The program whose keys a config has. Raises ConfigError if that is not clear."""
+    other_files.refuse(config, path)
     counts = {name: len(module.MARKERS & set(config)) for name, module in PROGRAMS.items()}
     best = max(counts.values())
     names = [name for name, count in counts.items() if count == best]
     if best == 0 or len(names) > 1:
-        message = f"does not show which program it is for. Add --as {'|'.join(PROGRAMS)}"
+        message = f"does not show which program it is for. Add --as {'|'.join(PROGRAMS)}, if it describes a training"
         raise ConfigError(Problem("FILE", path, message))
     return names[0]
 
 
 def table(config: Mapping[str, Any], program: str, gpus: int, folder: Path) -> list[Row]:
-    """A row for each key, in the order of the file. A DeepSpeed JSON that `deepspeed` names in `folder` gets rows of its own."""
+    """A row for each key, in the order of the file, and one for each default of the program that Muster does not have.
+
+    A DeepSpeed or FSDP JSON that `deepspeed` or `fsdp` names, beside the file or above it, gets rows of its own.
+    """
     rows = []
     for row in apply(PROGRAMS[program].rules(gpus), config):
-        settings = _deepspeed(row.value, folder) if row.key == "deepspeed" else None
+        settings = _settings(row, folder)
         if settings is None:
             rows.append(row)
-        else:
+        elif row.key == "deepspeed":
             rows.append(Row(row.key, row.value, Outcome.kept, why="its keys follow"))
             rows += sharding_keys.deepspeed_rows(settings)
-    return reconcile(rows)
+        else:
+            rows += [replace(found, key=f"{row.key} {found.key}") for found in sharding_keys.fsdp_rows(settings)]
+    return [
+        split(row)
+        for row in reconcile([*rows, *_default_rows(rows, PROGRAMS[program].defaults(config, gpus), program)])
+    ]
 
 
-def _deepspeed(value: Any, folder: Path) -> dict[str, Any] | None:
-    """DeepSpeed's settings, in the config itself or in a file beside it; None if there are none."""
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, str):
-        return None
-    for path in (folder / value, Path(value)):
-        if path.is_file():
-            try:
-                settings = json.loads(path.read_text(encoding="utf-8-sig"))
-            except ValueError as error:
-                raise ConfigError(Problem("deepspeed", path, f"is not JSON: {error}")) from None
-            return settings if isinstance(settings, dict) else None
-    return None
-
-
-def experiment(rows: list[Row], program: str) -> dict[str, Any]:
-    """Muster's keys of an imported config, with the defaults of its program that differ from Muster's."""
-    ours: dict[str, Any] = {}
+def _default_rows(rows: list[Row], defaults: Mapping[str, Any], program: str) -> list[Row]:
+    """A row for each default under a key that the file does not set, and that has an effect."""
+    ours: dict[str, Any] = {"/parallel": "ddp"}
     for row in rows:
         if row.outcome in (Outcome.kept, Outcome.changed):
             ours |= row.ours
-    defaults = dict(PROGRAMS[program].DEFAULTS)
-    ours.setdefault("/parallel", defaults.pop("parallel"))
-    if "train.warmup_steps" in ours or "train.warmup_ratio" in ours or ours.get("train.lr_schedule") == "constant":
-        defaults.pop("train.warmup_steps", None)
-        defaults.pop("train.warmup_ratio", None)
-    ours = {key: value for key, value in defaults.items() if value is not None} | ours
+    idle = {name for decider, names in DECIDED.items() if decider in ours or decider in defaults for name in names}
+    if ours.get("train.lr_schedule") == "constant":
+        idle |= {"train.warmup_steps", "train.warmup_ratio"}
+    adapter = ours.get("/adapter", defaults.get("/adapter", "none"))
+    if adapter == "none" or "adapter.source" in ours:
+        idle |= {key for key in defaults if key.startswith("adapter.")}
+    why = f"a default of {TITLES[program]}"
+    return [
+        value if isinstance(value, Row) else Row(f"default: {key.lstrip('/')}", value, Outcome.kept, {key: value}, why)
+        for key, value in defaults.items()
+        if key not in ours and key not in idle
+    ]
+
+
+DECIDED = {
+    "train.steps": ("train.epochs",),
+    "train.warmup_steps": ("train.warmup_ratio",),
+    "train.warmup_ratio": ("train.warmup_steps",),
+    "data.validation_path": ("data.validation_fraction",),
+    "held-out rows": ("data.validation_fraction",),
+}
+"""A key that is set -> keys whose defaults then have no effect."""
+
+
+def _settings(row: Row, folder: Path) -> dict[str, Any] | None:
+    """Settings of DeepSpeed or FSDP, in the config itself or in a JSON file beside it or above it; None if there are none."""
+    if row.key not in ("deepspeed", "fsdp"):
+        return None
+    if isinstance(row.value, dict):
+        return row.value
+    if not isinstance(row.value, str) or not row.value.endswith(".json"):
+        return None
+    if (path := found_above(row.value, folder)) is None:
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(row.key, path, f"is not JSON: {error}")) from None
+    return settings if isinstance(settings, dict) else None
+
+
+def found_above(name: str, folder: Path) -> Path | None:
+    """The file of this relative path in `folder`, in a folder above it, or where the command runs: programs run in their clone."""
+    here = folder.resolve()
+    paths = (base / name for base in (here, *here.parents, Path()))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def experiment(rows: list[Row]) -> dict[str, Any]:
+    """Muster's keys of an imported config, with the defaults of its program that differ from Muster's."""
+    ours: dict[str, Any] = {"/parallel": "ddp"}
+    for row in rows:
+        if row.outcome in (Outcome.kept, Outcome.changed):
+            ours |= row.ours
     stored = ours.pop("adapter.base", None)
     if stored or ours.get("/adapter") == "qlora":  # the group that stores the base like this
         ours["/adapter"] = "qlora8" if stored == "int8" else "qlora"
@@ -97,7 +140,8 @@ def experiment(rows: list[Row], program: str) -> dict[str, Any]:
 def text(ours: Mapping[str, Any], source: Path, program: str, rows: list[Row]) -> str:
     """The experiment as a file of conf/experiment."""
     lines = ["# @package _global_", f"# {source.name} of {TITLES[program]}, by `muster import`"]
-    lines += [f"# not imported: {row.key}" for row in rows if row.outcome is Outcome.refused]
+    leaves = (leaf for row in rows for leaf in row.leaves())
+    lines += [f"# not imported: {visible(leaf.key)}" for leaf in leaves if leaf.outcome is Outcome.refused]
     groups = {key[1:]: value for key, value in ours.items() if key.startswith("/")}
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in sorted(groups.items()))]
     nested: dict[str, Any] = {}

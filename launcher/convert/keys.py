@@ -1,7 +1,7 @@
 """What becomes of one key of a foreign config: the rules from which the tables of each program are made."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,8 +28,20 @@ class Row:
     ours: Mapping[str, Any] = field(default_factory=dict)
     """Muster's keys and their values. A key that begins with `/` chooses an option of a config group."""
     why: str = ""
+    parts: tuple["Row", ...] = ()
+    """The rows of the keys inside of a section or a list; the row itself then has their values for Muster."""
+    ends: bool = False
+    """Refused, and without it the training is another one: nothing is written."""
+
+    def leaves(self) -> Iterator["Row"]:
+        """The rows of the keys that have no keys of their own."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
 
 
+UNKNOWN = "unknown: look for it in docs/coming-from.md"
 Decide = Callable[[str, Any, Mapping[str, Any]], Row]
 """Called with a key, its value, and the whole foreign config."""
 
@@ -69,15 +81,16 @@ def number(ours: str) -> Rule:
     return rule
 
 
-def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str) -> Rule:
-    """One of the values in `options`, each with Muster's keys. Any other value is refused with `otherwise`."""
+def choice(options: Mapping[Any, Mapping[str, Any]], otherwise: str, *, last: bool = False) -> Rule:
+    """One of the values in `options`, each with Muster's keys. Any other value is refused with `otherwise`, and with `last` it
+    ends the import."""
     ours = dict.fromkeys(f"`{key.lstrip('/')}`" for option in options.values() for key in option)
 
     @described(", ".join(ours) or otherwise)
     def rule(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         name = str(value).lower()
         if name not in options:
-            return Row(key, value, Outcome.refused, why=otherwise)
+            return Row(key, value, Outcome.refused, why=otherwise, ends=last)
         return Row(key, value, Outcome.kept, options[name])
 
     return rule
@@ -109,6 +122,55 @@ def refused(instead: str) -> Rule:
     return rule
 
 
+def ends(instead: str) -> Rule:
+    """Refused as by `refused`, and the import ends: what the file trains is not a fine-tuning on texts."""
+    rule = refused(instead)
+
+    @described(rule.description)
+    def ending(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        row = rule(key, value, config)
+        return replace(row, ends=row.outcome is Outcome.refused)
+
+    return ending
+
+
+def section(rules: Mapping[str, Rule], text: str) -> Rule:
+    """A section of keys, each with a rule of its own; the whole section may not be one text or number."""
+
+    @described(text)
+    def rule(key: str, value: Any, config: Mapping[str, Any]) -> Row:
+        if not isinstance(value, Mapping):
+            return Row(key, value, Outcome.refused, why="must be a section with keys")
+        return joined(key, value, apply(rules, {str(name): item for name, item in value.items()}))
+
+    return rule
+
+
+def joined(key: str, value: Any, parts: Sequence[Row]) -> Row:
+    """The row of a section, from the rows of its keys. Their names get the name of the section before them."""
+    ours: dict[str, Any] = {}
+    for part in parts:
+        ours |= part.ours
+    found = {part.outcome for part in parts} or {Outcome.unneeded}
+    outcome = next(item for item in (Outcome.changed, Outcome.kept, Outcome.refused, Outcome.unneeded) if item in found)
+    named = tuple(replace(part, key=f"{key}.{part.key}") for part in parts)
+    why = "its keys follow" if outcome is not Outcome.kept else ""
+    return Row(key, value, outcome, ours, why, named)
+
+
+def split(row: Row) -> Row:
+    """The row with a part for each key inside of its value, so that each is named; they share the outcome of the row."""
+    if row.parts:
+        return replace(row, parts=tuple(split(part) for part in row.parts))
+    if not isinstance(row.value, (Mapping, list)):
+        return row
+    items = list(row.value.items() if isinstance(row.value, Mapping) else enumerate(row.value))
+    if not any(isinstance(row.value, Mapping) or isinstance(item, Mapping) for _, item in items):
+        return row
+    parts = (split(replace(row, key=f"{row.key}.{name}", value=item, ours={})) for name, item in items)
+    return replace(row, parts=tuple(parts))
+
+
 def apply(rules: Mapping[str, Rule], config: Mapping[str, Any]) -> list[Row]:
     """A row for each key of a foreign config, in its order. A key that no rule knows is refused, never dropped.
 
@@ -121,7 +183,17 @@ def apply(rules: Mapping[str, Rule], config: Mapping[str, Any]) -> list[Row]:
         if value is None:
             result.append(Row(key, value, Outcome.unneeded, why="is not set"))
         elif name is None:
-            result.append(Row(key, value, Outcome.refused, why="unknown: look for it in docs/coming-from.md"))
+            result.append(Row(key, value, Outcome.refused, why=UNKNOWN))
         else:
-            result.append(rules[name](key, value, config))
+            result.append(_decided(rules[name], key, value, config))
     return result
+
+
+def _decided(rule: Rule, key: str, value: Any, config: Mapping[str, Any]) -> Row:
+    """What a rule decides; a value of a type that it cannot read is refused."""
+    try:
+        return rule(key, value, config)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return Row(
+            key, value, Outcome.refused, why="has a value that cannot be read: see the documentation of the program"
+        )

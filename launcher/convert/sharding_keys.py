@@ -6,7 +6,20 @@ from typing import Any
 
 from conf import resolve
 from conf.deepspeed import TUNABLE
-from launcher.convert.keys import Outcome, Row, Rule, apply, changed, choice, described, kept, number, refused, unneeded
+from launcher.convert.keys import (
+    Outcome,
+    Row,
+    Rule,
+    apply,
+    changed,
+    choice,
+    described,
+    joined,
+    kept,
+    number,
+    refused,
+    unneeded,
+)
 
 OF_MUSTER = unneeded("Muster sets it; it does not change what is trained")
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
@@ -105,11 +118,28 @@ def deepspeed(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     return Row(key, value, Outcome.changed, {"/parallel": name}, why)
 
 
+def of_accelerate(launch: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharding of a config of `accelerate launch`, under the keys of a Trainer."""
+    zero = launch.get("deepspeed_config")
+    if isinstance(zero, Mapping) and zero.get("zero_stage") is not None:
+        names = ("offload_optimizer", "offload_param")
+        devices = {name: {"device": zero[f"{name}_device"]} for name in names if zero.get(f"{name}_device")}
+        return {"deepspeed": {"zero_optimization": {"stage": zero["zero_stage"], **devices}}}
+    found = launch.get("fsdp_config")
+    return {"fsdp_config": found} if isinstance(found, Mapping) else {}
+
+
+def fsdp_rows(settings: Mapping[str, Any]) -> list[Row]:
+    """A row for each key of an FSDP JSON of ms-swift: `fsdp` and `fsdp_config`."""
+    rules = {"fsdp": fsdp, "fsdp_config": fsdp_config, "_*": unneeded("is a remark")}
+    return apply(rules, {str(name): value for name, value in settings.items()})
+
+
 @described("`parallel=fsdp`, `hsdp`, `ddp`, `fsdp_offload`")
 def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
     """`fsdp: [full_shard, auto_wrap]`, or text with these words."""
-    words = " ".join(value) if isinstance(value, list) else str(value)
-    if value in (False, "", []):
+    words = " ".join(value) if isinstance(value, list) else str(value).lower()
+    if value in (False, "", [], {}):
         return Row(key, value, Outcome.unneeded, why="asks for nothing")
     if "hybrid_shard" in words:
         return Row(key, value, Outcome.kept, {"/parallel": "hsdp"})
@@ -124,19 +154,67 @@ def fsdp(key: str, value: Any, _: Mapping[str, Any]) -> Row:
 @described("`parallel=fsdp`, `parallel.reshard_after_forward`")
 def fsdp_config(key: str, value: Any, config: Mapping[str, Any]) -> Row:
     """The section `fsdp_config` of Accelerate's words, with or without the prefix `fsdp_`."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return Row(key, value, Outcome.refused, why="must be a section with keys")
-    settings = {str(name).removeprefix("fsdp_"): item for name, item in value.items()}
-    strategy = str(settings.get("sharding_strategy", "")).upper()
+    settings = {str(name).removeprefix("fsdp_").lower(): item for name, item in value.items()}
+    parts = [replace(row, key=name) for name, row in zip(value, apply(FSDP, settings), strict=True)]
+    row = joined(key, value, parts)
     ours: dict[str, Any] = {}
-    if "HYBRID" in strategy:
+    if "HYBRID" in str(settings.get("sharding_strategy", "")).upper():
         ours["/parallel"] = "hsdp"
     elif settings.get("offload_params") is True:
         ours["/parallel"] = "fsdp_offload"
-    elif not config.get("fsdp"):  # which names the layout
+    elif not config.get("fsdp") and "/parallel" not in row.ours:  # `fsdp` names the layout
         ours["/parallel"] = "fsdp"
-    if settings.get("reshard_after_forward") in (False, "false") or strategy == "SHARD_GRAD_OP":
-        ours["parallel.reshard_after_forward"] = False
-    if settings.get("activation_checkpointing") is True:
-        ours["train.activation_checkpointing"] = "full"
-    return Row(key, value, Outcome.kept, ours, "Muster shards each decoder block by FSDP2")
+    refused_parts = [part for part in parts if part.outcome is Outcome.refused]
+    outcome = Outcome.changed if refused_parts else Outcome.kept
+    return replace(row, outcome=outcome, ours=dict(row.ours) | ours, why="Muster shards each decoder block by FSDP2")
+
+
+@described("`parallel`")
+def _strategy(key: str, value: Any, _: Mapping[str, Any]) -> Row:
+    """`sharding_strategy` of FSDP1: its name or its number."""
+    name = {
+        "1": "FULL_SHARD",
+        "2": "SHARD_GRAD_OP",
+        "3": "NO_SHARD",
+        "4": "HYBRID_SHARD",
+        "5": "HYBRID_SHARD_ZERO2",
+    }.get(str(value), str(value).upper())
+    ours: dict[str, dict[str, Any]] = {
+        "FULL_SHARD": {},
+        "SHARD_GRAD_OP": {"parallel.reshard_after_forward": False},
+        "NO_SHARD": {"/parallel": "ddp"},
+        "HYBRID_SHARD": {},
+        "HYBRID_SHARD_ZERO2": {"parallel.reshard_after_forward": False},
+    }
+    if name not in ours:
+        return Row(key, value, Outcome.refused, why="Muster has parallel=fsdp, hsdp and ddp")
+    return Row(key, value, Outcome.kept, ours[name])
+
+
+_TRUE_OR_FALSE = "is true or false"
+FSDP: dict[str, Rule] = {
+    "offload_params": choice({"true": {}, "false": {}}, _TRUE_OR_FALSE),
+    "cpu_offload": choice({"true": {"/parallel": "fsdp_offload"}, "false": {}}, _TRUE_OR_FALSE),
+    "sharding_strategy": _strategy,
+    "reshard_after_forward": choice(
+        {"true": {}, "false": {"parallel.reshard_after_forward": False}, "full_shard": {}, "hybrid_shard": {},
+         "shard_grad_op": {"parallel.reshard_after_forward": False}},
+        _TRUE_OR_FALSE,
+    ),
+    "activation_checkpointing": choice({"true": {"train.activation_checkpointing": "full"}, "false": {}}, _TRUE_OR_FALSE),
+    "activation_cpu_offload": choice({"true": {"train.activation_checkpointing": "offload"}, "false": {}}, _TRUE_OR_FALSE),
+    "mixed_precision_policy": unneeded("train.precision says it"),
+    "mixed_precision": unneeded("train.precision says it"),
+    "version": unneeded("Muster uses FSDP2"),
+    **dict.fromkeys(
+        ("auto_wrap_policy", "transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap", "min_num_params",
+         "backward_prefetch", "backward_prefetch_policy",
+         "forward_prefetch", "state_dict_type", "final_state_dict_type", "use_orig_params", "sync_module_states",
+         "cpu_ram_efficient_loading", "cpu_offload_pin_memory", "limit_all_gathers", "ignored_modules", "xla", "xla_fsdp_v2",
+         "xla_fsdp_grad_ckpt", "process_group_init", "device_mesh"),
+        OF_MUSTER,
+    ),
+}  # fmt: skip
+"""A key of FSDP's section, without the prefix `fsdp_` -> its rule."""

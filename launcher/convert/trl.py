@@ -22,10 +22,29 @@ MARKERS = {
     "completion_only_loss", "dataset_text_field", "lora_target_modules", "datasets",
 }  # fmt: skip
 """Keys by which a file of TRL is recognized."""
-DEFAULTS: dict[str, Any] = trainer_keys.DEFAULTS | {
-    "parallel": "ddp", "train.learning_rate": 2e-5, "train.activation_checkpointing": "full", "data.max_length": 1024,
+FIXED: dict[str, Any] = {
+    "train.learning_rate": 2e-5,
+    "train.activation_checkpointing": "full",
+    "data.max_length": 1024,
     "data.validation_fraction": 0.0,
-}  # fmt: skip
+    "adapter.r": 16,
+    "adapter.alpha": 32.0,
+    "adapter.dropout": 0.05,
+    "adapter.targets": ["q_proj", "v_proj"],
+}
+"""Defaults of TRL and, for the layers of an adapter, of PEFT for Llama, Mistral, Qwen and Gemma."""
+
+
+def defaults(config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """Defaults of TRL that differ from Muster's, under Muster's keys."""
+    found = trainer_keys.defaults(config, gpus, micro=8) | FIXED
+    if not config.get("assistant_only_loss") and config.get("completion_only_loss") is None:
+        why = "as TRL trains on chats. Of rows with prompt and completion it trains on the completion: data.mask=assistant"
+        found["data.mask"] = Row("default: data.mask", "all", Outcome.changed, {"data.mask": "all"}, why)
+    evaluates = config.get("eval_strategy") not in (None, False, "no")
+    if evaluates and config.get("dataset_name") and not config.get("dataset_test_split"):
+        found["data.validation_path"] = f"{config['dataset_name']}:test"
+    return found
 
 
 def rules(gpus: int) -> dict[str, Rule]:
@@ -43,8 +62,8 @@ def rules(gpus: int) -> dict[str, Rule]:
         "lora_r": kept("adapter.r"),
         "lora_alpha": number("adapter.alpha"),
         "lora_dropout": number("adapter.dropout"),
-        "lora_target_modules": targets,
-        "lora_target_parameters": targets,
+        "lora_target_modules": TARGETS,
+        "lora_target_parameters": TARGETS,
         "lora_modules_to_save": saved_modules,
         "lora_task_type": NO_EFFECT,
         "use_rslora": flag({"adapter.rslora": True}),
@@ -55,7 +74,7 @@ def rules(gpus: int) -> dict[str, Rule]:
         "use_bnb_nested_quant": unneeded("Muster always quantizes the scales of nf4 too"),
         "dataset_name": _dataset,
         "dataset_config": kept("data.subset"),
-        "dataset_train_split": choice({"train": {}}, "write data.path=owner/name:SPLIT"),
+        "dataset_train_split": unneeded("is part of data.path=NAME:SPLIT"),
         "dataset_test_split": _test_split,
         "dataset_streaming": STREAMING,
         "datasets": _mixture,
@@ -73,14 +92,21 @@ def rules(gpus: int) -> dict[str, Rule]:
         "pad_token": kept("data.pad_token"),
         "eos_token": kept("data.eos_token"),
         "chat_template_path": changed("data.chat_template", "a Jinja file"),
-        "assistant_only_loss": flag({}, {"data.mask": "all"}),
+        "assistant_only_loss": flag({"data.mask": "assistant"}, {"data.mask": "all"}),
         "completion_only_loss": flag({}, {"data.mask": "all"}),
         "shuffle_dataset": flag({}),
         "loss_type": choice({"nll": {}, "chunked_nll": {}}, "Muster minimizes the cross entropy"),
         "activation_offloading": flag({"train.activation_checkpointing": "offload"}),
         "use_liger": FUSED,
         "model_init_kwargs": refused("set model.revision, model.attention and model.trust_remote_code"),
+        "router_aux_loss_coef": refused("set router_aux_loss_coef and output_router_logits in config.json of the model"),
+        "truncation_mode": choice({"keep_start": {}}, "Muster has data.overlong=truncate (keeps the start), split, drop and error"),
+        "bnb_4bit_quant_storage": NO_EFFECT,
+        "ignore_bias_buffers": NO_EFFECT,
     }  # fmt: skip
+
+
+TARGETS = targets("lora_target_modules", "lora_target_parameters")
 
 
 @described("`data.fields={text: COLUMN}`")
@@ -117,4 +143,4 @@ def _mixture(key: str, value: Any, _: Mapping[str, Any]) -> Row:
         if unknown := set(item) - {"path", "name", "data_files", "split", "columns", "data_dir"}:
             return Row(key, value, Outcome.refused, why=f"{', '.join(sorted(unknown))} of a set has no counterpart")
         sets[f"set{index}"] = ours
-    return Row(key, f"{len(sets)} sets", Outcome.kept, {"/data": "mix", "data.sets": sets})
+    return Row(key, value, Outcome.kept, {"/data": "mix", "data.sets": sets})

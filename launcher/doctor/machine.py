@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from launcher.paths import CLONE
 
 OLDEST_PYTHON = (3, 11)
 LOGIN_PACKAGES = ("hydra-core", "omegaconf", "submitit", "jinja2", "rich")
+NODE_PACKAGES = ("omegaconf", "submitit", "jinja2")
+"""Compute nodes know nothing of Hydra."""
 GIB = 2**30
 LITTLE_GIB, TOO_LITTLE_GIB = 20.0, 1.0
 """Free space that holds a small checkpoint, and that holds not even a log."""
@@ -26,12 +28,15 @@ OPEN_FILES, PROCESSES = 4096, 4096
 SKEW_S = 5.0
 
 
-def checks(folders: dict[str, Path]) -> Iterator[Check]:
-    """Look at this machine; `folders`: what lies in each folder whose disk is looked at, and the folder."""
+def checks(folders: dict[str, Path], needed: Sequence[str] = LOGIN_PACKAGES) -> Iterator[Check]:
+    """Look at this machine; `folders`: what lies in each folder whose disk is looked at, and the folder.
+
+    `needed`: the packages of Muster's own that it needs.
+    """
     yield Check("muster", "version", LONG_COMMIT.sub(r"\1", version.text(CLONE)))
     yield Check("muster", "system", f"{platform.system()} {platform.release()} {platform.machine()}, {_cpus()} CPUs")
     yield python(sys.version_info[:3])
-    yield from packages()
+    yield from packages(needed)
     for name, folder in folders.items():
         yield disk(name, folder)
     yield from limits()
@@ -46,10 +51,10 @@ def python(found: tuple[int, ...]) -> Check:
     return Check("muster", "Python", text)
 
 
-def packages() -> Iterator[Check]:
-    """The packages of the login node."""
+def packages(needed: Sequence[str] = LOGIN_PACKAGES) -> Iterator[Check]:
+    """The packages without which Muster itself does not work."""
     versions, missing = [], []
-    for name in LOGIN_PACKAGES:
+    for name in needed:
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

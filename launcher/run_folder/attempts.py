@@ -9,11 +9,12 @@ from __future__ import annotations  # the node's own Python outside a container 
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+from conf import program_checkpoints
 from conf.jobs import RESUMABLE
-from conf.program_checkpoints import numbered
 from launcher.run_folder.status import FAILED
 
 NUMBER = re.compile(r"attempt-([1-9]\d{0,8})(?:\.json)?")
@@ -81,6 +82,30 @@ def begin_record(folder: Path, number: int | str) -> dict[str, Any]:
     return read_record(folder / f"attempt-{number}" / "begin.json") or {}
 
 
+def gpu_seconds(folder: Path, newest: int | None, found: list[dict[str, Any]], *, is_live: bool) -> float | None:
+    """Return GPUs times seconds of all attempts of a job; None if no attempt has recorded how many GPUs it had.
+
+    `newest` and `found` are what `history` has returned. An attempt that was killed counts up to its last sign of life.
+    """
+    by_number = {verdict["attempt"]: verdict for verdict in found}
+    total: float | None = None
+    for attempt in range(1, (newest or 0) + 1):
+        record = by_number.get(attempt) or begin_record(folder, attempt)
+        began, gpus, ended = (number(record.get(name)) for name in ("started", "gpus", "ended"))
+        if began is None or gpus is None:
+            continue
+        if ended is None and gpus:
+            ended = time.time() if is_live and attempt == newest else last_sign(folder / f"attempt-{attempt}")
+        total = (total or 0.0) + gpus * max(0.0, (ended or began) - began)
+    return total
+
+
+def last_sign(attempt: Path) -> float | None:
+    """Return when an attempt last wrote a log, or published heartbeats, in seconds since 1970; None if it never did."""
+    paths = (path for pattern in ("node-*.json", "rank-*.log") for path in attempt.glob(pattern))
+    return max((path.stat().st_mtime for path in paths), default=None)
+
+
 def newest_attempt(folder: Path) -> int | None:
     """Return the number of the newest attempt of a job; None before the first."""
     return _newest(folder, _entries(folder))
@@ -108,7 +133,8 @@ def newest_checkpoint(folder: Path) -> int | None:
     if folder.name not in RESUMABLE:
         return None
     if folder.name == "custom":
-        return max((number for number, _ in numbered(folder.parent.parent / "checkpoints")), default=None)
+        found = program_checkpoints.newest(folder.parent.parent / "checkpoints")
+        return found[0] if found else None
     return max(checkpoints(folder.parent.parent), default=None)
 
 

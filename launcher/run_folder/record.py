@@ -1,23 +1,29 @@
 """Reads and writes RUN/run.json: each launch of a run with its command, code version and job ids."""
 
+import math
 import os
 import pwd
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf import sweep
 from conf.errors import Problem, RunError
 from conf.files import write_json
+from conf.jobs import JOB_KINDS
 from conf.schema import Config
 from launcher.run_folder.attempts import read_record
 
 JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
 """A job id of Slurm, also of a part of an array or a heterogeneous job."""
 ANY = re.compile(r".*", re.DOTALL)
+LOG = "_0_log.out"
+"""After a job's id: the end of the name of its log."""
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class StartedJob(NamedTuple):
@@ -46,7 +52,7 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
     if not (run / "run.json").exists() and (run / sweep.FILE).exists():
         raise RunError(Problem("RUN", run, f"is a sweep. Name one of its runs: muster ls {run}"))
     if not (run / "run.json").exists():
-        raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json"))
+        raise RunError(Problem("RUN", run, "is not a run folder: it has no run.json. Name one that `muster ls` lists"))
     launches = (read_record(run / "run.json") or {}).get("launches")
     if not isinstance(launches, list) or not all(_is_launch(item) for item in launches):
         raise RunError(Problem("RUN", run, "has a run.json that is damaged, or that Muster did not write"))
@@ -61,16 +67,22 @@ def _is_launch(item: Any) -> bool:
     return all(isinstance(job_id, str) and pattern.fullmatch(job_id) for job_id in item["jobs"].values())
 
 
-def add_launch(run: Path, command: Sequence[str], cluster: str, code: dict[str, Any]) -> None:
-    """Record a launch before its first job is started. `code` is what `snapshot.provenance` returned."""
+def add_launch(
+    run: Path, command: Sequence[str], cluster: str, code: dict[str, Any], scripts: Sequence[str] = ()
+) -> None:
+    """Record a launch before its first job is started. `code` is what `snapshot.provenance` returned.
+
+    `scripts`: the jobs whose scripts the user is to submit.
+    """
     launches = read_launches(run) if (run / "run.json").exists() else []
     launch = {
         "command": list(command),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME),
         "cluster": cluster,
         "python": sys.version.split()[0],
         **code,
         "jobs": {},
+        **({"scripts": list(scripts)} if scripts else {}),
     }
     write_json(run / "run.json", {"launches": [*launches, launch]})
 
@@ -93,7 +105,7 @@ def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, S
     """The same from what `read_launches` has returned.
 
     A script that was submitted by hand is not in run.json, nor is a job of the best run of a sweep. Their ids come from the
-    attempts that they opened.
+    attempts that they opened, or from the names of their logs.
     """
     recorded = {  # later launches come last and win
         name: StartedJob(job_id, launch["cluster"], *_in_slurm(launch, name))
@@ -102,21 +114,56 @@ def newest_jobs_of(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, S
     }
     if all(launch["cluster"] != "slurm" for launch in launches):
         return recorded
-    begun = (path for path in run.glob("jobs/*/attempt-*/begin.json") if path.parent.parent.name not in recorded)
-    for path in sorted(begun, key=lambda path: path.stat().st_mtime):
-        begin = read_record(path) or {}
-        if JOB_ID.fullmatch(job_id := str(begin.get("job_id"))):
-            folder = (
-                ".." if begin.get("folder") == ".." else "code"
-            )  # a job of a sweep starts in the folder of the sweep
-            recorded[path.parent.parent.name] = StartedJob(job_id, "slurm", folder=folder)
+    since = _by_hand_since(launches)  # of jobs that a launch has submitted, only what was submitted by hand after it
+    for name, (moment, job) in _unrecorded(run, launches).items():
+        if name not in recorded or moment >= since:
+            recorded[name] = job
     return recorded
 
 
-def is_by_hand(run: Path) -> bool:
+def _unrecorded(run: Path, launches: Sequence[dict[str, Any]]) -> dict[str, tuple[float, StartedJob]]:
+    """Return the newest start of each job as its attempts and, after a launch by hand, its logs tell it; with its time."""
+    logs = run.glob(f"jobs/*/*{LOG}") if is_by_hand(launches) else ()
+    found: dict[str, tuple[float, StartedJob]] = {}
+    for path in [*logs, *run.glob("jobs/*/attempt-*/begin.json")]:
+        is_log = path.name != "begin.json"
+        name, moment = path.parent.name if is_log else path.parent.parent.name, path.stat().st_mtime
+        begin = {"job_id": path.name.removesuffix(LOG)} if is_log else read_record(path) or {}
+        if JOB_ID.fullmatch(job_id := str(begin.get("job_id"))) and (name not in found or moment >= found[name][0]):
+            folder = (
+                ".." if begin.get("folder") == ".." else "code"
+            )  # a job of a sweep starts in the folder of the sweep
+            found[name] = (moment, StartedJob(job_id, "slurm", folder=folder))
+    return found
+
+
+def is_by_hand(launches: Sequence[dict[str, Any]]) -> bool:
     """Whether the newest launch on Slurm has recorded no job: it wrote scripts for the user to submit, or was killed."""
-    launches = [launch for launch in read_launches(run) if launch["cluster"] == "slurm"]
-    return bool(launches) and not launches[-1]["jobs"]
+    on_slurm = [launch for launch in launches if launch["cluster"] == "slurm"]
+    return bool(on_slurm) and not on_slurm[-1]["jobs"]
+
+
+def launched_at(launch: Mapping[str, Any]) -> float | None:
+    """Return when a launch was recorded, in seconds since 1970; None for a damaged record."""
+    try:
+        return datetime.strptime(launch["time"], TIME).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def not_submitted(run: Path, launches: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the jobs whose scripts the newest launch wrote for the user, and that have not begun since."""
+    if not is_by_hand(launches):
+        return []
+    since, begun = _by_hand_since(launches), _unrecorded(run, launches)
+    scripts = launches[-1].get("scripts")
+    names = [name for name in JOB_KINDS if isinstance(scripts, list) and name in scripts]
+    return [name for name in names if name not in begun or begun[name][0] < since]
+
+
+def _by_hand_since(launches: Sequence[dict[str, Any]]) -> float:
+    """Return when the newest launch wrote scripts for the user; infinity if it submitted its jobs itself."""
+    return (launched_at(launches[-1]) or 0.0) if is_by_hand(launches) else math.inf
 
 
 def _in_slurm(launch: dict[str, Any], name: str) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from conf.jobs import RESUMABLE
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED
 
+CANCELLED = ".cancelled.json"
+"""In the folder of a sweep: the kinds of jobs that the user has cancelled while the sweep runs on this machine."""
 LAST_STEPS = 21
 """Steps over which a training loss is the median: that of one step depends on its rows."""
 
@@ -51,6 +53,17 @@ def set_jobs(folder: Path, ids: Mapping[str, str]) -> None:
     write_json(folder / sweep.FILE, _read(folder) | {"jobs": dict(ids)})
 
 
+def cancelled(folder: Path) -> set[str]:
+    """Return the kinds of jobs that a launch on this machine must not start any more, because the user has cancelled them."""
+    names = (attempts.read_record(folder / CANCELLED) or {}).get("jobs")
+    return set(map(str, names)) if isinstance(names, list) else set()
+
+
+def set_cancelled(folder: Path, names: set[str]) -> None:
+    """Record these kinds of jobs."""
+    write_json(folder / CANCELLED, {"jobs": sorted(names)})
+
+
 def best(folder: Path) -> Path | None:
     """Return the run with the lowest loss of those that were trained to the end; None if there is none.
 
@@ -72,10 +85,9 @@ def has_ended(run: Path) -> bool:
 
 
 def ended_early(run: Path) -> bool:
-    """Whether the run ended early because it was one of the worst (`sweep.stop_worst`)."""
-    rung = attempts.read_record(run / sweep.RUNG) or {}
-    last = next((line["step"] for line in reversed(attempts.metrics(run)) if "step" in line), None)
-    return rung.get("goes_on") is False and rung.get("step") == last
+    """Whether the run's newest attempt to train ended early because it was one of the worst (`sweep.stop_worst`)."""
+    verdicts = (attempts.last_verdict(run / "jobs" / name) for name in sorted(RESUMABLE))
+    return any(verdict is not None and verdict.get("ended_early") is True for verdict in verdicts)
 
 
 def held_out_loss(run: Path, *, lowest: bool = False) -> float | None:

@@ -1,8 +1,7 @@
 """Reads from Slurm's accounting how much of its CPUs, memory and GPUs each job has used."""
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from launcher import slurm
@@ -25,34 +24,58 @@ class Used:
     """Mean utilization of the GPUs, where Slurm gathers it (JobAcctGather with NVML)."""
 
 
-def read(job_ids: Iterable[str]) -> dict[str, Used]:
-    """Return what accounting knows, by job id; nothing without accounting."""
-    try:
-        lines = slurm.accounted(job_ids)
-    except slurm.SlurmError:
-        return {}
-    by_job: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for line in lines:
-        by_job[line["JobID"].partition(".")[0]].append(line)
-    return {job_id: _used(found) for job_id, found in by_job.items()}
+@dataclass(frozen=True)
+class Record:
+    """One start of a job in the database: a restart has a record of its own."""
+
+    job_id: str
+    whole: dict[str, str]
+    steps: list[dict[str, str]]
 
 
-def _used(lines: list[dict[str, str]]) -> Used:
-    whole = [line for line in lines if "." not in line["JobID"]]
-    had_s = sum(int(line["AllocCPUS"] or 0) * int(line["ElapsedRaw"] or 0) for line in whole)
-    cpu_s = sum(seconds(line["TotalCPU"]) for line in whole)
-    asked = [mib for line in whole if (mib := _resource(line["AllocTRES"], "mem"))]
+def records(job_ids: Iterable[str], folders: Collection[str]) -> list[Record]:
+    """Return what accounting knows of these jobs, which start in one of `folders`. Raises SlurmError without accounting.
+
+    Slurm gives ids again after some time. Records of jobs that started elsewhere are left out.
+    """
+    found: list[Record] = []
+    for line in slurm.accounted(job_ids):
+        job_id, _, step = line["JobID"].partition(".")
+        if not step:
+            found.append(Record(job_id, line, []))
+        elif found and found[-1].job_id == job_id:  # sacct prints the steps of a job below it
+            found[-1].steps.append(line)
+    return [record for record in found if record.whole["WorkDir"] in ("", *folders)]
+
+
+def used(found: Sequence[Record]) -> Used:
+    """Return what one job had and used, from all its records, also those of earlier submissions."""
+    had_s = sum(int(record.whole["AllocCPUS"] or 0) * int(record.whole["ElapsedRaw"] or 0) for record in found)
+    cpu_s = sum(map(_cpu_seconds, found))
+    lines = [line for record in found for line in (record.whole, *record.steps)]
+    asked = [mib for record in found if (mib := _resource(record.whole["AllocTRES"], "mem"))]
     peaks = [mib for line in lines if (mib := _resource(line["TRESUsageInTot"], "mem"))]
     # each step has its own mean: weigh it with the step's time
     gpus = [(share, int(line["ElapsedRaw"] or 0)) for line in lines if (share := _utilization(line)) is not None]
     gpu_s = sum(elapsed for _, elapsed in gpus)
     return Used(
-        cpus=max((int(line["AllocCPUS"] or 0) for line in whole), default=None),
+        cpus=max((int(record.whole["AllocCPUS"] or 0) for record in found), default=None),
         cpu_share=cpu_s / had_s if had_s else None,
         memory_gib=max(peaks) / 1024 if peaks else None,
         memory_asked_gib=max(asked) / 1024 if asked else None,
         gpu_share=sum(share * elapsed for share, elapsed in gpus) / gpu_s if gpu_s else None,
     )
+
+
+def _cpu_seconds(record: Record) -> float:
+    """Return the CPU time of a record. Of a killed step, TotalCPU lacks the child processes; the samples have them."""
+    of_steps = sum(max(seconds(line["TotalCPU"]), _sampled_cpu(line)) for line in record.steps)
+    return max(seconds(record.whole["TotalCPU"]), of_steps)
+
+
+def _sampled_cpu(line: dict[str, str]) -> float:
+    match = re.search(r"(?:^|,)cpu=([\d:.-]+)", line["TRESUsageInTot"])
+    return seconds(match[1]) if match else 0.0
 
 
 def seconds(text: str) -> float:

@@ -92,7 +92,9 @@ class ComparedRun:
         ]
         # without a verdict (it runs, or was killed): up to the last line that it wrote
         ended = attempt.ended or max((time for time, _ in within), default=attempt.started)
-        ranks = max((_ranks(line) for _, line in within), default=0) or gpus
+        ranks = (
+            attempt.gpus if attempt.gpus is not None else max((_ranks(line) for _, line in within), default=0) or gpus
+        )
         return max(0.0, ended - attempt.started) * ranks
 
     def as_json(self, cost: float | None) -> dict[str, Any]:
@@ -150,7 +152,9 @@ def best_run(runs: Sequence[ComparedRun]) -> ComparedRun | None:
 
 def _read(run: Path, name: str) -> ComparedRun:
     found = attempts.read(run)
-    status = (found[-1].status or NO_VERDICT) if found else "not started"
+    status = "not started"
+    if found:
+        status = "ended early" if found[-1].ended_early else found[-1].status or NO_VERDICT
     return ComparedRun(name, run, status, _config(run / "config.yaml"), *_lines(run / "metrics.jsonl"))
 
 

@@ -1,20 +1,34 @@
 """Prints what the jobs of a run had and used, as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launcher.status.efficiency import Efficiency
 from launcher.status.tables import duration, print_rows
 
 
-def show(found: Sequence[Efficiency]) -> None:
+def show(by_run: Mapping[Path, Sequence[Efficiency]]) -> None:
     """Print one row per job with what it had and used. A column that no job has is left out."""
+    found = [job for jobs in by_run.values() for job in jobs]
     rows = [_efficiency_row(job) for job in found]
+    if len(by_run) > 1:
+        names = [run.name for run, jobs in by_run.items() for _ in jobs]
+        rows = [{"run": name} | row for name, row in zip(names, rows, strict=True)]
     total_s, hours = sum(job.ran_s for job in found), sum(job.gpu_hours for job in found)
     lost_s, waits = sum(job.lost_s for job in found), [job.waited_s for job in found if job.waited_s is not None]
-    rows.append({
-        "job": "all", "ran": duration(total_s), "waited": duration(sum(waits) if waits else None), "lost": duration(lost_s),
-        "GPU-hours": f"{hours:.1f}" if hours else "",
-    })  # fmt: skip
+    first = "run" if len(by_run) > 1 else "job"
+    rows.append(
+        {
+            first: "all",
+            "ran": duration(total_s),
+            "waited": duration(sum(waits) if waits else None),
+            "lost": duration(lost_s),
+            "GPU-hours": f"{hours:.1f}" if hours else "",
+        }
+    )
+    if not found:
+        print("no job has begun")
+        return
     headings = [heading for heading in rows[0] if any(row.get(heading) for row in rows)]
     print_rows(headings, [[row.get(heading, "") for heading in headings] for row in rows])
 

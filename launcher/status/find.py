@@ -26,7 +26,11 @@ def run_of(word: Path) -> Path:
             return _started_by(folder, job_id) or folder
     if found := _started_by(Path(FOLDER).resolve(), job_id):
         return found
-    where = f"starts in {job.folder}, which is no run" if job.folder else job.silence or "is not known to Slurm"
+    if job.silence:
+        raise RunError(
+            Problem("RUN", job_id, f"is no folder, and no run below {FOLDER}/ has started this job. {job.silence}")
+        )
+    where = f"starts in {job.folder}, which is no run" if job.folder else "is not known to Slurm"
     raise RunError(Problem("RUN", job_id, f"is no folder, and the job {where}; no run below {FOLDER}/ has started it"))
 
 

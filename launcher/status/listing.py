@@ -1,8 +1,6 @@
 """Sums up every run below a folder: state, step, loss, time left and age. `muster ls` shows it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from conf.errors import MusterError
 from conf.jobs import RESUMABLE
 from launcher import slurm
 from launcher.run_folder import lock, record
-from launcher.status import progress, state
+from launcher.status import progress, scripts, state
 from launcher.status.find import runs_below
 
 
@@ -20,7 +18,7 @@ class Summary:
 
     run: Path
     state: str
-    """failed, running, pending, completed, unknown or ended; with the job that it is about."""
+    """failed, running, pending, unknown or ended, with the job that it is about; completed; ended early; not submitted."""
     step: int | None = None
     """The last step of training; None before the first."""
     steps: int | None = None
@@ -29,6 +27,8 @@ class Summary:
     """Of the last step."""
     left_s: float | None = None
     """Seconds until the last step, for a run that trains; None if it does not."""
+    gpu_hours: float | None = None
+    """Of all attempts of all jobs, also of what restarts have lost; None if no attempt has recorded its GPUs."""
     launched: float | None = None
     """When the run was launched first, in seconds since 1970."""
 
@@ -39,42 +39,49 @@ def summaries(folder: Path) -> list[Summary]:
     A run whose records cannot be read has the reason as its state. Raises slurm.BusyError.
     """
     launches: dict[Path, list[dict[str, Any]]] = {}
-    started: dict[Path, dict[str, record.StartedJob]] = {}
     found = []
     for run in runs_below(folder):
         try:
             launches[run] = record.read_launches(run)
-            started[run] = record.newest_jobs_of(run, launches[run])
         except (MusterError, OSError) as error:
             found.append(_unreadable(run, error))
-    in_slurm = state.ask_slurm(started)
-    for run, jobs in started.items():
+    closed: dict[Path, OSError] = {}
+    for run, jobs in state.of_launches(launches, closed=closed).items():
         try:
-            found.append(_summary(run, jobs, launches[run], in_slurm))
+            found.append(_summary(run, launches[run], jobs))
         except OSError as error:
-            found.append(_unreadable(run, error))
+            closed[run] = error
+    found += [_unreadable(run, error) for run, error in closed.items()]
     return sorted(found, key=lambda item: (item.launched or 0.0, item.run))
 
 
-def _summary(
-    run: Path,
-    started: Mapping[str, record.StartedJob],
-    launches: list[dict[str, Any]],
-    in_slurm: Mapping[str, slurm.SlurmJob],
-) -> Summary:
-    jobs, training = state.states_of(run, started, in_slurm), progress.read(run)
-    word = overall(jobs, is_held=lock.holder(run) is not None)
+def _summary(run: Path, launches: list[dict[str, Any]], jobs: list[state.JobState]) -> Summary:
+    training = progress.read(run)
+    to_submit = scripts.submit_command(run, scripts.not_submitted(run, launches, jobs))
+    word = overall(jobs, is_held=lock.holder(run) is not None, to_submit=to_submit)
     is_training = any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs)
-    left_s = training.left_s if is_training else None
-    return Summary(run, word, training.step, training.steps, training.loss, left_s, _first_launch(launches))
+    gpu_s = [job.gpu_s for job in jobs if job.gpu_s is not None]
+    return Summary(
+        run,
+        word,
+        training.step,
+        training.steps,
+        training.loss,
+        training.left_s if is_training else None,
+        sum(gpu_s) / 3600 if gpu_s else None,
+        record.launched_at(launches[0]) if launches else None,
+    )
 
 
 def _unreadable(run: Path, error: Exception) -> Summary:
     return Summary(run, "closed to you" if isinstance(error, PermissionError) else str(error).splitlines()[0])
 
 
-def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
-    """The state of a run, from its jobs. `is_held`: a launch on some machine is starting jobs of the run."""
+def overall(jobs: list[state.JobState], *, is_held: bool, to_submit: str = "") -> str:
+    """The state of a run, from its jobs. `is_held`: a launch on some machine is starting jobs of the run.
+
+    `to_submit`: the command that submits the scripts which wait for the user.
+    """
     for job in jobs:
         if job.failed and job.verdict:
             return f"{job.verdict['status']} {job.name}"
@@ -83,13 +90,10 @@ def overall(jobs: list[state.JobState], *, is_held: bool) -> str:
             return f"{word} {live.name}"
     if is_held:
         return "running"
+    if to_submit:
+        return f"not submitted: {to_submit}"
     if unknown := next((job for job in jobs if job.verdict is None), None):
         return f"{'unknown' if unknown.state == 'UNKNOWN' else 'ended'} {unknown.name}"
+    if any(job.verdict and job.verdict.get("ended_early") is True for job in jobs):
+        return "ended early"
     return "completed" if jobs else "no job"
-
-
-def _first_launch(launches: list[dict[str, Any]]) -> float | None:
-    try:
-        return datetime.strptime(launches[0]["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (LookupError, TypeError, ValueError):
-        return None

@@ -15,7 +15,9 @@ def newest(run: Path, job: str, rank: int) -> Path:
     if ranks:
         available = f"there are ranks {ranks[0]} to {ranks[-1]}"
     else:
-        available = f"the job has not written any yet. Its state: muster status {run}"
+        jobs = sorted(path.name for path in run.glob("jobs/*/") if of_rank(path, None))
+        others = f", or the logs of other jobs: --job {' or --job '.join(jobs)}" if jobs else ""
+        available = f"the job has not written any yet. Its state: muster status {run}{others}"
     raise RunError(Problem("RANK", rank, f"no log of {job}: {available}"))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING, JOB_KINDS, RESUMABLE
 from launcher import slurm
-from launcher.run_folder import lock, sweep_record
+from launcher.run_folder import lock, record, sweep_record
 from launcher.run_folder.attempts import number
-from launcher.status import pending, state
+from launcher.status import pending, scripts, state
 from launcher.status.progress import Progress
 from launcher.status.progress import read as read_progress
 from launcher.status.state import JobState
@@ -34,6 +34,8 @@ class Overview:
     """Of the job that trains."""
     to_come: tuple[str, ...] = ()
     """Jobs of the run that have not been started."""
+    not_submitted: dict[str, str] = field(default_factory=dict)
+    """The jobs whose scripts wait for the user, and the command that submits each."""
     is_held: bool = False
     """Whether a launch on some machine is starting jobs of the run."""
 
@@ -59,7 +61,13 @@ class Overview:
                 "progress": asdict(self.progress) if job.name in RESUMABLE else None,
             }
         for name in self.to_come:
-            yield asdict(JobState(name, "", "TO_COME", None)) | {"run": str(self.run), "failed": False}
+            state_of = "NOT_SUBMITTED" if name in self.not_submitted else "TO_COME"
+            command = self.not_submitted.get(name)
+            yield asdict(JobState(name, "", state_of, None)) | {
+                "run": str(self.run),
+                "failed": False,
+                "submit": command,
+            }
 
 
 def elapsed_s(job: JobState) -> float | None:
@@ -74,17 +82,21 @@ def elapsed_s(job: JobState) -> float | None:
 
 def read(runs: Sequence[Path]) -> list[Overview]:
     """Return what is known of the runs. Slurm is asked once for the states of all jobs. Raises RunError, BusyError."""
-    found = state.of_runs(runs)
+    launches = {run: record.read_launches(run) for run in runs}
+    found = state.of_launches(launches)
     running = [
         job.job_id for jobs in found.values() for job in jobs if job.cluster == "slurm" and job.state == "RUNNING"
     ]
     left_s: dict[str, float] = {}
     with suppress(slurm.SlurmError):  # the states are there already
         left_s = slurm.all_seconds_left(running)
-    return [_overview(run, jobs, left_s) for run, jobs in found.items()]
+    return [_overview(run, launches[run], jobs, left_s) for run, jobs in found.items()]
 
 
-def _overview(run: Path, jobs: list[JobState], left_s: dict[str, float]) -> Overview:
+def _overview(run: Path, launches: list[dict[str, Any]], jobs: list[JobState], left_s: dict[str, float]) -> Overview:
+    not_submitted = scripts.not_submitted(run, launches, jobs)
+    jobs = [job for job in jobs if job.name not in not_submitted]
+    planned = _planned(run) | not_submitted.keys()
     progress = read_progress(run)
     if not any(job.name in RESUMABLE and job.state == "RUNNING" for job in jobs):
         progress = Progress(progress.step, progress.steps, progress.loss, progress.tokens_per_s)
@@ -94,26 +106,33 @@ def _overview(run: Path, jobs: list[JobState], left_s: dict[str, float]) -> Over
         pending.reasons(jobs),
         {job.name: left_s[job.job_id] for job in jobs if job.job_id in left_s},
         progress,
-        tuple(name for name in _planned(run) if name not in {job.name for job in jobs}),
+        tuple(name for name in JOB_KINDS if name in planned - {job.name for job in jobs}),
+        not_submitted,
         lock.holder(run) is not None,
     )
 
 
-def _planned(run: Path) -> list[str]:
-    """Return the jobs that the run's config asks for, in the order of the pipeline.
+def _planned(run: Path) -> set[str]:
+    """Return the jobs that the run's config asks for.
 
     Of a run of a sweep, those that are its own: other runs may do its preprocess job, and only the best run may be merged.
     """
+    names, lines = configured_jobs(run)
+    if sweep_record.is_sweep(run.parent):
+        names -= BEFORE_TRAINING | (AFTER_TRAINING if MERGES_BEST in lines else frozenset())
+    return names & JOB_KINDS.keys()
+
+
+def configured_jobs(run: Path) -> tuple[set[str], list[str]]:
+    """Return the names under `jobs` in a run's config.yaml, and all lines of it. OmegaConf would take far longer."""
     try:
         lines = (run / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
+        return set(), []
     names: set[str] = set()
     if "jobs:" in lines:
         for line in lines[lines.index("jobs:") + 1 :]:
             if not line.startswith("- "):
                 break
             names.add(line[2:].strip())
-    if sweep_record.is_sweep(run.parent):
-        names -= BEFORE_TRAINING | (AFTER_TRAINING if MERGES_BEST in lines else frozenset())
-    return [name for name in JOB_KINDS if name in names]
+    return names, lines

@@ -3,18 +3,21 @@
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.errors import Problem, SiteError
 from conf.jobs import JOB_KINDS, RESUMABLE
 from launcher import slurm
 from launcher.run_folder import attempts, lock, record
-from launcher.run_folder.status import COMPLETED
+from launcher.run_folder.status import COMPLETED, FAILED
 from launcher.status import missing_verdict, ownership
+from launcher.status.attempt_history import of_all_starts, of_slurm_job
+from launcher.supervise import report_page
 
+T = TypeVar("T")
 STARTS_AGAIN_S = 5.0
 """How long an ended job is watched that Slurm may put back into the queue."""
 
@@ -45,6 +48,8 @@ class JobState:
     """Where it runs: `slurm` or `local`."""
     began: float | None = None
     """When the newest attempt began, in seconds since 1970; None before the first."""
+    gpu_s: float | None = None
+    """GPUs times seconds of all attempts, also of earlier submissions; None if no attempt has recorded its GPUs."""
 
     @property
     def failed(self) -> bool:
@@ -52,20 +57,6 @@ class JobState:
         if self.verdict is None or self.verdict["status"] == COMPLETED:
             return False
         return not (self.verdict.get("requeued") and self.state in slurm.LIVE_STATES)
-
-
-@dataclass(frozen=True)
-class AttemptHistory:
-    """The attempts of one start (submission) of a job."""
-
-    number: int | None = None
-    """Of the newest attempt; None before the first."""
-    verdict: dict[str, Any] | None = None
-    """Of the newest attempt; None while it runs."""
-    before: list[dict[str, Any]] = field(default_factory=list)
-    """Verdicts of the earlier attempts, oldest first."""
-    began: float | None = None
-    """When the newest attempt began, in seconds since 1970."""
 
 
 def job_states(run: Path, strict: bool = False) -> list[JobState]:
@@ -83,9 +74,52 @@ def job_states(run: Path, strict: bool = False) -> list[JobState]:
 
 def of_runs(runs: Sequence[Path], strict: bool = False) -> dict[Path, list[JobState]]:
     """Return the same of several runs. Slurm is asked once for all of them."""
-    started = {run: record.newest_jobs(run) for run in runs}
+    launches = {run: record.read_launches(run) for run in runs}
+    return of_launches(launches, strict)
+
+
+def of_launches(
+    launches: Mapping[Path, list[dict[str, Any]]], strict: bool = False, closed: dict[Path, OSError] | None = None
+) -> dict[Path, list[JobState]]:
+    """Return the same from what `record.read_launches` has returned of each run.
+
+    Also finds jobs that wait in Slurm and whose scripts were submitted by hand, as after a launch with `submit=script`. Once such
+    a job runs, it has opened an attempt, and is known by that. `closed` gets the error of each run that cannot be read; without
+    it, the error is raised.
+    """
+
+    started = _of_each(launches, lambda run: record.newest_jobs_of(run, launches[run]), closed)
     in_slurm = ask_slurm(started, strict)
-    return {run: by_hand(run, states_of(run, jobs, in_slurm), strict) for run, jobs in started.items()}
+    jobs = _of_each(started, lambda run: states_of(run, started[run], in_slurm), closed)
+    for run, listed in jobs.items():
+        settle_page(run, listed)
+    if not any(record.is_by_hand(launches[run]) for run in jobs):
+        return jobs
+    try:
+        own = slurm.own_jobs()
+    except slurm.BusyError:
+        if strict:
+            raise
+        return jobs
+    except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
+        return jobs
+    return {
+        run: _with_those_by_hand(run, found, own) if record.is_by_hand(launches[run]) else found
+        for run, found in jobs.items()
+    }
+
+
+def _of_each(runs: Iterable[Path], work: Callable[[Path], T], closed: dict[Path, OSError] | None) -> dict[Path, T]:
+    """Return the result of `work` for each run. `closed` gets the error of each that cannot be read; without it, it is raised."""
+    found = {}
+    for run in runs:
+        try:
+            found[run] = work(run)
+        except OSError as error:
+            if closed is None:
+                raise
+            closed[run] = error
+    return found
 
 
 def ask_slurm(
@@ -97,20 +131,8 @@ def ask_slurm(
     return slurm.jobs(ids, ",".join(sorted(owners)) or None, strict)
 
 
-def by_hand(run: Path, jobs: list[JobState], strict: bool = False) -> list[JobState]:
-    """Add the jobs that wait in Slurm and whose scripts were submitted by hand, as after a launch with `submit=script`.
-
-    Once such a job runs, it has opened an attempt, and is known by that. With `strict`, raises BusyError.
-    """
-    if not record.is_by_hand(run):
-        return jobs
-    try:
-        found = unrecorded_jobs(run, jobs)
-    except slurm.BusyError:
-        if strict:
-            raise
-        return jobs
-    waiting = {name: job for job in found if (name := _kind_of(job))}
+def _with_those_by_hand(run: Path, jobs: list[JobState], own: Sequence[slurm.SlurmJob]) -> list[JobState]:
+    waiting = {name: job for job in _starting_in(run, jobs, own) if (name := _kind_of(job))}
     newest = {job.name: job for job in jobs} | {
         name: JobState(name, job.job_id, job.state, None, user=job.user) for name, job in waiting.items()
     }
@@ -138,17 +160,19 @@ def states_of(
 
 def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[str, slurm.SlurmJob]) -> JobState:
     folder, user, note, is_silent = run / "jobs" / name, "", "", False
+    number, found = attempts.history(folder)
+    everything = of_all_starts(folder, number, found)
     if job.cluster == "slurm":
         seen = in_slurm.get(job.job_id, slurm.SlurmJob(job.job_id, "UNKNOWN"))
         state, user, note, is_silent = seen.state, seen.user, seen.silence, bool(seen.silence)
         if not ownership.is_of_run(seen, run, job):
             state, note = "UNKNOWN", ownership.describe(seen)
-        history = _attempts_of_slurm_job(folder, job.job_id)
+        history = of_slurm_job(everything, job.job_id)
         if history.verdict is None and not note:
             verdict = missing_verdict.explain(folder, job.job_id, state, history.number)
             history = replace(history, verdict=verdict)
     else:
-        history = _all_attempts(folder)
+        history = everything
         is_running = _is_alive(job.job_id, run) or (history.verdict is None and is_elsewhere(lock.holder(run)))
         state = "RUNNING" if is_running else "ENDED"
     running = state == "RUNNING" and history.number is not None and history.verdict is None
@@ -166,30 +190,8 @@ def _job_state(run: Path, name: str, job: record.StartedJob, in_slurm: Mapping[s
         is_silent=is_silent,
         cluster=job.cluster,
         began=history.began,
+        gpu_s=attempts.gpu_seconds(folder, number, found, is_live=running),
     )
-
-
-def _all_attempts(folder: Path) -> AttemptHistory:
-    """Return the attempts of all starts of a job. On this machine every start is one attempt."""
-    number, found = attempts.history(folder)
-    verdicts = {verdict["attempt"]: verdict for verdict in found}
-    if number is None:
-        return AttemptHistory(before=found)
-    newest = verdicts.pop(number, None)
-    began = attempts.number((newest or attempts.begin_record(folder, number)).get("started"))
-    return AttemptHistory(number, newest, list(verdicts.values()), began)
-
-
-def _attempts_of_slurm_job(folder: Path, job_id: str) -> AttemptHistory:
-    """Return the attempts that one Slurm job has made, without those of earlier submissions."""
-    history = _all_attempts(folder)
-    before = [verdict for verdict in history.before if str(verdict.get("job_id")) == job_id]
-    newest = history.verdict
-    if newest is None or "job_id" not in newest:
-        newest = attempts.begin_record(folder, history.number) if history.number else {}
-    if str(newest.get("job_id")) != job_id:  # the newest attempt is that of another submission
-        return AttemptHistory(before=before)
-    return replace(history, before=before)
 
 
 def _slowest_heartbeat(folder: Path, number: int | None) -> dict[str, Any] | None:
@@ -225,15 +227,20 @@ def unrecorded_jobs(run: Path, jobs: Sequence[JobState]) -> list[slurm.SlurmJob]
     """
     if not any(run.glob("jobs/*.sbatch")):  # it was never launched on Slurm
         return []
-    known = {job.job_id for job in jobs}
     try:
-        own = [job for job in slurm.own_jobs() if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+        own = slurm.own_jobs()
     except slurm.BusyError:
         raise
     except slurm.SlurmError:  # no cluster here: scripts can be written on any machine
         return []
-    started = record.StartedJob("", "slurm")
-    return [job for job in own if job.job_id not in known and ownership.is_of_run(job, run, started)]
+    return _starting_in(run, jobs, own)
+
+
+def _starting_in(run: Path, jobs: Sequence[JobState], own: Sequence[slurm.SlurmJob]) -> list[slurm.SlurmJob]:
+    """Return the pending and running jobs of `own` that start in the run's folder and are not in `jobs`."""
+    known, started = {job.job_id for job in jobs}, record.StartedJob("", "slurm")
+    live = [job for job in own if job.state in slurm.LIVE_STATES and job.folder.endswith("/code")]
+    return [job for job in live if job.job_id not in known and ownership.is_of_run(job, run, started)]
 
 
 def is_elsewhere(holder: lock.Holder | None) -> bool:
@@ -256,3 +263,13 @@ def _is_alive(process_id: str, run: Path) -> bool:
 def training_job(run: Path) -> str:
     """Return the name of the run's job that trains: `train`, or `custom` for a program of the user."""
     return next((name for name in JOB_KINDS if name in RESUMABLE and (run / "jobs" / name).is_dir()), "train")
+
+
+def settle_page(run: Path, jobs: Sequence[JobState]) -> None:
+    """Write how a training has ended onto RUN/report.html, if it was killed before it could do so."""
+    for job in jobs:
+        if job.name in RESUMABLE and job.state not in slurm.LIVE_STATES:
+            if job.verdict and job.verdict["status"] != COMPLETED:
+                report_page.settle(run, job.verdict)
+            elif job.verdict is None and job.state == "ENDED":
+                report_page.settle(run, {"status": FAILED, "reason": "its processes are gone, and left no verdict"})

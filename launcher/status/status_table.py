@@ -67,7 +67,7 @@ def _table(overview: Overview) -> Any:
     from rich.table import Table
 
     rows = [_cells(overview, job) for job in overview.jobs]
-    rows += [(name, "", "to come" if overview.is_live else "not started", *[""] * 7) for name in overview.to_come]
+    rows += [_cells_to_come(overview, name) for name in overview.to_come]
     shown = [index for index, heading in enumerate(HEADINGS) if heading == "reason" or any(row[index] for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index in shown:
@@ -80,7 +80,7 @@ def _table(overview: Overview) -> Any:
 
 def _cells(overview: Overview, job: JobState) -> tuple[str, ...]:
     verdict = job.verdict or {}
-    has_failed_rank = verdict.get("rank") is not None and verdict.get("reason")
+    has_failed_rank = verdict.get("rank") is not None and verdict.get("reason") and not verdict.get("ended_early")
     step = (job.beat or verdict).get("step")
     reasons = (_reason_and_next(verdict) or _activity(job.beat), overview.waits.get(job.name))
     return (
@@ -95,6 +95,12 @@ def _cells(overview: Overview, job: JobState) -> tuple[str, ...]:
         f"rank {verdict['rank']} on {verdict['host']}" if has_failed_rank else "",
         "; ".join(filter(None, reasons)),
     )
+
+
+def _cells_to_come(overview: Overview, name: str) -> tuple[str, ...]:
+    state = "to come" if overview.is_live else "not started"
+    command = overview.not_submitted.get(name, "")
+    return (name, "", "not submitted" if command else state, *[""] * (len(HEADINGS) - 4), command)
 
 
 def _activity(heartbeat: dict[str, Any] | None) -> str:

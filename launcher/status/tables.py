@@ -19,7 +19,8 @@ STATE = "state"
 
 
 def runs(found: Sequence[Summary], folder: Path) -> None:
-    """Print one row per run: its name below `folder`, state, step, loss, time left and age."""
+    """Print one row per run: its name below `folder`, state, step, loss, time left, GPU-hours if one used GPUs, and age."""
+    uses_gpus = any(item.gpu_hours for item in found)
     rows = []
     for item in found:
         step = "" if item.step is None else f"{item.step}/{item.steps}" if item.steps else str(item.step)
@@ -29,10 +30,11 @@ def runs(found: Sequence[Summary], folder: Path) -> None:
             step,
             "" if item.loss is None else f"{item.loss:.4f}",
             duration(item.left_s),
+            *([f"{item.gpu_hours:.1f}" if item.gpu_hours is not None else ""] if uses_gpus else []),
             "" if item.launched is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(item.launched)),
         )
         rows.append(cells)
-    print_rows(("run", STATE, "step", "loss", "left", "launched"), rows)
+    print_rows(("run", STATE, "step", "loss", "left", *["GPU-hours"] * uses_gpus, "launched"), rows)
 
 
 def comparison(found: ComparisonTable) -> None:

@@ -14,6 +14,7 @@ from conf.visible import visible
 from launcher import environment
 from launcher.check import resume
 from launcher.plan import Job
+from launcher.run_folder import sweep_record
 from launcher.run_folder.status import COMPLETED, PLANNED, STOPPED, USER_ERROR
 from launcher.status import tables
 from launcher.submit import display, interrupts, local_executor, render
@@ -54,6 +55,9 @@ def _run_all(
         if requests.first:
             _say_how_to_resume(config, job, shown, f"stopped by {requests.name} before {job.name}")
             return requests.exit_code
+        if job.name in sweep_record.cancelled(Path(config.run_dir).parent):
+            _say_how_to_resume(config, job, shown, f"{job.name}: cancelled by muster cancel")
+            return 1
         verdict = _run_job(config, job, config_path, on_start, shown, requests)
         shown.end(verdict["status"])
         if verdict["status"] != COMPLETED:

@@ -70,6 +70,11 @@ def parameters(config: Config, job: Job, dependency: Sequence[str] = ()) -> dict
     }
 
 
+def quoted(words: Sequence[str]) -> str:
+    """Return words for a shell."""
+    return shlex.join(words)
+
+
 def _memory(memory_gib: int | None) -> str | None:
     """Return the value of --mem. `0` asks for all memory of the node."""
     if memory_gib is None:

@@ -54,6 +54,8 @@ def opened(config: Config) -> Iterator[None]:
             raise RunError(Problem("run_dir", run, remedy))
         if stored and (made := resume.remove_what_changed(stored, config)):
             print(f"changed   {', '.join(made)} of this run will be made again", flush=True)
+        if stored:
+            resume.forget_comparison(stored, config)
         yield
 
 
@@ -97,7 +99,8 @@ def write_run_folder(config: Config, jobs: Sequence[Job], command: Sequence[str]
             write_json(run / "deepspeed.json", deepspeed.exported_config(config, config.cluster.train.ranks))
         snapshot.copy_code(CLONE, run)
         where = "local" if plan.runs_here(config) else config.cluster.executor.name
-        record.add_launch(run, command, where, snapshot.provenance(CLONE, run))
+        scripts = [job.name for job in jobs] if config.submit is Submit.script else []
+        record.add_launch(run, command, where, snapshot.provenance(CLONE, run), scripts)
     except OSError as error:
         remedy = f"cannot be written: {error.strerror} ({error.filename})"
         raise RunError(Problem("run_dir", config.run_dir, remedy)) from error

@@ -85,6 +85,7 @@ def _run_here(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str]) 
     """
     try:
         with lock.held(folder):
+            sweep_record.set_cancelled(folder, set())
             return _one_by_one(folder, runs, command)
     except _EndedError as ended:
         return ended.code
@@ -97,6 +98,10 @@ def _one_by_one(folder: Path, runs: Sequence[PlannedRun], command: Sequence[str]
     for number, run in enumerate(runs, 1):
         print(visible(f"\n==== run {number} of {len(runs)}: {run.folder.name}"), flush=True)
         jobs = [job for job in run.jobs if not (chooses and job.name in AFTER_TRAINING)]
+        if run.training and run.training.name in sweep_record.cancelled(folder):
+            print("cancelled by muster cancel")
+            failed.append(run.folder.name)
+            continue
         if _takes_rows_over(run, owners[run.folder]):
             jobs = [job for job in jobs if job.name not in BEFORE_TRAINING]
         if jobs and _code_of(run, jobs, command):

@@ -15,18 +15,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf import node_paths
+from conf import node_paths, program_checkpoints, sweep
 from conf.errors import ConfigError
 from conf.files import write_json
+from conf.jobs import RESUMABLE
 from conf.visible import visible
 from launcher import slurm, slurm_array
 from launcher.run_folder import attempts
 from launcher.run_folder.status import COMPLETED, FAILED, USER_ERROR
-from launcher.supervise import allocation, rendezvous, requeue
+from launcher.supervise import allocation, rendezvous, report_page, requeue
 from launcher.supervise.error_classes import classify
 from launcher.supervise.exit_diagnosis import diagnose_exit
 
-COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed")
+COPIED_FROM_BEGIN = ("job_id", "config", "started", "resumed", "gpus")
 """Fields of begin.json that the verdict repeats."""
 
 
@@ -43,17 +44,18 @@ def begin(folder: Path, port: int | None = None) -> tuple[dict[str, str], socket
             break
         except FileExistsError:
             number += 1
+    _remove_leftovers(folder)
     begin_record = {
         "host": allocation.host(),
         "job_id": slurm_array.own_id(os.environ) or str(os.getpid()),
         "started": time.time(),
         "config": os.environ.get("MUSTER_CONFIG"),
+        "gpus": int(os.environ.get("MUSTER_GPUS", "0")),
         "resumed": attempts.newest_checkpoint(folder),
     }
     if "MUSTER_SWEEP" in os.environ:
         begin_record["folder"] = ".."  # where the Slurm job starts, see record.newest_jobs
     write_json(folder / f"attempt-{number}" / "begin.json", begin_record)
-    _remove_leftovers(folder)
     close_unfinished_attempt(folder, number - 1, begin_record)
     values = {"MUSTER_ATTEMPT": str(number)}
     for need in os.environ.get("MUSTER_NEEDS", "").split():  # NAME:KEY of variables that the batch script will expand
@@ -83,8 +85,20 @@ def finish(folder: Path, number: int, code: int, world_size: int) -> dict[str, A
         "ended": time.time(),
         **{key: begin_record.get(key) for key in COPIED_FROM_BEGIN},
     }
+    if verdict["status"] == COMPLETED and folder.name in RESUMABLE:
+        verdict |= _end_among_the_worst(folder.parent.parent, verdict["step"])
     write_json(folder / f"attempt-{number}.json", verdict)
+    if folder.name in RESUMABLE:
+        report_page.settle(folder.parent.parent, verdict)
     return verdict
+
+
+def _end_among_the_worst(run: Path, step: int | None) -> dict[str, Any]:
+    """Return what a verdict says of a training that ended at `step` as one of the worst of a sweep (`sweep.stop_worst`)."""
+    rung = attempts.read_record(run / sweep.RUNG) or {}
+    if rung.get("goes_on") is not False or rung.get("ended") != step:  # it was continued afterwards
+        return {}
+    return {"reason": str(rung.get("reason", "")), "ended_early": True}
 
 
 def finish_for_killed_script(folder: Path, number: int, world_size: int, max_restarts: int | None) -> None:
@@ -128,6 +142,9 @@ def _remove_leftovers(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("*.save_tmp"):
         path.unlink(missing_ok=True)  # submitit refuses to write a result beside one that was cut short
+    if folder.name == "custom":
+        for line in program_checkpoints.set_aside(folder.parent.parent / "checkpoints"):
+            print(visible(f"muster: {line}"), file=sys.stderr, flush=True)
 
 
 def close_unfinished_attempt(folder: Path, number: int, next_begin: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations  # the node's own Python outside a container 
 import math
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def decide(verdicts: list[dict[str, Any]], max_restarts: int | None, *, saves: b
     if final_reason or max_restarts is None:
         return Decision(False, final_reason, status)
     if saves and status in (PREEMPTED, TIME_LIMIT):
-        if len(verdicts) > 1 and all(item["status"] in PLANNED and not made_progress(item) for item in verdicts[-2:]):
-            why = f"two attempts without a new checkpoint ({status}): give it more time, or save more often (train.save_every)"
+        if why := _reason_of_no_progress(verdicts, max_restarts):
             return Decision(False, f"{why}; {RESUME}", NO_PROGRESS)
         return Decision(True, "continues from its checkpoint", status)
     # A broken GPU would hardly give NaN at the same step twice, so another start on other hardware would not help.
@@ -146,6 +146,26 @@ def decide(verdicts: list[dict[str, Any]], max_restarts: int | None, *, saves: b
         why = f"{used} restarts without a new checkpoint (cluster.max_restarts={max_restarts})"
         return Decision(False, f"{why}; once the cause is fixed, {RESUME}", status)
     return Decision(True, f"restart {used + 1} of {max_restarts} since the last new checkpoint", status)
+
+
+def _reason_of_no_progress(verdicts: list[dict[str, Any]], max_restarts: int) -> str:
+    """Return why a job that was stopped as planned would not get further; empty if it may.
+
+    One that was preempted before its first step says nothing about its settings: it may start again as often as after a failure.
+    """
+    fruitless = list(takewhile(lambda item: item["status"] in PLANNED and not made_progress(item), reversed(verdicts)))
+    at_start = [item for item in fruitless if item["status"] == PREEMPTED and not _has_trained(item)]
+    if len(fruitless) - len(at_start) > 1:
+        status = verdicts[-1]["status"]
+        return f"two attempts without a new checkpoint ({status}): give it more time, or save more often (train.save_every)"
+    if len(at_start) > max(1, max_restarts):
+        return f"preempted {len(at_start)} times in a row before its first step (cluster.max_restarts={max_restarts})"
+    return ""
+
+
+def _has_trained(verdict: dict[str, Any]) -> bool:
+    """Return whether an attempt has done a step."""
+    return (verdict.get("step") or 0) > (verdict.get("resumed") or 0)
 
 
 def made_progress(verdict: dict[str, Any]) -> bool:
@@ -169,7 +189,7 @@ def _reason_never_to_restart(last: dict[str, Any], max_restarts: int | None, sav
         return f"cluster.requeue=false; {RESUME}"
     if status == TIME_LIMIT and not saves:
         return "it would start from the beginning and reach the limit again: raise time_min"
-    if status == OUT_OF_MEMORY and (last.get("step") or 0) <= (last.get("resumed") or 0):
+    if status == OUT_OF_MEMORY and not _has_trained(last):
         return "it would fail again: it ran out of memory before its first step was done"
     return ""
 

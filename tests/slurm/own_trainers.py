@@ -1,4 +1,4 @@
-"""Runs every program of examples/custom on a real Slurm, stops each once, and writes the table of docs/own-trainer.md.
+"""Runs every program of examples/custom on a real Slurm, which preempts each once, and writes the table of docs/own-trainer.md.
 
 `python -m tests.slurm.own_trainers`, which needs TRL and Ray: `make custom` installs them.
 """
@@ -10,6 +10,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from launcher.status import requests
 from tests.slurm import cluster, runs
 
 STEPS, SAVE_EVERY = 100, 10
+GRACE_S = 60
+"""Seconds between Slurm's warning and its SIGKILL when it preempts a job."""
 PAGE = runs.CLONE / "docs/own-trainer.md"
 MARKS = "<!-- table of make custom -->", "<!-- end -->"
 HEADER = """
-| program | started by | layout | checkpoint before the stop | resumed at step | merged |
+| program | started by | layout | preempted at step | resumed at step | merged |
 |---|---|---|---|---|---|
 """
 
@@ -89,38 +93,79 @@ def start(run: Path, inputs: Path, example: Example, *overrides: str, steps: int
     runs.start(
         run, "pipeline=custom", "model=hub", f"model.source={inputs}/tiny", f"parallel={example.layout}",
         f"custom.launcher={example.launcher}", f'custom.command="python {words}{data}"', f"cluster.python={sys.executable}",
-        "cluster.signal_s=120", *overrides,
+        f"cluster.signal_s={GRACE_S}", "cluster.train.partition=gpu", *overrides,
     )  # fmt: skip
 
 
+@contextmanager
+def grace() -> Iterator[None]:
+    """Give the jobs that Slurm preempts in this block GRACE_S seconds to end."""
+    shown = slurm.call("scontrol", "show", "partition", "gpu")
+    before = re.findall(r"GraceTime=(\d+)", shown)[0]
+    slurm.call("scontrol", "update", "PartitionName=gpu", f"GraceTime={GRACE_S}")
+    try:
+        yield
+    finally:
+        slurm.call("scontrol", "update", "PartitionName=gpu", f"GraceTime={before}")
+
+
+def preempt(run: Path, timeout_s: float = 120) -> None:
+    """Submit a job of a higher priority that takes the nodes of the run's training for itself, and wait for its end."""
+    nodes = slurm.show_job(runs.job_id(run, "custom"))["NodeList"]
+    words = (
+        "--parsable",
+        "--partition=high",
+        "--exclusive",
+        f"--nodelist={nodes}",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
+    )
+    higher = slurm.call("sbatch", *words).strip()
+    runs.wait_until(lambda: slurm.show_job(higher)["JobState"] == "COMPLETED", timeout_s)
+
+
 def check(run: Path, inputs: Path, example: Example, *overrides: str, timeout_s: float = 600) -> dict[str, object]:
-    """Run an example, tell it to stop after its first checkpoint, and check that it was restarted, resumed and merged."""
+    """Run an example, let Slurm preempt it after its first checkpoint, and check that it was requeued, resumed and merged."""
     from transformers import AutoModelForCausalLM
 
     start(run, inputs, example, *overrides)
     runs.wait_until(lambda: saved(run) >= SAVE_EVERY or not runs.is_active(run), timeout_s)
-    before = saved(run)
-    slurm.call("scancel", "--signal=USR2", runs.job_id(run, "custom"))
+    with grace():
+        preempt(run)
     states = runs.finish(run, timeout_s)
-    first, second = attempts.verdicts(run / "jobs/custom")
-    assert (first["status"], first["requeued"]) == ("preempted", True), first
-    assert first["saved"] >= before, first
-    assert second["status"] == "completed", second
-    assert (second["resumed"], second["saved"]) == (first["saved"], STEPS), second
+    *stopped, last = attempts.verdicts(run / "jobs/custom")
+    assert stopped, last
+    assert {(item["status"], item["requeued"]) for item in stopped} == {("preempted", True)}, stopped
+    assert {item["job_id"] for item in stopped} == {last["job_id"]}, (
+        last
+    )  # requeued by Slurm: nobody has submitted another
+    first = stopped[-1]
+    assert SAVE_EVERY <= first["saved"] == first["step"] < STEPS, first
+    assert last["status"] == "completed", last
+    assert (last["resumed"], last["saved"]) == (first["saved"], STEPS), last
     assert sorted(runs.logs(run, "custom")) == [0, 1, 2, 3]
+    trained = [losses(run, item["attempt"]) for item in (*stopped, last)]
+    assert sum(trained) == STEPS, trained
     verdict = states["consolidate"].verdict
     assert verdict, states
     assert verdict["status"] == "completed", verdict
     AutoModelForCausalLM.from_pretrained(run / "model")
     assert '"verified": true' in (run / "model/muster.json").read_text()
-    return {"before": before, "resumed": first["saved"]}
+    return {"preempted": first["step"], "resumed": last["resumed"]}
+
+
+def losses(run: Path, attempt: int) -> int:
+    """How many losses of training steps the log of rank 0 has: every program prints one after each step."""
+    log = run / f"jobs/custom/attempt-{attempt}/rank-0.log"
+    text = log.read_text() if log.exists() else ""  # preempted before the program has printed anything
+    return len(re.findall(r"^step \d+ loss |\{'loss': ", text, re.MULTILINE))
 
 
 def line(example: Example, result: dict[str, object] | str) -> str:
     """A line of the table. `result` is what `check` returned, or what failed."""
     if isinstance(result, str):
         return f"| {example.title} | {example.launcher} | {example.layout} | | | failed: {result} |"
-    numbers = f"{result['before']} | {result['resumed']} of {STEPS}"
+    numbers = f"{result['preempted']} | {result['resumed']} of {STEPS}"
     return f"| {example.title} | {example.launcher} | {example.layout} | {numbers} | equal |"
 
 

@@ -29,11 +29,11 @@ TWO_BY_TWO = [
 
 
 def damaged_model(folder: Path) -> Path:
-    """A model folder that a launch accepts, and whose weights no job can read."""
+    """A model folder that a launch accepts, and that has none of the weights."""
     shutil.copytree(CLONE / "examples/tokenizer", folder)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     write_json(folder / "config.json", {"model_type": "llama", "vocab_size": 1024, "num_key_value_heads": 2, **sizes})
-    (folder / "model.safetensors").write_bytes(b"{}")
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
 

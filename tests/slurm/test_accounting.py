@@ -1,5 +1,6 @@
 """Submission, job states, status and logs, on a cluster with accounting (sacct works) and on one without."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,7 @@ def test_states_and_logs_with_and_without_accounting(own_cluster: bool, tmp_path
     assert "completed" in shown.stdout
     assert "sample: alpaca, because" in runs.command("logs", run, "--job", "preprocess").stdout
     assert "no log of train" in runs.command("logs", run).stderr
+    used = runs.command("efficiency", run)
+    assert used.returncode == 0, used.stderr
+    assert ("accounting does not answer (Slurm accounting storage is disabled)" in used.stdout) == (not own_cluster)
+    assert re.search(r"^preprocess +1 +0:00:\d\d .* 1 +\d+%", used.stdout, re.MULTILINE), used.stdout

@@ -1,4 +1,4 @@
-"""Training programs of users on a real Slurm: two nodes, told to stop once, requeued, resumed and merged."""
+"""Training programs of users on a real Slurm: two nodes, preempted by Slurm, requeued, resumed and merged."""
 
 import importlib.util
 from pathlib import Path

@@ -1,6 +1,7 @@
 """A sweep on a real Slurm: one array, a throttle, a failing run, the best one merged; and a task of it that is requeued."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,45 @@ def test_a_task_of_an_array_is_requeued_stopped_continued_and_cancelled_by_its_r
     for run in (first, second, third):
         assert runs.final_verdict(run, "train")["status"] == "completed"
         assert max(line["step"] for line in runs.metrics(run)) >= 12
+
+
+@pytest.mark.proof
+def test_the_worst_runs_end_early_whoever_comes_first_fails_or_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
+    """The worst two come first, so they are overtaken later. One run fails before the comparison, the best one is requeued."""
+    sweep, rates = tmp_path / "sweep", ["1e-5", "1e-4", "3e-3", "1e-2", "100"]
+    long = ["train.steps=60", "train.save_every=5", "jobs=[preprocess,train,consolidate]"]
+    rung = [f"train.learning_rate={','.join(rates)}", "sweep.stop_worst=0.5@30%"]
+    done = runs.launch(*SMALL, f"run_dir={sweep}", *rung, *long)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = {rate: sweep / f"train.learning_rate={rate}" for rate in rates}
+    runs.wait_until(lambda: runs.step(folders["3e-3"]) >= 6)
+    commands.call("scontrol", "requeue", runs.job_id(folders["3e-3"], "train"))
+    while sweep_status.look(sweep).is_live:
+        time.sleep(1)
+
+    ended = {rate: attempts.last_verdict(run / "jobs/train") or {} for rate, run in folders.items()}
+    assert {rate: verdict["status"] for rate, verdict in ended.items()} == dict.fromkeys(rates[:4], "completed") | {
+        "100": "failed"
+    }
+    early = {rate for rate, verdict in ended.items() if verdict.get("ended_early")}
+    assert early == {"1e-5", "1e-4"}
+    for rate in early:
+        assert "by sweep.stop_worst=0.5@30%: at step 18, with a held-out loss of" in ended[rate]["reason"]
+        assert 18 <= runs.step(folders[rate]) < 60
+    requeued, completed = attempts.verdicts(folders["3e-3"] / "jobs/train")  # it saved first, or had no time to
+    assert (requeued["requeued"], completed["status"]) == (True, "completed")
+    assert [run for run in folders.values() if (run / "model").exists()] == [folders["3e-3"]]
+    assert runs.command("status", sweep).stdout.count("ended early") == 2
+    assert runs.command("compare", sweep, "--out", tmp_path / "compare.html").stdout.count("ended early") == 2
+    assert (tmp_path / "compare.html").read_text().count("ended early") == 2
+    alone = tmp_path / "alone"
+    runs.complete(alone, *SMALL[1:], "train.learning_rate=3e-3", "train.steps=60", "jobs=[preprocess,train]")
+
+    def losses(run: Path) -> list[float]:
+        return [line["loss"] for line in runs.metrics(run) if "loss" in line]
+
+    assert losses(folders["3e-3"]) == losses(alone)
+    again = runs.command("resume", folders["1e-5"], "sweep.stop_worst=null")
+    assert again.returncode == 0, again.stderr
+    assert not runs.final_verdict(folders["1e-5"], "train").get("ended_early")
+    assert runs.step(folders["1e-5"]) == 60

@@ -271,8 +271,9 @@ def test_codes_without_scales_are_refused(folders, compose: Compose, tmp_path) -
     save_file(tensors, file, metadata={"format": "pt"})
     weight = "model.layers.0.mlp.up_proj.weight"
     name = f"{weight} is stored in float8_e4m3fn, and {weight}_scale_inv is in none of the files"
-    with pytest.raises(ConfigError, match=name):
-        build.build(on(broken, compose))
+    for read in (build.build, load_model.load_base):
+        with pytest.raises(ConfigError, match=name):
+            read(on(broken, compose))
     with pytest.raises(DataError, match=name):
         external.main([str(broken), "--base", str(broken), "--out", str(tmp_path / "out")])
     other = dict(tensors) | {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(3, 3)}

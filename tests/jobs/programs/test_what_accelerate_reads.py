@@ -67,6 +67,8 @@ def test_a_deepspeed_program_gets_our_stage_and_keeps_its_batch(
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
     plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])  # as Accelerator does
     assert (plugin.deepspeed_config["bf16"]["enabled"], plugin.deepspeed_config["fp16"]["enabled"]) == (True, False)
+    export(compose(*LLAMA, f"parallel={layout}", "+cluster.environment.ACCELERATE_GRADIENT_CLIPPING=0.5"))  # type: ignore[operator]
+    assert DeepSpeedPlugin().deepspeed_config["gradient_clipping"] == 0.5
 
 
 @pytest.mark.parametrize(("chosen", "enabled"), [({"bf16": True}, (True, False)), ({}, (False, False))])

@@ -22,26 +22,41 @@ def other_runs(folder: Path, losses: Sequence[float]) -> None:
         write_json(folder / name / sweep.RUNG, {"step": 7, "loss": loss, "goes_on": True})
 
 
+END = "ended early at step {} of 40 by sweep.stop_worst=0.5@25%: at step 10, with a held-out loss of 2.0000, "
+
+
 @pytest.mark.parametrize(
-    ("losses", "expected"),
-    [
-        ([], ""),
-        ([3.0], ""),
-        ([1.0], "held-out loss 2.0000, 1 of 1 other runs of the sweep were better at this point"),
-        ([1.0, 3.0], ""),
-        ([1.0, 1.5, 3.0], "held-out loss 2.0000, 2 of 3 other runs of the sweep were better at this point"),
-    ],
+    ("losses", "better"), [([], 0), ([3.0], 0), ([1.0], 1), ([1.0, 3.0], 0), ([1.0, 1.5, 3.0], 2), ([2.0, 2.0], 0)]
 )
 def test_a_run_ends_if_it_is_in_the_worse_half_of_those_so_far(
-    compose: Compose, tmp_path: Path, losses: list[float], expected: str
+    compose: Compose, tmp_path: Path, losses: list[float], better: int
 ) -> None:
     other_runs(tmp_path, losses)
     config = put(compose(), {"run_dir": str(tmp_path / "run"), "sweep.stop_worst": "0.5@25%"})
     rung = PlannedRung(config, 40)
     assert [step for step in range(41) if rung.is_due(step)] == [10]
-    assert rung.compare(10, 2.0) == expected
-    assert read_json(tmp_path / "run" / sweep.RUNG) == {"step": 10, "loss": 2.0, "goes_on": not expected}
+    assert rung.compare(10, 2.0) is bool(better)
+    recorded = {"step": 10, "loss": 2.0, "kind": "held-out", "goes_on": True}
+    assert read_json(tmp_path / "run" / sweep.RUNG) == recorded
     assert recorded_step(tmp_path / "run") == 10
+    if better:
+        why = rung.record_end(10)
+        assert why == END.format(10) + f"{better} of {len(losses)} other runs of the sweep were better"
+        assert read_json(tmp_path / "run" / sweep.RUNG) == recorded | {"goes_on": False, "ended": 10, "reason": why}
+
+
+def test_a_run_that_came_first_is_overtaken_later_also_after_a_restart(compose: Compose, tmp_path: Path) -> None:
+    config = put(compose(), {"run_dir": str(tmp_path / "run"), "sweep.stop_worst": "0.5@25%"})
+    other_runs(tmp_path, [])
+    assert not PlannedRung(config, 40).review(11), "it has not been compared"
+    rung = PlannedRung(config, 40)
+    assert not rung.compare(10, 2.0)
+    other_runs(tmp_path, [1.0, 1.5, 3.0])
+    again = PlannedRung(config, 40, recorded_step=10)
+    assert not again.review(10), "a resumed run has to come to the step of the comparison first"
+    for continued in (rung, again):
+        assert [continued.review(step) for step in (11, 12)] == [True, False], "the files are read only now and then"
+    assert again.record_end(12) == END.format(12) + "2 of 3 other runs of the sweep were better"
 
 
 def test_without_held_out_rows_the_median_of_the_last_losses_counts(compose: Compose, tmp_path: Path) -> None:
@@ -49,7 +64,8 @@ def test_without_held_out_rows_the_median_of_the_last_losses_counts(compose: Com
     config = put(compose(), {"run_dir": str(tmp_path / "run"), "sweep.stop_worst": "0.5@25%"})
     rung = PlannedRung(config, 40, [9.0, 2.0])
     rung.add_loss(1.0)
-    assert rung.compare(10, None).startswith("training loss 2.0000, 1 of 1")
+    assert rung.compare(10, None)
+    assert "with a training loss of 2.0000, 1 of 1" in rung.record_end(10)
 
 
 def test_a_training_too_short_for_a_comparison_has_none(compose: Compose) -> None:
@@ -67,7 +83,8 @@ def test_on_this_machine_one_of_the_worst_ends_early_and_the_best_is_merged(tmp_
     swept = ["-m", "train.learning_rate=1e-2,1e-5", "sweep.stop_worst=0.5@25%", f"run_dir={sweep_folder}"]
     shown = ranks.run(*swept, *words)
     assert re.search(
-        r"training ends at step 2: sweep.stop_worst=0.5@25%: held-out loss [\d.]+, 1 of 1 other runs", shown
+        r"ended early at step 2 of 8 by sweep.stop_worst=0.5@25%: at step 2, with a held-out loss of [\d.]+, 1 of 1 other runs",
+        shown,
     )
     best, worst = (sweep_folder / f"train.learning_rate={rate}" for rate in ("1e-2", "1e-5"))
     steps = [max(line["step"] for line in attempts.metrics(run)) for run in (best, worst)]

@@ -65,6 +65,21 @@ def messages(*words: str) -> list[str]:
         ("data.train_on=assistant", "data.train_on=assistant", "for example [assistant,tool]"),
         ("train.profile_ranks=[a]", "train.profile_ranks=[a]", "a list of whole numbers, for example [0,1]"),
         ("train", "train", "key=value"),
+        ("train.steps", "train.steps", "Type train.steps=VALUE"),
+        ("train.steps:7", "train.steps:7", "Type train.steps=7"),
+        ("--train.steps=7", "--train.steps", "without dashes: train.steps=7"),
+        ("-train.steps=7", "-train.steps", "without dashes: train.steps=7"),
+        ("--learning_rate=7", "--learning_rate", "use train.learning_rate"),
+        ("train.learning_rate=1e\u22124", "train.learning_rate=1e\u22124", "Type train.learning_rate=1e-4"),
+        ("train.optimizer=\u201cadamw\u201d", "train.optimizer=\u201cadamw\u201d", "Type train.optimizer=adamw"),
+        ("adapter=[lora]", "adapter=[lora]", "Type adapter=lora"),
+        ("parallel=ZeRO3", "parallel=ZeRO3", "did you mean 'zero3'"),
+        ("train.optimizer=adamw_torch", "train.optimizer=adamw_torch", "did you mean 'adamw'"),
+        ("data.packing=2", "data.packing=2", "true or false"),
+        ("cluster.train.time_min=1-00:00:00", "cluster.train.time_min=1-00:00:00", "cluster.train.time_min=1440"),
+        ("model=owner/name", "model=owner/name", "Write model=hub model.source=owner/name"),
+        ("cluster=my/mine.yaml", "cluster=my/mine.yaml", "conf/cluster/mine.yaml, and type cluster=mine"),
+        ("data=my.csv", "data=my.csv", "Write data=jsonl data.path=my.csv"),
         ("steps 7", "steps 7", "key=value"),
         ("name='a", "name='a", "quote"),
     ],
@@ -73,6 +88,20 @@ def test_a_wrong_override_is_reported_with_its_remedy(word: str, key: str, remed
     [message] = messages(word)
     assert message.startswith(f"{key}: "), message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    "words", ["train.steps = 7", "train.steps= 7", "train.steps =7", "model=tiny train.steps = 7 --cfg job"]
+)
+def test_blanks_around_the_equals_sign_are_one_problem(words: str) -> None:
+    [message] = messages(*words.split(" "))
+    assert message.endswith("has blanks around the =. Type train.steps=7")
+
+
+def test_keys_as_flags_take_their_values_with_them() -> None:
+    first, second = messages("--train.steps", "7", "--model", "tiny", "-m", "--config-dir", "x")
+    assert first.endswith(": train.steps=7")
+    assert second.endswith(": model=tiny")
 
 
 def test_a_shape_for_a_model_without_one_is_refused() -> None:

@@ -15,6 +15,7 @@ from launcher.estimate import auto_settings, memory
 from launcher.estimate.config_json import positions
 from launcher.estimate.parameters import count
 from tests.conftest import ROOT, Compose, Launch, put
+from tests.launcher.check.wrong_configs import NO_TENSORS
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = json.loads((ROOT / "tests/jobs/families.json").read_text())
 
@@ -33,7 +34,8 @@ def folder(base: Path, fields: dict[str, Any] | None = None, *names: str, tokens
         text = {key: value for key, value in (LLAMA | fields).items() if value != "missing"}
         (base / "config.json").write_text(json.dumps(text))
     for name in names or ("model.safetensors",):
-        (base / name).write_text("{}")
+        (base / name).write_text(NO_TENSORS if name.endswith((".safetensors", ".bin")) else '{"weight_map": {}}')
+    (base / "tokenizer.model").write_text("")
     if tokens:
         vocabulary = {f"t{number}": number for number in range(tokens)}
         more = [{"id": tokens + number, "content": f"<{number}>"} for number in range(added)]

@@ -279,3 +279,23 @@ def test_training_from_a_chosen_checkpoint_is_never_done(compose: Compose, tmp_p
     for job in ("preprocess", "train"):
         end(config, job, "completed")
     assert resume.completed_jobs(put(config, {"train.resume_step": 5})) == {"preprocess"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_kept"),
+    [
+        ({"train.learning_rate": 1e-5}, True),
+        ({"sweep.stop_worst": None}, True),  # the others still compare themselves with it
+        ({"sweep.stop_worst": "0.7@25%"}, True),
+        ({"sweep.stop_worst": "0.5@50%"}, False),
+        ({"train.steps": 80}, False),
+        ({"train.resume_step": 5}, False),
+    ],
+)
+def test_a_loss_at_another_step_of_a_sweep_is_forgotten(
+    compose: Compose, tmp_path: Path, changed: dict[str, object], is_kept: bool
+) -> None:
+    values = {"run_dir": str(tmp_path), "train.steps": 40, "sweep.stop_worst": "0.5@25%"}
+    (tmp_path / "rung.json").write_text("{}")
+    resume.forget_comparison(put(compose(), values), put(compose(), values | changed))
+    assert (tmp_path / "rung.json").exists() == is_kept

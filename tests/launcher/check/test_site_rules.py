@@ -175,7 +175,7 @@ def test_a_value_that_would_be_misread_is_refused(
 def test_times_in_all_forms_of_slurm_become_minutes() -> None:
     texts = ("90", "90:00", "0:30", "2:00:00", "2:00:01", "1-0", "1-12", "1-12:30", "1-12:30:00", "soon")
     expected = [90, 90, 1, 120, 121, 1440, 2160, 2190, 2190, None]
-    assert [site_rules._minutes(text) for text in texts] == expected
+    assert [sbatch_options.minutes(text) for text in texts] == expected
 
 
 def test_the_table_of_options_is_that_of_sbatch(tmp_path: Path) -> None:

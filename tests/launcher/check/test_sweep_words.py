@@ -32,6 +32,7 @@ def test_every_combination_is_a_run_named_by_its_values_as_they_are_typed() -> N
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("train.seed=range(1,3)", ["train.seed=1", "train.seed=2"]),
         ("train.seed=range(0,3)", ["train.seed=0", "train.seed=1", "train.seed=2"]),
         ("data.path=/a b/x.jsonl,../y.jsonl", ["data.path=a-b-x.jsonl", "data.path=..-y.jsonl"]),
         ("data.path=a%j,a:j", ["data.path=a-j", "data.path=a-j--2"]),

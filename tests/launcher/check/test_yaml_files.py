@@ -27,6 +27,21 @@ def found(tmp_path: Path, name: str, text: str, *words: str) -> list[str]:
         ("experiment/zz", f"{GLOBAL}train: 3\n", ":2: train=3: has keys of its own"),
         ("experiment/zz", f"{GLOBAL}train:\n  steps: 3\n  steps: 4\n", ":4: train.steps: is there twice"),
         ("experiment/zz", f"{GLOBAL}train:\n  lr: 1\n", ":3: train.lr: no such key: use train.learning_rate"),
+        (
+            "experiment/zz",
+            f"{GLOBAL}defaults:\n  - override /modle: tiny\n",
+            ": defaults=modle: no such group: did you mean 'model'",
+        ),
+        (
+            "experiment/zz",
+            f"{GLOBAL}defaults:\n  - model: tiny\n",
+            ": defaults=model: tiny: must replace one. Write - override /m",
+        ),
+        (
+            "experiment/zz",
+            f"{GLOBAL}defaults:\n  - override /model: tony\n",
+            ": defaults: model=tony: no such option: did you mean",
+        ),
         ("experiment/zz", "train:\n  steps: 3\n", ":1: must begin with the line # @package _global_"),
         ("experiment/zz", "- a\n", ":1: has no keys"),
         (
@@ -41,6 +56,29 @@ def found(tmp_path: Path, name: str, text: str, *words: str) -> list[str]:
 def test_a_mistake_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (shown,) = found(tmp_path, f"{name}.yaml", text, f"{name.split('/')[0]}=zz")
     assert shown.startswith(f"{name}.yaml{message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train: {time_min: 12:30:00}\n",
+            ":1: cluster.train.time_min=12:30:00: YAML reads this as 45000. Write 750, in minutes",
+        ),
+        (
+            "train: {nodes: 010}\n",
+            ":1: cluster.train.nodes=010: YAML reads this as 8. Put it into quotes if it is text",
+        ),
+        ("train:\n  exclusive: 2\n", ":2: cluster.train.exclusive=2: must be true or false"),
+        ("train: {sbatch: {qos: a}}\ntrain: {nodes: 2}\n", ":2: cluster.train: is there twice. Remove one of them"),
+        ("train: {sbatch: {begin: '16:00', comment: '010'}, time_min: 90, exclusive: yes}\n", None),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_is_meant(tmp_path: Path, text: str, message: str | None) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/zz.yaml").write_text(text)
+    shown = [str(problem) for problem in yaml_files.misread(["cluster=zz"], [ROOT / "conf", tmp_path])]
+    assert shown == ([f"{tmp_path}/cluster/zz.yaml{message}"] if message else [])
 
 
 def test_files_that_an_experiment_chooses_are_read_too(tmp_path: Path) -> None:
@@ -67,6 +105,7 @@ cluster: {{train: {{sbatch: {{gres: "gpu:8"}}}}}}
 def test_musters_own_files_pass(group: str) -> None:
     options = ",".join(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
     assert yaml_files.problems([f"{group}={options}"], [ROOT / "conf"]) == []
+    assert yaml_files.misread([f"{group}={options}"], [ROOT / "conf"]) == []
 
 
 def test_an_experiment_given_by_path_is_checked_by_the_launch(launch: Launch, tmp_path: Path) -> None:

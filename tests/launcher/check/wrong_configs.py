@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -50,6 +51,8 @@ page.
 |---|---|---|---|
 {rows}
 """
+NO_TENSORS = "\x02" + "\0" * 7 + "{}"
+"""A safetensors file with the header {}."""
 SLURM_SCRIPT = ("cluster=slurm", "cluster.train.nodes=1", "submit=script")
 
 
@@ -82,6 +85,7 @@ def write_files(folder: Path) -> None:
         "bad.jsonl": '{"messages": [}\n',
         "columns.jsonl": '{"a": 1, "b": 2}\n',
         "empty.jsonl": "",
+        "empty.csv": "",
         "list.jsonl": "[1, 2]\n",
         "columns.csv": "a,b\n1,2\n",
         "no.parquet": "hello",
@@ -91,11 +95,21 @@ def write_files(folder: Path) -> None:
         "good.jinja": "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}",
         "bad.jinja": "{% for message in messages %}\n{{ message.content }\n{% endfor %}",
         "encoder/config.json": json.dumps({"model_type": "bert"}),
-        "encoder/model.safetensors": "",
+        "encoder/model.safetensors": NO_TENSORS,
         "gpt2/config.json": json.dumps(
             {"model_type": "gpt2", "vocab_size": 1024, "n_embd": 96, "n_layer": 2, "n_head": 4, "n_positions": 1024}
         ),
-        "gpt2/model.safetensors": "",
+        "gpt2/model.safetensors": NO_TENSORS,
+        "cut/model.safetensors": "{}",
+        "cut/config.json": json.dumps({"model_type": "llama", "num_hidden_layers": "2"}),
+        "shards/model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
+        "shards/config.json": json.dumps({"model_type": "llama"}),
+        "pointer/model.safetensors": "version https://git-lfs.github.com/spec/v1\n",
+        "pointer/config.json": json.dumps({"model_type": "llama"}),
+        "dbrx/config.json": json.dumps(
+            {"model_type": "dbrx", "vocab_size": 1024, "d_model": 96, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096}
+        ),
+        "dbrx/model.safetensors": NO_TENSORS,
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -104,10 +118,11 @@ def write_files(folder: Path) -> None:
     (folder / "empty").mkdir()
     example = Path(launch.CLONE) / "examples/tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        for target in ("gpt2", "plain"):
+        for target in ("gpt2", "dbrx", "plain", "cut", "shards"):
             (folder / target).mkdir(exist_ok=True)
             (folder / target / name).write_bytes((example / name).read_bytes())
-    (folder / "gpt2/chat_template.jinja").write_bytes((example / "chat_template.jinja").read_bytes())
+    for target in ("gpt2", "dbrx"):
+        (folder / target / "chat_template.jinja").write_bytes((example / "chat_template.jinja").read_bytes())
     _write_run(folder / "run")
 
 
@@ -139,7 +154,7 @@ def judge(key: str, words: str, folder: Path) -> tuple[str, str]:
         return "traceback", message
     if code == 0:
         return "let through", message
-    names = [line.removeprefix("launch.py: ").split(": ")[0].split("=")[0] for line in message.splitlines()]
+    names = [re.split(r"[=:]", line.removeprefix("launch.py: "))[0] for line in message.splitlines()]
     is_clear = code == 2 and key in names and len(message) > len(key) + 20
     return ("caught" if is_clear else "misleading"), message
 

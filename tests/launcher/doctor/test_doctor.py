@@ -2,19 +2,22 @@
 
 import json
 import os
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conf.files import write_json
 from conf.schema import Config
 from jobs import probe
 from launcher import __main__ as muster
-from launcher.doctor import examine, machine, services, site, training
+from launcher.doctor import examine, machine, nodes, services, site, training
 from launcher.doctor.check import Check, Level
 from launcher.hub_client import Reply, Unreachable
-from tests.conftest import Programs
+from tests.conftest import Compose, Programs, put
 
 GPU = {"name": "NVIDIA H200", "memory_gib": 139.8, "free_gib": 139.0, "capability": "9.0"}
 FOUND: dict[str, Any] = {
@@ -193,7 +196,12 @@ def test_a_cluster_on_slurm_also_checks_a_node(
         squeue="",
         sinfo=SINFO,
         sacctmgr=SACCTMGR,
-        sbatch="echo 'Submitted batch job 7'",
+        # the checks of the node of train are answered, those of the cpu node are not; each script has an id of its own
+        sbatch=(
+            "case $1 in *preflight*) id=7;; *doctor-train*) id=8;; *) id=9;; esac; "
+            f"[ $id = 8 ] && /bin/cp {tmp_path}/answer.json ${{1%/*}}/../doctor-train.json; "
+            "[ $id = 9 ] && echo 'sh: /opt/python: not found' > ${1%/*}/doctor-cpu.log; echo Submitted batch job $id"
+        ),
         srun="",
         scontrol="echo 'slurm 24.11.5'",
     )
@@ -203,7 +211,84 @@ def test_a_cluster_on_slurm_also_checks_a_node(
     monkeypatch.setattr(examine, "local_gpus", lambda: 1)
     assert muster.main(["doctor", "--cluster", "slurm", "--no-submit"]) == 0
     assert not (folder / "sbatch.calls").exists()
-    assert muster.main(["doctor", "--cluster", "slurm"]) == 0
-    assert "submitted preflight    7" in capsys.readouterr().out
+    answer = {"host": "n1", "checks": [asdict(Check("training", "torch", "built for CUDA 12.8, NCCL 2.27.3"))]}
+    write_json(tmp_path / "answer.json", answer)
+    capsys.readouterr()
+    assert muster.main(["doctor", "--cluster", "slurm"]) == 1, "the cpu node did not answer"
+    said = capsys.readouterr()
+    assert "submitted preflight    7" in said.err
+    rows = said.out.splitlines()
+    assert rows[0].split("  ")[0] == "login node"
+    assert ["ok", "ok", "-", "training:", "torch", "built"] in [row.split()[:6] for row in rows]
+    assert any("node: checks  job 9 unknown without an answer: sh: /opt/python: not found" in row for row in rows)
     [script] = tmp_path.glob("runs/doctor-slurm-*/jobs/preflight.sbatch")
     assert "#SBATCH --nodes=1\n" in script.read_text()
+    # a refused launch leaves what was found on the login node, and its exit code
+    programs(sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1")
+    assert muster.main(["doctor", "--cluster", "slurm"]) != 0
+    said = capsys.readouterr()
+    assert "Invalid account" in said.err
+    assert "training: torch" in said.out
+
+
+def test_login_node_and_compute_nodes_stand_side_by_side() -> None:
+    took = [Check("training", "peft", f"can be imported ({seconds} s)") for seconds in (1.5, 20.1)]
+    same, login = Check("muster", "version", "1.0"), Check("training", "torch", "missing", Level.yellow, "install it")
+    node = Check("training", "torch", "built for CUDA", Level.green)
+    places = [
+        nodes.Place("login node", [same, login, took[0]]),
+        nodes.Place("train on n1", [same, node, took[1], Check("preflight", "ranks", "slow", Level.red, "exclude it")]),
+    ]
+    assert [line.rstrip() for line, _ in nodes.side_by_side(places, examine.MARKS)] == [
+        "login node   train on n1  check",
+        "ok           ok           muster: version  1.0",
+        "warning      ok           training: torch",
+        "                            login node: missing",
+        "                            train on n1: built for CUDA",
+        "                            -> install it",
+        "ok           ok           training: peft  can be imported",
+        "-            ERROR        preflight: ranks  slow",
+        "                            -> exclude it",
+    ]
+
+
+def test_each_kind_of_node_is_looked_at_once_with_what_its_jobs_get(compose: Compose, tmp_path: Path) -> None:
+    overrides = [
+        "cluster=slurm",
+        "cluster.train.partition=gpu",
+        "cluster.inference.partition=gpu",
+        "cluster.cpu.partition=cpu",
+    ]
+    overrides += [
+        "cluster.inference.gpu_type=null",
+        "cluster.modules=[cuda]",
+        "cluster.setup=['ulimit -n 99']",
+        "cluster.srun_args=['--mpi=none']",
+    ]
+    config = put(compose(*overrides, "cluster.python=/opt/my python"), {"run_dir": str(tmp_path)})
+    assert nodes.kinds(config) == [("train", "inference"), ("cpu",)]
+    name, text = nodes.script(config, ("train", "inference"), tmp_path)
+    assert name == "doctor/train"
+    lines = text.splitlines()
+    for wanted in (
+        "--partition=gpu",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=1",
+        "--nodes=1",
+        "--job-name=doctor/train",
+    ):
+        assert f"#SBATCH {wanted}" in lines, text
+    assert text.index("module load cuda") < text.index("ulimit -n 99") < text.index("srun --nodes=1 --ntasks=1")
+    assert lines[-1].endswith(
+        f"'/opt/my python' -u -m launcher.doctor.node {tmp_path}/config.yaml train {tmp_path}/doctor-train.json"
+    )
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_node_says_what_its_job_lacks(compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "ask", lambda _: FOUND)
+    config = put(compose("cluster=slurm"), {"run_dir": str(tmp_path / "run")})
+    found = list(examine.of_node(config, config.cluster.train))
+    [gpus] = [check for check in found if check.name == "GPUs of the job"]
+    assert (gpus.level, gpus.found) == (Level.red, "torch sees 1, asked for 8")
+    assert not [check for check in found if check.topic == "slurm"]

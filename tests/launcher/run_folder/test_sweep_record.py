@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     trained(tmp_path, "a", [{"step": 2, "eval_loss": 2.5}, {"step": 4, "loss": 2.0, "eval_loss": 2.0}])
     trained(tmp_path, "failed", [{"step": 4, "loss": 0.5, "eval_loss": 0.5}], "failed")
     early = trained(tmp_path, "early", [{"step": 1, "loss": 0.4, "eval_loss": 0.4}])
-    write_json(early / sweep.RUNG, {"step": 1, "loss": 0.4, "goes_on": False})
+    write_json(early / "jobs/train/attempt-1.json", {"status": "completed", "ended_early": True})
     names = ["b", "a", "failed", "early", "waits"]
     sweep_record.write(tmp_path, dict.fromkeys(names, {}), [], merges_best_step=False)
     return tmp_path
@@ -55,6 +55,8 @@ def test_training_losses_are_compared_if_a_run_has_no_held_out_loss(folder: Path
 def test_a_run_that_was_continued_after_its_early_end_counts(folder: Path) -> None:
     with (folder / "early/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.3, "eval_loss": 0.3}\n')
+    write_json(folder / "early/jobs/train/attempt-2/begin.json", {})
+    write_json(folder / "early/jobs/train/attempt-2.json", {"status": "completed"})
     assert sweep_record.best(folder) == folder / "early"
 
 

@@ -13,10 +13,14 @@ from tests.conftest import Compose, Programs
 
 NOON = 1796040000.0  # 2026-11-30 12:00 UTC
 SACCT = """
-102|600|32|02:40:00|512000M|billing=32,cpu=32,gres/gpu=8,mem=512000M,node=2||
-102.batch|600|16|00:10.500|||cpu=00:00:10,mem=100M|cpu=00:00:10,mem=100M
-102.0|500|32|02:39:00|||cpu=02:39:00,mem=204800M|cpu=00:20:00,gres/gpumem=10000M,gres/gpuutil=90,mem=25600M
-102.1|100|32|00:00:50|||cpu=00:00:50,mem=1M|gres/gpuutil=30,mem=1M
+102|/another/run/code|90000|64|1-00:00:00|9999M|cpu=64,mem=9999M||
+102.batch||90000|64|1-00:00:00|||mem=999999M|
+102|CODE|400|32|01:00:00|512000M|billing=32,cpu=32,gres/gpu=8,mem=512000M,node=2||
+102.batch||400|16|00:10.500|||cpu=00:00:10,mem=100M|cpu=00:00:10,mem=100M
+102.0||400|32|00:00:01|||cpu=01:39:50,mem=204800M|cpu=00:20:00,gres/gpumem=10000M,gres/gpuutil=90,mem=25600M
+102|CODE|200|32|01:00:00|512000M|billing=32,cpu=32,gres/gpu=8,mem=512000M,node=2||
+102.batch||200|16|00:10.500|||cpu=00:00:10,mem=100M|cpu=00:00:10,mem=100M
+102.0||200|32|00:59:00|||cpu=00:59:00,mem=4800M|gres/gpuutil=30,mem=1M
 """
 
 
@@ -46,7 +50,7 @@ def run(tmp_path: Path, compose: Compose, programs: Programs) -> Path:
         {"step": n, "loss": 1.0, "seconds": 5.0, "mfu": 0.4, "memory_gib_max": 60.0 + n / 60} for n in range(1, 61)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    programs(sacct=f"/bin/cat <<'END'{SACCT}END")
+    programs(sacct=f"/bin/cat <<'END'{SACCT.replace('CODE', str(run / 'code'))}END")
     return run
 
 
@@ -75,13 +79,19 @@ def test_the_figures_are_those_computed_by_hand(run: Path) -> None:
     assert train.lost_s == (40 - 30) * 5, "ten steps of five seconds were done twice"
     assert train.gpu_hours == pytest.approx(8 * 600 / 3600)
     assert (train.in_steps, train.mfu, train.gpu_memory_gib) == (0.5, 0.4, 61.0)
-    assert train.cpu_share == pytest.approx(9600 / (32 * 600))
+    killed_s = 10.5 + 5990  # the samples of a killed step have more than its TotalCPU
+    assert train.cpu_share == pytest.approx((killed_s + 3600) / (32 * 600))
     assert (train.memory_gib, train.memory_asked_gib) == (200, 500)
-    assert train.gpu_share == pytest.approx((0.9 * 500 + 0.3 * 100) / 600)
+    assert train.gpu_share == pytest.approx((0.9 * 400 + 0.3 * 200) / 600)
 
 
-def test_without_accounting_the_cpu_time_of_rank_0_counts(run: Path, programs: Programs) -> None:
+def test_without_accounting_the_cpu_time_of_rank_0_counts(
+    run: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
     programs(sacct="echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert muster.main(["efficiency", str(run)]) == 0
+    said = "note: Slurm's accounting does not answer (Slurm accounting storage is disabled): use of memory and GPUs is unknown"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(said)
     _, train = efficiency.read(run)
     assert (train.gpu_share, train.memory_gib, train.memory_asked_gib) == (None, None, 500)
     assert train.cpu_share == pytest.approx(0.5 / 4), "half a CPU of four"
@@ -90,12 +100,19 @@ def test_without_accounting_the_cpu_time_of_rank_0_counts(run: Path, programs: P
 def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert muster.main(["efficiency", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["job", "preprocess", "train", "all"]
+    assert [line.split()[0] for line in lines] == ["job", "preprocess", "train", "all", "note:"]
+    assert lines[-1] == "note: Slurm's accounting does not know 101: forgotten, or of another cluster"
     assert "61.0 of 79" in lines[2]
     assert "200.0 of 500" in lines[2]
     assert lines[3].split() == ["all", "0:11:30", "0:02:45", "0:00:50", "1.3"]
     assert muster.main(["efficiency", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["lost_s"] == 50
+
+
+def test_attempts_on_other_numbers_of_gpus_count_with_their_own(run: Path) -> None:
+    begin = run / "jobs/train/attempt-2/begin.json"
+    write_json(begin, json.loads(begin.read_text()) | {"gpus": 2})
+    assert efficiency.read(run)[1].gpu_hours == pytest.approx((8 * 400 + 2 * 200) / 3600)
 
 
 def test_a_run_on_this_machine_waits_in_no_queue(run: Path) -> None:

@@ -1,6 +1,7 @@
 """`muster ls`, `muster wait` and `muster status --json`: on run folders made by hand."""
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from conf.files import write_json
 from launcher import __main__ as muster
-from launcher.run_folder import lock
+from launcher.run_folder import lock, record
 from launcher.status import listing
 from tests.conftest import Programs
 from tests.launcher.status.test_state import ended
@@ -141,3 +142,59 @@ def test_a_list_reads_no_file_twice(runs: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(listing.summaries(runs)) == 5
     assert opened[str(runs / "done/run.json")] == opened[str(runs / "done/jobs/train/attempt-1.json")] == 1
     assert max(opened.values()) == 1
+
+
+def test_gpu_hours_are_those_of_all_attempts(tmp_path: Path, programs: Programs) -> None:
+    """Two attempts of an earlier submission, one of them lost without a verdict, and one that runs, on another number of GPUs."""
+    programs(squeue="echo '7|RUNNING'", sacct="exit 1", scontrol="exit 1")
+    run, now = launched(tmp_path / "run", 1, train="7"), time.time()
+    folder = run / "jobs/train"
+    for number, (job_id, gpus, began) in enumerate((("5", 8, 7200), ("5", 8, 3600), ("7", 4, 1800)), 1):
+        begun = {"job_id": job_id, "gpus": gpus, "started": now - began}
+        write_json(folder / f"attempt-{number}/begin.json", begun)
+        if number == 1:
+            write_json(folder / "attempt-1.json", begun | {"status": "preempted", "ended": now - began + 900})
+    (folder / "attempt-2/rank-0.log").write_text("")
+    os.utime(folder / "attempt-2/rank-0.log", (now - 1800, now - 1800))  # its last sign of life
+    [found] = listing.summaries(run)
+    assert found.gpu_hours == pytest.approx(8 * 0.25 + 8 * 0.5 + 4 * 0.5, abs=0.05)
+    assert found.state == "running train"
+
+
+def test_scripts_that_wait_for_the_user_are_shown_with_what_submits_them(
+    tmp_path: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue="exit 0", sacct="exit 1", scontrol="exit 1")
+    run = tmp_path / "my runs/run"
+    record.add_launch(run, [], "slurm", {}, ["preprocess", "train"])
+    for name in ("preprocess", "train"):
+        (run / "jobs" / name).mkdir(parents=True)
+        (run / "jobs" / f"{name}.sbatch").write_text("")
+    assert listing.summaries(run)[0].state == f"not submitted: bash '{run}/jobs/submit.sh'"
+    assert muster.main(["status", str(run)]) == 0
+    assert capsys.readouterr().out.count(f"not submitted  sbatch '{run}/jobs/") == 2
+    # one waits in the queue, then runs, then has ended without an attempt: its log has its id
+    programs(squeue=f"case $* in *%o*) echo '{run}/jobs/preprocess.sbatch|9|PENDING|me|x/preprocess|{run}/code';; esac")
+    assert listing.summaries(run)[0].state == "pending preprocess"
+    assert muster.main(["status", str(run)]) == 0
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:3]] == [
+        ["preprocess", "9", "pending"],
+        ["train", "not", "submitted"],
+    ]
+    programs(squeue="exit 0", sacct="echo '9|FAILED'")
+    (run / "jobs/preprocess/9_0_log.out").write_text("module: command not found\n")
+    assert listing.summaries(run)[0].state == "user_error preprocess"
+    ended(run, "preprocess", "9", "completed")
+    assert listing.summaries(run)[0].state == f"not submitted: sbatch '{run}/jobs/train.sbatch'"
+    # a job of an earlier launch that is to be submitted again, and then has been
+    ended(run, "train", "10", "completed")
+    programs(sacct="echo '9|COMPLETED'; echo '10|COMPLETED'; echo '11|COMPLETED'")
+    assert listing.summaries(run)[0].state == "completed"
+    for path in run.glob("jobs/*/attempt-1/begin.json"):
+        os.utime(path, (time.time() - 60, time.time() - 60))
+    os.utime(run / "jobs/preprocess/9_0_log.out", (time.time() - 60, time.time() - 60))
+    record.add_launch(run, [], "slurm", {}, ["train"])
+    assert listing.summaries(run)[0].state == f"not submitted: sbatch '{run}/jobs/train.sbatch'"
+    write_json(run / "jobs/train/attempt-2/begin.json", {"job_id": "11"})
+    write_json(run / "jobs/train/attempt-2.json", {"job_id": "11", "status": "completed"})
+    assert listing.summaries(run)[0].state == "completed"

@@ -146,3 +146,18 @@ read n < "{asked}"; echo $((n + 1)) > "{asked}"; if [ $n -lt 3 ]; then echo "102
     lines = capsys.readouterr().out.splitlines()
     assert [line[21:] for line in lines] == ["a  train running", "a  train stopped"]
     assert time.strptime(lines[0][:19], "%Y-%m-%d %H:%M:%S")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        ([], 2, "usage: "),
+        (["help"], 0, "usage: "),
+        (["staus", "RUN"], 2, "staus: no such command: did you mean python -m launcher status?"),
+        (["generate", "RUN"], 2, "generate: no such command. python -m launcher help lists them"),
+        (["train.steps=3"], 2, "to launch a run: python -m launcher run train.steps=3"),
+    ],
+)
+def test_a_word_that_is_no_command(words: list[str], code: int, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert muster.main(words) == code
+    assert shown in "".join(capsys.readouterr())

@@ -151,7 +151,9 @@ def test_a_folder_that_is_not_a_run_is_not_active(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_a_run_has_no_jobs(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"^RUN={tmp_path}: is not a run folder: it has no run.json$"):
+    with pytest.raises(
+        RunError, match=f"^RUN={tmp_path}: is not a run folder: it has no run.json. Name one that `muster ls` lists$"
+    ):
         state_module.job_states(tmp_path)
 
 

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,11 @@ def test_status_shows_the_runs_and_the_jobs_of_the_best_one(
     assert ["not", "started:", "1", "run"] in shown
     assert ["consolidate", "13", "of", "the", "best", "run:", "pending"] in shown
     assert ["best", "so", "far", "a"] in shown
-    assert muster.main(["why", str(sweep)]) == 2
-    assert "is a sweep. Name one of its runs: muster ls" in capsys.readouterr().err
+    assert muster.main(["why", str(sweep)]) == 0
+    shown_by_why = ["==== a", "train 12_0 completed", "==== b", "train 12_1 running", "==== c", "not started"]
+    assert capsys.readouterr().out.splitlines() == shown_by_why
+    assert muster.main(["logs", str(sweep)]) == 2
+    assert f"is a sweep. Name one of its runs:\n  muster logs {sweep}/a\n" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_seen_in_the_exit_code(sweep: Path, programs: Programs) -> None:
@@ -178,3 +182,64 @@ def test_the_state_of_a_sweep_for_scripts_is_that_of_all_its_jobs(
         ("a", "", "TO_COME"),
         ("b", "12_1", "RUNNING"),
     ]
+
+
+def test_stop_lets_the_trainings_that_run_save_and_cancels_the_rest(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = programs(squeue=squeue(sweep), sacct="echo '12_0|COMPLETED'", scancel=":")
+    assert muster.main(["save", str(sweep)]) == 0
+    assert "1 training will save at the next step and go on" in capsys.readouterr().out
+    assert (sweep / "b/jobs/train/save").exists()
+    assert muster.main(["stop", str(sweep)]) == 0
+    assert "1 training will save and end; 1 job that had not begun cancelled" in capsys.readouterr().out
+    assert (sweep / "b/jobs/train/stop").exists()
+    assert (folder / "scancel.calls").read_text() == "13\n"
+    programs(squeue="echo '12_1|COMPLETED'", sacct="echo '12_0|COMPLETED'; echo '13|COMPLETED'")
+    for command, message in (("stop", "has no pending or running job"), ("save", "has no training that runs")):
+        assert muster.main([command, str(sweep)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_merge_and_push_take_the_best_run_of_a_sweep(sweep: Path, programs: Programs) -> None:
+    programs(squeue="exit 0", sacct="echo '12_0|COMPLETED'")
+    assert sweep_status.require_best(sweep) == sweep / "a"
+    (sweep / "a/jobs/train/attempt-1.json").unlink()
+    with pytest.raises(RunError, match="has no run that was trained to the end. Name a run: muster ls"):
+        sweep_status.require_best(sweep)
+
+
+def test_on_this_machine_all_trainings_are_cancelled_not_only_the_one_that_runs(
+    sweep: Path, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs(squeue="exit 0", sacct="echo '12_0|COMPLETED'", scancel=":")
+    for name in ("a", "b", "c"):
+        (sweep / name).mkdir(exist_ok=True)
+        (sweep / name / "config.yaml").write_text("jobs:\n- train\n- consolidate\n")
+    with lock.held(sweep):
+        assert muster.main(["cancel", str(sweep), "--job", "train"]) == 0
+        assert capsys.readouterr().out == "cancelled 2 jobs\n", "those of b and c; a has trained"
+        assert sweep_record.cancelled(sweep) == {"train"}
+        assert muster.main(["cancel", str(sweep), "--job", "push"]) == 2
+        assert sweep_record.cancelled(sweep) == {"train"}
+
+
+@pytest.mark.proof
+def test_cancelled_trainings_of_this_machine_do_not_start_and_the_best_run_is_merged(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = [
+        "cluster.train.ranks_per_node=1", "train.global_batch=8", "train.steps=8", "data.max_rows=60", "train.eval_every=0",
+        "train.precision=fp32", "jobs=[preprocess,train,consolidate]", "consolidate.verify=weights", f"run_dir={sweep}",
+    ]  # fmt: skip
+    command = [sys.executable, ROOT / "launch.py", "-m", "train.learning_rate=1e-3,2e-3,3e-3", *words]
+    first, second, third = (sweep / f"train.learning_rate={rate}" for rate in ("1e-3", "2e-3", "3e-3"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launch:
+        while not (second / "jobs/train/attempt-1/begin.json").exists():
+            assert launch.poll() is None
+            time.sleep(0.2)
+        assert muster.main(["cancel", str(sweep), "--job", "train"]) == 0
+        said = launch.communicate(timeout=300)[0]
+    assert launch.returncode == 1
+    assert "==== run 3 of 3: train.learning_rate=3e-3\ncancelled by muster cancel" in said
+    assert [sweep_record.has_ended(run) for run in (first, second, third)] == [True, False, False]
+    assert [(run / "model").exists() for run in (first, second, third)] == [True, False, False]

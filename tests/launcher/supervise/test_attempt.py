@@ -77,11 +77,18 @@ def test_an_attempt_records_where_and_for_which_config_it_began(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("MUSTER_CONFIG", "0123456789abcdef")
+    monkeypatch.setenv("MUSTER_GPUS", "8")
     before = time.time()
     attempt.begin(tmp_path / "train")
     opened = read_json(tmp_path / "train/attempt-1/begin.json")
     assert opened.pop("started") >= before
-    assert opened == {"host": socket.gethostname(), "job_id": "4711", "config": "0123456789abcdef", "resumed": None}
+    assert opened == {
+        "host": socket.gethostname(),
+        "job_id": "4711",
+        "config": "0123456789abcdef",
+        "gpus": 8,
+        "resumed": None,
+    }
 
 
 def test_the_port_comes_from_the_job_id_and_the_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

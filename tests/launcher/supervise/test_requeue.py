@@ -73,16 +73,28 @@ def test_whether_training_starts_again(attempts: list[dict[str, Any]], again: bo
 @pytest.mark.parametrize(
     "attempts",
     [
-        [ended("preempted")] * 2,
-        [ended("preempted"), ended("time_limit")],
+        [ended("preempted", step=9)] * 2,
+        [ended("preempted", step=9), ended("time_limit")],
+        [ended("time_limit"), ended("preempted"), ended("time_limit")],
         [progressed("preempted"), *[ended("time_limit")] * 2],
     ],
-    ids=["preempted", "both", "after progress"],
+    ids=["preempted", "both", "with one at the start between", "after progress"],
 )
 def test_two_stops_without_progress_end_the_job(attempts: list[dict[str, Any]]) -> None:
     decision = requeue.decide(attempts, 3, saves=True)
     assert (decision.again, decision.status) == (False, "no_progress")
     assert "train.save_every" in decision.why
+
+
+@pytest.mark.parametrize(("max_restarts", "allowed"), [(3, 3), (1, 1), (0, 1)])
+def test_a_preemption_before_the_first_step_says_nothing_about_the_settings(max_restarts: int, allowed: int) -> None:
+    """Nobody chooses when Slurm preempts: twice in a row during a slow start does not end the run."""
+    first = ended("preempted", step=40, resumed=20, saved=40)
+    at_start = ended("preempted", step=40, resumed=40, saved=40)
+    assert requeue.decide([first, *[at_start] * allowed], max_restarts, saves=True).again
+    decision = requeue.decide([first, *[at_start] * (allowed + 1)], max_restarts, saves=True)
+    assert (decision.again, decision.status) == (False, "no_progress")
+    assert f"cluster.max_restarts={max_restarts}" in decision.why
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from conf.files import write_json
 from conf.schema import Config
-from jobs.report.training_curves import Progress, render_html
+from pages.report import Progress, render_html
 from tests.conftest import Compose, put
 from tests.pages.html import EVIL, parsed
 

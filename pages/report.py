@@ -9,11 +9,10 @@ from typing import Any
 
 from conf.plural import plural
 from conf.schema import Config
-from jobs.report import run_facts
-from jobs.report.run_facts import Fact, moment
-from pages import attempts
+from pages import attempts, run_facts
 from pages.curves import Chart, Line, Series, clock, drawn, median, points
 from pages.render import render_page
+from pages.run_facts import Fact, moment
 
 PHASES = ("data_s", "forward_s", "backward_s", "optimizer_s")
 REFRESH_S = 30
@@ -29,18 +28,25 @@ class Progress:
     """What the page must know of the training beside its files."""
 
     state: str
-    """training, completed, stopped or failed."""
+    """training, completed, stopped or failed, or the status of a verdict."""
     steps: int
     """How many steps the whole training has."""
     ranks: int
     hardware: str
     """The devices, in words."""
     warnings: list[str]
+    ended: float | None = None
+    """When the training ended, if this page is written later."""
+    reason: str = ""
+    """How it ended, and what comes next."""
+    goes_on: bool = False
+    """Whether Slurm starts it again by itself."""
 
 
 def render_html(config: Config, path: Path, progress: Progress) -> str:
     """The page for the metrics.jsonl at `path`."""
-    now = time.time()
+    now = progress.ended or time.time()
+    is_live = progress.state == "training" or progress.goes_on
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     trained = [line for line in lines if "loss" in line]
     charts = drawn(_charts(lines, trained))
@@ -54,14 +60,15 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
         run_dir=config.run_dir,
         about=[text for _, text in (of_run[0], *of_run[-2:])],
         state=progress.state,
-        written=moment(now),
+        look={"training": "", "completed": "good"}.get(progress.state, LOOKS.get(progress.state, "stop")),
+        written=moment(time.time()),
         until=moment(now),
         links=_links(config),
         facts=[*_facts(lines, trained, progress.steps), *_times(started, trained, progress.state, now)],
-        warnings=progress.warnings,
+        warnings=[*([progress.reason] if progress.reason else []), *progress.warnings],
         charts=charts,
         phases=_phases(trained),
-        attempts=[_span(one, found, progress.state, last_step, now) for one in found],
+        attempts=[_span(one, found, progress, last_step, now) for one in found],
         settings=[*of_run, *run_facts.settings(config, progress.ranks, progress.steps)],
         config_text=run_facts.config_text(config),
         data={
@@ -69,8 +76,8 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
             "smoothing": SMOOTHING,
             "raw": True,
             "shared": False,
-            "refresh_s": REFRESH_S,
-            "written": round(now),
+            "refresh_s": REFRESH_S if is_live else 0,
+            "written": round(time.time()),
             "silence": "The training may have ended: muster status shows its state.",
         },
     )
@@ -145,14 +152,14 @@ def _phases(trained: list[Line]) -> list[tuple[str, float, float]]:
 
 
 def _span(
-    one: attempts.Attempt, found: list[attempts.Attempt], state: str, last_step: int | None, now: float
+    one: attempts.Attempt, found: list[attempts.Attempt], progress: Progress, last_step: int | None, now: float
 ) -> dict[str, Any]:
     """One row of the timeline. Positions are in percent of the time since the first attempt began.
 
-    The verdict on the newest attempt is written after this page: until then, `state` and `last_step` are its.
+    The verdict on the newest attempt is written after this page, or never: until then, `progress` and `last_step` are its.
     """
     is_newest = one is found[-1]
-    status = one.status or (state if is_newest else "no verdict")
+    status = one.status or (progress.state if is_newest else "no verdict")
     step = last_step if is_newest and one.step is None else one.step
     follower = now if is_newest else found[found.index(one) + 1].started
     ended = one.ended or follower
@@ -169,7 +176,7 @@ def _span(
         "resumed": "" if one.resumed is None else f"{one.resumed:,}",
         "step": "" if step is None else f"{step:,}",
         "host": one.host,
-        "reason": one.reason,
+        "reason": one.reason or (progress.reason if is_newest else ""),
     }
 
 
