@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Iterator
 
 from conf.jobs import JOB_KINDS
-from launcher.check import command_line
 from launcher.paths import CLONE
 
 SHELLS = ("bash", "zsh", "fish")
@@ -90,6 +89,8 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 def _complete(action: argparse.Action) -> None:
     """Say what completes an argument: `complete` is shtab's attribute, `choices` that of argparse."""
     import shtab
+
+    from launcher.check import command_line  # --help starts faster without both
 
     if action.dest in ("run", "runs"):
         action.complete = RUNS  # type: ignore[attr-defined]
