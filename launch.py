@@ -5,6 +5,12 @@
 
 import os
 import sys
+
+from launcher import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_with_a_line("launch.py")
+
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +30,7 @@ from launcher.check import command_line, help_text, quoting, resume, search_path
 from launcher.convert import experiment_file
 from launcher.paths import CLONE
 from launcher.run_folder import names, record
+from launcher.status import terminal
 from launcher.submit import planned_run, preview, submit, sweep_launch
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -99,7 +106,7 @@ def launch(composed: DictConfig) -> int:
     for line in notes:
         print(line, flush=True)
     if config.dry_run:
-        print(visible(preview.text(config, jobs)), flush=True)
+        print(visible(preview.text(config, jobs, record.training_rows(config))), flush=True)
         return 0
     if jobs and not names.is_named(sys.argv[1:]):
         config.run_dir = names.reserve(config.run_dir)
@@ -128,6 +135,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
     if arguments is not None:
         sys.argv = [prog, *arguments]  # Hydra reads sys.argv, and run.json records it
     try:
+        ctrl_c.raises()
         words, folders = search_path.read(sys.argv[1:])
         if (keys := help_text.asked(words)) is not None:
             command = "python launch.py" if prog == "launch.py" else prog
@@ -138,14 +146,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "launch.py") -> int
         with slurm.retrying(WAIT_S):
             return launch_words(words, folders)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        terminal.error(prog, str(error))
         return error.exit_code
     except (hydra.errors.HydraException, OmegaConfBaseException, YAMLError) as error:
         causes = [str(item).splitlines()[0] for item in (error, error.__cause__) if item]
-        print(f"{prog}: {visible(': '.join(causes))}", file=sys.stderr)
+        terminal.error(prog, ": ".join(causes))
         return 2
     except PermissionError as error:
-        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
+        terminal.error(prog, record.closed_file(error))
         return 2
     except BrokenPipeError:  # `... dry_run=true | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,6 @@
 """Steps of the warmup, and the steps at which training evaluates and saves: arithmetic on which the launcher and jobs agree."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -9,6 +10,11 @@ WARMUP_STEPS = 10
 """Steps of warmup if neither `train.warmup_steps` nor `train.warmup_ratio` is set, but at most a tenth of the training."""
 EVAL_EVERY = 100
 SAVE_EVERY = 500
+
+
+def steps(train: Train, rows: int) -> int:
+    """Steps of the whole training. `rows` are the training rows of one epoch."""
+    return train.steps or max(1, math.ceil((train.epochs or 1) * rows / train.global_batch))
 
 
 def warmup_steps(train: Train, steps: int) -> int:

@@ -1,6 +1,5 @@
 """Fine-tunes a model: set up, resume from the newest checkpoint, then train step by step with evaluations and checkpoints."""
 
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -60,8 +59,7 @@ def _set_up(config: Config, world: World, stop: stop_signals.StopFlag) -> tuple[
     data_folder = Path(config.run_dir) / "data"
     train_rows = batches.load_split(data_folder, "train", config.data.max_length if config.data.packing else None)
     validation_rows = batches.load_split(data_folder, "validation")
-    total_rows = (config.train.epochs or 1) * len(train_rows)
-    last_step = config.train.steps or max(1, math.ceil(total_rows / config.train.global_batch))
+    last_step = schedule.steps(config.train, len(train_rows))
     pad_token = load_tokenizer(config).pad_token_id or 0  # a tokenizer without one: no token sees the padding
 
     # Model: built without weights, so that the backend fills only this rank's shards, from the model's files or a checkpoint

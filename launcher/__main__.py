@@ -6,14 +6,18 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from launcher import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_with_a_line("python -m launcher")
+
 from conf.errors import UserError
-from conf.visible import visible
 from launcher import slurm, version
 from launcher.commands import sweep
 from launcher.commands.run import launch
 from launcher.paths import CLONE
 from launcher.run_folder import record
-from launcher.status import find
+from launcher.status import find, terminal
 
 WAIT_S = 120.0
 """How long a command waits in all for a Slurm that is busy. A launch waits longer: see launch.py."""
@@ -37,6 +41,7 @@ COMMANDS = {
     "merge": "merge",
     "push": "push",
     "sync": "sync",
+    "completion": "completion",
 }
 """What is typed, and its module in launcher/commands. `--help` lists them in this order."""
 
@@ -54,7 +59,7 @@ def parser(prog: str, names: Sequence[str]) -> argparse.ArgumentParser:
         module = import_module(f"launcher.commands.{COMMANDS[name]}")
         sub = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
         module.arguments(sub)
-        sub.set_defaults(execute=module.execute, prog=prog)
+        sub.set_defaults(execute=module.execute, prog=prog, whole_parser=lambda: parser("muster", tuple(COMMANDS)))
     return result
 
 
@@ -70,7 +75,7 @@ def _no_command(words: Sequence[str], prog: str) -> int:
         message = f"{words[0]}: no such command" + (
             f": did you mean {prog} {near[0]}?" if near else f". {prog} help lists them"
         )
-    print(f"{prog}: {visible(message)}", file=sys.stderr)
+    terminal.error(prog, message)
     return 2
 
 
@@ -85,22 +90,24 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launcher
         return _no_command(words, prog)
     options = parser(prog, words[:1] if words[:1] and words[0] in COMMANDS else tuple(COMMANDS)).parse_args(words)
     try:
+        ctrl_c.raises()
         with slurm.retrying(WAIT_S):
             if "run" in options:
                 options.run = find.run_of(options.run) if options.by_id else options.run.resolve()
             return int(options.execute(options))
     except slurm.BusyError as error:
-        print(f"{prog}: Slurm does not answer ({error}), so nothing was changed. Try again later", file=sys.stderr)
+        terminal.error(prog, f"Slurm does not answer ({error}), so nothing was changed. Try again later")
         return 2
     except (UserError, slurm.SlurmError) as error:
-        print(f"{prog}: {visible(str(error))}", file=sys.stderr)
+        terminal.error(prog, str(error))
         return 2
     except PermissionError as error:
-        print(f"{prog}: {record.closed_file(error)}", file=sys.stderr)
+        terminal.error(prog, record.closed_file(error))
         return 2
     except BrokenPipeError:  # `muster logs RUN | head`: the reader has closed the pipe
         return 141
     except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
         return 130
 
 

@@ -15,6 +15,9 @@ def code_folder() -> Path:
 def main() -> int:
     """Run one command. The code comes first on the path: the working directory may hold a `conf/` or `launcher.py` of its own."""
     sys.path.insert(0, str(code_folder()))
+    from launcher import ctrl_c
+
+    ctrl_c.ends_with_a_line("muster")
     from launcher.__main__ import main
 
     return main(prog="muster")

@@ -58,6 +58,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
         "report.html.j2",
         name=config.name,
         run_dir=config.run_dir,
+        about=[text for _, text in (of_run[0], *of_run[-2:])],
         state=progress.state,
         look={"training": "", "completed": "good"}.get(progress.state, LOOKS.get(progress.state, "stop")),
         written=moment(time.time()),
@@ -77,6 +78,7 @@ def render_html(config: Config, path: Path, progress: Progress) -> str:
             "shared": False,
             "refresh_s": REFRESH_S if is_live else 0,
             "written": round(time.time()),
+            "silence": "The training may have ended: muster status shows its state.",
         },
     )
 
@@ -86,7 +88,7 @@ def _links(config: Config) -> list[tuple[str, str]]:
     has_preview = (Path(config.run_dir) / "data/preview.html").exists()
     links = [("training data (preview.html)", "data/preview.html")] * has_preview
     if "generate" in config.jobs:
-        links.append(("answers (generations.html, once the job generate has ended)", "generations.html"))
+        links.append(("answers (generations.html, after the job generate)", "generations.html"))
     return links
 
 

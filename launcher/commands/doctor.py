@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from conf.visible import visible
 from launcher import slurm
-from launcher.status.tables import console
+from launcher.status import terminal
 
 if TYPE_CHECKING:
     from conf.schema import Config
@@ -91,13 +91,12 @@ def _print(line: str, level: "Level") -> None:
 
     from launcher.doctor import examine
 
-    terminal = console()
-    if terminal.is_terminal:
+    if (screen := terminal.console()).is_terminal:
         text = Text(visible(line))
         for marked, (color, word) in examine.MARKS.items():
             if marked is level:
                 text.highlight_words([word.strip()], color)
-        terminal.print(text, soft_wrap=True)
+        screen.print(text, soft_wrap=True)
     else:
         print(visible(line), flush=True)
 
@@ -111,7 +110,7 @@ def _look_at_nodes(options: argparse.Namespace) -> "tuple[list[Place], int]":
 
     run = Path(f"runs/doctor-{options.cluster}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     words = [f"cluster={options.cluster}", "model=tiny", "pipeline=preflight", f"run_dir={run}"]
-    words += ["cluster.train.nodes=1", f"cluster.train.time_min={nodes.TIME_MIN}"]
+    words += ["cluster.gpus=null", "cluster.train.nodes=1", f"cluster.train.time_min={nodes.TIME_MIN}"]
     with redirect_stdout(sys.stderr):  # what is printed is to be pasted into an issue
         if code := launch.main(words, prog=f"{options.prog} doctor"):
             return [], code

@@ -32,10 +32,12 @@ def _explain(options: argparse.Namespace, run: Path) -> int:
     waits = pending.reasons(jobs)
     for job in jobs:
         if job.state == "PENDING":
-            print(visible(f"{job.name} {job.job_id} pending: {waits.get(job.name, 'Slurm does not say why')}"))
+            status_table.outcome(
+                f"{job.name} {job.job_id}", "pending", f": {waits.get(job.name, 'Slurm does not say why')}"
+            )
         elif job.verdict is None or job.verdict["status"] == "completed":
             reason = f": {job.verdict['reason']}" if job.verdict and job.verdict.get("reason") else ""
             word = job.verdict["status"] if job.verdict else job.state.lower()
-            print(visible(f"{job.name} {job.job_id} {word}{reason}"))
+            status_table.outcome(f"{job.name} {job.job_id}", word, reason)
         status_table.attempts(job)
     return exit_code(options, jobs)

@@ -36,12 +36,13 @@ def _partitions(cluster: Cluster) -> Iterator[Check]:
         names.add(name.rstrip("*"))
         gpus = "" if gres in ("", "(null)") else f", {gres}"
         yield Check(TOPIC, f"partition {name}", f"{state}, {nodes} nodes, at most {limit}{gpus}")
-    sections = {"train": cluster.train, "cpu": cluster.cpu, "inference": cluster.inference}
-    for section, part in sections.items():
-        for name in (part.partition or "").split(","):
+    wanted = {"cluster.partition": cluster.partition}
+    wanted |= {f"cluster.{name}.partition": getattr(cluster, name).partition for name in ("train", "cpu", "inference")}
+    for key, value in wanted.items():
+        for name in (value or "").split(","):
             if name and name not in names:
                 remedy = f"set it to one of {', '.join(sorted(names))}"
-                yield error(TOPIC, f"cluster.{section}.partition", f"there is no partition {name}", remedy)
+                yield error(TOPIC, key, f"there is no partition {name}", remedy)
 
 
 def _accounts(cluster: Cluster, user: str) -> Iterator[Check]:

@@ -15,6 +15,7 @@ from conf import sweep
 from conf.errors import Problem, RunError
 from conf.files import write_json
 from conf.jobs import JOB_KINDS
+from conf.schema import Config
 from launcher.run_folder.attempts import read_record
 
 JOB_ID = re.compile(r"[0-9]{1,19}([_+][0-9]{1,10})?")
@@ -36,6 +37,14 @@ class StartedJob(NamedTuple):
     """Slurm's name of the job; empty if it was not recorded."""
     folder: str = "code"
     """The folder in which the job starts, relative to the run."""
+
+
+def training_rows(config: Config) -> int | None:
+    """Return the rows of an epoch of a run whose data are prepared. None before that, and where samples are packed into rows."""
+    described = read_record(Path(config.run_dir) / "data" / "data.json")
+    train = (described or {}).get("train")
+    rows = train.get("samples") if isinstance(train, dict) and not config.data.packing else None
+    return rows if isinstance(rows, int) else None
 
 
 def read_launches(run: Path) -> list[dict[str, Any]]:

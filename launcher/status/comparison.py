@@ -16,11 +16,13 @@ from pages.curves import Line, Point, median, number, points
 
 MOST_LINES = 800
 """Lines of a metrics.jsonl that are parsed beside those of evaluations. Of a longer one, every second (third, ...) line is."""
-OWN_KEYS = ("name", "run_dir")
-"""Keys that differ between all runs."""
+OWN_KEYS = ("name", "run_dir", "jobs")
+"""Keys that say nothing about how a run trains."""
 FIRST = ("train.", "adapter.", "model.", "data.", "parallel.")
 """Sections of the config that come first in a list of keys."""
 NOT_THERE = "(not there)"
+NO_VERDICT = "no verdict yet"
+"""The status of an attempt that runs."""
 HELD_OUT_KEYS = (
     *("model.source", "model.tokenizer", "data.path", "data.sets", "data.format", "data.fields"),
     *("data.chat_template", "data.mask", "data.train_on", "data.validation", "data.max_length"),
@@ -42,6 +44,11 @@ class ComparedRun:
     lines: list[Line]
     """Lines of metrics.jsonl: all evaluations, and one step in `every`."""
     every: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it trains, or was killed without a verdict."""
+        return self.status == NO_VERDICT
 
     @cached_property
     def last(self) -> Point | None:
@@ -147,7 +154,7 @@ def _read(run: Path, name: str) -> ComparedRun:
     found = attempts.read(run)
     status = "not started"
     if found:
-        status = "ended early" if found[-1].ended_early else found[-1].status or "no verdict yet"
+        status = "ended early" if found[-1].ended_early else found[-1].status or NO_VERDICT
     return ComparedRun(name, run, status, _config(run / "config.yaml"), *_lines(run / "metrics.jsonl"))
 
 

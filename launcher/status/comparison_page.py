@@ -11,6 +11,8 @@ from pages.render import render_page
 ALL_POINTS = 8000
 """Points of a chart, divided among its runs, so that the page stays below 1 MB."""
 SMOOTHING = 0.8
+REFRESH_S = 30
+"""How often the page loads itself again while a run trains, and `muster compare --watch` writes it again."""
 CURVES = (
     ("Training loss", "nats per token", "loss", "plain"),
     ("Held-out loss", "nats per token", "eval_loss", "plain"),
@@ -39,6 +41,9 @@ def render_html(runs: Sequence[ComparedRun], results: Table, cost: float | None)
             "smoothing": SMOOTHING,
             "raw": False,
             "shared": True,
+            "refresh_s": REFRESH_S if any(run.is_open for run in runs) else 0,
+            "written": round(time.time()),
+            "silence": "Type muster compare again, with --watch to keep it up to date.",
         },
     )
 

@@ -8,19 +8,21 @@ from conf.visible import visible
 from launcher import slurm
 from launcher.run_folder.log_lines import LOG_PREFIX
 from launcher.run_folder.status import COMPLETED
+from launcher.status import terminal
 from launcher.status.overview import Overview, elapsed_s
 from launcher.status.state import JobState
-from launcher.status.tables import cell, console, duration
+from launcher.status.tables import cell, duration
 
 LOG_LINES = 5
 """Number of lines of a failed rank's log that are shown under the table."""
+COLORED = ("state", "verdict")
 HEADINGS = ("job", "id", "state", "attempt", "verdict", "step", "elapsed", "left", "where", "reason")
 
 
 def show(overviews: Sequence[Overview]) -> None:
     """Print the table of each run, and under it the remedies and the last lines of what failed."""
     for overview in overviews:
-        console().print(drawn(overview, with_name=len(overviews) > 1))
+        terminal.console().print(drawn(overview, with_name=len(overviews) > 1))
         for job in overview.jobs:
             if job.failed:
                 _print_failure(job)
@@ -71,7 +73,8 @@ def _table(overview: Overview) -> Any:
     for index in shown:
         table.add_column(HEADINGS[index], overflow="fold")
     for row in rows:
-        table.add_row(*(cell(row[index]) for index in shown))
+        looks = {index: terminal.style(row[index]) for index in shown if HEADINGS[index] in COLORED}
+        table.add_row(*(cell(row[index], looks.get(index, "")) for index in shown))
     return table
 
 
@@ -126,18 +129,23 @@ def _log_lines(verdict: dict[str, Any]) -> list[str]:
 def attempts(job: JobState) -> None:
     """Print how each attempt of a job ended: one line for each earlier attempt, and all details of the newest."""
     for verdict in job.before:
-        _print(f"  attempt {verdict['attempt']} {verdict['status']}: {_reason_and_next(verdict)}")
+        outcome(f"  attempt {verdict['attempt']}", verdict["status"], f": {_reason_and_next(verdict)}")
     newest = job.verdict
     if newest is None or newest["status"] == COMPLETED:
         return
     where = "" if newest.get("rank") is None else f" (rank {newest['rank']} on {newest['host']})"
-    _print(f"{job.name} {job.job_id} {newest['status']}{where}: {_reason_and_next(newest)}")
+    outcome(f"{job.name} {job.job_id}", newest["status"], f"{where}: {_reason_and_next(newest)}")
     if newest.get("remedy"):
-        _print(f"remedy: {newest['remedy']}")
+        terminal.say(f"remedy: {newest['remedy']}", "bold", until=len("remedy:"))
     if newest.get("error"):
         _print(newest["error"])
     if lines := _log_lines(newest):
         _print("\n".join(["last lines of its log:", *lines]))
+
+
+def outcome(job: str, status: str, rest: str = "") -> None:
+    """Print a line about a job, whose status is colored."""
+    terminal.say(f"{job} {status}{rest}", terminal.style(status), until=len(visible(f"{job} {status}")))
 
 
 def _reason_and_next(verdict: dict[str, Any]) -> str:

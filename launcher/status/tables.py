@@ -10,8 +10,12 @@ from typing import Any
 from conf.files import read_json
 from conf.visible import visible
 from launcher.run_folder.attempts import metrics
+from launcher.status import terminal
 from launcher.status.comparison_table import Table as ComparisonTable
 from launcher.status.listing import Summary
+
+STATE = "state"
+"""The heading of a column whose cells are colored."""
 
 
 def runs(found: Sequence[Summary], folder: Path) -> None:
@@ -30,7 +34,7 @@ def runs(found: Sequence[Summary], folder: Path) -> None:
             "" if item.launched is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(item.launched)),
         )
         rows.append(cells)
-    print_rows(("run", "state", "step", "loss", "left", *["GPU-hours"] * uses_gpus, "launched"), rows)
+    print_rows(("run", STATE, "step", "loss", "left", *["GPU-hours"] * uses_gpus, "launched"), rows)
 
 
 def comparison(found: ComparisonTable) -> None:
@@ -42,7 +46,7 @@ def comparison(found: ComparisonTable) -> None:
         table.add_column(cell(heading), overflow="fold")
     for number, cells in enumerate(found.rows):
         table.add_row(*map(cell, cells), style="bold" if number == found.best else None)
-    console().print(table)
+    terminal.console().print(table)
     for note in found.notes:
         print(visible(f"note: {note}"))
 
@@ -56,8 +60,11 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         for heading in headings:
             table.add_column(heading, overflow="fold")
         for row in rows:
-            table.add_row(*map(cell, row))
-        console().print(table)
+            looks = [
+                terminal.style(text) if heading == STATE else "" for heading, text in zip(headings, row, strict=True)
+            ]
+            table.add_row(*map(cell, row, looks))
+        terminal.console().print(table)
         return
     lines = [headings, *([visible(text).replace("\n", " ") for text in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -79,7 +86,7 @@ def show_result(run: Path) -> None:
     table.add_column(overflow="fold")
     for name, value in result_rows(run):
         table.add_row(cell(name), cell(value))
-    console().print("", table)
+    terminal.console().print("", table)
 
 
 def result_rows(run: Path) -> list[tuple[str, str]]:
@@ -117,14 +124,6 @@ def cell(text: str, style: str = "") -> Any:
     from rich.text import Text
 
     return Text(visible(text), style=style)
-
-
-def console() -> Any:
-    """Return a console. Without a terminal its lines are long and not folded, because people grep them."""
-    from rich.console import Console
-
-    found = Console()
-    return found if found.is_terminal else Console(width=240)
 
 
 def _folder_bytes(folder: Path) -> int:

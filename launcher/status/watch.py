@@ -8,7 +8,7 @@ from conf.visible import visible
 from launcher.run_folder import sweep_record
 from launcher.status import find, overview, status_table, sweep
 from launcher.status.overview import Overview
-from launcher.status.tables import console
+from launcher.status.terminal import console
 
 
 def watch(runs: Sequence[Path], every_s: float) -> list[Overview]:
@@ -22,7 +22,7 @@ def _on_terminal(runs: Sequence[Path], every_s: float) -> list[Overview]:
 
     found: list[Overview] = []
     with Live(console=console(), auto_refresh=False, transient=True) as live:
-        for found in _states(runs, every_s):
+        for found in states(runs, every_s):
             shown = (status_table.drawn(item, with_name=len(found) > 1) for item in found)
             live.update(Group(*shown), refresh=True)
     status_table.show(found)
@@ -32,7 +32,7 @@ def _on_terminal(runs: Sequence[Path], every_s: float) -> list[Overview]:
 def _in_lines(runs: Sequence[Path], every_s: float) -> list[Overview]:
     found: list[Overview] = []
     said: dict[Path, str] = {}
-    for found in _states(runs, every_s):
+    for found in states(runs, every_s):
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         for item in found:
             if (line := status_table.line(item)) != said.get(item.run):
@@ -41,7 +41,7 @@ def _in_lines(runs: Sequence[Path], every_s: float) -> list[Overview]:
     return found
 
 
-def _states(runs: Sequence[Path], every_s: float) -> Iterator[list[Overview]]:
+def states(runs: Sequence[Path], every_s: float) -> Iterator[list[Overview]]:
     """Yield the state of the runs, now and every `every_s` seconds, the last time when nothing is pending or running."""
     sweeps = [folder for folder in runs if sweep_record.is_sweep(folder)]
     while True:

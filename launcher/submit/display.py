@@ -6,15 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.run_folder.status import COMPLETED, PLANNED
+from launcher.status import terminal
 from launcher.submit.activity import Activity
 from launcher.submit.interrupts import Interrupts
 
 SILENT_S = 15.0
 """After so long without a line, a plain display says what the job is doing."""
 BAR_WIDTH = 24
-COLORS = {COMPLETED: "green", "running": "cyan", "waiting": "dim", **dict.fromkeys(PLANNED, "yellow")}
-"""Colors of states; all others are failures, and red."""
 
 
 def is_lively(stream: Any) -> bool:
@@ -121,7 +119,7 @@ class Live(Plain):
 
         states = Text("\n")
         for name, state in self._states.items():
-            states.append(f"{name} ").append(state, COLORS.get(state.split()[0], "red")).append("   ")
+            states.append(f"{name} ").append(state, terminal.style(state)).append("   ")
         if self.activity is None:
             return states
         row = Table.grid(padding=(0, 1))

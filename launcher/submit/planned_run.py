@@ -54,9 +54,10 @@ def config_of(composed: DictConfig, words: Sequence[str]) -> Config:
 def checked(config: Config, words: Sequence[str]) -> tuple[PlannedRun, list[str]]:
     """The run with what is chosen for it, and notes to print. `words`: its command line. Raises UserError with every problem."""
     plan.add_push(config)
+    given, gpus_per_node = cluster_wide.take(config), config.cluster.train.gpus_per_node or 0
     facts = observe.observe(config, command_line.keys(words))
     if problems := rules.problems(config, facts):
-        raise ConfigError(*problems)
+        raise ConfigError(*cluster_wide.as_given(problems, given, gpus_per_node))
     config, chosen = auto_settings.choose(config)
     if facts.existing:
         resume.require_same(facts.existing, config)

@@ -28,12 +28,12 @@ KEYS_OF_SBATCH = {
 """Variables of sbatch whose value has a key of its own."""
 
 
-def text(config: Config, jobs: Sequence[Job]) -> str:
-    """Return everything that would be submitted.
+def text(config: Config, jobs: Sequence[Job], rows: int | None = None) -> str:
+    """Return everything that would be submitted. rows: of an epoch, if they are known; see record.training_rows.
 
     The id of a dependency is not known yet, so the job's name in angle brackets stands for it.
     """
-    parts = [summary(config, jobs)]
+    parts = [summary(config, jobs, rows)]
     on_slurm = config.cluster.executor is Executor.slurm
     for job in jobs:
         if job.name == "train" and (estimate := memory.estimate(config)):
@@ -58,7 +58,7 @@ def text(config: Config, jobs: Sequence[Job]) -> str:
     return "\n".join(parts)
 
 
-def summary(config: Config, jobs: Sequence[Job]) -> str:
+def summary(config: Config, jobs: Sequence[Job], rows: int | None = None) -> str:
     """Return the run in a few lines: what is trained and how, the jobs with their resources, and the memory estimate."""
     if config.custom.command is not None:
         return "\n".join(
@@ -76,7 +76,7 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
         f"run       {config.run_dir}",
         f"model     {config.model.name} ({config.model.source}), adapter {adapter.kind.name}{base}",
         f"data      {', '.join(path for _, path in training_paths(config.data))}",
-        training(config),
+        training(config, rows),
         f"config    {resolve.digest(config)}",
     ]
     lines += [_job_line(job) for job in jobs]
@@ -90,31 +90,40 @@ def summary(config: Config, jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-def training(config: Config) -> str:
-    """Return the line that says how much is trained in a step, and how."""
+def training(config: Config, rows: int | None = None) -> str:
+    """Return the line that says how much is trained in a step, and how. rows: of an epoch, if they are known."""
     train, resources = config.train, config.cluster.train
     world = resources.nodes * resources.ranks_per_node
-    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs in steps"
-    rows = f"{train.global_batch:,} rows"
+    batch = f"{train.global_batch:,} rows"
     groups = world // ranks_per_row(config)
     if groups and train.global_batch % groups == 0:  # otherwise it is refused
         micro, accumulated = split(config, world)
         ranks = (
             plural(groups, "rank") if groups == world else f"{plural(groups, 'group')} of {ranks_per_row(config)} ranks"
         )
-        rows += f" ({micro} x {accumulated} accumulated x {ranks})"
+        batch += f" ({micro} x {accumulated} accumulated x {ranks})"
     tokens = f"{'' if config.data.packing else 'at most '}{train.global_batch * config.data.max_length:,} tokens a step"
     rate = f"learning rate {train.learning_rate:g} {train.lr_schedule.name}"
     device = (
         f"on {plural(resources.nodes * resources.gpus_per_node, 'GPU')}" if resources.gpus_per_node else "on the CPU"
     )
     parts = (
-        f"training  {length} of {rows}, {tokens}",
+        f"training  {_length(train, rows)} of {batch}, {tokens}",
         f"{rate}, warmup {_warmup(train)}",
         f"{train.optimizer.name}, max_length {config.data.max_length:,}",
         f"precision {train.precision.name}, {config.parallel.name}, {device}",
     )
     return ", ".join(parts)
+
+
+def _length(train: Train, rows: int | None) -> str:
+    """The number of steps. Where train.epochs gives it, it follows from the rows of an epoch."""
+    if train.steps:
+        return plural(train.steps, "step")
+    epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs:g} epochs"
+    if rows is None:
+        return f"{epochs}: {train.epochs:g} x rows / {train.global_batch:,} steps (rows are known after preprocess)"
+    return f"{epochs}: {plural(schedule.steps(train, rows), 'step')}"
 
 
 def _warmup(train: Train) -> str:

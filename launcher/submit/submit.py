@@ -37,7 +37,7 @@ def submit(config: Config, jobs: Sequence[Job], command: Sequence[str]) -> int:
         )
         return 0
     with opened(config):
-        print(visible(preview.summary(config, jobs)), flush=True)
+        print(visible(preview.summary(config, jobs, record.training_rows(config))), flush=True)
         return _start(config, jobs, write_run_folder(config, jobs, command))
 
 

@@ -12,7 +12,7 @@ from conf.jobs import AFTER_TRAINING, BEFORE_TRAINING
 from conf.plural import plural
 from conf.visible import visible
 from launcher import plan
-from launcher.run_folder import lock, sweep_record
+from launcher.run_folder import lock, record, sweep_record
 from launcher.submit import preview, submit, sweep_groups, sweep_slurm
 from launcher.submit.planned_run import PlannedRun
 
@@ -56,7 +56,8 @@ def start(
 
 def summary(folder: Path, runs: Sequence[PlannedRun]) -> list[str]:
     """The sweep in a few lines: its runs, and what its first run does."""
-    setting = runs[0].config.sweep
+    first = runs[0].config
+    setting = first.sweep
     lines = [f"sweep     {folder}: {plural(len(runs), 'run')}", *(f"          {run.folder.name}" for run in runs)]
     if setting.stop_worst:
         lines.append(f"ends      {setting.stop_worst}: a training ends there if its loss is among the worst")
@@ -65,7 +66,7 @@ def summary(folder: Path, runs: Sequence[PlannedRun]) -> list[str]:
         lines.append(f"arrays    {count}, because the runs ask for different resources{each}")
     if sweep_groups.merges_best(runs) and sweep_groups.later_names(runs):
         lines.append(f"best      {', '.join(sweep_groups.later_names(runs))}: only of the run with the lowest loss")
-    return [*lines, "", *preview.summary(runs[0].config, runs[0].jobs).splitlines()]
+    return [*lines, "", *preview.summary(first, runs[0].jobs, record.training_rows(first)).splitlines()]
 
 
 def preview_text(folder: Path, runs: Sequence[PlannedRun]) -> str:

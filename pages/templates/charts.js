@@ -83,7 +83,7 @@
   const steps = page.charts.flatMap((chart) => chart.series.flatMap((series) => [series.x[0], series.x.at(-1)]));
   const first = Math.min(...steps), last = Math.max(...steps, first + 1); // the same steps on all charts
 
-  const visible = (chart) => chart.series.filter((series) => !hidden.has(series.look));
+  const visible = (chart) => chart.series.filter((series, i) => !hidden.has(series.look) && chart.boxes[i]?.checked !== false);
   const shown = (series) => (series.smooth && smoothing > 0 ? smoothed(series.y, smoothing) : series.y);
 
   const range = (chart) => {
@@ -93,7 +93,9 @@
     chart.isLog = chart.logBox.checked && low > 0;
     if (high === low) high = low + Math.max(Math.abs(low) / 10, 1e-9);
     if (!chart.isLog && low > 0 && low <= high / 2) low = 0;
-    return [low, high];
+    const room = 0.04; // so that no curve lies on the frame
+    if (chart.isLog) return [low / (high / low) ** room, high * (high / low) ** room];
+    return [low === 0 ? 0 : low - room * (high - low), high + room * (high - low)];
   };
 
   const draw = (chart) => {
@@ -191,7 +193,23 @@
     event.preventDefault();
   };
 
-  const setUp = (chart, panel) => {
+  /** The legend of one chart. With several curves, each has a box that turns it off. */
+  const writeLegend = (chart, legend, number) => {
+    for (const [i, series] of chart.series.entries()) {
+      let item = add(legend, "li");
+      if (chart.series.length > 1) {
+        item = add(item, "label");
+        const box = { type: "checkbox", name: `show${number}-${i}`, checked: "", "aria-label": `${chart.title}: show ${series.name}` };
+        chart.boxes.push(add(item, "input", box));
+      }
+      swatch(item, series);
+      item.append(series.name);
+    }
+  };
+
+  const setUp = (chart, number) => {
+    const panel = document.querySelector(`[data-chart="${number}"]`);
+    chart.boxes = [];
     chart.plot = panel.querySelector(".plot");
     chart.logBox = panel.querySelector("input");
     chart.svg = add(chart.plot, "svg", { "aria-hidden": "true" });
@@ -201,7 +219,7 @@
     for (const [key, value] of Object.entries({ ...slider, ...values })) chart.plot.setAttribute(key, value);
     const legend = panel.querySelector(".legend");
     if (page.shared) legend.remove(); // one legend for all charts, at the top of the page
-    else for (const series of chart.series) { const item = add(legend, "li"); swatch(item, series); item.append(series.name); }
+    else writeLegend(chart, legend, number);
     const point = (event) => goTo(chart, chart.stepAt(event.clientX - chart.plot.getBoundingClientRect().left));
     chart.plot.addEventListener("pointermove", point);
     chart.plot.addEventListener("pointerdown", point);
@@ -222,6 +240,7 @@
     for (const box of document.querySelectorAll("input[data-look]")) if (!box.checked) hidden.add(Number(box.dataset.look));
     page.charts.forEach(draw);
   };
+  page.charts.forEach(setUp);
   for (const input of document.querySelectorAll("input[name]")) {
     const isBox = input.type === "checkbox", stored = kept.get(input.name);
     if (stored !== null) isBox ? (input.checked = stored === "1") : (input.value = stored);
@@ -232,7 +251,6 @@
     });
   }
   for (const place of document.querySelectorAll("[data-swatch]")) swatch(place, { look: Number(place.dataset.swatch) });
-  page.charts.forEach((chart, number) => setUp(chart, document.querySelector(`[data-chart="${number}"]`)));
   apply();
 
   const refresh = document.querySelector("input[name=refresh]");
@@ -240,7 +258,7 @@
     setInterval(() => refresh.checked && !document.hidden && step === null && location.reload(), 1000 * page.refresh_s);
     const silent_min = Math.floor((Date.now() / 1000 - page.written) / 60);
     const note = document.getElementById("silent");
-    if (silent_min >= 10) note.append(`This page was written ${silent_min} minutes ago. The training may have ended: muster status shows its state.`);
+    if (silent_min >= 10) note.append(`This page was written ${silent_min} minutes ago, and nothing has rewritten it since. ${page.silence}`);
     note.hidden = silent_min < 10;
   }
 })();

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -123,6 +124,40 @@ def read_all(terminal: int, shown: bytearray) -> None:
     with suppress(OSError):
         while part := os.read(terminal, 65536):
             shown += part
+
+
+LAUNCHES = {
+    "launch.py": [sys.executable, str(CLONE / "launch.py")],
+    "muster": [sys.executable, "-m", "muster", "run"],
+    "python -m launcher": [sys.executable, "-m", "launcher", "run"],
+}
+"""What a message begins with while modules are imported, and the command."""
+
+
+def test_ctrl_c_at_any_moment_of_a_start_is_one_line_and_130() -> None:
+    """While Hydra is imported, while the config is composed, and later. Python's own start may still show its traceback."""
+    cases = [("launch.py", delay_s) for delay_s in (0.05, 0.2, 0.5, 0.9, 1.4, 2.0)]
+    cases += [("muster", 0.1), ("muster", 0.4), ("muster", 1.0), ("python -m launcher", 0.3)]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        found = [*pool.map(lambda case: interrupted(*case), cases)]
+    for (prog, delay_s), (code, shown, errors) in zip(cases, found, strict=True):
+        if "Traceback" in errors or (code == -signal.SIGINT and not shown):  # Python has not begun with our files
+            assert delay_s < 0.5 and str(CLONE / "launch") not in errors, errors
+        elif code == 130:
+            assert errors in (f"{prog}: stopped\n", f"{prog} run: stopped\n"), errors
+        else:  # all of it was printed before
+            assert code in (0, -signal.SIGINT) and "#SBATCH" in shown and not errors, (prog, delay_s, code, errors)
+    assert [code for code, _, _ in found].count(130) >= 3, found
+
+
+def interrupted(prog: str, delay_s: float) -> tuple[int, str, str]:
+    """The exit code, output and errors of a dry run that gets SIGINT after a while."""
+    words = [*LAUNCHES[prog], *WORDS, "dry_run=true"]
+    with subprocess.Popen(words, cwd=CLONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        shown, errors = process.communicate()
+    return process.returncode, shown, errors
 
 
 def test_signals_that_come_together_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:

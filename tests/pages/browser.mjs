@@ -1,4 +1,4 @@
-// Opens pages in headless Chromium: takes pictures, runs axe-core, and tries pointer, keys and slider. `node browser.mjs MODULES OUT NAME=FILE...`
+// Opens pages in headless Chromium: takes pictures, runs axe-core, and tries pointer, keys, legend and slider. `node browser.mjs MODULES OUT NAME=FILE...`
 // Prints one line per problem, then RESULT with the counts. Exits with 1 if there is a problem.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -55,6 +55,36 @@ const tryChart = async (page, place) => {
   if ((await page.locator("input[name=smoothing]").inputValue()) !== "0") problem(`${place}: a reload forgets the slider`);
 };
 
+/** Tab reaches every control in the order of the page and shows which one has the focus; the space bar turns a curve off. */
+const tryKeys = async (page, place) => {
+  const controls = "a[href], input, summary, [tabindex='0']";
+  const wanted = await page.evaluate((controls) => {
+    const found = [...document.querySelectorAll(controls)].filter((element) => element.checkVisibility());
+    found.forEach((element, i) => { element.dataset.order = i; });
+    return found.length;
+  }, controls);
+  const reached = [];
+  for (let i = 0; i < wanted; i++) {
+    await page.keyboard.press("Tab");
+    reached.push(await page.evaluate(() => {
+      const element = document.activeElement, style = getComputedStyle(element);
+      return { order: Number(element.dataset.order ?? -1), seen: style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2, html: element.outerHTML.slice(0, 80) };
+    }));
+  }
+  const wrong = reached.find((one, i) => one.order !== i || !one.seen);
+  if (wrong) problem(`${place}: Tab reaches ${wrong.html} out of order, or its focus cannot be seen`);
+  const box = page.locator(".legend input").first();
+  if (!(await box.count())) return;
+  const plot = page.locator(".plot", { has: page.locator("path.curve") }).first();
+  const curves = () => plot.locator("path.curve").count();
+  const before = await curves();
+  await box.focus();
+  await page.keyboard.press("Space");
+  const less = await curves();
+  await page.keyboard.press("Space");
+  if (less >= before || (await curves()) !== before) problem(`${place}: the space bar on the legend gives ${before}, ${less}, ${await curves()} curves`);
+};
+
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
 for (const named of pages) {
   const [name, file] = [named.slice(0, named.indexOf("=")), named.slice(named.indexOf("=") + 1)];
@@ -77,6 +107,7 @@ for (const named of pages) {
     result.axe_rules_passed += found.passes.length;
     result.axe_violations += found.violations.length;
     for (const item of found.violations) problem(`${place}: axe ${item.id}: ${item.help}: ${item.nodes.slice(0, 3).map((node) => node.html.slice(0, 160)).join(" | ")}`);
+    if (variant !== "dark") await tryKeys(page, place);
     if (variant === "light" && (await page.locator(".plot").count())) await tryChart(page, place);
     await page.close();
   }

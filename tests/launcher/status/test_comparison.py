@@ -95,6 +95,16 @@ def test_runs_are_compared_in_a_table_and_on_a_page(tmp_path: Path, capsys: pyte
     assert not re.search(r"src=|url\(|@import|fetch\(|https:", page.read_text())
 
 
+def test_the_page_refreshes_until_no_run_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, page = run_folder(tmp_path / "a"), run_folder(tmp_path / "b"), tmp_path / "c.html"
+    code, shown, _ = compare(capsys, first, second, "--out", page, "--watch")
+    assert code == 0 and "written every 30 s" in shown and shown.count("completed") == 2
+    assert page_data(page)["refresh_s"] == 0 and "refresh every" not in page.read_text()
+    attempt(second, 2, 5000.0, None)
+    compare(capsys, first, second, "--out", page)
+    assert page_data(page)["refresh_s"] == 30 and "refresh every 30 s" in page.read_text()
+
+
 def test_a_folder_of_runs_counts_as_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/run", "b/run"):
         run_folder(tmp_path / "sweep" / name)
@@ -194,7 +204,7 @@ def test_names_values_and_records_of_others_are_escaped(tmp_path: Path, capsys: 
     found = parsed(text)
     assert [tag for tag, _ in found.tags if tag in ("img", "link", "iframe")] == []
     assert [values for tag, values in found.tags if tag == "script"] == [{"type": "application/json", "id": "data"}, {}]
-    assert re.search(r"<td>&lt;script&gt;alert", text)
+    assert re.search(r"<td[^<>]*>&lt;script&gt;alert", text)
     assert page_data(page)["charts"][0]["series"][0]["name"] == name
 
 
