@@ -95,8 +95,8 @@ def read(
 def launch(composed: DictConfig) -> int:
     """Resolve, check, plan, then preview or submit one run. Raises UserError for what the user can fix."""
     config = planned_run.config_of(composed, sys.argv[1:])
+    named = bool(config.resume) or names.is_named(composed)
     if not config.resume:
-        named = names.is_named(sys.argv[1:])
         if named and not config.run_dir:
             raise ConfigError(
                 Problem("run_dir", "", "must not be empty. Name a folder, or remove it: Muster then chooses one")
@@ -108,7 +108,7 @@ def launch(composed: DictConfig) -> int:
     if config.dry_run:
         print(visible(preview.text(config, jobs, record.training_rows(config))), flush=True)
         return 0
-    if jobs and not names.is_named(sys.argv[1:]):
+    if jobs and not named:
         config.run_dir = names.reserve(config.run_dir)
     return submit.submit(config, jobs, command=sys.argv)
 

@@ -75,7 +75,10 @@ def execute(options: argparse.Namespace) -> int:
             command.add_argument("overrides", nargs="*")
         for action in command._actions:
             _complete(action)
-    print(shtab.complete(parser, shell=options.shell, preamble=HELPERS[options.shell]) + LAST.get(options.shell, ""), end="")
+    print(
+        shtab.complete(parser, shell=options.shell, preamble=HELPERS[options.shell]) + LAST.get(options.shell, ""),
+        end="",
+    )
     return 0
 
 

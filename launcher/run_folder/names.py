@@ -1,13 +1,15 @@
 """Gives a run that the user has not named a folder of its own: the time in its name has only seconds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
 
-def is_named(words: Sequence[str]) -> bool:
-    """Whether the command line says which folder the run has."""
-    return any(word.lstrip("+").startswith(("run_dir=", "resume=")) for word in words)
+
+def is_named(composed: DictConfig) -> bool:
+    """Whether the command line or an experiment says which folder the run has. The default has the time of the launch in it."""
+    return "${now:" not in str(OmegaConf.to_container(composed)["run_dir"])  # type: ignore[call-overload, index]
 
 
 def free(run_dir: str) -> str:

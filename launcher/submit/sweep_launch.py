@@ -21,8 +21,9 @@ Compose = Callable[[list[str]], list[DictConfig]]
 def launch(given: Sequence[str], compose: Compose) -> int:
     """Start a new sweep, or print it. Raises UserError with the problems of all runs."""
     combinations = sweep_words.combinations(given)
-    configs = _configs(combinations, compose)
-    folder = Path(configs[0].run_dir if names.is_named(given) else names.free(sweep_words.folder(configs)))
+    found = _configs(combinations, compose)
+    configs, is_named = [config for config, _ in found], found[0][1]
+    folder = Path(configs[0].run_dir if is_named else names.free(sweep_words.folder(configs)))
     if folder.exists() and any(folder.iterdir()):
         raise RunError(Problem("run_dir", folder, f"already exists. Choose another, or type muster resume {folder}"))
     for item, config in zip(combinations, configs, strict=True):
@@ -31,28 +32,38 @@ def launch(given: Sequence[str], compose: Compose) -> int:
             tracker.group = tracker.group or folder.name
         config.data.cache = config.data.cache or str(folder.parent / ".data")  # shared with the runs beside the sweep
         config.run_dir = str(folder / item.name)
-    return _start(folder, combinations, configs, given, is_new=True)
+    return _start(folder, combinations, configs, given, is_new=True, is_named=is_named)
 
 
 def resume(folder: Path, given: Sequence[str], compose: Compose) -> int:
     """Start what has not completed of a sweep. Raises UserError with the problems of all runs."""
     others = [word for word in given if not word.startswith("resume=")]
     runs = [Combination(run.name, {}, [f"resume={run}", *others]) for run in sweep_record.runs(folder)]
-    return _start(folder, runs, _configs(runs, compose), given, is_new=False)
+    configs = [config for config, _ in _configs(runs, compose)]
+    return _start(folder, runs, configs, given, is_new=False, is_named=True)
 
 
-def _configs(runs: Sequence[Combination], compose: Compose) -> list[Config]:
-    """The configs of all runs of a sweep, for this machine. Raises ConfigError with what is wrong in any of them."""
+def _configs(runs: Sequence[Combination], compose: Compose) -> list[tuple[Config, bool]]:
+    """The configs of all runs of a sweep, for this machine, and whether the user has named the folder.
 
-    def config(item: Combination) -> Config:
+    Raises ConfigError with what is wrong in any of them.
+    """
+
+    def config(item: Combination) -> tuple[Config, bool]:
         [composed] = compose(item.words)
-        return planned_run.config_of(composed, item.words)
+        return planned_run.config_of(composed, item.words), names.is_named(composed)
 
     return sweep_words.for_each(runs, config)
 
 
 def _start(
-    folder: Path, combinations: Sequence[Combination], configs: Sequence[Config], given: Sequence[str], *, is_new: bool
+    folder: Path,
+    combinations: Sequence[Combination],
+    configs: Sequence[Config],
+    given: Sequence[str],
+    *,
+    is_new: bool,
+    is_named: bool,
 ) -> int:
     """Check the runs of a sweep on this site, then preview or start them."""
     by_name = {item.name: config for item, config in zip(combinations, configs, strict=True)}
@@ -66,7 +77,7 @@ def _start(
     if runs[0].config.dry_run:
         print(visible(sweep.preview_text(folder, runs)), flush=True)
         return 0
-    if is_new and not names.is_named(given):
+    if not is_named:
         folder = Path(names.reserve(str(folder)))
         for run in runs:
             run.config.run_dir = str(folder / run.folder.name)

@@ -5,15 +5,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hydra
+
 from conf import resolve
 from launcher.run_folder import names
 from tests.conftest import ROOT
 
 
-def test_only_a_command_without_a_folder_gets_one() -> None:
-    assert names.is_named(["model=tiny", "run_dir=runs/x"])
-    assert names.is_named(["+resume=runs/x"])
-    assert not names.is_named(["name=run_dir", "model=tiny"])
+def test_a_folder_is_named_by_the_command_line_or_an_experiment(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nname: mine\nrun_dir: out\n")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        unnamed, typed = (hydra.compose("config", [word]) for word in ("name=mine", "run_dir=out"))
+        own = hydra.compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert [names.is_named(config) for config in (unnamed, typed, own)] == [False, True, True]
+    assert (own.name, own.run_dir) == ("mine", "out")
 
 
 def test_many_launches_at_once_share_no_folder(tmp_path: Path) -> None:
