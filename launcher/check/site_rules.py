@@ -151,7 +151,8 @@ def _names(config: Config) -> Iterator[Problem]:
         f"cluster.{part}.{key}": getattr(getattr(cluster, part), key) for part in PARTS for key in ("partition", "qos")
     }
     for key, value in {"cluster.account": cluster.account, **named}.items():
-        if value and not re.fullmatch(r"[^\s,]+(,[^\s,]+)*", value):
+        lines = len((value or "").splitlines())  # `conf.text` says that there is more than one
+        if value and lines == 1 and not re.fullmatch(r"[^\s,]+(,[^\s,]+)*", value):
             yield Problem(key, value, "is no name. Write it without blanks, and several with a comma between them")
 
 

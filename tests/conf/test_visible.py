@@ -71,7 +71,7 @@ def test_no_module_prints_with_rich_but_four_modules() -> None:
         if "import Console" in path.read_text() or "import rich" in path.read_text()
     }
     assert users == {
-        "launcher/status/tables.py",
+        "launcher/status/terminal.py",
         "launcher/submit/display.py",
         "launcher/convert/command.py",
         "jobs/report/terminal.py",
