@@ -113,7 +113,8 @@ def training(config: Config, rows: int | None = None) -> str:
         f"{train.optimizer.name}, max_length {config.data.max_length:,}",
         f"precision {train.precision.name}, {config.parallel.name}, {device}",
     )
-    return ", ".join(parts)
+    unknown = "" if train.steps or rows is not None else "; how many steps these are is known after preprocess"
+    return ", ".join(parts) + unknown
 
 
 def _length(train: Train, rows: int | None) -> str:
@@ -122,7 +123,7 @@ def _length(train: Train, rows: int | None) -> str:
         return plural(train.steps, "step")
     epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs:g} epochs"
     if rows is None:
-        return f"{epochs}: {train.epochs:g} x rows / {train.global_batch:,} steps (rows are known after preprocess)"
+        return f"{epochs} in steps"
     return f"{epochs}: {plural(schedule.steps(train, rows), 'step')}"
 
 

@@ -36,8 +36,8 @@ def test_the_line_says_what_a_step_is(compose: Compose, words: list[str], parts:
 @pytest.mark.parametrize(
     ("epochs", "rows", "expected"),
     [
-        ("6", None, "6 epochs: 6 x rows / 64 steps (rows are known after preprocess) of 64 rows"),
-        ("0.5", None, "0.5 epochs: 0.5 x rows / 64 steps"),
+        ("6", None, "6 epochs in steps of 64 rows"),
+        ("0.5", None, "; how many steps these are is known after preprocess"),
         ("6", 1502, "6 epochs: 141 steps of 64 rows"),
         ("1", 3, "1 epoch: 1 step of 64 rows"),
     ],
