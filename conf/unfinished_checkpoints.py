@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from conf import safetensors_file
+
 MARK = ".unfinished"
 """A file in a checkpoint's folder for as long as it is written: see muster/program.py."""
 OF_TRAINER = "trainer_state.json"
@@ -18,8 +20,6 @@ OF_RAY = "checkpoint_manager_snapshot.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 OF_DEEPSPEED = ("*_optim_states.pt", "*_model_states.pt")
-LARGEST_HEADER = 2**27
-"""Bytes of the longest header of a safetensors file that is read."""
 
 
 def why_unfinished(folder: Path) -> str:
@@ -97,7 +97,7 @@ def _lacking_shards(names: set[str]) -> Iterator[str]:
 def _is_cut(path: Path) -> bool:
     """Whether a file ends before its format says."""
     if path.suffix == ".safetensors":
-        return _is_cut_safetensors(path)
+        return safetensors_file.is_cut_short(path)
     if path.name == OF_TRAINER or path.name.endswith(".index.json"):
         with suppress(ValueError):
             json.loads(path.read_text(encoding="utf-8"))
@@ -108,19 +108,3 @@ def _is_cut(path: Path) -> bool:
             start = file.read(2)
         return not start or (start == b"PK" and not zipfile.is_zipfile(path))
     return False
-
-
-def _is_cut_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return True
-        if length > LARGEST_HEADER:
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return False  # damaged in another way, which the program shall say
-    return size < 8 + length + max(ends, default=0)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from conf import safetensors_file
 from launcher.check.json_file import read_json
 
 LFS_POINTER = b"version https://git-lfs"
@@ -14,7 +15,7 @@ LONGEST_READ = 2**22
 
 
 def of_weights(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    """Why the weights in a folder cannot be read, in words that follow its name. Only beginnings and sizes are looked at."""
+    """Why the weights in a folder cannot be read, in words that follow its name. Only headers and sizes are looked at."""
     for name in names:
         if name.endswith((".safetensors", ".bin")) and (why := _why_unreadable(folder / name)):
             yield f"{name} {why}"
@@ -48,18 +49,13 @@ def of_tokenizer(folder: Path) -> str | None:
 
 def _why_unreadable(path: Path) -> str | None:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = file.read(len(LFS_POINTER))
+        if _is_pointer(path):
+            return "is a pointer of Git LFS, not the file"
+        if path.stat().st_size == 0:
+            return "is empty"
+        return "is cut off" if path.suffix == ".safetensors" and safetensors_file.is_cut_short(path) else None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if begin == LFS_POINTER:
-        return "is a pointer of Git LFS, not the file"
-    if size == 0:
-        return "is empty"
-    if path.suffix == ".safetensors" and (size < 8 or int.from_bytes(begin[:8], "little") > size - 8):
-        return "is cut off"
-    return None
 
 
 def _is_pointer(path: Path) -> bool:
