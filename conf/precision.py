@@ -11,6 +11,11 @@ LOWEST_CAPABILITY = {"bf16": (8, 0), "fp16": (5, 3), "tf32": (8, 0), "float8": (
 """Lowest CUDA compute capability with such arithmetic: Ampere; the second Maxwell; Ampere; Ada."""
 
 
+def has(capability: tuple[int, int] | None, kind: str) -> bool:
+    """Whether a GPU of this CUDA compute capability computes in `kind`. None, for a device of another sort, computes in all."""
+    return capability is None or capability >= LOWEST_CAPABILITY.get(kind, (0, 0))
+
+
 def record(config: Config) -> Path:
     """RUN/precision.json, which preflight or train writes for `auto`."""
     return Path(config.run_dir) / "precision.json"

@@ -28,7 +28,7 @@ class Device:
     """CUDA compute capability; None for a CPU or a GPU of another kind, which compute in every precision."""
 
     def has(self, kind: str) -> bool:
-        return self.capability is None or self.capability >= LOWEST_CAPABILITY.get(kind, (0, 0))
+        return precision.has(self.capability, kind)
 
 
 def settle(config: Config, world: World) -> None:

@@ -7,7 +7,6 @@ from conf import precision
 from conf.choices import Precision
 from conf.errors import Problem, SiteError
 from conf.files import write_json
-from conf.precision import LOWEST_CAPABILITY
 from conf.schema import Config
 from jobs.programs.nvidia_driver import lowest_capability
 
@@ -24,10 +23,10 @@ def settle(config: Config, task: int) -> Precision:
     """
     capability = lowest_capability()
     if task == 0 and precision.recorded(config) is None:
-        kind = Precision.bf16 if _has(capability, Precision.bf16) else Precision.fp16
+        kind = Precision.bf16 if precision.has(capability, Precision.bf16.name) else Precision.fp16
         write_json(precision.record(config), {"precision": kind.name, "devices": _name(capability)})
     settled = _wait_for_record(config)
-    if not _has(capability, settled):
+    if not precision.has(capability, settled.name):
         message = f"became {settled.name} in this run, but the GPUs of this node have {_name(capability)}"
         raise SiteError(
             Problem("train.precision", "auto", f"{message}. Use nodes of one kind, or train.precision=fp16")
@@ -45,10 +44,6 @@ def _wait_for_record(config: Config) -> Precision:
             )
         time.sleep(POLL_S)
     return found
-
-
-def _has(capability: tuple[int, int] | None, kind: Precision) -> bool:
-    return capability is None or capability >= LOWEST_CAPABILITY.get(kind.name, (0, 0))
 
 
 def _name(capability: tuple[int, int] | None) -> str:
