@@ -14,6 +14,7 @@ from conf import resolve
 from conf.errors import ConfigError, Problem, first_line
 from conf.visible import visible
 from launcher.convert import axolotl, llamafactory, ms_swift, other_files, sharding_keys, trl
+from launcher.convert.common_rules import HELD_OUT_ROWS
 from launcher.convert.keys import Outcome, Row, apply, split
 from launcher.convert.reconcile import reconcile
 
@@ -73,10 +74,7 @@ def table(config: Mapping[str, Any], program: str, gpus: int, folder: Path) -> l
 
 def _default_rows(rows: list[Row], defaults: Mapping[str, Any], program: str) -> list[Row]:
     """A row for each default under a key that the file does not set, and that has an effect."""
-    ours: dict[str, Any] = {"/parallel": "ddp"}
-    for row in rows:
-        if row.outcome in (Outcome.kept, Outcome.changed):
-            ours |= row.ours
+    ours = _ours(rows)
     idle = {name for decider, names in DECIDED.items() if decider in ours or decider in defaults for name in names}
     if ours.get("train.lr_schedule") == "constant":
         idle |= {"train.warmup_steps", "train.warmup_ratio"}
@@ -96,7 +94,7 @@ DECIDED = {
     "train.warmup_steps": ("train.warmup_ratio",),
     "train.warmup_ratio": ("train.warmup_steps",),
     "data.validation_path": ("data.validation_fraction",),
-    "held-out rows": ("data.validation_fraction",),
+    HELD_OUT_ROWS: ("data.validation_fraction",),
 }
 """A key that is set -> keys whose defaults then have no effect."""
 
@@ -125,12 +123,18 @@ def found_above(name: str, folder: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def experiment(rows: list[Row]) -> dict[str, Any]:
-    """Muster's keys of an imported config, with the defaults of its program that differ from Muster's."""
+def _ours(rows: list[Row]) -> dict[str, Any]:
+    """Muster's keys of all rows. Without a layout of its own, a program trains with plain data parallelism."""
     ours: dict[str, Any] = {"/parallel": "ddp"}
     for row in rows:
         if row.outcome in (Outcome.kept, Outcome.changed):
             ours |= row.ours
+    return ours
+
+
+def experiment(rows: list[Row]) -> dict[str, Any]:
+    """Muster's keys of an imported config, with the defaults of its program that differ from Muster's."""
+    ours = _ours(rows)
     stored = ours.pop("adapter.base", None)
     if stored or ours.get("/adapter") == "qlora":  # the group that stores the base like this
         ours["/adapter"] = "qlora8" if stored == "int8" else "qlora"

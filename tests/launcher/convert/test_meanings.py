@@ -27,6 +27,10 @@ def imported(program: str, text: str, folder: Path, gpus: int = 8) -> tuple[list
 
 
 FIRST = "Below is an instruction that describes a task"
+WITH_INPUT = (
+    f"{FIRST}, paired with an input that provides further context. Write a response that appropriately completes "
+    "the request."
+)
 
 
 @pytest.mark.parametrize(
@@ -221,16 +225,14 @@ ROWS = {
     [
         (
             "alpaca",
-            f"{FIRST}, paired with an input that provides further context. Write a response that appropriately completes "
-            "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n",
+            f"{WITH_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n",
             "2",
         ),
         ("alpaca_chat.load_no_prompt", "USER: Add.\nASSISTANT:", "2"),
         ("alpaca_w_system.load_open_orca", "### System:\nBe kind.\n### Human:\nAdd.\n### Assistant:\n", "2"),
         (
             "jeopardy",
-            f"{FIRST}, paired with an input that provides further context. Write a response that appropriately completes "
-            "the request.\n\n### Instruction:\nQ\n\n### Input:\nC\n\n### Response:\n",
+            f"{WITH_INPUT}\n\n### Instruction:\nQ\n\n### Input:\nC\n\n### Response:\n",
             "what is a dog",
         ),
         ("summarizetldr", "USER: Summarize the following article as a TL;DR.\nLong.\nASSISTANT:", "Short."),
