@@ -42,6 +42,9 @@ class Holder(NamedTuple):
 UNKNOWN = Holder("an unknown host", 0, "an unknown user", "just now")
 """Stands for the holder that a record does not tell."""
 
+RECORD_S = 1.0
+"""How long a process that has just taken the lock may need to write who it is."""
+
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
@@ -124,7 +127,10 @@ def _lock(descriptor: int, run: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = read(run) or "a process that is starting or ending"
+        deadline = time.monotonic() + RECORD_S
+        while (found := read(run)) in (None, UNKNOWN) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        who = found or "a process that is starting or ending"
         remedy = f"is used by {who}. Wait until it ends, or type muster cancel {run}"
         raise RunError(Problem("run_dir", run, remedy)) from None
     except OSError as error:
